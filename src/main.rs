@@ -1,0 +1,2 @@
+//! Armlet.
+fn main() {}
