@@ -1,1 +1,25 @@
-//! Armlet.
+//! Armlet, a small virtual machine monitor for ARM64 Linux hosts with KVM.
+//!
+//! Data flows one way and never turns back:
+//!
+//! ```text
+//! cli -> config -> armlet_arch::plan -> machine -> run
+//! text   request   decision             objects    life
+//! ```
+//!
+//! `docs/ARCHITECTURE.md` has the map and the invariants.
+
+pub mod boards;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod console;
+pub mod kernel;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod probe;
+pub mod report;
+pub mod run;
+pub mod status;
+pub mod vcpu;

@@ -1,2 +1,55 @@
-//! Armlet.
-fn main() {}
+//! The `armlet` program: parse, call, print an error's chain on one line, exit.
+
+use armlet::cli::{self, Parsed};
+use armlet::commands;
+use armlet::status::{Status, status_of};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    armlet::console::install_log();
+    match start() {
+        Ok(status) => status.into(),
+        Err(error) => {
+            armlet::console::complain(&format!("{error:#}"));
+            status_of(&error).into()
+        }
+    }
+}
+
+fn start() -> anyhow::Result<Status> {
+    let mut arguments = Vec::new();
+    for word in std::env::args_os().skip(1) {
+        match word.into_string() {
+            Ok(word) => arguments.push(word),
+            Err(word) => {
+                let line = format!("argument {word:?} is no UTF-8; use UTF-8 paths and options");
+                armlet::console::complain(&line);
+                return Ok(Status::Usage);
+            }
+        }
+    }
+    let cli = match cli::parse(&arguments) {
+        Parsed::Cli(cli) => cli,
+        Parsed::Help(text) => {
+            commands::print(&text)?;
+            return Ok(Status::Success);
+        }
+        Parsed::Wrong(line) => {
+            armlet::console::complain(&line);
+            return Ok(Status::Usage);
+        }
+    };
+    if cli.version {
+        commands::print(concat!("armlet ", env!("CARGO_PKG_VERSION"), "\n"))?;
+        return Ok(Status::Success);
+    }
+    match &cli.command {
+        Some(command) => commands::execute(command),
+        None => {
+            armlet::console::complain(
+                "no command given; use run, plan, probe or boards (see 'armlet --help')",
+            );
+            Ok(Status::Usage)
+        }
+    }
+}

@@ -1,1 +1,93 @@
-//! Pure planning of virtual machines.
+//! Pure planning of virtual machines: everything about a guest that can be decided without KVM.
+//!
+//! A [`Board`] (the machine's map), a [`Request`] (what the user asked for) and an [`Arch::Host`]
+//! (what KVM said) make a [`Plan`]: address map, address width, interrupt controller, vCPUs and
+//! the blobs that the guest reads at start. Both architectures are compiled and tested on every
+//! host; nothing here does I/O or knows which machine it was compiled for.
+
+pub mod aarch64;
+pub mod board;
+pub mod image;
+pub mod irq;
+pub mod plan;
+pub mod range;
+pub mod size;
+pub mod width;
+pub mod x86_64;
+
+pub use board::{Architecture, Board};
+pub use plan::{Blob, DeviceKind, Layout, Payload, Placed, Plan, PlanError, Request, Seeds, plan};
+pub use range::Range;
+pub use width::{Region, Width, WidthPolicy};
+
+use serde::Serialize;
+use std::fmt::Debug;
+
+/// What planning must know of an instruction set. [`plan`] calls the functions in the order in
+/// which they stand here.
+pub trait Arch: Sized + Clone + Debug + 'static {
+    /// The name that boards and messages use.
+    const ARCHITECTURE: Architecture;
+    /// What KVM said of the host, or a board assumes of it, as plain data.
+    type Host: Clone + Debug + PartialEq;
+    /// The facts of a kernel file's header.
+    type Kernel: Clone + Debug + PartialEq;
+    /// The interrupt controller with its windows placed.
+    type Irqchip: Clone + Debug + PartialEq + Serialize;
+    /// A vCPU before its first instruction.
+    type Vcpu: Clone + Debug + PartialEq + Serialize;
+
+    /// The header of a kernel for this architecture.
+    ///
+    /// # Errors
+    /// A kernel for another one.
+    fn kernel(header: &image::Header) -> Result<Self::Kernel, image::ImageError>;
+
+    /// The host that a board assumes.
+    fn assumed_host(board: &Board) -> Self::Host;
+
+    /// Places the interrupt controller: in the board's windows, and above `ram` (in order of
+    /// address) what does not fit there.
+    ///
+    /// # Errors
+    /// A controller that the host does not offer, or more vCPUs than it serves.
+    fn irqchip(
+        board: &Board,
+        request: &Request<Self>,
+        host: &Self::Host,
+        ram: &[Range],
+    ) -> Result<Self::Irqchip, PlanError>;
+
+    /// The controller's windows.
+    fn irqchip_regions(irqchip: &Self::Irqchip) -> Vec<Region>;
+
+    /// Chooses the address width for a machine whose highest address lies in `highest`.
+    ///
+    /// # Errors
+    /// A machine wider than the host's limit, or a policy that does not hold it.
+    fn width(highest: &Region, policy: WidthPolicy, host: &Self::Host) -> Result<Width, PlanError>;
+
+    /// Places kernel and initrd in RAM, and the address of the first blob behind them.
+    ///
+    /// # Errors
+    /// A kernel that the host's CPUs cannot run, or memory too small for what is to be loaded.
+    fn payload(
+        ram: &[Range],
+        request: &Request<Self>,
+        host: &Self::Host,
+    ) -> Result<Payload, PlanError>;
+
+    /// The state of vCPU `index` at its start.
+    fn vcpu(index: u32, payload: &Payload) -> Self::Vcpu;
+
+    /// What the guest reads at its start: the device tree, or the zero page.
+    ///
+    /// # Errors
+    /// Memory too small to hold the blobs.
+    fn blobs(
+        board: &Board,
+        layout: &Layout<Self>,
+        vcpus: &[Self::Vcpu],
+        request: &Request<Self>,
+    ) -> Result<Vec<Blob>, PlanError>;
+}

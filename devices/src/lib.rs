@@ -1,1 +1,76 @@
-//! Device models.
+//! Device models: what a guest sees behind an offset, and the wires that leave it.
+//!
+//! Nothing here knows KVM, an architecture, an absolute address (except as a key of
+//! the [`bus::Bus`]) or an interrupt number. A device is given its wires as
+//! [`IrqLine`]s and closures, so each one is built and tested on any host.
+
+pub mod bus;
+pub mod pl011;
+pub mod pl031;
+pub mod pl061;
+mod primecell;
+pub mod pvpanic;
+
+/// A thing that answers reads and writes of the guest in one window of addresses.
+///
+/// The data is in the guest's byte order on the bus, which is little-endian. A device
+/// never fails: a wrong access reads as zeros, is ignored when written, and is
+/// counted by the device.
+pub trait Device: Send {
+    /// Answers a read of `data.len()` bytes at `offset` bytes into the window, and
+    /// fills all of `data`.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+
+    /// Takes a write of `data.len()` bytes at `offset` bytes into the window.
+    fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+/// A wire from a device to an interrupt controller. The device does not know its number.
+pub trait IrqLine: Send + Sync {
+    /// Drives a level-triggered line high or low.
+    fn set(&self, high: bool);
+
+    /// Makes one rising edge on an edge-triggered line.
+    fn pulse(&self);
+}
+
+#[cfg(test)]
+pub(crate) mod fake {
+    //! An interrupt line that remembers what was done to it.
+
+    use std::sync::{Arc, Mutex};
+
+    use crate::IrqLine;
+
+    #[derive(Default)]
+    pub(crate) struct FakeLine {
+        history: Mutex<Vec<bool>>,
+    }
+
+    impl FakeLine {
+        pub(crate) fn new() -> Arc<FakeLine> {
+            Arc::default()
+        }
+
+        /// The level now; a line nobody ever set is low.
+        pub(crate) fn is_high(&self) -> bool {
+            self.history().last().copied().unwrap_or(false)
+        }
+
+        /// Every level ever set, oldest first.
+        pub(crate) fn history(&self) -> Vec<bool> {
+            self.history.lock().expect("no test panics here").clone()
+        }
+    }
+
+    impl IrqLine for FakeLine {
+        fn set(&self, high: bool) {
+            self.history.lock().expect("no test panics here").push(high);
+        }
+
+        fn pulse(&self) {
+            self.set(true);
+            self.set(false);
+        }
+    }
+}

@@ -1,2 +1,204 @@
-//! What a developer runs. fn main
-fn main() {}
+//! What a developer of armlet runs: `cargo xtask boot`, `cargo xtask test` and what they rest on.
+
+mod assets;
+mod boot;
+mod check;
+mod host;
+mod initramfs;
+mod marker;
+mod packages;
+mod progress;
+mod runner;
+mod terminal;
+mod toolchain;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use argh::FromArgs;
+
+use crate::assets::Choice;
+use crate::host::{Ended, HostSpec, Job};
+use crate::packages::Store;
+use crate::progress::say;
+use crate::terminal::RawTerminal;
+
+/// Build, boot and test armlet, on any Debian or Ubuntu machine.
+#[derive(Debug, FromArgs)]
+struct Arguments {
+    #[argh(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, FromArgs)]
+#[argh(subcommand)]
+enum Task {
+    Boot(boot::Boot),
+    Test(check::Test),
+    Runner(Runner),
+    Setup(Setup),
+    Host(Host),
+}
+
+/// Run a program built for ARM64, with its arguments: what cargo calls for the aarch64 targets.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "runner")]
+struct Runner {
+    /// the program and its arguments
+    #[argh(positional, greedy)]
+    command: Vec<String>,
+}
+
+/// Fetch everything that boot and test need, so that they work without a network.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "setup")]
+struct Setup {
+    /// look for newer versions of what is there already
+    #[argh(switch)]
+    refresh: bool,
+}
+
+/// Run a shell, or a command, in an emulated ARM64 host that the ARMLET_RIG_* variables describe.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "host")]
+struct Host {
+    /// put this file of ours into the host's /root; may be repeated
+    #[argh(option)]
+    file: Vec<PathBuf>,
+
+    /// the command; a shell when there is none
+    #[argh(positional, greedy)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let status = match arguments().task {
+        Task::Boot(boot) => boot.run(),
+        Task::Test(test) => test.run(),
+        Task::Runner(runner) => runner.run(),
+        Task::Setup(setup) => setup.run(),
+        Task::Host(host) => host.run(),
+    };
+    match status {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+        Err(error) => {
+            say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The command line, or the end of the program with help or an error.
+fn arguments() -> Arguments {
+    let mut words = std::env::args().skip(1);
+    // The options after `runner` are the program's: none of them is ours to parse.
+    if words.next().as_deref() == Some("runner") {
+        let command = words.collect::<Vec<_>>();
+        if command.first().is_some_and(|word| !word.starts_with('-')) {
+            return Arguments {
+                task: Task::Runner(Runner { command }),
+            };
+        }
+    }
+    argh::from_env()
+}
+
+impl Runner {
+    fn run(&self) -> Result<i32> {
+        let (binary, arguments) = self
+            .command
+            .split_first()
+            .context("runner needs a program")?;
+        runner::run(Path::new(binary), arguments)
+    }
+}
+
+impl Setup {
+    fn run(&self) -> Result<i32> {
+        let store = Store::open()?;
+        if self.refresh {
+            store.forget()?;
+        }
+        toolchain::arm64()?;
+        let folder = assets::prepare(&store, Choice::All)?;
+        if !runner::native() {
+            store.qemu()?;
+        }
+        say(&format!(
+            "all there, in {:?}",
+            folder.parent().unwrap_or(&folder)
+        ));
+        Ok(0)
+    }
+}
+
+impl Host {
+    fn run(&self) -> Result<i32> {
+        let store = Store::open()?;
+        let mut files = Vec::new();
+        for path in &self.file {
+            let name = path
+                .file_name()
+                .with_context(|| format!("{path:?} names no file"))?;
+            let to = Path::new("/root").join(name);
+            files.push(host::HostFile {
+                from: path.clone(),
+                to,
+                mode: 0o755,
+            });
+        }
+        let terminal = if self.command.is_empty() {
+            RawTerminal::take()?
+        } else {
+            None
+        };
+        let mut command = self.command.clone();
+        if command.is_empty() {
+            say("a shell in the emulated host; exit ends it, Ctrl-] stops it at once\r");
+            command.push("/bin/sh".to_owned());
+        }
+        let job = Job {
+            files,
+            command,
+            folder: "/root".into(),
+            ..Job::default()
+        };
+        let spec = HostSpec::from_environment()?;
+        let mut out = std::io::stdout();
+        let mut print = |bytes: &[u8]| {
+            out.write_all(bytes)
+                .and_then(|()| out.flush())
+                .context("cannot write standard output")
+        };
+        match host::run(&store, &spec, &job, terminal.as_ref(), &mut print)? {
+            Ended::Exit(status) => Ok(status),
+            Ended::Left => Ok(0),
+        }
+    }
+}
+
+/// The repository's root folder.
+fn repository() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_owned()
+}
+
+/// The folder into which cargo builds: this program lies in `debug` below it.
+fn target_folder() -> Result<PathBuf> {
+    let this = std::env::current_exe().context("cannot tell where xtask lies")?;
+    let folder = this
+        .parent()
+        .and_then(Path::parent)
+        .context("xtask lies in no target folder")?;
+    Ok(folder.to_owned())
+}
+
+/// The cargo that started this program, to be run in the repository.
+fn cargo() -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(repository());
+    command
+}

@@ -1,0 +1,449 @@
+//! The device tree of an ARM64 machine. Each function cites the binding that it follows, below
+//! Documentation/devicetree/bindings/ of Linux or in dt-schema.
+
+use super::gic::Gic;
+use super::{Aarch64, Vcpu};
+use crate::irq::Spi;
+use crate::plan::{DeviceKind, Layout, POWER_KEY_LINE, Placed, Request};
+use crate::{Board, Range};
+use armlet_fdt::Node;
+
+const GIC: u32 = 1;
+const CLOCK: u32 = 2;
+const GPIO: u32 = 3;
+/// CPUs' phandles follow from here.
+const FIRST_CPU: u32 = 0x100;
+
+/// KEY_POWER (include/uapi/linux/input-event-codes.h).
+const KEY_POWER: u32 = 116;
+
+/// Interrupt flags (arm,gic.yaml): edge, rising; level, active high.
+const EDGE_RISING: u32 = 1;
+const LEVEL_HIGH: u32 = 4;
+
+pub(super) fn build(
+    board: &Board,
+    layout: &Layout<Aarch64>,
+    vcpus: &[Vcpu],
+    request: &Request<Aarch64>,
+) -> Node {
+    let mut root = Node::new("");
+    root.prop("#address-cells", 2_u32)
+        .prop("#size-cells", 2_u32)
+        .prop("interrupt-parent", GIC)
+        .prop("compatible", "linux,dummy-virt")
+        .prop("model", format!("armlet,{}", board.name).as_str());
+    chosen(&mut root, layout, request);
+    if let Some(console) = find(layout, DeviceKind::Pl011) {
+        root.child("aliases")
+            .prop("serial0", format!("/{}", serial_name(console)).as_str());
+    }
+    cpus(&mut root, vcpus);
+    for bank in &layout.ram {
+        memory(&mut root, *bank);
+    }
+    psci(&mut root);
+    timer(&mut root, &layout.irqchip, vcpus.len());
+    gic(&mut root, &layout.irqchip);
+    clock(&mut root);
+    for device in &layout.devices {
+        match device.kind {
+            DeviceKind::Pl011 => pl011(&mut root, device),
+            DeviceKind::Pl031 => pl031(&mut root, device),
+            DeviceKind::Pl061 => {
+                let has_power_key = find(layout, DeviceKind::Pl061) == Some(device);
+                pl061(&mut root, device, has_power_key);
+            }
+            DeviceKind::VirtioMmio { .. } => virtio_mmio(&mut root, device),
+        }
+    }
+    root
+}
+
+fn find(layout: &Layout<Aarch64>, kind: DeviceKind) -> Option<&Placed> {
+    layout.devices.iter().find(|device| device.kind == kind)
+}
+
+fn reg(ranges: impl IntoIterator<Item = Range>) -> Vec<u64> {
+    ranges
+        .into_iter()
+        .flat_map(|range| [range.start(), range.size()])
+        .collect()
+}
+
+fn spi(spi: Spi, flags: u32) -> [u32; 3] {
+    [0, spi.0, flags]
+}
+
+/// dt-schema chosen.yaml; drivers/of/fdt.c: early_init_dt_scan_chosen.
+fn chosen(root: &mut Node, layout: &Layout<Aarch64>, request: &Request<Aarch64>) {
+    let node = root.child("chosen");
+    node.prop("bootargs", request.cmdline.as_str());
+    if let Some(console) = find(layout, DeviceKind::Pl011) {
+        node.prop("stdout-path", format!("/{}", serial_name(console)).as_str());
+    }
+    if let Some(initrd) = layout.payload.initrd {
+        // The end is exclusive.
+        node.prop("linux,initrd-start", initrd.start())
+            .prop("linux,initrd-end", initrd.end());
+    }
+    if let Some(seeds) = &request.seeds {
+        node.prop("kaslr-seed", seeds.kaslr)
+            .prop("rng-seed", &seeds.rng[..]);
+    }
+}
+
+/// arm/cpus.yaml; dt-schema cpu-map.yaml.
+fn cpus(root: &mut Node, vcpus: &[Vcpu]) {
+    let node = root.child("cpus");
+    node.prop("#address-cells", 1_u32)
+        .prop("#size-cells", 0_u32);
+    for (index, vcpu) in vcpus.iter().enumerate() {
+        // KVM numbers no vCPU in Aff3, so one cell holds the affinity.
+        let affinity = vcpu.mpidr as u32;
+        node.child(format!("cpu@{affinity:x}"))
+            .prop("device_type", "cpu")
+            .prop("compatible", "arm,armv8")
+            .prop("reg", affinity)
+            .prop("enable-method", "psci")
+            .prop("phandle", FIRST_CPU + index as u32);
+    }
+    let map = node.child("cpu-map");
+    for index in 0..vcpus.len() {
+        map.child(format!("cluster{}", index / 16))
+            .child(format!("core{}", index % 16))
+            .prop("cpu", FIRST_CPU + index as u32);
+    }
+}
+
+/// dt-schema memory.yaml.
+fn memory(root: &mut Node, bank: Range) {
+    root.child(format!("memory@{:x}", bank.start()))
+        .prop("device_type", "memory")
+        .prop("reg", reg([bank]));
+}
+
+/// arm/psci.yaml.
+fn psci(root: &mut Node) {
+    root.child("psci")
+        .prop("compatible", ["arm,psci-1.0", "arm,psci-0.2"])
+        .prop("method", "hvc");
+}
+
+/// timer/arm,arch_timer.yaml: secure, non-secure, virtual and hypervisor timers, which KVM raises
+/// as PPIs 13, 14, 11 and 10 (arch/arm64/kvm/arch_timer.c: default_ppi). On a GICv2 bits 15:8
+/// hold the mask of CPUs (interrupt-controller/arm,gic.yaml).
+fn timer(root: &mut Node, gic: &Gic, vcpus: usize) {
+    let mask = match gic {
+        Gic::V2 { .. } => (1_u32 << vcpus.min(8)) - 1,
+        Gic::V3 { .. } => 0,
+    };
+    let flags = mask << 8 | LEVEL_HIGH;
+    let cells: Vec<u32> = [13, 14, 11, 10]
+        .into_iter()
+        .flat_map(|ppi| [1, ppi, flags])
+        .collect();
+    root.child("timer")
+        .prop("compatible", "arm,armv8-timer")
+        .prop("interrupts", cells)
+        .prop("always-on", ());
+}
+
+/// interrupt-controller/arm,gic.yaml and arm,gic-v3.yaml.
+fn gic(root: &mut Node, gic: &Gic) {
+    let (compatible, frames) = match gic {
+        Gic::V2 {
+            distributor,
+            cpu_interface,
+            ..
+        } => ("arm,cortex-a15-gic", vec![*distributor, *cpu_interface]),
+        Gic::V3 {
+            distributor,
+            redistributors,
+            ..
+        } => {
+            let mut frames = vec![*distributor];
+            frames.extend(redistributors.iter().map(|run| run.range));
+            ("arm,gic-v3", frames)
+        }
+    };
+    let node = root.child(format!("interrupt-controller@{:x}", frames[0].start()));
+    node.prop("compatible", compatible)
+        .prop("interrupt-controller", ())
+        .prop("#interrupt-cells", 3_u32)
+        .prop("#address-cells", 0_u32);
+    if frames.len() > 2 {
+        node.prop("#redistributor-regions", frames.len() as u32 - 1);
+    }
+    node.prop("reg", reg(frames)).prop("phandle", GIC);
+}
+
+/// clock/fixed-clock.yaml: the clock that the PrimeCell drivers want.
+fn clock(root: &mut Node) {
+    root.child("apb-pclk")
+        .prop("compatible", "fixed-clock")
+        .prop("#clock-cells", 0_u32)
+        .prop("clock-frequency", 24_000_000_u32)
+        .prop("clock-output-names", "clk24mhz")
+        .prop("phandle", CLOCK);
+}
+
+/// arm/primecell.yaml. The peripheral id is what the device's own registers say; given here, the
+/// guest need not read them byte by byte.
+fn primecell<'a>(
+    root: &'a mut Node,
+    name: String,
+    device: &Placed,
+    part: &str,
+    id: u32,
+) -> &'a mut Node {
+    root.child(name)
+        .prop("compatible", [part, "arm,primecell"])
+        .prop("reg", reg([device.window]))
+        .prop("interrupts", spi(device.spi, LEVEL_HIGH))
+        .prop("arm,primecell-periphid", id)
+}
+
+fn serial_name(device: &Placed) -> String {
+    format!("serial@{:x}", device.window.start())
+}
+
+/// serial/pl011.yaml.
+fn pl011(root: &mut Node, device: &Placed) {
+    primecell(root, serial_name(device), device, "arm,pl011", 0x0014_1011)
+        .prop("clocks", [CLOCK, CLOCK])
+        .prop("clock-names", ["uartclk", "apb_pclk"]);
+}
+
+/// rtc/arm,pl031.yaml.
+fn pl031(root: &mut Node, device: &Placed) {
+    let name = format!("rtc@{:x}", device.window.start());
+    primecell(root, name, device, "arm,pl031", 0x0004_1031)
+        .prop("clocks", CLOCK)
+        .prop("clock-names", "apb_pclk");
+}
+
+/// gpio/pl061-gpio.yaml and input/gpio-keys.yaml. One machine has one power key.
+fn pl061(root: &mut Node, device: &Placed, has_power_key: bool) {
+    let name = format!("gpio@{:x}", device.window.start());
+    let node = primecell(root, name, device, "arm,pl061", 0x0004_1061);
+    node.prop("clocks", CLOCK)
+        .prop("clock-names", "apb_pclk")
+        .prop("gpio-controller", ())
+        .prop("#gpio-cells", 2_u32)
+        .prop("interrupt-controller", ())
+        .prop("#interrupt-cells", 2_u32)
+        .prop("#address-cells", 0_u32);
+    if !has_power_key {
+        return;
+    }
+    node.prop("phandle", GPIO);
+    root.child("gpio-keys")
+        .prop("compatible", "gpio-keys")
+        .child("poweroff")
+        .prop("label", "GPIO Key Poweroff")
+        .prop("linux,code", KEY_POWER)
+        .prop("gpios", [GPIO, POWER_KEY_LINE, 0]);
+}
+
+/// virtio/mmio.yaml. Edge-triggered, because an irqfd only ever asserts
+/// (virt/kvm/eventfd.c: irqfd_wakeup).
+fn virtio_mmio(root: &mut Node, device: &Placed) {
+    root.child(format!("virtio_mmio@{:x}", device.window.start()))
+        .prop("compatible", "virtio,mmio")
+        .prop("reg", reg([device.window]))
+        .prop("interrupts", spi(device.spi, EDGE_RISING))
+        .prop("dma-coherent", ());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::GicChoice;
+    use crate::plan::Seeds;
+    use crate::{Arch, Plan, plan};
+    use armlet_fdt::Value;
+
+    const VIRT: &str = include_str!("../../../boards/virt.toml");
+
+    fn request(cpus: u32, gic: GicChoice) -> Request<Aarch64> {
+        Request {
+            cpus,
+            gic,
+            memory: 512 << 20,
+            width: Default::default(),
+            kernel: None,
+            initrd: None,
+            cmdline: "console=ttyAMA0 \"quoted\"".to_owned(),
+            seeds: None,
+            virtio: 2,
+        }
+    }
+
+    fn tree_of(text: &str, request: &Request<Aarch64>) -> Node {
+        let board = Board::parse(text).expect("a valid board");
+        let host = super::super::Host {
+            gic_v2: true,
+            ..Aarch64::assumed_host(&board)
+        };
+        let plan: Plan<Aarch64> = plan(&board, request, &host).expect("a plan");
+        let tree = build(&board, &plan.layout, &plan.vcpus, request);
+        assert_eq!(tree.to_dtb(), Ok(plan.blobs[0].bytes.clone()));
+        tree
+    }
+
+    fn tree(cpus: u32, gic: GicChoice) -> Node {
+        tree_of(VIRT, &request(cpus, gic))
+    }
+
+    fn get<'a>(tree: &'a Node, path: &[&str], property: &str) -> Option<&'a Value> {
+        tree.at(path)
+            .unwrap_or_else(|| panic!("no node {path:?}"))
+            .get(property)
+    }
+
+    fn cells(value: Option<&Value>) -> Vec<u32> {
+        match value {
+            Some(Value::Cells(cells)) => cells.clone(),
+            other => panic!("{other:?} are no cells"),
+        }
+    }
+
+    fn text(text: &str) -> Option<Value> {
+        Some(Value::from(text))
+    }
+
+    #[test]
+    fn the_timers_are_level_triggered_and_a_gic_v2_masks_its_cpus() {
+        let flags = |cpus, gic| cells(get(&tree(cpus, gic), &["timer"], "interrupts"));
+        // PPIs 13, 14, 11 and 10, type 1.
+        assert_eq!(
+            flags(1, GicChoice::V3),
+            [1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4]
+        );
+        assert_eq!(flags(4, GicChoice::V2)[..3], [1, 13, 0xf04]);
+        assert_eq!(flags(8, GicChoice::V2)[9..], [1, 10, 0xff04]);
+    }
+
+    #[test]
+    fn redistributor_regions_are_counted_where_there_is_more_than_one() {
+        let gic = ["interrupt-controller@8000000"];
+        let property = |cpus| {
+            let tree = tree(cpus, GicChoice::V3);
+            let reg = get(&tree, &gic, "reg").cloned();
+            (get(&tree, &gic, "#redistributor-regions").cloned(), reg)
+        };
+        let first = [0x0800_0000_u64, 0x1_0000, 0x080a_0000, 123 * 0x2_0000];
+        assert_eq!(property(123), (None, Some(Value::from(first.to_vec()))));
+        let both = [first.as_slice(), &[0x6000_0000, 7 * 0x2_0000]].concat();
+        assert_eq!(
+            property(130),
+            (Some(Value::from(2_u32)), Some(Value::from(both)))
+        );
+    }
+
+    #[test]
+    fn a_gic_v2_has_both_its_frames() {
+        let tree = tree(8, GicChoice::V2);
+        let gic = ["interrupt-controller@8000000"];
+        assert_eq!(
+            get(&tree, &gic, "compatible"),
+            text("arm,cortex-a15-gic").as_ref()
+        );
+        let reg = vec![0x0800_0000_u64, 0x1000, 0x0801_0000, 0x2000];
+        assert_eq!(get(&tree, &gic, "reg"), Some(&Value::from(reg)));
+    }
+
+    #[test]
+    fn cpus_are_started_by_psci_and_mapped_to_clusters_of_16() {
+        let tree = tree(18, GicChoice::V3);
+        assert_eq!(get(&tree, &["psci"], "method"), text("hvc").as_ref());
+        let cpu = ["cpus", "cpu@101"];
+        assert_eq!(cells(get(&tree, &cpu, "reg")), [0x101]);
+        assert_eq!(get(&tree, &cpu, "enable-method"), text("psci").as_ref());
+        let core = ["cpus", "cpu-map", "cluster1", "core1"];
+        assert_eq!(get(&tree, &core, "cpu"), get(&tree, &cpu, "phandle"));
+        assert!(tree.at(&["cpus", "cpu-map", "cluster1", "core2"]).is_none());
+    }
+
+    #[test]
+    fn the_power_key_is_line_3_of_the_gpio() {
+        let tree = tree(1, GicChoice::V3);
+        let key = ["gpio-keys", "poweroff"];
+        let gpio = cells(get(&tree, &["gpio@9030000"], "phandle"))[0];
+        assert_eq!(cells(get(&tree, &key, "gpios")), [gpio, 3, 0]);
+        assert_eq!(cells(get(&tree, &key, "linux,code")), [116]);
+    }
+
+    #[test]
+    fn a_second_gpio_has_no_power_key() {
+        let second = "[[device]]\nkind = \"pl061\"\nbase = 0x0904_0000\nspi = 8\n";
+        let tree = tree_of(&format!("{VIRT}\n{second}"), &request(1, GicChoice::V3));
+        assert!(get(&tree, &["gpio@9030000"], "phandle").is_some());
+        assert_eq!(get(&tree, &["gpio@9040000"], "phandle"), None);
+    }
+
+    #[test]
+    fn devices_raise_the_interrupts_of_the_board() {
+        let tree = tree(1, GicChoice::V3);
+        let irq = |name: &str| cells(get(&tree, &[name], "interrupts"));
+        assert_eq!(irq("serial@9000000"), [0, 1, 4]);
+        assert_eq!(irq("rtc@9010000"), [0, 2, 4]);
+        assert_eq!(irq("gpio@9030000"), [0, 7, 4]);
+        // Edge-triggered.
+        assert_eq!(irq("virtio_mmio@a000000"), [0, 16, 1]);
+        assert_eq!(irq("virtio_mmio@a000200"), [0, 17, 1]);
+        assert!(tree.at(&["virtio_mmio@a000400"]).is_none());
+    }
+
+    #[test]
+    fn chosen_holds_what_was_asked_for() {
+        let mut request = request(1, GicChoice::V3);
+        let chosen = |request: &Request<Aarch64>| {
+            tree_of(VIRT, request)
+                .at(&["chosen"])
+                .cloned()
+                .expect("/chosen")
+        };
+        let plain = chosen(&request);
+        assert_eq!(
+            plain.get("bootargs"),
+            text("console=ttyAMA0 \"quoted\"").as_ref()
+        );
+        assert_eq!(plain.get("stdout-path"), text("/serial@9000000").as_ref());
+        for absent in ["linux,initrd-start", "kaslr-seed", "rng-seed"] {
+            assert_eq!(plain.get(absent), None, "{absent}");
+        }
+        request.initrd = Some(0x1234);
+        request.seeds = Some(Seeds {
+            kaslr: 0x1122_3344_5566_7788,
+            rng: [7; 64],
+        });
+        let full = chosen(&request);
+        let number = |number: u64| Some(Value::from(number));
+        assert_eq!(full.get("linux,initrd-start"), number(0x4000_0000).as_ref());
+        // Exclusive.
+        assert_eq!(full.get("linux,initrd-end"), number(0x4000_1234).as_ref());
+        assert_eq!(
+            full.get("kaslr-seed"),
+            number(0x1122_3344_5566_7788).as_ref()
+        );
+        assert_eq!(full.get("rng-seed"), Some(&Value::Bytes(vec![7; 64])));
+    }
+
+    #[test]
+    fn a_machine_without_a_console_or_key_has_no_trace_of_them() {
+        let bare = VIRT
+            .split("# Devices;")
+            .next()
+            .expect("the part before the devices");
+        let request = Request {
+            virtio: 0,
+            ..request(1, GicChoice::V3)
+        };
+        let tree = tree_of(bare, &request);
+        assert!(tree.at(&["aliases"]).is_none());
+        assert!(tree.at(&["gpio-keys"]).is_none());
+        assert_eq!(get(&tree, &["chosen"], "stdout-path"), None);
+    }
+}

@@ -1,0 +1,827 @@
+//! The plan of a machine, and the one function that makes it.
+
+use crate::board::{BoardDeviceKind, Share};
+use crate::irq::{GicChoice, Spi};
+use crate::range::Range;
+use crate::size::{parse_size, show_size};
+use crate::width::{MAX_BITS, Region, Width, WidthPolicy};
+use crate::{Arch, Architecture, Board};
+use serde::Serialize;
+use std::fmt;
+
+/// Guest memory and its banks are multiples of this many bytes: the largest host page, so that a
+/// plan holds on every host.
+pub const MEMORY_UNIT: u64 = 0x1_0000;
+
+/// SPIs of a machine: KVM takes at most 992 interrupts, 32 of them private
+/// (arch/arm64/kvm/vgic/vgic-kvm-device.c: vgic_set_common_attr).
+pub const SPIS: u32 = 960;
+
+/// Bytes of a PrimeCell device's register window: its last register is PCellID3 at 0xffc (Arm DDI
+/// 0183, section 3.2).
+pub const DEVICE_SIZE: u64 = 0x1000;
+
+/// The GPIO line of the power key, as on QEMU's virt machine.
+pub const POWER_KEY_LINE: u32 = 3;
+
+/// Bytes of one virtio-mmio register window (virtio 1.2, section 4.2.2; 0x200 by custom).
+pub const VIRTIO_MMIO_SIZE: u64 = 0x200;
+
+/// What the user asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request<A: Arch> {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// How to choose the address width.
+    pub width: WidthPolicy,
+    /// The interrupt controller; only aarch64 has a choice.
+    pub gic: GicChoice,
+    /// The kernel's header; a plan without a kernel shows the machine alone.
+    pub kernel: Option<A::Kernel>,
+    /// The initrd's size in bytes.
+    pub initrd: Option<u64>,
+    /// The kernel command line.
+    pub cmdline: String,
+    /// Random numbers for the guest; without them its tree is the same each time.
+    pub seeds: Option<Seeds>,
+    /// How many virtio slots are in use, from the first.
+    pub virtio: u32,
+}
+
+/// Fresh random numbers for one start of the guest.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Seeds {
+    /// `/chosen/kaslr-seed`: 64 bits that place the kernel in its address space.
+    pub kaslr: u64,
+    /// `/chosen/rng-seed`: credited to the guest's random number generator.
+    pub rng: [u8; 64],
+}
+
+impl fmt::Debug for Seeds {
+    /// Hides the numbers: they are secrets of the guest.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seeds(hidden)")
+    }
+}
+
+/// Everything that is decided about a machine before KVM is asked to make it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan<A: Arch> {
+    /// The board's name.
+    pub board: String,
+    /// Where everything lies.
+    pub layout: Layout<A>,
+    /// The address width, with its reason.
+    pub width: Width,
+    /// The vCPUs, by index.
+    pub vcpus: Vec<A::Vcpu>,
+    /// What the VMM writes to guest memory beside kernel and initrd.
+    #[serde(skip)]
+    pub blobs: Vec<Blob>,
+}
+
+/// Where everything lies.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Layout<A: Arch> {
+    /// Banks of RAM, by address.
+    pub ram: Vec<Range>,
+    /// Devices with their windows and interrupts, in the board's order.
+    pub devices: Vec<Placed>,
+    /// The interrupt controller.
+    pub irqchip: A::Irqchip,
+    /// Kernel, initrd and blobs.
+    pub payload: Payload,
+}
+
+/// A device in its window.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Placed {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Its registers.
+    pub window: Range,
+    /// Its interrupt.
+    pub spi: Spi,
+}
+
+/// Kinds of device that a machine can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceKind {
+    /// ARM PrimeCell UART: the serial console.
+    Pl011,
+    /// ARM PrimeCell real-time clock.
+    Pl031,
+    /// ARM PrimeCell GPIO with the power key on line 3.
+    Pl061,
+    /// A virtio device over MMIO.
+    VirtioMmio {
+        /// Its slot.
+        slot: u32,
+    },
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceKind::Pl011 => f.write_str("PL011 serial console"),
+            DeviceKind::Pl031 => f.write_str("PL031 real-time clock"),
+            DeviceKind::Pl061 => f.write_str("PL061 GPIO, power key"),
+            DeviceKind::VirtioMmio { slot } => write!(f, "virtio-mmio slot {slot}"),
+        }
+    }
+}
+
+/// Where the guest's software is put.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Payload {
+    /// The memory that the kernel takes, its BSS included.
+    pub kernel: Option<Range>,
+    /// The first instruction of the boot CPU.
+    pub entry: u64,
+    /// The initrd.
+    pub initrd: Option<Range>,
+    /// The first blob: the device tree or the zero page.
+    pub info: u64,
+}
+
+/// Bytes that the VMM writes to guest memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blob {
+    /// What it is ("device tree").
+    pub name: &'static str,
+    /// Its first guest-physical address.
+    pub address: u64,
+    /// Its content.
+    pub bytes: Vec<u8>,
+}
+
+impl<A: Arch> Layout<A> {
+    /// Every region of the machine, by address: RAM, devices and interrupt controller.
+    #[must_use]
+    pub fn regions(&self) -> Vec<Region> {
+        let mut regions = ram_regions(&self.ram);
+        regions.extend(self.devices.iter().map(|device| Region {
+            name: device.kind.to_string(),
+            range: device.window,
+        }));
+        regions.extend(A::irqchip_regions(&self.irqchip));
+        regions.sort_by_key(|region| region.range);
+        regions
+    }
+}
+
+/// Why there is no plan. Each message says the numbers and what would work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// A board of another architecture.
+    #[error("board '{board}' is for {has} guests; this plan is for {wants}")]
+    WrongArchitecture {
+        /// The board.
+        board: String,
+        /// Its architecture.
+        has: Architecture,
+        /// The plan's.
+        wants: Architecture,
+    },
+    /// No vCPU.
+    #[error("0 vCPUs were asked for; use --cpus 1 or more")]
+    NoCpus,
+    /// More vCPUs than the interrupt controller or the host serves.
+    #[error("{asked} vCPUs were asked for; {why}; use --cpus {most} or fewer")]
+    TooManyCpus {
+        /// Asked for.
+        asked: u32,
+        /// The most.
+        most: u32,
+        /// What sets the limit.
+        why: String,
+    },
+    /// No memory.
+    #[error("0 bytes of memory were asked for; use --memory 512M, say")]
+    NoMemory,
+    /// Memory that is no whole number of pages.
+    #[error(
+        "memory of {asked} bytes is not a multiple of 64 KiB; the next that is: --memory {next}"
+    )]
+    UnalignedMemory {
+        /// Bytes asked for.
+        asked: u64,
+        /// The next size that fits, as one writes it.
+        next: String,
+    },
+    /// A bank that is not aligned to 64 KiB.
+    #[error(
+        "RAM bank {bank} of board '{board}' ({range}) is not aligned to 64 KiB; change its base and size"
+    )]
+    UnalignedBank {
+        /// The board.
+        board: String,
+        /// The bank, from 0.
+        bank: usize,
+        /// Where it lies.
+        range: Range,
+    },
+    /// Memory that does not fill the board's banks of fixed size.
+    #[error(
+        "memory of {asked} is less than the banks of fixed size on board '{board}' take ({fixed}); use --memory {fixed} or more"
+    )]
+    BanksNotFilled {
+        /// The board.
+        board: String,
+        /// Asked for, as one writes it.
+        asked: String,
+        /// What the banks take.
+        fixed: String,
+    },
+    /// More memory than the board's banks hold.
+    #[error(
+        "memory of {asked} is more than the banks of board '{board}' hold ({most}); use --memory {most} or less"
+    )]
+    BanksFull {
+        /// The board.
+        board: String,
+        /// Asked for, as one writes it.
+        asked: String,
+        /// What the banks hold.
+        most: String,
+    },
+    /// A range that ends past 2^64.
+    #[error(
+        "{name} at {start:#x} with {size:#x} bytes ends past 2^64; use less memory or a lower base"
+    )]
+    Wraps {
+        /// What it is.
+        name: String,
+        /// Its first address.
+        start: u64,
+        /// Its bytes.
+        size: u64,
+    },
+    /// Memory that ends past 2^64, let alone within the host's address bits.
+    #[error("memory of {asked} does not fit into the {limit} address bits of this host; {advice}")]
+    MemoryWraps {
+        /// Asked for, as one writes it.
+        asked: String,
+        /// Bits that the host offers.
+        limit: u8,
+        /// What would work.
+        advice: String,
+    },
+    /// Two things in one place.
+    #[error(
+        "{} ({}) and {} ({}) overlap on board '{board}'; {advice}",
+        a.name, a.range, b.name, b.range
+    )]
+    Overlap {
+        /// The board.
+        board: String,
+        /// The lower one.
+        a: Box<Region>,
+        /// The other.
+        b: Box<Region>,
+        /// What would work.
+        advice: String,
+    },
+    /// Two devices on one interrupt.
+    #[error("{a} and {b} share SPI {spi} on board '{board}'; give each its own")]
+    SharedInterrupt {
+        /// The board.
+        board: String,
+        /// One.
+        a: String,
+        /// The other.
+        b: String,
+        /// The SPI.
+        spi: u32,
+    },
+    /// An interrupt that no controller has.
+    #[error("{name} gets SPI {spi} on board '{board}'; SPIs are numbered 0 to {last}; change the board's file", last = SPIS - 1)]
+    NoSuchInterrupt {
+        /// The board.
+        board: String,
+        /// The device.
+        name: String,
+        /// The SPI.
+        spi: u32,
+    },
+    /// More virtio devices than slots.
+    #[error("{asked} virtio devices were asked for; board '{board}' has {slots} slots")]
+    NoVirtioSlot {
+        /// The board.
+        board: String,
+        /// Asked for.
+        asked: u32,
+        /// Slots.
+        slots: u32,
+    },
+    /// A machine wider than the host.
+    #[error("{name} ends at {last:#x} and needs {need} address bits; this host offers {limit}{only}; {advice}", only = if *fixed { " and no other number" } else { "" })]
+    TooWide {
+        /// The highest region.
+        name: String,
+        /// Its last address.
+        last: u64,
+        /// Bits that it needs.
+        need: u8,
+        /// Bits that the host offers.
+        limit: u8,
+        /// Whether the host offers just this width.
+        fixed: bool,
+        /// What would work.
+        advice: String,
+    },
+    /// `--ipa-bits N` too few for the machine.
+    #[error(
+        "--ipa-bits {asked} is too few: {name} ends at {last:#x} and needs {need} bits; {advice}"
+    )]
+    TooNarrow {
+        /// Bits asked for.
+        asked: u8,
+        /// The highest region.
+        name: String,
+        /// Its last address.
+        last: u64,
+        /// Bits that it needs.
+        need: u8,
+        /// What would work.
+        advice: String,
+    },
+    /// `--ipa-bits N` that the host does not offer.
+    #[error("--ipa-bits {asked}: this host offers {offered}; use --ipa-bits fit")]
+    WidthNotOffered {
+        /// Bits asked for.
+        asked: u8,
+        /// What the host offers ("32 to 44 bits").
+        offered: String,
+    },
+    /// An interrupt controller that the host does not emulate.
+    #[error("{asked} is not offered by this host's KVM, which has {offered}; {advice}")]
+    IrqchipNotOffered {
+        /// Asked for.
+        asked: String,
+        /// What the host has.
+        offered: String,
+        /// What would work.
+        advice: String,
+    },
+    /// A board that lacks what the plan needs.
+    #[error("board '{board}' has no {what}; add it to the board's file")]
+    BoardLacks {
+        /// The board.
+        board: String,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// A kernel whose page size the host's CPUs lack.
+    #[error(
+        "the kernel uses {kernel} pages, which this host's CPUs cannot translate for a guest (they offer {offered}); use a kernel with such pages"
+    )]
+    PageSize {
+        /// The kernel's page size.
+        kernel: String,
+        /// The host's.
+        offered: String,
+    },
+    /// Memory too small for what is loaded.
+    #[error("guest memory of {memory} is too small: {needs}; use --memory {advice} or more")]
+    TooSmall {
+        /// The memory of the bank that things are loaded to.
+        memory: String,
+        /// What takes how much.
+        needs: String,
+        /// Memory that would do.
+        advice: String,
+    },
+    /// A first bank too small for what is loaded, which more memory does not enlarge.
+    #[error(
+        "the first RAM bank of board '{board}' ({memory}) is too small: {needs}; more memory does not enlarge it: change the board's file"
+    )]
+    BankTooSmall {
+        /// The board.
+        board: String,
+        /// What the bank holds, as one writes it.
+        memory: String,
+        /// What takes how much.
+        needs: String,
+    },
+    /// A placement that the boot protocol forbids.
+    #[error("{0}")]
+    BootProtocol(String),
+    /// A device tree that cannot be encoded.
+    #[error("{0}")]
+    Tree(#[from] armlet_fdt::EncodeError),
+}
+
+/// Plans a machine: check, layout, overlap check, width, vCPUs, blobs.
+///
+/// # Errors
+/// [`PlanError`], with the numbers and what would work.
+pub fn plan<A: Arch>(
+    board: &Board,
+    request: &Request<A>,
+    host: &A::Host,
+) -> Result<Plan<A>, PlanError> {
+    check::<A>(board, request)?;
+    let (ram, devices, irqchip) = map::<A>(board, request, host, request.memory)
+        .map_err(|error| with_memory_limit::<A>(error, board, request, host))?;
+    let highest = check_overlaps::<A>(board, &ram, &devices, &irqchip)?;
+    let width = A::width(&highest, request.width, host)
+        .map_err(|error| with_advice::<A>(error, board, request, host))?;
+    let payload = A::payload(&ram, request, host)
+        .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
+    let vcpus: Vec<_> = (0..request.cpus)
+        .map(|index| A::vcpu(index, &payload))
+        .collect();
+    let layout = Layout {
+        ram,
+        devices,
+        irqchip,
+        payload,
+    };
+    let blobs = A::blobs(board, &layout, &vcpus, request)
+        .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
+    Ok(Plan {
+        board: board.name.clone(),
+        layout,
+        width,
+        vcpus,
+        blobs,
+    })
+}
+
+fn check<A: Arch>(board: &Board, request: &Request<A>) -> Result<(), PlanError> {
+    if board.arch != A::ARCHITECTURE {
+        return Err(PlanError::WrongArchitecture {
+            board: board.name.clone(),
+            has: board.arch,
+            wants: A::ARCHITECTURE,
+        });
+    }
+    if request.cpus == 0 {
+        return Err(PlanError::NoCpus);
+    }
+    if request.memory == 0 {
+        return Err(PlanError::NoMemory);
+    }
+    if !request.memory.is_multiple_of(MEMORY_UNIT) {
+        let next = (request.memory / MEMORY_UNIT).saturating_add(1);
+        return Err(PlanError::UnalignedMemory {
+            asked: request.memory,
+            next: show_size(next.saturating_mul(MEMORY_UNIT)),
+        });
+    }
+    Ok(())
+}
+
+type Map<A> = (Vec<Range>, Vec<Placed>, <A as Arch>::Irqchip);
+
+/// The address map with `memory` bytes of RAM.
+fn map<A: Arch>(
+    board: &Board,
+    request: &Request<A>,
+    host: &A::Host,
+    memory: u64,
+) -> Result<Map<A>, PlanError> {
+    let ram = place_ram(board, memory)?;
+    let devices = place_devices(board, request.virtio)?;
+    let irqchip = A::irqchip(board, request, host, &ram)?;
+    Ok((ram, devices, irqchip))
+}
+
+fn place_ram(board: &Board, memory: u64) -> Result<Vec<Range>, PlanError> {
+    let fixed = board
+        .memory
+        .iter()
+        .fold(0_u64, |sum, bank| match bank.share {
+            Share::Exactly(size) => sum.saturating_add(size),
+            _ => sum,
+        });
+    let Some(mut left) = memory.checked_sub(fixed) else {
+        return Err(PlanError::BanksNotFilled {
+            board: board.name.clone(),
+            asked: show_size(memory),
+            fixed: show_size(fixed),
+        });
+    };
+    let mut ram = Vec::new();
+    for (index, bank) in board.memory.iter().enumerate() {
+        let size = match bank.share {
+            Share::Exactly(size) => size,
+            Share::UpTo(most) => left.min(most),
+            Share::Rest => left,
+        };
+        if !matches!(bank.share, Share::Exactly(_)) {
+            left -= size;
+        }
+        if size == 0 {
+            continue;
+        }
+        let range = Range::new(bank.base, size).ok_or_else(|| PlanError::Wraps {
+            name: format!("RAM bank {index}"),
+            start: bank.base,
+            size,
+        })?;
+        if !(bank.base | size).is_multiple_of(MEMORY_UNIT) {
+            return Err(PlanError::UnalignedBank {
+                board: board.name.clone(),
+                bank: index,
+                range,
+            });
+        }
+        ram.push(range);
+    }
+    if left > 0 {
+        return Err(PlanError::BanksFull {
+            board: board.name.clone(),
+            asked: show_size(memory),
+            most: show_size(memory - left),
+        });
+    }
+    ram.sort();
+    Ok(ram)
+}
+
+fn place_devices(board: &Board, virtio: u32) -> Result<Vec<Placed>, PlanError> {
+    let window = |name: &str, start, size| {
+        Range::new(start, size).ok_or_else(|| PlanError::Wraps {
+            name: name.to_owned(),
+            start,
+            size,
+        })
+    };
+    let mut devices = Vec::new();
+    for device in &board.devices {
+        let kind = match device.kind {
+            BoardDeviceKind::Pl011 => DeviceKind::Pl011,
+            BoardDeviceKind::Pl031 => DeviceKind::Pl031,
+            BoardDeviceKind::Pl061 => DeviceKind::Pl061,
+        };
+        devices.push(Placed {
+            kind,
+            window: window(&kind.to_string(), device.base, DEVICE_SIZE)?,
+            spi: Spi(device.spi),
+        });
+    }
+    let slots = board.virtio_mmio.map_or(0, |virtio| virtio.slots);
+    if virtio > slots {
+        return Err(PlanError::NoVirtioSlot {
+            board: board.name.clone(),
+            asked: virtio,
+            slots,
+        });
+    }
+    if let Some(slots) = board.virtio_mmio {
+        for slot in 0..virtio {
+            let start = slots
+                .base
+                .saturating_add(u64::from(slot) * VIRTIO_MMIO_SIZE);
+            let kind = DeviceKind::VirtioMmio { slot };
+            devices.push(Placed {
+                kind,
+                window: window(&kind.to_string(), start, VIRTIO_MMIO_SIZE)?,
+                spi: Spi(slots.spi.saturating_add(slot)),
+            });
+        }
+    }
+    match devices.iter().find(|device| device.spi.0 >= SPIS) {
+        None => Ok(devices),
+        Some(device) => Err(PlanError::NoSuchInterrupt {
+            board: board.name.clone(),
+            name: device.kind.to_string(),
+            spi: device.spi.0,
+        }),
+    }
+}
+
+fn ram_regions(ram: &[Range]) -> Vec<Region> {
+    ram.iter()
+        .enumerate()
+        .map(|(index, range)| Region {
+            name: match ram.len() {
+                1 => "guest RAM".to_owned(),
+                _ => format!("RAM bank {index}"),
+            },
+            range: *range,
+        })
+        .collect()
+}
+
+/// Refuses overlaps and shared interrupts; returns the region with the highest address.
+fn check_overlaps<A: Arch>(
+    board: &Board,
+    ram: &[Range],
+    devices: &[Placed],
+    irqchip: &A::Irqchip,
+) -> Result<Region, PlanError> {
+    let mut regions = ram_regions(ram);
+    regions.extend(devices.iter().map(|device| Region {
+        name: device.kind.to_string(),
+        range: device.window,
+    }));
+    regions.extend(A::irqchip_regions(irqchip));
+    regions.sort_by_key(|region| region.range);
+    for pair in regions.windows(2) {
+        let [a, b] = pair else { continue };
+        if a.range.overlaps(b.range) {
+            let is_ram = |region: &Region| ram.contains(&region.range);
+            return Err(PlanError::Overlap {
+                board: board.name.clone(),
+                a: Box::new(a.clone()),
+                b: Box::new(b.clone()),
+                advice: if is_ram(a) && !is_ram(b) {
+                    format!(
+                        "that bank holds {} at most",
+                        show_size(b.range.start() - a.range.start())
+                    )
+                } else {
+                    "change the board's file".to_owned()
+                },
+            });
+        }
+    }
+    let mut lines: Vec<(u32, String)> = devices
+        .iter()
+        .map(|device| (device.spi.0, device.kind.to_string()))
+        .collect();
+    lines.sort();
+    for pair in lines.windows(2) {
+        if pair[0].0 == pair[1].0 {
+            return Err(PlanError::SharedInterrupt {
+                board: board.name.clone(),
+                a: pair[0].1.clone(),
+                b: pair[1].1.clone(),
+                spi: pair[0].0,
+            });
+        }
+    }
+    regions.pop().ok_or(PlanError::NoMemory)
+}
+
+/// Turns memory that ends past 2^64 into an error that says what the host holds.
+fn with_memory_limit<A: Arch>(
+    error: PlanError,
+    board: &Board,
+    request: &Request<A>,
+    host: &A::Host,
+) -> PlanError {
+    let PlanError::Wraps { start, .. } = error else {
+        return error;
+    };
+    let bank = board.memory.iter().find(|bank| bank.base == start);
+    let end = Range::new(u64::MAX, 1).filter(|_| bank.is_some());
+    let too_wide = end.map(|range| {
+        let name = "guest RAM".to_owned();
+        A::width(&Region { name, range }, WidthPolicy::Fit, host)
+    });
+    match too_wide {
+        Some(Err(PlanError::TooWide { limit, .. })) => PlanError::MemoryWraps {
+            asked: show_size(request.memory),
+            limit,
+            advice: advice_on_memory(
+                largest_memory::<A>(board, request, host, limit),
+                &board.name,
+            ),
+        },
+        _ => error,
+    }
+}
+
+fn advice_on_memory(fits: Option<u64>, board: &str) -> String {
+    match fits {
+        Some(memory) => format!("use --memory {} or less", show_size(memory)),
+        None => format!("no memory size makes board '{board}' fit"),
+    }
+}
+
+/// Completes an error about the width by the largest memory that fits.
+fn with_advice<A: Arch>(
+    error: PlanError,
+    board: &Board,
+    request: &Request<A>,
+    host: &A::Host,
+) -> PlanError {
+    let bits = match &error {
+        PlanError::TooWide { limit, .. } => *limit,
+        PlanError::TooNarrow { asked, .. } => *asked,
+        _ => return error,
+    };
+    let fits = largest_memory::<A>(board, request, host, bits);
+    let smaller = advice_on_memory(fits, &board.name);
+    match error {
+        PlanError::TooWide {
+            name,
+            last,
+            need,
+            limit,
+            fixed,
+            ..
+        } => PlanError::TooWide {
+            name,
+            last,
+            need,
+            limit,
+            fixed,
+            advice: match fits {
+                Some(_) => smaller,
+                None if need <= MAX_BITS => {
+                    format!("{smaller}: use a host with {need} bits or another board")
+                }
+                None => format!("{smaller}: use another board"),
+            },
+        },
+        PlanError::TooNarrow {
+            asked,
+            name,
+            last,
+            need,
+            ..
+        } => PlanError::TooNarrow {
+            asked,
+            name,
+            last,
+            need,
+            advice: format!("use --ipa-bits fit, or {smaller}"),
+        },
+        other => other,
+    }
+}
+
+/// Corrects an error about too little memory where the board's banks make its advice worthless.
+fn with_bank_limit<A: Arch>(
+    error: PlanError,
+    board: &Board,
+    request: &Request<A>,
+    host: &A::Host,
+) -> PlanError {
+    let PlanError::TooSmall {
+        memory,
+        needs,
+        advice,
+    } = error
+    else {
+        return error;
+    };
+    let more = |size| {
+        let ram = place_ram(board, size)?;
+        A::payload(&ram, request, host).map(|_| ())
+    };
+    // Banks may fill so that no memory size does, and hold less than was advised.
+    match parse_size(&advice).map(more) {
+        Ok(Err(PlanError::TooSmall { .. } | PlanError::BanksFull { .. })) => {
+            PlanError::BankTooSmall {
+                board: board.name.clone(),
+                memory,
+                needs,
+            }
+        }
+        _ => PlanError::TooSmall {
+            memory,
+            needs,
+            advice,
+        },
+    }
+}
+
+/// The most memory, at most what was asked for, with which the machine fits `bits` address bits.
+fn largest_memory<A: Arch>(
+    board: &Board,
+    request: &Request<A>,
+    host: &A::Host,
+    bits: u8,
+) -> Option<u64> {
+    let fits = |units: u64| {
+        map::<A>(board, request, host, units * MEMORY_UNIT)
+            .and_then(|(ram, devices, irqchip)| {
+                check_overlaps::<A>(board, &ram, &devices, &irqchip)
+            })
+            .is_ok_and(|highest| highest.range.bits() <= bits)
+    };
+    let fixed: u64 = board
+        .memory
+        .iter()
+        .map(|bank| match bank.share {
+            Share::Exactly(size) => size / MEMORY_UNIT,
+            _ => 0,
+        })
+        .sum();
+    // More memory never lowers the highest address, so the sizes that fit come first.
+    let (mut low, mut high) = (fixed.max(1), request.memory / MEMORY_UNIT);
+    if !fits(low) {
+        return None;
+    }
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if fits(middle) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    Some(low * MEMORY_UNIT)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+//! How many guest-physical (IPA) address bits a machine gets, and why.
+
+use crate::range::Range;
+use serde::Serialize;
+use std::fmt;
+use std::str::FromStr;
+
+/// The fewest bits that KVM gives a VM (`ARM64_MIN_PARANGE_BITS`,
+/// arch/arm64/include/asm/sysreg.h).
+pub const MIN_BITS: u8 = 32;
+/// The most bits that the architecture's 52-bit extensions (FEAT_LPA, FEAT_LPA2) give.
+pub const MAX_BITS: u8 = 52;
+
+/// What was asked for by `--ipa-bits`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum WidthPolicy {
+    /// As few bits as the machine's highest address needs.
+    #[default]
+    Fit,
+    /// As many as the host offers.
+    Max,
+    /// Just so many bits, 32 to 52.
+    Exact(u8),
+}
+
+impl FromStr for WidthPolicy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "fit" => Ok(WidthPolicy::Fit),
+            "max" => Ok(WidthPolicy::Max),
+            number => match number.parse() {
+                Ok(bits @ MIN_BITS..=MAX_BITS) => Ok(WidthPolicy::Exact(bits)),
+                _ => Err(format!(
+                    "IPA bits '{number}' are not known; use fit, max or a number from {MIN_BITS} to {MAX_BITS}"
+                )),
+            },
+        }
+    }
+}
+
+impl fmt::Display for WidthPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WidthPolicy::Fit => f.write_str("fit"),
+            WidthPolicy::Max => f.write_str("max"),
+            WidthPolicy::Exact(bits) => write!(f, "{bits}"),
+        }
+    }
+}
+
+/// A range of the machine's map with the name that people know it by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Region {
+    /// What lies there ("RAM bank 0", "GIC distributor").
+    pub name: String,
+    /// Where.
+    pub range: Range,
+}
+
+/// The chosen width with its reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Width {
+    /// Guest-physical address bits that the VM is created with.
+    pub bits: u8,
+    /// Bits that the machine needs: those of its highest address, at least 32.
+    pub need: u8,
+    /// The region with the highest address.
+    pub highest: Region,
+    /// The most that the host offers, in bits.
+    pub limit: u8,
+    /// Whether the host offers this one width and no other (KVM before 4.20).
+    pub fixed: bool,
+    /// Stage-2 translation levels at `bits` on the host's page size.
+    pub levels: u8,
+    /// Stage-2 translation levels that `limit` would have cost.
+    pub levels_at_limit: u8,
+    /// The host's page size in bytes, which is stage 2's granule.
+    pub host_page: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_read_back_as_they_are_shown() {
+        for policy in [
+            WidthPolicy::Fit,
+            WidthPolicy::Max,
+            WidthPolicy::Exact(32),
+            WidthPolicy::Exact(52),
+        ] {
+            assert_eq!(policy.to_string().parse(), Ok(policy));
+        }
+    }
+
+    #[test]
+    fn zero_and_widths_out_of_the_architecture_are_refused() {
+        for text in ["0", "31", "53", "256", "-1", "", "Fit", "40 "] {
+            let error = text.parse::<WidthPolicy>().expect_err(text);
+            assert!(error.contains("32 to 52"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! x86_64 guests.
+
+pub mod boot;
+pub mod phys;
+
+use crate::image::{Header, ImageError, X86BzImage};
+use crate::plan::{Blob, Layout, Payload, PlanError, Request};
+use crate::width::{Region, Width, WidthPolicy};
+use crate::{Arch, Architecture, Board, Range};
+use serde::Serialize;
+
+/// Most vCPUs: an I/O APIC names its target by 8 bits, of which 255 means all
+/// (82093AA datasheet, section 3.2.4, IOREDTBL bits 63:56).
+pub const MAX_VCPUS: u32 = 255;
+
+/// The I/O APIC's registers: where every PC has them (82093AA datasheet, section 3.0), and KVM's
+/// default (arch/x86/kvm/ioapic.h: IOAPIC_DEFAULT_BASE_ADDRESS).
+const IOAPIC: u64 = 0xfec0_0000;
+/// The local APICs' registers after reset, the same for each vCPU (Intel SDM volume 3, section
+/// 11.4.1; arch/x86/include/asm/apicdef.h: APIC_DEFAULT_PHYS_BASE).
+const LAPIC: u64 = 0xfee0_0000;
+/// Bytes of each of the two windows.
+const APIC_SIZE: u64 = 0x1000;
+
+/// x86_64 as an [`Arch`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct X86_64;
+
+/// What KVM/x86 said of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Host {
+    /// Most guest-physical address bits: CPUID 0x8000_0008 as KVM_GET_SUPPORTED_CPUID gives it,
+    /// EAX bits 23:16 where they are not 0, else bits 7:0 (arch/x86/kvm/cpuid.c).
+    pub phys_bits: u8,
+    /// Most vCPUs in one VM (KVM_CAP_MAX_VCPUS).
+    pub max_vcpus: u32,
+}
+
+/// The interrupt controllers, at fixed places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Irqchip {
+    /// The I/O APIC, 4 KiB.
+    pub ioapic: Range,
+    /// The local APICs, 4 KiB: each vCPU sees its own there.
+    pub lapic: Range,
+}
+
+/// A vCPU before its first instruction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Vcpu {
+    /// Its local APIC's number: KVM takes the vCPU's own (arch/x86/kvm/lapic.c: kvm_lapic_reset).
+    pub apic_id: u32,
+    /// Where the boot CPU begins; the others wait for INIT and SIPI.
+    pub boot: Option<Boot>,
+}
+
+/// Registers of the boot CPU: long mode with paging (Documentation/arch/x86/boot.rst, section
+/// "64-bit Boot Protocol"). Interrupts are off. CS is [`boot::BOOT_CS`], the other segments are
+/// [`boot::BOOT_DS`], both as [`boot::GDT`] describes them. Further registers are 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Boot {
+    /// The kernel's 64-bit entry.
+    pub rip: u64,
+    /// The zero page's address.
+    pub rsi: u64,
+    /// Bit 1 reads as 1; IF is clear.
+    pub rflags: u64,
+    /// PE, ET and PG.
+    pub cr0: u64,
+    /// The first page table's address.
+    pub cr3: u64,
+    /// PAE.
+    pub cr4: u64,
+    /// LME and LMA.
+    pub efer: u64,
+    /// GDTR: the table's address.
+    pub gdt_base: u64,
+    /// GDTR: the table's last byte.
+    pub gdt_limit: u16,
+}
+
+impl Arch for X86_64 {
+    const ARCHITECTURE: Architecture = Architecture::X86_64;
+    type Host = Host;
+    type Kernel = X86BzImage;
+    type Irqchip = Irqchip;
+    type Vcpu = Vcpu;
+
+    fn kernel(header: &Header) -> Result<X86BzImage, ImageError> {
+        header.x86_64().cloned()
+    }
+
+    fn assumed_host(board: &Board) -> Host {
+        Host {
+            phys_bits: board.host.ipa_limit,
+            max_vcpus: MAX_VCPUS,
+        }
+    }
+
+    fn irqchip(
+        _board: &Board,
+        request: &Request<Self>,
+        host: &Host,
+        _ram: &[Range],
+    ) -> Result<Irqchip, PlanError> {
+        check_vcpus(request.cpus, host)?;
+        let window = |name: &str, start| {
+            Range::new(start, APIC_SIZE).ok_or_else(|| PlanError::Wraps {
+                name: name.to_owned(),
+                start,
+                size: APIC_SIZE,
+            })
+        };
+        Ok(Irqchip {
+            ioapic: window("I/O APIC", IOAPIC)?,
+            lapic: window("local APICs", LAPIC)?,
+        })
+    }
+
+    fn irqchip_regions(irqchip: &Irqchip) -> Vec<Region> {
+        [("I/O APIC", irqchip.ioapic), ("local APICs", irqchip.lapic)]
+            .map(|(name, range)| Region {
+                name: name.to_owned(),
+                range,
+            })
+            .to_vec()
+    }
+
+    fn width(highest: &Region, policy: WidthPolicy, host: &Host) -> Result<Width, PlanError> {
+        phys::width(highest, policy, host)
+    }
+
+    fn payload(ram: &[Range], request: &Request<Self>, _host: &Host) -> Result<Payload, PlanError> {
+        boot::place(ram, request)
+    }
+
+    fn vcpu(index: u32, payload: &Payload) -> Vcpu {
+        Vcpu {
+            apic_id: index,
+            boot: (index == 0).then(|| boot::registers(payload)),
+        }
+    }
+
+    fn blobs(
+        _board: &Board,
+        layout: &Layout<Self>,
+        _vcpus: &[Vcpu],
+        request: &Request<Self>,
+    ) -> Result<Vec<Blob>, PlanError> {
+        boot::blobs(layout, request)
+    }
+}
+
+fn check_vcpus(asked: u32, host: &Host) -> Result<(), PlanError> {
+    let (most, why) = match host.max_vcpus {
+        most @ 0..MAX_VCPUS => (most, format!("this host's KVM offers {most}")),
+        _ => (MAX_VCPUS, format!("an I/O APIC serves {MAX_VCPUS}")),
+    };
+    if asked > most {
+        return Err(PlanError::TooManyCpus { asked, most, why });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::GicChoice;
+    use crate::{Plan, plan};
+
+    const PC: &str = include_str!("../../../boards/pc.toml");
+
+    fn pc() -> Board {
+        Board::parse(PC).expect("valid")
+    }
+
+    fn request(memory: u64) -> Request<X86_64> {
+        Request {
+            cpus: 1,
+            memory,
+            width: WidthPolicy::Fit,
+            gic: GicChoice::Auto,
+            kernel: None,
+            initrd: None,
+            cmdline: "console=ttyS0".to_owned(),
+            seeds: None,
+            virtio: 0,
+        }
+    }
+
+    fn planned(board: &Board, request: &Request<X86_64>) -> Result<Plan<X86_64>, String> {
+        plan(board, request, &X86_64::assumed_host(board)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_pc_board_plans_what_it_says() {
+        let board = pc();
+        assert_eq!(board.name, "pc");
+        assert_eq!(board.host.gic, []);
+        let plan = planned(&board, &request(board.guest.memory)).expect("fits");
+        assert_eq!(
+            plan.layout.ram,
+            [Range::new(0, 512 << 20).expect("not empty")]
+        );
+        assert_eq!(plan.width.bits, 32);
+        assert_eq!(plan.width.highest.name, "local APICs");
+        assert_eq!(plan.width.limit, 46);
+    }
+
+    #[test]
+    fn memory_beyond_3_gib_lies_above_4_gib() {
+        let ram = |memory| planned(&pc(), &request(memory)).expect("fits").layout.ram;
+        let bank = |start, size| Range::new(start, size).expect("not empty");
+        assert_eq!(ram(3 << 30), [bank(0, 3 << 30)]);
+        let plan = planned(&pc(), &request(4 << 30)).expect("fits");
+        assert_eq!(plan.layout.ram, [bank(0, 3 << 30), bank(4 << 30, 1 << 30)]);
+        assert_eq!((plan.width.bits, plan.width.levels), (33, 4));
+        let names: Vec<_> = plan.layout.regions().into_iter().map(|r| r.name).collect();
+        assert_eq!(
+            names,
+            ["RAM bank 0", "I/O APIC", "local APICs", "RAM bank 1"]
+        );
+    }
+
+    #[test]
+    fn a_machine_wider_than_the_host_is_refused_with_what_fits() {
+        let host = Host {
+            phys_bits: 36,
+            max_vcpus: 8,
+        };
+        let error = plan(&pc(), &request(64 << 30), &host).expect_err("too wide");
+        assert_eq!(
+            error.to_string(),
+            "RAM bank 1 ends at 0x103fffffff and needs 37 address bits; this host offers 36; use --memory 63G or less"
+        );
+        assert!(plan(&pc(), &request(63 << 30), &host).is_ok());
+    }
+
+    #[test]
+    fn ram_over_the_interrupt_controllers_is_refused() {
+        let board =
+            Board::parse(&PC.replacen("up-to = \"3G\"", "up-to = \"4G\"", 1)).expect("valid");
+        assert_eq!(
+            planned(&board, &request(5 << 30)),
+            Err("RAM bank 0 (0x0-0xffffffff) and I/O APIC (0xfec00000-0xfec00fff) overlap on board 'pc'; that bank holds 4076M at most".to_owned())
+        );
+    }
+
+    #[test]
+    fn vcpus_are_limited_by_the_host_and_by_the_io_apic() {
+        let error = |cpus, max_vcpus| {
+            let request = Request {
+                cpus,
+                ..request(512 << 20)
+            };
+            let host = Host {
+                phys_bits: 46,
+                max_vcpus,
+            };
+            plan(&pc(), &request, &host)
+                .expect_err("too many")
+                .to_string()
+        };
+        assert_eq!(
+            error(9, 8),
+            "9 vCPUs were asked for; this host's KVM offers 8; use --cpus 8 or fewer"
+        );
+        assert_eq!(
+            error(256, 4096),
+            "256 vCPUs were asked for; an I/O APIC serves 255; use --cpus 255 or fewer"
+        );
+    }
+
+    #[test]
+    fn one_vcpu_starts_and_the_others_wait() {
+        let request = Request {
+            cpus: 255,
+            ..request(512 << 20)
+        };
+        let plan = planned(&pc(), &request).expect("fits");
+        let ids: Vec<_> = plan.vcpus.iter().map(|vcpu| vcpu.apic_id).collect();
+        assert_eq!(ids, (0..255).collect::<Vec<_>>());
+        let boots = plan.vcpus.iter().filter(|vcpu| vcpu.boot.is_some());
+        assert_eq!(boots.count(), 1);
+        assert_eq!(
+            plan.vcpus[0].boot,
+            Some(Boot {
+                rip: 0x10_0200,
+                rsi: 0x1000,
+                rflags: 2,
+                cr0: 0x8000_0011,
+                cr3: 0x3000,
+                cr4: 0x20,
+                efer: 0x500,
+                gdt_base: 0x2000,
+                gdt_limit: 31,
+            })
+        );
+    }
+}

@@ -1,0 +1,130 @@
+//! The guest's physical address bits: how many it is told, and what they cost.
+
+use super::Host;
+use crate::plan::PlanError;
+use crate::width::{MIN_BITS, Region, Width, WidthPolicy};
+
+/// Bytes of a page, and the granule of EPT and NPT.
+const PAGE: u64 = 0x1000;
+
+/// Chooses the width for a machine whose highest address lies in `highest`. The advice in an
+/// error about the fit is left empty: [`crate::plan()`] knows what would fit.
+pub(super) fn width(
+    highest: &Region,
+    policy: WidthPolicy,
+    host: &Host,
+) -> Result<Width, PlanError> {
+    let need = highest.range.bits().max(MIN_BITS);
+    let limit = host.phys_bits;
+    if let WidthPolicy::Exact(asked) = policy
+        && !(MIN_BITS..=limit).contains(&asked)
+    {
+        return Err(PlanError::WidthNotOffered {
+            asked,
+            offered: format!("{MIN_BITS} to {limit} bits"),
+        });
+    }
+    if need > limit {
+        return Err(PlanError::TooWide {
+            name: highest.name.clone(),
+            last: highest.range.last(),
+            need,
+            limit,
+            fixed: false,
+            advice: String::new(),
+        });
+    }
+    let bits = match policy {
+        WidthPolicy::Fit => need,
+        WidthPolicy::Max => limit,
+        WidthPolicy::Exact(asked) if asked < need => {
+            return Err(PlanError::TooNarrow {
+                asked,
+                name: highest.name.clone(),
+                last: highest.range.last(),
+                need,
+                advice: String::new(),
+            });
+        }
+        WidthPolicy::Exact(asked) => asked,
+    };
+    Ok(Width {
+        bits,
+        need,
+        highest: highest.clone(),
+        limit,
+        fixed: false,
+        levels: tdp_levels(bits),
+        levels_at_limit: tdp_levels(limit),
+        host_page: PAGE,
+    })
+}
+
+/// Levels of EPT for a guest that is told `bits` address bits: KVM takes a fifth only where it is
+/// needed (arch/x86/kvm/mmu/mmu.c: kvm_mmu_get_tdp_level). NPT has always as many as the host's
+/// own page tables, which this cannot know (arch/x86/kvm/svm/svm.c: get_npt_level).
+#[must_use]
+pub const fn tdp_levels(bits: u8) -> u8 {
+    if bits <= 48 { 4 } else { 5 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Range;
+    use proptest::prelude::*;
+
+    fn ending_at(end: u64) -> Region {
+        Region {
+            name: "guest RAM".to_owned(),
+            range: Range::new(0, end).expect("not empty"),
+        }
+    }
+
+    fn host(phys_bits: u8) -> Host {
+        Host {
+            phys_bits,
+            max_vcpus: 1,
+        }
+    }
+
+    #[test]
+    fn a_fifth_level_is_for_more_than_48_bits() {
+        let chosen = width(&ending_at(5 << 30), WidthPolicy::Fit, &host(52)).expect("fits");
+        assert_eq!((chosen.bits, chosen.need, chosen.limit), (33, 33, 52));
+        assert_eq!((chosen.levels, chosen.levels_at_limit), (4, 5));
+        assert_eq!(chosen.host_page, 4096);
+        let chosen = width(&ending_at(1 << 20), WidthPolicy::Exact(49), &host(52)).expect("fits");
+        assert_eq!((chosen.bits, chosen.need, chosen.levels), (49, 32, 5));
+        let chosen = width(&ending_at(1 << 20), WidthPolicy::Max, &host(48)).expect("fits");
+        assert_eq!((chosen.bits, chosen.levels), (48, 4));
+    }
+
+    #[test]
+    fn the_hosts_limit_is_named_as_on_arm64() {
+        let error = width(&ending_at(1 << 20), WidthPolicy::Exact(40), &host(39));
+        assert_eq!(
+            error.map_err(|error| error.to_string()),
+            Err("--ipa-bits 40: this host offers 32 to 39 bits; use --ipa-bits fit".to_owned())
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_width_holds_the_machine_within_the_hosts_limit(
+            end in 1_u64..(1 << 53), limit: u8, asked: u8, policy in 0..3,
+        ) {
+            let policy = match policy {
+                0 => WidthPolicy::Fit,
+                1 => WidthPolicy::Max,
+                _ => WidthPolicy::Exact(asked),
+            };
+            let region = ending_at(end);
+            if let Ok(width) = width(&region, policy, &host(limit)) {
+                prop_assert!((MIN_BITS..=limit).contains(&width.bits));
+                prop_assert!(region.range.bits() <= width.bits);
+                prop_assert!(width.levels <= width.levels_at_limit);
+            }
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! The bus: which device answers at an address.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::Device;
+
+/// Windows of addresses and the devices behind them.
+///
+/// It is filled while the machine is built and only read afterwards, so every vCPU
+/// thread shares it in an [`Arc`] and only the device itself is locked.
+#[derive(Default)]
+pub struct Bus {
+    /// Sorted by `start`; no two overlap.
+    windows: Vec<Window>,
+}
+
+/// Why a window could not be put on the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// The window has no bytes.
+    #[error("the device window at {start:#x} has no bytes; give it a length")]
+    Empty {
+        /// First address of the window.
+        start: u64,
+    },
+    /// The window does not end in the address space.
+    #[error("the device window at {start:#x} of {len:#x} bytes passes the last 64-bit address")]
+    Wraps {
+        /// First address of the window.
+        start: u64,
+        /// Length of the window in bytes.
+        len: u64,
+    },
+    /// The window shares addresses with one that is there already.
+    #[error(
+        "the device window at {start:#x} of {len:#x} bytes overlaps the one at \
+         {other_start:#x} of {other_len:#x} bytes; move either"
+    )]
+    Overlaps {
+        /// First address of the window.
+        start: u64,
+        /// Length of the window in bytes.
+        len: u64,
+        /// First address of the window already there.
+        other_start: u64,
+        /// Length of the window already there in bytes.
+        other_len: u64,
+    },
+}
+
+impl Bus {
+    /// An empty bus.
+    pub fn new() -> Bus {
+        Bus::default()
+    }
+
+    /// Puts `device` at the addresses from `start`, `len` bytes long.
+    ///
+    /// # Errors
+    /// When the window is empty, passes the last address, or overlaps another.
+    pub fn insert(
+        &mut self,
+        start: u64,
+        len: u64,
+        device: Arc<Mutex<dyn Device>>,
+    ) -> Result<(), BusError> {
+        let window = Window::new(start, len, device)?;
+        let place = self.windows.partition_point(|other| other.start < start);
+        // Windows are sorted and apart, so only the two neighbours can be in the way.
+        let before = place
+            .checked_sub(1)
+            .and_then(|index| self.windows.get(index));
+        let after = self.windows.get(place);
+        for other in before.into_iter().chain(after) {
+            if window.start <= other.last && other.start <= window.last {
+                return Err(BusError::Overlaps {
+                    start,
+                    len,
+                    other_start: other.start,
+                    other_len: other.last - other.start + 1,
+                });
+            }
+        }
+        self.windows.insert(place, window);
+        Ok(())
+    }
+
+    /// Reads `data.len()` bytes at `address` from the device there.
+    ///
+    /// False when no device holds all of the bytes: `data` is then zeros, and the
+    /// caller counts and logs it.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        data.fill(0);
+        match self.find(address, data.len()) {
+            Some((window, offset)) => {
+                window.lock().read(offset, data);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Writes `data` at `address` to the device there.
+    ///
+    /// False when no device holds all of the bytes: nothing is then written, and the
+    /// caller counts and logs it.
+    pub fn write(&self, address: u64, data: &[u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some((window, offset)) => {
+                window.lock().write(offset, data);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The window that holds all `size` bytes from `address`, and the offset into it.
+    fn find(&self, address: u64, size: usize) -> Option<(&Window, u64)> {
+        let more = u64::try_from(size).ok()?.checked_sub(1)?;
+        let last = address.checked_add(more)?;
+        let next = self.windows.partition_point(|other| other.start <= address);
+        let window = self.windows.get(next.checked_sub(1)?)?;
+        (last <= window.last).then(|| (window, address - window.start))
+    }
+}
+
+/// One device's addresses, both ends included: a window may end at 2^64 - 1.
+struct Window {
+    start: u64,
+    last: u64,
+    device: Arc<Mutex<dyn Device>>,
+}
+
+impl Window {
+    fn new(start: u64, len: u64, device: Arc<Mutex<dyn Device>>) -> Result<Window, BusError> {
+        let more = len.checked_sub(1).ok_or(BusError::Empty { start })?;
+        let last = start
+            .checked_add(more)
+            .ok_or(BusError::Wraps { start, len })?;
+        Ok(Window {
+            start,
+            last,
+            device,
+        })
+    }
+
+    /// A thread that panicked inside a device has not made it unusable: its registers
+    /// are plain data, and the guest of the other threads goes on.
+    fn lock(&self) -> MutexGuard<'_, dyn Device + 'static> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Answers reads with its name, keeps what was written and where.
+    #[derive(Default)]
+    struct Probe {
+        name: u8,
+        reads: Vec<(u64, usize)>,
+        writes: Vec<(u64, Vec<u8>)>,
+    }
+
+    impl Device for Probe {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            self.reads.push((offset, data.len()));
+            data.fill(self.name);
+        }
+
+        fn write(&mut self, offset: u64, data: &[u8]) {
+            assert_ne!(data, b"panic", "asked to");
+            self.writes.push((offset, data.to_vec()));
+        }
+    }
+
+    fn probe(name: u8) -> Arc<Mutex<Probe>> {
+        Arc::new(Mutex::new(Probe {
+            name,
+            ..Probe::default()
+        }))
+    }
+
+    fn bus(windows: &[(u64, u64)]) -> Bus {
+        let mut bus = Bus::new();
+        for (name, &(start, len)) in (1..).zip(windows) {
+            bus.insert(start, len, probe(name))
+                .expect("windows are apart");
+        }
+        bus
+    }
+
+    #[test]
+    fn an_access_reaches_its_device_at_its_offset() {
+        let (first, second) = (probe(1), probe(2));
+        let mut bus = Bus::new();
+        bus.insert(0x2000, 0x1000, second.clone()).expect("free");
+        bus.insert(0x1000, 0x1000, first.clone()).expect("free");
+
+        let mut data = [9; 4];
+        assert!(bus.read(0x1ffc, &mut data));
+        assert_eq!(data, [1; 4]);
+        assert!(bus.read(0x2000, &mut data));
+        assert_eq!(data, [2; 4]);
+        assert!(bus.write(0x2010, b"ab"));
+
+        assert_eq!(first.lock().expect("sound").reads, [(0xffc, 4)]);
+        assert_eq!(second.lock().expect("sound").reads, [(0, 4)]);
+        assert_eq!(
+            second.lock().expect("sound").writes,
+            [(0x10, b"ab".to_vec())]
+        );
+    }
+
+    #[test]
+    fn nothing_there_reads_as_zeros() {
+        let bus = bus(&[(0x1000, 0x1000)]);
+        for address in [0, 0xfff, 0x2000, u64::MAX] {
+            let mut data = [9; 1];
+            assert!(!bus.read(address, &mut data), "{address:#x}");
+            assert_eq!(data, [0]);
+            assert!(!bus.write(address, &[1]));
+        }
+        assert!(!Bus::new().read(0, &mut [0]));
+    }
+
+    #[test]
+    fn an_access_across_the_end_of_a_window_reaches_nobody() {
+        let bus = bus(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
+        let mut data = [9; 4];
+        assert!(!bus.read(0x1ffe, &mut data));
+        assert_eq!(data, [0; 4]);
+        assert!(!bus.write(0x1ffe, &[1; 4]));
+        assert!(!bus.read(0xffe, &mut data));
+        assert!(!bus.read(u64::MAX - 1, &mut data));
+    }
+
+    #[test]
+    fn an_access_of_no_bytes_reaches_nobody() {
+        let bus = bus(&[(0, 0x1000)]);
+        assert!(!bus.read(0, &mut []));
+        assert!(!bus.write(0, &[]));
+    }
+
+    #[test]
+    fn a_window_may_end_at_the_last_address() {
+        let mut bus = Bus::new();
+        assert_eq!(bus.insert(u64::MAX - 3, 4, probe(7)), Ok(()));
+        let mut data = [0; 4];
+        assert!(bus.read(u64::MAX - 3, &mut data));
+        assert_eq!(data, [7; 4]);
+    }
+
+    #[test]
+    fn bad_windows_are_refused_with_their_numbers() {
+        let mut bus = bus(&[(0x1000, 0x1000)]);
+        assert_eq!(
+            bus.insert(0x5000, 0, probe(2)),
+            Err(BusError::Empty { start: 0x5000 })
+        );
+        assert_eq!(
+            bus.insert(u64::MAX, 2, probe(2)),
+            Err(BusError::Wraps {
+                start: u64::MAX,
+                len: 2
+            })
+        );
+        for (start, len) in [
+            (0x1000, 0x1000),
+            (0x0, 0x1001),
+            (0x1fff, 1),
+            (0x1800, 0x10),
+            (0, 0x10000),
+        ] {
+            assert_eq!(
+                bus.insert(start, len, probe(2)),
+                Err(BusError::Overlaps {
+                    start,
+                    len,
+                    other_start: 0x1000,
+                    other_len: 0x1000
+                })
+            );
+        }
+        assert_eq!(bus.insert(0, 0x1000, probe(2)), Ok(()));
+        assert_eq!(bus.insert(0x2000, 1, probe(3)), Ok(()));
+    }
+
+    #[test]
+    fn errors_say_where() {
+        let error = BusError::Overlaps {
+            start: 0x1000,
+            len: 0x100,
+            other_start: 0x1080,
+            other_len: 0x10,
+        };
+        assert_eq!(
+            error.to_string(),
+            "the device window at 0x1000 of 0x100 bytes overlaps the one at 0x1080 of 0x10 \
+             bytes; move either"
+        );
+    }
+
+    #[test]
+    fn a_thread_that_panicked_in_a_device_does_not_stop_the_others() {
+        let bus = Arc::new(bus(&[(0x1000, 0x1000)]));
+        let victim = bus.clone();
+        let thread = thread::spawn(move || victim.write(0x1000, b"panic"));
+        assert!(thread.join().is_err());
+        let mut data = [0; 1];
+        assert!(bus.read(0x1000, &mut data));
+        assert_eq!(data, [1]);
+    }
+
+    proptest! {
+        /// The bus agrees with looking at every window in turn.
+        #[test]
+        fn search_agrees_with_a_list(
+            wanted in prop::collection::vec((0u64..200, 0u64..20), 0..20),
+            accesses in prop::collection::vec((0u64..230, 1usize..9), 1..50),
+        ) {
+            let mut bus = Bus::new();
+            let mut list: Vec<(u64, u64, u8)> = Vec::new();
+            for (name, (start, len)) in (1..).zip(wanted) {
+                let free = len > 0
+                    && list.iter().all(|&(s, l, _)| start + len <= s || s + l <= start);
+                prop_assert_eq!(bus.insert(start, len, probe(name)).is_ok(), free);
+                if free {
+                    list.push((start, len, name));
+                }
+            }
+            for (address, size) in accesses {
+                let end = address + size as u64;
+                let there = list.iter().find(|&&(s, l, _)| s <= address && end <= s + l);
+                let mut data = vec![0xff; size];
+                prop_assert_eq!(bus.read(address, &mut data), there.is_some());
+                prop_assert_eq!(data, vec![there.map_or(0, |w| w.2); size]);
+            }
+        }
+    }
+}

@@ -1,0 +1,537 @@
+//! The serial port of Arm boards: PrimeCell UART PL011 (ARM DDI 0183, revision r1p1).
+//!
+//! Both directions are faster than any line, so neither FIFO is ever slow: output is
+//! gone before the write that made it returns, and a received byte's "no more data
+//! for 32 bit periods" has always passed. From this follow three choices:
+//!
+//! * The transmit FIFO is always empty. Its interrupt is raised by each write, because
+//!   the hardware raises it on the passage through the trigger level and not on the
+//!   level (section 2.8, UARTTXINTR). Enabling alone raises nothing; Linux writes first.
+//! * Whatever is received raises the receive timeout interrupt at once, beside the
+//!   receive interrupt when the trigger level is reached.
+//! * Bytes wait with the caller until the guest listens and they fit ([`Pl011::wanted`]),
+//!   so input is never overrun, and a change of FIFO depth keeps what is in it.
+//!
+//! The enable bits of UARTCR are kept but gate nothing: firmware prints without them.
+//! The line is "connected": CTS, DSR and DCD are asserted, so a guest that waits for
+//! a carrier goes on. There is no DMA and no infrared; their registers are only kept.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::{Device, IrqLine, primecell};
+
+/// Where the guest's output goes.
+///
+/// Called with the device locked: it should not wait for long, as a vCPU waits with it.
+pub trait Output: Send {
+    /// Takes the next bytes of the output, all of them, in order.
+    fn write(&mut self, bytes: &[u8]);
+}
+
+impl<F: FnMut(&[u8]) + Send> Output for F {
+    fn write(&mut self, bytes: &[u8]) {
+        self(bytes);
+    }
+}
+
+/// A PL011 UART.
+pub struct Pl011 {
+    line: Arc<dyn IrqLine>,
+    output: Box<dyn Output>,
+    on_room: Box<dyn Fn() + Send>,
+    /// What the line was last set to.
+    level: bool,
+    /// Accesses that no register answers.
+    faults: u64,
+    registers: Registers,
+    /// Received characters in the layout of UARTDR, oldest first.
+    rx: VecDeque<u16>,
+    /// A looped-back character was lost and none has been taken in since.
+    overrun: bool,
+    /// Reads of UARTFR without a write between, and without a character taken before there were
+    /// [`POLLS`] of them.
+    polls: u8,
+}
+
+/// So many reads of UARTFR without a write between are a guest that waits for input.
+///
+/// The transmitter is always empty, so a guest that sends reads it once before each character
+/// and at most once after (Linux's early console). When Linux's driver throws away what was
+/// received before it opened the port, it takes a character after each. EDK2 asks for input by
+/// reading UARTFR and UARTCR in turn, so reads of other registers do not matter.
+const POLLS: u8 = 3;
+
+/// The registers that hold a value; the others are computed.
+struct Registers {
+    rsr: u32,
+    ilpr: u32,
+    ibrd: u32,
+    fbrd: u32,
+    lcr_h: u32,
+    cr: u32,
+    ifls: u32,
+    imsc: u32,
+    ris: u32,
+    dmacr: u32,
+}
+
+/// UARTPeriphID0 to 3: part 0x011, designer 0x41 (Arm), revision 1, configuration 0.
+/// QEMU has the same. Linux takes a revision below 3 to have FIFOs of 16
+/// (drivers/tty/serial/amba-pl011.c, `get_fifosize_arm`).
+const PERIPHERAL_ID: [u8; 4] = [0x11, 0x10, 0x14, 0x00];
+
+/// Depth of either FIFO in characters, up to revision r1p4.
+const FIFO_DEPTH: usize = 16;
+
+/// Offsets in bytes (section 3.2).
+mod offset {
+    pub(super) const DR: u64 = 0x00;
+    pub(super) const RSR_ECR: u64 = 0x04;
+    pub(super) const FR: u64 = 0x18;
+    pub(super) const ILPR: u64 = 0x20;
+    pub(super) const IBRD: u64 = 0x24;
+    pub(super) const FBRD: u64 = 0x28;
+    pub(super) const LCR_H: u64 = 0x2c;
+    pub(super) const CR: u64 = 0x30;
+    pub(super) const IFLS: u64 = 0x34;
+    pub(super) const IMSC: u64 = 0x38;
+    pub(super) const RIS: u64 = 0x3c;
+    pub(super) const MIS: u64 = 0x40;
+    pub(super) const ICR: u64 = 0x44;
+    pub(super) const DMACR: u64 = 0x48;
+}
+
+/// UARTDR: what came with a received character (section 3.3.1).
+mod dr {
+    pub(super) const BREAK: u16 = 1 << 10;
+    pub(super) const OVERRUN: u32 = 1 << 11;
+}
+
+/// UARTRSR: framing, parity and break of the character last read, and overrun
+/// (section 3.3.2).
+mod rsr {
+    pub(super) const OF_CHARACTER: u32 = 0x7;
+    pub(super) const OVERRUN: u32 = 1 << 3;
+}
+
+/// UARTFR (section 3.3.3).
+mod fr {
+    pub(super) const CTS: u32 = 1 << 0;
+    pub(super) const DSR: u32 = 1 << 1;
+    pub(super) const DCD: u32 = 1 << 2;
+    pub(super) const RXFE: u32 = 1 << 4;
+    pub(super) const RXFF: u32 = 1 << 6;
+    pub(super) const TXFE: u32 = 1 << 7;
+    pub(super) const RI: u32 = 1 << 8;
+}
+
+/// UARTLCR_H (section 3.3.7).
+mod lcr_h {
+    pub(super) const BRK: u32 = 1 << 0;
+    pub(super) const FEN: u32 = 1 << 4;
+}
+
+/// UARTCR (section 3.3.8).
+mod cr {
+    pub(super) const LBE: u32 = 1 << 7;
+    pub(super) const TXE: u32 = 1 << 8;
+    pub(super) const RXE: u32 = 1 << 9;
+    pub(super) const DTR: u32 = 1 << 10;
+    pub(super) const RTS: u32 = 1 << 11;
+    pub(super) const OUT1: u32 = 1 << 12;
+    pub(super) const OUT2: u32 = 1 << 13;
+}
+
+/// UARTIMSC, UARTRIS, UARTMIS and UARTICR (sections 3.3.10 to 3.3.13).
+mod interrupt {
+    pub(super) const RI: u32 = 1 << 0;
+    pub(super) const CTS: u32 = 1 << 1;
+    pub(super) const DCD: u32 = 1 << 2;
+    pub(super) const DSR: u32 = 1 << 3;
+    pub(super) const RX: u32 = 1 << 4;
+    pub(super) const TX: u32 = 1 << 5;
+    pub(super) const RT: u32 = 1 << 6;
+    pub(super) const BE: u32 = 1 << 9;
+    pub(super) const OE: u32 = 1 << 10;
+}
+
+/// Bits that exist in each register; the others read as zero (section 3.3).
+mod mask {
+    pub(super) const ILPR: u32 = 0xff;
+    pub(super) const IBRD: u32 = 0xffff;
+    pub(super) const FBRD: u32 = 0x3f;
+    pub(super) const LCR_H: u32 = 0xff;
+    pub(super) const CR: u32 = 0xff87;
+    pub(super) const IFLS: u32 = 0x3f;
+    pub(super) const INTERRUPTS: u32 = 0x7ff;
+    pub(super) const DMACR: u32 = 0x7;
+}
+
+impl Registers {
+    /// The reset values (section 3.2, table 3-1).
+    fn at_reset() -> Registers {
+        Registers {
+            rsr: 0,
+            ilpr: 0,
+            ibrd: 0,
+            fbrd: 0,
+            lcr_h: 0,
+            cr: cr::TXE | cr::RXE,
+            ifls: 0x12,
+            imsc: 0,
+            ris: 0,
+            dmacr: 0,
+        }
+    }
+}
+
+impl Pl011 {
+    /// A UART as after power-on, its line low.
+    ///
+    /// `on_room` is called each time something that the guest did makes
+    /// [`wanted`](Self::wanted) more than 0 where it was 0, with the device locked: it may wake
+    /// an event loop, but not come back into the device.
+    pub fn new(
+        line: Arc<dyn IrqLine>,
+        output: Box<dyn Output>,
+        on_room: Box<dyn Fn() + Send>,
+    ) -> Pl011 {
+        Pl011 {
+            line,
+            output,
+            on_room,
+            level: false,
+            faults: 0,
+            registers: Registers::at_reset(),
+            rx: VecDeque::with_capacity(FIFO_DEPTH),
+            overrun: false,
+            polls: 0,
+        }
+    }
+
+    /// How many bytes the caller should hand to [`receive`](Self::receive) now: as many as fit
+    /// while the guest listens, else 0.
+    ///
+    /// It listens while the receive or the receive timeout interrupt is unmasked, or while it
+    /// polls UARTFR. A guest that does not listen may throw away what it finds in the FIFO, as
+    /// Linux's driver does when it opens the port; what waits with the caller is not lost.
+    ///
+    /// Linux's driver also unmasks receiving for a moment before that (`pl011_hwinit` to
+    /// `pl011_allocate_irq`), which looks the same: bytes handed over in between are lost.
+    pub fn wanted(&self) -> usize {
+        let listens = self.registers.imsc & (interrupt::RX | interrupt::RT) != 0;
+        if listens || self.polls >= POLLS {
+            self.room()
+        } else {
+            0
+        }
+    }
+
+    /// How many bytes [`receive`](Self::receive) would take now, whether the guest listens or
+    /// not. None while the guest has the receiver looped back to the transmitter.
+    pub fn room(&self) -> usize {
+        if self.is_looped_back() {
+            0
+        } else {
+            self.depth().saturating_sub(self.rx.len())
+        }
+    }
+
+    /// Takes as many of `bytes` as fit and returns how many. The caller hands over what is
+    /// [`wanted`](Self::wanted), keeps the rest and comes back when `on_room` was called.
+    pub fn receive(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(self.room());
+        for &byte in bytes.iter().take(taken) {
+            self.take_in(u16::from(byte));
+        }
+        self.update_line();
+        taken
+    }
+
+    /// Receives a break, the condition that Linux answers as SysRq on its console.
+    /// False, and nothing happened, when there is no room.
+    pub fn receive_break(&mut self) -> bool {
+        let fits = self.room() > 0;
+        if fits {
+            self.take_in_break();
+            self.update_line();
+        }
+        fits
+    }
+
+    /// Does what writing each of `bytes` to UARTDR would do, with one call of the
+    /// output: for writes that were collected before they reached the device.
+    pub fn write_data(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.polls = 0;
+        self.transmit(bytes);
+        self.update_line();
+    }
+
+    /// Accesses so far at offsets, of widths or in directions that no register answers.
+    pub fn faults(&self) -> u64 {
+        self.faults
+    }
+
+    /// Back to power-on: registers, receive FIFO and line. Output is already out.
+    pub fn reset(&mut self) {
+        let was_wanted = self.wanted() > 0;
+        self.registers = Registers::at_reset();
+        self.rx.clear();
+        self.overrun = false;
+        self.polls = 0;
+        self.settle(was_wanted);
+    }
+
+    fn read_register(&mut self, offset: u64) -> Option<u32> {
+        let registers = &self.registers;
+        Some(match offset {
+            offset::DR => self.take_out(),
+            offset::RSR_ECR => registers.rsr,
+            offset::FR => self.flags(),
+            offset::ILPR => registers.ilpr,
+            offset::IBRD => registers.ibrd,
+            offset::FBRD => registers.fbrd,
+            offset::LCR_H => registers.lcr_h,
+            offset::CR => registers.cr,
+            offset::IFLS => registers.ifls,
+            offset::IMSC => registers.imsc,
+            offset::RIS => registers.ris,
+            offset::MIS => registers.ris & registers.imsc,
+            offset::DMACR => registers.dmacr,
+            _ => return primecell::identify(PERIPHERAL_ID, offset),
+        })
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
+        let registers = &mut self.registers;
+        match offset {
+            offset::DR => self.transmit(&value.to_le_bytes()[..1]),
+            // UARTECR: a write of any value clears the errors.
+            offset::RSR_ECR => registers.rsr = 0,
+            offset::ILPR => registers.ilpr = value & mask::ILPR,
+            offset::IBRD => registers.ibrd = value & mask::IBRD,
+            offset::FBRD => registers.fbrd = value & mask::FBRD,
+            offset::LCR_H => self.set_line_control(value & mask::LCR_H),
+            offset::CR => self.set_control(value & mask::CR),
+            offset::IFLS => {
+                let reached = self.is_trigger_reached();
+                self.registers.ifls = value & mask::IFLS;
+                self.update_receive_interrupts(reached);
+            }
+            offset::IMSC => registers.imsc = value & mask::INTERRUPTS,
+            offset::ICR => registers.ris &= !value,
+            offset::DMACR => registers.dmacr = value & mask::DMACR,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Sends bytes out, and in again when looped back.
+    fn transmit(&mut self, bytes: &[u8]) {
+        self.output.write(bytes);
+        if self.is_looped_back() {
+            for &byte in bytes {
+                self.loop_back(u16::from(byte));
+            }
+        }
+        self.registers.ris |= interrupt::TX;
+    }
+
+    /// Only here can the receiver be overrun: the guest does it to itself.
+    fn loop_back(&mut self, character: u16) {
+        if self.rx.len() < self.depth() {
+            self.take_in(character);
+        } else {
+            self.overrun = true;
+            self.registers.rsr |= rsr::OVERRUN;
+            self.registers.ris |= interrupt::OE;
+        }
+    }
+
+    fn take_in(&mut self, character: u16) {
+        let reached = self.is_trigger_reached();
+        self.rx.push_back(character);
+        self.overrun = false;
+        self.registers.ris |= interrupt::RT;
+        self.update_receive_interrupts(reached);
+    }
+
+    /// A break is one character of zeros with its mark (section 3.3.1).
+    fn take_in_break(&mut self) {
+        self.take_in(dr::BREAK);
+        self.registers.ris |= interrupt::BE;
+    }
+
+    /// The answer to a read of UARTDR. An empty receiver answers zero.
+    fn take_out(&mut self) -> u32 {
+        let reached = self.is_trigger_reached();
+        let character = u32::from(self.rx.pop_front().unwrap_or(0));
+        self.update_receive_interrupts(reached);
+        self.registers.rsr =
+            (self.registers.rsr & rsr::OVERRUN) | (character >> 8 & rsr::OF_CHARACTER);
+        if self.overrun {
+            character | dr::OVERRUN
+        } else {
+            character
+        }
+    }
+
+    /// UARTRXINTR passes with the trigger level and UARTRTINTR goes when nothing is
+    /// left (section 2.8). What the guest cleared in between stays clear
+    /// until the level is reached anew. `reached` tells of the trigger before.
+    fn update_receive_interrupts(&mut self, reached: bool) {
+        if !self.is_trigger_reached() {
+            self.registers.ris &= !interrupt::RX;
+        } else if !reached {
+            self.registers.ris |= interrupt::RX;
+        }
+        if self.rx.is_empty() {
+            self.registers.ris &= !interrupt::RT;
+        }
+    }
+
+    fn is_trigger_reached(&self) -> bool {
+        self.rx.len() >= self.trigger()
+    }
+
+    /// The fill of the receive FIFO that raises UARTRXINTR, in characters: eighths of
+    /// the depth by RXIFLSEL (section 3.3.9). Reserved values are taken as the highest.
+    fn trigger(&self) -> usize {
+        if self.depth() == 1 {
+            return 1;
+        }
+        let eighths = match self.registers.ifls >> 3 {
+            0b000 => 1,
+            0b001 => 2,
+            0b010 => 4,
+            0b011 => 6,
+            _ => 7,
+        };
+        FIFO_DEPTH * eighths / 8
+    }
+
+    /// With FEN off a FIFO is a holding register of one character.
+    fn depth(&self) -> usize {
+        if self.registers.lcr_h & lcr_h::FEN == 0 {
+            1
+        } else {
+            FIFO_DEPTH
+        }
+    }
+
+    fn set_line_control(&mut self, value: u32) {
+        let reached = self.is_trigger_reached();
+        let break_begins = value & !self.registers.lcr_h & lcr_h::BRK != 0;
+        self.registers.lcr_h = value;
+        self.update_receive_interrupts(reached);
+        if break_begins && self.is_looped_back() && self.rx.len() < self.depth() {
+            self.take_in_break();
+        }
+    }
+
+    /// A change of a modem input raises its interrupt (section 2.8); inputs change
+    /// only by looping the modem outputs back to them.
+    fn set_control(&mut self, value: u32) {
+        let before = self.modem_inputs();
+        self.registers.cr = value;
+        let changed = before ^ self.modem_inputs();
+        for (input, raised) in [
+            (fr::RI, interrupt::RI),
+            (fr::CTS, interrupt::CTS),
+            (fr::DCD, interrupt::DCD),
+            (fr::DSR, interrupt::DSR),
+        ] {
+            if changed & input != 0 {
+                self.registers.ris |= raised;
+            }
+        }
+    }
+
+    /// The modem bits of UARTFR. When looped back, each input follows an output
+    /// (section 3.3.8, LBE).
+    fn modem_inputs(&self) -> u32 {
+        if !self.is_looped_back() {
+            return fr::CTS | fr::DSR | fr::DCD;
+        }
+        [
+            (cr::RTS, fr::CTS),
+            (cr::DTR, fr::DSR),
+            (cr::OUT1, fr::DCD),
+            (cr::OUT2, fr::RI),
+        ]
+        .into_iter()
+        .filter(|(output, _)| self.registers.cr & output != 0)
+        .fold(0, |inputs, (_, input)| inputs | input)
+    }
+
+    fn is_looped_back(&self) -> bool {
+        self.registers.cr & cr::LBE != 0
+    }
+
+    /// UARTFR: never busy, the transmitter always empty.
+    fn flags(&self) -> u32 {
+        let mut flags = fr::TXFE | self.modem_inputs();
+        if self.rx.is_empty() {
+            flags |= fr::RXFE;
+        }
+        if self.rx.len() >= self.depth() {
+            flags |= fr::RXFF;
+        }
+        flags
+    }
+
+    /// Ends everything that the guest does to the device.
+    fn settle(&mut self, was_wanted: bool) {
+        self.update_line();
+        if !was_wanted && self.wanted() > 0 {
+            (self.on_room)();
+        }
+    }
+
+    fn update_line(&mut self) {
+        let level = self.registers.ris & self.registers.imsc != 0;
+        if level != self.level {
+            self.level = level;
+            self.line.set(level);
+        }
+    }
+}
+
+impl Device for Pl011 {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let was_wanted = self.wanted() > 0;
+        self.polls = match offset {
+            offset::FR => self.polls.saturating_add(1),
+            offset::DR if self.polls < POLLS => 0,
+            _ => self.polls,
+        };
+        let value = primecell::reaches_register(offset, data.len())
+            .then(|| self.read_register(offset))
+            .flatten();
+        match value {
+            Some(value) => primecell::answer(data, value),
+            None => self.faults += 1,
+        }
+        self.settle(was_wanted);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let was_wanted = self.wanted() > 0;
+        self.polls = 0;
+        let answered = primecell::reaches_register(offset, data.len())
+            .then(|| self.write_register(offset, primecell::written(data)))
+            .flatten();
+        if answered.is_none() {
+            self.faults += 1;
+        }
+        self.settle(was_wanted);
+    }
+}
+
+#[cfg(test)]
+mod tests;

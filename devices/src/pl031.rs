@@ -1,0 +1,493 @@
+//! The real-time clock of Arm boards: PrimeCell RTC PL031 (ARM DDI 0224).
+//!
+//! The time, and setting it, are those of [`vm_superio::Rtc`]: seconds since 1970 by
+//! the host's clock, plus what the guest loaded. It has no alarm (its match register
+//! only reads back), and a write to its control register throws away the time that
+//! the guest has set, where a clock that runs takes no notice (section 3.3.4; QEMU
+//! ignores it too). Linux writes that register each time its driver is loaded. Both
+//! are put right here. A host whose clock stands before 1970 makes it panic.
+//!
+//! A device has no timer of its own. Who owns the event loop asks
+//! [`Pl031::deadline`] for how long, and then calls [`Pl031::poll`].
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vm_superio::rtc_pl031::NoEvents;
+use vm_superio::{Rtc, RtcState};
+
+use crate::{Device, IrqLine, primecell};
+
+/// A PL031 real-time clock with its alarm.
+pub struct Pl031 {
+    line: Arc<dyn IrqLine>,
+    on_deadline: Box<dyn Fn() + Send>,
+    /// Data, load, match and mask registers.
+    rtc: Rtc<NoEvents>,
+    /// RTCRIS: the clock has passed the match register.
+    matched: bool,
+    /// Up to which second the clock was compared with the match register.
+    compared: u32,
+    /// What the line was last set to.
+    level: bool,
+    /// Accesses that no register answers.
+    faults: u64,
+}
+
+/// RTCPeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 0, configuration 0.
+/// Linux matches 0x00041031 (drivers/rtc/rtc-pl031.c).
+const PERIPHERAL_ID: [u8; 4] = [0x31, 0x10, 0x04, 0x00];
+
+/// Offsets in bytes (section 3.2).
+mod offset {
+    pub(super) const DR: u16 = 0x00;
+    pub(super) const MR: u16 = 0x04;
+    pub(super) const LR: u16 = 0x08;
+    pub(super) const CR: u16 = 0x0c;
+    pub(super) const IMSC: u16 = 0x10;
+    pub(super) const RIS: u16 = 0x14;
+    pub(super) const MIS: u16 = 0x18;
+    pub(super) const ICR: u16 = 0x1c;
+}
+
+/// RTCCR: the clock runs. It cannot be stopped once it does.
+const CR_STARTED: u32 = 1;
+
+/// The one interrupt in RTCIMSC, RTCRIS, RTCMIS and RTCICR.
+const INTERRUPT: u32 = 1;
+
+impl Pl031 {
+    /// A clock that runs and shows the host's time, its alarm masked and its line low.
+    ///
+    /// `on_deadline` is called when the guest has done what may change
+    /// [`deadline`](Self::deadline), with the device locked: it may wake an event
+    /// loop, but not come back into the device.
+    pub fn new(line: Arc<dyn IrqLine>, on_deadline: Box<dyn Fn() + Send>) -> Pl031 {
+        let mut clock = Pl031 {
+            line,
+            on_deadline,
+            rtc: Rtc::new(),
+            matched: false,
+            compared: 0,
+            level: false,
+            faults: 0,
+        };
+        clock.compared = clock.now();
+        clock
+    }
+
+    /// How long until the alarm; `None` when the guest waits for none.
+    ///
+    /// By the host's clock as it goes now: ask again after that clock was set, and
+    /// after each [`poll`](Self::poll).
+    pub fn deadline(&mut self) -> Option<Duration> {
+        // The fraction is taken first: if a second begins in between, the answer is
+        // early and asked again, and never late.
+        let fraction = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.subsec_nanos());
+        self.compare();
+        if self.matched || !self.is_unmasked() {
+            return None;
+        }
+        let seconds = self.register(offset::MR).wrapping_sub(self.compared);
+        if seconds == 0 {
+            // The guest has cleared this second's match; the next is 136 years off.
+            return None;
+        }
+        let seconds = Duration::from_secs(u64::from(seconds));
+        Some(seconds.saturating_sub(Duration::from_nanos(u64::from(fraction))))
+    }
+
+    /// Raises the alarm when its time has come.
+    pub fn poll(&mut self) {
+        self.compare();
+        self.update_line();
+    }
+
+    /// Accesses so far at offsets, of widths or in directions that no register answers.
+    pub fn faults(&self) -> u64 {
+        self.faults
+    }
+
+    /// Takes the alarm back to power-on. The time goes on as the guest has set it, as
+    /// that of a clock with a battery does.
+    pub fn reset(&mut self) {
+        let kept = RtcState {
+            mr: 0,
+            imsc: 0,
+            ris: 0,
+            ..self.rtc.state()
+        };
+        self.rtc = Rtc::from_state(&kept, NoEvents);
+        self.matched = false;
+        self.compared = self.now();
+        self.update_line();
+        (self.on_deadline)();
+    }
+
+    fn read_register(&mut self, offset: u64) -> Option<u32> {
+        let Ok(register) = u16::try_from(offset) else {
+            return None;
+        };
+        Some(match register {
+            offset::DR | offset::MR | offset::LR | offset::IMSC => self.register(register),
+            offset::CR => CR_STARTED,
+            offset::RIS => u32::from(self.matched),
+            offset::MIS => u32::from(self.matched && self.is_unmasked()),
+            _ => return primecell::identify(PERIPHERAL_ID, offset),
+        })
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
+        let register = u16::try_from(offset).ok()?;
+        match register {
+            offset::MR | offset::LR => {
+                self.rtc.write(register, &value.to_le_bytes());
+                // A new time is not time that passed, and equal is a match at once.
+                self.compared = self.now();
+                self.matched |= self.compared == self.register(offset::MR);
+            }
+            offset::IMSC => self.rtc.write(register, &value.to_le_bytes()),
+            offset::ICR => self.matched &= value & INTERRUPT == 0,
+            // A clock that runs takes no notice; reading and writing back is usual.
+            offset::CR => return Some(()),
+            _ => return None,
+        }
+        (self.on_deadline)();
+        Some(())
+    }
+
+    /// Notices whether the clock has passed the match register since it was last asked.
+    fn compare(&mut self) {
+        let now = self.now();
+        let passed = now.wrapping_sub(self.compared);
+        let until_match = self.register(offset::MR).wrapping_sub(self.compared);
+        // More than half the range is no time that passed: the host's clock was set
+        // back.
+        let forward = passed <= u32::MAX / 2;
+        if forward && (1..=passed).contains(&until_match) {
+            self.matched = true;
+        }
+        self.compared = now;
+    }
+
+    /// The clock in seconds.
+    fn now(&mut self) -> u32 {
+        self.register(offset::DR)
+    }
+
+    fn is_unmasked(&mut self) -> bool {
+        self.register(offset::IMSC) & INTERRUPT != 0
+    }
+
+    fn register(&mut self, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        self.rtc.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn update_line(&mut self) {
+        let level = self.matched && self.is_unmasked();
+        if level != self.level {
+            self.level = level;
+            self.line.set(level);
+        }
+    }
+}
+
+/// Its registers are 32 bits wide and so are its drivers' accesses; no other is answered.
+fn is_word(offset: u64, size: usize) -> bool {
+    size == 4 && primecell::reaches_register(offset, size)
+}
+
+impl Device for Pl031 {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        self.compare();
+        let value = is_word(offset, data.len())
+            .then(|| self.read_register(offset))
+            .flatten();
+        match value {
+            Some(value) => primecell::answer(data, value),
+            None => self.faults += 1,
+        }
+        self.update_line();
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.compare();
+        let answered = is_word(offset, data.len())
+            .then(|| self.write_register(offset, primecell::written(data)))
+            .flatten();
+        if answered.is_none() {
+            self.faults += 1;
+        }
+        self.update_line();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fake::FakeLine;
+
+    struct Bench {
+        clock: Pl031,
+        line: Arc<FakeLine>,
+        calls: Arc<AtomicUsize>,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let line = FakeLine::new();
+            let calls = Arc::new(AtomicUsize::new(0));
+            let counter = calls.clone();
+            let clock = Pl031::new(
+                line.clone(),
+                Box::new(move || {
+                    counter.fetch_add(1, Ordering::Relaxed);
+                }),
+            );
+            Bench { clock, line, calls }
+        }
+
+        fn read(&mut self, offset: u16) -> u32 {
+            let mut data = [0xff; 4];
+            self.clock.read(u64::from(offset), &mut data);
+            u32::from_le_bytes(data)
+        }
+
+        fn write(&mut self, offset: u16, value: u32) {
+            self.clock.write(u64::from(offset), &value.to_le_bytes());
+        }
+
+        fn calls(&self) -> usize {
+            self.calls.load(Ordering::Relaxed)
+        }
+
+        /// As if the last look at the clock had been `seconds` ago.
+        fn sleep(&mut self, seconds: u32) {
+            self.clock.compared = self.clock.compared.wrapping_sub(seconds);
+        }
+    }
+
+    fn host_seconds() -> u32 {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("after 1970");
+        u32::try_from(since.as_secs()).expect("before 2106")
+    }
+
+    #[test]
+    fn it_starts_with_the_hosts_time_and_a_masked_alarm() {
+        let mut bench = Bench::new();
+        assert!(bench.read(offset::DR) - host_seconds() <= 1);
+        for register in [
+            offset::MR,
+            offset::LR,
+            offset::IMSC,
+            offset::RIS,
+            offset::MIS,
+        ] {
+            assert_eq!(bench.read(register), 0, "{register:#x}");
+        }
+        assert_eq!(bench.read(offset::CR), 1);
+        assert_eq!(bench.clock.deadline(), None);
+        assert_eq!(bench.clock.faults(), 0);
+        assert_eq!(bench.line.history(), []);
+    }
+
+    #[test]
+    fn a_loaded_time_goes_on_and_survives_the_control_register() {
+        let mut bench = Bench::new();
+        bench.write(offset::LR, 1000);
+        assert_eq!(bench.read(offset::LR), 1000);
+        // rtc-pl031.c, pl031_probe.
+        let control = bench.read(offset::CR);
+        bench.write(offset::CR, control | 1);
+        assert!((1000..1010).contains(&bench.read(offset::DR)));
+    }
+
+    #[test]
+    fn identification_is_what_linux_matches() {
+        let mut bench = Bench::new();
+        let ids: Vec<_> = (0xfe0..0x1000)
+            .step_by(4)
+            .map(|offset| bench.read(offset))
+            .collect();
+        assert_eq!(ids, [0x31, 0x10, 0x04, 0, 0x0d, 0xf0, 0x05, 0xb1]);
+    }
+
+    #[test]
+    fn linux_sets_an_alarm_and_hears_it() {
+        let mut bench = Bench::new();
+        bench.write(offset::LR, 5000);
+        // pl031_set_alarm, pl031_alarm_irq_enable.
+        let calls = bench.calls();
+        bench.write(offset::MR, 5100);
+        bench.write(offset::ICR, 1);
+        bench.write(offset::IMSC, 1);
+        assert_eq!(bench.calls(), calls + 3);
+        let deadline = bench.clock.deadline().expect("an alarm is set");
+        assert!((90..=100).contains(&deadline.as_secs()), "{deadline:?}");
+
+        bench.clock.poll();
+        assert!(!bench.line.is_high());
+        // The hundred seconds pass: the clock is at 5100 and was last seen before.
+        bench.write(offset::LR, 5101);
+        bench.sleep(5);
+        bench.clock.poll();
+        assert!(bench.line.is_high());
+        assert_eq!(bench.clock.deadline(), None);
+        // pl031_interrupt.
+        assert_eq!(bench.read(offset::MIS), 1);
+        bench.write(offset::ICR, 1);
+        assert_eq!(bench.read(offset::RIS), 0);
+        assert_eq!(bench.line.history(), [true, false]);
+    }
+
+    #[test]
+    fn a_real_second_passes() {
+        let mut bench = Bench::new();
+        let now = bench.read(offset::DR);
+        bench.write(offset::MR, now + 1);
+        bench.write(offset::IMSC, 1);
+        while let Some(deadline) = bench.clock.deadline() {
+            assert!(deadline <= Duration::from_secs(1));
+            std::thread::sleep(deadline);
+            bench.clock.poll();
+        }
+        assert!(bench.line.is_high());
+        assert!(bench.read(offset::DR) > now);
+    }
+
+    #[test]
+    fn a_match_at_once_is_a_match() {
+        let mut bench = Bench::new();
+        bench.write(offset::MR, 100_000);
+        bench.write(offset::LR, 100_000);
+        assert_eq!(bench.read(offset::RIS), 1);
+        assert_eq!(bench.read(offset::MIS), 0);
+        assert!(!bench.line.is_high());
+        bench.write(offset::IMSC, 1);
+        assert!(bench.line.is_high());
+        bench.write(offset::IMSC, 0);
+        assert!(!bench.line.is_high());
+    }
+
+    #[test]
+    fn only_time_that_passes_matches() {
+        let mut bench = Bench::new();
+        bench.write(offset::LR, 1000);
+        bench.write(offset::MR, 2000);
+        // The guest jumps over the alarm.
+        bench.write(offset::LR, 3000);
+        assert_eq!(bench.read(offset::RIS), 0);
+        // The host's clock is set back: the clock was seen further on than it is.
+        bench.clock.compared = 9000;
+        assert_eq!(bench.read(offset::RIS), 0);
+        // An alarm in the past waits for the clock to come round.
+        bench.write(offset::IMSC, 1);
+        let deadline = bench.clock.deadline().expect("an alarm is set");
+        assert!(deadline > Duration::from_secs(u64::from(u32::MAX) - 2000));
+    }
+
+    #[test]
+    fn the_clock_wraps() {
+        let mut bench = Bench::new();
+        bench.write(offset::MR, 1);
+        bench.write(offset::LR, 3);
+        bench.sleep(10);
+        assert_eq!(bench.read(offset::RIS), 1);
+    }
+
+    #[test]
+    fn wrong_accesses_are_zero_ignored_and_counted() {
+        let mut bench = Bench::new();
+        for size in [1, 2, 8] {
+            let mut data = vec![0xff; size];
+            bench.clock.read(0, &mut data);
+            assert_eq!(data, vec![0; size]);
+            bench.clock.write(u64::from(offset::MR), &data);
+        }
+        assert_eq!(bench.clock.faults(), 6);
+        for offset in [0x20, 0x02, 0xfdc, 0x1000] {
+            let before = bench.clock.faults();
+            assert_eq!(bench.read(offset), 0);
+            bench.write(offset, 1);
+            assert_eq!(bench.clock.faults(), before + 2, "{offset:#x}");
+        }
+        for read_only in [offset::DR, offset::RIS, offset::MIS, 0xfe0] {
+            let before = bench.clock.faults();
+            bench.write(read_only, 1);
+            assert_eq!(bench.clock.faults(), before + 1);
+        }
+        let before = bench.clock.faults();
+        assert_eq!(bench.read(offset::ICR), 0);
+        let mut data = [0xff; 4];
+        bench.clock.read(0x1_0000, &mut data);
+        assert_eq!(data, [0; 4]);
+        assert_eq!(bench.clock.faults(), before + 2);
+    }
+
+    #[test]
+    fn reset_takes_the_alarm_and_leaves_the_time() {
+        let mut bench = Bench::new();
+        bench.write(offset::MR, 7000);
+        bench.write(offset::LR, 7000);
+        bench.write(offset::IMSC, 1);
+        assert!(bench.line.is_high());
+        bench.clock.reset();
+        assert!(!bench.line.is_high());
+        for register in [offset::MR, offset::IMSC, offset::RIS] {
+            assert_eq!(bench.read(register), 0);
+        }
+        assert!((7000..7010).contains(&bench.read(offset::DR)));
+    }
+
+    #[test]
+    fn a_match_that_was_cleared_is_not_waited_for() {
+        let mut bench = Bench::new();
+        bench.write(offset::IMSC, 1);
+        bench.write(offset::MR, 100_000);
+        bench.write(offset::LR, 100_000);
+        bench.write(offset::ICR, 1);
+        assert!(!bench.line.is_high());
+        // Unless a second has just begun there is no deadline; never one that is near.
+        let year = Duration::from_secs(365 * 24 * 3600);
+        assert!(bench.clock.deadline().is_none_or(|wait| wait > year));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_a_guest_does_panics_or_leaves_the_line_wrong(
+            events in prop::collection::vec(
+                (
+                    prop_oneof![8 => (0u64..9).prop_map(|i| i * 4), 1 => any::<u64>()],
+                    prop_oneof![1 => Just(1usize), 1 => Just(2), 8 => Just(4), 1 => Just(8)],
+                    prop_oneof![Just(None), any::<u64>().prop_map(Some), (0u64..2).prop_map(Some)],
+                    0u32..3,
+                ),
+                0..200,
+            ),
+        ) {
+            let mut bench = Bench::new();
+            for (offset, size, value, sleep) in events {
+                bench.sleep(sleep);
+                match value {
+                    Some(value) => bench.clock.write(offset, &value.to_le_bytes()[..size]),
+                    None => bench.clock.read(offset, &mut vec![0; size]),
+                }
+                bench.clock.deadline();
+                bench.clock.poll();
+                let asserted = bench.read(offset::RIS) & bench.read(offset::IMSC);
+                prop_assert_eq!(bench.line.is_high(), asserted != 0);
+            }
+        }
+    }
+}

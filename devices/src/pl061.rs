@@ -1,0 +1,465 @@
+//! The pins of Arm boards: PrimeCell GPIO PL061 (ARM DDI 0190), eight lines.
+//!
+//! Whoever is outside drives lines with [`Pl061::set_input`]. A power key is a line
+//! that goes high and stays so for a while (100 ms will do) before it goes low: Linux's
+//! gpio-keys looks at the level again some milliseconds after the edge.
+
+use std::sync::Arc;
+
+use crate::{Device, IrqLine, primecell};
+
+/// A PL061 GPIO controller. In all of its masks, bit 0 is line 0.
+pub struct Pl061 {
+    line: Arc<dyn IrqLine>,
+    /// What the line was last set to.
+    level: bool,
+    /// Accesses that no register answers.
+    faults: u64,
+    registers: Registers,
+    /// The levels that the outside drives, on lines of either direction.
+    inputs: u8,
+}
+
+/// The registers that hold a value; the others are computed. All are zero at reset
+/// (section 3.2).
+#[derive(Default)]
+struct Registers {
+    /// What GPIODATA drives on outputs.
+    data: u8,
+    /// GPIODIR: 1 is an output.
+    dir: u8,
+    /// GPIOIS: 1 detects a level, 0 an edge.
+    sense: u8,
+    /// GPIOIBE: 1 detects both edges.
+    both_edges: u8,
+    /// GPIOIEV: 1 detects high levels or rising edges, 0 low or falling.
+    event: u8,
+    /// GPIOIE: 1 lets the interrupt through.
+    enable: u8,
+    /// Edges detected and not cleared.
+    edges: u8,
+    /// GPIOAFSEL: kept only, as no line has another function.
+    alternate: u8,
+}
+
+/// GPIOPeriphID0 to 3: part 0x061, designer 0x41 (Arm), revision 0, configuration 0.
+/// Linux matches 0x00041061 (drivers/gpio/gpio-pl061.c).
+const PERIPHERAL_ID: [u8; 4] = [0x61, 0x10, 0x04, 0x00];
+
+/// Number of lines.
+const LINES: u8 = 8;
+
+/// Offsets in bytes (section 3.2).
+mod offset {
+    pub(super) const DATA_LAST: u64 = 0x3fc;
+    pub(super) const DIR: u64 = 0x400;
+    pub(super) const IS: u64 = 0x404;
+    pub(super) const IBE: u64 = 0x408;
+    pub(super) const IEV: u64 = 0x40c;
+    pub(super) const IE: u64 = 0x410;
+    pub(super) const RIS: u64 = 0x414;
+    pub(super) const MIS: u64 = 0x418;
+    pub(super) const IC: u64 = 0x41c;
+    pub(super) const AFSEL: u64 = 0x420;
+}
+
+impl Pl061 {
+    /// A controller as after power-on, all lines inputs and low, its interrupt low.
+    pub fn new(line: Arc<dyn IrqLine>) -> Pl061 {
+        Pl061 {
+            line,
+            level: false,
+            faults: 0,
+            registers: Registers::default(),
+            inputs: 0,
+        }
+    }
+
+    /// Drives a line (0 to 7) from outside. There are no others to drive.
+    pub fn set_input(&mut self, line: u8, high: bool) {
+        if line >= LINES {
+            return;
+        }
+        let bit = 1 << line;
+        let before = self.inputs;
+        self.inputs = if high { before | bit } else { before & !bit };
+        self.detect_edges(before ^ self.inputs);
+        self.update_line();
+    }
+
+    /// The level of each line: what the guest drives on outputs, and what the outside
+    /// drives on inputs.
+    pub fn levels(&self) -> u8 {
+        let registers = &self.registers;
+        (registers.data & registers.dir) | (self.inputs & !registers.dir)
+    }
+
+    /// Accesses so far at offsets, of widths or in directions that no register answers.
+    pub fn faults(&self) -> u64 {
+        self.faults
+    }
+
+    /// Back to power-on. What drives the lines from outside goes on doing so.
+    pub fn reset(&mut self) {
+        self.registers = Registers::default();
+        self.update_line();
+    }
+
+    fn read_register(&self, offset: u64) -> Option<u32> {
+        let registers = &self.registers;
+        let value = match offset {
+            0..=offset::DATA_LAST => self.levels() & data_mask(offset),
+            offset::DIR => registers.dir,
+            offset::IS => registers.sense,
+            offset::IBE => registers.both_edges,
+            offset::IEV => registers.event,
+            offset::IE => registers.enable,
+            offset::RIS => self.interrupts(),
+            offset::MIS => self.interrupts() & registers.enable,
+            offset::AFSEL => registers.alternate,
+            _ => return primecell::identify(PERIPHERAL_ID, offset),
+        };
+        Some(u32::from(value))
+    }
+
+    fn write_register(&mut self, offset: u64, value: u8) -> Option<()> {
+        let registers = &mut self.registers;
+        match offset {
+            // Inputs take nothing: Linux writes again once a line is an output
+            // (gpio-pl061.c, `pl061_direction_output`).
+            0..=offset::DATA_LAST => {
+                let mask = data_mask(offset) & registers.dir;
+                registers.data = (registers.data & !mask) | (value & mask);
+            }
+            offset::DIR => registers.dir = value,
+            offset::IS => registers.sense = value,
+            offset::IBE => registers.both_edges = value,
+            offset::IEV => registers.event = value,
+            offset::IE => registers.enable = value,
+            offset::IC => registers.edges &= !value,
+            offset::AFSEL => registers.alternate = value,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Notes the wanted edges among the inputs that changed.
+    fn detect_edges(&mut self, changed: u8) {
+        let registers = &mut self.registers;
+        let to_event = !(self.inputs ^ registers.event);
+        let wanted = !registers.sense & !registers.dir & (registers.both_edges | to_event);
+        registers.edges |= changed & wanted;
+    }
+
+    /// GPIORIS: edges until they are cleared, levels as long as they last.
+    fn interrupts(&self) -> u8 {
+        let registers = &self.registers;
+        let at_event = !(self.inputs ^ registers.event);
+        let levels = at_event & registers.sense & !registers.dir;
+        (registers.edges & !registers.sense) | levels
+    }
+
+    fn update_line(&mut self) {
+        let level = self.interrupts() & self.registers.enable != 0;
+        if level != self.level {
+            self.level = level;
+            self.line.set(level);
+        }
+    }
+}
+
+/// Bits 9 to 2 of the address say which lines an access to GPIODATA means, so that one
+/// line is written without a look at the others (section 3.3.1).
+fn data_mask(offset: u64) -> u8 {
+    (offset >> 2) as u8
+}
+
+impl Device for Pl061 {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let value = primecell::reaches_register(offset, data.len())
+            .then(|| self.read_register(offset))
+            .flatten();
+        match value {
+            Some(value) => primecell::answer(data, value),
+            None => self.faults += 1,
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // Registers are eight bits wide: what is above is not there to be written.
+        let answered = match data.first() {
+            Some(&value) if primecell::reaches_register(offset, data.len()) => {
+                self.write_register(offset, value)
+            }
+            _ => None,
+        };
+        if answered.is_none() {
+            self.faults += 1;
+        }
+        self.update_line();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fake::FakeLine;
+
+    struct Bench {
+        gpio: Pl061,
+        line: Arc<FakeLine>,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let line = FakeLine::new();
+            let gpio = Pl061::new(line.clone());
+            Bench { gpio, line }
+        }
+
+        /// As Linux does: by bytes.
+        fn read(&mut self, offset: u64) -> u8 {
+            let mut data = [0xff];
+            self.gpio.read(offset, &mut data);
+            data[0]
+        }
+
+        fn write(&mut self, offset: u64, value: u8) {
+            self.gpio.write(offset, &[value]);
+        }
+    }
+
+    /// The offset at which GPIODATA shows the lines of `mask`.
+    fn data(mask: u8) -> u64 {
+        u64::from(mask) << 2
+    }
+
+    #[test]
+    fn registers_are_zero_at_reset_and_keep_eight_bits() {
+        let mut bench = Bench::new();
+        for offset in (offset::DIR..=offset::MIS)
+            .step_by(4)
+            .chain([offset::AFSEL])
+        {
+            assert_eq!(bench.read(offset), 0, "{offset:#x}");
+        }
+        for offset in [
+            offset::DIR,
+            offset::IS,
+            offset::IBE,
+            offset::IEV,
+            offset::IE,
+            offset::AFSEL,
+        ] {
+            bench.gpio.write(offset, &0x1234_56a5_u32.to_le_bytes());
+            let mut word = [0xff; 4];
+            bench.gpio.read(offset, &mut word);
+            assert_eq!(u32::from_le_bytes(word), 0xa5, "{offset:#x}");
+        }
+        assert_eq!(bench.gpio.faults(), 0);
+    }
+
+    #[test]
+    fn identification_is_what_linux_matches() {
+        let mut bench = Bench::new();
+        let ids: Vec<_> = (0xfe0..0x1000)
+            .step_by(4)
+            .map(|offset| bench.read(offset))
+            .collect();
+        assert_eq!(ids, [0x61, 0x10, 0x04, 0, 0x0d, 0xf0, 0x05, 0xb1]);
+    }
+
+    #[test]
+    fn addresses_mask_the_data() {
+        let mut bench = Bench::new();
+        bench.write(offset::DIR, 0xff);
+        bench.write(data(0xff), 0b1100_0011);
+        bench.write(data(0b0000_0101), 0b0011_1100);
+        assert_eq!(bench.gpio.levels(), 0b1100_0110);
+        assert_eq!(bench.read(data(0xff)), 0b1100_0110);
+        assert_eq!(bench.read(data(0b0000_0110)), 0b0000_0110);
+        assert_eq!(bench.read(data(0)), 0);
+    }
+
+    #[test]
+    fn inputs_show_the_outside_and_take_no_writes() {
+        let mut bench = Bench::new();
+        bench.write(offset::DIR, 0x0f);
+        bench.write(data(0xff), 0xff);
+        assert_eq!(bench.read(data(0xff)), 0x0f);
+        bench.gpio.set_input(7, true);
+        bench.gpio.set_input(0, true);
+        bench.write(data(0xff), 0);
+        assert_eq!(bench.read(data(0xff)), 0x80);
+        // What is driven from outside shows once the line is an input.
+        bench.write(offset::DIR, 0);
+        assert_eq!(bench.read(data(0xff)), 0x81);
+    }
+
+    #[test]
+    fn lines_that_do_not_exist_are_not_driven() {
+        let mut bench = Bench::new();
+        bench.gpio.set_input(8, true);
+        bench.gpio.set_input(255, true);
+        assert_eq!(bench.gpio.levels(), 0);
+    }
+
+    #[test]
+    fn linux_hears_a_power_key() {
+        let mut bench = Bench::new();
+        let key = 1 << 3;
+        // pl061_probe; pl061_direction_input; pl061_irq_type for both edges, which is
+        // what gpio-keys asks for; pl061_irq_unmask.
+        bench.write(offset::IE, 0);
+        bench.write(offset::DIR, 0);
+        bench.write(offset::IS, 0);
+        bench.write(offset::IBE, key);
+        bench.write(offset::IEV, 0);
+        bench.write(offset::IE, key);
+        for pressed in [true, false] {
+            bench.gpio.set_input(3, pressed);
+            assert!(bench.line.is_high());
+            // pl061_irq_handler, pl061_irq_ack; later pl061_get_value.
+            assert_eq!(bench.read(offset::MIS), key);
+            bench.write(offset::IC, key);
+            assert!(!bench.line.is_high());
+            assert_eq!(bench.read(data(key)) != 0, pressed);
+        }
+        assert_eq!(bench.line.history(), [true, false, true, false]);
+        assert_eq!(bench.gpio.faults(), 0);
+    }
+
+    #[test]
+    fn only_the_wanted_edge_is_noted() {
+        for (event, both, rising, falling) in [
+            (0x01, 0x00, true, false),
+            (0x00, 0x00, false, true),
+            (0x00, 0x01, true, true),
+            (0x01, 0x01, true, true),
+        ] {
+            let mut bench = Bench::new();
+            bench.write(offset::IEV, event);
+            bench.write(offset::IBE, both);
+            bench.gpio.set_input(0, true);
+            assert_eq!(bench.read(offset::RIS) != 0, rising);
+            bench.write(offset::IC, 0xff);
+            // No edge: it is high already.
+            bench.gpio.set_input(0, true);
+            assert_eq!(bench.read(offset::RIS), 0);
+            bench.gpio.set_input(0, false);
+            assert_eq!(bench.read(offset::RIS) != 0, falling);
+        }
+    }
+
+    #[test]
+    fn levels_last_as_long_as_they_last() {
+        let mut bench = Bench::new();
+        bench.write(offset::IS, 0x01);
+        bench.write(offset::IEV, 0x01);
+        bench.write(offset::IE, 0x01);
+        bench.gpio.set_input(0, true);
+        assert!(bench.line.is_high());
+        bench.write(offset::IC, 0x01);
+        assert!(bench.line.is_high());
+        bench.gpio.set_input(0, false);
+        assert!(!bench.line.is_high());
+        bench.write(offset::IEV, 0);
+        assert!(bench.line.is_high());
+        // An output is nobody's interrupt.
+        bench.write(offset::DIR, 0x01);
+        assert!(!bench.line.is_high());
+    }
+
+    #[test]
+    fn masked_edges_wait() {
+        let mut bench = Bench::new();
+        bench.write(offset::IEV, 0x10);
+        bench.gpio.set_input(4, true);
+        assert_eq!(bench.read(offset::RIS), 0x10);
+        assert_eq!(bench.read(offset::MIS), 0);
+        assert!(!bench.line.is_high());
+        bench.write(offset::IE, 0x10);
+        assert!(bench.line.is_high());
+    }
+
+    #[test]
+    fn wrong_accesses_are_zero_ignored_and_counted() {
+        let mut bench = Bench::new();
+        for (offset, size) in [
+            (offset::DIR, 8),
+            (offset::DIR, 3),
+            (offset::DIR + 1, 1),
+            (0x424, 4),
+            (0xfdc, 4),
+            (0x1000, 4),
+            (u64::MAX - 3, 4),
+            (offset::DIR, 0),
+        ] {
+            let before = bench.gpio.faults();
+            let mut data = vec![0xff; size];
+            bench.gpio.read(offset, &mut data);
+            assert_eq!(data, vec![0; size], "{offset:#x}");
+            bench.gpio.write(offset, &vec![0xff; size]);
+            assert_eq!(bench.gpio.faults(), before + 2, "{offset:#x}");
+        }
+        assert_eq!(bench.read(offset::DIR), 0);
+        for read_only in [offset::RIS, offset::MIS, 0xfe0] {
+            let before = bench.gpio.faults();
+            bench.write(read_only, 0xff);
+            assert_eq!(bench.gpio.faults(), before + 1);
+        }
+        let before = bench.gpio.faults();
+        assert_eq!(bench.read(offset::IC), 0);
+        assert_eq!(bench.gpio.faults(), before + 1);
+    }
+
+    #[test]
+    fn reset_is_power_on_with_the_key_still_held() {
+        let mut bench = Bench::new();
+        bench.write(offset::IEV, 0xff);
+        bench.write(offset::IE, 0xff);
+        bench.gpio.set_input(3, true);
+        assert!(bench.line.is_high());
+        bench.gpio.reset();
+        assert!(!bench.line.is_high());
+        assert_eq!(bench.read(offset::IE), 0);
+        assert_eq!(bench.read(offset::RIS), 0);
+        assert_eq!(bench.read(data(0xff)), 0x08);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_a_guest_does_panics_or_leaves_the_line_wrong(
+            events in prop::collection::vec(
+                (
+                    prop_oneof![
+                        4 => (0u64..0x110).prop_map(|i| i * 4),
+                        8 => (0x100u64..0x109).prop_map(|i| i * 4),
+                        1 => any::<u64>(),
+                    ],
+                    prop_oneof![4 => Just(1usize), 1 => Just(2), 1 => Just(4), 1 => Just(8)],
+                    any::<Option<[u8; 8]>>(),
+                    (any::<u8>(), any::<bool>()),
+                ),
+                0..200,
+            ),
+        ) {
+            let mut bench = Bench::new();
+            for (offset, size, value, (line, high)) in events {
+                match value {
+                    Some(value) => bench.gpio.write(offset, &value[..size]),
+                    None => bench.gpio.read(offset, &mut vec![0; size]),
+                }
+                bench.gpio.set_input(line % 10, high);
+                let asserted = bench.read(offset::RIS) & bench.read(offset::IE);
+                prop_assert_eq!(bench.read(offset::MIS), asserted);
+                prop_assert_eq!(bench.line.is_high(), asserted != 0);
+                let history = bench.line.history();
+                prop_assert!(history.iter().enumerate().all(|(i, &h)| h == (i % 2 == 0)));
+            }
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! The command line: argh structs, and what argh lacks (`--option=value`, one-line errors).
+
+use argh::{EarlyExit, FromArgs};
+
+/// A small virtual machine monitor for ARM64 Linux hosts with KVM.
+#[derive(FromArgs, Debug)]
+#[argh(
+    example = "Boot a distribution kernel to a shell on the serial console:
+  {command_name} run --kernel vmlinuz --initrd initrd.img --memory 1G
+
+See the machine before it exists, on any computer:
+  {command_name} plan --cpus 4 --memory 14G",
+    note = "Run '{command_name} COMMAND --help' for a command's options.",
+    error_code(0, "The guest powered off, or the command did its work."),
+    error_code(1, "Armlet failed, for instance at writing a file."),
+    error_code(2, "The command line, a board file or an input file is wrong."),
+    error_code(3, "This host cannot run the machine."),
+    error_code(4, "The guest crashed, or did what KVM cannot go on from."),
+    error_code(5, "The guest asked for a reset, with --on-reset exit."),
+    error_code(
+        6,
+        "The guest was stopped before it powered off (Ctrl-A x, SIGINT, second SIGTERM)."
+    )
+)]
+pub struct Cli {
+    /// print the version and leave
+    #[argh(switch)]
+    pub version: bool,
+    #[argh(subcommand)]
+    /// what to do
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand)]
+pub enum Command {
+    /// Run a guest.
+    Run(RunArgs),
+    /// Show a machine without running it.
+    Plan(PlanArgs),
+    /// Say what this host offers.
+    Probe(ProbeArgs),
+    /// List the boards.
+    Boards(BoardsArgs),
+}
+
+/// The options that describe a machine, shared by `run` and `plan`.
+#[derive(Debug, Default)]
+pub struct MachineArgs {
+    /// `--kernel`.
+    pub kernel: Option<String>,
+    /// `--initrd`.
+    pub initrd: Option<String>,
+    /// `--cmdline`.
+    pub cmdline: Option<String>,
+    /// `--cpus`.
+    pub cpus: Option<String>,
+    /// `--memory`.
+    pub memory: Option<String>,
+    /// `--board`.
+    pub board: Option<String>,
+    /// `--ipa-bits`.
+    pub ipa_bits: Option<String>,
+    /// `--gic`.
+    pub gic: Option<String>,
+    /// `--deterministic`.
+    pub deterministic: bool,
+    /// `--verbose`.
+    pub verbose: bool,
+}
+
+/// Declares a command's struct with the machine's options in front of its own, so that `run` and
+/// `plan` cannot differ in them.
+macro_rules! machine_command {
+    ($(#[$outer:meta])* $name:ident { $($own:tt)* }) => {
+        $(#[$outer])*
+        pub struct $name {
+            /// kernel to boot: Image, raw or compressed (gzip, zstd, lz4, xz), or EFI zboot
+            #[argh(option, short = 'k', arg_name = "PATH")]
+            pub kernel: Option<String>,
+            /// initial RAM disk
+            #[argh(option, short = 'i', arg_name = "PATH")]
+            pub initrd: Option<String>,
+            /// kernel command line (default: the board's)
+            #[argh(option, short = 'p', arg_name = "STR")]
+            pub cmdline: Option<String>,
+            /// number of vCPUs (default: the board's)
+            #[argh(option, short = 'c', arg_name = "N")]
+            pub cpus: Option<String>,
+            /// guest memory, like 512M or 4G (default: the board's)
+            #[argh(option, short = 'm', arg_name = "SIZE")]
+            pub memory: Option<String>,
+            /// board: a built-in name ('armlet boards') or the path of a TOML file (default: virt)
+            #[argh(option, short = 'b', arg_name = "NAME|PATH")]
+            pub board: Option<String>,
+            /// guest-physical address bits: fit (as few as the machine needs, the default), max
+            /// (as many as the host has) or a number from 32 to 52
+            #[argh(option, arg_name = "fit|max|N")]
+            pub ipa_bits: Option<String>,
+            /// interrupt controller version (default: auto, GICv3 where the host has it)
+            #[argh(option, arg_name = "auto|2|3")]
+            pub gic: Option<String>,
+            /// leave the random seeds out of the device tree, so that it is the same each time
+            #[argh(switch)]
+            pub deterministic: bool,
+            /// say more about what is done
+            #[argh(switch, short = 'v')]
+            pub verbose: bool,
+            $($own)*
+        }
+
+        impl $name {
+            /// The options that describe the machine.
+            #[must_use]
+            pub fn machine(&self) -> MachineArgs {
+                MachineArgs {
+                    kernel: self.kernel.clone(),
+                    initrd: self.initrd.clone(),
+                    cmdline: self.cmdline.clone(),
+                    cpus: self.cpus.clone(),
+                    memory: self.memory.clone(),
+                    board: self.board.clone(),
+                    ipa_bits: self.ipa_bits.clone(),
+                    gic: self.gic.clone(),
+                    deterministic: self.deterministic,
+                    verbose: self.verbose,
+                }
+            }
+        }
+    };
+}
+
+machine_command! {
+    /// Run a guest until it powers off. Its serial console is this terminal: Ctrl-A x leaves,
+    /// Ctrl-A h helps. SIGTERM presses the guest's power key; a second one stops at once.
+    #[derive(FromArgs, Debug)]
+    #[argh(
+        subcommand,
+        name = "run",
+        example = "A shell from a distribution's kernel and initrd:
+  {command_name} --kernel vmlinuz --initrd initrd.img --memory 1G
+
+Four vCPUs, options as in other tools:
+  {command_name} -k Image -i initrd -c 4 -m 2G -p 'console=ttyAMA0 quiet'
+
+In a script: stop at the guest's reboot, keep the device tree:
+  {command_name} --kernel Image --on-reset exit --dump-dtb guest.dtb < /dev/null"
+    )]
+    RunArgs {
+        /// what to do when the guest asks for a reset: restart (default) or exit, with status 5
+        #[argh(option, arg_name = "restart|exit")]
+        pub on_reset: Option<String>,
+        /// write the device tree that the guest gets to this file
+        #[argh(option, arg_name = "PATH")]
+        pub dump_dtb: Option<String>,
+    }
+}
+
+machine_command! {
+    /// Show the machine that 'run' would make: address map, address bits and why, interrupts, and
+    /// where kernel, initrd and device tree go. Works on any computer, without KVM.
+    #[derive(FromArgs, Debug)]
+    #[argh(
+        subcommand,
+        name = "plan",
+        example = "What would this machine look like?
+  {command_name} --cpus 4 --memory 14G
+
+What does KVM on this host make of it?
+  {command_name} --kernel vmlinuz --memory 4G --host this
+
+The device tree as source:
+  {command_name} --dts"
+    )]
+    PlanArgs {
+        /// the host to plan for: a board's assumptions (default: those of --board), or 'this'
+        #[argh(option, arg_name = "BOARD|this")]
+        pub host: Option<String>,
+        /// print JSON
+        #[argh(switch)]
+        pub json: bool,
+        /// write the device tree to this file
+        #[argh(option, arg_name = "PATH")]
+        pub dtb: Option<String>,
+        /// print the device tree as source instead of the table
+        #[argh(switch)]
+        pub dts: bool,
+    }
+}
+
+/// Say what this host offers to guests, and what would stop or slow them, with the fix.
+#[derive(FromArgs, Debug)]
+#[argh(
+    subcommand,
+    name = "probe",
+    example = "Before the first guest:
+  {command_name}
+
+For a program:
+  {command_name} --json",
+    note = "The exit status is 3 if this host cannot run guests."
+)]
+pub struct ProbeArgs {
+    /// print JSON
+    #[argh(switch)]
+    pub json: bool,
+}
+
+/// List the boards that are built in.
+#[derive(FromArgs, Debug)]
+#[argh(
+    subcommand,
+    name = "boards",
+    example = "The names that --board takes:
+  {command_name}
+
+A board's file, to start one's own from:
+  {command_name} --show virt > my.toml"
+)]
+pub struct BoardsArgs {
+    /// print JSON
+    #[argh(switch)]
+    pub json: bool,
+    /// print a board's file
+    #[argh(option, arg_name = "NAME|PATH")]
+    pub show: Option<String>,
+}
+
+/// What the arguments come to: a command line, or a text and whether it is an error.
+#[derive(Debug)]
+pub enum Parsed {
+    /// Go on with this.
+    Cli(Cli),
+    /// Print this help on standard output and leave.
+    Help(String),
+    /// Print this line on standard error and leave with [`crate::status::Status::Usage`].
+    Wrong(String),
+}
+
+/// Reads the arguments behind the program's name.
+#[must_use]
+pub fn parse(arguments: &[String]) -> Parsed {
+    let split = split_assignments(arguments);
+    let words: Vec<&str> = split.iter().map(String::as_str).collect();
+    match Cli::from_args(&["armlet"], &words) {
+        Ok(cli) => Parsed::Cli(cli),
+        Err(EarlyExit {
+            output,
+            status: Ok(()),
+        }) => Parsed::Help(output),
+        Err(EarlyExit {
+            output,
+            status: Err(()),
+        }) => Parsed::Wrong(one_line(&output, &words)),
+    }
+}
+
+/// `--option=value` as the two words that argh reads.
+fn split_assignments(arguments: &[String]) -> Vec<String> {
+    arguments
+        .iter()
+        .flat_map(|word| match word.split_once('=') {
+            Some((name, value)) if name.starts_with("--") && name.len() > 2 => {
+                vec![name.to_owned(), value.to_owned()]
+            }
+            _ => vec![word.clone()],
+        })
+        .collect()
+}
+
+/// argh's message in one line, with the options that are valid where one was not.
+fn one_line(output: &str, words: &[&str]) -> String {
+    let message = output
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
+    let command: Vec<&str> = words
+        .iter()
+        .take(1)
+        .copied()
+        .filter(|word| !word.starts_with('-'))
+        .chain(["--help"])
+        .collect();
+    let help = match Cli::from_args(&["armlet"], &command) {
+        Err(EarlyExit { output, .. }) => output,
+        Ok(_) => String::new(),
+    };
+    let valid = names_in_help(&help);
+    match valid.is_empty() {
+        true => format!("{message} (commands: run, plan, probe, boards; see 'armlet --help')"),
+        false => format!("{message} (valid here: {})", valid.join(", ")),
+    }
+}
+
+fn names_in_help(help: &str) -> Vec<&str> {
+    help.lines()
+        .filter_map(|line| {
+            let line = line.strip_prefix("  ")?;
+            let name = line.split_whitespace().find(|word| word.starts_with("--"));
+            match name {
+                Some(name) if line.starts_with('-') => Some(name),
+                _ => None,
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_words(words: &str) -> Parsed {
+        let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        parse(&words)
+    }
+
+    fn wrong(words: &str) -> String {
+        match parse_words(words) {
+            Parsed::Wrong(line) => line,
+            other => panic!("{words}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn values_may_follow_an_equals_sign_or_a_space() {
+        for words in [
+            "run --kernel=Image --memory=1G --cmdline=root=/dev/vda",
+            "run --kernel Image --memory 1G --cmdline root=/dev/vda",
+            "run -k Image -m 1G -p root=/dev/vda",
+        ] {
+            let Parsed::Cli(Cli {
+                command: Some(Command::Run(run)),
+                ..
+            }) = parse_words(words)
+            else {
+                panic!("{words}");
+            };
+            assert_eq!(run.kernel.as_deref(), Some("Image"));
+            assert_eq!(run.memory.as_deref(), Some("1G"));
+            assert_eq!(run.cmdline.as_deref(), Some("root=/dev/vda"));
+        }
+    }
+
+    #[test]
+    fn an_unknown_option_is_refused_in_one_line_with_the_valid_ones() {
+        let line = wrong("run --kernle Image");
+        assert!(!line.contains('\n'));
+        assert!(
+            line.contains("--kernle") && line.contains("--kernel"),
+            "{line}"
+        );
+        let line = wrong("plan --on-reset exit");
+        assert!(line.contains("--dts"), "{line}");
+    }
+
+    #[test]
+    fn an_unknown_command_is_refused_with_the_valid_ones() {
+        let line = wrong("start");
+        assert!(line.contains("run, plan, probe, boards"), "{line}");
+    }
+
+    #[test]
+    fn each_command_has_help_with_examples() {
+        for command in ["run", "plan", "probe", "boards"] {
+            match parse_words(&format!("{command} --help")) {
+                Parsed::Help(text) => assert!(text.contains("Examples:"), "{text}"),
+                other => panic!("{command}: {other:?}"),
+            }
+        }
+    }
+}

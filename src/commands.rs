@@ -1,0 +1,228 @@
+//! The commands: each reads its arguments, calls what does the work, and prints.
+
+use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
+use crate::config::{self, Config};
+use crate::kvm::{self, HostArch, KvmArch};
+use crate::run::OnReset;
+use crate::status::{Fault, Status};
+use crate::{boards, memory, probe, report, run};
+use anyhow::{Context, Result, anyhow};
+use armlet_arch::aarch64::{self, Aarch64};
+use armlet_arch::x86_64::X86_64;
+use armlet_arch::{Arch, Architecture, Board, Plan};
+use serde_json::json;
+use std::io::Write;
+
+/// Does what the command line says.
+///
+/// # Errors
+/// With the status that armlet ends with ([`crate::status::status_of`]).
+pub fn execute(command: &Command) -> Result<Status> {
+    match command {
+        Command::Run(args) => run(args),
+        Command::Plan(args) => plan(args),
+        Command::Probe(args) => probe(args),
+        Command::Boards(args) => boards(args),
+    }
+}
+
+/// Prints on standard output, which may be closed.
+///
+/// # Errors
+/// What the system says of the write.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .context("cannot write to standard output")
+}
+
+fn run(args: &RunArgs) -> Result<Status> {
+    let machine = args.machine();
+    verbosity(&machine);
+    let on_reset = match args.on_reset.as_deref() {
+        None | Some("restart") => OnReset::Restart,
+        Some("exit") => OnReset::Exit,
+        Some(other) => {
+            return Err(anyhow!(
+                "--on-reset '{other}' is not known; use restart or exit"
+            ))
+            .fault(Status::Usage);
+        }
+    };
+    let board = config::board(&machine)?;
+    if board.arch != HostArch::ARCHITECTURE {
+        return Err(anyhow!(
+            "board '{}' is for {} guests, this armlet runs {} guests; 'armlet plan' works here",
+            board.name,
+            board.arch,
+            HostArch::ARCHITECTURE
+        ))
+        .fault(Status::Host);
+    }
+    let config = config::read::<HostArch>(&machine, board)?;
+    if config.kernel.is_none() {
+        return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
+    }
+    let kvm = probe::open_kvm().fault(Status::Host)?;
+    let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
+    memory::warn_if_scarce(config.request.memory);
+    run::run(run::Orders {
+        kvm,
+        host,
+        config,
+        on_reset,
+        seeded: !machine.deterministic,
+        dump_dtb: args.dump_dtb.clone(),
+    })
+}
+
+fn plan(args: &PlanArgs) -> Result<Status> {
+    let machine = args.machine();
+    verbosity(&machine);
+    if args.json && args.dts {
+        return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);
+    }
+    let board = config::board(&machine)?;
+    match board.arch {
+        Architecture::Aarch64 => {
+            let (config, plan) = make_plan::<Aarch64>(args, &machine, board, kvm::aarch64_host)?;
+            if args.dts {
+                let tree = aarch64::device_tree(&config.board, &plan, &config.request);
+                print(&tree.to_dts())?;
+            } else {
+                print_plan(args, &config, &plan)?;
+            }
+            if let Some(path) = &args.dtb {
+                write_tree(path, &plan)?;
+            }
+        }
+        Architecture::X86_64 => {
+            if args.dts || args.dtb.is_some() {
+                return Err(anyhow!(
+                    "board '{}' is for x86_64 guests, which have no device tree; leave out --dts and --dtb",
+                    board.name
+                ))
+                .fault(Status::Usage);
+            }
+            let (config, plan) = make_plan::<X86_64>(args, &machine, board, kvm::x86_64_host)?;
+            print_plan(args, &config, &plan)?;
+        }
+    }
+    Ok(Status::Success)
+}
+
+fn make_plan<A: Arch>(
+    args: &PlanArgs,
+    machine: &MachineArgs,
+    board: Board,
+    this_host: fn() -> Result<A::Host>,
+) -> Result<(Config<A>, Plan<A>)> {
+    let mut config = config::read::<A>(machine, board)?;
+    let host = match args.host.as_deref() {
+        None => A::assumed_host(&config.board),
+        Some("this") => this_host().fault(Status::Host)?,
+        Some(name) => A::assumed_host(&boards::find(name)?),
+    };
+    if !machine.deterministic {
+        config.request.seeds = Some(config::fresh_seeds()?);
+    }
+    let plan = decide(&config, &host)?;
+    Ok((config, plan))
+}
+
+/// Plans the machine. What cannot be planned is a wrong request, unless the host is what limits.
+///
+/// # Errors
+/// [`armlet_arch::PlanError`].
+pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host) -> Result<Plan<A>> {
+    use armlet_arch::PlanError;
+    armlet_arch::plan(&config.board, &config.request, host).or_else(|error| {
+        let status = match error {
+            PlanError::TooWide { .. }
+            | PlanError::WidthNotOffered { .. }
+            | PlanError::IrqchipNotOffered { .. }
+            | PlanError::PageSize { .. } => Status::Host,
+            _ => Status::Usage,
+        };
+        Err(error).fault(status)
+    })
+}
+
+fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
+    let cmdline = &config.request.cmdline;
+    if args.json {
+        return print(&format!("{:#}\n", report::json(plan, cmdline)));
+    }
+    let kernel = config.kernel.as_ref().map(|kernel| kernel.describe());
+    print(&report::text(plan, kernel.as_deref(), cmdline))
+}
+
+/// Writes the plan's device tree to a file.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write_tree<A: Arch>(path: &str, plan: &Plan<A>) -> Result<()> {
+    let tree = plan
+        .blobs
+        .iter()
+        .find(|blob| blob.name == aarch64::DEVICE_TREE);
+    let tree = tree.context("this machine has no device tree")?;
+    std::fs::write(path, &tree.bytes)
+        .with_context(|| format!("cannot write the device tree to '{path}'"))
+}
+
+fn probe(args: &ProbeArgs) -> Result<Status> {
+    let report = probe::probe();
+    match args.json {
+        true => print(&format!("{:#}\n", report.json()))?,
+        false => print(&report.text())?,
+    }
+    Ok(match report.runs_guests() {
+        true => Status::Success,
+        false => Status::Host,
+    })
+}
+
+fn boards(args: &BoardsArgs) -> Result<Status> {
+    if let Some(name) = &args.show {
+        // Only a file that is a board is shown as one.
+        boards::find(name)?;
+        print(&boards::text(name)?)?;
+        return Ok(Status::Success);
+    }
+    let mut known = Vec::new();
+    for (name, _) in boards::BUILT_IN {
+        known.push(boards::find(name)?);
+    }
+    if args.json {
+        let known: Vec<_> = known
+            .iter()
+            .map(|board| {
+                json!({
+                    "name": board.name,
+                    "architecture": board.arch,
+                    "description": board.description,
+                })
+            })
+            .collect();
+        print(&format!("{:#}\n", json!(known)))?;
+        return Ok(Status::Success);
+    }
+    for board in known {
+        print(&format!(
+            "{:<12} {:<8} {}\n",
+            board.name,
+            board.arch.to_string(),
+            board.description
+        ))?;
+    }
+    Ok(Status::Success)
+}
+
+fn verbosity(machine: &MachineArgs) {
+    log::set_max_level(match machine.verbose {
+        true => log::LevelFilter::Info,
+        false => log::LevelFilter::Warn,
+    });
+}

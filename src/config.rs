@@ -1,0 +1,202 @@
+//! From the command line's text to a request: everything is read and checked here, nothing is
+//! decided.
+
+use crate::boards;
+use crate::cli::MachineArgs;
+use crate::kernel::{Initrd, Kernel};
+use crate::status::{Fault, Status};
+use anyhow::{Context, Result, anyhow};
+use armlet_arch::image::Header;
+use armlet_arch::size::parse_size;
+use armlet_arch::{Arch, Board, Request, Seeds};
+use linux_loader::cmdline::Cmdline;
+use std::path::Path;
+
+/// Bytes of a kernel command line, its end included (COMMAND_LINE_SIZE of arm64 and x86_64).
+const CMDLINE_MAX: usize = 2048;
+
+/// What the user asked for, with the files opened.
+#[derive(Debug)]
+pub struct Config<A: Arch> {
+    /// The board.
+    pub board: Board,
+    /// The machine.
+    pub request: Request<A>,
+    /// The kernel, if one was named.
+    pub kernel: Option<Kernel>,
+    /// The initrd, if one was named.
+    pub initrd: Option<Initrd>,
+}
+
+/// The board that the arguments name.
+///
+/// # Errors
+/// As [`boards::find`].
+pub fn board(args: &MachineArgs) -> Result<Board> {
+    boards::find(args.board.as_deref().unwrap_or(boards::DEFAULT))
+}
+
+/// Reads the arguments for a guest of architecture `A` on `board`.
+///
+/// # Errors
+/// A value that cannot be read, or a file that cannot be opened or used; status
+/// [`Status::Usage`].
+pub fn read<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> {
+    read_checked(args, board).fault(Status::Usage)
+}
+
+fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> {
+    let defaults = &board.guest;
+    let cpus = match &args.cpus {
+        None => defaults.cpus,
+        Some(text) => text
+            .parse()
+            .map_err(|_| anyhow!("--cpus '{text}' is no number of vCPUs; use 1 or more"))?,
+    };
+    let memory = match &args.memory {
+        None => defaults.memory,
+        Some(text) => parse_size(text).map_err(|cause| anyhow!("--memory: {cause}"))?,
+    };
+    let width = match &args.ipa_bits {
+        None => defaults.width,
+        Some(text) => text
+            .parse()
+            .map_err(|cause| anyhow!("--ipa-bits: {cause}"))?,
+    };
+    let gic = match &args.gic {
+        None => defaults.gic,
+        Some(text) => text.parse().map_err(|cause| anyhow!("--gic: {cause}"))?,
+    };
+    let cmdline = args.cmdline.as_ref().unwrap_or(&defaults.cmdline).clone();
+    Cmdline::try_from(&cmdline, CMDLINE_MAX).map_err(|cause| {
+        anyhow!(
+            "--cmdline: {cause} (at most {} bytes of printable ASCII)",
+            CMDLINE_MAX - 1
+        )
+    })?;
+    if args.initrd.is_some() && args.kernel.is_none() {
+        return Err(anyhow!(
+            "--initrd without --kernel: name the kernel that takes it"
+        ));
+    }
+    let kernel = args
+        .kernel
+        .as_ref()
+        .map(|path| Kernel::open(Path::new(path)))
+        .transpose()?;
+    let header = kernel
+        .as_ref()
+        .map(|kernel| {
+            A::kernel(&sized_header(kernel))
+                .with_context(|| format!("kernel '{}'", args.kernel.as_deref().unwrap_or_default()))
+        })
+        .transpose()?;
+    let initrd = args
+        .initrd
+        .as_ref()
+        .map(|path| Initrd::open(Path::new(path)))
+        .transpose()?;
+    let request = Request {
+        cpus,
+        memory,
+        width,
+        gic,
+        kernel: header,
+        initrd: initrd.as_ref().map(Initrd::size),
+        cmdline,
+        seeds: None,
+        virtio: 0,
+    };
+    Ok(Config {
+        board,
+        request,
+        kernel,
+        initrd,
+    })
+}
+
+/// The kernel's header, with the memory that it needs where it does not say so itself.
+fn sized_header(kernel: &Kernel) -> Header {
+    let mut header = kernel.header().clone();
+    if let Header::Arm64(image) = &mut header {
+        image.image_size = kernel.memory_size();
+    }
+    header
+}
+
+/// Random numbers for one start of the guest, from the host's kernel.
+///
+/// # Errors
+/// A kernel without `getrandom`.
+pub fn fresh_seeds() -> Result<Seeds> {
+    let mut bytes = [0_u8; 72];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled +=
+            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+                .context("cannot get random numbers for the guest's seeds")?;
+    }
+    let (kaslr, rng) = bytes.split_at(8);
+    let mut seeds = Seeds {
+        kaslr: 0,
+        rng: [0; 64],
+    };
+    seeds.kaslr = kaslr
+        .iter()
+        .fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+    seeds.rng.copy_from_slice(rng);
+    Ok(seeds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use armlet_arch::aarch64::Aarch64;
+
+    fn refused(args: MachineArgs) -> String {
+        let board = board(&args).expect("the default board");
+        let error = read::<Aarch64>(&args, board).expect_err("to be refused");
+        assert_eq!(crate::status::status_of(&error), Status::Usage);
+        let line = format!("{error:#}");
+        assert!(!line.contains('\n'), "{line}");
+        line
+    }
+
+    #[test]
+    fn flags_win_over_the_board() {
+        let args = MachineArgs {
+            cpus: Some("3".to_owned()),
+            cmdline: Some("quiet".to_owned()),
+            ..MachineArgs::default()
+        };
+        let config = read::<Aarch64>(&args, board(&args).expect("virt")).expect("valid");
+        assert_eq!(config.request.cpus, 3);
+        assert_eq!(config.request.cmdline, "quiet");
+        assert_eq!(config.request.memory, 512 << 20);
+    }
+
+    #[test]
+    fn bad_values_are_refused_by_the_flag_that_holds_them() {
+        let with = |set: fn(&mut MachineArgs)| {
+            let mut args = MachineArgs::default();
+            set(&mut args);
+            refused(args)
+        };
+        assert!(with(|args| args.cpus = Some("two".into())).contains("--cpus"));
+        assert!(with(|args| args.memory = Some("lots".into())).contains("--memory"));
+        assert!(with(|args| args.ipa_bits = Some("53".into())).contains("32 to 52"));
+        assert!(with(|args| args.gic = Some("4".into())).contains("--gic"));
+        assert!(with(|args| args.cmdline = Some("\u{1}".into())).contains("--cmdline"));
+        assert!(with(|args| args.cmdline = Some("x".repeat(2048))).contains("--cmdline"));
+        assert!(with(|args| args.initrd = Some("/dev/null".into())).contains("--kernel"));
+        assert!(with(|args| args.kernel = Some("/nonexistent".into())).contains("/nonexistent"));
+    }
+
+    #[test]
+    fn seeds_are_fresh() {
+        assert_ne!(
+            fresh_seeds().expect("random"),
+            fresh_seeds().expect("random")
+        );
+    }
+}

@@ -1,0 +1,259 @@
+//! The user's side of the serial console: terminal modes, escape keys, output, and messages.
+
+use anyhow::{Context, Result};
+use armlet_devices::pl011::Output;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::stdio;
+use rustix::termios::{self, OptionalActions, Termios};
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The terminal's modes before armlet changed them; there while they are changed.
+static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+/// Whether the terminal is raw, so that messages need carriage returns.
+static RAW: AtomicBool = AtomicBool::new(false);
+
+/// Prints one line on standard error, whatever state the terminal is in.
+pub fn complain(line: &str) {
+    let end = if RAW.load(Ordering::Relaxed) {
+        "\r\n"
+    } else {
+        "\n"
+    };
+    // Where standard error is closed too, there is nobody left to tell.
+    let _ = std::io::stderr().write_all(format!("armlet: {line}{end}").as_bytes());
+}
+
+struct Log;
+
+impl log::Log for Log {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            complain(&record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Sends the messages of `log` to standard error, warnings and errors at first.
+pub fn install_log() {
+    static LOG: Log = Log;
+    if log::set_logger(&LOG).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+}
+
+/// The terminal in raw mode, from [`RawTerminal::enter`] until it is dropped. A crash of armlet
+/// restores the modes too.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Makes standard input raw if it is a terminal; else there is nothing to do.
+    ///
+    /// # Errors
+    /// A terminal whose modes cannot be set.
+    pub fn enter() -> Result<Option<RawTerminal>> {
+        let input = stdio::stdin();
+        if !termios::isatty(input) {
+            return Ok(None);
+        }
+        let modes = termios::tcgetattr(input).context("cannot read the terminal's modes")?;
+        let mut raw = modes.clone();
+        raw.make_raw();
+        *saved() = Some(modes);
+        restore_at_crash();
+        termios::tcsetattr(input, OptionalActions::Now, &raw)
+            .context("cannot make the terminal raw")?;
+        RAW.store(true, Ordering::Relaxed);
+        Ok(Some(RawTerminal(())))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+fn saved() -> std::sync::MutexGuard<'static, Option<Termios>> {
+    SAVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn restore() {
+    // A crash while the modes are being saved finds them locked, and not yet changed.
+    if let Ok(mut saved) = SAVED.try_lock()
+        && let Some(modes) = saved.take()
+    {
+        RAW.store(false, Ordering::Relaxed);
+        let _ = termios::tcsetattr(stdio::stdin(), OptionalActions::Now, &modes);
+    }
+}
+
+/// A panic aborts, so the signals of a crash are the whole of it.
+fn restore_at_crash() {
+    extern "C" fn crashed(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        restore();
+        // SAFETY: both calls are async-signal-safe; the default action of these signals ends
+        // the process as it would have ended without this handler.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
+    }
+    for signal in [
+        libc::SIGABRT,
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+    ] {
+        let _ = vmm_sys_util::signal::register_signal_handler(signal, crashed);
+    }
+}
+
+/// What an escape key asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Escape {
+    /// Ctrl-A x: leave.
+    Leave,
+    /// Ctrl-A h: help.
+    Help,
+    /// Ctrl-A b: send a break.
+    Break,
+}
+
+/// The help that Ctrl-A h prints.
+pub const ESCAPE_HELP: &str = "Ctrl-A x: stop the guest and leave; Ctrl-A b: send a break; Ctrl-A Ctrl-A: send Ctrl-A; Ctrl-A h: this help";
+
+/// Finds escape keys in what is typed, as QEMU has them.
+#[derive(Debug, Default)]
+pub struct EscapeFilter {
+    pending: bool,
+}
+
+const CTRL_A: u8 = 1;
+
+impl EscapeFilter {
+    /// Appends to `guest` what is for the guest, up to the first escape key, which is returned
+    /// with the number of bytes used.
+    pub fn take(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> (usize, Option<Escape>) {
+        for (index, &byte) in typed.iter().enumerate() {
+            if !self.pending {
+                match byte {
+                    CTRL_A => self.pending = true,
+                    byte => guest.push(byte),
+                }
+                continue;
+            }
+            self.pending = false;
+            let escape = match byte {
+                b'x' => Escape::Leave,
+                b'h' | b'?' => Escape::Help,
+                b'b' => Escape::Break,
+                CTRL_A => {
+                    guest.push(CTRL_A);
+                    continue;
+                }
+                _ => continue,
+            };
+            return (index + 1, Some(escape));
+        }
+        (typed.len(), None)
+    }
+}
+
+/// Standard output as the serial console's far end: every byte, in order, waiting where the
+/// reader is slow, until it is closed or armlet stops.
+pub struct StandardOutput {
+    stopping: Arc<AtomicBool>,
+    closed: bool,
+}
+
+impl StandardOutput {
+    /// `stopping` ends a wait for a reader that does not read.
+    #[must_use]
+    pub fn new(stopping: Arc<AtomicBool>) -> StandardOutput {
+        StandardOutput {
+            stopping,
+            closed: false,
+        }
+    }
+}
+
+impl Output for StandardOutput {
+    fn write(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && !self.closed {
+            match rustix::io::write(stdio::stdout(), bytes) {
+                Ok(written) => bytes = &bytes[written..],
+                Err(Errno::INTR) if self.stopping.load(Ordering::Relaxed) => return,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let stdout = stdio::stdout();
+                    let mut wait = [PollFd::new(&stdout, PollFlags::OUT)];
+                    let interrupted = rustix::event::poll(&mut wait, None).is_err();
+                    if interrupted && self.stopping.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    self.closed = true;
+                    log::warn!(
+                        "standard output is closed ({error}); the guest runs on, its console output is lost"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn filter(typed: &[u8]) -> (Vec<u8>, Vec<Escape>) {
+        let mut filter = EscapeFilter::default();
+        let (mut guest, mut escapes) = (Vec::new(), Vec::new());
+        // One byte a time, as they come from a keyboard.
+        for byte in typed {
+            let (_, escape) = filter.take(&[*byte], &mut guest);
+            escapes.extend(escape);
+        }
+        (guest, escapes)
+    }
+
+    #[test]
+    fn escape_keys_are_those_of_qemu() {
+        assert_eq!(filter(b"ab\x01x"), (b"ab".to_vec(), vec![Escape::Leave]));
+        assert_eq!(
+            filter(b"\x01h\x01b"),
+            (vec![], vec![Escape::Help, Escape::Break])
+        );
+        assert_eq!(filter(b"\x01\x01x"), (b"\x01x".to_vec(), vec![]));
+        assert_eq!(filter(b"\x01zq"), (b"q".to_vec(), vec![]));
+    }
+
+    #[test]
+    fn a_chunk_stops_at_its_first_escape() {
+        let mut guest = Vec::new();
+        let result = EscapeFilter::default().take(b"a\x01xb", &mut guest);
+        assert_eq!(result, (3, Some(Escape::Leave)));
+        assert_eq!(guest, b"a");
+    }
+
+    proptest! {
+        #[test]
+        fn what_holds_no_ctrl_a_passes_unchanged(typed: Vec<u8>) {
+            prop_assume!(!typed.contains(&CTRL_A));
+            prop_assert_eq!(filter(&typed), (typed, vec![]));
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! KVM on ARM64. The order of the calls is the kernel's wish
+//! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
+
+use super::{Depth, KvmArch, RawExit};
+use crate::probe::{ArmFacts, Virtualization};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use armlet_arch::aarch64::gic::Gic;
+use armlet_arch::aarch64::ipa::{LEGACY_BITS, pa_range, pa_range_bits};
+use armlet_arch::aarch64::{Aarch64, Host};
+use armlet_arch::irq::{GicChoice, Spi};
+use armlet_arch::{Plan, Request, Width};
+use kvm_bindings::{
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_ARM_NISV_TO_USER,
+    KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
+    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_EXIT_ARM_NISV,
+    KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device, kvm_device_attr, kvm_device_type,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
+};
+use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+
+/// Most vCPUs that a host with GICv2 alone reports (KVM_CAP_MAX_VCPUS).
+const GIC_V2_VCPUS: u32 = 8;
+
+/// ONE_REG ids (Documentation/virt/kvm/api.rst, 4.68): core registers are numbered by their
+/// offset in `struct kvm_regs`, system registers by op0, op1, CRn, CRm, op2.
+const X0: u64 = 0x6030_0000_0010_0000;
+const PC: u64 = 0x6030_0000_0010_0040;
+const MPIDR_EL1: u64 = sysreg(3, 0, 0, 0, 5);
+const ID_AA64MMFR0_EL1: u64 = sysreg(3, 0, 0, 7, 0);
+
+const fn sysreg(op0: u64, op1: u64, crn: u64, crm: u64, op2: u64) -> u64 {
+    0x6030_0000_0013_0000 | op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
+}
+
+/// MPIDR_EL1's affinity fields: Aff3 in bits 39:32, Aff2 to Aff0 in bits 23:0.
+const AFFINITY: u64 = 0xff_00ff_ffff;
+
+impl KvmArch for Aarch64 {
+    type Chip = DeviceFd;
+
+    fn depth(request: &Request<Self>) -> Depth {
+        let kernel_page = request.kernel.as_ref().and_then(|image| image.page_size);
+        let other_page = kernel_page.is_some_and(|page| page != host_page());
+        match other_page || request.gic == GicChoice::V2 {
+            true => Depth::Full,
+            false => Depth::Quick,
+        }
+    }
+
+    fn probe(kvm: &Kvm, depth: Depth) -> Result<Host> {
+        let mut host = quick_facts(kvm);
+        if depth == Depth::Full {
+            let (vm, vcpu) = scratch_vm(kvm, &host)?;
+            host.gic_v2 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2);
+            host.gic_v3 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3);
+            host.guest_pages = guest_pages(read_register(&vcpu, ID_AA64MMFR0_EL1)?);
+        }
+        Ok(host)
+    }
+
+    fn facts(kvm: &Kvm) -> Result<Virtualization> {
+        let mut host = quick_facts(kvm);
+        let cap = |cap: Cap| kvm.check_extension(cap);
+        let (vm, vcpu) = scratch_vm(kvm, &host)?;
+        host.gic_v2 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2);
+        host.gic_v3 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3);
+        let mmfr0 = read_register(&vcpu, ID_AA64MMFR0_EL1)?;
+        host.guest_pages = guest_pages(mmfr0);
+        // KVM_CAP_ARM_SUPPORTED_REG_MASK_RANGES: bit 0 stands for the feature ID registers.
+        let masks = kvm.check_extension_raw(230);
+        Ok(Virtualization::Arm(ArmFacts {
+            its: offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS),
+            pa_range: pa_range_bits(mmfr0 & 0xf),
+            pmu: cap(Cap::ArmPmuV3),
+            sve: cap(Cap::ArmSve),
+            pauth: cap(Cap::ArmPtrAuthAddress) && cap(Cap::ArmPtrAuthGeneric),
+            mte: kvm.check_extension_raw(205) > 0,
+            steal_time: kvm.check_extension_raw(187) > 0,
+            nested: kvm.check_extension_raw(240) > 0,
+            writable_id_registers: masks & 1 != 0,
+            pa_range_writable: lower_pa_range(&vcpu, mmfr0, 32),
+            host,
+        }))
+    }
+
+    fn create_vm(kvm: &Kvm, width: &Width) -> Result<VmFd> {
+        // A KVM without the capability takes 0 alone, which means 40 bits there.
+        let kind = if width.fixed {
+            0
+        } else {
+            u64::from(width.bits)
+        };
+        kvm.create_vm_with_type(kind)
+            .with_context(|| format!("cannot create a VM with {} IPA bits", width.bits))
+    }
+
+    fn populate(vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, DeviceFd)> {
+        enable_syndrome_exits(vm);
+        let chip = create_gic(vm, &plan.layout.irqchip)?;
+        let vcpus = create_vcpus(vm, plan)?;
+        if let Some(first) = vcpus.first() {
+            let mmfr0 = read_register(first, ID_AA64MMFR0_EL1)?;
+            if !lower_pa_range(first, mmfr0, plan.width.bits) {
+                log::info!("the guest sees the host's physical address range: KVM keeps it");
+            }
+        }
+        init_gic(&chip, &plan.layout.irqchip)?;
+        for (vcpu, planned) in vcpus.iter().zip(&plan.vcpus) {
+            if let Some(boot) = planned.boot {
+                write_register(vcpu, PC, boot.pc)?;
+                write_register(vcpu, X0, boot.x0)?;
+            }
+        }
+        Ok((vcpus, chip))
+    }
+
+    fn irq_number(spi: Spi) -> u32 {
+        // Type 1 is an SPI, in bits 27:24 (api.rst, KVM_IRQ_LINE).
+        1 << 24 | spi.intid()
+    }
+
+    fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit> {
+        if reason != KVM_EXIT_ARM_NISV {
+            bail!("KVM stopped it for a reason that armlet does not know (exit {reason})");
+        }
+        // SAFETY: the exit reason says that this member of the union is the valid one.
+        let address = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.arm_nisv.fault_ipa };
+        let mut events = kvm_vcpu_events::default();
+        events.exception.ext_dabt_pending = 1;
+        vcpu.set_vcpu_events(&events)
+            .context("cannot hand the guest an abort")?;
+        Ok(RawExit::Aborted { address })
+    }
+
+    fn position(vcpu: &VcpuFd) -> String {
+        match read_register(vcpu, PC) {
+            Ok(pc) => format!("PC {pc:#x}"),
+            Err(_) => "PC unknown".to_owned(),
+        }
+    }
+}
+
+fn host_page() -> u64 {
+    rustix::param::page_size() as u64
+}
+
+/// What capabilities alone tell. A host with GICv3 reports more than 8 vCPUs; whether it has
+/// GICv2 too takes a VM to find out.
+fn quick_facts(kvm: &Kvm) -> Host {
+    let limit = kvm.get_host_ipa_limit();
+    let max_vcpus = kvm.get_max_vcpus() as u32;
+    let vgic = kvm.check_extension(Cap::Irqchip);
+    Host {
+        ipa_limit: u8::try_from(limit).ok().filter(|limit| *limit > 0),
+        page_size: host_page(),
+        gic_v2: vgic && max_vcpus <= GIC_V2_VCPUS,
+        gic_v3: vgic && max_vcpus > GIC_V2_VCPUS,
+        max_vcpus,
+        // KVM itself needs the host's page size at stage 2, so every guest has it too.
+        guest_pages: vec![host_page()],
+    }
+}
+
+/// A VM with one vCPU, to ask questions of.
+fn scratch_vm(kvm: &Kvm, host: &Host) -> Result<(VmFd, VcpuFd)> {
+    let bits = host.ipa_limit.map_or(0, |limit| limit.min(LEGACY_BITS));
+    let vm = kvm
+        .create_vm_with_type(u64::from(bits))
+        .context("cannot create a VM")?;
+    let vcpu = vm.create_vcpu(0).context("cannot create a vCPU")?;
+    let init = preferred_target(&vm)?;
+    vcpu.vcpu_init(&init).context("cannot initialise a vCPU")?;
+    Ok((vm, vcpu))
+}
+
+fn offers(vm: &VmFd, kind: kvm_device_type) -> bool {
+    vm.create_device(&mut kvm_create_device {
+        type_: kind,
+        fd: 0,
+        flags: KVM_CREATE_DEVICE_TEST,
+    })
+    .is_ok()
+}
+
+/// Page sizes that guests may use, from ID_AA64MMFR0_EL1: TGRAN4 in bits 31:28 and TGRAN64 in
+/// bits 27:24 count from 0, 0xf is none; TGRAN16 in bits 23:20 counts from 1
+/// (arch/arm64/tools/sysreg).
+fn guest_pages(mmfr0: u64) -> Vec<u64> {
+    let field = |shift: u32| mmfr0 >> shift & 0xf;
+    let mut pages = Vec::new();
+    if field(28) != 0xf {
+        pages.push(0x1000);
+    }
+    if field(20) != 0 {
+        pages.push(0x4000);
+    }
+    if field(24) != 0xf {
+        pages.push(0x1_0000);
+    }
+    pages
+}
+
+/// Lowers the guest's PARange to the smallest that holds `bits`; false where KVM does not let us
+/// (before Linux 6.7: arch/arm64/kvm/sys_regs.c, set_id_reg).
+fn lower_pa_range(vcpu: &VcpuFd, mmfr0: u64, bits: u8) -> bool {
+    let (wanted, _) = pa_range(bits);
+    let lowered = mmfr0 & !0xf | wanted;
+    mmfr0 & 0xf <= wanted
+        || vcpu
+            .set_one_reg(ID_AA64MMFR0_EL1, &lowered.to_le_bytes())
+            .is_ok()
+}
+
+/// Accesses to device memory by instructions without a syndrome (LDP, writeback, SIMD) come to us
+/// instead of failing KVM_RUN with ENOSYS. Older kernels lack it, then they do fail.
+fn enable_syndrome_exits(vm: &VmFd) {
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_ARM_NISV_TO_USER,
+        ..Default::default()
+    };
+    if let Err(error) = vm.enable_cap(&cap) {
+        log::info!("KVM does not report accesses without a syndrome ({error})");
+    }
+}
+
+fn create_gic(vm: &VmFd, gic: &Gic) -> Result<DeviceFd> {
+    let kind = match gic {
+        Gic::V2 { .. } => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
+        Gic::V3 { .. } => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+    };
+    vm.create_device(&mut kvm_create_device {
+        type_: kind,
+        fd: 0,
+        flags: 0,
+    })
+    .with_context(|| {
+        format!(
+            "cannot create a GICv{} ('armlet probe' says what this host has)",
+            gic.version()
+        )
+    })
+}
+
+fn preferred_target(vm: &VmFd) -> Result<kvm_vcpu_init> {
+    let mut init = kvm_vcpu_init::default();
+    vm.get_preferred_target(&mut init)
+        .context("cannot ask KVM for its kind of vCPU")?;
+    init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+    Ok(init)
+}
+
+/// Creates all vCPUs before the first is initialised (api.rst, KVM_ARM_VCPU_INIT), and checks the
+/// affinity that the device tree already names.
+fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
+    let vcpus = (0..plan.vcpus.len() as u64)
+        .map(|id| {
+            vm.create_vcpu(id)
+                .with_context(|| format!("cannot create vCPU {id} of {}", plan.vcpus.len()))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let target = preferred_target(vm)?;
+    for (index, (vcpu, planned)) in vcpus.iter().zip(&plan.vcpus).enumerate() {
+        let mut init = target;
+        if planned.boot.is_none() {
+            init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+        }
+        vcpu.vcpu_init(&init)
+            .with_context(|| format!("cannot initialise vCPU {index}"))?;
+        let mpidr = read_register(vcpu, MPIDR_EL1)? & AFFINITY;
+        ensure!(
+            mpidr == planned.mpidr,
+            "KVM gave vCPU {index} the affinity {mpidr:#x}, the device tree says {:#x}; please report this kernel",
+            planned.mpidr
+        );
+    }
+    Ok(vcpus)
+}
+
+fn init_gic(chip: &DeviceFd, gic: &Gic) -> Result<()> {
+    let address = |kind: u32, value: u64, what: &str| {
+        set_attribute(chip, KVM_DEV_ARM_VGIC_GRP_ADDR, u64::from(kind), &value)
+            .with_context(|| format!("cannot place the {what} at {value:#x}"))
+    };
+    match gic {
+        Gic::V2 {
+            distributor,
+            cpu_interface,
+            ..
+        } => {
+            address(
+                KVM_VGIC_V2_ADDR_TYPE_DIST,
+                distributor.start(),
+                "GICv2 distributor",
+            )?;
+            address(
+                KVM_VGIC_V2_ADDR_TYPE_CPU,
+                cpu_interface.start(),
+                "GICv2 CPU interface",
+            )?;
+        }
+        Gic::V3 {
+            distributor,
+            redistributors,
+            ..
+        } => {
+            address(
+                KVM_VGIC_V3_ADDR_TYPE_DIST,
+                distributor.start(),
+                "GICv3 distributor",
+            )?;
+            for (index, run) in redistributors.iter().enumerate() {
+                // Number of frames in bits 63:52, address in 51:16, index in 11:0
+                // (Documentation/virt/kvm/devices/arm-vgic-v3.rst).
+                let region = u64::from(run.frames) << 52 | run.range.start() | index as u64;
+                address(
+                    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION,
+                    region,
+                    "GICv3 redistributors",
+                )?;
+            }
+        }
+    }
+    let interrupts = gic.interrupts();
+    set_attribute(chip, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &interrupts)
+        .with_context(|| format!("cannot give the GIC {interrupts} interrupts"))?;
+    let init = kvm_device_attr {
+        group: KVM_DEV_ARM_VGIC_GRP_CTRL,
+        attr: u64::from(KVM_DEV_ARM_VGIC_CTRL_INIT),
+        ..Default::default()
+    };
+    chip.set_device_attr(&init)
+        .context("cannot initialise the GIC")
+}
+
+/// Sets an attribute whose value KVM reads through a pointer, for the time of the call.
+fn set_attribute<T>(chip: &DeviceFd, group: u32, attr: u64, value: &T) -> Result<()> {
+    let attribute = kvm_device_attr {
+        flags: 0,
+        group,
+        attr,
+        addr: std::ptr::from_ref(value) as u64,
+    };
+    Ok(chip.set_device_attr(&attribute)?)
+}
+
+fn read_register(vcpu: &VcpuFd, id: u64) -> Result<u64> {
+    let mut bytes = [0; 8];
+    vcpu.get_one_reg(id, &mut bytes)
+        .map_err(|error| anyhow!("cannot read register {id:#x}: {error}"))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn write_register(vcpu: &VcpuFd, id: u64, value: u64) -> Result<()> {
+    vcpu.set_one_reg(id, &value.to_le_bytes())
+        .map_err(|error| anyhow!("cannot set register {id:#x} to {value:#x}: {error}"))?;
+    Ok(())
+}

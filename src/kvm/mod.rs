@@ -1,0 +1,117 @@
+//! The KVM half of an architecture: the one place that knows which machine this binary is for.
+
+use anyhow::Result;
+use armlet_arch::irq::Spi;
+use armlet_arch::{Arch, Plan, Request, Width};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+#[cfg(target_arch = "aarch64")]
+pub use armlet_arch::aarch64::Aarch64 as HostArch;
+#[cfg(target_arch = "x86_64")]
+pub use armlet_arch::x86_64::X86_64 as HostArch;
+
+/// How closely a host is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// By capabilities alone, in some microseconds: enough for the usual guest.
+    Quick,
+    /// With a VM made for the purpose and dropped again.
+    Full,
+}
+
+/// What KVM needs to know of an architecture to make and run a planned machine.
+pub trait KvmArch: Arch {
+    /// What must live as long as the machine: the interrupt controller's handle.
+    type Chip: Send;
+
+    /// How closely the host must be looked at for this request.
+    fn depth(request: &Request<Self>) -> Depth;
+
+    /// Asks KVM what it offers.
+    ///
+    /// # Errors
+    /// A host that cannot run guests at all.
+    fn probe(kvm: &Kvm, depth: Depth) -> Result<Self::Host>;
+
+    /// Everything about the host that `armlet probe` shows.
+    ///
+    /// # Errors
+    /// As [`Self::probe`].
+    fn facts(kvm: &Kvm) -> Result<crate::probe::Virtualization>;
+
+    /// Creates the VM with its address width.
+    ///
+    /// # Errors
+    /// What KVM says.
+    fn create_vm(kvm: &Kvm, width: &Width) -> Result<VmFd>;
+
+    /// Creates interrupt controller and vCPUs in the order that KVM wants, and checks that KVM
+    /// made what the plan says.
+    ///
+    /// # Errors
+    /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
+    fn populate(vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
+
+    /// The number by which KVM_IRQ_LINE knows an interrupt.
+    fn irq_number(spi: Spi) -> u32;
+
+    /// Answers an exit that kvm-ioctls has no name for, by its number.
+    ///
+    /// # Errors
+    /// An exit that nothing is known of.
+    fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit>;
+
+    /// Where a vCPU stands, for reports about it ("PC 0xffff800080010000").
+    fn position(vcpu: &VcpuFd) -> String;
+}
+
+/// What an exit without a name in kvm-ioctls was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RawExit {
+    /// An access to `address` by an instruction that cannot be emulated; the guest gets an abort.
+    Aborted {
+        /// Guest-physical address.
+        address: u64,
+    },
+}
+
+/// This host, as a plan for an aarch64 guest wants to know it.
+///
+/// # Errors
+/// A host of another architecture, or without KVM.
+#[cfg(target_arch = "aarch64")]
+pub fn aarch64_host() -> Result<<HostArch as Arch>::Host> {
+    HostArch::probe(&crate::probe::open_kvm()?, Depth::Full)
+}
+
+/// This host, as a plan for an x86_64 guest wants to know it.
+///
+/// # Errors
+/// A host of another architecture, or without KVM.
+#[cfg(target_arch = "x86_64")]
+pub fn x86_64_host() -> Result<<HostArch as Arch>::Host> {
+    HostArch::probe(&crate::probe::open_kvm()?, Depth::Full)
+}
+
+/// This host, as a plan for an aarch64 guest wants to know it: it is none.
+///
+/// # Errors
+/// Always.
+#[cfg(not(target_arch = "aarch64"))]
+pub fn aarch64_host() -> Result<armlet_arch::aarch64::Host> {
+    anyhow::bail!("--host this: this is no ARM64 host; name a board, or leave --host out")
+}
+
+/// This host, as a plan for an x86_64 guest wants to know it: it is none.
+///
+/// # Errors
+/// Always.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn x86_64_host() -> Result<<armlet_arch::x86_64::X86_64 as Arch>::Host> {
+    anyhow::bail!("--host this: this is no x86_64 host; name a board, or leave --host out")
+}

@@ -1,0 +1,181 @@
+//! From a plan to KVM's objects and our devices. Nothing is decided here.
+
+use crate::kernel::{Initrd, Kernel};
+use crate::kvm::KvmArch;
+use crate::memory;
+use anyhow::{Context, Result, bail};
+use armlet_arch::irq::Spi;
+use armlet_arch::plan::Plan;
+use armlet_arch::{Arch, DeviceKind, Range};
+use armlet_devices::bus::Bus;
+use armlet_devices::pl011::{Output, Pl011};
+use armlet_devices::pl031::Pl031;
+use armlet_devices::pl061::Pl061;
+use armlet_devices::{Device, IrqLine};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::{Arc, Mutex};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// A machine as KVM has it, with its devices, before its vCPUs run.
+pub struct Machine<A: KvmArch> {
+    /// vCPUs, by index.
+    pub vcpus: Vec<VcpuFd>,
+    /// Who answers at which address.
+    pub bus: Arc<Bus>,
+    /// The devices that the event loop talks to.
+    pub devices: Devices,
+    /// Kept for as long as the machine lives.
+    _chip: A::Chip,
+}
+
+/// The devices that the event loop talks to, where the board has them.
+#[derive(Default)]
+pub struct Devices {
+    /// The serial console.
+    pub serial: Option<Arc<Mutex<Pl011>>>,
+    /// The clock, for its alarm.
+    pub clock: Option<Arc<Mutex<Pl031>>>,
+    /// The power key's GPIO.
+    pub power_key: Option<Arc<Mutex<Pl061>>>,
+}
+
+/// What the devices call when something happens. Each may be called by any vCPU's thread, with
+/// the device locked.
+pub struct Wires {
+    /// Takes the console's output.
+    pub output: Box<dyn Output>,
+    /// The console takes input again.
+    pub on_room: Box<dyn Fn() + Send>,
+    /// The clock's alarm was set anew.
+    pub on_deadline: Box<dyn Fn() + Send>,
+}
+
+/// An interrupt line of a device: an SPI of KVM's controller.
+struct SpiLine {
+    vm: Arc<VmFd>,
+    number: u32,
+}
+
+impl IrqLine for SpiLine {
+    fn set(&self, high: bool) {
+        // It fails for a number that the controller does not have, which the plan excludes.
+        if let Err(error) = self.vm.set_irq_line(self.number, high) {
+            log::error!("cannot set interrupt line {:#x}: {error}", self.number);
+        }
+    }
+
+    fn pulse(&self) {
+        self.set(true);
+        self.set(false);
+    }
+}
+
+/// Makes the planned machine on `memory`.
+///
+/// # Errors
+/// The step that failed and what KVM said.
+pub fn assemble<A: KvmArch>(
+    kvm: &Kvm,
+    plan: &Plan<A>,
+    memory: &GuestMemoryMmap,
+    wires: Wires,
+) -> Result<Machine<A>> {
+    let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
+    for (slot, (guest, size, host)) in memory::slots(memory).enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: host,
+        };
+        // SAFETY: the memory is mapped until the process ends.
+        unsafe { vm.set_user_memory_region(region) }.with_context(|| {
+            format!("cannot give the VM its memory at {guest:#x} ({size} bytes)")
+        })?;
+    }
+    let (vcpus, chip) = A::populate(&vm, plan)?;
+    let (bus, devices) = attach::<A>(&vm, plan, wires)?;
+    Ok(Machine {
+        vcpus,
+        bus: Arc::new(bus),
+        devices,
+        _chip: chip,
+    })
+}
+
+fn attach<A: KvmArch>(vm: &Arc<VmFd>, plan: &Plan<A>, wires: Wires) -> Result<(Bus, Devices)> {
+    let line = |spi: Spi| -> Arc<dyn IrqLine> {
+        Arc::new(SpiLine {
+            vm: Arc::clone(vm),
+            number: A::irq_number(spi),
+        })
+    };
+    let mut bus = Bus::new();
+    let mut devices = Devices::default();
+    let Wires {
+        output,
+        on_room,
+        on_deadline,
+    } = wires;
+    let (mut output, mut on_deadline) = (Some((output, on_room)), Some(on_deadline));
+    for placed in &plan.layout.devices {
+        let line = line(placed.spi);
+        let device: Arc<Mutex<dyn Device>> = match placed.kind {
+            DeviceKind::Pl011 => {
+                let Some((output, on_room)) = output.take() else {
+                    bail!("the board has two serial consoles; armlet serves one");
+                };
+                let serial = Arc::new(Mutex::new(Pl011::new(line, output, on_room)));
+                devices.serial = Some(Arc::clone(&serial));
+                serial
+            }
+            DeviceKind::Pl031 => {
+                let on_deadline = on_deadline.take().unwrap_or_else(|| Box::new(|| {}));
+                let clock = Arc::new(Mutex::new(Pl031::new(line, on_deadline)));
+                devices.clock = Some(Arc::clone(&clock));
+                clock
+            }
+            DeviceKind::Pl061 => {
+                let gpio = Arc::new(Mutex::new(Pl061::new(line)));
+                devices.power_key = Some(Arc::clone(&gpio));
+                gpio
+            }
+            DeviceKind::VirtioMmio { slot } => {
+                bail!("virtio-mmio slot {slot} is in use, but armlet has no virtio devices yet")
+            }
+        };
+        bus.insert(placed.window.start(), placed.window.size(), device)?;
+    }
+    Ok((bus, devices))
+}
+
+/// Puts kernel, initrd and blobs where the plan says. No vCPU may run.
+///
+/// # Errors
+/// A file that changed since it was opened, or damaged data.
+pub fn load<A: Arch>(
+    memory: &GuestMemoryMmap,
+    plan: &Plan<A>,
+    kernel: Option<&Kernel>,
+    initrd: Option<&Initrd>,
+) -> Result<()> {
+    let payload = &plan.layout.payload;
+    let slice = |range: Range| {
+        // SAFETY: no vCPU runs yet, and each range is loaded once, one after the other.
+        unsafe { memory::slice_mut(memory, range) }
+    };
+    if let (Some(kernel), Some(range)) = (kernel, payload.kernel) {
+        kernel.load_into(slice(range)?)?;
+    }
+    if let (Some(initrd), Some(range)) = (initrd, payload.initrd) {
+        initrd.load_into(slice(range)?)?;
+    }
+    for blob in &plan.blobs {
+        memory
+            .write_slice(&blob.bytes, GuestAddress(blob.address))
+            .with_context(|| format!("cannot write the {} at {:#x}", blob.name, blob.address))?;
+    }
+    Ok(())
+}

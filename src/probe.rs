@@ -1,0 +1,518 @@
+//! What this host offers, and what would stop or slow a guest on it, with the fix.
+
+use crate::kvm::{HostArch, KvmArch};
+use anyhow::{Result, anyhow};
+use armlet_arch::size::show_size;
+use armlet_arch::{Arch, Architecture, aarch64, x86_64};
+use kvm_ioctls::Kvm;
+use serde_json::{Value, json};
+use std::ffi::CString;
+use std::fmt::Write;
+
+/// The version of the KVM interface, the same since 2007 (Documentation/virt/kvm/api.rst, 4.1).
+const KVM_API: i32 = 12;
+
+/// Opens `/dev/kvm` and checks that it is what we know.
+///
+/// # Errors
+/// No KVM, or no permission: with the fix in words.
+pub fn open_kvm() -> Result<Kvm> {
+    let access = kvm_access();
+    match access {
+        KvmAccess::Open(kvm) => Ok(kvm),
+        KvmAccess::Missing => Err(anyhow!("cannot open /dev/kvm: {}", NO_KVM)),
+        KvmAccess::Denied => Err(anyhow!("cannot open /dev/kvm: {}", NO_PERMISSION)),
+        KvmAccess::Broken(cause) => Err(anyhow!("cannot use /dev/kvm: {cause}")),
+    }
+}
+
+const NO_KVM: &str = "this kernel has no KVM, or it did not start in a mode with virtualisation: it must enter at EL2 (see 'dmesg | grep -i kvm'; on a board, firmware or boot loader may drop to EL1), and on x86 VMX or SVM must be on in the firmware and the module kvm_intel or kvm_amd loaded";
+const NO_PERMISSION: &str = "permission denied: join the group that owns it ('sudo usermod -aG kvm $USER', then log in again), or run as root";
+
+/// What came of opening `/dev/kvm`.
+enum KvmAccess {
+    Open(Kvm),
+    Missing,
+    Denied,
+    Broken(String),
+}
+
+fn kvm_access() -> KvmAccess {
+    let opened = CString::new("/dev/kvm")
+        .map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))
+        .and_then(Kvm::new_with_path);
+    match opened.map_err(|error| (error.errno(), error)) {
+        Ok(kvm) if kvm.get_api_version() != KVM_API => KvmAccess::Broken(format!(
+            "its interface has version {}, armlet knows {KVM_API}",
+            kvm.get_api_version()
+        )),
+        Ok(kvm) => KvmAccess::Open(kvm),
+        Err((libc::ENOENT | libc::ENXIO | libc::ENODEV, _)) => KvmAccess::Missing,
+        Err((libc::EACCES | libc::EPERM, _)) => KvmAccess::Denied,
+        Err((_, error)) => KvmAccess::Broken(error.to_string()),
+    }
+}
+
+/// What KVM offers, by architecture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Virtualization {
+    /// KVM/arm64.
+    Arm(ArmFacts),
+    /// KVM on x86.
+    X86(X86Facts),
+}
+
+/// What KVM/arm64 offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArmFacts {
+    /// What planning needs.
+    pub host: aarch64::Host,
+    /// Whether it emulates an ITS (message-signalled interrupts).
+    pub its: bool,
+    /// Address bits of ID_AA64MMFR0_EL1.PARange as guests see it.
+    pub pa_range: Option<u8>,
+    /// Performance counters for guests (PMUv3).
+    pub pmu: bool,
+    /// Scalable vectors.
+    pub sve: bool,
+    /// Pointer authentication.
+    pub pauth: bool,
+    /// Memory tagging.
+    pub mte: bool,
+    /// Stolen time.
+    pub steal_time: bool,
+    /// Guests with their own EL2.
+    pub nested: bool,
+    /// Whether feature ID registers can be written, so that guests see fewer features.
+    pub writable_id_registers: bool,
+    /// Whether the guest's PARange can be lowered to its machine's width.
+    pub pa_range_writable: bool,
+}
+
+/// What KVM on x86 offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct X86Facts {
+    /// What planning needs.
+    pub host: x86_64::Host,
+}
+
+/// A host, as `armlet probe` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The kernel's release.
+    pub kernel: String,
+    /// The board, as its firmware names it.
+    pub board: String,
+    /// Instruction set that this armlet was built for.
+    pub architecture: Architecture,
+    /// Page size in bytes.
+    pub page_size: u64,
+    /// CPUs that are on.
+    pub cpus: usize,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// KVM, or why there is none.
+    pub kvm: Result<Virtualization, NoKvm>,
+}
+
+/// Why KVM cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoKvm {
+    /// There is no `/dev/kvm`.
+    Missing,
+    /// It may not be opened.
+    Denied,
+    /// It was opened and does not work.
+    Broken(String),
+}
+
+/// How much a finding matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// No guest runs.
+    Stops,
+    /// Some guests do not run, or run slower.
+    Limits,
+    /// Good to know.
+    Note,
+}
+
+/// One line of the diagnosis.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// How much it matters.
+    pub severity: Severity,
+    /// What was found.
+    pub what: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
+/// Looks at this host.
+#[must_use]
+pub fn probe() -> Report {
+    let kvm = match kvm_access() {
+        KvmAccess::Open(kvm) => {
+            HostArch::facts(&kvm).map_err(|error| NoKvm::Broken(format!("{error:#}")))
+        }
+        KvmAccess::Missing => Err(NoKvm::Missing),
+        KvmAccess::Denied => Err(NoKvm::Denied),
+        KvmAccess::Broken(cause) => Err(NoKvm::Broken(cause)),
+    };
+    let system = rustix::system::sysinfo();
+    Report {
+        kernel: rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned(),
+        board: board_name(),
+        architecture: HostArch::ARCHITECTURE,
+        page_size: rustix::param::page_size() as u64,
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        memory: (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)),
+        kvm,
+    }
+}
+
+/// The device tree's model (Devicetree specification v0.4, section 2.3.2), else what DMI says.
+fn board_name() -> String {
+    let read = |path: &str| {
+        std::fs::read_to_string(path)
+            .ok()
+            .map(|text| text.trim_matches(['\0', '\n', ' ']).to_owned())
+            .filter(|text| !text.is_empty())
+    };
+    read("/proc/device-tree/model")
+        .or_else(|| {
+            let vendor = read("/sys/class/dmi/id/sys_vendor")?;
+            let product = read("/sys/class/dmi/id/product_name")?;
+            Some(format!("{vendor} {product}"))
+        })
+        .unwrap_or_else(|| "not named by the firmware".to_owned())
+}
+
+impl Report {
+    /// Whether a guest of this host's architecture can run at all.
+    #[must_use]
+    pub fn runs_guests(&self) -> bool {
+        !self
+            .diagnosis()
+            .iter()
+            .any(|finding| finding.severity == Severity::Stops)
+    }
+
+    /// Each thing that would stop or slow a guest, with the fix.
+    #[must_use]
+    pub fn diagnosis(&self) -> Vec<Finding> {
+        let finding = |severity, what: &str, fix: &str| Finding {
+            severity,
+            what: what.to_owned(),
+            fix: fix.to_owned(),
+        };
+        match &self.kvm {
+            Err(NoKvm::Missing) => vec![finding(Severity::Stops, "no /dev/kvm", NO_KVM)],
+            Err(NoKvm::Denied) => vec![finding(
+                Severity::Stops,
+                "/dev/kvm may not be opened",
+                NO_PERMISSION,
+            )],
+            Err(NoKvm::Broken(cause)) => vec![finding(
+                Severity::Stops,
+                &format!("KVM does not work: {cause}"),
+                "see 'dmesg | grep -i kvm' for the kernel's reason",
+            )],
+            Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus),
+            Ok(Virtualization::X86(_)) => vec![finding(
+                Severity::Stops,
+                "armlet does not run x86_64 guests yet",
+                "use an ARM64 host; 'armlet plan' works here",
+            )],
+        }
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        for (_, label, value) in self.facts() {
+            let _ = writeln!(out, "{label:<28} {}", show(&value));
+        }
+        let _ = writeln!(out, "\nDiagnosis");
+        let findings = self.diagnosis();
+        if findings.is_empty() {
+            let _ = writeln!(out, "  Nothing found that would stop or slow a guest.");
+        }
+        for finding in findings {
+            let mark = match finding.severity {
+                Severity::Stops => "STOPS ",
+                Severity::Limits => "LIMITS",
+                Severity::Note => "note  ",
+            };
+            let _ = writeln!(out, "  {mark}  {}\n          {}", finding.what, finding.fix);
+        }
+        out
+    }
+
+    /// For programs.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let facts = self.facts().into_iter();
+        let facts: serde_json::Map<String, Value> = facts
+            .map(|(key, _, value)| (key.to_owned(), value))
+            .collect();
+        let findings: Vec<Value> = self
+            .diagnosis()
+            .into_iter()
+            .map(|finding| {
+                json!({
+                    "severity": match finding.severity {
+                        Severity::Stops => "stops",
+                        Severity::Limits => "limits",
+                        Severity::Note => "note",
+                    },
+                    "what": finding.what,
+                    "fix": finding.fix,
+                })
+            })
+            .collect();
+        json!({ "runs_guests": self.runs_guests(), "facts": facts, "diagnosis": findings })
+    }
+
+    fn facts(&self) -> Vec<(&'static str, &'static str, Value)> {
+        let mut facts = vec![
+            ("board", "Board", json!(self.board)),
+            ("kernel", "Kernel", json!(self.kernel)),
+            ("architecture", "Architecture", json!(self.architecture)),
+            ("cpus", "CPUs", json!(self.cpus)),
+            ("memory_bytes", "Memory, bytes", json!(self.memory)),
+            ("page_size", "Page size, bytes", json!(self.page_size)),
+            ("kvm", "KVM", json!(self.kvm.is_ok())),
+        ];
+        match &self.kvm {
+            Ok(Virtualization::Arm(arm)) => facts.extend(arm_facts(arm)),
+            Ok(Virtualization::X86(x86)) => facts.extend([
+                ("phys_bits", "Guest address bits", json!(x86.host.phys_bits)),
+                ("max_vcpus", "vCPUs, at most", json!(x86.host.max_vcpus)),
+            ]),
+            Err(_) => {}
+        }
+        facts
+    }
+}
+
+fn arm_facts(arm: &ArmFacts) -> Vec<(&'static str, &'static str, Value)> {
+    let host = &arm.host;
+    let limit = host.ipa_limit.unwrap_or(aarch64::ipa::LEGACY_BITS);
+    let mut gic = Vec::new();
+    if host.gic_v2 {
+        gic.push("2");
+    }
+    if host.gic_v3 {
+        gic.push("3");
+    }
+    vec![
+        ("ipa_limit", "IPA bits, at most", json!(limit)),
+        (
+            "ipa_selectable",
+            "IPA bits selectable",
+            json!(host.ipa_limit.is_some()),
+        ),
+        ("pa_range", "PARange, bits", json!(arm.pa_range)),
+        (
+            "pa_range_writable",
+            "PARange can be lowered",
+            json!(arm.pa_range_writable),
+        ),
+        (
+            "writable_id_registers",
+            "ID registers writable",
+            json!(arm.writable_id_registers),
+        ),
+        ("gic", "GIC versions", json!(gic)),
+        ("its", "ITS", json!(arm.its)),
+        ("max_vcpus", "vCPUs, at most", json!(host.max_vcpus)),
+        (
+            "guest_pages",
+            "Guest page sizes, bytes",
+            json!(host.guest_pages),
+        ),
+        ("pmu", "PMU", json!(arm.pmu)),
+        ("sve", "SVE", json!(arm.sve)),
+        ("pauth", "Pointer authentication", json!(arm.pauth)),
+        ("mte", "MTE", json!(arm.mte)),
+        ("steal_time", "Steal time", json!(arm.steal_time)),
+        ("nested", "Nested virtualisation", json!(arm.nested)),
+    ]
+}
+
+fn show(value: &Value) -> String {
+    match value {
+        Value::Bool(true) => "yes".to_owned(),
+        Value::Bool(false) => "no".to_owned(),
+        Value::Null => "unknown".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) if items.is_empty() => "none".to_owned(),
+        Value::Array(items) => items.iter().map(show).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+fn diagnose_arm(facts: &ArmFacts, cpus: usize) -> Vec<Finding> {
+    let host = &facts.host;
+    let mut findings = Vec::new();
+    let mut add = |severity, what: String, fix: &str| {
+        findings.push(Finding {
+            severity,
+            what,
+            fix: fix.to_owned(),
+        });
+    };
+    if !host.gic_v2 && !host.gic_v3 {
+        add(
+            Severity::Stops,
+            "KVM has no virtual GIC".to_owned(),
+            "the board has no GIC (Raspberry Pi 3), or its device tree lacks the GIC's maintenance interrupt (some Raspberry Pi 5 and Orin kernels): update kernel and device tree, and see 'dmesg | grep -i vgic'",
+        );
+    } else if !host.gic_v3 {
+        add(
+            Severity::Limits,
+            "GICv2 only: at most 8 vCPUs, and no message-signalled interrupts".to_owned(),
+            "nothing to do for guests of up to 8 vCPUs; --gic auto chooses it",
+        );
+    }
+    match host.ipa_limit {
+        None => add(
+            Severity::Limits,
+            "KVM is older than Linux 4.20: each guest gets 40 address bits, no more and no fewer"
+                .to_owned(),
+            "guests up to 1023G run; a newer kernel would fit the width to the guest",
+        ),
+        Some(limit) if limit < 40 => add(
+            Severity::Note,
+            format!("the IPA limit of {limit} bits is under the 40 that older VMMs ask for"),
+            "nothing to do: armlet asks for as few as the guest needs",
+        ),
+        Some(_) => {}
+    }
+    if host.page_size > 0x1000 {
+        let block = host.page_size / 8 * host.page_size;
+        add(
+            Severity::Note,
+            format!(
+                "host pages of {}: huge blocks are {}, so a smaller guest gets none",
+                show_size(host.page_size),
+                show_size(block)
+            ),
+            "give a guest that must be fast a multiple of that; armlet aligns memory and GIC windows by itself",
+        );
+        if !host.gic_v3 && host.gic_v2 {
+            add(
+                Severity::Limits,
+                format!(
+                    "GICv2 on {} pages: KVM may have to trap the GIC's CPU interface at each interrupt ('dmesg | grep GICV' says so)",
+                    show_size(host.page_size)
+                ),
+                "use a kernel with 4K pages where interrupts matter (Raspberry Pi 5: kernel=kernel8.img in config.txt)",
+            );
+        }
+    }
+    if !facts.pa_range_writable {
+        add(
+            Severity::Note,
+            "this kernel does not let the guest's PARange be lowered (Linux before 6.7)".to_owned(),
+            "nothing to do: guests see the host's value, and run",
+        );
+    }
+    if cpus == 1 {
+        add(
+            Severity::Note,
+            "this host has one CPU".to_owned(),
+            "guests with more vCPUs run, but not faster",
+        );
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pi5() -> ArmFacts {
+        ArmFacts {
+            host: aarch64::Host {
+                ipa_limit: Some(40),
+                page_size: 0x4000,
+                gic_v2: true,
+                gic_v3: false,
+                max_vcpus: 8,
+                guest_pages: vec![0x1000, 0x4000, 0x1_0000],
+            },
+            its: false,
+            pa_range: Some(40),
+            pmu: true,
+            sve: false,
+            pauth: false,
+            mte: false,
+            steal_time: true,
+            nested: false,
+            writable_id_registers: true,
+            pa_range_writable: true,
+        }
+    }
+
+    fn report(kvm: Result<Virtualization, NoKvm>) -> Report {
+        Report {
+            kernel: "6.12".to_owned(),
+            board: "Raspberry Pi 5".to_owned(),
+            architecture: Architecture::Aarch64,
+            page_size: 0x4000,
+            cpus: 4,
+            memory: 8 << 30,
+            kvm,
+        }
+    }
+
+    fn said(facts: ArmFacts) -> String {
+        report(Ok(Virtualization::Arm(facts))).text()
+    }
+
+    #[test]
+    fn a_raspberry_pi_5_runs_guests_within_its_limits() {
+        let report = report(Ok(Virtualization::Arm(pi5())));
+        assert!(report.runs_guests());
+        let text = report.text();
+        assert!(text.contains("at most 8 vCPUs"), "{text}");
+        assert!(text.contains("kernel8.img"), "{text}");
+        assert!(text.contains("huge blocks are 32M"), "{text}");
+    }
+
+    #[test]
+    fn what_stops_guests_is_said_with_its_fix() {
+        let mut facts = pi5();
+        facts.host.gic_v2 = false;
+        let no_gic = report(Ok(Virtualization::Arm(facts)));
+        assert!(!no_gic.runs_guests());
+        assert!(no_gic.text().contains("maintenance interrupt"));
+        for (kvm, fix) in [
+            (NoKvm::Missing, "EL2"),
+            (NoKvm::Denied, "usermod"),
+            (NoKvm::Broken("odd".to_owned()), "odd"),
+        ] {
+            let report = report(Err(kvm));
+            assert!(!report.runs_guests());
+            assert!(report.text().contains(fix), "{}", report.text());
+            assert_eq!(report.json()["runs_guests"], json!(false));
+        }
+    }
+
+    #[test]
+    fn old_kernels_and_narrow_hosts_are_told_apart() {
+        let mut legacy = pi5();
+        legacy.host.ipa_limit = None;
+        assert!(said(legacy).contains("40 address bits"));
+        let mut narrow = pi5();
+        narrow.host.ipa_limit = Some(36);
+        assert!(said(narrow).contains("36 bits"));
+    }
+}

@@ -1,0 +1,159 @@
+//! A plan for people and for programs.
+
+use armlet_arch::plan::{Payload, Plan};
+use armlet_arch::size::show_size;
+use armlet_arch::{Arch, Blob, Range, Region, Width};
+use serde_json::{Value, json};
+use std::fmt::Write;
+
+/// One line of the address map.
+struct Row {
+    range: Range,
+    what: String,
+}
+
+/// The plan as a table with its reasons, for a terminal. `kernel` describes the kernel file.
+#[must_use]
+pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, cmdline: &str) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "Board {} ({}), {} vCPU{}, {} of memory",
+        plan.board,
+        A::ARCHITECTURE,
+        plan.vcpus.len(),
+        if plan.vcpus.len() == 1 { "" } else { "s" },
+        show_size(plan.layout.ram.iter().map(|bank| bank.size()).sum()),
+    );
+    let _ = writeln!(out, "\n{}", address_bits(&plan.width));
+    let _ = writeln!(out, "\nAddress map");
+    table(&mut out, &map_rows(plan));
+    let _ = writeln!(out, "\nIn RAM");
+    table(
+        &mut out,
+        &payload_rows(&plan.layout.payload, &plan.blobs, kernel),
+    );
+    let _ = writeln!(out, "  entry  {:#x}", plan.layout.payload.entry);
+    let _ = writeln!(out, "\nInterrupts");
+    for device in &plan.layout.devices {
+        let _ = writeln!(
+            out,
+            "  SPI {:<4} INTID {:<4} {}",
+            device.spi.0,
+            device.spi.intid(),
+            device.kind
+        );
+    }
+    let _ = writeln!(out, "\nCommand line\n  {cmdline}");
+    out
+}
+
+fn address_bits(width: &Width) -> String {
+    let mut text = format!(
+        "IPA bits: {}\n  {} ends at {:#x} and needs {}",
+        width.bits,
+        width.highest.name,
+        width.highest.range.last(),
+        width.highest.range.bits(),
+    );
+    if width.highest.range.bits() < width.need {
+        let _ = write!(text, " (KVM's least is {})", width.need);
+    }
+    let _ = match width.fixed {
+        true => write!(text, "; the host gives {} and no other number", width.limit),
+        false => write!(text, "; the host offers up to {}", width.limit),
+    };
+    let _ = write!(
+        text,
+        "\n  {} levels of stage-2 translation on {} host pages",
+        width.levels,
+        show_size(width.host_page)
+    );
+    if width.levels_at_limit > width.levels {
+        let _ = write!(
+            text,
+            "; the host's limit would have cost {}",
+            width.levels_at_limit
+        );
+    }
+    text
+}
+
+fn map_rows<A: Arch>(plan: &Plan<A>) -> Vec<Row> {
+    let regions = plan.layout.regions().into_iter();
+    regions
+        .map(|Region { name, range }| Row { range, what: name })
+        .collect()
+}
+
+fn payload_rows(payload: &Payload, blobs: &[Blob], kernel: Option<&str>) -> Vec<Row> {
+    let row = |range: Option<Range>, what: String| range.map(|range| Row { range, what });
+    let mut rows = vec![
+        row(
+            payload.kernel,
+            format!("kernel: {}", kernel.unwrap_or("its file")),
+        ),
+        row(payload.initrd, "initrd".to_owned()),
+    ];
+    for blob in blobs {
+        let range = Range::new(blob.address, blob.bytes.len() as u64);
+        rows.push(row(range, blob.name.to_owned()));
+    }
+    let mut rows: Vec<Row> = rows.into_iter().flatten().collect();
+    rows.sort_by_key(|row| row.range);
+    rows
+}
+
+fn table(out: &mut String, rows: &[Row]) {
+    let _ = writeln!(out, "  {:>18} {:>18} {:>10}  what", "start", "end", "size");
+    for row in rows {
+        let _ = writeln!(
+            out,
+            "  {:>#18x} {:>#18x} {:>10}  {}",
+            row.range.start(),
+            row.range.last(),
+            show_size(row.range.size()),
+            row.what
+        );
+    }
+}
+
+/// The plan for programs. Addresses are numbers; ends are inclusive.
+#[must_use]
+pub fn json<A: Arch>(plan: &Plan<A>, cmdline: &str) -> Value {
+    let rows = |rows: Vec<Row>| -> Vec<Value> {
+        rows.into_iter()
+            .map(|row| {
+                json!({
+                    "start": row.range.start(),
+                    "end": row.range.last(),
+                    "size": row.range.size(),
+                    "what": row.what,
+                })
+            })
+            .collect()
+    };
+    json!({
+        "board": plan.board,
+        "architecture": A::ARCHITECTURE,
+        "ipa": {
+            "bits": plan.width.bits,
+            "need": plan.width.need,
+            "needed_by": plan.width.highest.name,
+            "needed_by_end": plan.width.highest.range.last(),
+            "host_limit": plan.width.limit,
+            "host_limit_fixed": plan.width.fixed,
+            "stage2_levels": plan.width.levels,
+            "stage2_levels_at_limit": plan.width.levels_at_limit,
+            "host_page_size": plan.width.host_page,
+        },
+        "map": rows(map_rows(plan)),
+        "payload": rows(payload_rows(&plan.layout.payload, &plan.blobs, None)),
+        "entry": plan.layout.payload.entry,
+        "irqchip": plan.layout.irqchip,
+        "devices": plan.layout.devices,
+        "vcpus": plan.vcpus,
+        "cmdline": cmdline,
+    })
+}

@@ -1,0 +1,488 @@
+//! The life of a guest: one event loop owns the machine; everything reaches it through one
+//! queue, the terminal, and signals.
+
+use crate::commands::{decide, write_tree};
+use crate::config::{Config, fresh_seeds};
+use crate::console::{self, ESCAPE_HELP, Escape, EscapeFilter, RawTerminal, StandardOutput};
+use crate::kvm::KvmArch;
+use crate::machine::{self, Devices, Wires};
+use crate::memory;
+use crate::status::{Fault, Status};
+use crate::vcpu::{RunningVcpu, Told};
+use anyhow::{Context, Result};
+use armlet_arch::plan::POWER_KEY_LINE;
+use armlet_devices::pl011::Pl011;
+use kvm_ioctls::Kvm;
+use rustix::io::Errno;
+use rustix::stdio;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.
+const KEY_HELD: Duration = Duration::from_millis(100);
+/// How often vCPUs are told to stop until they have.
+const KICK_EVERY: Duration = Duration::from_millis(10);
+/// Bytes of type-ahead that are kept for a guest that does not read.
+const INPUT_BYTES: usize = 4096;
+
+/// What to do when the guest asks for a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReset {
+    /// Start the machine anew.
+    Restart,
+    /// Leave, with [`Status::GuestReset`].
+    Exit,
+}
+
+/// Everything that [`run`] is told.
+pub struct Orders<A: KvmArch> {
+    /// KVM.
+    pub kvm: Kvm,
+    /// What it offers.
+    pub host: A::Host,
+    /// What the user asked for.
+    pub config: Config<A>,
+    /// What to do when the guest asks for a reset.
+    pub on_reset: OnReset,
+    /// Whether the guest gets fresh random seeds at each start.
+    pub seeded: bool,
+    /// Where to write the device tree to.
+    pub dump_dtb: Option<String>,
+}
+
+/// How one life of the guest, from start to reset or end, ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Ending {
+    PowerOff,
+    Reset,
+    Failed(String),
+    Stopped,
+}
+
+/// Runs a guest to its end, through as many resets as it asks for.
+///
+/// # Errors
+/// A machine that cannot be planned or made.
+pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
+    let mut events = Events::new()?;
+    let mut memory = None;
+    let mut terminal = None;
+    loop {
+        if orders.seeded {
+            orders.config.request.seeds = Some(fresh_seeds()?);
+        }
+        let plan = decide(&orders.config, &orders.host)?;
+        log::info!(
+            "{} IPA bits for {} ending at {:#x}, {} levels of stage 2",
+            plan.width.bits,
+            plan.width.highest.name,
+            plan.width.highest.range.last(),
+            plan.width.levels
+        );
+        if let Some(path) = orders.dump_dtb.take() {
+            write_tree(&path, &plan)?;
+        }
+        let memory = match &memory {
+            Some(memory) => memory,
+            None => memory.insert(memory::map(&plan.layout.ram).fault(Status::Host)?),
+        };
+        let stopping = Arc::new(AtomicBool::new(false));
+        let wires = events.wires(&stopping)?;
+        let machine =
+            machine::assemble::<A>(&orders.kvm, &plan, memory, wires).fault(Status::Host)?;
+        let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
+        machine::load(memory, &plan, kernel.as_ref(), initrd.as_ref()).fault(Status::Usage)?;
+        drop(plan);
+        if terminal.is_none() {
+            terminal = RawTerminal::enter()?;
+        }
+        let mut vcpus = Vec::new();
+        for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
+            let teller = events.teller()?;
+            let (bus, flag) = (Arc::clone(&machine.bus), Arc::clone(&stopping));
+            let tell = move |told| teller.tell(Event::Told(told));
+            vcpus.push(RunningVcpu::start::<A>(index, vcpu, bus, flag, tell)?);
+        }
+        let ending = events.watch(&machine.devices, terminal.is_some());
+        stop(&vcpus, &stopping);
+        for vcpu in vcpus {
+            vcpu.join();
+        }
+        match ending? {
+            Ending::Reset if orders.on_reset == OnReset::Restart => {
+                log::info!("the guest asked for a reset; starting it again");
+            }
+            ending => {
+                drop(terminal);
+                return Ok(status(ending));
+            }
+        }
+    }
+}
+
+fn status(ending: Ending) -> Status {
+    match ending {
+        Ending::PowerOff => Status::Success,
+        Ending::Reset => Status::GuestReset,
+        Ending::Stopped => Status::Stopped,
+        Ending::Failed(what) => {
+            console::complain(&what);
+            Status::GuestFailed
+        }
+    }
+}
+
+/// Makes all vCPUs leave the guest. A kick may come just before a thread begins to wait, so it
+/// is repeated.
+fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool) {
+    stopping.store(true, Ordering::Release);
+    loop {
+        let running: Vec<_> = vcpus.iter().filter(|vcpu| !vcpu.is_finished()).collect();
+        if running.is_empty() {
+            return;
+        }
+        for vcpu in running {
+            vcpu.kick();
+        }
+        std::thread::sleep(KICK_EVERY);
+    }
+}
+
+/// What other threads put in the queue.
+#[derive(Debug)]
+enum Event {
+    /// A vCPU has something to tell.
+    Told(Told),
+    /// The console takes input.
+    Room,
+    /// The clock's alarm was set anew.
+    Deadline,
+}
+
+/// The queue's other end: it wakes the event loop.
+#[derive(Debug)]
+struct Teller {
+    queue: Arc<Mutex<Vec<Event>>>,
+    bell: EventFd,
+}
+
+impl Teller {
+    fn tell(&self, event: Event) {
+        lock(&self.queue).push(event);
+        // The counter cannot overflow before the loop has read it.
+        let _ = self.bell.write(1);
+    }
+}
+
+/// What epoll says is ready.
+const INPUT: u64 = 0;
+const BELL: u64 = 1;
+const SIGNAL: u64 = 2;
+
+/// The event loop.
+struct Events {
+    epoll: Epoll,
+    queue: Arc<Mutex<Vec<Event>>>,
+    bell: EventFd,
+    signals: OwnedFd,
+    input: Input,
+    /// When the power key is released.
+    release: Option<Instant>,
+    /// When the clock's alarm may be due.
+    alarm: Option<Instant>,
+    /// Signals that asked for the guest's end.
+    asked_to_stop: u32,
+}
+
+/// Standard input on its way to the guest.
+#[derive(Debug, Default)]
+struct Input {
+    filter: EscapeFilter,
+    /// Read, and not yet taken by the guest.
+    pending: Vec<u8>,
+    /// Whether epoll watches it.
+    watched: bool,
+    /// A file, which epoll does not watch: it can be read at any time.
+    always_ready: bool,
+    /// A terminal, where escape keys work.
+    terminal: bool,
+    ended: bool,
+}
+
+impl Events {
+    fn new() -> Result<Events> {
+        let epoll = Epoll::new().context("cannot make an epoll instance")?;
+        let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        // Before any thread starts, so that each inherits the mask.
+        let signals = take_signals().context("cannot take signals by descriptor")?;
+        for (fd, token) in [(bell.as_raw_fd(), BELL), (signals.as_raw_fd(), SIGNAL)] {
+            epoll
+                .ctl(
+                    ControlOperation::Add,
+                    fd,
+                    EpollEvent::new(EventSet::IN, token),
+                )
+                .context("cannot watch a descriptor")?;
+        }
+        Ok(Events {
+            epoll,
+            queue: Arc::default(),
+            bell,
+            signals,
+            input: Input::default(),
+            release: None,
+            alarm: None,
+            asked_to_stop: 0,
+        })
+    }
+
+    fn teller(&self) -> Result<Teller> {
+        Ok(Teller {
+            queue: Arc::clone(&self.queue),
+            bell: self.bell.try_clone().context("cannot copy an eventfd")?,
+        })
+    }
+
+    fn wires(&self, stopping: &Arc<AtomicBool>) -> Result<Wires> {
+        let (room, deadline) = (self.teller()?, self.teller()?);
+        Ok(Wires {
+            output: Box::new(StandardOutput::new(Arc::clone(stopping))),
+            on_room: Box::new(move || room.tell(Event::Room)),
+            on_deadline: Box::new(move || deadline.tell(Event::Deadline)),
+        })
+    }
+
+    /// Serves the machine until its end.
+    fn watch(&mut self, devices: &Devices, terminal: bool) -> Result<Ending> {
+        // What an earlier life of the guest left behind means nothing to this one.
+        lock(&self.queue).clear();
+        (self.release, self.alarm) = (None, None);
+        self.input.terminal = terminal;
+        self.feed(devices)?;
+        let mut ready = [EpollEvent::default(); 4];
+        loop {
+            let count = match self.epoll.wait(self.timeout(), &mut ready) {
+                Ok(count) => count,
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => 0,
+                Err(error) => return Err(error).context("cannot wait for events"),
+            };
+            for event in &ready[..count] {
+                let ending = match event.data() {
+                    INPUT => self.read_input(devices)?,
+                    SIGNAL => self.read_signal(devices)?,
+                    _ => self.read_queue(devices)?,
+                };
+                if let Some(ending) = ending {
+                    return Ok(ending);
+                }
+            }
+            self.pass_deadlines(devices);
+        }
+    }
+
+    /// Milliseconds until the next deadline; -1 without one.
+    fn timeout(&self) -> i32 {
+        let next = self.release.into_iter().chain(self.alarm).min();
+        next.map_or(-1, |next| {
+            let left = next.saturating_duration_since(Instant::now());
+            // Rounded up, so that it is not woken just before.
+            i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn pass_deadlines(&mut self, devices: &Devices) {
+        let now = Instant::now();
+        if self.release.is_some_and(|release| release <= now) {
+            self.release = None;
+            if let Some(gpio) = &devices.power_key {
+                lock(gpio).set_input(POWER_KEY_LINE as u8, false);
+            }
+        }
+        if self.alarm.is_some_and(|alarm| alarm <= now) {
+            self.set_alarm(devices);
+        }
+    }
+
+    /// Raises a due alarm and finds the next.
+    fn set_alarm(&mut self, devices: &Devices) {
+        self.alarm = devices.clock.as_ref().and_then(|clock| {
+            let mut clock = lock(clock);
+            clock.poll();
+            clock
+                .deadline()
+                .and_then(|left| Instant::now().checked_add(left))
+        });
+    }
+
+    fn read_queue(&mut self, devices: &Devices) -> Result<Option<Ending>> {
+        // It is level-triggered: what is told after this read rings again.
+        let _ = self.bell.read();
+        let events = std::mem::take(&mut *lock(&self.queue));
+        for event in events {
+            match event {
+                Event::Told(Told::PowerOff) => return Ok(Some(Ending::PowerOff)),
+                Event::Told(Told::Reset) => return Ok(Some(Ending::Reset)),
+                Event::Told(Told::Failed(what)) => return Ok(Some(Ending::Failed(what))),
+                Event::Room => self.feed(devices)?,
+                Event::Deadline => self.set_alarm(devices),
+            }
+        }
+        Ok(None)
+    }
+
+    /// SIGTERM and SIGHUP press the power key, once; everything else stops at once.
+    fn read_signal(&mut self, devices: &Devices) -> Result<Option<Ending>> {
+        let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
+        match rustix::io::read(&self.signals, &mut info) {
+            Ok(_) => {}
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(error) => return Err(error).context("cannot read a signal"),
+        }
+        let number = u32::from_le_bytes([info[0], info[1], info[2], info[3]]);
+        self.asked_to_stop += 1;
+        if number == libc::SIGINT as u32 || self.asked_to_stop > 1 {
+            console::complain("stopped by a signal");
+            return Ok(Some(Ending::Stopped));
+        }
+        let Some(gpio) = &devices.power_key else {
+            console::complain("stopped by a signal: this board has no power key");
+            return Ok(Some(Ending::Stopped));
+        };
+        lock(gpio).set_input(POWER_KEY_LINE as u8, true);
+        self.release = Some(Instant::now() + KEY_HELD);
+        console::complain("pressed the guest's power key; a second signal stops it at once");
+        Ok(None)
+    }
+
+    fn read_input(&mut self, devices: &Devices) -> Result<Option<Ending>> {
+        let mut buffer = [0_u8; INPUT_BYTES];
+        let count = match rustix::io::read(stdio::stdin(), &mut buffer) {
+            Ok(0) => {
+                self.input.ended = true;
+                self.watch_input(false)?;
+                return Ok(None);
+            }
+            Ok(count) => count,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(error) => {
+                log::warn!("cannot read standard input ({error}); the guest gets no more of it");
+                self.input.ended = true;
+                self.watch_input(false)?;
+                0
+            }
+        };
+        if !self.input.terminal {
+            self.input.pending.extend_from_slice(&buffer[..count]);
+            self.feed(devices)?;
+            return Ok(None);
+        }
+        let mut typed = &buffer[..count];
+        while !typed.is_empty() {
+            let (used, escape) = self.input.filter.take(typed, &mut self.input.pending);
+            typed = &typed[used..];
+            match escape {
+                Some(Escape::Leave) => return Ok(Some(Ending::Stopped)),
+                Some(Escape::Help) => console::complain(ESCAPE_HELP),
+                Some(Escape::Break) => {
+                    if let Some(serial) = &devices.serial {
+                        lock(serial).receive_break();
+                    }
+                }
+                None => {}
+            }
+        }
+        // A person who types at a guest that does not read is better off with working escape
+        // keys than with all that was typed.
+        self.input.pending.truncate(INPUT_BYTES);
+        self.feed(devices)?;
+        Ok(None)
+    }
+
+    /// Hands the guest what it wants of what was typed, and reads on where there is room.
+    fn feed(&mut self, devices: &Devices) -> Result<()> {
+        let Some(serial) = &devices.serial else {
+            return Ok(());
+        };
+        loop {
+            let wants_more = hand_over(&mut lock(serial), &mut self.input.pending);
+            // While the guest takes nothing, reading on would only fill our memory. A terminal is
+            // read all the same, for its escape keys.
+            let read_on = self.input.pending.is_empty() || self.input.terminal;
+            self.watch_input(read_on)?;
+            let from_file = self.input.always_ready && !self.input.ended;
+            if !(from_file && read_on && wants_more) {
+                return Ok(());
+            }
+            self.read_file();
+        }
+    }
+
+    fn read_file(&mut self) {
+        let mut buffer = [0_u8; INPUT_BYTES];
+        match rustix::io::read(stdio::stdin(), &mut buffer) {
+            Ok(0) | Err(_) => self.input.ended = true,
+            Ok(count) => self.input.pending.extend_from_slice(&buffer[..count]),
+        }
+    }
+
+    /// Has epoll watch standard input, or not.
+    fn watch_input(&mut self, watch: bool) -> Result<()> {
+        let fd: RawFd = stdio::stdin().as_raw_fd();
+        let event = EpollEvent::new(EventSet::IN, INPUT);
+        let watch = watch && !self.input.ended;
+        if watch == self.input.watched || self.input.always_ready {
+            return Ok(());
+        }
+        let operation = match watch {
+            true => ControlOperation::Add,
+            false => ControlOperation::Delete,
+        };
+        match self.epoll.ctl(operation, fd, event) {
+            Ok(()) => self.input.watched = watch,
+            // A file or /dev/null.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                self.input.always_ready = true;
+            }
+            // A closed one.
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => self.input.ended = true,
+            Err(error) => return Err(error).context("cannot watch standard input"),
+        }
+        Ok(())
+    }
+}
+
+/// Gives the console as much of `pending` as it wants; true if it wants more.
+fn hand_over(serial: &mut Pl011, pending: &mut Vec<u8>) -> bool {
+    let wanted = serial.wanted();
+    let count = wanted.min(pending.len());
+    let taken = serial.receive(&pending[..count]);
+    pending.drain(..taken);
+    wanted > taken
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A descriptor that SIGTERM, SIGINT and SIGHUP are read from; they are blocked as signals.
+fn take_signals() -> std::io::Result<OwnedFd> {
+    // SAFETY: the calls work on a set of our own; a negative result is the only error.
+    let fd = unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+        libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+    };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,335 @@
+//! A vCPU's thread: run, answer the exit, again.
+
+use crate::kvm::{KvmArch, RawExit};
+use anyhow::{Context, Result};
+use armlet_devices::bus::Bus;
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::cell::Cell;
+use std::ptr::null_mut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use vmm_sys_util::signal::{Killable, register_signal_handler};
+
+/// Small, so that a huge page never backs it: the deepest call is a device's register access.
+const STACK_BYTES: usize = 128 << 10;
+
+/// What a vCPU's exit means for the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Go on.
+    Run,
+    /// Go on; nothing answers at this guest-physical address.
+    Nowhere {
+        /// The address.
+        address: u64,
+        /// Bytes accessed.
+        size: usize,
+        /// Whether the guest wrote.
+        write: bool,
+    },
+    /// An exit that kvm-ioctls has no name for.
+    Raw(u32),
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest cannot go on: what happened.
+    Failed(String),
+}
+
+/// Answers an exit: a function over data, apart from any vCPU.
+#[must_use]
+pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
+    match exit {
+        VcpuExit::MmioRead(address, data) => match bus.read(address, data) {
+            true => Next::Run,
+            false => Next::Nowhere {
+                address,
+                size: data.len(),
+                write: false,
+            },
+        },
+        VcpuExit::MmioWrite(address, data) => match bus.write(address, data) {
+            true => Next::Run,
+            false => Next::Nowhere {
+                address,
+                size: data.len(),
+                write: true,
+            },
+        },
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Next::PowerOff,
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Next::Reset,
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => {
+            Next::Failed("the guest reported a crash".to_owned())
+        }
+        VcpuExit::SystemEvent(kind, _) => Next::Failed(format!(
+            "KVM reported a system event of unknown type {kind}"
+        )),
+        VcpuExit::Intr => Next::Run,
+        VcpuExit::FailEntry(reason, cpu) => Next::Failed(format!(
+            "KVM cannot enter the guest on CPU {cpu} (hardware reason {reason:#x})"
+        )),
+        VcpuExit::InternalError => {
+            Next::Failed("KVM met an error of its own in emulating the guest".to_owned())
+        }
+        VcpuExit::Unsupported(reason) => Next::Raw(reason),
+        other => Next::Failed(format!("KVM stopped it with an unexpected exit: {other:?}")),
+    }
+}
+
+/// What a vCPU tells the event loop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// A vCPU cannot go on: which, where and why, in a sentence.
+    Failed(String),
+}
+
+/// A running vCPU.
+pub struct RunningVcpu {
+    thread: JoinHandle<()>,
+}
+
+impl RunningVcpu {
+    /// Starts vCPU `index` on a thread of its own. It runs until `stopping` is set and it is
+    /// [kicked](Self::kick), or until it has something to tell.
+    ///
+    /// # Errors
+    /// A host without room for another thread.
+    pub fn start<A: KvmArch>(
+        index: usize,
+        mut vcpu: VcpuFd,
+        bus: Arc<Bus>,
+        stopping: Arc<AtomicBool>,
+        tell: impl FnOnce(Told) + Send + 'static,
+    ) -> Result<RunningVcpu> {
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                allow_kicks(&mut vcpu);
+                if let Some(told) = run::<A>(index, &mut vcpu, &bus, &stopping) {
+                    tell(told);
+                }
+                forbid_kicks();
+            })
+            .with_context(|| format!("cannot start a thread for vCPU {index}"))?;
+        Ok(RunningVcpu { thread })
+    }
+
+    /// Makes the vCPU leave the guest soon, wherever it is.
+    pub fn kick(&self) {
+        // It fails for a thread that has ended, which is what a kick is for.
+        let _ = self.thread.kill(kick_signal());
+    }
+
+    /// Whether its thread has ended.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the end of its thread.
+    pub fn join(self) {
+        // A panic in it has been reported where it happened.
+        let _ = self.thread.join();
+    }
+}
+
+fn run<A: KvmArch>(
+    index: usize,
+    vcpu: &mut VcpuFd,
+    bus: &Bus,
+    stopping: &AtomicBool,
+) -> Option<Told> {
+    let mut faults = Faults { index, count: 0 };
+    while !stopping.load(Ordering::Acquire) {
+        let next = match vcpu.run() {
+            Ok(exit) => answer(exit, bus),
+            Err(error) if error.errno() == libc::EINTR => {
+                vcpu.set_kvm_immediate_exit(0);
+                continue;
+            }
+            Err(error) if error.errno() == libc::EAGAIN => continue,
+            Err(error) if error.errno() == libc::ENOSYS => Next::Failed(
+                "the guest accessed a device by an instruction that KVM cannot take apart (a load or store pair, or one with writeback)".to_owned(),
+            ),
+            Err(error) => Next::Failed(format!("KVM cannot run it: {error}")),
+        };
+        match next {
+            Next::Run => {}
+            Next::Nowhere {
+                address,
+                size,
+                write,
+            } => {
+                let act = if write { "wrote" } else { "read" };
+                faults.report(vcpu, A::position, || {
+                    format!("{act} {size} bytes at {address:#x}, where nothing is")
+                });
+            }
+            Next::Raw(reason) => match A::answer_raw(vcpu, reason) {
+                Ok(RawExit::Aborted { address }) => faults.report(vcpu, A::position, || {
+                    format!("got an abort for an access at {address:#x} that cannot be emulated")
+                }),
+                Err(error) => return Some(failed::<A>(index, vcpu, &format!("{error:#}"))),
+            },
+            Next::PowerOff => return Some(Told::PowerOff),
+            Next::Reset => return Some(Told::Reset),
+            Next::Failed(cause) => return Some(failed::<A>(index, vcpu, &cause)),
+        }
+    }
+    None
+}
+
+fn failed<A: KvmArch>(index: usize, vcpu: &VcpuFd, cause: &str) -> Told {
+    Told::Failed(format!("vCPU {index} at {}: {cause}", A::position(vcpu)))
+}
+
+/// The guest's faults on one vCPU: all counted, few logged.
+struct Faults {
+    index: usize,
+    count: u64,
+}
+
+impl Faults {
+    fn report(
+        &mut self,
+        vcpu: &VcpuFd,
+        position: fn(&VcpuFd) -> String,
+        what: impl Fn() -> String,
+    ) {
+        self.count += 1;
+        // The first few, then ever fewer: a guest gone wild cannot fill a log.
+        if self.count <= 4 || self.count.is_power_of_two() {
+            log::warn!(
+                "vCPU {} at {} {} (fault {} of this vCPU)",
+                self.index,
+                position(vcpu),
+                what(),
+                self.count
+            );
+        }
+    }
+}
+
+thread_local! {
+    /// This thread's `struct kvm_run`, while it has one.
+    static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
+}
+
+/// A real-time signal, so that no library takes it for its own.
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN() + 1
+}
+
+/// Lets [`RunningVcpu::kick`] reach this thread: the signal ends KVM_RUN, and its handler sets
+/// `immediate_exit`, so that a KVM_RUN about to begin ends as well
+/// (Documentation/virt/kvm/api.rst, section 5).
+fn allow_kicks(vcpu: &mut VcpuFd) {
+    extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let run = KVM_RUN.get();
+        if !run.is_null() {
+            // SAFETY: the pointer is this thread's own, set while its vCPU lives; nothing else
+            // writes this byte, and the kernel reads it at the next KVM_RUN.
+            unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+        }
+    }
+    KVM_RUN.set(std::ptr::from_mut(vcpu.get_kvm_run()));
+    // It fails for an invalid signal only.
+    let _ = register_signal_handler(kick_signal(), kicked);
+}
+
+fn forbid_kicks() {
+    KVM_RUN.set(null_mut());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use armlet_devices::Device;
+    use std::sync::Mutex;
+
+    struct Register(u8);
+
+    impl Device for Register {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(self.0 + offset as u8);
+        }
+
+        fn write(&mut self, _: u64, data: &[u8]) {
+            self.0 = data[0];
+        }
+    }
+
+    fn bus() -> Bus {
+        let mut bus = Bus::new();
+        bus.insert(0x1000, 0x100, Arc::new(Mutex::new(Register(7))))
+            .expect("an empty bus");
+        bus
+    }
+
+    #[test]
+    fn device_accesses_are_answered_by_the_bus() {
+        let bus = bus();
+        let mut data = [0; 4];
+        assert_eq!(
+            answer(VcpuExit::MmioRead(0x1002, &mut data), &bus),
+            Next::Run
+        );
+        assert_eq!(data, [9; 4]);
+        assert_eq!(answer(VcpuExit::MmioWrite(0x1000, &[1]), &bus), Next::Run);
+        assert_eq!(
+            answer(VcpuExit::MmioRead(0x1000, &mut data), &bus),
+            Next::Run
+        );
+        assert_eq!(data, [1; 4]);
+    }
+
+    #[test]
+    fn an_access_to_nowhere_reads_zero_and_is_told() {
+        let mut data = [0xff; 2];
+        let next = answer(VcpuExit::MmioRead(0x5000, &mut data), &bus());
+        assert_eq!(
+            next,
+            Next::Nowhere {
+                address: 0x5000,
+                size: 2,
+                write: false
+            }
+        );
+        assert_eq!(data, [0; 2]);
+    }
+
+    #[test]
+    fn system_events_are_what_psci_means_by_them() {
+        let bus = bus();
+        assert_eq!(answer(VcpuExit::SystemEvent(1, &[]), &bus), Next::PowerOff);
+        assert_eq!(answer(VcpuExit::SystemEvent(2, &[0]), &bus), Next::Reset);
+        assert!(matches!(
+            answer(VcpuExit::SystemEvent(3, &[]), &bus),
+            Next::Failed(_)
+        ));
+        assert!(matches!(
+            answer(VcpuExit::SystemEvent(99, &[]), &bus),
+            Next::Failed(_)
+        ));
+    }
+
+    #[test]
+    fn unknown_exits_end_the_guest_in_a_sentence() {
+        let bus = bus();
+        assert_eq!(answer(VcpuExit::Unsupported(28), &bus), Next::Raw(28));
+        assert!(matches!(answer(VcpuExit::Hlt, &bus), Next::Failed(_)));
+        assert!(
+            matches!(answer(VcpuExit::FailEntry(1, 2), &bus), Next::Failed(cause) if cause.contains("CPU 2"))
+        );
+    }
+}

@@ -1,0 +1,196 @@
+//! What a guest boots in tests and demonstrations: kernels and a small initramfs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::initramfs::Archive;
+use crate::packages::{Kernel, Store};
+
+/// The folder of the assets inside an emulated host.
+pub(crate) const FOLDER_IN_HOST: &str = "/assets";
+
+/// The variable that tells a test where the assets are.
+pub(crate) const VARIABLE: &str = "ARMLET_TEST_ASSETS";
+
+/// Prints the marker first, then does what `armlet.run=` on the kernel's command line says.
+const GUEST_INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+read -r up rest </proc/uptime
+echo "GUEST-MARKER $up"
+
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/root PS1='guest# '
+mkdir -p /dev/pts /tmp /run
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /run
+hostname guest
+
+# Ends the output: no word of the kernel about powering off, and nothing left in the terminal,
+# whose settings change only after that.
+drained() {
+    echo 0 >/proc/sys/kernel/printk
+    stty sane </dev/console >/dev/console 2>&1
+}
+
+run=shell
+for word in $(cat /proc/cmdline); do
+    case "$word" in armlet.run=*) run=${word#armlet.run=} ;; esac
+done
+case "$run" in
+    poweroff) ;;
+    reboot) drained; reboot -f ;;
+    crash) echo c >/proc/sysrq-trigger ;;
+    hold) while :; do sleep 3600; done ;;
+    script)
+        printf '\036ARMLET-SCRIPT-START\n'
+        sh /script </dev/null
+        printf '\036ARMLET-SCRIPT-EXIT %d\n' $?
+        ;;
+    powerkey) sh /powerkey.sh ;;
+    shell)
+        echo "Linux $(uname -r) on $(nproc) CPUs. 'exit' powers the guest off, Ctrl-A x leaves armlet."
+        setsid cttyhack sh
+        ;;
+    *) echo "unknown armlet.run=$run" ;;
+esac
+drained
+poweroff -f
+"#;
+
+/// Waits for the power key and powers off, as a distribution's logind does.
+const POWER_KEY: &str = r#"insmod /modules/evdev.ko
+insmod /modules/gpio_keys.ko
+tries=0
+until [ -e /dev/input/event0 ]; do
+    tries=$((tries + 1))
+    if [ "$tries" -gt 100 ]; then echo POWERKEY-MISSING; return 1; fi
+    sleep 0.1
+done
+echo POWERKEY-READY
+# One input event of 64-bit Linux has 24 bytes (struct input_event).
+head -c 24 /dev/input/event0 >/dev/null
+echo POWERKEY-PRESSED
+"#;
+
+/// Which assets are wanted: an emulated host has to hold them in its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The standard guest: `Image` and `initrd`.
+    Standard,
+    /// Also `Image-6.1`, `Image-16k`, `Image-generic` and `powerkey.cpio`.
+    All,
+}
+
+impl Choice {
+    /// What `ARMLET_RIG_ASSETS` asks for; everything unless it says `default`.
+    pub(crate) fn from_environment() -> Result<Self> {
+        match std::env::var("ARMLET_RIG_ASSETS").as_deref() {
+            Err(_) | Ok("all") => Ok(Self::All),
+            Ok("default") => Ok(Self::Standard),
+            Ok(other) => anyhow::bail!("ARMLET_RIG_ASSETS is {other:?}; it may be all or default"),
+        }
+    }
+}
+
+/// Makes the folder of assets in the cache, fetching what is missing, and gives its path.
+pub(crate) fn prepare(store: &Store, choice: Choice) -> Result<PathBuf> {
+    let folder = store.assets();
+    let image = store.kernel(Kernel::V6_12Cloud)?.image;
+    link(&image, &folder.join("Image"))?;
+    replace(&folder.join("initrd"), &guest_initrd(&store.busybox()?)?)?;
+    if choice == Choice::Standard {
+        return Ok(folder);
+    }
+
+    let generic = store.kernel(Kernel::V6_12)?;
+    link(&generic.image, &folder.join("Image-generic"))?;
+    link(
+        &store.kernel(Kernel::V6_12Pages16K)?.image,
+        &folder.join("Image-16k"),
+    )?;
+    link(
+        &store.kernel(Kernel::V6_1)?.image,
+        &folder.join("Image-6.1"),
+    )?;
+    let mut modules = Vec::new();
+    for name in ["evdev", "gpio_keys"] {
+        modules.push((name, generic.module(name)?));
+    }
+    replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
+    Ok(folder)
+}
+
+/// The names of the assets that `choice` means.
+pub(crate) fn names(choice: Choice) -> &'static [&'static str] {
+    match choice {
+        Choice::Standard => &["Image", "initrd"],
+        Choice::All => &[
+            "Image",
+            "initrd",
+            "Image-6.1",
+            "Image-16k",
+            "Image-generic",
+            "powerkey.cpio",
+        ],
+    }
+}
+
+/// An archive that, appended to the guest's initramfs, gives it `script` to run.
+pub(crate) fn script(script: &str) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    archive.file("/script", 0o755, script.as_bytes())?;
+    archive.finish()
+}
+
+fn guest_initrd(busybox: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    for folder in ["/dev", "/proc", "/sys", "/root"] {
+        archive.folder(folder)?;
+    }
+    // The kernel opens this as the init's terminal before /dev is mounted.
+    archive.device("/dev/console", 0o600, (5, 1))?;
+    archive.file_from("/bin/busybox", 0o755, busybox)?;
+    // Scripts name their interpreter in either folder.
+    archive.symlink("/usr/bin", "/bin")?;
+    archive.file("/init", 0o755, GUEST_INIT.as_bytes())?;
+    archive.finish()
+}
+
+fn power_key(modules: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    archive.file("/powerkey.sh", 0o755, POWER_KEY.as_bytes())?;
+    for (name, data) in modules {
+        archive.file(format!("/modules/{name}.ko"), 0o644, data)?;
+    }
+    archive.finish()
+}
+
+/// Points `link` to `target`, whole at every moment for others that use the folder.
+fn link(target: &Path, link: &Path) -> Result<()> {
+    if fs::read_link(link).is_ok_and(|current| current == target) {
+        return Ok(());
+    }
+    let new = beside(link);
+    let _ = fs::remove_file(&new);
+    std::os::unix::fs::symlink(target, &new).with_context(|| format!("cannot make {new:?}"))?;
+    fs::rename(&new, link).with_context(|| format!("cannot make {link:?}"))
+}
+
+/// Gives `path` the contents `data`, whole at every moment for others that use the folder.
+fn replace(path: &Path, data: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|current| current == data) {
+        return Ok(());
+    }
+    let new = beside(path);
+    fs::write(&new, data).with_context(|| format!("cannot write {new:?}"))?;
+    fs::rename(&new, path).with_context(|| format!("cannot make {path:?}"))
+}
+
+fn beside(path: &Path) -> PathBuf {
+    path.with_extension(format!("new-{}", std::process::id()))
+}

@@ -1,0 +1,267 @@
+//! `cargo xtask boot`: Debian's kernel under armlet, from nothing to a shell prompt.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use argh::FromArgs;
+
+use crate::assets::{self, Choice};
+use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::marker::Filter;
+use crate::packages::{Kernel, Store};
+use crate::progress::say;
+use crate::runner;
+use crate::terminal::RawTerminal;
+use crate::toolchain;
+
+/// What the emulated host needs besides the guest's memory: itself and the files put in.
+const HOST_MEMORY_MIB: u32 = 1536;
+
+/// How long a script may take, emulated CPUs included.
+const SCRIPT_LIMIT: Duration = Duration::from_secs(900);
+
+/// Boot Debian's ARM64 kernel under armlet to a shell prompt.
+///
+/// Runs armlet itself on an ARM64 machine with KVM, and elsewhere inside an emulated one. Fetches
+/// what is missing into the cache folder first. In the shell, Ctrl-A x leaves armlet and, where
+/// the host is emulated, Ctrl-] stops it at once.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "boot")]
+pub(crate) struct Boot {
+    /// run these shell commands in the guest, print what they print and exit with their status
+    #[argh(option)]
+    script: Option<String>,
+
+    /// how many CPUs the guest has (default 1)
+    #[argh(option, default = "1")]
+    cpus: u32,
+
+    /// the guest's memory, such as 512M (the default) or 2G
+    #[argh(option, default = "String::from(\"512M\")")]
+    memory: String,
+
+    /// build armlet with optimisation
+    #[argh(switch)]
+    release: bool,
+
+    /// more for the guest's kernel command line
+    #[argh(option, default = "String::new()")]
+    cmdline: String,
+
+    /// further arguments of `armlet run`, after `--`
+    #[argh(positional, greedy)]
+    armlet: Vec<String>,
+}
+
+impl Boot {
+    /// Boots the guest and gives the exit status of its script, or of armlet.
+    pub(crate) fn run(&self) -> Result<i32> {
+        let memory_mib = host::mebibytes(&self.memory).context("--memory")?;
+        let terminal_wanted = self.script.is_none();
+        let store = Store::open()?;
+        let armlet = build_armlet(self.release)?;
+        let folder = assets::prepare(&store, Choice::Standard)?;
+        let initrd = self.initrd(&folder)?;
+
+        say(&format!(
+            "guest: Debian's Linux {}",
+            store.kernel(Kernel::V6_12Cloud)?.version()
+        ));
+        if terminal_wanted {
+            say("leave armlet with Ctrl-A x; stop an emulated host at once with Ctrl-]");
+        }
+        if runner::native() {
+            return self.run_natively(&armlet, &folder, &initrd.path);
+        }
+        let spec = HostSpec {
+            memory_mib: (memory_mib + HOST_MEMORY_MIB).max(HostSpec::default().memory_mib),
+            ..HostSpec::from_environment()?
+        };
+        let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
+        let file = |from: &Path, to: PathBuf, mode| HostFile {
+            from: from.to_owned(),
+            to,
+            mode,
+        };
+        let program = "/bin/armlet";
+        let job = Job {
+            files: vec![
+                file(&armlet, program.into(), 0o755),
+                file(&folder.join("Image"), in_host.join("Image"), 0o644),
+                file(&initrd.path, in_host.join("initrd"), 0o644),
+            ],
+            command: self.command(program, &in_host.join("Image"), &in_host.join("initrd")),
+            environment: Vec::new(),
+            folder: "/root".into(),
+            limit: self.script.is_some().then_some(SCRIPT_LIMIT),
+        };
+
+        let mut output = Output::new(self.script.is_some());
+        let mut print = |bytes: &[u8]| output.print(bytes);
+        let terminal = if terminal_wanted {
+            RawTerminal::take()?
+        } else {
+            None
+        };
+        let ended = host::run(&store, &spec, &job, terminal.as_ref(), &mut print)?;
+        drop(terminal);
+        match ended {
+            Ended::Left => {
+                say("stopped the emulated host");
+                Ok(0)
+            }
+            Ended::Exit(status) => output.status(status),
+        }
+    }
+
+    /// The guest's initramfs, with the script added to it if there is one.
+    fn initrd(&self, folder: &Path) -> Result<host::TemporaryFile> {
+        let standard = folder.join("initrd");
+        let mut data =
+            std::fs::read(&standard).with_context(|| format!("cannot read {standard:?}"))?;
+        if let Some(script) = &self.script {
+            data.extend(assets::script(script)?);
+        }
+        let file = host::TemporaryFile::new("guest")?;
+        std::fs::write(&file.path, data)
+            .with_context(|| format!("cannot write {:?}", file.path))?;
+        Ok(file)
+    }
+
+    fn command(&self, armlet: &str, image: &Path, initrd: &Path) -> Vec<String> {
+        let run = if self.script.is_some() {
+            "script"
+        } else {
+            "shell"
+        };
+        let cmdline = format!(
+            "console=ttyAMA0 quiet cryptomgr.notests armlet.run={run} {}",
+            self.cmdline
+        );
+        let mut command = vec![armlet.to_owned(), "run".to_owned()];
+        let options = [
+            ("--kernel", image.to_string_lossy().into_owned()),
+            ("--initrd", initrd.to_string_lossy().into_owned()),
+            ("--cmdline", cmdline.trim_end().to_owned()),
+            ("--cpus", self.cpus.to_string()),
+            ("--memory", self.memory.clone()),
+        ];
+        for (option, value) in options {
+            command.extend([option.to_owned(), value]);
+        }
+        command.extend(self.armlet.iter().filter(|word| *word != "--").cloned());
+        command
+    }
+
+    fn run_natively(&self, armlet: &Path, folder: &Path, initrd: &Path) -> Result<i32> {
+        let words = self.command(&armlet.to_string_lossy(), &folder.join("Image"), initrd);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
+        if self.script.is_none() {
+            let status = command.status().context("cannot run armlet")?;
+            return Ok(status.code().unwrap_or(1));
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot run armlet")?;
+        let mut console = child.stdout.take().context("armlet has no output")?;
+        let mut output = Output::new(true);
+        let mut buffer = [0; 4096];
+        loop {
+            let length = console
+                .read(&mut buffer)
+                .context("cannot read armlet's output")?;
+            if length == 0 {
+                break;
+            }
+            output.print(&buffer[..length])?;
+        }
+        let status = child.wait().context("cannot wait for armlet")?;
+        output.status(status.code().unwrap_or(1))
+    }
+}
+
+/// Builds armlet for ARM64 and gives its path.
+fn build_armlet(release: bool) -> Result<PathBuf> {
+    let toolchain = toolchain::arm64()?;
+    say(&format!("building armlet for {}", toolchain.target));
+    let started = Instant::now();
+    let mut cargo = crate::cargo();
+    cargo.args([
+        "build",
+        "--package",
+        "armlet",
+        "--bin",
+        "armlet",
+        "--target",
+        &toolchain.target,
+    ]);
+    cargo.args(&toolchain.args).envs(toolchain.env);
+    if release {
+        cargo.arg("--release");
+    }
+    let status = cargo.status().context("cannot run cargo")?;
+    ensure!(status.success(), "armlet does not build");
+    say(&format!(
+        "built in {:.1} s",
+        started.elapsed().as_secs_f32()
+    ));
+
+    let profile = if release { "release" } else { "debug" };
+    let armlet = crate::target_folder()?
+        .join(&toolchain.target)
+        .join(profile)
+        .join("armlet");
+    ensure!(armlet.is_file(), "cargo built no {armlet:?}");
+    Ok(armlet)
+}
+
+/// Standard output: all of the guest's console, or what its script prints.
+struct Output {
+    script: Option<Filter>,
+    /// What came before the script, to be shown when it never starts.
+    unread: Vec<u8>,
+}
+
+impl Output {
+    fn new(script: bool) -> Self {
+        Self {
+            script: script.then(|| Filter::new("SCRIPT")),
+            unread: Vec::new(),
+        }
+    }
+
+    fn print(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut out = std::io::stdout();
+        let written = match &mut self.script {
+            Some(filter) => out.write_all(&filter.feed(bytes)),
+            None => out.write_all(bytes),
+        };
+        if self.script.as_ref().is_some_and(|filter| !filter.started()) {
+            self.unread.extend_from_slice(bytes);
+        }
+        written
+            .and_then(|()| out.flush())
+            .context("cannot write standard output")
+    }
+
+    /// The status to exit with, when armlet ended with `armlet`.
+    fn status(&self, armlet: i32) -> Result<i32> {
+        let Some(filter) = &self.script else {
+            return Ok(armlet);
+        };
+        match filter.status() {
+            Some(0) => Ok(armlet),
+            Some(status) => Ok(status),
+            None => bail!(
+                "the script did not end: armlet exited with {armlet}; the console said\n{}",
+                String::from_utf8_lossy(&self.unread)
+            ),
+        }
+    }
+}

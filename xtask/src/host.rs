@@ -1,0 +1,490 @@
+//! The rig: an ARM64 machine with KVM, emulated where the computer at hand is none.
+//!
+//! QEMU emulates EL2 as well, so the Linux in it is a real KVM host, only slower. It boots from an
+//! initramfs that holds everything a job needs, runs the job's program, and says its exit status
+//! on the console in a mark that programs do not print.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::initramfs::Archive;
+use crate::marker::Filter;
+use crate::packages::{Kernel, Store};
+use crate::progress::say;
+use crate::terminal::RawTerminal;
+
+/// Ctrl-], as telnet has it: ends the emulated host at once.
+const LEAVE: u8 = 0x1d;
+
+/// Longer than the slowest CPU takes to boot on a busy machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+const HOST_INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/root TERM=linux
+dmesg -n 1
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm /tmp /run
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tracefs tracefs /sys/kernel/tracing
+mount -t debugfs debugfs /sys/kernel/debug
+ip link set lo up
+hostname armhost
+# All else is the initramfs itself, in memory too: a job's files may lie anywhere, below /tmp also.
+exec </dev/null >/dev/console 2>&1
+stty -onlcr </dev/console
+printf '\036ARMLET-RIG-START\n'
+/bin/sh /rig/run
+status=$?
+# Changing a terminal's settings waits until all output has left it.
+stty sane </dev/console
+printf '\036ARMLET-RIG-EXIT %d\n' $status
+# The rig ends the machine when it sees the mark; this is for when nobody looks.
+sleep 5
+poweroff -f
+"#;
+
+/// An ARM64 machine to emulate.
+#[derive(Clone, Debug)]
+pub(crate) struct HostSpec {
+    /// The CPU as QEMU calls it, such as `max` or `cortex-a53`.
+    pub(crate) cpu: String,
+    /// The version of its interrupt controller, 2 or 3.
+    pub(crate) gic: u8,
+    /// The kernel that is KVM's host.
+    pub(crate) kernel: Kernel,
+    /// How many CPUs.
+    pub(crate) smp: u32,
+    /// Memory in MiB. Twice the size of the files put in is taken before the job starts.
+    pub(crate) memory_mib: u32,
+    /// Whether to count instructions: one virtual nanosecond is then one instruction.
+    pub(crate) icount: bool,
+    /// More for the kernel's command line.
+    pub(crate) append: String,
+}
+
+/// A file of this machine to put into the emulated one.
+#[derive(Clone, Debug)]
+pub(crate) struct HostFile {
+    /// Where it is here.
+    pub(crate) from: PathBuf,
+    /// Where it shall be there.
+    pub(crate) to: PathBuf,
+    /// Its permission bits there.
+    pub(crate) mode: u32,
+}
+
+/// What an emulated host shall run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Job {
+    /// The files that it needs.
+    pub(crate) files: Vec<HostFile>,
+    /// The program and its arguments.
+    pub(crate) command: Vec<String>,
+    /// Variables to set for it.
+    pub(crate) environment: Vec<(String, String)>,
+    /// The folder to run it in, made when missing.
+    pub(crate) folder: PathBuf,
+    /// How long it may take once the host is up.
+    pub(crate) limit: Option<Duration>,
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// With this exit status; 128 and more for a signal, as a shell has it.
+    Exit(i32),
+    /// Because the user pressed Ctrl-].
+    Left,
+}
+
+impl Default for HostSpec {
+    fn default() -> Self {
+        Self {
+            cpu: "max".to_owned(),
+            gic: 3,
+            kernel: Kernel::V6_12,
+            smp: 2,
+            memory_mib: 3072,
+            icount: false,
+            append: String::new(),
+        }
+    }
+}
+
+impl HostSpec {
+    /// The host that the variables `ARMLET_RIG_*` describe.
+    pub(crate) fn from_environment() -> Result<Self> {
+        let mut spec = Self::default();
+        let variable = |name: &str| std::env::var(format!("ARMLET_RIG_{name}")).ok();
+        if let Some(cpu) = variable("CPU") {
+            spec.cpu = cpu;
+        }
+        if let Some(gic) = variable("GIC") {
+            spec.gic = gic
+                .parse()
+                .ok()
+                .filter(|gic| [2, 3].contains(gic))
+                .with_context(|| format!("ARMLET_RIG_GIC is {gic:?}; it may be 2 or 3"))?;
+        }
+        if let Some(kernel) = variable("KERNEL") {
+            spec.kernel = Kernel::from_name(&kernel).context("ARMLET_RIG_KERNEL")?;
+        }
+        if let Some(smp) = variable("SMP") {
+            spec.smp = smp.parse().context("ARMLET_RIG_SMP is no number of CPUs")?;
+        }
+        if let Some(memory) = variable("MEMORY") {
+            spec.memory_mib = mebibytes(&memory).context("ARMLET_RIG_MEMORY")?;
+        }
+        spec.icount = variable("ICOUNT").is_some_and(|value| value == "1");
+        spec.append = variable("APPEND").unwrap_or_default();
+        Ok(spec)
+    }
+
+    /// The machine in a few words.
+    pub(crate) fn summary(&self) -> String {
+        let counted = if self.icount {
+            ", counting instructions"
+        } else {
+            ""
+        };
+        format!(
+            "{}, GICv{}, Linux {}{counted}",
+            self.cpu,
+            self.gic,
+            self.kernel.name()
+        )
+    }
+}
+
+/// A size such as `512M` or `4G` in MiB; a bare number is MiB.
+pub(crate) fn mebibytes(size: &str) -> Result<u32> {
+    let (number, factor) = match size.strip_suffix(['G', 'g']) {
+        Some(number) => (number, 1024),
+        None => (size.strip_suffix(['M', 'm']).unwrap_or(size), 1),
+    };
+    let parsed = number
+        .parse::<u32>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor));
+    parsed
+        .filter(|size| *size > 0)
+        .with_context(|| format!("{size:?} is no size such as 512M or 4G"))
+}
+
+/// Boots a host, runs `job` in it and gives what it prints to `print` as it comes.
+///
+/// With a `terminal`, what the user types goes to the job, which has the console as its terminal.
+pub(crate) fn run(
+    store: &Store,
+    spec: &HostSpec,
+    job: &Job,
+    terminal: Option<&RawTerminal>,
+    print: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<Ended> {
+    let kernel = store.kernel(spec.kernel)?;
+    let busybox = store.busybox()?;
+    let qemu = store.qemu()?;
+
+    let initramfs = TemporaryFile::new("initramfs")?;
+    write_initramfs(&initramfs.path, &busybox, job, terminal.is_some())
+        .context("cannot write the emulated host's initramfs")?;
+
+    let mut command = qemu.command();
+    machine(&mut command, spec, &kernel.image, &initramfs.path);
+    let started = Instant::now();
+    let mut emulator = Emulator::start(command)?;
+    let events = emulator.events(terminal)?;
+    say(&format!(
+        "booting an emulated ARM64 host ({})",
+        spec.summary()
+    ));
+
+    let mut filter = Filter::new("RIG");
+    if terminal.is_some() {
+        filter = filter.raw();
+    }
+    let mut deadline = Some(started + BOOT_LIMIT);
+    loop {
+        let event = match deadline {
+            Some(deadline) => {
+                events.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            }
+            None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match event {
+            Ok(Event::Output(bytes)) => {
+                let was_started = filter.started();
+                let output = filter.feed(&bytes);
+                if filter.started() && !was_started {
+                    say_raw(
+                        terminal,
+                        &format!("host up after {:.1} s", started.elapsed().as_secs_f32()),
+                    );
+                    deadline = job.limit.map(|limit| Instant::now() + limit);
+                }
+                print(&output)?;
+                if let Some(status) = filter.status() {
+                    return Ok(Ended::Exit(status));
+                }
+            }
+            Ok(Event::Leave) => return Ok(Ended::Left),
+            Ok(Event::Closed) | Err(RecvTimeoutError::Disconnected) => {
+                let status = emulator.child.wait().context("cannot wait for QEMU")?;
+                bail!(
+                    "the emulated host ended ({status}) without saying how the program did\n{}",
+                    filter.before()
+                );
+            }
+            Err(RecvTimeoutError::Timeout) if filter.started() => {
+                bail!("stopped after {:.0} s", started.elapsed().as_secs_f32())
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                bail!(
+                    "the emulated host did not come up; it said\n{}",
+                    filter.before()
+                )
+            }
+        }
+    }
+}
+
+/// Says `line`, also where a terminal in raw mode does not return the carriage.
+fn say_raw(terminal: Option<&RawTerminal>, line: &str) {
+    match terminal {
+        Some(_) => say(&format!("{line}\r")),
+        None => say(line),
+    }
+}
+
+/// Adds the options that make the machine.
+fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Path) {
+    command
+        .args([
+            "-machine",
+            &format!("virt,virtualization=on,gic-version={}", spec.gic),
+        ])
+        .args(["-cpu", &spec.cpu])
+        .args(["-smp", &spec.smp.to_string()])
+        .args(["-m", &spec.memory_mib.to_string()])
+        .args([
+            "-display",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+        ])
+        .args([
+            "-chardev",
+            "stdio,id=console,signal=off",
+            "-serial",
+            "chardev:console",
+        ])
+        // The seeds in the device tree stay, or a CPU without FEAT_RNG would wait for entropy.
+        .args(["-seed", "1"]);
+    if spec.icount {
+        command.args(["-icount", "shift=0,sleep=off"]);
+    }
+    // The kernel's self-tests of its ciphers are half of its boot.
+    let append = format!(
+        "console=ttyAMA0 rdinit=/init panic=-1 quiet cryptomgr.notests {}",
+        spec.append
+    );
+    command
+        .arg("-kernel")
+        .arg(image)
+        .arg("-initrd")
+        .arg(initramfs);
+    command.args(["-append", append.trim_end()]);
+}
+
+fn write_initramfs(path: &Path, busybox: &Path, job: &Job, terminal: bool) -> Result<()> {
+    let file = File::create(path).with_context(|| format!("cannot create {path:?}"))?;
+    let mut archive = Archive::new(BufWriter::with_capacity(1 << 20, file));
+    for folder in ["/dev", "/proc", "/sys", "/root"] {
+        archive.folder(folder)?;
+    }
+    // The kernel opens this as the init's terminal before /dev is mounted.
+    archive.device("/dev/console", 0o600, (5, 1))?;
+    archive.file_from("/bin/busybox", 0o755, busybox)?;
+    // Scripts name their interpreter in either folder.
+    archive.symlink("/usr/bin", "/bin")?;
+    archive.file("/init", 0o755, HOST_INIT.as_bytes())?;
+    archive.file("/rig/run", 0o755, run_script(job, terminal).as_bytes())?;
+    archive.file("/etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
+    archive.file("/etc/group", 0o644, b"root:x:0:\n")?;
+    if !job.folder.as_os_str().is_empty() {
+        archive.folder(&job.folder)?;
+    }
+    let mut there = BTreeSet::new();
+    for file in &job.files {
+        if there.insert(&file.to) {
+            archive.file_from(&file.to, file.mode, &file.from)?;
+        }
+    }
+    archive.finish()?;
+    Ok(())
+}
+
+/// The script that becomes the job's program.
+fn run_script(job: &Job, terminal: bool) -> String {
+    let mut script = String::new();
+    for (name, value) in &job.environment {
+        script.push_str(&format!("export {name}={}\n", quoted(value)));
+    }
+    if !job.folder.as_os_str().is_empty() {
+        script.push_str(&format!(
+            "cd {} || exit 125\n",
+            quoted(&job.folder.to_string_lossy())
+        ));
+    }
+    let words = job
+        .command
+        .iter()
+        .map(|word| quoted(word))
+        .collect::<Vec<_>>()
+        .join(" ");
+    // A session of its own makes the console its controlling terminal.
+    let terminal = if terminal {
+        "stty sane </dev/console\nexec setsid cttyhack "
+    } else {
+        "exec "
+    };
+    script.push_str(&format!("{terminal}{words}\n"));
+    script
+}
+
+/// `word` as a shell takes it literally.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+enum Event {
+    Output(Vec<u8>),
+    Closed,
+    Leave,
+}
+
+/// A running QEMU, which ends when this is dropped.
+struct Emulator {
+    child: Child,
+}
+
+impl Emulator {
+    fn start(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let child = command.spawn().context("cannot start QEMU")?;
+        Ok(Self { child })
+    }
+
+    /// What the console prints and, with a terminal, what the user asks of the rig itself.
+    fn events(&mut self, terminal: Option<&RawTerminal>) -> Result<mpsc::Receiver<Event>> {
+        let (sender, receiver) = mpsc::channel();
+        let mut console = self.child.stdout.take().context("QEMU has no console")?;
+        let mut keys = self.child.stdin.take().context("QEMU has no keyboard")?;
+
+        if terminal.is_some() {
+            let sender = sender.clone();
+            // Ends with the process: nothing else reads the terminal until then.
+            std::thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(length @ 1..) = std::io::stdin().read(&mut buffer) {
+                    let typed = &buffer[..length];
+                    if typed.contains(&LEAVE) {
+                        let _ = sender.send(Event::Leave);
+                        return;
+                    }
+                    if keys.write_all(typed).and_then(|()| keys.flush()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 16];
+            while let Ok(length @ 1..) = console.read(&mut buffer) {
+                if sender
+                    .send(Event::Output(buffer[..length].to_vec()))
+                    .is_err()
+                {
+                    return;
+                }
+            }
+            let _ = sender.send(Event::Closed);
+        });
+        Ok(receiver)
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        // It may have ended by itself, and then there is nothing to do.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A file that is removed with its owner.
+pub(crate) struct TemporaryFile {
+    pub(crate) path: PathBuf,
+}
+
+impl TemporaryFile {
+    pub(crate) fn new(name: &str) -> Result<Self> {
+        let name = format!(
+            "armlet-{name}-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        );
+        let name = name.replace(['(', ')'], "");
+        Ok(Self {
+            path: std::env::temp_dir().join(name),
+        })
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_reach_the_program_unchanged() {
+        let job = Job {
+            command: vec!["/bin/a".to_owned(), "it's $HOME".to_owned()],
+            environment: vec![("A".to_owned(), "x y".to_owned())],
+            folder: "/w".into(),
+            ..Job::default()
+        };
+        assert_eq!(
+            run_script(&job, false),
+            "export A='x y'\ncd '/w' || exit 125\nexec '/bin/a' 'it'\\''s $HOME'\n"
+        );
+    }
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(mebibytes("4G").unwrap(), 4096);
+        assert_eq!(mebibytes("512M").unwrap(), 512);
+        assert_eq!(mebibytes("768").unwrap(), 768);
+        for bad in ["", "0", "G", "4T", "5000000G"] {
+            assert!(mebibytes(bad).is_err(), "{bad}");
+        }
+    }
+}
