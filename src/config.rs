@@ -68,12 +68,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         Some(text) => text.parse().map_err(|cause| anyhow!("--gic: {cause}"))?,
     };
     let cmdline = args.cmdline.as_ref().unwrap_or(&defaults.cmdline).clone();
-    Cmdline::try_from(&cmdline, CMDLINE_MAX).map_err(|cause| {
-        anyhow!(
-            "--cmdline: {cause} (at most {} bytes of printable ASCII)",
-            CMDLINE_MAX - 1
-        )
-    })?;
+    check_cmdline(&cmdline)?;
     if args.initrd.is_some() && args.kernel.is_none() {
         return Err(anyhow!(
             "--initrd without --kernel: name the kernel that takes it"
@@ -113,6 +108,16 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         kernel,
         initrd,
     })
+}
+
+/// Refuses what the kernel would cut off or misread.
+fn check_cmdline(cmdline: &str) -> Result<()> {
+    Cmdline::new(CMDLINE_MAX)
+        .and_then(|mut checked| checked.insert_str(cmdline))
+        .map_err(|cause| {
+            let most = CMDLINE_MAX - 1;
+            anyhow!("--cmdline: {cause} Use at most {most} bytes of printable ASCII")
+        })
 }
 
 /// The kernel's header, with the memory that it needs where it does not say so itself.

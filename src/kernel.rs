@@ -111,7 +111,8 @@ impl Kernel {
     ///
     /// # Errors
     /// A file that changed since it was opened, damaged or truncated data, and data that exceed
-    /// `dst`: unpacking stops there. `dst` is then partly written.
+    /// `dst`: unpacking stops there. `dst` is then partly written. Damage is told by checksums,
+    /// which plain Images, legacy lz4 and lzma data do not have.
     pub fn load_into(&self, dst: &mut [u8]) -> Result<u64> {
         self.load(dst)
             .with_context(|| format!("cannot load kernel {}", self.path.display()))

@@ -9,7 +9,6 @@ pub mod pl011;
 pub mod pl031;
 pub mod pl061;
 mod primecell;
-pub mod pvpanic;
 
 /// A thing that answers reads and writes of the guest in one window of addresses.
 ///

@@ -494,8 +494,33 @@ fn fetch(work: &Path, compiler: &Compiler, root: &Path) -> Result<()> {
     let unwinder = UNWINDERS.iter().find_map(|one| apt.download(&[one]).ok());
     archives.extend(unwinder.with_context(|| format!("there is none of {UNWINDERS:?}"))?);
     for archive in archives {
-        output_of(Command::new("dpkg").arg("-x").arg(&archive).arg(root))?;
+        unpack(&archive, root)?;
     }
+    Ok(())
+}
+
+/// Unpacks a package, but of the compiler's source only the library, which is a sixth of it.
+fn unpack(archive: &Path, root: &Path) -> Result<()> {
+    let mut dpkg = Command::new("dpkg")
+        .arg("--fsys-tarfile")
+        .arg(archive)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run dpkg")?;
+    let data = dpkg.stdout.take().context("dpkg has no output")?;
+    let unpacked = Command::new("tar")
+        .arg("-xC")
+        .arg(root)
+        .arg("--no-wildcards-match-slash")
+        .args(["compiler", "src"].map(|part| format!("--exclude=./usr/src/rustc-*/{part}")))
+        .stdin(data)
+        .status()
+        .context("cannot run tar")?;
+    let read = dpkg.wait().context("cannot wait for dpkg")?;
+    ensure!(
+        unpacked.success() && read.success(),
+        "cannot unpack {archive:?}"
+    );
     Ok(())
 }
 

@@ -1,3 +1,5 @@
+//! Tests of planning; `tests/plan.rs` of the root package holds those of whole machines.
+
 use super::*;
 use crate::aarch64::{Aarch64, Host};
 
