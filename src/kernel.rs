@@ -436,9 +436,9 @@ fn unpacker<'a>(
     let limit = (MAX_WINDOW >> 10) as u32 + 128;
     Ok(match compression {
         Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(input)),
-        Compression::Zstd => {
-            Box::new(StreamingDecoder::new_with_decoder(input, zstd()).map_err(zstd_refusal)?)
-        }
+        Compression::Zstd => Box::new(Zstd(
+            StreamingDecoder::new_with_decoder(input, zstd()).map_err(zstd_refusal)?,
+        )),
         Compression::Lz4 | Compression::Lz4Legacy => Box::new(Lz4 {
             decoder: lz4_flex::frame::FrameDecoder::new(input),
             ends_with_input: compression == Compression::Lz4Legacy,
@@ -511,6 +511,24 @@ fn zstd_head<'a>(file: &File, span: &Range<u64>) -> Result<Box<dyn Read + 'a>> {
     Ok(Box::new(decoder))
 }
 
+/// zstd with the comparison of the content checksum, which ruzstd leaves to its user.
+struct Zstd<'a>(StreamingDecoder<Input<'a>, FrameDecoder>);
+
+impl Read for Zstd<'_> {
+    fn read(&mut self, dst: &mut [u8]) -> io::Result<usize> {
+        let got = self.0.read(dst)?;
+        let stated = self.0.decoder.get_checksum_from_data();
+        if got == 0
+            && !dst.is_empty()
+            && stated.is_some()
+            && stated != self.0.decoder.get_calculated_checksum()
+        {
+            return Err(io::Error::other("the content checksum differs"));
+        }
+        Ok(got)
+    }
+}
+
 fn zstd_refusal(error: FrameDecoderError) -> anyhow::Error {
     match error {
         FrameDecoderError::WindowSizeTooBig { requested, max } => anyhow!(
@@ -573,6 +591,7 @@ fn lz4_legacy_span(file: &File, span: Range<u64>) -> Result<(Range<u64>, Option<
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -874,6 +893,22 @@ mod tests {
                     let error = load(&form[..len]).map(|_| format!("form {index} cut to {len}"));
                     let error = format!("{:#}", error.unwrap_err());
                     assert!(!error.contains('\n'), "{error}");
+                }
+            }
+        }
+    }
+
+    /// Damage that every decompressor could take for data: the checksums tell.
+    #[test]
+    fn damage_is_seen() {
+        for form in [GZIP, ZSTD, XZ] {
+            let form = hex(form);
+            for at in 4..form.len() {
+                let mut bad = form.clone();
+                bad[at] ^= 0x10;
+                // Some bytes mean nothing (time stamps), but none changes the kernel unseen.
+                if let Ok(memory) = load(&bad) {
+                    assert_eq!(memory, image(), "byte {at}");
                 }
             }
         }

@@ -1,0 +1,482 @@
+//! The rules that keep the repository as it was laid out, each as a test over the source tree.
+//! A failure names the file and the line.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+// -------------------------------------------------------------------------------- the rules
+
+#[test]
+fn one_file_chooses_the_architecture() {
+    let mut findings = Findings::new(
+        "only src/kvm/mod.rs chooses the architecture; everything else compiles everywhere \
+         (xtask asks std::env::consts::ARCH)",
+    );
+    for file in sources(ALL).iter().chain(&manifests()) {
+        if file.path != "src/kvm/mod.rs" && file.path != "tests/tidy.rs" {
+            findings.add_lines(file, |line| line.code.contains("target_arch"));
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn pure_crates_name_nothing_of_the_world() {
+    const WORLD: &[&str] = &[
+        "kvm_ioctls",
+        "kvm_bindings",
+        "vm_memory",
+        "libc",
+        "rustix",
+        "std::env",
+        "std::fs",
+        "std::io",
+        "std::net",
+        "std::process",
+        "std::thread",
+        "SystemTime",
+        "Instant::now",
+    ];
+    let mut findings = Findings::new("arch and fdt decide without I/O, KVM, threads or the host");
+    for file in &sources(&["arch", "fdt"]) {
+        findings.add_words(file, WORLD);
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn devices_know_neither_kvm_nor_the_plan() {
+    let mut findings = Findings::new("devices know offsets and wires, no KVM and no plan");
+    for file in &sources(&["devices"]) {
+        let words = [
+            "kvm_ioctls",
+            "kvm_bindings",
+            "armlet_arch",
+            "armlet_fdt",
+            "std::fs",
+        ];
+        findings.add_words(file, &words);
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn the_device_tree_crate_knows_no_machines() {
+    let mut findings = Findings::new("fdt is about trees, not about virtual machines");
+    for file in &sources(&["fdt"]) {
+        findings.add_words(file, &["armlet_arch", "armlet_devices"]);
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let mut findings = Findings::new("src -> devices, src -> arch -> fdt, and no other way");
+    let kvm = ["kvm-ioctls", "kvm-bindings", "vm-memory", "rustix", "libc"];
+    for (folder, forbidden) in [
+        ("arch", [kvm.as_slice(), &["armlet-devices"]].concat()),
+        (
+            "fdt",
+            [kvm.as_slice(), &["armlet-devices", "armlet-arch"]].concat(),
+        ),
+        (
+            "devices",
+            vec!["kvm-ioctls", "kvm-bindings", "armlet-arch", "armlet-fdt"],
+        ),
+    ] {
+        let manifest = Source::read(&format!("{folder}/Cargo.toml"));
+        findings.add_words(&manifest, &forbidden);
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn unsafe_stands_where_it_must() {
+    let mut findings =
+        Findings::new("unsafe belongs to src/kvm/, src/memory.rs, src/console.rs and src/run.rs");
+    for file in sources(ALL) {
+        let allowed = ["src/memory.rs", "src/console.rs", "src/run.rs"].contains(&&*file.path)
+            || file.path.starts_with("src/kvm/");
+        if !allowed && file.path != "tests/tidy.rs" {
+            findings.add_words(&file, &["unsafe"]);
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn every_unsafe_block_says_why_it_is_sound() {
+    let mut findings =
+        Findings::new("a comment '// SAFETY: ...' goes directly before an unsafe block or impl");
+    for file in sources(ALL) {
+        if file.path == "tests/tidy.rs" {
+            continue;
+        }
+        for (index, line) in file.lines.iter().enumerate() {
+            let opens = ["unsafe {", "unsafe impl", "unsafe extern"];
+            if opens.iter().any(|open| line.code.contains(open)) && !file.is_justified(index) {
+                findings.add(&file, line);
+            }
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn unwrap_stands_in_tests_only() {
+    let mut findings =
+        Findings::new("outside tests an error is returned, or expect says why there is none");
+    for file in sources(ALL) {
+        findings.add_lines(&file, |line| {
+            !line.is_test && line.code.contains(concat!(".unwrap", "()"))
+        });
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn names_say_what_a_thing_is() {
+    const EMPTY_WORDS: &[&str] = &["Manager", "Helper", "Util", "Common"];
+    let mut findings = Findings::new("a name says what a thing is, not that it manages or helps");
+    for file in sources(ALL) {
+        findings.add_lines(&file, |line| {
+            type_name(&line.code)
+                .is_some_and(|name| EMPTY_WORDS.iter().any(|word| name.contains(word)))
+        });
+        let stem = file
+            .path
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .to_lowercase();
+        if EMPTY_WORDS
+            .iter()
+            .any(|word| stem.starts_with(&word.to_lowercase()))
+        {
+            findings.add(&file, &file.lines[0]);
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn a_file_is_short_enough_to_read() {
+    const MOST: usize = 1000;
+    let mut findings = Findings::new("a file has 1000 lines at most; split it by what it does");
+    for file in sources(ALL) {
+        if let Some(line) = file.lines.get(MOST) {
+            findings.add(&file, line);
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn a_file_begins_by_saying_what_it_is() {
+    let mut findings = Findings::new("a file begins with a //! comment");
+    for file in sources(ALL) {
+        let first = file.lines.iter().find(|line| !line.text.starts_with("#!"));
+        if let Some(line) = first.filter(|line| !line.text.starts_with("//!")) {
+            findings.add(&file, line);
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn every_board_is_built_in_and_has_golden_files() {
+    let built_in = Source::read("src/boards.rs").text;
+    for path in files(&root().join("boards"), "toml") {
+        let name = path.file_stem().expect("a name").to_string_lossy();
+        let file = format!("include_str!(\"../boards/{name}.toml\")");
+        assert!(
+            built_in.contains(&file) && built_in.contains(&format!("\"{name}\"")),
+            "boards/{name}.toml: src/boards.rs: BUILT_IN lacks (\"{name}\", {file})"
+        );
+        let board = fs::read_to_string(&path).expect("text");
+        let has_tree = !board.contains("arch = \"x86_64\"");
+        let wanted = ["map", "dts"].into_iter().take(1 + usize::from(has_tree));
+        for kind in wanted {
+            let golden = format!("tests/golden/{name}-default.{kind}");
+            assert!(
+                root().join(&golden).is_file(),
+                "boards/{name}.toml: {golden} is missing; \
+                 UPDATE_GOLDEN=1 cargo test --test plan writes it"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_documents_exist() {
+    for file in [
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "docs/ARCHITECTURE.md",
+        "docs/how-a-guest-runs.md",
+    ] {
+        let text = fs::read_to_string(root().join(file)).unwrap_or_default();
+        assert!(text.len() > 100, "{file} is missing or empty");
+    }
+    let decisions = files(&root().join("docs/adr"), "md");
+    assert!(!decisions.is_empty(), "docs/adr/ has no decision");
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let mut documents = files(&root().join("docs"), "md");
+    documents.extend(["README.md", "CHANGELOG.md"].map(|file| root().join(file)));
+    let mut findings = Findings::new("a relative link names a file of the repository");
+    for path in documents.iter().filter(|path| path.is_file()) {
+        let file = Source::read(&relative(path));
+        let folder = path.parent().expect("a folder");
+        findings.add_lines(&file, |line| {
+            line.text.split("](").skip(1).any(|rest| {
+                let link = rest.split([')', '#', ' ']).next().unwrap_or_default();
+                !link.is_empty() && !link.contains(':') && !folder.join(link).exists()
+            })
+        });
+    }
+    findings.assert_none();
+}
+
+// ----------------------------------------------------------------------------- the source tree
+
+/// Folders with Rust in them.
+const ALL: &[&str] = &["src", "arch", "fdt", "devices", "tests", "xtask"];
+
+/// A file with its lines.
+struct Source {
+    /// Below the repository, with slashes.
+    path: String,
+    text: String,
+    lines: Vec<Line>,
+}
+
+struct Line {
+    /// From 1.
+    number: usize,
+    text: String,
+    /// The line without its comment.
+    code: String,
+    /// Whether it belongs to a test.
+    is_test: bool,
+}
+
+impl Source {
+    fn read(path: &str) -> Source {
+        let text =
+            fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+        let comment = if path.ends_with(".toml") { "#" } else { "//" };
+        let mut is_test = path
+            .split('/')
+            .any(|part| part == "tests" || part == "tests.rs");
+        let lines = text.lines().enumerate().map(|(index, line)| {
+            // Tests stand at the end of a file.
+            is_test |= line == "#[cfg(test)]";
+            Line {
+                number: index + 1,
+                text: line.to_owned(),
+                code: code_of(line, comment).to_owned(),
+                is_test,
+            }
+        });
+        Source {
+            path: path.to_owned(),
+            lines: lines.collect(),
+            text,
+        }
+    }
+
+    /// Whether the statement around line `index` or the comment before it has a SAFETY comment.
+    fn is_justified(&self, index: usize) -> bool {
+        let before = self.lines[..index].iter().rev();
+        let statement = before.take_while(|line| {
+            let code = line.code.trim();
+            let is_comment = code.is_empty() && !line.text.trim().is_empty();
+            is_comment || !(code.is_empty() || code.ends_with([';', '{', '}', ',']))
+        });
+        statement
+            .chain([&self.lines[index]])
+            .any(|line| line.text.contains("// SAFETY: "))
+    }
+}
+
+/// `line` without the comment at its end.
+fn code_of<'a>(line: &'a str, comment: &str) -> &'a str {
+    let mut from = 0;
+    while let Some(at) = line[from..].find(comment) {
+        let before = &line[..from + at];
+        // An even number of quotes: not within a string.
+        if before.matches('"').count() % 2 == 0 {
+            return before;
+        }
+        from += at + comment.len();
+    }
+    line
+}
+
+/// The name of the type that a line of code defines.
+fn type_name(code: &str) -> Option<&str> {
+    let mut words = code.split([' ', '<', '(', ';', ':', '{']);
+    words.find(|word| ["struct", "enum", "trait", "union", "type"].contains(word))?;
+    words.next()
+}
+
+fn sources(folders: &[&str]) -> Vec<Source> {
+    let sources: Vec<_> = folders
+        .iter()
+        .flat_map(|folder| files(&root().join(folder), "rs"))
+        .map(|path| Source::read(&relative(&path)))
+        .collect();
+    assert!(!sources.is_empty(), "no Rust below {folders:?}");
+    sources
+}
+
+fn manifests() -> Vec<Source> {
+    let members = ["", "arch/", "fdt/", "devices/", "xtask/"];
+    members
+        .iter()
+        .map(|folder| Source::read(&format!("{folder}Cargo.toml")))
+        .collect()
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn relative(path: &Path) -> String {
+    let path = path.strip_prefix(root()).expect("a path of the repository");
+    path.to_string_lossy().replace('\\', "/")
+}
+
+/// The files below `folder` whose names end in `extension`, in order.
+fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let Ok(entries) = fs::read_dir(folder) else {
+        return found;
+    };
+    for entry in entries {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() && !path.ends_with("target") {
+            found.extend(files(&path, extension));
+        } else if path.extension().is_some_and(|known| known == extension) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Whether `code` has `word` as a word, not as part of a longer one.
+fn has_word(code: &str, word: &str) -> bool {
+    let is_part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    code.match_indices(word).any(|(at, _)| {
+        let (before, after) = (&code[..at], &code[at + word.len()..]);
+        !is_part(before.chars().next_back()) && !is_part(after.chars().next())
+    })
+}
+
+/// Lines that break a rule.
+struct Findings {
+    rule: &'static str,
+    lines: Vec<String>,
+}
+
+impl Findings {
+    fn new(rule: &'static str) -> Findings {
+        Findings {
+            rule,
+            lines: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, file: &Source, line: &Line) {
+        let text = line.text.trim();
+        self.lines
+            .push(format!("{}:{}: {text}", file.path, line.number));
+    }
+
+    fn add_lines(&mut self, file: &Source, breaks: impl Fn(&Line) -> bool) {
+        for line in file.lines.iter().filter(|line| breaks(line)) {
+            self.add(file, line);
+        }
+    }
+
+    fn add_words(&mut self, file: &Source, words: &[&str]) {
+        self.add_lines(file, |line| {
+            words.iter().any(|word| has_word(&line.code, word))
+        });
+    }
+
+    fn assert_none(&self) {
+        assert!(self.lines.is_empty(), "{self}");
+    }
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:\n  {}", self.rule, self.lines.join("\n  "))
+    }
+}
+
+// ------------------------------------------------------------------ that the rules find something
+
+#[test]
+fn comments_are_no_code() {
+    assert_eq!(code_of("let a; // unsafe", "//"), "let a; ");
+    assert_eq!(code_of("let a = \"//\"; // b", "//"), "let a = \"//\"; ");
+    assert_eq!(
+        code_of("let a = \"http://b\";", "//"),
+        "let a = \"http://b\";"
+    );
+}
+
+#[test]
+fn words_are_whole() {
+    assert!(has_word("use std::fs;", "std::fs"));
+    assert!(has_word("unsafe { f() }", "unsafe"));
+    assert!(!has_word("#![deny(unsafe_code)]", "unsafe"));
+    assert!(!has_word("use std::fss;", "std::fs"));
+}
+
+#[test]
+fn names_of_types_are_found() {
+    assert_eq!(
+        type_name("pub(crate) struct IrqManager<T> {"),
+        Some("IrqManager")
+    );
+    assert_eq!(type_name("    enum Util {"), Some("Util"));
+    assert_eq!(type_name("let structure = 1;"), None);
+}
+
+#[test]
+fn a_justification_stands_directly_before_its_block() {
+    let source = |text: &str| Source {
+        path: String::new(),
+        text: String::new(),
+        lines: text
+            .lines()
+            .enumerate()
+            .map(|(number, line)| Line {
+                number,
+                text: line.to_owned(),
+                code: code_of(line, "//").to_owned(),
+                is_test: false,
+            })
+            .collect(),
+    };
+    let justified = |text: &str| {
+        let source = source(text);
+        source.is_justified(source.lines.len() - 1)
+    };
+    assert!(justified("// SAFETY: it is.\nunsafe { f() };"));
+    assert!(justified(
+        "// SAFETY: it is,\n// and more.\nlet a =\n    unsafe { f() };"
+    ));
+    assert!(!justified("// SAFETY: it is.\nf();\nunsafe { f() };"));
+    assert!(!justified("// SAFETY: it is.\n\nunsafe { f() };"));
+    assert!(!justified("unsafe { f() };"));
+}
