@@ -402,7 +402,7 @@ struct Fields<'a> {
     text: &'a str,
     name: String,
     table: Table<'a>,
-    /// Lines of the fields already taken, for errors about their values.
+    /// Where the fields already taken stand in the text, for errors about their values.
     taken: Vec<(&'static str, usize)>,
 }
 
@@ -425,7 +425,7 @@ impl<'a> Fields<'a> {
 
     fn take(&mut self, key: &'static str) -> Option<Value<'a>> {
         let value = self.table.remove(key)?;
-        self.taken.push((key, line_of(self.text, value.span.start)));
+        self.taken.push((key, value.span.start));
         Some(value)
     }
 
@@ -438,9 +438,9 @@ impl<'a> Fields<'a> {
     }
 
     fn wrong(&self, key: &str, cause: String) -> BoardError {
-        let line = self.taken.iter().find(|(taken, _)| *taken == key);
+        let place = self.taken.iter().find(|(taken, _)| *taken == key);
         BoardError::Value {
-            line: line.map_or(1, |(_, line)| *line),
+            line: line_of(self.text, place.map_or(0, |(_, offset)| *offset)),
             key: key.to_owned(),
             cause,
         }

@@ -5,6 +5,8 @@ use armlet_arch::irq::Spi;
 use armlet_arch::{Arch, Plan, Request, Width};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
+pub mod coalesced;
+
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 #[cfg(target_arch = "x86_64")]

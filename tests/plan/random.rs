@@ -293,7 +293,11 @@ fn check_tree(tree: &Node, request: &Request<Aarch64>, plan: &Plan<Aarch64>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        // 1024, or four times what PROPTEST_CASES says.
+        cases: 4 * ProptestConfig::default().cases,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn a_plan_is_sound_or_an_error_in_one_line(

@@ -74,7 +74,7 @@ impl Boot {
             say("leave armlet with Ctrl-A x; stop an emulated host at once with Ctrl-]");
         }
         if runner::native() {
-            return self.run_natively(&armlet, &folder, &initrd.path);
+            return self.run_natively(&armlet, &folder, &initrd.path());
         }
         let spec = HostSpec {
             memory_mib: (memory_mib + HOST_MEMORY_MIB).max(HostSpec::default().memory_mib),
@@ -91,7 +91,7 @@ impl Boot {
             files: vec![
                 file(&armlet, program.into(), 0o755),
                 file(&folder.join("Image"), in_host.join("Image"), 0o644),
-                file(&initrd.path, in_host.join("initrd"), 0o644),
+                file(&initrd.path(), in_host.join("initrd"), 0o644),
             ],
             command: self.command(program, &in_host.join("Image"), &in_host.join("initrd")),
             environment: Vec::new(),
@@ -118,16 +118,17 @@ impl Boot {
     }
 
     /// The guest's initramfs, with the script added to it if there is one.
-    fn initrd(&self, folder: &Path) -> Result<host::TemporaryFile> {
+    fn initrd(&self, folder: &Path) -> Result<host::NamelessFile> {
         let standard = folder.join("initrd");
         let mut data =
             std::fs::read(&standard).with_context(|| format!("cannot read {standard:?}"))?;
         if let Some(script) = &self.script {
             data.extend(assets::script(script)?);
         }
-        let file = host::TemporaryFile::new("guest")?;
-        std::fs::write(&file.path, data)
-            .with_context(|| format!("cannot write {:?}", file.path))?;
+        let file = host::NamelessFile::new()?;
+        file.file()
+            .write_all(&data)
+            .context("cannot write the guest's initramfs")?;
         Ok(file)
     }
 

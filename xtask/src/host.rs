@@ -7,12 +7,15 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::initramfs::Archive;
 use crate::marker::Filter;
@@ -196,12 +199,12 @@ pub(crate) fn run(
     let busybox = store.busybox()?;
     let qemu = store.qemu()?;
 
-    let initramfs = TemporaryFile::new("initramfs")?;
-    write_initramfs(&initramfs.path, &busybox, job, terminal.is_some())
+    let initramfs = NamelessFile::new()?;
+    write_initramfs(initramfs.file(), &busybox, job, terminal.is_some())
         .context("cannot write the emulated host's initramfs")?;
 
     let mut command = qemu.command();
-    machine(&mut command, spec, &kernel.image, &initramfs.path);
+    machine(&mut command, spec, &kernel.image, &initramfs.path());
     let started = Instant::now();
     let mut emulator = Emulator::start(command)?;
     let events = emulator.events(terminal)?;
@@ -308,8 +311,7 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
     command.args(["-append", append.trim_end()]);
 }
 
-fn write_initramfs(path: &Path, busybox: &Path, job: &Job, terminal: bool) -> Result<()> {
-    let file = File::create(path).with_context(|| format!("cannot create {path:?}"))?;
+fn write_initramfs(file: &File, busybox: &Path, job: &Job, terminal: bool) -> Result<()> {
     let mut archive = Archive::new(BufWriter::with_capacity(1 << 20, file));
     for folder in ["/dev", "/proc", "/sys", "/root"] {
         archive.folder(folder)?;
@@ -434,28 +436,34 @@ impl Drop for Emulator {
     }
 }
 
-/// A file that is removed with its owner.
-pub(crate) struct TemporaryFile {
-    pub(crate) path: PathBuf,
+/// A file without a name, which is gone when nobody has it open: also when xtask is killed.
+pub(crate) struct NamelessFile {
+    file: File,
 }
 
-impl TemporaryFile {
-    pub(crate) fn new(name: &str) -> Result<Self> {
-        let name = format!(
-            "armlet-{name}-{}-{:?}",
-            std::process::id(),
-            std::thread::current().id()
-        );
-        let name = name.replace(['(', ')'], "");
-        Ok(Self {
-            path: std::env::temp_dir().join(name),
-        })
+impl NamelessFile {
+    /// An empty file, which programs started from here may open too.
+    pub(crate) fn new() -> Result<Self> {
+        let folder = std::env::temp_dir();
+        let path = folder.join(format!("armlet-xtask-{}", std::process::id()));
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options
+            .open(&path)
+            .with_context(|| format!("cannot create {path:?}"))?;
+        fs::remove_file(&path).with_context(|| format!("cannot remove {path:?}"))?;
+        fcntl_setfd(&file, FdFlags::empty()).context("cannot let a file be inherited")?;
+        Ok(Self { file })
     }
-}
 
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+    /// The file, to be written.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A path by which this process, and those that it starts, may open the file.
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }
 }
 
