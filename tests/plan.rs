@@ -307,18 +307,11 @@ const STRICT: &[&str] = &[
     "unique_unit_address_if_enabled",
 ];
 
-/// Source text gives phandles as the numbers that the blob has; these two checks want them
-/// written as references.
-const NUMBERS_FOR_PHANDLES: &[&str] = &["no-clocks_property", "no-gpios_property"];
-
 /// What dtc makes of `input`, sorted; any word of it on standard error is a failure.
 fn dtc(machine: &str, from: &str, to: &str, input: &[u8]) -> Vec<u8> {
     let mut command = Command::new("dtc");
     command.args(["-s", "-I", from, "-O", to]);
     command.args(STRICT.iter().flat_map(|check| ["-W", check]));
-    if from == "dts" {
-        command.args(NUMBERS_FOR_PHANDLES.iter().flat_map(|check| ["-W", check]));
-    }
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     std::io::Write::write_all(&mut file, input).expect("to write it");
     let output = command

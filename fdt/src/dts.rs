@@ -1,15 +1,32 @@
 //! Device-tree source text of a tree, in the notation of dtc.
 
-use crate::{Node, Value};
+use crate::{Cell, Node, Value};
+use std::collections::BTreeMap;
 use std::fmt::Write;
+
+/// Paths of the nodes that have a phandle.
+type Paths = BTreeMap<u32, String>;
 
 pub(crate) fn print(root: &Node) -> String {
     let mut text = String::from("/dts-v1/;\n\n");
-    print_node(&mut text, root, 0);
+    let mut paths = Paths::new();
+    find_phandles(root, "", &mut paths);
+    print_node(&mut text, root, 0, &paths);
     text
 }
 
-fn print_node(text: &mut String, node: &Node, depth: usize) {
+fn find_phandles(node: &Node, path: &str, paths: &mut Paths) {
+    if let Some(Value::Cells(cells)) = node.get("phandle")
+        && let [phandle] = cells[..]
+    {
+        paths.insert(phandle, path.to_owned());
+    }
+    for child in &node.children {
+        find_phandles(child, &format!("{path}/{}", child.name), paths);
+    }
+}
+
+fn print_node(text: &mut String, node: &Node, depth: usize, paths: &Paths) {
     let indent = "\t".repeat(depth);
     let name = if depth == 0 { "/" } else { &node.name };
     // Writing to a String cannot fail.
@@ -17,22 +34,26 @@ fn print_node(text: &mut String, node: &Node, depth: usize) {
     for (name, value) in &node.properties {
         let _ = match value {
             Value::Empty => writeln!(text, "{indent}\t{name};"),
-            value => writeln!(text, "{indent}\t{name} = {};", notation(value)),
+            value => writeln!(text, "{indent}\t{name} = {};", notation(value, paths)),
         };
     }
     for (index, child) in node.children.iter().enumerate() {
         if index > 0 || !node.properties.is_empty() {
             text.push('\n');
         }
-        print_node(text, child, depth + 1);
+        print_node(text, child, depth + 1, paths);
     }
     let _ = writeln!(text, "{indent}}};");
 }
 
-fn notation(value: &Value) -> String {
+fn notation(value: &Value, paths: &Paths) -> String {
     match value {
         Value::Empty => String::new(),
         Value::Cells(cells) => cell_list(cells.iter().copied()),
+        Value::References(cells) => {
+            let cells: Vec<_> = cells.iter().map(|cell| reference(*cell, paths)).collect();
+            format!("<{}>", cells.join(" "))
+        }
         Value::U64s(numbers) => cell_list(
             numbers
                 .iter()
@@ -47,6 +68,15 @@ fn notation(value: &Value) -> String {
             let hex: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             format!("[{}]", hex.join(" "))
         }
+    }
+}
+
+fn reference(cell: Cell, paths: &Paths) -> String {
+    match cell {
+        Cell::Phandle(phandle) if paths.contains_key(&phandle) => {
+            format!("&{{{}}}", paths[&phandle])
+        }
+        cell => format!("{:#x}", cell.number()),
     }
 }
 
@@ -68,7 +98,18 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::Node;
+    use crate::{Cell, Node};
+
+    #[test]
+    fn references_are_paths() {
+        let mut root = Node::new("");
+        root.child("a").child("b@1").prop("phandle", 7_u32);
+        root.prop("gpios", [Cell::Phandle(7), Cell::Number(3)])
+            .prop("none", Cell::Phandle(8));
+        let text = root.to_dts();
+        assert!(text.contains("gpios = <&{/a/b@1} 0x3>;"), "{text}");
+        assert!(text.contains("none = <0x8>;"), "{text}");
+    }
 
     #[test]
     fn every_form_of_value_has_its_notation() {

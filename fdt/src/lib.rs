@@ -27,12 +27,46 @@ pub enum Value {
     Empty,
     /// 32-bit big-endian cells: `<u32>`, `<prop-encoded-array>`, phandles.
     Cells(Vec<u32>),
+    /// Cells of which some are phandles of other nodes: the same as [`Value::Cells`] in a blob, a
+    /// reference by path in source text.
+    References(Vec<Cell>),
     /// 64-bit big-endian numbers, each two cells in size.
     U64s(Vec<u64>),
     /// One or more NUL-terminated strings.
     Strings(Vec<String>),
     /// Raw bytes.
     Bytes(Vec<u8>),
+}
+
+/// A cell of [`Value::References`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cell {
+    /// A number.
+    Number(u32),
+    /// The phandle of another node.
+    Phandle(u32),
+}
+
+impl Cell {
+    /// The 32 bits that the blob holds.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        match self {
+            Cell::Number(number) | Cell::Phandle(number) => number,
+        }
+    }
+}
+
+impl From<Cell> for Value {
+    fn from(cell: Cell) -> Self {
+        Value::References(vec![cell])
+    }
+}
+
+impl<const N: usize> From<[Cell; N]> for Value {
+    fn from(cells: [Cell; N]) -> Self {
+        Value::References(cells.to_vec())
+    }
 }
 
 impl From<()> for Value {
@@ -216,6 +250,10 @@ fn encode_property(writer: &mut FdtWriter, name: &str, value: &Value) -> Result<
         }
         Value::Empty => writer.property_null(name),
         Value::Cells(cells) => writer.property_array_u32(name, cells),
+        Value::References(cells) => {
+            let numbers: Vec<_> = cells.iter().map(|cell| cell.number()).collect();
+            writer.property_array_u32(name, &numbers)
+        }
         Value::U64s(numbers) => writer.property_array_u64(name, numbers),
         Value::Strings(texts) => writer.property_string_list(name, texts.clone()),
         Value::Bytes(bytes) => writer.property(name, bytes),

@@ -6,7 +6,7 @@ use super::{Aarch64, Vcpu};
 use crate::irq::Spi;
 use crate::plan::{DeviceKind, Layout, POWER_KEY_LINE, Placed, Request};
 use crate::{Board, Range};
-use armlet_fdt::Node;
+use armlet_fdt::{Cell, Node};
 
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
@@ -30,7 +30,7 @@ pub(super) fn build(
     let mut root = Node::new("");
     root.prop("#address-cells", 2_u32)
         .prop("#size-cells", 2_u32)
-        .prop("interrupt-parent", GIC)
+        .prop("interrupt-parent", Cell::Phandle(GIC))
         .prop("compatible", "linux,dummy-virt")
         .prop("model", format!("armlet,{}", board.name).as_str());
     chosen(&mut root, layout, request);
@@ -112,7 +112,7 @@ fn cpus(root: &mut Node, vcpus: &[Vcpu]) {
     for index in 0..vcpus.len() {
         map.child(format!("cluster{}", index / 16))
             .child(format!("core{}", index % 16))
-            .prop("cpu", FIRST_CPU + index as u32);
+            .prop("cpu", Cell::Phandle(FIRST_CPU + index as u32));
     }
 }
 
@@ -211,7 +211,7 @@ fn serial_name(device: &Placed) -> String {
 /// serial/pl011.yaml.
 fn pl011(root: &mut Node, device: &Placed) {
     primecell(root, serial_name(device), device, "arm,pl011", 0x0014_1011)
-        .prop("clocks", [CLOCK, CLOCK])
+        .prop("clocks", [Cell::Phandle(CLOCK); 2])
         .prop("clock-names", ["uartclk", "apb_pclk"]);
 }
 
@@ -219,7 +219,7 @@ fn pl011(root: &mut Node, device: &Placed) {
 fn pl031(root: &mut Node, device: &Placed) {
     let name = format!("rtc@{:x}", device.window.start());
     primecell(root, name, device, "arm,pl031", 0x0004_1031)
-        .prop("clocks", CLOCK)
+        .prop("clocks", Cell::Phandle(CLOCK))
         .prop("clock-names", "apb_pclk");
 }
 
@@ -227,7 +227,7 @@ fn pl031(root: &mut Node, device: &Placed) {
 fn pl061(root: &mut Node, device: &Placed, has_power_key: bool) {
     let name = format!("gpio@{:x}", device.window.start());
     let node = primecell(root, name, device, "arm,pl061", 0x0004_1061);
-    node.prop("clocks", CLOCK)
+    node.prop("clocks", Cell::Phandle(CLOCK))
         .prop("clock-names", "apb_pclk")
         .prop("gpio-controller", ())
         .prop("#gpio-cells", 2_u32)
@@ -243,7 +243,14 @@ fn pl061(root: &mut Node, device: &Placed, has_power_key: bool) {
         .child("poweroff")
         .prop("label", "GPIO Key Poweroff")
         .prop("linux,code", KEY_POWER)
-        .prop("gpios", [GPIO, POWER_KEY_LINE, 0]);
+        .prop(
+            "gpios",
+            [
+                Cell::Phandle(GPIO),
+                Cell::Number(POWER_KEY_LINE),
+                Cell::Number(0),
+            ],
+        );
 }
 
 /// virtio/mmio.yaml. Edge-triggered, because an irqfd only ever asserts
@@ -305,6 +312,7 @@ mod tests {
     fn cells(value: Option<&Value>) -> Vec<u32> {
         match value {
             Some(Value::Cells(cells)) => cells.clone(),
+            Some(Value::References(cells)) => cells.iter().map(|cell| cell.number()).collect(),
             other => panic!("{other:?} are no cells"),
         }
     }
@@ -362,7 +370,10 @@ mod tests {
         assert_eq!(cells(get(&tree, &cpu, "reg")), [0x101]);
         assert_eq!(get(&tree, &cpu, "enable-method"), text("psci").as_ref());
         let core = ["cpus", "cpu-map", "cluster1", "core1"];
-        assert_eq!(get(&tree, &core, "cpu"), get(&tree, &cpu, "phandle"));
+        assert_eq!(
+            cells(get(&tree, &core, "cpu")),
+            cells(get(&tree, &cpu, "phandle"))
+        );
         assert!(tree.at(&["cpus", "cpu-map", "cluster1", "core2"]).is_none());
     }
 
