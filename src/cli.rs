@@ -151,6 +151,10 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// what to do when the guest asks for a reset: restart (default) or exit, with status 5
         #[argh(option, arg_name = "restart|exit")]
         pub on_reset: Option<String>,
+        /// what to do when the guest's kernel panics, as its console says: report (default) and
+        /// let it go on, or exit, with status 4
+        #[argh(option, arg_name = "report|exit")]
+        pub on_panic: Option<String>,
         /// write the device tree that the guest gets to this file
         #[argh(option, arg_name = "PATH")]
         pub dump_dtb: Option<String>,

@@ -3,7 +3,7 @@
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
 use crate::kvm::{self, HostArch, KvmArch};
-use crate::run::OnReset;
+use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
 use crate::{boards, memory, probe, report, run};
 use anyhow::{Context, Result, anyhow};
@@ -50,6 +50,16 @@ fn run(args: &RunArgs) -> Result<Status> {
             .fault(Status::Usage);
         }
     };
+    let on_panic = match args.on_panic.as_deref() {
+        None | Some("report") => OnPanic::Report,
+        Some("exit") => OnPanic::Exit,
+        Some(other) => {
+            return Err(anyhow!(
+                "--on-panic '{other}' is not known; use report or exit"
+            ))
+            .fault(Status::Usage);
+        }
+    };
     let board = config::board(&machine)?;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
@@ -72,6 +82,7 @@ fn run(args: &RunArgs) -> Result<Status> {
         host,
         config,
         on_reset,
+        on_panic,
         seeded: !machine.deterministic,
         dump_dtb: args.dump_dtb.clone(),
     })

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use armlet_devices::pl011::Output;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::stdio;
 use rustix::termios::{self, OptionalActions, Termios};
@@ -191,17 +191,16 @@ impl StandardOutput {
 impl Output for StandardOutput {
     fn write(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() && !self.closed {
+            // Once armlet stops, nothing waits for a reader any more.
+            if self.stopping.load(Ordering::Relaxed) && !is_writable(Some(&NOW)) {
+                return;
+            }
             match rustix::io::write(stdio::stdout(), bytes) {
                 Ok(written) => bytes = &bytes[written..],
-                Err(Errno::INTR) if self.stopping.load(Ordering::Relaxed) => return,
                 Err(Errno::INTR) => {}
+                // Not ours to change: others may have made the descriptor so.
                 Err(Errno::AGAIN) => {
-                    let stdout = stdio::stdout();
-                    let mut wait = [PollFd::new(&stdout, PollFlags::OUT)];
-                    let interrupted = rustix::event::poll(&mut wait, None).is_err();
-                    if interrupted && self.stopping.load(Ordering::Relaxed) {
-                        return;
-                    }
+                    let _ = is_writable(None);
                 }
                 Err(error) => {
                     self.closed = true;
@@ -210,6 +209,79 @@ impl Output for StandardOutput {
                     );
                 }
             }
+        }
+    }
+}
+
+const NOW: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
+
+/// Waits until standard output takes bytes, up to `limit`.
+fn is_writable(limit: Option<&Timespec>) -> bool {
+    let stdout = stdio::stdout();
+    let mut wait = [PollFd::new(&stdout, PollFlags::OUT)];
+    rustix::event::poll(&mut wait, limit).is_ok_and(|ready| ready > 0)
+}
+
+/// The line in which a Linux kernel says that it panicked (kernel/panic.c: vpanic).
+const PANIC: &[u8] = b"Kernel panic - not syncing: ";
+/// As much of a panic's reason as is kept, in bytes.
+const REASON_BYTES: usize = 160;
+
+/// Passes output on and watches for the guest kernel's last words: KVM/arm64 has no other sign of
+/// a panic.
+pub struct PanicWatch {
+    output: StandardOutput,
+    on_panic: Box<dyn Fn(String) + Send>,
+    /// Bytes of [`PANIC`] seen in a row.
+    matched: usize,
+    /// The reason, as far as it was printed.
+    reason: Option<Vec<u8>>,
+}
+
+impl PanicWatch {
+    /// Calls `on_panic` with the reason that the guest gives.
+    #[must_use]
+    pub fn new(output: StandardOutput, on_panic: Box<dyn Fn(String) + Send>) -> PanicWatch {
+        PanicWatch {
+            output,
+            on_panic,
+            matched: 0,
+            reason: None,
+        }
+    }
+
+    fn watch(&mut self, byte: u8) {
+        if let Some(reason) = &mut self.reason {
+            if matches!(byte, b'\r' | b'\n') || reason.len() == REASON_BYTES {
+                // What a guest prints goes to a log: no control characters.
+                let text = String::from_utf8_lossy(reason).replace(char::is_control, "?");
+                (self.on_panic)(text);
+                self.reason = None;
+            } else {
+                reason.push(byte);
+            }
+            return;
+        }
+        // The first byte of the words is nowhere else in them, so a mismatch starts anew.
+        self.matched = match byte == PANIC[self.matched] {
+            true => self.matched + 1,
+            false => usize::from(byte == PANIC[0]),
+        };
+        if self.matched == PANIC.len() {
+            self.matched = 0;
+            self.reason = Some(Vec::new());
+        }
+    }
+}
+
+impl Output for PanicWatch {
+    fn write(&mut self, bytes: &[u8]) {
+        self.output.write(bytes);
+        for &byte in bytes {
+            self.watch(byte);
         }
     }
 }
@@ -247,6 +319,32 @@ mod tests {
         let result = EscapeFilter::default().take(b"a\x01xb", &mut guest);
         assert_eq!(result, (3, Some(Escape::Leave)));
         assert_eq!(guest, b"a");
+    }
+
+    fn reasons(printed: &[u8]) -> Vec<String> {
+        let reasons = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&reasons);
+        let output = StandardOutput {
+            stopping: Arc::default(),
+            closed: true,
+        };
+        let on_panic = move |reason| kept.lock().expect("one thread").push(reason);
+        let mut watch = PanicWatch::new(output, Box::new(on_panic));
+        for byte in printed {
+            watch.write(&[*byte]);
+        }
+        let reasons = reasons.lock().expect("one thread");
+        reasons.clone()
+    }
+
+    #[test]
+    fn a_panic_is_noticed_with_its_reason() {
+        let printed = b"[ 1.0] KKernel panic - not syncing: sysrq triggered\x1b crash\r\n[ 1.1]";
+        assert_eq!(reasons(printed), ["sysrq triggered? crash"]);
+        assert!(reasons(b"Kernel panic - not sinking: x\n").is_empty());
+        assert!(reasons(b"Kernel panic - not syncing: unfinished").is_empty());
+        let endless = [PANIC, &[b'x'; 1000]].concat();
+        assert_eq!(reasons(&endless)[0].len(), REASON_BYTES);
     }
 
     proptest! {

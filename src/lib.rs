@@ -21,5 +21,6 @@ pub mod memory;
 pub mod probe;
 pub mod report;
 pub mod run;
+pub mod serial;
 pub mod status;
 pub mod vcpu;

@@ -2,7 +2,9 @@
 
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
+use crate::kvm::coalesced::CoalescedWrites;
 use crate::memory;
+use crate::serial::Serial;
 use anyhow::{Context, Result, bail};
 use armlet_arch::irq::Spi;
 use armlet_arch::plan::Plan;
@@ -32,8 +34,10 @@ pub struct Machine<A: KvmArch> {
 /// The devices that the event loop talks to, where the board has them.
 #[derive(Default)]
 pub struct Devices {
-    /// The serial console.
-    pub serial: Option<Arc<Mutex<Pl011>>>,
+    /// The serial console's UART, for input.
+    pub uart: Option<Arc<Mutex<Pl011>>>,
+    /// The serial console as the guest writes to it.
+    pub serial: Option<Arc<Mutex<Serial>>>,
     /// The clock, for its alarm.
     pub clock: Option<Arc<Mutex<Pl031>>>,
     /// The power key's GPIO.
@@ -47,6 +51,8 @@ pub struct Wires {
     pub output: Box<dyn Output>,
     /// The console takes input again.
     pub on_room: Box<dyn Fn() + Send>,
+    /// A burst of output began.
+    pub on_burst: Box<dyn Fn() + Send>,
     /// The clock's alarm was set anew.
     pub on_deadline: Box<dyn Fn() + Send>,
 }
@@ -96,7 +102,7 @@ pub fn assemble<A: KvmArch>(
         })?;
     }
     let (vcpus, chip) = A::populate(&vm, plan)?;
-    let (bus, devices) = attach::<A>(&vm, plan, wires)?;
+    let (bus, devices) = attach::<A>(&vm, vcpus.first(), plan, wires)?;
     Ok(Machine {
         vcpus,
         bus: Arc::new(bus),
@@ -105,7 +111,12 @@ pub fn assemble<A: KvmArch>(
     })
 }
 
-fn attach<A: KvmArch>(vm: &Arc<VmFd>, plan: &Plan<A>, wires: Wires) -> Result<(Bus, Devices)> {
+fn attach<A: KvmArch>(
+    vm: &Arc<VmFd>,
+    vcpu: Option<&VcpuFd>,
+    plan: &Plan<A>,
+    wires: Wires,
+) -> Result<(Bus, Devices)> {
     let line = |spi: Spi| -> Arc<dyn IrqLine> {
         Arc::new(SpiLine {
             vm: Arc::clone(vm),
@@ -117,17 +128,25 @@ fn attach<A: KvmArch>(vm: &Arc<VmFd>, plan: &Plan<A>, wires: Wires) -> Result<(B
     let Wires {
         output,
         on_room,
+        on_burst,
         on_deadline,
     } = wires;
-    let (mut output, mut on_deadline) = (Some((output, on_room)), Some(on_deadline));
+    let mut console = Some((output, on_room, on_burst));
+    let mut on_deadline = Some(on_deadline);
     for placed in &plan.layout.devices {
         let line = line(placed.spi);
         let device: Arc<Mutex<dyn Device>> = match placed.kind {
             DeviceKind::Pl011 => {
-                let Some((output, on_room)) = output.take() else {
+                let Some((output, on_room, on_burst)) = console.take() else {
                     bail!("the board has two serial consoles; armlet serves one");
                 };
-                let serial = Arc::new(Mutex::new(Pl011::new(line, output, on_room)));
+                let uart = Arc::new(Mutex::new(Pl011::new(line, output, on_room)));
+                let start = placed.window.start();
+                let writes =
+                    vcpu.and_then(|vcpu| CoalescedWrites::new(Arc::clone(vm), vcpu, start).ok());
+                let serial = Serial::new(Arc::clone(&uart), writes, on_burst);
+                let serial = Arc::new(Mutex::new(serial));
+                devices.uart = Some(uart);
                 devices.serial = Some(Arc::clone(&serial));
                 serial
             }

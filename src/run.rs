@@ -3,12 +3,15 @@
 
 use crate::commands::{decide, write_tree};
 use crate::config::{Config, fresh_seeds};
-use crate::console::{self, ESCAPE_HELP, Escape, EscapeFilter, RawTerminal, StandardOutput};
+use crate::console::{
+    self, ESCAPE_HELP, Escape, EscapeFilter, PanicWatch, RawTerminal, StandardOutput,
+};
 use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
 use crate::memory;
+use crate::serial::TICK;
 use crate::status::{Fault, Status};
-use crate::vcpu::{RunningVcpu, Told};
+use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
 use anyhow::{Context, Result};
 use armlet_arch::plan::POWER_KEY_LINE;
 use armlet_devices::pl011::Pl011;
@@ -26,6 +29,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 const KEY_HELD: Duration = Duration::from_millis(100);
 /// How often vCPUs are told to stop until they have.
 const KICK_EVERY: Duration = Duration::from_millis(10);
+/// How long a guest listens before it gets input: Linux's driver listens for a moment before it
+/// throws away what came and begins in earnest (`pl011_hwinit`).
+const SETTLE: Duration = Duration::from_millis(1);
 /// Bytes of type-ahead that are kept for a guest that does not read.
 const INPUT_BYTES: usize = 4096;
 
@@ -35,6 +41,15 @@ pub enum OnReset {
     /// Start the machine anew.
     Restart,
     /// Leave, with [`Status::GuestReset`].
+    Exit,
+}
+
+/// What to do when the guest's kernel panics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnPanic {
+    /// Say so; the guest goes on as it likes (to a crash kernel, a reset, or nowhere).
+    Report,
+    /// Leave, with [`Status::GuestFailed`].
     Exit,
 }
 
@@ -48,6 +63,8 @@ pub struct Orders<A: KvmArch> {
     pub config: Config<A>,
     /// What to do when the guest asks for a reset.
     pub on_reset: OnReset,
+    /// What to do when the guest's kernel panics.
+    pub on_panic: OnPanic,
     /// Whether the guest gets fresh random seeds at each start.
     pub seeded: bool,
     /// Where to write the device tree to.
@@ -68,7 +85,7 @@ enum Ending {
 /// # Errors
 /// A machine that cannot be planned or made.
 pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
-    let mut events = Events::new()?;
+    let mut events = Events::new(orders.on_panic)?;
     let mut memory = None;
     let mut terminal = None;
     loop {
@@ -104,13 +121,23 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
             let teller = events.teller()?;
             let (bus, flag) = (Arc::clone(&machine.bus), Arc::clone(&stopping));
-            let tell = move |told| teller.tell(Event::Told(told));
+            let serial = machine.devices.serial.clone();
+            let tell = move |told| {
+                // Here, where a reader that does not read holds up a vCPU and not the loop.
+                if let Some(serial) = &serial {
+                    lock(serial).flush();
+                }
+                teller.tell(Event::Told(told));
+            };
             vcpus.push(RunningVcpu::start::<A>(index, vcpu, bus, flag, tell)?);
         }
         let ending = events.watch(&machine.devices, terminal.is_some());
         stop(&vcpus, &stopping);
         for vcpu in vcpus {
             vcpu.join();
+        }
+        if let Some(serial) = &machine.devices.serial {
+            lock(serial).flush();
         }
         match ending? {
             Ending::Reset if orders.on_reset == OnReset::Restart => {
@@ -159,6 +186,8 @@ enum Event {
     Told(Told),
     /// The console takes input.
     Room,
+    /// A burst of output began.
+    Burst,
     /// The clock's alarm was set anew.
     Deadline,
 }
@@ -194,6 +223,11 @@ struct Events {
     release: Option<Instant>,
     /// When the clock's alarm may be due.
     alarm: Option<Instant>,
+    /// When a burst of output is looked after.
+    tick: Option<Instant>,
+    /// When input is looked after.
+    feed: Option<Instant>,
+    on_panic: OnPanic,
     /// Signals that asked for the guest's end.
     asked_to_stop: u32,
 }
@@ -211,10 +245,20 @@ struct Input {
     /// A terminal, where escape keys work.
     terminal: bool,
     ended: bool,
+    /// The time of the guest's listening that has lasted for [`SETTLE`].
+    session: Option<u64>,
+}
+
+/// What came of giving the console input.
+enum Handed {
+    /// As much as it wanted; whether it wants more than there was.
+    All { wants_more: bool },
+    /// Nothing; when to try again, if not when it says so itself.
+    NotNow(Option<Duration>),
 }
 
 impl Events {
-    fn new() -> Result<Events> {
+    fn new(on_panic: OnPanic) -> Result<Events> {
         let epoll = Epoll::new().context("cannot make an epoll instance")?;
         let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
         // Before any thread starts, so that each inherits the mask.
@@ -236,6 +280,9 @@ impl Events {
             input: Input::default(),
             release: None,
             alarm: None,
+            tick: None,
+            feed: None,
+            on_panic,
             asked_to_stop: 0,
         })
     }
@@ -248,10 +295,12 @@ impl Events {
     }
 
     fn wires(&self, stopping: &Arc<AtomicBool>) -> Result<Wires> {
-        let (room, deadline) = (self.teller()?, self.teller()?);
+        let (room, burst, deadline) = (self.teller()?, self.teller()?, self.teller()?);
+        let output = StandardOutput::new(Arc::clone(stopping));
         Ok(Wires {
-            output: Box::new(StandardOutput::new(Arc::clone(stopping))),
+            output: Box::new(PanicWatch::new(output, Box::new(note_panic))),
             on_room: Box::new(move || room.tell(Event::Room)),
+            on_burst: Box::new(move || burst.tell(Event::Burst)),
             on_deadline: Box::new(move || deadline.tell(Event::Deadline)),
         })
     }
@@ -260,7 +309,8 @@ impl Events {
     fn watch(&mut self, devices: &Devices, terminal: bool) -> Result<Ending> {
         // What an earlier life of the guest left behind means nothing to this one.
         lock(&self.queue).clear();
-        (self.release, self.alarm) = (None, None);
+        (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
+        self.input.session = None;
         self.input.terminal = terminal;
         self.feed(devices)?;
         let mut ready = [EpollEvent::default(); 4];
@@ -280,21 +330,21 @@ impl Events {
                     return Ok(ending);
                 }
             }
-            self.pass_deadlines(devices);
+            self.pass_deadlines(devices)?;
         }
     }
 
     /// Milliseconds until the next deadline; -1 without one.
     fn timeout(&self) -> i32 {
-        let next = self.release.into_iter().chain(self.alarm).min();
-        next.map_or(-1, |next| {
+        let deadlines = [self.release, self.alarm, self.tick, self.feed];
+        deadlines.into_iter().flatten().min().map_or(-1, |next| {
             let left = next.saturating_duration_since(Instant::now());
             // Rounded up, so that it is not woken just before.
             i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
         })
     }
 
-    fn pass_deadlines(&mut self, devices: &Devices) {
+    fn pass_deadlines(&mut self, devices: &Devices) -> Result<()> {
         let now = Instant::now();
         if self.release.is_some_and(|release| release <= now) {
             self.release = None;
@@ -305,6 +355,23 @@ impl Events {
         if self.alarm.is_some_and(|alarm| alarm <= now) {
             self.set_alarm(devices);
         }
+        if self.tick.is_some_and(|tick| tick <= now) {
+            let goes_on = devices.serial.as_ref().is_some_and(|serial| {
+                // Locked by a vCPU that waits for a reader: nothing is lost by coming back.
+                serial.try_lock().map_or(true, |mut serial| serial.tick())
+            });
+            self.tick = goes_on.then(|| now + TICK);
+            if let Some(reason) = take_panic() {
+                let what = format!("the guest's kernel panicked: {reason}");
+                lock(&self.queue).push(Event::Told(Told::Panicked(what)));
+                let _ = self.bell.write(1);
+            }
+        }
+        if self.feed.is_some_and(|feed| feed <= now) {
+            self.feed = None;
+            self.feed(devices)?;
+        }
+        Ok(())
     }
 
     /// Raises a due alarm and finds the next.
@@ -327,7 +394,14 @@ impl Events {
                 Event::Told(Told::PowerOff) => return Ok(Some(Ending::PowerOff)),
                 Event::Told(Told::Reset) => return Ok(Some(Ending::Reset)),
                 Event::Told(Told::Failed(what)) => return Ok(Some(Ending::Failed(what))),
+                Event::Told(Told::Panicked(what)) => {
+                    if self.on_panic == OnPanic::Exit {
+                        return Ok(Some(Ending::Failed(what)));
+                    }
+                    console::complain(&what);
+                }
                 Event::Room => self.feed(devices)?,
+                Event::Burst => self.tick = Some(Instant::now() + TICK),
                 Event::Deadline => self.set_alarm(devices),
             }
         }
@@ -388,8 +462,9 @@ impl Events {
                 Some(Escape::Leave) => return Ok(Some(Ending::Stopped)),
                 Some(Escape::Help) => console::complain(ESCAPE_HELP),
                 Some(Escape::Break) => {
-                    if let Some(serial) = &devices.serial {
-                        lock(serial).receive_break();
+                    let uart = devices.uart.as_ref();
+                    if let Some(Ok(mut uart)) = uart.map(|uart| uart.try_lock()) {
+                        uart.receive_break();
                     }
                 }
                 None => {}
@@ -404,11 +479,17 @@ impl Events {
 
     /// Hands the guest what it wants of what was typed, and reads on where there is room.
     fn feed(&mut self, devices: &Devices) -> Result<()> {
-        let Some(serial) = &devices.serial else {
+        let Some(uart) = &devices.uart else {
             return Ok(());
         };
         loop {
-            let wants_more = hand_over(&mut lock(serial), &mut self.input.pending);
+            let wants_more = match self.hand_over(uart) {
+                Handed::All { wants_more } => wants_more,
+                Handed::NotNow(retry) => {
+                    self.feed = retry.map(|wait| Instant::now() + wait);
+                    false
+                }
+            };
             // While the guest takes nothing, reading on would only fill our memory. A terminal is
             // read all the same, for its escape keys.
             let read_on = self.input.pending.is_empty() || self.input.terminal;
@@ -418,6 +499,26 @@ impl Events {
                 return Ok(());
             }
             self.read_file();
+        }
+    }
+
+    /// Gives the console as much of what is pending as it wants.
+    fn hand_over(&mut self, uart: &Mutex<Pl011>) -> Handed {
+        // A vCPU may hold it while it waits for a reader of the output.
+        let Ok(mut uart) = uart.try_lock() else {
+            return Handed::NotNow(Some(TICK));
+        };
+        let session = uart.listening();
+        if session != self.input.session {
+            self.input.session = session;
+            return Handed::NotNow(session.map(|_| SETTLE));
+        }
+        let pending = &mut self.input.pending;
+        let wanted = uart.wanted();
+        let taken = uart.receive(&pending[..wanted.min(pending.len())]);
+        pending.drain(..taken);
+        Handed::All {
+            wants_more: wanted > taken,
         }
     }
 
@@ -453,15 +554,6 @@ impl Events {
         }
         Ok(())
     }
-}
-
-/// Gives the console as much of `pending` as it wants; true if it wants more.
-fn hand_over(serial: &mut Pl011, pending: &mut Vec<u8>) -> bool {
-    let wanted = serial.wanted();
-    let count = wanted.min(pending.len());
-    let taken = serial.receive(&pending[..count]);
-    pending.drain(..taken);
-    wanted > taken
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

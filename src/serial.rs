@@ -75,7 +75,10 @@ impl Serial {
         if std::mem::take(&mut self.written) {
             return true;
         }
-        let stopped = self.writes.as_ref().is_some_and(|writes| writes.stop().is_ok());
+        let stopped = self
+            .writes
+            .as_ref()
+            .is_some_and(|writes| writes.stop().is_ok());
         // What came between the flush and the stop.
         self.flush();
         self.in_burst = !stopped;

@@ -90,6 +90,8 @@ pub enum Told {
     Reset,
     /// A vCPU cannot go on: which, where and why, in a sentence.
     Failed(String),
+    /// The guest's kernel said that it panicked: which vCPU, where and why, in a sentence.
+    Panicked(String),
 }
 
 /// A running vCPU.
@@ -108,14 +110,14 @@ impl RunningVcpu {
         mut vcpu: VcpuFd,
         bus: Arc<Bus>,
         stopping: Arc<AtomicBool>,
-        tell: impl FnOnce(Told) + Send + 'static,
+        tell: impl Fn(Told) + Send + 'static,
     ) -> Result<RunningVcpu> {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 allow_kicks(&mut vcpu);
-                if let Some(told) = run::<A>(index, &mut vcpu, &bus, &stopping) {
+                if let Some(told) = run::<A>(index, &mut vcpu, &bus, &stopping, &tell) {
                     tell(told);
                 }
                 forbid_kicks();
@@ -148,6 +150,7 @@ fn run<A: KvmArch>(
     vcpu: &mut VcpuFd,
     bus: &Bus,
     stopping: &AtomicBool,
+    tell: &impl Fn(Told),
 ) -> Option<Told> {
     let mut faults = Faults { index, count: 0 };
     while !stopping.load(Ordering::Acquire) {
@@ -163,6 +166,12 @@ fn run<A: KvmArch>(
             ),
             Err(error) => Next::Failed(format!("KVM cannot run it: {error}")),
         };
+        if let Some(reason) = take_panic() {
+            let place = A::position(vcpu);
+            tell(Told::Panicked(format!(
+                "the guest's kernel panicked on vCPU {index} at {place}: {reason}"
+            )));
+        }
         match next {
             Next::Run => {}
             Next::Nowhere {
@@ -220,7 +229,21 @@ impl Faults {
     }
 }
 
+/// Notes that the guest's kernel printed that it panicked, by this thread's hand. A vCPU's thread
+/// tells of it with the vCPU's place when the exit is answered.
+pub fn note_panic(reason: String) {
+    PANIC.set(Some(reason));
+}
+
+/// The reason of a panic that was printed by this thread since it was last asked.
+#[must_use]
+pub fn take_panic() -> Option<String> {
+    PANIC.take()
+}
+
 thread_local! {
+    /// The reason of a panic that was just printed.
+    static PANIC: Cell<Option<String>> = const { Cell::new(None) };
     /// This thread's `struct kvm_run`, while it has one.
     static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
 }

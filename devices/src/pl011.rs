@@ -52,6 +52,8 @@ pub struct Pl011 {
     /// Reads of UARTFR without a write between, and without a character taken before there were
     /// [`POLLS`] of them.
     polls: u8,
+    /// How often the guest began to listen.
+    sessions: u64,
 }
 
 /// So many reads of UARTFR without a write between are a guest that waits for input.
@@ -207,6 +209,7 @@ impl Pl011 {
             rx: VecDeque::with_capacity(FIFO_DEPTH),
             overrun: false,
             polls: 0,
+            sessions: 0,
         }
     }
 
@@ -218,14 +221,20 @@ impl Pl011 {
     /// Linux's driver does when it opens the port; what waits with the caller is not lost.
     ///
     /// Linux's driver also unmasks receiving for a moment before that (`pl011_hwinit` to
-    /// `pl011_allocate_irq`), which looks the same: bytes handed over in between are lost.
+    /// `pl011_allocate_irq`), which looks the same: bytes handed over in between are lost. A caller
+    /// that waits a millisecond after [`listening`](Self::listening) changed steps over it.
     pub fn wanted(&self) -> usize {
-        let listens = self.registers.imsc & (interrupt::RX | interrupt::RT) != 0;
-        if listens || self.polls >= POLLS {
-            self.room()
-        } else {
-            0
-        }
+        if self.listens() { self.room() } else { 0 }
+    }
+
+    /// The number of the time that the guest listens; `None` while it does not. A caller that
+    /// waits a moment and finds the same number knows that the guest has gone on listening.
+    pub fn listening(&self) -> Option<u64> {
+        self.listens().then_some(self.sessions)
+    }
+
+    fn listens(&self) -> bool {
+        self.registers.imsc & (interrupt::RX | interrupt::RT) != 0 || self.polls >= POLLS
     }
 
     /// How many bytes [`receive`](Self::receive) would take now, whether the guest listens or
@@ -278,12 +287,12 @@ impl Pl011 {
 
     /// Back to power-on: registers, receive FIFO and line. Output is already out.
     pub fn reset(&mut self) {
-        let was_wanted = self.wanted() > 0;
+        let before = (self.listens(), self.wanted() > 0);
         self.registers = Registers::at_reset();
         self.rx.clear();
         self.overrun = false;
         self.polls = 0;
-        self.settle(was_wanted);
+        self.settle(before);
     }
 
     fn read_register(&mut self, offset: u64) -> Option<u32> {
@@ -485,8 +494,11 @@ impl Pl011 {
     }
 
     /// Ends everything that the guest does to the device.
-    fn settle(&mut self, was_wanted: bool) {
+    fn settle(&mut self, (listened, was_wanted): (bool, bool)) {
         self.update_line();
+        if !listened && self.listens() {
+            self.sessions += 1;
+        }
         if !was_wanted && self.wanted() > 0 {
             (self.on_room)();
         }
@@ -504,7 +516,7 @@ impl Pl011 {
 impl Device for Pl011 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let was_wanted = self.wanted() > 0;
+        let before = (self.listens(), self.wanted() > 0);
         self.polls = match offset {
             offset::FR => self.polls.saturating_add(1),
             offset::DR if self.polls < POLLS => 0,
@@ -517,11 +529,11 @@ impl Device for Pl011 {
             Some(value) => primecell::answer(data, value),
             None => self.faults += 1,
         }
-        self.settle(was_wanted);
+        self.settle(before);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let was_wanted = self.wanted() > 0;
+        let before = (self.listens(), self.wanted() > 0);
         self.polls = 0;
         let answered = primecell::reaches_register(offset, data.len())
             .then(|| self.write_register(offset, primecell::written(data)))
@@ -529,7 +541,7 @@ impl Device for Pl011 {
         if answered.is_none() {
             self.faults += 1;
         }
-        self.settle(was_wanted);
+        self.settle(before);
     }
 }
 

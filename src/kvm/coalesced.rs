@@ -41,10 +41,9 @@ impl CoalescedWrites {
         let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * page as u64;
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses.
-        let ring = unsafe {
-            rustix::mm::mmap(null_mut(), page, flags, MapFlags::SHARED, fd, offset)
-        }
-        .context("cannot map KVM's ring of coalesced writes")?;
+        let ring =
+            unsafe { rustix::mm::mmap(null_mut(), page, flags, MapFlags::SHARED, fd, offset) }
+                .context("cannot map KVM's ring of coalesced writes")?;
         let room = page - size_of::<kvm_coalesced_mmio_ring>();
         Ok(CoalescedWrites {
             vm,
@@ -102,6 +101,7 @@ impl CoalescedWrites {
 impl Drop for CoalescedWrites {
     fn drop(&mut self) {
         // SAFETY: the mapping was made in `new`, and nothing borrows from it.
-        let _ = unsafe { rustix::mm::munmap(self.ring.as_ptr().cast(), rustix::param::page_size()) };
+        let _ =
+            unsafe { rustix::mm::munmap(self.ring.as_ptr().cast(), rustix::param::page_size()) };
     }
 }

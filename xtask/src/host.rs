@@ -300,7 +300,7 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
     }
     // The kernel's self-tests of its ciphers are half of its boot.
     let append = format!(
-        "console=ttyAMA0 rdinit=/init panic=-1 quiet cryptomgr.notests {}",
+        "console=ttyAMA0 rdinit=/init panic=-1 loglevel=7 cryptomgr.notests {}",
         spec.append
     );
     command

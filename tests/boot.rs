@@ -1,0 +1,36 @@
+//! Guests on real KVM, and what armlet says where there is nothing to run.
+//!
+//! `cargo xtask test` runs these on an ARM64 machine as they are, and on any other inside an
+//! emulated host of each kind that matters. Plain `cargo test` elsewhere runs what needs no KVM;
+//! the rest says that it was skipped.
+//!
+//! Each test says in its name what holds. Those that begin with [`rig::any`] run on every host,
+//! those with [`rig::main`] on the main one only, because they would show the same anywhere.
+
+/// The console: every byte, in order, both ways, and no time taken while nothing comes.
+#[path = "boot/console.rs"]
+mod console;
+/// Running armlet: with pipes or on a terminal, with a deadline for everything.
+#[path = "boot/guest.rs"]
+mod guest;
+/// Reset, power key, signals, terminal: how a guest's life goes on and ends.
+#[path = "boot/life.rs"]
+mod life;
+/// Debian's kernels, from boot to power-off, and what they say about the machine.
+#[path = "boot/linux.rs"]
+mod linux;
+/// Threads, huge pages, memory banks.
+#[path = "boot/machine.rs"]
+mod machine;
+/// What armlet says to input that is no good.
+#[path = "boot/refusals.rs"]
+mod refusals;
+/// The host that the tests run on, and what it offers.
+#[path = "boot/rig.rs"]
+mod rig;
+/// What guests run: archives, kernels of a few instructions.
+#[path = "boot/software.rs"]
+mod software;
+/// The address width that KVM is asked for.
+#[path = "boot/width.rs"]
+mod width;

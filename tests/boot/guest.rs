@@ -1,0 +1,527 @@
+use crate::rig::{Rig, Turn};
+use crate::software::{Program, initrd_with_script};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long a test waits for anything: an emulated guest takes seconds, on a machine that others
+/// use too some tens of them.
+const PATIENCE: Duration = Duration::from_secs(200);
+
+/// How often a test looks whether what it waits for is there.
+pub(crate) const GLANCE: Duration = Duration::from_millis(20);
+
+/// The first line that the guest's init prints.
+pub(crate) const MARKER: &str = "GUEST-MARKER";
+
+/// Where armlet's standard input comes from.
+#[derive(Clone, Debug)]
+pub(crate) enum Input {
+    /// `/dev/null`.
+    Nothing,
+    /// A pipe that [`Guest::send`] writes to.
+    Pipe,
+    /// A file.
+    File(PathBuf),
+    /// A terminal that [`Guest::send`] types at; the output goes there as well.
+    Terminal,
+}
+
+/// `armlet run` to be.
+pub(crate) struct Armlet {
+    arguments: Vec<OsString>,
+    input: Input,
+    cpus: usize,
+    alone: bool,
+    folder: TempDir,
+}
+
+impl Armlet {
+    /// `armlet run`.
+    pub(crate) fn new() -> Armlet {
+        Armlet {
+            arguments: vec!["run".into()],
+            input: Input::Nothing,
+            cpus: 1,
+            alone: false,
+            folder: tempfile::tempdir().expect("a temporary folder"),
+        }
+    }
+
+    /// A guest of a few instructions.
+    pub(crate) fn program(program: &Program) -> Armlet {
+        Armlet::image(&program.image())
+    }
+
+    /// A guest whose kernel file holds `image`.
+    pub(crate) fn image(image: &[u8]) -> Armlet {
+        let armlet = Armlet::new();
+        let path = armlet.file("kernel", image);
+        armlet.option("--kernel", path).memory("64M")
+    }
+
+    /// Debian's `kernel` with the test initramfs, whose init does `what`.
+    pub(crate) fn debian(rig: &Rig, kernel: &str, what: &str) -> Armlet {
+        Armlet::linux(&rig.asset(kernel), &rig.asset("initrd"), what)
+    }
+
+    /// Debian's `kernel` with an init that runs `script` and powers off.
+    pub(crate) fn script(rig: &Rig, kernel: &str, script: &str) -> Armlet {
+        Armlet::script_on(rig, &rig.asset(kernel), script)
+    }
+
+    /// The kernel at `path` with an init that runs `script` and powers off.
+    pub(crate) fn script_on(rig: &Rig, path: &Path, script: &str) -> Armlet {
+        let mut armlet = Armlet::new();
+        let initrd = armlet.folder.path().join("initrd");
+        initrd_with_script(&rig.asset("initrd"), script, &initrd);
+        armlet.boot(path, &initrd, "script");
+        armlet
+    }
+
+    /// A Linux guest from these files.
+    pub(crate) fn linux(kernel: &Path, initrd: &Path, what: &str) -> Armlet {
+        let mut armlet = Armlet::new();
+        armlet.boot(kernel, initrd, what);
+        armlet
+    }
+
+    fn boot(&mut self, kernel: &Path, initrd: &Path, what: &str) {
+        // The kernel's self-tests of its ciphers are half of its boot.
+        let cmdline = format!("console=ttyAMA0 quiet cryptomgr.notests panic=-1 armlet.run={what}");
+        let words: [&OsStr; 6] = [
+            "--kernel".as_ref(),
+            kernel.as_ref(),
+            "--initrd".as_ref(),
+            initrd.as_ref(),
+            "--cmdline".as_ref(),
+            cmdline.as_ref(),
+        ];
+        self.arguments.extend(words.map(OsStr::to_owned));
+    }
+
+    /// Writes a file that lives as long as the guest, and gives its path.
+    pub(crate) fn file(&self, name: &str, data: &[u8]) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::write(&path, data).unwrap_or_else(|error| panic!("cannot write {path:?}: {error}"));
+        path
+    }
+
+    pub(crate) fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Armlet {
+        self.arguments.extend([name.into(), value.as_ref().into()]);
+        self
+    }
+
+    pub(crate) fn verbose(mut self) -> Armlet {
+        self.arguments.push("--verbose".into());
+        self
+    }
+
+    pub(crate) fn memory(self, size: &str) -> Armlet {
+        self.option("--memory", size)
+    }
+
+    pub(crate) fn cpus(mut self, cpus: usize) -> Armlet {
+        self.cpus = cpus;
+        self.option("--cpus", cpus.to_string())
+    }
+
+    pub(crate) fn input(mut self, input: Input) -> Armlet {
+        self.input = input;
+        self
+    }
+
+    /// Runs while no other guest does.
+    pub(crate) fn alone(mut self) -> Armlet {
+        self.alone = true;
+        self
+    }
+
+    /// Runs the guest to its end.
+    pub(crate) fn run(self) -> Outcome {
+        self.start().end()
+    }
+
+    /// Starts the guest.
+    pub(crate) fn start(self) -> Guest {
+        self.start_with(None)
+    }
+
+    /// Starts the guest with `output` as armlet's standard output, which the test looks after.
+    pub(crate) fn start_with(self, output: Option<OwnedFd>) -> Guest {
+        let turn = if self.alone {
+            Turn::alone()
+        } else {
+            Turn::of(self.cpus)
+        };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
+        command.args(&self.arguments).stderr(Stdio::piped());
+        let terminal = match &self.input {
+            Input::Terminal => Some(Terminal::open()),
+            _ => None,
+        };
+        match (&self.input, &terminal) {
+            (Input::Nothing, _) => command.stdin(Stdio::null()),
+            (Input::File(path), _) => command.stdin(File::open(path).expect("a file for input")),
+            (_, Some(terminal)) => command.stdin(terminal.slave()),
+            (_, None) => command.stdin(Stdio::piped()),
+        };
+        let read_here = output.is_none();
+        match (output, &terminal) {
+            (Some(output), _) => command.stdout(output),
+            (None, Some(terminal)) => command.stdout(terminal.slave()),
+            (None, None) => command.stdout(Stdio::piped()),
+        };
+        let line = format!("armlet {:?}", self.arguments);
+        let mut child = command.spawn().expect("armlet can be run");
+        let keys: Option<Box<dyn Write + Send>> = match (child.stdin.take(), &terminal) {
+            (Some(pipe), _) => Some(Box::new(pipe)),
+            (None, Some(terminal)) => Some(Box::new(terminal.master())),
+            (None, None) => None,
+        };
+        let output = match (child.stdout.take(), &terminal) {
+            (Some(pipe), _) => Stream::of(pipe),
+            (None, Some(terminal)) if read_here => Stream::of(terminal.master()),
+            _ => Arc::default(),
+        };
+        let errors = Stream::of(child.stderr.take().expect("a pipe"));
+        Guest {
+            line,
+            child,
+            keys,
+            terminal,
+            output,
+            errors,
+            seen: 0,
+            errors_seen: 0,
+            started: Instant::now(),
+            folder: self.folder,
+            _turn: turn,
+        }
+    }
+}
+
+/// A running armlet; it is killed when this is dropped.
+pub(crate) struct Guest {
+    line: String,
+    child: Child,
+    keys: Option<Box<dyn Write + Send>>,
+    terminal: Option<Terminal>,
+    output: Arc<Stream>,
+    errors: Arc<Stream>,
+    /// How much of the output was expected already.
+    seen: usize,
+    errors_seen: usize,
+    started: Instant,
+    folder: TempDir,
+    _turn: Turn,
+}
+
+impl Guest {
+    /// Armlet's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A file of the guest's own folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// How long it has been running.
+    pub(crate) fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Waits until the console prints `text`, after what was expected before.
+    pub(crate) fn expect(&mut self, text: &str) {
+        match self.output.find(text.as_bytes(), self.seen) {
+            Ok(end) => self.seen = end,
+            Err(why) => self.fail(&format!("{why}, but no {text:?} on the console")),
+        }
+    }
+
+    /// Waits until armlet says `text` on standard error, after what was expected before.
+    pub(crate) fn expect_error(&mut self, text: &str) {
+        match self.errors.find(text.as_bytes(), self.errors_seen) {
+            Ok(end) => self.errors_seen = end,
+            Err(why) => self.fail(&format!("{why}, but no {text:?} on standard error")),
+        }
+    }
+
+    /// Types, or writes to the pipe; waits where nothing takes it.
+    pub(crate) fn send(&mut self, bytes: &[u8]) {
+        let keys = self.keys.as_mut().expect("an input to write to");
+        let sent = keys.write_all(bytes).and_then(|()| keys.flush());
+        if let Err(error) = sent {
+            self.fail(&format!("cannot send: {error}"));
+        }
+    }
+
+    /// Ends the input.
+    pub(crate) fn close_input(&mut self) {
+        self.keys = None;
+    }
+
+    /// Sends armlet a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).expect("armlet runs");
+    }
+
+    /// Whether armlet runs.
+    pub(crate) fn runs(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_none()
+    }
+
+    /// The terminal's modes, as text.
+    pub(crate) fn modes(&self) -> String {
+        self.terminal.as_ref().expect("a terminal").modes()
+    }
+
+    /// Waits for the end.
+    pub(crate) fn end(mut self) -> Outcome {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            match self.child.try_wait().expect("a child") {
+                Some(status) => break status,
+                None if Instant::now() > deadline => self.fail("it should have ended"),
+                None => sleep(GLANCE),
+            }
+        };
+        let age = self.age();
+        let modes = self.terminal.take().map(|terminal| terminal.modes());
+        self.errors.close(deadline);
+        if modes.is_none() {
+            self.output.close(deadline);
+        }
+        Outcome {
+            line: self.line.clone(),
+            status,
+            modes,
+            age,
+            bytes: self.output.lock().bytes.clone(),
+            errors: self.errors.text(),
+        }
+    }
+
+    fn fail(&self, why: &str) -> ! {
+        panic!(
+            "{}: {why} after {:.1} s\n{}",
+            self.line,
+            self.age().as_secs_f32(),
+            transcript(&self.output.text(), &self.errors.text())
+        )
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It fails where it has ended, which is what it is for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn transcript(output: &str, errors: &str) -> String {
+    let mut text = String::new();
+    for (name, what) in [("console", output), ("standard error", errors)] {
+        // The end tells more than the beginning.
+        let start = what.len().saturating_sub(6000);
+        let tail = what.get(start..).unwrap_or(what);
+        let _ = write!(text, "---- {name}:\n{tail}\n");
+    }
+    text
+}
+
+/// How a guest ended, and what was said.
+pub(crate) struct Outcome {
+    line: String,
+    pub(crate) status: ExitStatus,
+    /// The terminal's modes afterwards, as text.
+    pub(crate) modes: Option<String>,
+    /// How long it ran.
+    pub(crate) age: Duration,
+    /// What the console printed.
+    pub(crate) bytes: Vec<u8>,
+    /// What armlet said on standard error.
+    pub(crate) errors: String,
+}
+
+impl Outcome {
+    /// What the console printed, without carriage returns.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes).replace('\r', "")
+    }
+
+    /// Fails unless armlet ended with this status.
+    pub(crate) fn assert_status(&self, wanted: i32) -> &Outcome {
+        let status = self.status;
+        assert!(
+            status.code() == Some(wanted),
+            "{} ended with {status}, not with {wanted}\n{}",
+            self.line,
+            transcript(&self.text(), &self.errors)
+        );
+        self
+    }
+
+    /// Fails unless armlet was ended by this signal.
+    pub(crate) fn assert_signal(&self, wanted: Signal) -> &Outcome {
+        let status = self.status;
+        assert!(
+            status.signal() == Some(wanted.as_raw()),
+            "{} ended with {status}, not by {wanted:?}\n{}",
+            self.line,
+            transcript(&self.text(), &self.errors)
+        );
+        self
+    }
+
+    /// What the script printed; fails unless it ran to its end, and the guest powered off.
+    pub(crate) fn script(&self) -> String {
+        self.assert_status(0);
+        let text = self.text();
+        let script = text
+            .split_once("\x1eARMLET-SCRIPT-START\n")
+            .and_then(|(_, rest)| rest.split_once("\x1eARMLET-SCRIPT-EXIT "));
+        let Some((script, status)) = script else {
+            panic!(
+                "{}: the script did not run\n{}",
+                self.line,
+                transcript(&text, &self.errors)
+            );
+        };
+        let status = status.lines().next();
+        assert_eq!(status, Some("0"), "the script failed; it said\n{script}");
+        script.to_owned()
+    }
+}
+
+/// The part of a script's output that follows the line `== name`, to the next such line.
+pub(crate) fn section<'a>(script: &'a str, name: &str) -> &'a str {
+    let head = format!("== {name}\n");
+    let start = script
+        .find(&head)
+        .unwrap_or_else(|| panic!("the script printed no {head:?}:\n{script}"));
+    let rest = &script[start + head.len()..];
+    rest.split("\n== ").next().unwrap_or(rest)
+}
+
+/// What a process printed so far.
+#[derive(Default)]
+struct Stream {
+    printed: Mutex<Printed>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Printed {
+    bytes: Vec<u8>,
+    closed: bool,
+}
+
+impl Stream {
+    fn of(mut source: impl Read + Send + 'static) -> Arc<Stream> {
+        let stream = Arc::new(Stream::default());
+        let there = Arc::clone(&stream);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1 << 16];
+            // A terminal whose other end is closed reads as an error.
+            while let Ok(length @ 1..) = source.read(&mut buffer) {
+                there.lock().bytes.extend(&buffer[..length]);
+                there.changed.notify_all();
+            }
+            there.lock().closed = true;
+            there.changed.notify_all();
+        });
+        stream
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Printed> {
+        self.printed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for `wanted` behind the byte `from`; says where it ends, or why it will not come.
+    fn find(&self, wanted: &[u8], from: usize) -> Result<usize, &'static str> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut printed = self.lock();
+        loop {
+            let after = printed.bytes.get(from..).unwrap_or_default();
+            let found = after.windows(wanted.len()).position(|part| part == wanted);
+            if let Some(at) = found {
+                return Ok(from + at + wanted.len());
+            }
+            if printed.closed {
+                return Err("it ended");
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err("it was waited for");
+            }
+            let waited = self.changed.wait_timeout(printed, left);
+            printed = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until all has been read.
+    fn close(&self, deadline: Instant) {
+        while !self.lock().closed && Instant::now() < deadline {
+            sleep(GLANCE);
+        }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.lock().bytes).into_owned()
+    }
+}
+
+/// A terminal of our own.
+struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
+}
+
+impl Terminal {
+    fn open() -> Terminal {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo terminal");
+        grantpt(&master).expect("a pseudo terminal of ours");
+        unlockpt(&master).expect("a pseudo terminal to open");
+        let name = ptsname(&master, Vec::new()).expect("its name");
+        let name = name.into_string().expect("its name in ASCII");
+        let slave = File::options().read(true).write(true).open(name);
+        let slave = OwnedFd::from(slave.expect("its other end"));
+        let size = Winsize {
+            ws_row: 24,
+            ws_col: 80,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(&slave, size).expect("a terminal has a size");
+        Terminal { master, slave }
+    }
+
+    fn slave(&self) -> OwnedFd {
+        self.slave.try_clone().expect("a descriptor")
+    }
+
+    fn master(&self) -> File {
+        File::from(self.master.try_clone().expect("a descriptor"))
+    }
+
+    fn modes(&self) -> String {
+        format!("{:?}", tcgetattr(&self.slave).expect("a terminal's modes"))
+    }
+}
