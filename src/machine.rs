@@ -2,12 +2,12 @@
 
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
-use crate::kvm::coalesced::CoalescedWrites;
+use crate::kvm::burst::BurstWindow;
 use crate::memory;
 use crate::serial::Serial;
 use anyhow::{Context, Result, bail};
 use armlet_arch::irq::Spi;
-use armlet_arch::plan::Plan;
+use armlet_arch::plan::{Placed, Plan};
 use armlet_arch::{Arch, DeviceKind, Range};
 use armlet_devices::bus::Bus;
 use armlet_devices::pl011::{Output, Pl011};
@@ -34,9 +34,7 @@ pub struct Machine<A: KvmArch> {
 /// The devices that the event loop talks to, where the board has them.
 #[derive(Default)]
 pub struct Devices {
-    /// The serial console's UART, for input.
-    pub uart: Option<Arc<Mutex<Pl011>>>,
-    /// The serial console as the guest writes to it.
+    /// The serial console.
     pub serial: Option<Arc<Mutex<Serial>>>,
     /// The clock, for its alarm.
     pub clock: Option<Arc<Mutex<Pl031>>>,
@@ -140,13 +138,9 @@ fn attach<A: KvmArch>(
                 let Some((output, on_room, on_burst)) = console.take() else {
                     bail!("the board has two serial consoles; armlet serves one");
                 };
-                let uart = Arc::new(Mutex::new(Pl011::new(line, output, on_room)));
-                let start = placed.window.start();
-                let writes =
-                    vcpu.and_then(|vcpu| CoalescedWrites::new(Arc::clone(vm), vcpu, start).ok());
-                let serial = Serial::new(Arc::clone(&uart), writes, on_burst);
-                let serial = Arc::new(Mutex::new(serial));
-                devices.uart = Some(uart);
+                let window = burst_window(vm, vcpu, plan, placed);
+                let uart = Pl011::new(line, output, on_room);
+                let serial = Arc::new(Mutex::new(Serial::new(uart, window, on_burst)));
                 devices.serial = Some(Arc::clone(&serial));
                 serial
             }
@@ -168,6 +162,24 @@ fn attach<A: KvmArch>(
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }
     Ok((bus, devices))
+}
+
+/// A window for bursts of output, where KVM has it and no other device shares its page.
+fn burst_window<A: KvmArch>(
+    vm: &Arc<VmFd>,
+    vcpu: Option<&VcpuFd>,
+    plan: &Plan<A>,
+    device: &Placed,
+) -> Option<BurstWindow> {
+    let page = Range::new(device.window.start(), rustix::param::page_size() as u64)?;
+    let mut regions = plan.layout.regions().into_iter();
+    if regions.any(|other| other.range != device.window && other.range.overlaps(page)) {
+        return None;
+    }
+    let window = BurstWindow::new(Arc::clone(vm), vcpu?, device.window.start());
+    window
+        .inspect_err(|error| log::info!("each byte of output is an exit: {error:#}"))
+        .ok()
 }
 
 /// Puts kernel, initrd and blobs where the plan says. No vCPU may run.

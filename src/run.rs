@@ -9,12 +9,11 @@ use crate::console::{
 use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
 use crate::memory;
-use crate::serial::TICK;
+use crate::serial::{Serial, TICK};
 use crate::status::{Fault, Status};
 use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
 use anyhow::{Context, Result};
 use armlet_arch::plan::POWER_KEY_LINE;
-use armlet_devices::pl011::Pl011;
 use kvm_ioctls::Kvm;
 use rustix::io::Errno;
 use rustix::stdio;
@@ -462,9 +461,9 @@ impl Events {
                 Some(Escape::Leave) => return Ok(Some(Ending::Stopped)),
                 Some(Escape::Help) => console::complain(ESCAPE_HELP),
                 Some(Escape::Break) => {
-                    let uart = devices.uart.as_ref();
-                    if let Some(Ok(mut uart)) = uart.map(|uart| uart.try_lock()) {
-                        uart.receive_break();
+                    let serial = devices.serial.as_ref();
+                    if let Some(Ok(mut serial)) = serial.map(|serial| serial.try_lock()) {
+                        serial.receive_break();
                     }
                 }
                 None => {}
@@ -479,11 +478,11 @@ impl Events {
 
     /// Hands the guest what it wants of what was typed, and reads on where there is room.
     fn feed(&mut self, devices: &Devices) -> Result<()> {
-        let Some(uart) = &devices.uart else {
+        let Some(serial) = &devices.serial else {
             return Ok(());
         };
         loop {
-            let wants_more = match self.hand_over(uart) {
+            let wants_more = match self.hand_over(serial) {
                 Handed::All { wants_more } => wants_more,
                 Handed::NotNow(retry) => {
                     self.feed = retry.map(|wait| Instant::now() + wait);
@@ -503,23 +502,19 @@ impl Events {
     }
 
     /// Gives the console as much of what is pending as it wants.
-    fn hand_over(&mut self, uart: &Mutex<Pl011>) -> Handed {
+    fn hand_over(&mut self, serial: &Mutex<Serial>) -> Handed {
         // A vCPU may hold it while it waits for a reader of the output.
-        let Ok(mut uart) = uart.try_lock() else {
+        let Ok(mut serial) = serial.try_lock() else {
             return Handed::NotNow(Some(TICK));
         };
-        let session = uart.listening();
+        let session = serial.listening();
         if session != self.input.session {
             self.input.session = session;
             return Handed::NotNow(session.map(|_| SETTLE));
         }
-        let pending = &mut self.input.pending;
-        let wanted = uart.wanted();
-        let taken = uart.receive(&pending[..wanted.min(pending.len())]);
-        pending.drain(..taken);
-        Handed::All {
-            wants_more: wanted > taken,
-        }
+        let (taken, wants_more) = serial.receive(&self.input.pending);
+        self.input.pending.drain(..taken);
+        Handed::All { wants_more }
     }
 
     fn read_file(&mut self) {

@@ -35,6 +35,30 @@ impl<F: FnMut(&[u8]) + Send> Output for F {
     }
 }
 
+/// What reads of all registers would give, at a time when no read changes anything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// By offset in words.
+    registers: [u32; SNAPSHOT_WORDS],
+}
+
+/// Words from UARTDR to UARTDMACR.
+const SNAPSHOT_WORDS: usize = 0x4c / 4;
+
+impl Snapshot {
+    /// Each word that the guest can read: its offset in bytes, and its value.
+    pub fn words(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
+        let registers = self.registers.iter().enumerate();
+        let ids = (0xfe0..0x1000).step_by(4);
+        registers
+            .map(|(index, value)| (index * 4, *value))
+            .chain(ids.map(|offset| {
+                let id = primecell::identify(PERIPHERAL_ID, offset as u64);
+                (offset, id.unwrap_or(0))
+            }))
+    }
+}
+
 /// A PL011 UART.
 pub struct Pl011 {
     line: Arc<dyn IrqLine>,
@@ -280,6 +304,19 @@ impl Pl011 {
         self.update_line();
     }
 
+    /// What the guest reads from the registers for as long as it only sends; `None` while a read
+    /// could change something, because a character or an error waits to be read.
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        if !self.rx.is_empty() || self.overrun || self.registers.rsr != 0 {
+            return None;
+        }
+        let mut registers = [0; SNAPSHOT_WORDS];
+        for (index, word) in registers.iter_mut().enumerate().skip(1) {
+            *word = self.register(index as u64 * 4).unwrap_or(0);
+        }
+        Some(Snapshot { registers })
+    }
+
     /// Accesses so far at offsets, of widths or in directions that no register answers.
     pub fn faults(&self) -> u64 {
         self.faults
@@ -296,9 +333,16 @@ impl Pl011 {
     }
 
     fn read_register(&mut self, offset: u64) -> Option<u32> {
+        match offset {
+            offset::DR => Some(self.take_out()),
+            offset => self.register(offset),
+        }
+    }
+
+    /// A register whose reading changes nothing: all but UARTDR.
+    fn register(&self, offset: u64) -> Option<u32> {
         let registers = &self.registers;
         Some(match offset {
-            offset::DR => self.take_out(),
             offset::RSR_ECR => registers.rsr,
             offset::FR => self.flags(),
             offset::ILPR => registers.ilpr,

@@ -142,6 +142,18 @@ impl KvmArch for Aarch64 {
     }
 }
 
+/// Writes the cache line of `address` back to memory, where reads of device type find it. Linux
+/// lets user space do so (arch/arm64/kernel/cpufeature.c: SCTLR_EL1.UCI is set).
+///
+/// # Safety
+/// `address` must be mapped.
+pub(super) unsafe fn clean_to_memory(address: *const u8) {
+    // SAFETY: the instruction changes no data, and the caller promises a mapping.
+    unsafe {
+        std::arch::asm!("dc cvac, {0}", "dsb sy", in(reg) address, options(nostack, preserves_flags));
+    }
+}
+
 fn host_page() -> u64 {
     rustix::param::page_size() as u64
 }

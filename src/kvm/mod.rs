@@ -5,7 +5,7 @@ use armlet_arch::irq::Spi;
 use armlet_arch::{Arch, Plan, Request, Width};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-pub mod coalesced;
+pub mod burst;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -13,9 +13,13 @@ mod aarch64;
 mod x86_64;
 
 #[cfg(target_arch = "aarch64")]
+use aarch64::clean_to_memory;
+#[cfg(target_arch = "aarch64")]
 pub use armlet_arch::aarch64::Aarch64 as HostArch;
 #[cfg(target_arch = "x86_64")]
 pub use armlet_arch::x86_64::X86_64 as HostArch;
+#[cfg(target_arch = "x86_64")]
+use x86_64::clean_to_memory;
 
 /// How closely a host is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -194,7 +194,7 @@ impl Armlet {
         let output = match (child.stdout.take(), &terminal) {
             (Some(pipe), _) => Stream::of(pipe),
             (None, Some(terminal)) if read_here => Stream::of(terminal.master()),
-            _ => Arc::default(),
+            _ => Stream::none(),
         };
         let errors = Stream::of(child.stderr.take().expect("a pipe"));
         Guest {
@@ -304,9 +304,7 @@ impl Guest {
         let age = self.age();
         let modes = self.terminal.take().map(|terminal| terminal.modes());
         self.errors.close(deadline);
-        if modes.is_none() {
-            self.output.close(deadline);
-        }
+        self.output.close(deadline);
         Outcome {
             line: self.line.clone(),
             status,
@@ -434,6 +432,13 @@ struct Printed {
 }
 
 impl Stream {
+    /// What somebody else reads.
+    fn none() -> Arc<Stream> {
+        let stream = Stream::default();
+        stream.lock().closed = true;
+        Arc::new(stream)
+    }
+
     fn of(mut source: impl Read + Send + 'static) -> Arc<Stream> {
         let stream = Arc::new(Stream::default());
         let there = Arc::clone(&stream);

@@ -1,0 +1,242 @@
+use crate::guest::{Armlet, Input, MARKER, section};
+use crate::rig;
+use crate::software::Program;
+use rustix::process::Signal;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// Bytes that no pattern in the way from here to the guest could hide a change of.
+fn noise(length: usize) -> Vec<u8> {
+    // Xorshift (Marsaglia 2003), the same each time.
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let bytes = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    });
+    bytes.take(length).collect()
+}
+
+/// Lines of text, so many bytes of them, as a terminal's line discipline takes them unchanged.
+fn lines(length: usize) -> Vec<u8> {
+    let text = noise(length).into_iter().enumerate().map(|(at, byte)| match at % 64 {
+        63 => b'\n',
+        _ => b'a' + byte % 26,
+    });
+    let mut text: Vec<u8> = text.collect();
+    text.pop();
+    text.push(b'\n');
+    text
+}
+
+/// Where `wanted` begins in `bytes`.
+fn position(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
+    bytes.windows(wanted.len()).position(|part| part == wanted)
+}
+
+#[test]
+fn every_byte_arrives_in_order_both_ways() {
+    let Some(rig) = rig::any() else { return };
+    let sent = noise(64 << 10);
+    let script = "exec </dev/console
+stty raw -echo
+echo READY
+head -c 65536 >/tmp/in
+echo \"CRC $(crc32 /tmp/in | cut -c -8)\"
+printf BEGIN; cat /tmp/in; printf END";
+    let mut guest = Armlet::script(rig, "Image", script)
+        .memory("256M")
+        .input(Input::Pipe)
+        .start();
+    guest.expect("READY\n");
+    let started = Instant::now();
+    guest.send(&sent);
+    guest.expect("CRC ");
+    let there = started.elapsed();
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    println!(
+        "64 KiB went in {:.2} s, and back in {:.2} s at most",
+        there.as_secs_f32(),
+        (started.elapsed() - there).as_secs_f32()
+    );
+    let mut crc = flate2::Crc::new();
+    crc.update(&sent);
+    let crc = format!("CRC {:08x}\n", crc.sum());
+    assert!(outcome.text().contains(&crc), "what the guest read is not what was sent");
+    let start = position(&outcome.bytes, b"BEGIN").expect("output") + 5;
+    let back = &outcome.bytes[start..start + sent.len()];
+    let wrong = back.iter().zip(&sent).position(|(a, b)| a != b);
+    assert_eq!(wrong, None, "the first byte that differs on the way out");
+    assert!(outcome.bytes[start + sent.len()..].starts_with(b"END"));
+}
+
+/// Boots with `input`, which holds `sent` before the guest is there, and checks that it gets it.
+fn early(rig: &rig::Rig, input: Input, sent: &[u8]) {
+    let script = format!(
+        "exec </dev/console
+stty -echo
+head -n {} >/tmp/in
+echo '== crc'; crc32 /tmp/in | cut -c -8; wc -c </tmp/in
+echo '== end'",
+        sent.iter().filter(|byte| **byte == b'\n').count()
+    );
+    let piped = matches!(input, Input::Pipe);
+    let mut guest = Armlet::script(rig, "Image", &script).memory("256M").input(input).start();
+    if piped {
+        guest.send(sent);
+        guest.close_input();
+    }
+    let script = guest.end().script();
+    let mut crc = flate2::Crc::new();
+    crc.update(sent);
+    let wanted = format!("{:08x}\n{}", crc.sum(), sent.len());
+    assert_eq!(section(&script, "crc"), wanted, "checksum and size of what came");
+}
+
+#[test]
+fn input_from_before_the_guest_listens_is_not_lost() {
+    let Some(rig) = rig::main() else { return };
+    early(rig, Input::Pipe, &lines(16 << 10));
+}
+
+#[test]
+fn a_file_is_an_input() {
+    let Some(rig) = rig::main() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("input");
+    let sent = lines(16 << 10);
+    fs::write(&path, &sent).expect("a file");
+    early(rig, Input::File(path), &sent);
+}
+
+#[test]
+fn a_slow_reader_gets_every_byte() {
+    let Some(rig) = rig::main() else { return };
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let mut guest = Armlet::script(rig, "Image", "seq 1 30000")
+        .memory("256M")
+        .start_with(Some(OwnedFd::from(writer)));
+    // Until the pipe is full; Linux gives it 64 KiB.
+    let started = Instant::now();
+    while rustix::io::ioctl_fionread(&reader).expect("a pipe") < 60 << 10 {
+        assert!(guest.runs() && started.elapsed() < Duration::from_secs(200), "no output");
+        sleep(Duration::from_millis(50));
+    }
+    sleep(Duration::from_millis(500));
+    let (mut read, mut buffer) = (Vec::new(), [0; 1000]);
+    while let count @ 1.. = reader.read(&mut buffer).expect("a pipe") {
+        read.extend(&buffer[..count]);
+        if read.len() < 20_000 {
+            sleep(Duration::from_millis(20));
+        }
+    }
+    guest.end().assert_status(0);
+    let wanted: String = (1..=30_000).map(|number| format!("{number}\r\n")).collect();
+    let at = position(&read, b"1\r\n2\r\n").expect("the first lines");
+    assert!(read[at..].starts_with(wanted.as_bytes()), "lines are lost or out of order");
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_can_be_stopped() {
+    let Some(_) = rig::any() else { return };
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    rustix::io::ioctl_fionbio(&writer, true).expect("a pipe");
+    // Full, so that the guest's first byte waits.
+    while writer.write(&[0; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).expect("a pipe");
+    let program = Program::default().print("up\n").stay();
+    let mut guest = Armlet::program(&program).start_with(Some(OwnedFd::from(writer)));
+    sleep(Duration::from_millis(500));
+    assert!(guest.runs());
+    guest.signal(Signal::INT);
+    guest.end().assert_status(6);
+    drop(reader);
+}
+
+#[test]
+fn output_that_nobody_can_read_is_told_once_and_the_guest_runs_on() {
+    let Some(_) = rig::any() else { return };
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let program = Program::default().print("one\ntwo\nthree\n").power_off();
+    let outcome = Armlet::program(&program).start_with(Some(OwnedFd::from(writer))).end();
+    outcome.assert_status(0);
+    let told = outcome.errors.matches("standard output is closed").count();
+    assert_eq!((told, outcome.errors.lines().count()), (1, 1), "{}", outcome.errors);
+}
+
+/// Hundredths of a second that each thread of a process has run, by name.
+fn ticks(pid: u32) -> BTreeMap<String, u64> {
+    let folder = fs::read_dir(format!("/proc/{pid}/task")).expect("a running process");
+    let thread = |path: &Path| {
+        let stat = fs::read_to_string(path.join("stat")).expect("a running thread");
+        let (name, rest) = stat.rsplit_once(") ").expect("a name in brackets");
+        let name = name.split_once('(').expect("a name in brackets").1.to_owned();
+        // utime and stime are fields 14 and 15, state is field 3 (proc(5)).
+        let fields: Vec<&str> = rest.split(' ').collect();
+        let number = |field: usize| fields[field - 3].parse::<u64>().expect("a number");
+        (name, number(14) + number(15))
+    };
+    folder.map(|entry| thread(&entry.expect("a thread").path())).collect()
+}
+
+/// What each thread of a process runs in a while, in hundredths of a second.
+fn ticks_in(pid: u32, time: Duration) -> BTreeMap<String, u64> {
+    let before = ticks(pid);
+    sleep(time);
+    let mut spent = ticks(pid);
+    for (name, ticks) in &mut spent {
+        *ticks -= before.get(name).copied().unwrap_or(0);
+    }
+    spent
+}
+
+#[test]
+fn an_input_that_has_ended_takes_no_time() {
+    let Some(_) = rig::any() else { return };
+    let program = Program::default().print("up\n").sleep();
+    for kind in ["nothing", "a pipe", "a file"] {
+        let armlet = Armlet::program(&program).alone();
+        let input = match kind {
+            "a pipe" => Input::Pipe,
+            "a file" => Input::File(armlet.file("input", b"text that nobody reads\n")),
+            _ => Input::Nothing,
+        };
+        let mut guest = armlet.input(input).start();
+        guest.expect("up\n");
+        guest.close_input();
+        let spent = ticks_in(guest.pid(), Duration::from_secs(1));
+        assert!(spent.len() >= 2, "threads: {spent:?}");
+        assert!(
+            spent.values().all(|ticks| *ticks <= 2),
+            "hundredths of a second in one second of doing nothing, with {kind} as input: {spent:?}"
+        );
+        guest.signal(Signal::INT);
+        guest.end().assert_status(6);
+    }
+}
+
+#[test]
+fn an_idle_linux_takes_no_time() {
+    let Some(rig) = rig::any() else { return };
+    let mut guest = Armlet::debian(rig, "Image", "hold").memory("256M").alone().start();
+    guest.expect(MARKER);
+    // The kernel frees and tidies for a while.
+    sleep(Duration::from_secs(2));
+    let spent = ticks_in(guest.pid(), Duration::from_secs(3));
+    println!("hundredths of a second in three seconds: {spent:?}");
+    for (name, ticks) in &spent {
+        // The guest's own timer ticks are all that runs.
+        let most = if name.starts_with("vcpu") { 45 } else { 2 };
+        assert!(*ticks <= most, "{name} ran {ticks} hundredths of a second in three seconds");
+    }
+    guest.signal(Signal::INT);
+    guest.end().assert_status(6);
+}

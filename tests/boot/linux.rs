@@ -1,0 +1,361 @@
+use crate::guest::{Armlet, MARKER, Outcome, section};
+use crate::rig::{self, Rig};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+/// What the standard guest does: it says what it sees of its machine, and touches an address where
+/// nothing is.
+const LOOK: &str = "
+echo '== release'; uname -r
+echo '== cpus'; nproc; cat /sys/devices/system/cpu/online
+echo '== dmesg'; dmesg -r
+echo '== iomem'; cat /proc/iomem
+echo '== interrupts'; cat /proc/interrupts
+echo '== tree'; base64 /sys/firmware/fdt
+echo '== clock'; cat /sys/class/rtc/rtc0/since_epoch
+echo '== nowhere'; devmem 0x0b000000 32; devmem 0x0b000004 16 5; devmem 0x0b000008 32
+echo '== end'
+";
+
+/// What one guest with one vCPU and 256 MiB shows, for all tests that look at it.
+struct Standard {
+    outcome: Outcome,
+    script: String,
+    /// The device tree that armlet wrote to a file.
+    dumped: Vec<u8>,
+    /// Seconds since 1970, when it had ended.
+    ended: u64,
+}
+
+fn standard(rig: &Rig) -> &'static Standard {
+    static STANDARD: OnceLock<Standard> = OnceLock::new();
+    STANDARD.get_or_init(|| {
+        let armlet = Armlet::script(rig, "Image", LOOK).memory("256M").verbose();
+        let dump = armlet.file("dump.dtb", b"");
+        let guest = armlet.option("--dump-dtb", &dump).start();
+        let dump = guest.path("dump.dtb");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let kept = folder.path().join("dump.dtb");
+        // The guest's folder is gone with it.
+        let mut guest = guest;
+        guest.expect(MARKER);
+        fs::copy(dump, &kept).expect("a dumped tree");
+        let outcome = guest.end();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Standard {
+            script: outcome.script(),
+            outcome,
+            dumped: fs::read(kept).expect("a dumped tree"),
+            ended: now.expect("a time after 1970").as_secs(),
+        }
+    })
+}
+
+#[test]
+fn debian_boots_to_user_space_and_powers_off() {
+    let Some(rig) = rig::any() else { return };
+    let standard = standard(rig);
+    println!("{:.1} s", standard.outcome.age.as_secs_f32());
+    standard.outcome.assert_status(0);
+    assert!(section(&standard.script, "release").starts_with("6.12."));
+    assert_eq!(section(&standard.script, "cpus"), "1\n0");
+}
+
+#[test]
+fn the_kernel_finds_the_machine_that_the_tree_describes() {
+    let Some(rig) = rig::any() else { return };
+    let dmesg = section(&standard(rig).script, "dmesg");
+    let gic = if rig.has_gic_v3() {
+        "GICv3: CPU0: found redistributor 0 region 0:0x00000000080a0000"
+    } else {
+        // GICv2 says nothing of itself but this.
+        "GIC: Using split EOI/Deactivate mode"
+    };
+    for (part, line) in [
+        ("the board", "Machine model: armlet,virt"),
+        ("PSCI", "psci: PSCIv1."),
+        ("PSCI's conduit", "psci: probing for conduit method from DT."),
+        ("the timer", "arch_timer: cp15 timer(s) running at"),
+        ("memory", "[mem 0x0000000040000000-0x000000004fffffff]"),
+        ("the GIC", gic),
+        ("the random seed", "random: crng init done"),
+        ("the KASLR seed", "KASLR enabled"),
+        ("the console", "9000000.serial: ttyAMA0 at MMIO 0x9000000"),
+        ("the clock", "rtc-pl031 9010000.rtc: registered as rtc0"),
+        ("the power key's GPIO", "pl061_gpio 9030000.gpio: PL061 GPIO chip registered"),
+    ] {
+        assert!(dmesg.contains(line), "{part}: no {line:?} in\n{dmesg}");
+    }
+    let total = dmesg
+        .lines()
+        .find_map(|line| line.split_once("Memory: ")?.1.split_once("K/")?.1.split_once('K'))
+        .map(|(total, _)| total);
+    assert_eq!(total, Some("262144"), "KiB of memory in\n{dmesg}");
+    println!("{}", section(&standard(rig).script, "interrupts"));
+}
+
+/// Lines of the kernel that a guest without much of hardware always gets; none is about what our
+/// tree says.
+const USUAL: &[&str] = &[
+    // The tree does not describe caches, as QEMU's does not.
+    "cacheinfo: Unable to detect cache hierarchy for CPU",
+];
+
+/// Fails for each line of `dmesg -r` that is a warning or worse, or that complains of the tree.
+fn assert_no_warnings(dmesg: &str) {
+    let bad: Vec<&str> = dmesg
+        .lines()
+        .filter(|line| is_warning(line))
+        .filter(|line| !USUAL.iter().any(|usual| line.contains(usual)))
+        .collect();
+    assert!(bad.is_empty(), "the kernel complains:\n{}", bad.join("\n"));
+}
+
+/// Whether a line of `dmesg -r` has a level of 4 (warning) or below, or words that tell of trouble
+/// with a machine's description at any level.
+fn is_warning(line: &str) -> bool {
+    let level = line.strip_prefix('<').and_then(|rest| rest.split_once('>'));
+    let Some((level, text)) = level else {
+        return false;
+    };
+    // The levels are the lower three bits (Linux, include/linux/kern_levels.h).
+    let severe = level.parse::<u32>().is_ok_and(|level| level & 7 <= 4);
+    let about_tree = text.contains("OF: ") && !text.contains("No reserved-memory node in the DT");
+    let words = ["Firmware Bug", "Firmware Warn", "invalid interrupt", "not found in DT"];
+    severe || about_tree || words.iter().any(|word| text.contains(word))
+}
+
+#[test]
+fn dmesg_has_no_warning() {
+    let Some(rig) = rig::any() else { return };
+    assert_no_warnings(section(&standard(rig).script, "dmesg"));
+}
+
+#[test]
+fn the_guest_sees_the_tree_that_was_dumped() {
+    let Some(rig) = rig::any() else { return };
+    let standard = standard(rig);
+    let text: String = section(&standard.script, "tree").split_whitespace().collect();
+    let seen = from_base64(&text);
+    assert_eq!(&seen[..4], [0xd0, 0x0d, 0xfe, 0xed], "the tree's magic number");
+    let seeds = |tree: &[u8]| {
+        let mut tree = tree.to_vec();
+        let seeds = take_seeds(&mut tree);
+        (tree, seeds)
+    };
+    let ((seen, left), (dumped, dumped_seeds)) = (seeds(&seen), seeds(&standard.dumped));
+    assert!(
+        dumped_seeds.len() == 2 && dumped_seeds.iter().all(|seed| seed.iter().any(|b| *b != 0)),
+        "the dumped tree's seeds: {dumped_seeds:?}"
+    );
+    // Linux wipes both once it has used them.
+    assert!(
+        left.iter().all(|seed| seed.iter().all(|byte| *byte == 0)),
+        "seeds that the guest left in its tree: {left:?}"
+    );
+    assert!(seen == dumped, "the trees differ in more than the seeds");
+}
+
+/// Wipes kaslr-seed and rng-seed as Linux does, the first with zeros and the second with FDT_NOP,
+/// and gives what they held.
+fn take_seeds(tree: &mut [u8]) -> Vec<Vec<u8>> {
+    // Devicetree specification v0.4, section 5: the header's fields off_dt_struct and
+    // off_dt_strings; tokens of the structure block.
+    const BEGIN_NODE: usize = 1;
+    const PROP: usize = 3;
+    const NOP: u32 = 4;
+    const END: usize = 9;
+    let mut seeds = Vec::new();
+    let mut at = cell(tree, 8);
+    let strings = cell(tree, 12);
+    loop {
+        let token = cell(tree, at);
+        match token {
+            BEGIN_NODE => {
+                at += 4 + text_at(tree, at + 4).len() + 1;
+            }
+            PROP => {
+                let (size, name) = (cell(tree, at + 4), cell(tree, at + 8));
+                let name = text_at(tree, strings + name).to_owned();
+                let value = at + 12..at + 12 + size;
+                if name == "kaslr-seed" || name == "rng-seed" {
+                    seeds.push(tree[value.clone()].to_vec());
+                }
+                if name == "kaslr-seed" {
+                    tree[value.clone()].fill(0);
+                }
+                if name == "rng-seed" {
+                    for word in tree[at..value.end].chunks_exact_mut(4) {
+                        word.copy_from_slice(&NOP.to_be_bytes());
+                    }
+                }
+                at = value.end;
+            }
+            END => return seeds,
+            _ => at += 4,
+        }
+        at = at.next_multiple_of(4);
+    }
+}
+
+fn cell(tree: &[u8], at: usize) -> usize {
+    let bytes = tree[at..at + 4].try_into().expect("four bytes");
+    u32::from_be_bytes(bytes) as usize
+}
+
+fn text_at(tree: &[u8], at: usize) -> &str {
+    let text = tree[at..].split(|byte| *byte == 0).next();
+    std::str::from_utf8(text.unwrap_or_default()).expect("a name in ASCII")
+}
+
+fn from_base64(text: &str) -> Vec<u8> {
+    let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let (mut bytes, mut bits, mut count) = (Vec::new(), 0_u32, 0);
+    for digit in text.bytes().take_while(|digit| *digit != b'=') {
+        let value = digits.iter().position(|known| *known == digit);
+        bits = bits << 6 | value.expect("base64") as u32;
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn the_clock_tells_the_hosts_time() {
+    let Some(rig) = rig::any() else { return };
+    let standard = standard(rig);
+    let told: u64 = section(&standard.script, "clock").trim().parse().expect("seconds");
+    let age = standard.outcome.age.as_secs() + 2;
+    let range = standard.ended - age..=standard.ended;
+    assert!(range.contains(&told), "{told} is not in {range:?}");
+}
+
+#[test]
+fn an_access_to_nowhere_is_reported_and_the_guest_runs_on() {
+    let Some(rig) = rig::any() else { return };
+    let standard = standard(rig);
+    let errors = &standard.outcome.errors;
+    println!("{errors}");
+    assert_eq!(section(&standard.script, "nowhere"), "0x00000000\n0x00000000");
+    let reports: Vec<&str> = errors.lines().filter(|line| line.contains("where nothing is")).collect();
+    assert_eq!(reports.len(), 3, "{errors}");
+    for (report, what) in reports.iter().zip([
+        "read 4 bytes at 0xb000000,",
+        "wrote 2 bytes at 0xb000004,",
+        "read 4 bytes at 0xb000008,",
+    ]) {
+        assert!(report.starts_with("armlet: vCPU 0 at PC 0x"), "{report}");
+        assert!(report.contains(what), "{report}");
+    }
+}
+
+/// Boots `cpus` vCPUs and checks that all of them are online.
+fn all_online(rig: &Rig, cpus: usize, memory: &str) {
+    let script = "
+echo '== cpus'; nproc; cat /sys/devices/system/cpu/online
+echo '== dmesg'; dmesg -r
+echo '== interrupts'; grep arch_timer /proc/interrupts
+echo '== end'";
+    let outcome = Armlet::script(rig, "Image", script).cpus(cpus).memory(memory).run();
+    println!("{cpus} vCPUs: {:.1} s", outcome.age.as_secs_f32());
+    let script = outcome.script();
+    let wanted = format!("{cpus}\n0-{}", cpus - 1);
+    assert_eq!(section(&script, "cpus"), wanted, "nproc and the CPUs online");
+    let dmesg = section(&script, "dmesg");
+    assert!(
+        dmesg.contains(&format!("SMP: Total of {cpus} processors activated.")),
+        "{dmesg}"
+    );
+    assert_no_warnings(dmesg);
+    // Each CPU takes its own timer's interrupts.
+    let counts: Vec<&str> = section(&script, "interrupts").split_whitespace().collect();
+    let silent = counts[1..=cpus].iter().filter(|count| **count == "0").count();
+    assert_eq!(silent, 0, "CPUs without a timer interrupt: {counts:?}");
+}
+
+#[test]
+fn two_vcpus_are_online() {
+    let Some(rig) = rig::any() else { return };
+    all_online(rig, 2, "256M");
+}
+
+#[test]
+fn eight_vcpus_are_online() {
+    let Some(rig) = rig::any() else { return };
+    all_online(rig, 8, "256M");
+}
+
+#[test]
+fn a_hundred_and_thirty_vcpus_are_online() {
+    let Some(rig) = rig::main() else { return };
+    if rig.facts.max_vcpus < 130 {
+        println!("skipped: this host has {} vCPUs at most", rig.facts.max_vcpus);
+        return;
+    }
+    all_online(rig, 130, "512M");
+}
+
+#[test]
+fn debians_6_1_boots() {
+    let Some(rig) = rig::any() else { return };
+    let script = "
+echo '== release'; uname -r
+echo '== dmesg'; dmesg -r
+echo '== end'";
+    let outcome = Armlet::script(rig, "Image-6.1", script).cpus(2).memory("512M").run();
+    println!("{:.1} s", outcome.age.as_secs_f32());
+    let script = outcome.script();
+    assert!(section(&script, "release").starts_with("6.1."), "{script}");
+    assert_no_warnings(section(&script, "dmesg"));
+}
+
+#[test]
+fn a_kernel_with_16_kib_pages_boots_or_is_refused() {
+    let Some(rig) = rig::any() else { return };
+    if rig.facts.guest_pages.contains(&0x4000) {
+        let script = "echo '== page'; zcat /proc/config.gz | grep PAGE_SIZE_16KB; dmesg -r >/tmp/d
+echo '== smaps'; grep -m 1 KernelPageSize /proc/self/smaps
+echo '== dmesg'; cat /tmp/d
+echo '== end'";
+        let outcome = Armlet::script(rig, "Image-16k", script).cpus(2).memory("512M").run();
+        println!("{:.1} s", outcome.age.as_secs_f32());
+        let script = outcome.script();
+        let page: Vec<&str> = section(&script, "smaps").split_whitespace().collect();
+        assert_eq!(page[1..], ["16", "kB"], "the guest's pages");
+        assert_no_warnings(section(&script, "dmesg"));
+        return;
+    }
+    let outcome = Armlet::debian(rig, "Image-16k", "poweroff").memory("512M").run();
+    outcome.assert_status(3);
+    println!("{}", outcome.errors);
+    let wanted = "the kernel uses 16K pages, which this host's CPUs cannot translate for a guest (they offer 4K, 64K)";
+    assert!(outcome.errors.contains(wanted), "{}", outcome.errors);
+    assert_eq!(outcome.errors.lines().count(), 1, "{}", outcome.errors);
+}
+
+#[test]
+fn a_gzip_compressed_debian_kernel_boots() {
+    let Some(rig) = rig::main() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let packed = folder.path().join("vmlinuz");
+    gzip(&rig.asset("Image"), &packed);
+    let outcome = Armlet::script_on(rig, &packed, "uname -r").run();
+    println!("{:.1} s", outcome.age.as_secs_f32());
+    assert!(outcome.script().starts_with("6.12."));
+}
+
+/// Compresses by the tool that distributions use, or busybox's.
+fn gzip(from: &Path, to: &Path) {
+    let file = |path: &Path| fs::File::open(path).expect("a kernel");
+    let status = Command::new("gzip")
+        .args(["-1", "-c"])
+        .stdin(Stdio::from(file(from)))
+        .stdout(Stdio::from(fs::File::create(to).expect("a file")))
+        .status();
+    assert!(status.expect("gzip").success());
+}

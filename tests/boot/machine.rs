@@ -1,0 +1,80 @@
+use crate::guest::{Armlet, MARKER};
+use crate::rig;
+use crate::software::Program;
+use rustix::process::Signal;
+use std::fs;
+
+#[test]
+fn each_vcpu_has_a_thread_of_its_name() {
+    let Some(rig) = rig::any() else { return };
+    let cpus = rig.facts.max_vcpus.min(20) as usize;
+    let program = Program::default().print("up\n").sleep();
+    let mut guest = Armlet::program(&program).cpus(cpus).start();
+    guest.expect("up\n");
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", guest.pid())).expect("a process") {
+        let name = task.expect("a thread").path().join("comm");
+        names.push(fs::read_to_string(name).expect("a name").trim().to_owned());
+    }
+    println!("{names:?}");
+    for index in 0..cpus {
+        let name = format!("vcpu{index}");
+        assert_eq!(names.iter().filter(|n| **n == name).count(), 1, "{name} in {names:?}");
+    }
+    guest.signal(Signal::INT);
+    guest.end().assert_status(6);
+}
+
+/// When the kernel gives out huge pages, set for a while.
+struct Policy {
+    before: String,
+}
+
+impl Policy {
+    const PATH: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+    /// `None` where this user cannot set it.
+    fn set(policy: &str) -> Option<Policy> {
+        // "always [madvise] never": the brackets are around the one in force.
+        let text = fs::read_to_string(Policy::PATH).ok()?;
+        let before = text.split_once('[')?.1.split_once(']')?.0.to_owned();
+        fs::write(Policy::PATH, policy).ok()?;
+        Some(Policy { before })
+    }
+}
+
+impl Drop for Policy {
+    fn drop(&mut self) {
+        // The next test that cares sets it anyway.
+        let _ = fs::write(Policy::PATH, &self.before);
+    }
+}
+
+/// KiB of a process's memory in huge pages.
+fn huge_kib(pid: u32) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("a process's memory");
+    let sizes = maps.lines().filter_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib = sizes.filter_map(|size| size.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.sum()
+}
+
+#[test]
+fn guest_memory_is_in_huge_pages_under_both_policies() {
+    let Some(rig) = rig::any() else { return };
+    let image = fs::read(rig.asset("Image")).expect("a kernel");
+    let kernel = u64::from_le_bytes(image[16..24].try_into().expect("image_size"));
+    for policy in ["always", "madvise"] {
+        let armlet = Armlet::debian(rig, "Image", "hold").memory("256M").alone();
+        let Some(_policy) = Policy::set(policy) else {
+            println!("skipped: this user cannot set {}", Policy::PATH);
+            return;
+        };
+        let mut guest = armlet.start();
+        guest.expect(MARKER);
+        let huge = huge_kib(guest.pid());
+        println!("{policy}: {huge} KiB in huge pages; the kernel takes {} KiB", kernel >> 10);
+        assert!(huge << 10 >= kernel, "{policy}: {huge} KiB in huge pages");
+        guest.signal(Signal::INT);
+        guest.end().assert_status(6);
+    }
+}

@@ -1,0 +1,105 @@
+//! `docs/options.md` says what `--help` says, word for word. `UPDATE_GOLDEN=1` rewrites its blocks.
+
+use std::fs;
+use std::process::Command;
+
+const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
+
+/// A block begins with `<!-- help: armlet run -->` and ends with `<!-- end -->`.
+const BEGIN: &str = "<!-- help: ";
+const END: &str = "<!-- end -->\n";
+
+#[test]
+fn the_options_are_those_of_help() {
+    let written = fs::read_to_string(PATH).expect("docs/options.md");
+    let current = with_help(&written);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(PATH, current).expect("docs/options.md can be written");
+        return;
+    }
+    let lines = written.lines().zip(current.lines()).enumerate();
+    for (index, (written, current)) in lines {
+        let line = index + 1;
+        assert_eq!(written, current, "docs/options.md:{line}: {REWRITE}");
+    }
+    assert!(written == current, "docs/options.md: {REWRITE}");
+}
+
+const REWRITE: &str =
+    "--help says something else; UPDATE_GOLDEN=1 cargo test --test docs rewrites it";
+
+#[test]
+fn every_command_is_documented() {
+    let written = fs::read_to_string(PATH).expect("docs/options.md");
+    let help = help("armlet");
+    let commands: Vec<&str> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        // A command's name stands after two spaces, its description goes on further in.
+        .filter_map(|line| line.strip_prefix("  ").filter(|line| !line.starts_with(' ')))
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(commands.contains(&"run"), "{help}");
+    for command in commands {
+        assert!(
+            written.contains(&format!("{BEGIN}armlet {command} -->")),
+            "docs/options.md has no block for 'armlet {command}'"
+        );
+    }
+}
+
+#[test]
+fn every_exit_status_is_documented() {
+    let written = fs::read_to_string(PATH).expect("docs/options.md");
+    for status in help("armlet")
+        .lines()
+        .skip_while(|line| *line != "Error codes:")
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+    {
+        assert!(
+            written.contains(&format!("\n| {status} |")),
+            "docs/options.md has no row for exit status {status}"
+        );
+    }
+}
+
+/// The document with each block's text replaced by what the program says now.
+fn with_help(text: &str) -> String {
+    let mut current = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(BEGIN) {
+        let (before, block) = rest.split_at(at);
+        let (first, body) = block.split_once('\n').expect("a line for the mark");
+        let command = first
+            .strip_prefix(BEGIN)
+            .and_then(|mark| mark.strip_suffix(" -->"))
+            .unwrap_or_else(|| panic!("docs/options.md: {first}: ends in no ' -->'"));
+        let (_, after) = body
+            .split_once(END)
+            .unwrap_or_else(|| panic!("docs/options.md: no {END} after {first}"));
+        current += before;
+        current += &format!("{first}\n```text\n{}```\n{END}", help(command));
+        rest = after;
+    }
+    current + rest
+}
+
+/// What `command --help` prints, without spaces at the ends of lines.
+fn help(command: &str) -> String {
+    let arguments = command
+        .strip_prefix("armlet")
+        .unwrap_or_else(|| panic!("'{command}' is no command of armlet"));
+    let output = Command::new(env!("CARGO_BIN_EXE_armlet"))
+        .args(arguments.split_whitespace())
+        .arg("--help")
+        .output()
+        .expect("armlet runs");
+    assert!(output.status.success(), "{command} --help: {output:?}");
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    text.lines()
+        .map(|line| format!("{}\n", line.trim_end()))
+        .collect()
+}
