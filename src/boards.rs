@@ -9,7 +9,10 @@ use std::path::Path;
 pub const DEFAULT: &str = "virt";
 
 /// Built-in boards: name and file.
-pub const BUILT_IN: &[(&str, &str)] = &[("virt", include_str!("../boards/virt.toml"))];
+pub const BUILT_IN: &[(&str, &str)] = &[
+    ("virt", include_str!("../boards/virt.toml")),
+    ("pc", include_str!("../boards/pc.toml")),
+];
 
 /// A board file larger than this is no board file.
 const MAX_BYTES: u64 = 1 << 20;

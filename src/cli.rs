@@ -235,7 +235,7 @@ pub struct BoardsArgs {
 #[derive(Debug)]
 pub enum Parsed {
     /// Go on with this.
-    Cli(Cli),
+    Cli(Box<Cli>),
     /// Print this help on standard output and leave.
     Help(String),
     /// Print this line on standard error and leave with [`crate::status::Status::Usage`].
@@ -248,7 +248,7 @@ pub fn parse(arguments: &[String]) -> Parsed {
     let split = split_assignments(arguments);
     let words: Vec<&str> = split.iter().map(String::as_str).collect();
     match Cli::from_args(&["armlet"], &words) {
-        Ok(cli) => Parsed::Cli(cli),
+        Ok(cli) => Parsed::Cli(Box::new(cli)),
         Err(EarlyExit {
             output,
             status: Ok(()),
@@ -335,11 +335,10 @@ mod tests {
             "run --kernel Image --memory 1G --cmdline root=/dev/vda",
             "run -k Image -m 1G -p root=/dev/vda",
         ] {
-            let Parsed::Cli(Cli {
-                command: Some(Command::Run(run)),
-                ..
-            }) = parse_words(words)
-            else {
+            let Parsed::Cli(cli) = parse_words(words) else {
+                panic!("{words}");
+            };
+            let Some(Command::Run(run)) = cli.command else {
                 panic!("{words}");
             };
             assert_eq!(run.kernel.as_deref(), Some("Image"));

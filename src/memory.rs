@@ -83,6 +83,10 @@ unsafe fn unmap(start: usize, size: usize) -> Result<()> {
 ///
 /// # Safety
 /// No vCPU may run, and no other slice of the range exist, while the slice lives.
+#[expect(
+    clippy::mut_from_ref,
+    reason = "it is mapped memory; that nobody else uses it is the caller's promise"
+)]
 pub unsafe fn slice_mut(memory: &GuestMemoryMmap, range: Range) -> Result<&mut [u8]> {
     let size = usize::try_from(range.size())?;
     let slice = memory

@@ -345,7 +345,7 @@ fn gic_windows(mut fields: Fields<'_>) -> Result<GicWindows, BoardError> {
         ("redistributors", windows.redistributors),
     ] {
         // 64 KiB is what GICv3 asks for and what suits every host page size.
-        if address % 0x1_0000 != 0 {
+        if !address.is_multiple_of(0x1_0000) {
             return Err(fields.wrong(key, format!("{address:#x} must be a multiple of 64 KiB")));
         }
     }
@@ -373,7 +373,7 @@ fn device(mut fields: Fields<'_>) -> Result<BoardDevice, BoardError> {
         base: fields.number("base", "base = 0x0900_0000")?,
         spi: fields.spi("spi")?,
     };
-    if device.base % 0x1000 != 0 {
+    if !device.base.is_multiple_of(0x1000) {
         return Err(fields.wrong(
             "base",
             format!("{:#x} must be a multiple of 4 KiB", device.base),
@@ -389,7 +389,7 @@ fn virtio_slots(mut fields: Fields<'_>) -> Result<VirtioSlots, BoardError> {
         slots: fields.number_u32("slots", "slots = 32")?,
         spi: fields.spi("spi")?,
     };
-    if slots.slots > 512 || slots.base % 0x200 != 0 {
+    if slots.slots > 512 || !slots.base.is_multiple_of(0x200) {
         let cause = "must be at most 512, from a base that is a multiple of 0x200".to_owned();
         return Err(fields.wrong("slots", cause));
     }
@@ -449,6 +449,9 @@ impl<'a> Fields<'a> {
     fn optional_string(&mut self, key: &'static str) -> Result<Option<String>, BoardError> {
         match self.take(key).map(|mut value| value.take()) {
             None => Ok(None),
+            Some(ValueInner::String(text)) if text.contains(char::is_control) => {
+                Err(self.wrong(key, "must be one line of printable text".to_owned()))
+            }
             Some(ValueInner::String(text)) => Ok(Some(text.into_owned())),
             Some(_) => Err(self.wrong(key, "must be a string in quotes".to_owned())),
         }
@@ -562,7 +565,7 @@ impl<'a> Fields<'a> {
             .unwrap_or_default();
         Err(BoardError::UnknownKey {
             line: line_of(self.text, key.span.start),
-            key: key.name.to_string(),
+            key: key.name.escape_debug().to_string(),
             table: self.name,
             nearest: nearest.to_owned(),
             known: known.join(", "),

@@ -1,5 +1,6 @@
 //! How many guest-physical (IPA) address bits a machine gets, and why.
 
+use crate::plan::PlanError;
 use crate::range::Range;
 use serde::Serialize;
 use std::fmt;
@@ -78,6 +79,77 @@ pub struct Width {
     pub levels_at_limit: u8,
     /// The host's page size in bytes, which is stage 2's granule.
     pub host_page: u64,
+}
+
+/// What a host offers, and what a width costs on it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Offer {
+    /// The most bits.
+    pub(crate) limit: u8,
+    /// Whether it offers this one width and no other.
+    pub(crate) fixed: bool,
+    /// Bytes of a host page.
+    pub(crate) page: u64,
+    /// Levels of second-stage translation for so many bits on pages of so many bytes.
+    pub(crate) levels: fn(u8, u64) -> u8,
+}
+
+impl Offer {
+    /// Chooses the width for a machine whose highest address lies in `highest`. The advice in an
+    /// error about the fit is left empty: [`crate::plan()`] knows what would fit.
+    pub(crate) fn choose(self, highest: &Region, policy: WidthPolicy) -> Result<Width, PlanError> {
+        let Offer { limit, fixed, .. } = self;
+        let need = highest.range.bits().max(MIN_BITS);
+        let least = if fixed { limit } else { MIN_BITS };
+        if let WidthPolicy::Exact(asked) = policy
+            && !(least..=limit).contains(&asked)
+        {
+            return Err(PlanError::WidthNotOffered {
+                asked,
+                offered: match fixed {
+                    true => format!(
+                        "{limit} bits and no other number (its KVM is older than Linux 4.20)"
+                    ),
+                    false => format!("{MIN_BITS} to {limit} bits"),
+                },
+            });
+        }
+        if need > limit {
+            return Err(PlanError::TooWide {
+                name: highest.name.clone(),
+                last: highest.range.last(),
+                need,
+                limit,
+                fixed,
+                advice: String::new(),
+            });
+        }
+        let bits = match policy {
+            _ if fixed => limit,
+            WidthPolicy::Fit => need,
+            WidthPolicy::Max => limit,
+            WidthPolicy::Exact(asked) if asked < need => {
+                return Err(PlanError::TooNarrow {
+                    asked,
+                    name: highest.name.clone(),
+                    last: highest.range.last(),
+                    need,
+                    advice: String::new(),
+                });
+            }
+            WidthPolicy::Exact(asked) => asked,
+        };
+        Ok(Width {
+            bits,
+            need,
+            highest: highest.clone(),
+            limit,
+            fixed,
+            levels: (self.levels)(bits, self.page),
+            levels_at_limit: (self.levels)(limit, self.page),
+            host_page: self.page,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -25,10 +25,13 @@ fn noise(length: usize) -> Vec<u8> {
 
 /// Lines of text, so many bytes of them, as a terminal's line discipline takes them unchanged.
 fn lines(length: usize) -> Vec<u8> {
-    let text = noise(length).into_iter().enumerate().map(|(at, byte)| match at % 64 {
-        63 => b'\n',
-        _ => b'a' + byte % 26,
-    });
+    let text = noise(length)
+        .into_iter()
+        .enumerate()
+        .map(|(at, byte)| match at % 64 {
+            63 => b'\n',
+            _ => b'a' + byte % 26,
+        });
     let mut text: Vec<u8> = text.collect();
     text.pop();
     text.push(b'\n');
@@ -51,7 +54,6 @@ head -c 65536 >/tmp/in
 echo \"CRC $(crc32 /tmp/in | cut -c -8)\"
 printf BEGIN; cat /tmp/in; printf END";
     let mut guest = Armlet::script(rig, "Image", script)
-        .memory("256M")
         .input(Input::Pipe)
         .start();
     guest.expect("READY\n");
@@ -69,7 +71,10 @@ printf BEGIN; cat /tmp/in; printf END";
     let mut crc = flate2::Crc::new();
     crc.update(&sent);
     let crc = format!("CRC {:08x}\n", crc.sum());
-    assert!(outcome.text().contains(&crc), "what the guest read is not what was sent");
+    assert!(
+        outcome.text().contains(&crc),
+        "what the guest read is not what was sent"
+    );
     let start = position(&outcome.bytes, b"BEGIN").expect("output") + 5;
     let back = &outcome.bytes[start..start + sent.len()];
     let wrong = back.iter().zip(&sent).position(|(a, b)| a != b);
@@ -88,7 +93,7 @@ echo '== end'",
         sent.iter().filter(|byte| **byte == b'\n').count()
     );
     let piped = matches!(input, Input::Pipe);
-    let mut guest = Armlet::script(rig, "Image", &script).memory("256M").input(input).start();
+    let mut guest = Armlet::script(rig, "Image", &script).input(input).start();
     if piped {
         guest.send(sent);
         guest.close_input();
@@ -97,7 +102,11 @@ echo '== end'",
     let mut crc = flate2::Crc::new();
     crc.update(sent);
     let wanted = format!("{:08x}\n{}", crc.sum(), sent.len());
-    assert_eq!(section(&script, "crc"), wanted, "checksum and size of what came");
+    assert_eq!(
+        section(&script, "crc"),
+        wanted,
+        "checksum and size of what came"
+    );
 }
 
 #[test]
@@ -120,13 +129,15 @@ fn a_file_is_an_input() {
 fn a_slow_reader_gets_every_byte() {
     let Some(rig) = rig::main() else { return };
     let (mut reader, writer) = std::io::pipe().expect("a pipe");
-    let mut guest = Armlet::script(rig, "Image", "seq 1 30000")
-        .memory("256M")
-        .start_with(Some(OwnedFd::from(writer)));
+    let mut guest =
+        Armlet::script(rig, "Image", "seq 1 30000").start_with(Some(OwnedFd::from(writer)));
     // Until the pipe is full; Linux gives it 64 KiB.
     let started = Instant::now();
     while rustix::io::ioctl_fionread(&reader).expect("a pipe") < 60 << 10 {
-        assert!(guest.runs() && started.elapsed() < Duration::from_secs(200), "no output");
+        assert!(
+            guest.runs() && started.elapsed() < Duration::from_secs(200),
+            "no output"
+        );
         sleep(Duration::from_millis(50));
     }
     sleep(Duration::from_millis(500));
@@ -140,7 +151,10 @@ fn a_slow_reader_gets_every_byte() {
     guest.end().assert_status(0);
     let wanted: String = (1..=30_000).map(|number| format!("{number}\r\n")).collect();
     let at = position(&read, b"1\r\n2\r\n").expect("the first lines");
-    assert!(read[at..].starts_with(wanted.as_bytes()), "lines are lost or out of order");
+    assert!(
+        read[at..].starts_with(wanted.as_bytes()),
+        "lines are lost or out of order"
+    );
 }
 
 #[test]
@@ -166,10 +180,17 @@ fn output_that_nobody_can_read_is_told_once_and_the_guest_runs_on() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
     let program = Program::default().print("one\ntwo\nthree\n").power_off();
-    let outcome = Armlet::program(&program).start_with(Some(OwnedFd::from(writer))).end();
+    let outcome = Armlet::program(&program)
+        .start_with(Some(OwnedFd::from(writer)))
+        .end();
     outcome.assert_status(0);
     let told = outcome.errors.matches("standard output is closed").count();
-    assert_eq!((told, outcome.errors.lines().count()), (1, 1), "{}", outcome.errors);
+    assert_eq!(
+        (told, outcome.errors.lines().count()),
+        (1, 1),
+        "{}",
+        outcome.errors
+    );
 }
 
 /// Hundredths of a second that each thread of a process has run, by name.
@@ -178,13 +199,19 @@ fn ticks(pid: u32) -> BTreeMap<String, u64> {
     let thread = |path: &Path| {
         let stat = fs::read_to_string(path.join("stat")).expect("a running thread");
         let (name, rest) = stat.rsplit_once(") ").expect("a name in brackets");
-        let name = name.split_once('(').expect("a name in brackets").1.to_owned();
+        let name = name
+            .split_once('(')
+            .expect("a name in brackets")
+            .1
+            .to_owned();
         // utime and stime are fields 14 and 15, state is field 3 (proc(5)).
         let fields: Vec<&str> = rest.split(' ').collect();
         let number = |field: usize| fields[field - 3].parse::<u64>().expect("a number");
         (name, number(14) + number(15))
     };
-    folder.map(|entry| thread(&entry.expect("a thread").path())).collect()
+    folder
+        .map(|entry| thread(&entry.expect("a thread").path()))
+        .collect()
 }
 
 /// What each thread of a process runs in a while, in hundredths of a second.
@@ -226,7 +253,7 @@ fn an_input_that_has_ended_takes_no_time() {
 #[test]
 fn an_idle_linux_takes_no_time() {
     let Some(rig) = rig::any() else { return };
-    let mut guest = Armlet::debian(rig, "Image", "hold").memory("256M").alone().start();
+    let mut guest = Armlet::debian(rig, "Image", "hold").alone().start();
     guest.expect(MARKER);
     // The kernel frees and tidies for a while.
     sleep(Duration::from_secs(2));
@@ -235,7 +262,10 @@ fn an_idle_linux_takes_no_time() {
     for (name, ticks) in &spent {
         // The guest's own timer ticks are all that runs.
         let most = if name.starts_with("vcpu") { 45 } else { 2 };
-        assert!(*ticks <= most, "{name} ran {ticks} hundredths of a second in three seconds");
+        assert!(
+            *ticks <= most,
+            "{name} ran {ticks} hundredths of a second in three seconds"
+        );
     }
     guest.signal(Signal::INT);
     guest.end().assert_status(6);

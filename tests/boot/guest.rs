@@ -43,6 +43,7 @@ pub(crate) enum Input {
 pub(crate) struct Armlet {
     arguments: Vec<OsString>,
     input: Input,
+    memory: &'static str,
     cpus: usize,
     alone: bool,
     folder: TempDir,
@@ -54,6 +55,7 @@ impl Armlet {
         Armlet {
             arguments: vec!["run".into()],
             input: Input::Nothing,
+            memory: "256M",
             cpus: 1,
             alone: false,
             folder: tempfile::tempdir().expect("a temporary folder"),
@@ -69,7 +71,7 @@ impl Armlet {
     pub(crate) fn image(image: &[u8]) -> Armlet {
         let armlet = Armlet::new();
         let path = armlet.file("kernel", image);
-        armlet.option("--kernel", path).memory("64M")
+        armlet.option("--kernel", path)
     }
 
     /// Debian's `kernel` with the test initramfs, whose init does `what`.
@@ -129,13 +131,16 @@ impl Armlet {
         self
     }
 
-    pub(crate) fn memory(self, size: &str) -> Armlet {
-        self.option("--memory", size)
+    /// Gives the guest so much memory, not 256 MiB.
+    pub(crate) fn memory(mut self, size: &'static str) -> Armlet {
+        self.memory = size;
+        self
     }
 
+    /// Gives the guest so many vCPUs, not one.
     pub(crate) fn cpus(mut self, cpus: usize) -> Armlet {
         self.cpus = cpus;
-        self.option("--cpus", cpus.to_string())
+        self
     }
 
     pub(crate) fn input(mut self, input: Input) -> Armlet {
@@ -161,6 +166,13 @@ impl Armlet {
 
     /// Starts the guest with `output` as armlet's standard output, which the test looks after.
     pub(crate) fn start_with(self, output: Option<OwnedFd>) -> Guest {
+        let cpus = self.cpus.to_string();
+        let memory = self.memory;
+        let armlet = self.option("--memory", memory).option("--cpus", cpus);
+        armlet.spawn(output)
+    }
+
+    fn spawn(self, output: Option<OwnedFd>) -> Guest {
         let turn = if self.alone {
             Turn::alone()
         } else {

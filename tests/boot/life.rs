@@ -24,7 +24,6 @@ fn holdings(guest: &Guest) -> (usize, usize) {
 fn linux_reboots_in_place_three_times_and_powers_off() {
     let Some(rig) = rig::any() else { return };
     let mut guest = Armlet::debian(rig, "Image", "shell")
-        .memory("256M")
         .input(Input::Pipe)
         .start();
     let mut held = Vec::new();
@@ -43,7 +42,11 @@ fn linux_reboots_in_place_three_times_and_powers_off() {
     println!("{:.1} s", outcome.age.as_secs_f32());
     assert_eq!(outcome.text().matches(MARKER).count(), 4);
     held.dedup();
-    assert_eq!(held.len(), 1, "descriptors and threads of each life: {held:?}");
+    assert_eq!(
+        held.len(),
+        1,
+        "descriptors and threads of each life: {held:?}"
+    );
 }
 
 #[test]
@@ -56,15 +59,23 @@ fn a_reset_is_no_leak() {
         guest.expect("again\n");
     }
     // Between two lives there are fewer of them.
-    let most = |guest: &Guest| (0..20).map(|_| {
-        sleep(GLANCE);
-        holdings(guest)
-    }).max();
+    let most = |guest: &Guest| {
+        (0..20)
+            .map(|_| {
+                sleep(GLANCE);
+                holdings(guest)
+            })
+            .max()
+    };
     let first = most(&guest);
     for _ in 0..30 {
         guest.expect("again\n");
     }
-    assert_eq!(most(&guest), first, "descriptors and threads after 30 and after 60 lives");
+    assert_eq!(
+        most(&guest),
+        first,
+        "descriptors and threads after 30 and after 60 lives"
+    );
     guest.signal(Signal::INT);
     guest.end().assert_status(6);
 }
@@ -93,12 +104,14 @@ fn power_off_ends_armlet() {
 fn a_guest_that_panics_asks_for_a_reset() {
     let Some(rig) = rig::main() else { return };
     let outcome = Armlet::debian(rig, "Image", "crash")
-        .memory("256M")
         .option("--on-reset", "exit")
         .run();
     outcome.assert_status(5);
     let text = outcome.text();
-    assert!(text.contains("Kernel panic - not syncing: sysrq triggered crash"), "{text}");
+    assert!(
+        text.contains("Kernel panic - not syncing: sysrq triggered crash"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -109,9 +122,7 @@ fn sigterm_presses_the_power_key_and_linux_powers_off() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("initrd");
     fs::write(&path, initrd).expect("an initramfs");
-    let mut guest = Armlet::linux(&rig.asset("Image-generic"), &path, "powerkey")
-        .memory("256M")
-        .start();
+    let mut guest = Armlet::linux(&rig.asset("Image-generic"), &path, "powerkey").start();
     guest.expect("POWERKEY-READY");
     guest.signal(Signal::TERM);
     guest.expect("POWERKEY-PRESSED");
@@ -138,7 +149,11 @@ fn a_second_sigterm_stops_a_guest_that_does_not_listen() {
         guest.signal(Signal::TERM);
         let outcome = guest.end();
         outcome.assert_status(6);
-        assert!(outcome.errors.ends_with("armlet: stopped by a signal\n"), "{}", outcome.errors);
+        assert!(
+            outcome.errors.ends_with("armlet: stopped by a signal\n"),
+            "{}",
+            outcome.errors
+        );
     }
 }
 
@@ -187,7 +202,13 @@ fn ctrl_a_x_leaves_and_the_terminal_is_as_before() {
 #[test]
 fn a_crash_of_armlet_leaves_the_terminal_as_before() {
     let Some(_) = rig::any() else { return };
-    for signal in [Signal::SEGV, Signal::ABORT, Signal::BUS, Signal::ILL, Signal::FPE] {
+    for signal in [
+        Signal::SEGV,
+        Signal::ABORT,
+        Signal::BUS,
+        Signal::ILL,
+        Signal::FPE,
+    ] {
         let mut guest = Armlet::program(&deaf()).input(Input::Terminal).start();
         let before = guest.modes();
         guest.expect("up\n");
@@ -215,7 +236,6 @@ fn signals_leave_the_terminal_as_before() {
 fn a_shell_on_a_terminal_gets_every_key() {
     let Some(rig) = rig::main() else { return };
     let mut guest = Armlet::debian(rig, "Image", "shell")
-        .memory("256M")
         .input(Input::Terminal)
         .start();
     let before = guest.modes();
@@ -251,10 +271,18 @@ fn an_access_that_cannot_be_emulated_aborts_in_the_guest() {
             .on_exception(handler.clone());
         let outcome = Armlet::program(&program).run();
         outcome.assert_status(0);
-        assert_eq!(outcome.text(), "up\nabort\n", "a read of two words from {what}");
+        assert_eq!(
+            outcome.text(),
+            "up\nabort\n",
+            "a read of two words from {what}"
+        );
         let wanted = format!("got an abort for an access at {address:#x} that cannot be emulated");
         assert!(outcome.errors.contains(&wanted), "{}", outcome.errors);
-        assert!(outcome.errors.starts_with("armlet: vCPU 0 at PC 0x"), "{}", outcome.errors);
+        assert!(
+            outcome.errors.starts_with("armlet: vCPU 0 at PC 0x"),
+            "{}",
+            outcome.errors
+        );
     }
 }
 
@@ -263,12 +291,22 @@ fn accesses_to_nowhere_do_not_fill_a_log() {
     let Some(_) = rig::any() else { return };
     let mut program = Program::default();
     for word in 0..40 {
-        program = program.read(0x0b00_0000 + 4 * word).write(0x0c00_0000 + 4 * word);
+        program = program
+            .read(0x0b00_0000 + 4 * word)
+            .write(0x0c00_0000 + 4 * word);
     }
     let outcome = Armlet::program(&program.print("on\n").power_off()).run();
     outcome.assert_status(0);
     assert_eq!(outcome.text(), "on\n");
     let reports = outcome.errors.lines().count();
-    assert!((4..=10).contains(&reports), "80 accesses: {}", outcome.errors);
-    assert!(outcome.errors.contains("(fault 64 of this vCPU)"), "{}", outcome.errors);
+    assert!(
+        (4..=10).contains(&reports),
+        "80 accesses: {}",
+        outcome.errors
+    );
+    assert!(
+        outcome.errors.contains("(fault 64 of this vCPU)"),
+        "{}",
+        outcome.errors
+    );
 }

@@ -32,7 +32,7 @@ struct Standard {
 fn standard(rig: &Rig) -> &'static Standard {
     static STANDARD: OnceLock<Standard> = OnceLock::new();
     STANDARD.get_or_init(|| {
-        let armlet = Armlet::script(rig, "Image", LOOK).memory("256M").verbose();
+        let armlet = Armlet::script(rig, "Image", LOOK).verbose();
         let dump = armlet.file("dump.dtb", b"");
         let guest = armlet.option("--dump-dtb", &dump).start();
         let dump = guest.path("dump.dtb");
@@ -76,7 +76,10 @@ fn the_kernel_finds_the_machine_that_the_tree_describes() {
     for (part, line) in [
         ("the board", "Machine model: armlet,virt"),
         ("PSCI", "psci: PSCIv1."),
-        ("PSCI's conduit", "psci: probing for conduit method from DT."),
+        (
+            "PSCI's conduit",
+            "psci: probing for conduit method from DT.",
+        ),
         ("the timer", "arch_timer: cp15 timer(s) running at"),
         ("memory", "[mem 0x0000000040000000-0x000000004fffffff]"),
         ("the GIC", gic),
@@ -84,13 +87,22 @@ fn the_kernel_finds_the_machine_that_the_tree_describes() {
         ("the KASLR seed", "KASLR enabled"),
         ("the console", "9000000.serial: ttyAMA0 at MMIO 0x9000000"),
         ("the clock", "rtc-pl031 9010000.rtc: registered as rtc0"),
-        ("the power key's GPIO", "pl061_gpio 9030000.gpio: PL061 GPIO chip registered"),
+        (
+            "the power key's GPIO",
+            "pl061_gpio 9030000.gpio: PL061 GPIO chip registered",
+        ),
     ] {
         assert!(dmesg.contains(line), "{part}: no {line:?} in\n{dmesg}");
     }
     let total = dmesg
         .lines()
-        .find_map(|line| line.split_once("Memory: ")?.1.split_once("K/")?.1.split_once('K'))
+        .find_map(|line| {
+            line.split_once("Memory: ")?
+                .1
+                .split_once("K/")?
+                .1
+                .split_once('K')
+        })
         .map(|(total, _)| total);
     assert_eq!(total, Some("262144"), "KiB of memory in\n{dmesg}");
     println!("{}", section(&standard(rig).script, "interrupts"));
@@ -123,7 +135,12 @@ fn is_warning(line: &str) -> bool {
     // The levels are the lower three bits (Linux, include/linux/kern_levels.h).
     let severe = level.parse::<u32>().is_ok_and(|level| level & 7 <= 4);
     let about_tree = text.contains("OF: ") && !text.contains("No reserved-memory node in the DT");
-    let words = ["Firmware Bug", "Firmware Warn", "invalid interrupt", "not found in DT"];
+    let words = [
+        "Firmware Bug",
+        "Firmware Warn",
+        "invalid interrupt",
+        "not found in DT",
+    ];
     severe || about_tree || words.iter().any(|word| text.contains(word))
 }
 
@@ -137,9 +154,15 @@ fn dmesg_has_no_warning() {
 fn the_guest_sees_the_tree_that_was_dumped() {
     let Some(rig) = rig::any() else { return };
     let standard = standard(rig);
-    let text: String = section(&standard.script, "tree").split_whitespace().collect();
+    let text: String = section(&standard.script, "tree")
+        .split_whitespace()
+        .collect();
     let seen = from_base64(&text);
-    assert_eq!(&seen[..4], [0xd0, 0x0d, 0xfe, 0xed], "the tree's magic number");
+    assert_eq!(
+        &seen[..4],
+        [0xd0, 0x0d, 0xfe, 0xed],
+        "the tree's magic number"
+    );
     let seeds = |tree: &[u8]| {
         let mut tree = tree.to_vec();
         let seeds = take_seeds(&mut tree);
@@ -229,7 +252,10 @@ fn from_base64(text: &str) -> Vec<u8> {
 fn the_clock_tells_the_hosts_time() {
     let Some(rig) = rig::any() else { return };
     let standard = standard(rig);
-    let told: u64 = section(&standard.script, "clock").trim().parse().expect("seconds");
+    let told: u64 = section(&standard.script, "clock")
+        .trim()
+        .parse()
+        .expect("seconds");
     let age = standard.outcome.age.as_secs() + 2;
     let range = standard.ended - age..=standard.ended;
     assert!(range.contains(&told), "{told} is not in {range:?}");
@@ -241,8 +267,14 @@ fn an_access_to_nowhere_is_reported_and_the_guest_runs_on() {
     let standard = standard(rig);
     let errors = &standard.outcome.errors;
     println!("{errors}");
-    assert_eq!(section(&standard.script, "nowhere"), "0x00000000\n0x00000000");
-    let reports: Vec<&str> = errors.lines().filter(|line| line.contains("where nothing is")).collect();
+    assert_eq!(
+        section(&standard.script, "nowhere"),
+        "0x00000000\n0x00000000"
+    );
+    let reports: Vec<&str> = errors
+        .lines()
+        .filter(|line| line.contains("where nothing is"))
+        .collect();
     assert_eq!(reports.len(), 3, "{errors}");
     for (report, what) in reports.iter().zip([
         "read 4 bytes at 0xb000000,",
@@ -255,17 +287,24 @@ fn an_access_to_nowhere_is_reported_and_the_guest_runs_on() {
 }
 
 /// Boots `cpus` vCPUs and checks that all of them are online.
-fn all_online(rig: &Rig, cpus: usize, memory: &str) {
+fn all_online(rig: &Rig, cpus: usize, memory: &'static str) {
     let script = "
 echo '== cpus'; nproc; cat /sys/devices/system/cpu/online
 echo '== dmesg'; dmesg -r
 echo '== interrupts'; grep arch_timer /proc/interrupts
 echo '== end'";
-    let outcome = Armlet::script(rig, "Image", script).cpus(cpus).memory(memory).run();
+    let outcome = Armlet::script(rig, "Image", script)
+        .cpus(cpus)
+        .memory(memory)
+        .run();
     println!("{cpus} vCPUs: {:.1} s", outcome.age.as_secs_f32());
     let script = outcome.script();
     let wanted = format!("{cpus}\n0-{}", cpus - 1);
-    assert_eq!(section(&script, "cpus"), wanted, "nproc and the CPUs online");
+    assert_eq!(
+        section(&script, "cpus"),
+        wanted,
+        "nproc and the CPUs online"
+    );
     let dmesg = section(&script, "dmesg");
     assert!(
         dmesg.contains(&format!("SMP: Total of {cpus} processors activated.")),
@@ -274,7 +313,10 @@ echo '== end'";
     assert_no_warnings(dmesg);
     // Each CPU takes its own timer's interrupts.
     let counts: Vec<&str> = section(&script, "interrupts").split_whitespace().collect();
-    let silent = counts[1..=cpus].iter().filter(|count| **count == "0").count();
+    let silent = counts[1..=cpus]
+        .iter()
+        .filter(|count| **count == "0")
+        .count();
     assert_eq!(silent, 0, "CPUs without a timer interrupt: {counts:?}");
 }
 
@@ -294,7 +336,10 @@ fn eight_vcpus_are_online() {
 fn a_hundred_and_thirty_vcpus_are_online() {
     let Some(rig) = rig::main() else { return };
     if rig.facts.max_vcpus < 130 {
-        println!("skipped: this host has {} vCPUs at most", rig.facts.max_vcpus);
+        println!(
+            "skipped: this host has {} vCPUs at most",
+            rig.facts.max_vcpus
+        );
         return;
     }
     all_online(rig, 130, "512M");
@@ -307,7 +352,10 @@ fn debians_6_1_boots() {
 echo '== release'; uname -r
 echo '== dmesg'; dmesg -r
 echo '== end'";
-    let outcome = Armlet::script(rig, "Image-6.1", script).cpus(2).memory("512M").run();
+    let outcome = Armlet::script(rig, "Image-6.1", script)
+        .cpus(2)
+        .memory("512M")
+        .run();
     println!("{:.1} s", outcome.age.as_secs_f32());
     let script = outcome.script();
     assert!(section(&script, "release").starts_with("6.1."), "{script}");
@@ -322,7 +370,10 @@ fn a_kernel_with_16_kib_pages_boots_or_is_refused() {
 echo '== smaps'; grep -m 1 KernelPageSize /proc/self/smaps
 echo '== dmesg'; cat /tmp/d
 echo '== end'";
-        let outcome = Armlet::script(rig, "Image-16k", script).cpus(2).memory("512M").run();
+        let outcome = Armlet::script(rig, "Image-16k", script)
+            .cpus(2)
+            .memory("512M")
+            .run();
         println!("{:.1} s", outcome.age.as_secs_f32());
         let script = outcome.script();
         let page: Vec<&str> = section(&script, "smaps").split_whitespace().collect();
@@ -330,7 +381,9 @@ echo '== end'";
         assert_no_warnings(section(&script, "dmesg"));
         return;
     }
-    let outcome = Armlet::debian(rig, "Image-16k", "poweroff").memory("512M").run();
+    let outcome = Armlet::debian(rig, "Image-16k", "poweroff")
+        .memory("512M")
+        .run();
     outcome.assert_status(3);
     println!("{}", outcome.errors);
     let wanted = "the kernel uses 16K pages, which this host's CPUs cannot translate for a guest (they offer 4K, 64K)";

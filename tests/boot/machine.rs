@@ -19,7 +19,11 @@ fn each_vcpu_has_a_thread_of_its_name() {
     println!("{names:?}");
     for index in 0..cpus {
         let name = format!("vcpu{index}");
-        assert_eq!(names.iter().filter(|n| **n == name).count(), 1, "{name} in {names:?}");
+        assert_eq!(
+            names.iter().filter(|n| **n == name).count(),
+            1,
+            "{name} in {names:?}"
+        );
     }
     guest.signal(Signal::INT);
     guest.end().assert_status(6);
@@ -53,7 +57,9 @@ impl Drop for Policy {
 /// KiB of a process's memory in huge pages.
 fn huge_kib(pid: u32) -> u64 {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("a process's memory");
-    let sizes = maps.lines().filter_map(|line| line.strip_prefix("AnonHugePages:"));
+    let sizes = maps
+        .lines()
+        .filter_map(|line| line.strip_prefix("AnonHugePages:"));
     let kib = sizes.filter_map(|size| size.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     kib.sum()
 }
@@ -64,7 +70,7 @@ fn guest_memory_is_in_huge_pages_under_both_policies() {
     let image = fs::read(rig.asset("Image")).expect("a kernel");
     let kernel = u64::from_le_bytes(image[16..24].try_into().expect("image_size"));
     for policy in ["always", "madvise"] {
-        let armlet = Armlet::debian(rig, "Image", "hold").memory("256M").alone();
+        let armlet = Armlet::debian(rig, "Image", "hold").alone();
         let Some(_policy) = Policy::set(policy) else {
             println!("skipped: this user cannot set {}", Policy::PATH);
             return;
@@ -72,7 +78,10 @@ fn guest_memory_is_in_huge_pages_under_both_policies() {
         let mut guest = armlet.start();
         guest.expect(MARKER);
         let huge = huge_kib(guest.pid());
-        println!("{policy}: {huge} KiB in huge pages; the kernel takes {} KiB", kernel >> 10);
+        println!(
+            "{policy}: {huge} KiB in huge pages; the kernel takes {} KiB",
+            kernel >> 10
+        );
         assert!(huge << 10 >= kernel, "{policy}: {huge} KiB in huge pages");
         guest.signal(Signal::INT);
         guest.end().assert_status(6);

@@ -99,15 +99,26 @@ fn probe() -> Value {
 impl Facts {
     fn of(report: &Value) -> Facts {
         let all = report["facts"].clone();
-        let number = |key: &str| all[key].as_u64().unwrap_or_else(|| panic!("no {key} in {all}"));
-        let list = |key: &str| all[key].as_array().unwrap_or_else(|| panic!("no {key} in {all}"));
+        let number = |key: &str| {
+            all[key]
+                .as_u64()
+                .unwrap_or_else(|| panic!("no {key} in {all}"))
+        };
+        let list = |key: &str| {
+            all[key]
+                .as_array()
+                .unwrap_or_else(|| panic!("no {key} in {all}"))
+        };
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         Facts {
             ipa_limit: u8::try_from(number("ipa_limit")).expect("a number of bits"),
             page_size: number("page_size"),
             gics: list("gic").iter().map(text).collect(),
             max_vcpus: number("max_vcpus"),
-            guest_pages: list("guest_pages").iter().filter_map(Value::as_u64).collect(),
+            guest_pages: list("guest_pages")
+                .iter()
+                .filter_map(Value::as_u64)
+                .collect(),
             memory: number("memory_bytes"),
             all,
         }
@@ -177,8 +188,15 @@ fn the_probe_finds_what_the_rig_emulates() {
         "cortex-a72" | "cortex-a57" => 44,
         _ => 40,
     };
-    assert_eq!(facts.ipa_limit, limit, "IPA limit of {cpu} on Linux {kernel}");
-    let page = if kernel.contains("16k") { 0x4000 } else { 0x1000 };
+    assert_eq!(
+        facts.ipa_limit, limit,
+        "IPA limit of {cpu} on Linux {kernel}"
+    );
+    let page = if kernel.contains("16k") {
+        0x4000
+    } else {
+        0x1000
+    };
     assert_eq!(facts.page_size, page, "page size of Linux {kernel}");
     assert_eq!(facts.gics, [gic.as_str()], "GIC versions");
     assert_eq!(facts.all["its"], gic == "3", "ITS");

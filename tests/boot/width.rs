@@ -33,9 +33,13 @@ impl Trace {
         let trace = fs::read_to_string(self.folder.join("trace")).expect("a trace");
         // "armlet-123 [000] ..... 12.34: sys_ioctl(fd: 3, cmd: ae01, arg: 20)"
         let task = format!("-{pid} ");
-        let line = trace.lines().rfind(|line| line.contains(&task) && line.contains("cmd: ae01"));
+        let line = trace
+            .lines()
+            .rfind(|line| line.contains(&task) && line.contains("cmd: ae01"));
         let line = line.unwrap_or_else(|| panic!("no VM of {pid} in the trace:\n{trace}"));
-        let arg = line.split_once("arg: ").and_then(|(_, arg)| arg.strip_suffix(')'));
+        let arg = line
+            .split_once("arg: ")
+            .and_then(|(_, arg)| arg.strip_suffix(')'));
         let kind = u64::from_str_radix(arg.expect("an argument"), 16).expect("a number");
         // The lowest eight bits of a VM's type (KVM_VM_TYPE_ARM_IPA_SIZE_MASK).
         kind & 0xff
@@ -44,7 +48,10 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        let _ = fs::write(self.folder.join("events/syscalls/sys_enter_ioctl/enable"), "0");
+        let _ = fs::write(
+            self.folder.join("events/syscalls/sys_enter_ioctl/enable"),
+            "0",
+        );
         let _ = fs::remove_dir(&self.folder);
     }
 }
@@ -62,7 +69,11 @@ fn assert_bits(armlet: Armlet, bits: u8) -> Outcome {
     let said = format!("armlet: {bits} IPA bits for ");
     assert!(outcome.errors.contains(&said), "{}", outcome.errors);
     match trace {
-        Some(trace) => assert_eq!(trace.bits(pid), u64::from(bits), "bits that KVM was asked for"),
+        Some(trace) => assert_eq!(
+            trace.bits(pid),
+            u64::from(bits),
+            "bits that KVM was asked for"
+        ),
         None => println!("KVM cannot be asked here: no tracefs"),
     }
     outcome
@@ -103,7 +114,9 @@ fn the_hosts_limit_is_the_most_that_can_be_asked_for() {
     if limit < 52 {
         let outcome = exact(52).run();
         outcome.assert_status(3);
-        let wanted = format!("armlet: --ipa-bits 52: this host offers 32 to {limit} bits; use --ipa-bits fit\n");
+        let wanted = format!(
+            "armlet: --ipa-bits 52: this host offers 32 to {limit} bits; use --ipa-bits fit\n"
+        );
         assert_eq!(outcome.errors, wanted);
     }
     let outcome = exact(53).run();
@@ -133,7 +146,10 @@ echo '== end'";
 /// MemTotal of `/proc/meminfo` in MiB.
 fn total_mib(script: &str) -> u64 {
     let line = section(script, "memory");
-    let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+    let kib = line
+        .split_whitespace()
+        .nth(1)
+        .and_then(|kib| kib.parse::<u64>().ok());
     kib.expect("MemTotal") >> 10
 }
 
@@ -149,7 +165,9 @@ head -c 50000000 /dev/zero >/tmp/file
 echo '== zone'; grep -A 20 'zone *Normal' /proc/zoneinfo
 echo '== dmesg'; dmesg
 echo '== end'";
-    let armlet = Armlet::script(rig, "Image", script).option("--board", HIGHBANK);
+    let armlet = Armlet::script(rig, "Image", script)
+        .option("--board", HIGHBANK)
+        .memory("1536M");
     let outcome = assert_bits(armlet, 49);
     let script = outcome.script();
     let iomem = section(&script, "iomem");
@@ -160,7 +178,10 @@ echo '== end'";
     let zone = section(&script, "zone");
     let pages = |name: &str| {
         let words: Vec<&str> = zone.split_whitespace().collect();
-        let at = words.iter().position(|word| *word == name).expect("a number of pages");
+        let at = words
+            .iter()
+            .position(|word| *word == name)
+            .expect("a number of pages");
         words[at + 1].parse::<u64>().expect("a number of pages")
     };
     let (free, managed) = (pages("free"), pages("managed"));
@@ -173,6 +194,7 @@ fn refuses_the_high_bank(rig: &Rig) {
     let limit = rig.facts.ipa_limit;
     let outcome = Armlet::debian(rig, "Image", "poweroff")
         .option("--board", HIGHBANK)
+        .memory("1536M")
         .run();
     outcome.assert_status(3);
     println!("{}", outcome.errors);

@@ -62,7 +62,7 @@ impl Boot {
         let memory_mib = host::mebibytes(&self.memory).context("--memory")?;
         let terminal_wanted = self.script.is_none();
         let store = Store::open()?;
-        let armlet = build_armlet(self.release)?;
+        let armlet = build("armlet", self.release)?;
         let folder = assets::prepare(&store, Choice::Standard)?;
         let initrd = self.initrd(&folder)?;
 
@@ -187,39 +187,32 @@ impl Boot {
     }
 }
 
-/// Builds armlet for ARM64 and gives its path.
-fn build_armlet(release: bool) -> Result<PathBuf> {
+/// Builds a program of ours, which is its package's name too, for ARM64 and gives its path.
+pub(crate) fn build(program: &str, release: bool) -> Result<PathBuf> {
     let toolchain = toolchain::arm64()?;
-    say(&format!("building armlet for {}", toolchain.target));
+    say(&format!("building {program} for {}", toolchain.target));
     let started = Instant::now();
     let mut cargo = crate::cargo();
-    cargo.args([
-        "build",
-        "--package",
-        "armlet",
-        "--bin",
-        "armlet",
-        "--target",
-        &toolchain.target,
-    ]);
+    cargo.args(["build", "--package", program, "--bin", program]);
+    cargo.args(["--target", &toolchain.target]);
     cargo.args(&toolchain.args).envs(toolchain.env);
     if release {
         cargo.arg("--release");
     }
     let status = cargo.status().context("cannot run cargo")?;
-    ensure!(status.success(), "armlet does not build");
+    ensure!(status.success(), "{program} does not build");
     say(&format!(
         "built in {:.1} s",
         started.elapsed().as_secs_f32()
     ));
 
     let profile = if release { "release" } else { "debug" };
-    let armlet = crate::target_folder()?
+    let built = crate::target_folder()?
         .join(&toolchain.target)
         .join(profile)
-        .join("armlet");
-    ensure!(armlet.is_file(), "cargo built no {armlet:?}");
-    Ok(armlet)
+        .join(program);
+    ensure!(built.is_file(), "cargo built no {built:?}");
+    Ok(built)
 }
 
 /// Standard output: all of the guest's console, or what its script prints.

@@ -1,16 +1,23 @@
-//! What a developer of armlet runs: `cargo xtask boot`, `cargo xtask test` and what they rest on.
+//! What a developer of armlet runs: `cargo xtask boot`, `test`, `bench`, and what they
+//! rest on.
 
 mod assets;
+mod bench;
 mod boot;
 mod check;
+mod elf;
+mod figures;
 mod host;
 mod initramfs;
 mod marker;
+mod measure;
 mod packages;
+mod procfs;
 mod progress;
 mod runner;
 mod terminal;
 mod toolchain;
+mod trace;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -21,6 +28,7 @@ use argh::FromArgs;
 
 use crate::assets::Choice;
 use crate::host::{Ended, HostSpec, Job};
+use crate::measure::Measure;
 use crate::packages::Store;
 use crate::progress::say;
 use crate::terminal::RawTerminal;
@@ -37,6 +45,7 @@ struct Arguments {
 enum Task {
     Boot(boot::Boot),
     Test(check::Test),
+    Bench(bench::Bench),
     Runner(Runner),
     Setup(Setup),
     Host(Host),
@@ -74,14 +83,7 @@ struct Host {
 }
 
 fn main() -> ExitCode {
-    let status = match arguments().task {
-        Task::Boot(boot) => boot.run(),
-        Task::Test(test) => test.run(),
-        Task::Runner(runner) => runner.run(),
-        Task::Setup(setup) => setup.run(),
-        Task::Host(host) => host.run(),
-    };
-    match status {
+    match run() {
         Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
         Err(error) => {
             say(&format!("error: {error:#}"));
@@ -90,19 +92,29 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line, or the end of the program with help or an error.
-fn arguments() -> Arguments {
-    let mut words = std::env::args().skip(1);
-    // The options after `runner` are the program's: none of them is ours to parse.
-    if words.next().as_deref() == Some("runner") {
-        let command = words.collect::<Vec<_>>();
-        if command.first().is_some_and(|word| !word.starts_with('-')) {
-            return Arguments {
-                task: Task::Runner(Runner { command }),
-            };
+/// Does what the command line says and gives the exit status.
+fn run() -> Result<i32> {
+    let words = std::env::args().skip(1).collect::<Vec<_>>();
+    match words.split_first() {
+        // The options after `runner` are the program's: none of them is ours to parse.
+        Some((task, command))
+            if task == "runner" && !command.first().is_none_or(|word| word.starts_with('-')) =>
+        {
+            let command = command.to_vec();
+            return Runner { command }.run();
         }
+        // Not for people, so the help does not tell of it.
+        Some((task, rest)) if task == "measure" => return Measure::from_words(rest)?.run(),
+        _ => {}
     }
-    argh::from_env()
+    match argh::from_env::<Arguments>().task {
+        Task::Boot(boot) => boot.run(),
+        Task::Test(test) => test.run(),
+        Task::Bench(bench) => bench.run(),
+        Task::Runner(runner) => runner.run(),
+        Task::Setup(setup) => setup.run(),
+        Task::Host(host) => host.run(),
+    }
 }
 
 impl Runner {

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use argh::FromArgs;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
@@ -109,7 +109,9 @@ impl Pass {
 
     fn from_name(name: &str) -> Result<Self> {
         let found = Self::ALL.iter().find(|pass| pass.0 == name);
-        Ok(found.with_context(|| format!("there is no pass {name:?}"))?.1)
+        Ok(found
+            .with_context(|| format!("there is no pass {name:?}"))?
+            .1)
     }
 
     /// The guest's command line, apart from its console.
@@ -123,16 +125,27 @@ impl Pass {
 }
 
 impl Measure {
+    /// Reads the command line after `measure`.
+    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
+        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+        Self::from_args(&["xtask measure"], &words).map_err(|exit| anyhow!("{}", exit.output))
+    }
+
     /// Measures, and prints a line for the host and one for each VM.
     pub(crate) fn run(&self) -> Result<i32> {
-        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let release = rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned();
         print(&json!({"page_size": rustix::param::page_size(), "release": release}))?;
+        let command = self.command.iter().skip_while(|word| *word == "--");
+        ensure!(command.count() > 0, "no VMM was given");
         for name in self.passes.split(',') {
             let pass = Pass::from_name(name)?;
             for run in 0..=self.runs {
                 let values = self.measure(pass).with_context(|| format!("pass {name}"))?;
                 if run > 0 {
-                    print(&json!({"pass": name, "run": run, "values": values}))?;
+                    print(&json!({"pass": name, "run": run, "values": values.0}))?;
                 }
             }
         }
@@ -164,7 +177,8 @@ impl Measure {
                 .replace("{initrd}", &initrd)
                 .replace("{cmdline}", cmdline)
         };
-        self.command.iter().map(fill).collect()
+        let words = self.command.iter().skip_while(|word| *word == "--");
+        words.map(fill).collect()
     }
 
     /// Reads that the VMM does before it enters the guest. One that reads with several threads
@@ -184,7 +198,7 @@ impl Measure {
         let mut vm = Vm::start(command)?;
         let pid = vm.child.id();
         vm.until_marker(None, &mut |_| {})?;
-        vm.to_end()?;
+        vm.until_end()?;
         let text = trace.text()?;
 
         let before = before_entry(trace::events(&text).filter(|event| event.pid >= pid));
@@ -197,7 +211,10 @@ impl Measure {
         let length = |path: &Path| fs::metadata(path).map(|about| about.len());
         let mut values = Values::default();
         values.add("reading_ms", millis(trace::covered(&reads)));
-        values.add("reading_bytes", reads.iter().map(|read| read.bytes).sum::<u64>());
+        values.add(
+            "reading_bytes",
+            reads.iter().map(|read| read.bytes).sum::<u64>(),
+        );
         // Which of the files was read is known by the number of bytes only.
         for (name, path) in [("kernel", &self.kernel), ("initrd", &self.initrd)] {
             let length = length(path).with_context(|| format!("cannot examine {path:?}"))?;
@@ -222,12 +239,6 @@ struct Values(Map<String, Value>);
 impl Values {
     fn add(&mut self, name: &str, value: impl Into<Value>) {
         self.0.insert(name.to_owned(), value.into());
-    }
-}
-
-impl From<Values> for Value {
-    fn from(values: Values) -> Self {
-        Self::Object(values.0)
     }
 }
 
@@ -276,33 +287,51 @@ impl Vm {
                 look(self.child.id());
                 continue;
             }
-            let length = self.console.read(&mut buffer).context("cannot read the console")?;
+            let length = self
+                .console
+                .read(&mut buffer)
+                .context("cannot read the console")?;
             let time = self.started.elapsed();
-            ensure!(length > 0, "the VMM ended before the marker: {}", self.said());
+            ensure!(
+                length > 0,
+                "the VMM ended before the marker: {}",
+                self.said()
+            );
             let from = self.output.len().saturating_sub(MARKER.len());
             self.output.extend_from_slice(&buffer[..length]);
-            if self.output[from..].windows(MARKER.len()).any(|window| window == MARKER) {
+            if self.output[from..]
+                .windows(MARKER.len())
+                .any(|window| window == MARKER)
+            {
                 return Ok(time);
             }
         }
     }
 
     /// Waits for the VMM to end by itself and gives the time since the start.
-    fn to_end(&mut self) -> Result<Duration> {
+    fn until_end(&mut self) -> Result<Duration> {
         let timeout = Timespec::try_from(LIMIT).context("a long period")?;
         let mut buffer = [0; 1 << 16];
         loop {
             let mut console = [PollFd::new(&self.console, PollFlags::IN)];
             let ready = poll(&mut console, Some(&timeout)).context("cannot wait for the VMM")?;
             ensure!(ready > 0, "it does not end: {}", self.said());
-            match self.console.read(&mut buffer).context("cannot read the console")? {
+            match self
+                .console
+                .read(&mut buffer)
+                .context("cannot read the console")?
+            {
                 0 => break,
                 length => self.output.extend_from_slice(&buffer[..length]),
             }
         }
         let status = self.child.wait().context("cannot wait for the VMM")?;
         let time = self.started.elapsed();
-        ensure!(status.success(), "the VMM ended with {status}: {}", self.said());
+        ensure!(
+            status.success(),
+            "the VMM ended with {status}: {}",
+            self.said()
+        );
         Ok(time)
     }
 
@@ -329,7 +358,7 @@ fn timing(command: &[String]) -> Result<Values> {
     let mut vm = Vm::start(command)?;
     let marker = vm.until_marker(None, &mut |_| {})?;
     let bytes = vm.output.len();
-    let end = vm.to_end()?;
+    let end = vm.until_end()?;
     let text = trace.text()?;
 
     let mut events = trace::events(&text);
@@ -356,7 +385,7 @@ fn marker(command: &[String]) -> Result<Values> {
     let exits = trace.counts("kvm/kvm_userspace_exit")?;
     let mappings = Mappings::of(vm.child.id())?;
     let threads = procfs::threads(vm.child.id())?;
-    vm.to_end()?;
+    vm.until_end()?;
 
     let mut values = Values::default();
     values.add("user_exits", exits.values().sum::<u64>());
@@ -370,7 +399,10 @@ fn marker(command: &[String]) -> Result<Values> {
     values.add("vmm_anon_kib", mappings.vmm.anonymous);
     values.add("guest_rss_kib", mappings.guest.resident);
     values.add("threads", threads.len());
-    let mut names = threads.into_iter().map(|thread| thread.name).collect::<Vec<_>>();
+    let mut names = threads
+        .into_iter()
+        .map(|thread| thread.name)
+        .collect::<Vec<_>>();
     names.sort();
     values.add("thread_names", names.join(" "));
     Ok(values)
@@ -387,7 +419,7 @@ fn peak(command: &[String]) -> Result<Values> {
             looks += 1;
         }
     })?;
-    vm.to_end()?;
+    vm.until_end()?;
     let mut values = Values::default();
     values.add("vmm_peak_kib", most);
     values.add("looks", looks);
@@ -403,10 +435,13 @@ fn calls(command: &[String]) -> Result<Values> {
     let mut vm = Vm::start(command)?;
     let pid = vm.child.id();
     vm.until_marker(None, &mut |_| {})?;
-    vm.to_end()?;
+    vm.until_end()?;
     let text = trace.text()?;
     let before = before_entry(trace::events(&text).filter(|event| event.pid >= pid));
-    let calls = before.iter().filter(|event| event.body.starts_with("sys_enter:")).count();
+    let calls = before
+        .iter()
+        .filter(|event| event.body.starts_with("sys_enter:"))
+        .count();
     let mut values = Values::default();
     values.add("calls_before_entry", calls);
     Ok(values)
@@ -417,12 +452,15 @@ fn verbose(command: &[String]) -> Result<Values> {
     let marker = vm.until_marker(None, &mut |_| {})?;
     let statistics = statistics();
     let bytes = vm.output.len();
-    vm.to_end()?;
+    vm.until_end()?;
     let mut values = Values::default();
     values.add("verbose_marker_ms", marker.as_secs_f64() * 1e3);
     values.add("verbose_bytes", bytes);
     for name in ["exits", "mmio_exit_user"] {
-        values.add(&format!("verbose_{name}"), statistics.get(name).copied().unwrap_or(0));
+        values.add(
+            &format!("verbose_{name}"),
+            statistics.get(name).copied().unwrap_or(0),
+        );
     }
     Ok(values)
 }
@@ -437,7 +475,7 @@ fn host_time(command: &[String]) -> Result<Values> {
     let marker = vm.until_marker(None, &mut |_| {})?;
     trace.stop()?;
     let bytes = vm.output.len();
-    vm.to_end()?;
+    vm.until_end()?;
     let text = trace.text()?;
 
     let (mut micros, mut events) = (0, 0_u64);
@@ -445,7 +483,9 @@ fn host_time(command: &[String]) -> Result<Values> {
     for event in trace::events(&text) {
         events += 1;
         if event.body.starts_with("kvm_entry") {
-            micros += left.remove(&event.pid).map_or(0, |exit| event.micros - exit);
+            micros += left
+                .remove(&event.pid)
+                .map_or(0, |exit| event.micros - exit);
         } else if !event.body.contains("(WFx)") {
             left.insert(event.pid, event.micros);
         }
@@ -502,7 +542,7 @@ fn huge_pages(command: &[String], policy: &str) -> Result<Values> {
         let statistics = statistics();
         let faults = trace.counts("kvm/kvm_guest_fault")?;
         let mappings = Mappings::of(vm.child.id())?;
-        vm.to_end()?;
+        vm.until_end()?;
         let mut values = Values::default();
         values.add("marker_ms", marker.as_secs_f64() * 1e3);
         values.add("exits", statistics.get("exits").copied().unwrap_or(0));
@@ -543,5 +583,7 @@ fn millis(micros: u64) -> f64 {
 
 fn print(line: &Value) -> Result<()> {
     let mut out = std::io::stdout();
-    writeln!(out, "{line}").and_then(|()| out.flush()).context("cannot write standard output")
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .context("cannot write standard output")
 }

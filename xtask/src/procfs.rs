@@ -45,7 +45,11 @@ impl Mappings {
                 is_guest = size >> 10 >= GUEST_KIB;
                 continue;
             }
-            let memory = if is_guest { &mut all.guest } else { &mut all.vmm };
+            let memory = if is_guest {
+                &mut all.guest
+            } else {
+                &mut all.vmm
+            };
             let sum = match first {
                 "Rss:" => &mut memory.resident,
                 "Anonymous:" => &mut memory.anonymous,
@@ -88,13 +92,22 @@ pub(crate) fn threads(pid: u32) -> Result<Vec<Thread>> {
     let folder = format!("/proc/{pid}/task");
     let mut threads = Vec::new();
     for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))? {
-        let path = entry.with_context(|| format!("cannot list {folder}"))?.path();
+        let path = entry
+            .with_context(|| format!("cannot list {folder}"))?
+            .path();
         let read = |file| fs::read_to_string(path.join(file)).unwrap_or_default();
-        let id = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let id = path
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
         let status = read("status");
-        let switches = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches"));
+        let switches = status
+            .lines()
+            .find(|line| line.starts_with("voluntary_ctxt_switches"));
         let schedstat = read("schedstat");
-        let nanos = schedstat.split(' ').next().and_then(|nanos| nanos.parse().ok());
+        let nanos = schedstat
+            .split(' ')
+            .next()
+            .and_then(|nanos| nanos.parse().ok());
         threads.push(Thread {
             id: id.with_context(|| format!("{path:?} is no thread"))?,
             name: read("comm").trim().replace(' ', "_"),
@@ -118,8 +131,16 @@ mod tests {
             Anonymous:   4096 kB\nAnonHugePages:   2048 kB\n\
             ffff90000000-ffff90001000 rw-p 00000000 00:00 0 [stack]\nRss:  4 kB\nAnonymous: 4 kB\n";
         let mappings = Mappings::parse(text);
-        let guest = Memory { resident: 4096, anonymous: 4096, huge: 2048 };
-        let vmm = Memory { resident: 12, anonymous: 8, huge: 0 };
+        let guest = Memory {
+            resident: 4096,
+            anonymous: 4096,
+            huge: 2048,
+        };
+        let vmm = Memory {
+            resident: 12,
+            anonymous: 8,
+            huge: 0,
+        };
         assert_eq!(mappings, Mappings { guest, vmm });
     }
 

@@ -11,7 +11,7 @@ const ROOT: &str = "/sys/kernel/tracing";
 #[derive(Debug)]
 pub(crate) struct Trace {
     /// The files written to and what switches that off, in the order in which they were written.
-    undo: Vec<(String, &'static str)>,
+    undo: Vec<(String, String)>,
 }
 
 impl Trace {
@@ -38,16 +38,18 @@ impl Trace {
 
     /// Records entries into a guest until the first exit.
     pub(crate) fn first_entry(&mut self) -> Result<()> {
-        // The limit of one would outlast its trigger, were that not written anew every time.
-        let trigger = "disable_event:kvm:kvm_entry:1";
-        self.write("events/kvm/kvm_exit/trigger".to_owned(), trigger, "")?;
+        self.trigger("kvm/kvm_exit", "disable_event:kvm:kvm_entry:1")?;
         self.event("kvm/kvm_entry")
     }
 
     /// Counts events called `name` by `key`, without recording any.
     pub(crate) fn histogram(&mut self, name: &str, key: &str) -> Result<()> {
+        self.trigger(name, &format!("hist:keys={key}"))
+    }
+
+    fn trigger(&mut self, name: &str, trigger: &str) -> Result<()> {
         let file = format!("events/{name}/trigger");
-        self.write(file, &format!("hist:keys={key}"), "")
+        self.write(file, trigger, &format!("!{trigger}"))
     }
 
     /// What a histogram has counted.
@@ -71,16 +73,16 @@ impl Trace {
         read("trace")
     }
 
-    fn write(&mut self, file: String, value: &str, undo: &'static str) -> Result<()> {
+    fn write(&mut self, file: String, value: &str, undo: &str) -> Result<()> {
         write(&file, value)?;
-        self.undo.push((file, undo));
+        self.undo.push((file, undo.to_owned()));
         Ok(())
     }
 }
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        // Opening a file of triggers to write it anew clears it, whatever is written.
+        // What fails here makes the next trace fail, and that says so.
         for (file, value) in self.undo.iter().rev() {
             let _ = write(file, value);
         }
@@ -183,7 +185,10 @@ pub(crate) fn reads(events: &[Event<'_>], least: u64) -> Vec<FileRead> {
 
 /// Microseconds during which at least one of `reads` was under way.
 pub(crate) fn covered(reads: &[FileRead]) -> u64 {
-    let mut spans = reads.iter().map(|read| (read.start, read.end)).collect::<Vec<_>>();
+    let mut spans = reads
+        .iter()
+        .map(|read| (read.start, read.end))
+        .collect::<Vec<_>>();
     spans.sort_unstable();
     let (mut total, mut until) = (0, 0);
     for (start, end) in spans {
@@ -231,8 +236,16 @@ mod tests {
     fn reads_that_overlap_count_once() {
         let line = |pid: u32, micros: u64, body| Event { pid, micros, body };
         let events = [
-            line(7, 10, "sys_pread64(fd: 3, buf: ffff, count: 100000, pos: 0)"),
-            line(8, 12, "sys_pread64(fd: 3, buf: ffff, count: 100000, pos: 100000)"),
+            line(
+                7,
+                10,
+                "sys_pread64(fd: 3, buf: ffff, count: 100000, pos: 0)",
+            ),
+            line(
+                8,
+                12,
+                "sys_pread64(fd: 3, buf: ffff, count: 100000, pos: 100000)",
+            ),
             line(7, 20, "sys_pread64 -> 0x100000"),
             line(8, 25, "sys_pread64 -> 0x100000"),
             line(7, 26, "sys_read(fd: 4, buf: ffff, count: 40)"),

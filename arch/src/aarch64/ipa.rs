@@ -2,69 +2,23 @@
 
 use super::Host;
 use crate::plan::PlanError;
-use crate::width::{MIN_BITS, Region, Width, WidthPolicy};
+use crate::width::{Offer, Region, Width, WidthPolicy};
 
 /// The width of a VM on a KVM that cannot be asked for one (KVM_PHYS_SHIFT).
 pub const LEGACY_BITS: u8 = 40;
 
-/// Chooses the width for a machine whose highest address lies in `highest`. The advice in an
-/// error about the fit is left empty: [`crate::plan()`] knows what would fit.
 pub(super) fn width(
     highest: &Region,
     policy: WidthPolicy,
     host: &Host,
 ) -> Result<Width, PlanError> {
-    let need = highest.range.bits().max(MIN_BITS);
-    let limit = host.ipa_limit.unwrap_or(LEGACY_BITS);
-    let fixed = host.ipa_limit.is_none();
-    if let WidthPolicy::Exact(asked) = policy
-        && (asked > limit || asked < MIN_BITS || (fixed && asked != limit))
-    {
-        return Err(PlanError::WidthNotOffered {
-            asked,
-            offered: match fixed {
-                true => format!(
-                    "{LEGACY_BITS} bits and no other number (its KVM is older than Linux 4.20)"
-                ),
-                false => format!("{MIN_BITS} to {limit} bits"),
-            },
-        });
+    Offer {
+        limit: host.ipa_limit.unwrap_or(LEGACY_BITS),
+        fixed: host.ipa_limit.is_none(),
+        page: host.page_size,
+        levels: stage2_levels,
     }
-    if need > limit {
-        return Err(PlanError::TooWide {
-            name: highest.name.clone(),
-            last: highest.range.last(),
-            need,
-            limit,
-            fixed,
-            advice: String::new(),
-        });
-    }
-    let bits = match policy {
-        _ if fixed => limit,
-        WidthPolicy::Fit => need,
-        WidthPolicy::Max => limit,
-        WidthPolicy::Exact(asked) if asked < need => {
-            return Err(PlanError::TooNarrow {
-                asked,
-                name: highest.name.clone(),
-                last: highest.range.last(),
-                need,
-                advice: String::new(),
-            });
-        }
-        WidthPolicy::Exact(asked) => asked,
-    };
-    Ok(Width {
-        bits,
-        need,
-        highest: highest.clone(),
-        limit,
-        fixed,
-        levels: stage2_levels(bits, host.page_size),
-        levels_at_limit: stage2_levels(limit, host.page_size),
-        host_page: host.page_size,
-    })
+    .choose(highest, policy)
 }
 
 /// Levels of stage-2 translation for `bits` address bits on pages of `page_size` bytes: up to 16

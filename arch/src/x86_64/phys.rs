@@ -2,62 +2,23 @@
 
 use super::Host;
 use crate::plan::PlanError;
-use crate::width::{MIN_BITS, Region, Width, WidthPolicy};
+use crate::width::{Offer, Region, Width, WidthPolicy};
 
 /// Bytes of a page, and the granule of EPT and NPT.
 const PAGE: u64 = 0x1000;
 
-/// Chooses the width for a machine whose highest address lies in `highest`. The advice in an
-/// error about the fit is left empty: [`crate::plan()`] knows what would fit.
 pub(super) fn width(
     highest: &Region,
     policy: WidthPolicy,
     host: &Host,
 ) -> Result<Width, PlanError> {
-    let need = highest.range.bits().max(MIN_BITS);
-    let limit = host.phys_bits;
-    if let WidthPolicy::Exact(asked) = policy
-        && !(MIN_BITS..=limit).contains(&asked)
-    {
-        return Err(PlanError::WidthNotOffered {
-            asked,
-            offered: format!("{MIN_BITS} to {limit} bits"),
-        });
-    }
-    if need > limit {
-        return Err(PlanError::TooWide {
-            name: highest.name.clone(),
-            last: highest.range.last(),
-            need,
-            limit,
-            fixed: false,
-            advice: String::new(),
-        });
-    }
-    let bits = match policy {
-        WidthPolicy::Fit => need,
-        WidthPolicy::Max => limit,
-        WidthPolicy::Exact(asked) if asked < need => {
-            return Err(PlanError::TooNarrow {
-                asked,
-                name: highest.name.clone(),
-                last: highest.range.last(),
-                need,
-                advice: String::new(),
-            });
-        }
-        WidthPolicy::Exact(asked) => asked,
-    };
-    Ok(Width {
-        bits,
-        need,
-        highest: highest.clone(),
-        limit,
+    Offer {
+        limit: host.phys_bits,
         fixed: false,
-        levels: tdp_levels(bits),
-        levels_at_limit: tdp_levels(limit),
-        host_page: PAGE,
-    })
+        page: PAGE,
+        levels: |bits, _| tdp_levels(bits),
+    }
+    .choose(highest, policy)
 }
 
 /// Levels of EPT for a guest that is told `bits` address bits: KVM takes a fifth only where it is
@@ -72,6 +33,7 @@ pub const fn tdp_levels(bits: u8) -> u8 {
 mod tests {
     use super::*;
     use crate::Range;
+    use crate::width::MIN_BITS;
     use proptest::prelude::*;
 
     fn ending_at(end: u64) -> Region {

@@ -1046,7 +1046,8 @@ proptest! {
             linux.does(&mut bench, &step);
         }
         while !bench.input.waiting.is_empty() {
-            prop_assert!(bench.uart.wanted() > 0);
+            // A full FIFO is no dead end as long as the guest is told of it.
+            prop_assert!(bench.uart.wanted() > 0 || bench.line.is_high());
             for step in [Step::Wait(usize::MAX), Step::Interrupt] {
                 linux.does(&mut bench, &step);
             }
