@@ -303,8 +303,9 @@ fn names_in_help(help: &str) -> Vec<&str> {
     help.lines()
         .filter_map(|line| {
             let line = line.strip_prefix("  ")?;
-            let name = line.split_whitespace().find(|word| word.starts_with("--"));
-            match name {
+            let mut words = line.split_whitespace();
+            let name = words.find(|word| word.starts_with("--"));
+            match name.map(|name| name.trim_end_matches(',')) {
                 Some(name) if line.starts_with('-') => Some(name),
                 _ => None,
             }

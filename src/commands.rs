@@ -60,10 +60,13 @@ fn run(args: &RunArgs) -> Result<Status> {
             .fault(Status::Usage);
         }
     };
+    if machine.kernel.is_none() {
+        return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
+    }
     let board = config::board(&machine)?;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
-            "board '{}' is for {} guests, this armlet runs {} guests; 'armlet plan' works here",
+            "board '{}' is for {} guests, this is an {} host; 'armlet plan' works here",
             board.name,
             board.arch,
             HostArch::ARCHITECTURE
@@ -71,9 +74,6 @@ fn run(args: &RunArgs) -> Result<Status> {
         .fault(Status::Host);
     }
     let config = config::read::<HostArch>(&machine, board)?;
-    if config.kernel.is_none() {
-        return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
-    }
     let kvm = probe::open_kvm().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
     memory::warn_if_scarce(config.request.memory);

@@ -34,8 +34,12 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, cmdline: &str) -> Str
         &mut out,
         &payload_rows(&plan.layout.payload, &plan.blobs, kernel),
     );
-    let _ = writeln!(out, "  entry  {:#x}", plan.layout.payload.entry);
-    let _ = writeln!(out, "\nInterrupts");
+    if plan.layout.payload.kernel.is_some() {
+        let _ = writeln!(out, "  entry  {:#x}", plan.layout.payload.entry);
+    }
+    if !plan.layout.devices.is_empty() {
+        let _ = writeln!(out, "\nInterrupts");
+    }
     for device in &plan.layout.devices {
         let _ = writeln!(
             out,

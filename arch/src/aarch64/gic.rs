@@ -93,7 +93,10 @@ impl Gic {
             } => {
                 let mut regions = vec![region("GICv3 distributor", distributor)];
                 regions.extend(redistributors.iter().map(|run| Region {
-                    name: format!("GICv3 redistributors ({} vCPUs)", run.frames),
+                    name: match run.frames {
+                        1 => "GICv3 redistributor (1 vCPU)".to_owned(),
+                        frames => format!("GICv3 redistributors ({frames} vCPUs)"),
+                    },
                     range: run.range,
                 }));
                 regions
