@@ -3,18 +3,17 @@
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
-use crate::memory;
+use crate::memory::{self, IdleMemory};
 use crate::serial::Serial;
 use anyhow::{Context, Result, bail};
 use armlet_arch::irq::Spi;
 use armlet_arch::plan::{Placed, Plan};
-use armlet_arch::{Arch, DeviceKind, Range};
+use armlet_arch::{DeviceKind, Range};
 use armlet_devices::bus::Bus;
 use armlet_devices::pl011::{Output, Pl011};
 use armlet_devices::pl031::Pl031;
 use armlet_devices::pl061::Pl061;
 use armlet_devices::{Device, IrqLine};
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -86,19 +85,7 @@ pub fn assemble<A: KvmArch>(
     wires: Wires,
 ) -> Result<Machine<A>> {
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
-    for (slot, (guest, size, host)) in memory::slots(memory).enumerate() {
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: guest,
-            memory_size: size,
-            userspace_addr: host,
-        };
-        // SAFETY: the memory is mapped until the process ends.
-        unsafe { vm.set_user_memory_region(region) }.with_context(|| {
-            format!("cannot give the VM its memory at {guest:#x} ({size} bytes)")
-        })?;
-    }
+    memory::give(memory, &vm)?;
     let (vcpus, chip) = A::populate(&vm, plan)?;
     let (bus, devices) = attach::<A>(&vm, vcpus.first(), plan, wires)?;
     Ok(Machine {
@@ -182,31 +169,33 @@ fn burst_window<A: KvmArch>(
         .ok()
 }
 
-/// Puts kernel, initrd and blobs where the plan says. No vCPU may run.
-///
-/// # Errors
-/// A file that changed since it was opened, or damaged data.
-pub fn load<A: Arch>(
-    memory: &GuestMemoryMmap,
-    plan: &Plan<A>,
-    kernel: Option<&Kernel>,
-    initrd: Option<&Initrd>,
-) -> Result<()> {
-    let payload = &plan.layout.payload;
-    let slice = |range: Range| {
-        // SAFETY: no vCPU runs yet, and each range is loaded once, one after the other.
-        unsafe { memory::slice_mut(memory, range) }
-    };
-    if let (Some(kernel), Some(range)) = (kernel, payload.kernel) {
-        kernel.load_into(slice(range)?)?;
+impl<A: KvmArch> Machine<A> {
+    /// Puts kernel, initrd and blobs where the plan says.
+    ///
+    /// # Errors
+    /// A file that changed since it was opened, or damaged data.
+    pub fn load(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        plan: &Plan<A>,
+        kernel: Option<&Kernel>,
+        initrd: Option<&Initrd>,
+    ) -> Result<()> {
+        let payload = &plan.layout.payload;
+        let mut idle = IdleMemory::new(memory, &mut self.vcpus);
+        if let (Some(kernel), Some(range)) = (kernel, payload.kernel) {
+            kernel.load_into(idle.slice_mut(range)?)?;
+        }
+        if let (Some(initrd), Some(range)) = (initrd, payload.initrd) {
+            initrd.load_into(idle.slice_mut(range)?)?;
+        }
+        for blob in &plan.blobs {
+            memory
+                .write_slice(&blob.bytes, GuestAddress(blob.address))
+                .with_context(|| {
+                    format!("cannot write the {} at {:#x}", blob.name, blob.address)
+                })?;
+        }
+        Ok(())
     }
-    if let (Some(initrd), Some(range)) = (initrd, payload.initrd) {
-        initrd.load_into(slice(range)?)?;
-    }
-    for blob in &plan.blobs {
-        memory
-            .write_slice(&blob.bytes, GuestAddress(blob.address))
-            .with_context(|| format!("cannot write the {} at {:#x}", blob.name, blob.address))?;
-    }
-    Ok(())
 }

@@ -3,6 +3,8 @@
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::Range;
 use armlet_arch::size::show_size;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -76,32 +78,57 @@ unsafe fn unmap(start: usize, size: usize) -> Result<()> {
     Ok(())
 }
 
-/// The bytes of a range of guest memory, to load the guest's software to.
+/// Gives the VM its memory: one memslot a bank, from slot 0.
 ///
 /// # Errors
-/// A range that is not in one bank.
-///
-/// # Safety
-/// No vCPU may run, and no other slice of the range exist, while the slice lives.
-#[expect(
-    clippy::mut_from_ref,
-    reason = "it is mapped memory; that nobody else uses it is the caller's promise"
-)]
-pub unsafe fn slice_mut(memory: &GuestMemoryMmap, range: Range) -> Result<&mut [u8]> {
-    let size = usize::try_from(range.size())?;
-    let slice = memory
-        .get_slice(GuestAddress(range.start()), size)
-        .with_context(|| format!("{range} is no guest memory"))?;
-    // SAFETY: the mapping lives until the process ends, and the caller promises that nothing
-    // else uses the range.
-    Ok(unsafe { std::slice::from_raw_parts_mut(slice.ptr_guard_mut().as_ptr(), size) })
+/// What KVM says, with the bank.
+pub fn give(memory: &GuestMemoryMmap, vm: &VmFd) -> Result<()> {
+    for (slot, region) in memory.iter().enumerate() {
+        let (guest, size) = (region.start_addr().0, region.len());
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the memory is mapped until the process ends.
+        unsafe { vm.set_user_memory_region(slot) }
+            .with_context(|| format!("cannot give the VM {size} bytes of memory at {guest:#x}"))?;
+    }
+    Ok(())
 }
 
-/// The banks as KVM's memslots want them: guest-physical address, size, host-virtual address.
-pub fn slots(memory: &GuestMemoryMmap) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-    memory
-        .iter()
-        .map(|region| (region.start_addr().0, region.len(), region.as_ptr() as u64))
+/// Guest memory that no vCPU uses: it holds on to the vCPUs, so none can be running.
+pub struct IdleMemory<'a> {
+    memory: &'a GuestMemoryMmap,
+    _vcpus: &'a mut [VcpuFd],
+}
+
+impl<'a> IdleMemory<'a> {
+    /// The memory of the VM that has these vCPUs and no others.
+    #[must_use]
+    pub fn new(memory: &'a GuestMemoryMmap, vcpus: &'a mut [VcpuFd]) -> IdleMemory<'a> {
+        IdleMemory {
+            memory,
+            _vcpus: vcpus,
+        }
+    }
+
+    /// The bytes of a range, to load the guest's software to.
+    ///
+    /// # Errors
+    /// A range that is not in one bank.
+    pub fn slice_mut(&mut self, range: Range) -> Result<&mut [u8]> {
+        let size = usize::try_from(range.size())?;
+        let slice = self
+            .memory
+            .get_slice(GuestAddress(range.start()), size)
+            .with_context(|| format!("{range} is no guest memory"))?;
+        // SAFETY: the mapping lives until the process ends; no vCPU runs, and the borrow of
+        // `self` keeps others of us away.
+        Ok(unsafe { std::slice::from_raw_parts_mut(slice.ptr_guard_mut().as_ptr(), size) })
+    }
 }
 
 /// Says so if the guest may take more memory than the host has.
@@ -127,13 +154,13 @@ mod tests {
         let odd = Range::new(0x8000_0000 + 0x1_0000, 1 << 20).expect("a bank");
         let memory = map(&[bank, odd]).expect("7 MiB");
         let block = rustix::param::page_size() / 8 * rustix::param::page_size();
-        for (guest, size, host) in slots(&memory) {
+        for (region, bank) in memory.iter().zip([bank, odd]) {
+            let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
             assert_eq!(guest % block as u64, host % block as u64);
-            let range = Range::new(guest, size).expect("a bank");
-            // SAFETY: nothing else knows of this memory.
-            let bytes = unsafe { slice_mut(&memory, range) }.expect("all of it");
+            let mut idle = IdleMemory::new(&memory, &mut []);
+            let bytes = idle.slice_mut(bank).expect("all of it");
             assert!(bytes.iter().all(|byte| *byte == 0));
-            bytes[size as usize - 1] = 1;
+            bytes[bank.size() as usize - 1] = 1;
         }
     }
 
@@ -149,7 +176,7 @@ mod tests {
         let bank = Range::new(0x4000_0000, 1 << 20).expect("a bank");
         let memory = map(&[bank]).expect("1 MiB");
         let beyond = Range::new(0x4000_0000, 2 << 20).expect("a range");
-        // SAFETY: no slice comes of it.
-        assert!(unsafe { slice_mut(&memory, beyond) }.is_err());
+        let mut idle = IdleMemory::new(&memory, &mut []);
+        assert!(idle.slice_mut(beyond).is_err());
     }
 }

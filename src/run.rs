@@ -108,10 +108,12 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         };
         let stopping = Arc::new(AtomicBool::new(false));
         let wires = events.wires(&stopping)?;
-        let machine =
+        let mut machine =
             machine::assemble::<A>(&orders.kvm, &plan, memory, wires).fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
-        machine::load(memory, &plan, kernel.as_ref(), initrd.as_ref()).fault(Status::Usage)?;
+        machine
+            .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
+            .fault(Status::Usage)?;
         drop(plan);
         if terminal.is_none() {
             terminal = RawTerminal::enter()?;

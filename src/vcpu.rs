@@ -1,18 +1,15 @@
 //! A vCPU's thread: run, answer the exit, again.
 
+use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{KvmArch, RawExit};
 use anyhow::{Context, Result};
 use armlet_devices::bus::Bus;
-use kvm_bindings::{
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
-};
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::cell::Cell;
-use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 /// Small, so that a huge page never backs it: the deepest call is a device's register access.
 const STACK_BYTES: usize = 128 << 10;
@@ -116,11 +113,10 @@ impl RunningVcpu {
             .name(format!("vcpu{index}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                allow_kicks(&mut vcpu);
+                let _kickable = Kickable::new(&mut vcpu);
                 if let Some(told) = run::<A>(index, &mut vcpu, &bus, &stopping, &tell) {
                     tell(told);
                 }
-                forbid_kicks();
             })
             .with_context(|| format!("cannot start a thread for vCPU {index}"))?;
         Ok(RunningVcpu { thread })
@@ -128,8 +124,7 @@ impl RunningVcpu {
 
     /// Makes the vCPU leave the guest soon, wherever it is.
     pub fn kick(&self) {
-        // It fails for a thread that has ended, which is what a kick is for.
-        let _ = self.thread.kill(kick_signal());
+        kick(&self.thread);
     }
 
     /// Whether its thread has ended.
@@ -244,34 +239,6 @@ pub fn take_panic() -> Option<String> {
 thread_local! {
     /// The reason of a panic that was just printed.
     static PANIC: Cell<Option<String>> = const { Cell::new(None) };
-    /// This thread's `struct kvm_run`, while it has one.
-    static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
-}
-
-/// A real-time signal, so that no library takes it for its own.
-fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN() + 1
-}
-
-/// Lets [`RunningVcpu::kick`] reach this thread: the signal ends KVM_RUN, and its handler sets
-/// `immediate_exit`, so that a KVM_RUN about to begin ends as well
-/// (Documentation/virt/kvm/api.rst, section 5).
-fn allow_kicks(vcpu: &mut VcpuFd) {
-    extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        let run = KVM_RUN.get();
-        if !run.is_null() {
-            // SAFETY: the pointer is this thread's own, set while its vCPU lives; nothing else
-            // writes this byte, and the kernel reads it at the next KVM_RUN.
-            unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
-        }
-    }
-    KVM_RUN.set(std::ptr::from_mut(vcpu.get_kvm_run()));
-    // It fails for an invalid signal only.
-    let _ = register_signal_handler(kick_signal(), kicked);
-}
-
-fn forbid_kicks() {
-    KVM_RUN.set(null_mut());
 }
 
 #[cfg(test)]

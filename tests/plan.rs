@@ -430,7 +430,7 @@ fn redistributors_above_ram_count_for_the_bits() {
     };
     assert_eq!(with(123).bits, 34);
     assert_eq!(with(124).bits, 35);
-    assert_eq!(with(124).highest.name, "GICv3 redistributors (1 vCPUs)");
+    assert_eq!(with(124).highest.name, "GICv3 redistributor (1 vCPU)");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use armlet_arch::{Arch, Plan, Request, Width};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub mod burst;
+pub mod kick;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

@@ -89,9 +89,11 @@ fn probe() -> Value {
         .output()
         .expect("armlet can be run");
     let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
     assert!(
         output.status.success(),
-        "armlet probe says that this host runs no guests: {text}"
+        "armlet probe ended with {}: this host runs no guests\n{text}{errors}",
+        output.status
     );
     serde_json::from_str(&text).expect("armlet probe --json prints JSON")
 }

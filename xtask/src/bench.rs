@@ -155,12 +155,22 @@ impl Bench {
             println!("{all:#}");
         } else {
             figures::print(&rows, other);
-            println!("\nSections of the program, in bytes:{}", list(sections));
+            if let Some(names) = ours.text("4k/marker/thread_names") {
+                println!("Threads: {names}.");
+            }
+            println!("Sections of the program, in bytes:{}.", list(sections));
             for line in figures::NOT_MEASURED {
                 println!("{line}");
             }
         }
-        Ok(0)
+        let mut status = 0;
+        for (vmm, figures, _) in &measured {
+            for failure in figures.failures() {
+                say(&format!("error: {}: {failure}", vmm.name));
+                status = 1;
+            }
+        }
+        Ok(status)
     }
 
     fn passes(&self) -> Result<Vec<&'static str>> {

@@ -113,6 +113,7 @@ impl Boot {
                 say("stopped the emulated host");
                 Ok(0)
             }
+            Ended::Signal(signal) => Ok(128 + signal),
             Ended::Exit(status) => output.status(status),
         }
     }

@@ -341,6 +341,7 @@ const SPECS: [Spec; 38] = [
 pub(crate) struct Figures {
     numbers: BTreeMap<String, Vec<f64>>,
     texts: BTreeMap<String, Vec<String>>,
+    failures: Vec<String>,
 }
 
 impl Figures {
@@ -361,6 +362,11 @@ impl Figures {
                 }
                 continue;
             };
+            if let Some(error) = line["error"].as_str() {
+                self.failures
+                    .push(format!("{host}: {pass}: {}", error.trim_end()));
+                continue;
+            }
             let values = line["values"].as_object().context("a run gave no values")?;
             for (name, value) in values {
                 self.value(format!("{host}/{pass}/{name}"), value);
@@ -462,7 +468,17 @@ impl Figures {
 
     /// Every figure of every run.
     pub(crate) fn json(&self) -> Value {
-        json!({"numbers": self.numbers, "texts": self.texts})
+        json!({"numbers": self.numbers, "texts": self.texts, "failures": self.failures})
+    }
+
+    /// The passes that could not be measured, and why.
+    pub(crate) fn failures(&self) -> &[String] {
+        &self.failures
+    }
+
+    /// What a figure is that is no number, such as the names of threads.
+    pub(crate) fn text(&self, name: &str) -> Option<&str> {
+        Some(self.texts.get(name)?.first()?)
     }
 }
 

@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -21,6 +21,7 @@ use crate::initramfs::Archive;
 use crate::marker::Filter;
 use crate::packages::{Kernel, Store};
 use crate::progress::say;
+use crate::signals::Watch;
 use crate::terminal::RawTerminal;
 
 /// Ctrl-], as telnet has it: ends the emulated host at once.
@@ -28,6 +29,12 @@ const LEAVE: u8 = 0x1d;
 
 /// Longer than the slowest CPU takes to boot on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// A kernel that boots says something more often than this.
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How much of a console is shown when its host does not come up.
+const LAST_LINES: usize = 25;
 
 const HOST_INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
@@ -109,6 +116,8 @@ pub(crate) enum Ended {
     Exit(i32),
     /// Because the user pressed Ctrl-].
     Left,
+    /// Because xtask got this signal.
+    Signal(i32),
 }
 
 impl Default for HostSpec {
@@ -207,7 +216,7 @@ pub(crate) fn run(
     machine(&mut command, spec, &kernel.image, &initramfs.path());
     let started = Instant::now();
     let mut emulator = Emulator::start(command)?;
-    let events = emulator.events(terminal)?;
+    let (events, _watch) = emulator.events(terminal)?;
     say(&format!(
         "booting an emulated ARM64 host ({})",
         spec.summary()
@@ -218,7 +227,11 @@ pub(crate) fn run(
         filter = filter.raw();
     }
     let mut deadline = Some(started + BOOT_LIMIT);
+    let mut heard = Instant::now();
     loop {
+        if !filter.started() {
+            deadline = Some((started + BOOT_LIMIT).min(heard + SILENCE_LIMIT));
+        }
         let event = match deadline {
             Some(deadline) => {
                 events.recv_timeout(deadline.saturating_duration_since(Instant::now()))
@@ -227,6 +240,7 @@ pub(crate) fn run(
         };
         match event {
             Ok(Event::Output(bytes)) => {
+                heard = Instant::now();
                 let was_started = filter.started();
                 let output = filter.feed(&bytes);
                 if filter.started() && !was_started {
@@ -242,11 +256,12 @@ pub(crate) fn run(
                 }
             }
             Ok(Event::Leave) => return Ok(Ended::Left),
+            Ok(Event::Signal(signal)) => return Ok(Ended::Signal(signal)),
             Ok(Event::Closed) | Err(RecvTimeoutError::Disconnected) => {
                 let status = emulator.child.wait().context("cannot wait for QEMU")?;
                 bail!(
-                    "the emulated host ended ({status}) without saying how the program did\n{}",
-                    filter.before()
+                    "the emulated host ended ({status}) without saying how the program did{}",
+                    last_lines(&filter.before())
                 );
             }
             Err(RecvTimeoutError::Timeout) if filter.started() => {
@@ -254,12 +269,31 @@ pub(crate) fn run(
             }
             Err(RecvTimeoutError::Timeout) => {
                 bail!(
-                    "the emulated host did not come up; it said\n{}",
-                    filter.before()
+                    "the emulated host did not come up within {:.0} s, and said nothing for the \
+                     last {:.0} s{}",
+                    started.elapsed().as_secs_f32(),
+                    heard.elapsed().as_secs_f32(),
+                    last_lines(&filter.before())
                 )
             }
         }
     }
+}
+
+/// The end of what a console said before the job, for an error's text.
+fn last_lines(console: &str) -> String {
+    let lines = console
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty());
+    let lines = lines.collect::<Vec<_>>();
+    let from = lines.len().saturating_sub(LAST_LINES);
+    let mut text = String::new();
+    for line in &lines[from..] {
+        text.push_str("\n  | ");
+        text.push_str(line);
+    }
+    text
 }
 
 /// Says `line`, also where a terminal in raw mode does not return the carriage.
@@ -298,7 +332,8 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
     if spec.icount {
         command.args(["-icount", "shift=0,sleep=off"]);
     }
-    // The kernel's self-tests of its ciphers are half of its boot.
+    // The kernel's log shows that it gets on, and what the matter is when it does not. Its
+    // self-tests of ciphers would be half of its boot.
     let append = format!(
         "console=ttyAMA0 rdinit=/init panic=-1 loglevel=7 cryptomgr.notests {}",
         spec.append
@@ -371,10 +406,17 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-enum Event {
+/// What concerns a running host.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Its console printed this.
     Output(Vec<u8>),
+    /// Its console is gone.
     Closed,
+    /// The user pressed Ctrl-].
     Leave,
+    /// This process got a signal.
+    Signal(i32),
 }
 
 /// A running QEMU, which ends when this is dropped.
@@ -389,9 +431,10 @@ impl Emulator {
         Ok(Self { child })
     }
 
-    /// What the console prints and, with a terminal, what the user asks of the rig itself.
-    fn events(&mut self, terminal: Option<&RawTerminal>) -> Result<mpsc::Receiver<Event>> {
+    /// What the console prints, signals, and with a terminal what the user asks of the rig itself.
+    fn events(&mut self, terminal: Option<&RawTerminal>) -> Result<(Receiver<Event>, Watch)> {
         let (sender, receiver) = mpsc::channel();
+        let watch = Watch::start(sender.clone())?;
         let mut console = self.child.stdout.take().context("QEMU has no console")?;
         let mut keys = self.child.stdin.take().context("QEMU has no keyboard")?;
 
@@ -424,7 +467,7 @@ impl Emulator {
             }
             let _ = sender.send(Event::Closed);
         });
-        Ok(receiver)
+        Ok((receiver, watch))
     }
 }
 
@@ -483,6 +526,18 @@ mod tests {
         assert_eq!(
             run_script(&job, false),
             "export A='x y'\ncd '/w' || exit 125\nexec '/bin/a' 'it'\\''s $HOME'\n"
+        );
+    }
+
+    #[test]
+    fn the_end_of_a_console_is_shown() {
+        assert_eq!(last_lines(""), "");
+        assert_eq!(last_lines("a\r\n\r\nb"), "\n  | a\n  | b");
+        let long = (0..100).map(|n| format!("{n}\n")).collect::<String>();
+        let shown = last_lines(&long);
+        assert!(
+            shown.starts_with("\n  | 75\n") && shown.ends_with(" 99"),
+            "{shown}"
         );
     }
 

@@ -15,6 +15,7 @@ mod packages;
 mod procfs;
 mod progress;
 mod runner;
+mod signals;
 mod terminal;
 mod toolchain;
 mod trace;
@@ -187,6 +188,7 @@ impl Host {
         match host::run(&store, &spec, &job, terminal.as_ref(), &mut print)? {
             Ended::Exit(status) => Ok(status),
             Ended::Left => Ok(0),
+            Ended::Signal(signal) => Ok(128 + signal),
         }
     }
 }

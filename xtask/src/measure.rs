@@ -143,9 +143,16 @@ impl Measure {
         for name in self.passes.split(',') {
             let pass = Pass::from_name(name)?;
             for run in 0..=self.runs {
-                let values = self.measure(pass).with_context(|| format!("pass {name}"))?;
-                if run > 0 {
-                    print(&json!({"pass": name, "run": run, "values": values.0}))?;
+                match self.measure(pass) {
+                    Ok(values) if run > 0 => {
+                        print(&json!({"pass": name, "run": run, "values": values.0}))?;
+                    }
+                    Ok(_) => {}
+                    // The other passes may still tell something.
+                    Err(error) => {
+                        print(&json!({"pass": name, "error": format!("{error:#}")}))?;
+                        break;
+                    }
                 }
             }
         }

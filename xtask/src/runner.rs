@@ -81,6 +81,7 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
         &mut print,
     )? {
         Ended::Exit(status) => Ok(status),
+        Ended::Signal(signal) => Ok(128 + signal),
         Ended::Left => bail!("left the emulated host"),
     }
 }

@@ -1,0 +1,53 @@
+//! Kicks: making a vCPU's thread leave KVM_RUN, or not enter it, by a signal.
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::VcpuFd;
+use std::cell::Cell;
+use std::ptr::null_mut;
+use std::thread::JoinHandle;
+use vmm_sys_util::signal::{Killable, register_signal_handler};
+
+thread_local! {
+    /// This thread's `struct kvm_run`, while it has one.
+    static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
+}
+
+/// A thread that can be kicked, for as long as this value lives on it.
+pub struct Kickable(());
+
+impl Kickable {
+    /// Lets [`kick`] reach this thread: the signal ends KVM_RUN, and its handler sets
+    /// `immediate_exit`, so that a KVM_RUN about to begin ends as well
+    /// (Documentation/virt/kvm/api.rst, section 5).
+    #[must_use]
+    pub fn new(vcpu: &mut VcpuFd) -> Kickable {
+        extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+            let run = KVM_RUN.get();
+            if !run.is_null() {
+                // SAFETY: the pointer is this thread's own, set while its vCPU lives; nothing
+                // else writes this byte, and the kernel reads it at the next KVM_RUN.
+                unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+            }
+        }
+        KVM_RUN.set(std::ptr::from_mut(vcpu.get_kvm_run()));
+        // It fails for an invalid signal only.
+        let _ = register_signal_handler(signal(), kicked);
+        Kickable(())
+    }
+}
+
+impl Drop for Kickable {
+    fn drop(&mut self) {
+        KVM_RUN.set(null_mut());
+    }
+}
+
+/// Kicks a thread. One that has ended already feels nothing.
+pub fn kick<T>(thread: &JoinHandle<T>) {
+    let _ = thread.kill(signal());
+}
+
+/// A real-time signal, so that no library takes it for its own.
+fn signal() -> libc::c_int {
+    libc::SIGRTMIN() + 1
+}
