@@ -180,3 +180,229 @@ impl Device for Serial {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! What holds without KVM; the boot tests hold what a window does.
+
+    use super::*;
+    use armlet_devices::IrqLine;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    /// Offsets of registers in bytes (ARM DDI 0183, section 3.2).
+    const FLAGS: u64 = 0x18;
+    const LINE_CONTROL: u64 = 0x2c;
+    const MASK: u64 = 0x38;
+    const RAW: u64 = 0x3c;
+
+    /// UARTLCR_H: FIFOs on, eight bits.
+    const FIFOS: u32 = 0x70;
+    /// UARTIMSC: the receive and the receive timeout interrupt.
+    const RECEIVE: u32 = 0x50;
+    /// UARTFR: nothing received.
+    const EMPTY: u32 = 0x10;
+
+    struct NoLine;
+
+    impl IrqLine for NoLine {
+        fn set(&self, _: bool) {}
+
+        fn pulse(&self) {}
+    }
+
+    /// A console without a window, and what it tells.
+    struct Bench {
+        serial: Serial,
+        /// One entry a call of the output.
+        output: Arc<Mutex<Vec<Vec<u8>>>>,
+        rooms: Arc<AtomicUsize>,
+        bursts: Arc<AtomicUsize>,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let output: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+            let (rooms, on_room) = counter();
+            let (bursts, on_burst) = counter();
+            let sink = Arc::clone(&output);
+            let write = move |bytes: &[u8]| sink.lock().expect("sound").push(bytes.to_vec());
+            let uart = Pl011::new(Arc::new(NoLine), Box::new(write), on_room);
+            Bench {
+                serial: Serial::new(uart, None, on_burst),
+                output,
+                rooms,
+                bursts,
+            }
+        }
+
+        /// With a guest that listens, as Linux does: FIFOs on, the receive interrupts unmasked.
+        fn listening() -> Bench {
+            let mut bench = Bench::new();
+            bench.write(LINE_CONTROL, FIFOS);
+            bench.write(MASK, RECEIVE);
+            bench
+        }
+
+        fn read(&mut self, offset: u64) -> u32 {
+            let mut data = [0xff; 4];
+            self.serial.read(offset, &mut data);
+            u32::from_le_bytes(data)
+        }
+
+        fn write(&mut self, offset: u64, value: u32) {
+            self.serial.write(offset, &value.to_le_bytes());
+        }
+
+        /// What the guest reads until the flags say that there is no more.
+        fn received(&mut self) -> Vec<u32> {
+            let mut characters = Vec::new();
+            while self.read(FLAGS) & EMPTY == 0 {
+                characters.push(self.read(DATA));
+            }
+            characters
+        }
+
+        fn calls(&self) -> Vec<Vec<u8>> {
+            self.output.lock().expect("sound").clone()
+        }
+    }
+
+    /// A count, and what counts it.
+    fn counter() -> (Arc<AtomicUsize>, Box<dyn Fn() + Send>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let call = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        };
+        (count, Box::new(call))
+    }
+
+    #[test]
+    fn accesses_pass_through() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.read(FLAGS), 0x97);
+        bench.write(LINE_CONTROL, FIFOS);
+        assert_eq!(bench.read(LINE_CONTROL), FIFOS);
+        // As narrow as the guest makes them.
+        bench.serial.write(MASK, &[0x20, 0x04]);
+        let mut byte = [0xff];
+        bench.serial.read(MASK, &mut byte);
+        assert_eq!(byte, [0x20]);
+        assert_eq!(bench.read(MASK), 0x420);
+        assert_eq!(bench.read(RAW), 0);
+        bench.serial.write(DATA, b"x");
+        assert_eq!(bench.read(RAW), 0x20);
+        let mut wide = [0xff; 8];
+        bench.serial.read(MASK, &mut wide);
+        assert_eq!(wide, [0; 8]);
+        assert_eq!(bench.read(0xfe0), 0x11);
+    }
+
+    #[test]
+    fn without_a_window_each_byte_is_out_at_once_and_no_burst_begins() {
+        let mut bench = Bench::new();
+        let text: Vec<u8> = (0..=255).cycle().take(4 * BURST_BYTES as usize).collect();
+        for (index, &byte) in text.iter().enumerate() {
+            bench.serial.write(DATA, &[byte]);
+            assert_eq!(bench.calls().len(), index + 1);
+        }
+        assert_eq!(bench.calls().concat(), text);
+        assert_eq!(bench.bursts.load(Ordering::Relaxed), 0);
+        assert!(!bench.serial.tick(), "no tick is wanted");
+        assert_eq!(bench.calls().len(), text.len());
+    }
+
+    #[test]
+    fn without_a_window_there_is_nothing_to_flush() {
+        let mut bench = Bench::listening();
+        bench.serial.flush();
+        bench.serial.write(DATA, b"x");
+        bench.serial.flush();
+        bench.serial.flush();
+        assert_eq!(bench.calls(), [b"x".to_vec()]);
+        assert!(!bench.serial.tick());
+        assert_eq!(bench.calls(), [b"x".to_vec()]);
+        assert_eq!(bench.serial.listening(), Some(1));
+    }
+
+    #[test]
+    fn a_guest_that_does_not_listen_gets_nothing() {
+        let mut bench = Bench::new();
+        bench.write(LINE_CONTROL, FIFOS);
+        assert_eq!(bench.serial.listening(), None);
+        assert_eq!(bench.serial.receive(b""), (0, false));
+        assert_eq!(bench.serial.receive(b"early"), (0, false));
+        assert!(bench.received().is_empty());
+        assert_eq!(bench.rooms.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_guest_that_listens_takes_what_fits_and_wants_the_rest_of_its_room() {
+        let mut bench = Bench::listening();
+        assert_eq!(bench.rooms.load(Ordering::Relaxed), 1);
+        assert_eq!(bench.serial.receive(b""), (0, true));
+        assert_eq!(bench.serial.receive(b"abc"), (3, true));
+        // 13 of 16 are free; what does not fit stays with the caller.
+        let more: Vec<u8> = (0..20).collect();
+        assert_eq!(bench.serial.receive(&more), (13, false));
+        assert_eq!(bench.serial.receive(&more[13..]), (0, false));
+        let expected = b"abc".iter().chain(&more[..13]);
+        let expected: Vec<_> = expected.map(|&byte| u32::from(byte)).collect();
+        assert_eq!(bench.received(), expected);
+        assert_eq!(bench.rooms.load(Ordering::Relaxed), 2);
+        assert_eq!(bench.serial.receive(&more[13..]), (7, true));
+    }
+
+    #[test]
+    fn input_that_just_fits_leaves_nothing_wanted() {
+        let mut bench = Bench::listening();
+        assert_eq!(bench.serial.receive(&[b'x'; 16]), (16, false));
+        bench.read(DATA);
+        assert_eq!(bench.serial.receive(b""), (0, true));
+    }
+
+    #[test]
+    fn each_time_of_listening_has_its_number() {
+        let mut bench = Bench::listening();
+        assert_eq!(bench.serial.listening(), Some(1));
+        bench.write(DATA, u32::from(b'x'));
+        bench.serial.receive(b"y");
+        assert_eq!(bench.serial.listening(), Some(1));
+        bench.write(MASK, 0);
+        assert_eq!(bench.serial.listening(), None);
+        assert_eq!(bench.serial.receive(b"z"), (0, false));
+        bench.write(MASK, RECEIVE);
+        assert_eq!(bench.serial.listening(), Some(2));
+        // Firmware asks the flags for input.
+        bench.write(MASK, 0);
+        for _ in 0..3 {
+            assert_eq!(bench.serial.listening(), None);
+            bench.read(FLAGS);
+        }
+        assert_eq!(bench.serial.listening(), Some(3));
+    }
+
+    #[test]
+    fn a_break_comes_between_characters_whether_the_guest_listens_or_not() {
+        const BREAK: u32 = 1 << 10;
+        let mut bench = Bench::listening();
+        bench.serial.receive(b"a");
+        bench.serial.receive_break();
+        bench.serial.receive(b"b");
+        let expected = [u32::from(b'a'), BREAK, u32::from(b'b')];
+        assert_eq!(bench.received(), expected);
+        bench.write(MASK, 0);
+        bench.serial.receive_break();
+        assert_eq!(bench.received(), [BREAK]);
+    }
+
+    #[test]
+    fn a_break_without_room_is_no_break() {
+        let mut bench = Bench::listening();
+        let text = [b'x'; 16];
+        assert_eq!(bench.serial.receive(&text), (16, false));
+        bench.serial.receive_break();
+        assert_eq!(bench.received(), text.map(u32::from));
+    }
+}

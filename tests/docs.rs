@@ -38,7 +38,10 @@ fn every_command_is_documented() {
         .skip(1)
         .take_while(|line| !line.is_empty())
         // A command's name stands after two spaces, its description goes on further in.
-        .filter_map(|line| line.strip_prefix("  ").filter(|line| !line.starts_with(' ')))
+        .filter_map(|line| {
+            line.strip_prefix("  ")
+                .filter(|line| !line.starts_with(' '))
+        })
         .filter_map(|line| line.split_whitespace().next())
         .collect();
     assert!(commands.contains(&"run"), "{help}");

@@ -19,7 +19,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::{Device, IrqLine, primecell};
+use crate::primecell::{self, Line, PrimeCell};
+use crate::{Device, IrqLine};
 
 /// Where the guest's output goes.
 ///
@@ -53,7 +54,7 @@ impl Snapshot {
         registers
             .map(|(index, value)| (index * 4, *value))
             .chain(ids.map(|offset| {
-                let id = primecell::identify(PERIPHERAL_ID, offset as u64);
+                let id = primecell::identify(Pl011::PERIPHERAL_ID, offset as u64);
                 (offset, id.unwrap_or(0))
             }))
     }
@@ -61,11 +62,9 @@ impl Snapshot {
 
 /// A PL011 UART.
 pub struct Pl011 {
-    line: Arc<dyn IrqLine>,
+    line: Line,
     output: Box<dyn Output>,
     on_room: Box<dyn Fn() + Send>,
-    /// What the line was last set to.
-    level: bool,
     /// Accesses that no register answers.
     faults: u64,
     registers: Registers,
@@ -101,11 +100,6 @@ struct Registers {
     ris: u32,
     dmacr: u32,
 }
-
-/// UARTPeriphID0 to 3: part 0x011, designer 0x41 (Arm), revision 1, configuration 0.
-/// QEMU has the same. Linux takes a revision below 3 to have FIFOs of 16
-/// (drivers/tty/serial/amba-pl011.c, `get_fifosize_arm`).
-const PERIPHERAL_ID: [u8; 4] = [0x11, 0x10, 0x14, 0x00];
 
 /// Depth of either FIFO in characters, up to revision r1p4.
 const FIFO_DEPTH: usize = 16;
@@ -224,10 +218,9 @@ impl Pl011 {
         on_room: Box<dyn Fn() + Send>,
     ) -> Pl011 {
         Pl011 {
-            line,
+            line: Line::new(line),
             output,
             on_room,
-            level: false,
             faults: 0,
             registers: Registers::at_reset(),
             rx: VecDeque::with_capacity(FIFO_DEPTH),
@@ -332,13 +325,6 @@ impl Pl011 {
         self.settle(before);
     }
 
-    fn read_register(&mut self, offset: u64) -> Option<u32> {
-        match offset {
-            offset::DR => Some(self.take_out()),
-            offset => self.register(offset),
-        }
-    }
-
     /// A register whose reading changes nothing: all but UARTDR.
     fn register(&self, offset: u64) -> Option<u32> {
         let registers = &self.registers;
@@ -355,32 +341,8 @@ impl Pl011 {
             offset::RIS => registers.ris,
             offset::MIS => registers.ris & registers.imsc,
             offset::DMACR => registers.dmacr,
-            _ => return primecell::identify(PERIPHERAL_ID, offset),
-        })
-    }
-
-    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
-        let registers = &mut self.registers;
-        match offset {
-            offset::DR => self.transmit(&value.to_le_bytes()[..1]),
-            // UARTECR: a write of any value clears the errors.
-            offset::RSR_ECR => registers.rsr = 0,
-            offset::ILPR => registers.ilpr = value & mask::ILPR,
-            offset::IBRD => registers.ibrd = value & mask::IBRD,
-            offset::FBRD => registers.fbrd = value & mask::FBRD,
-            offset::LCR_H => self.set_line_control(value & mask::LCR_H),
-            offset::CR => self.set_control(value & mask::CR),
-            offset::IFLS => {
-                let reached = self.is_trigger_reached();
-                self.registers.ifls = value & mask::IFLS;
-                self.update_receive_interrupts(reached);
-            }
-            offset::IMSC => registers.imsc = value & mask::INTERRUPTS,
-            offset::ICR => registers.ris &= !value,
-            offset::DMACR => registers.dmacr = value & mask::DMACR,
             _ => return None,
-        }
-        Some(())
+        })
     }
 
     /// Sends bytes out, and in again when looped back.
@@ -549,42 +511,65 @@ impl Pl011 {
     }
 
     fn update_line(&mut self) {
-        let level = self.registers.ris & self.registers.imsc != 0;
-        if level != self.level {
-            self.level = level;
-            self.line.set(level);
+        let asserted = self.registers.ris & self.registers.imsc;
+        self.line.set(asserted != 0);
+    }
+}
+
+impl PrimeCell for Pl011 {
+    /// UARTPeriphID0 to 3: part 0x011, designer 0x41 (Arm), revision 1, configuration 0.
+    /// QEMU has the same. Linux takes a revision below 3 to have FIFOs of 16
+    /// (drivers/tty/serial/amba-pl011.c, `get_fifosize_arm`).
+    const PERIPHERAL_ID: [u8; 4] = [0x11, 0x10, 0x14, 0x00];
+
+    fn read_register(&mut self, offset: u64) -> Option<u32> {
+        match offset {
+            offset::DR => Some(self.take_out()),
+            offset => self.register(offset),
         }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
+        let registers = &mut self.registers;
+        match offset {
+            offset::DR => self.transmit(&value.to_le_bytes()[..1]),
+            // UARTECR: a write of any value clears the errors.
+            offset::RSR_ECR => registers.rsr = 0,
+            offset::ILPR => registers.ilpr = value & mask::ILPR,
+            offset::IBRD => registers.ibrd = value & mask::IBRD,
+            offset::FBRD => registers.fbrd = value & mask::FBRD,
+            offset::LCR_H => self.set_line_control(value & mask::LCR_H),
+            offset::CR => self.set_control(value & mask::CR),
+            offset::IFLS => {
+                let reached = self.is_trigger_reached();
+                self.registers.ifls = value & mask::IFLS;
+                self.update_receive_interrupts(reached);
+            }
+            offset::IMSC => registers.imsc = value & mask::INTERRUPTS,
+            offset::ICR => registers.ris &= !value,
+            offset::DMACR => registers.dmacr = value & mask::DMACR,
+            _ => return None,
+        }
+        Some(())
     }
 }
 
 impl Device for Pl011 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
         let before = (self.listens(), self.wanted() > 0);
         self.polls = match offset {
             offset::FR => self.polls.saturating_add(1),
             offset::DR if self.polls < POLLS => 0,
             _ => self.polls,
         };
-        let value = primecell::reaches_register(offset, data.len())
-            .then(|| self.read_register(offset))
-            .flatten();
-        match value {
-            Some(value) => primecell::answer(data, value),
-            None => self.faults += 1,
-        }
+        self.faults += primecell::read(self, offset, data);
         self.settle(before);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         let before = (self.listens(), self.wanted() > 0);
         self.polls = 0;
-        let answered = primecell::reaches_register(offset, data.len())
-            .then(|| self.write_register(offset, primecell::written(data)))
-            .flatten();
-        if answered.is_none() {
-            self.faults += 1;
-        }
+        self.faults += primecell::write(self, offset, data);
         self.settle(before);
     }
 }

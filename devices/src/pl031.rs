@@ -16,11 +16,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vm_superio::rtc_pl031::NoEvents;
 use vm_superio::{Rtc, RtcState};
 
-use crate::{Device, IrqLine, primecell};
+use crate::primecell::{self, Line, PrimeCell};
+use crate::{Device, IrqLine};
 
 /// A PL031 real-time clock with its alarm.
 pub struct Pl031 {
-    line: Arc<dyn IrqLine>,
+    line: Line,
     on_deadline: Box<dyn Fn() + Send>,
     /// Data, load, match and mask registers.
     rtc: Rtc<NoEvents>,
@@ -28,15 +29,9 @@ pub struct Pl031 {
     matched: bool,
     /// Up to which second the clock was compared with the match register.
     compared: u32,
-    /// What the line was last set to.
-    level: bool,
     /// Accesses that no register answers.
     faults: u64,
 }
-
-/// RTCPeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 0, configuration 0.
-/// Linux matches 0x00041031 (drivers/rtc/rtc-pl031.c).
-const PERIPHERAL_ID: [u8; 4] = [0x31, 0x10, 0x04, 0x00];
 
 /// Offsets in bytes (section 3.2).
 mod offset {
@@ -64,12 +59,11 @@ impl Pl031 {
     /// loop, but not come back into the device.
     pub fn new(line: Arc<dyn IrqLine>, on_deadline: Box<dyn Fn() + Send>) -> Pl031 {
         let mut clock = Pl031 {
-            line,
+            line: Line::new(line),
             on_deadline,
             rtc: Rtc::new(),
             matched: false,
             compared: 0,
-            level: false,
             faults: 0,
         };
         clock.compared = clock.now();
@@ -126,38 +120,6 @@ impl Pl031 {
         (self.on_deadline)();
     }
 
-    fn read_register(&mut self, offset: u64) -> Option<u32> {
-        let Ok(register) = u16::try_from(offset) else {
-            return None;
-        };
-        Some(match register {
-            offset::DR | offset::MR | offset::LR | offset::IMSC => self.register(register),
-            offset::CR => CR_STARTED,
-            offset::RIS => u32::from(self.matched),
-            offset::MIS => u32::from(self.matched && self.is_unmasked()),
-            _ => return primecell::identify(PERIPHERAL_ID, offset),
-        })
-    }
-
-    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
-        let register = u16::try_from(offset).ok()?;
-        match register {
-            offset::MR | offset::LR => {
-                self.rtc.write(register, &value.to_le_bytes());
-                // A new time is not time that passed, and equal is a match at once.
-                self.compared = self.now();
-                self.matched |= self.compared == self.register(offset::MR);
-            }
-            offset::IMSC => self.rtc.write(register, &value.to_le_bytes()),
-            offset::ICR => self.matched &= value & INTERRUPT == 0,
-            // A clock that runs takes no notice; reading and writing back is usual.
-            offset::CR => return Some(()),
-            _ => return None,
-        }
-        (self.on_deadline)();
-        Some(())
-    }
-
     /// Notices whether the clock has passed the match register since it was last asked.
     fn compare(&mut self) {
         let now = self.now();
@@ -188,41 +150,60 @@ impl Pl031 {
     }
 
     fn update_line(&mut self) {
-        let level = self.matched && self.is_unmasked();
-        if level != self.level {
-            self.level = level;
-            self.line.set(level);
-        }
+        let asserted = self.matched && self.is_unmasked();
+        self.line.set(asserted);
     }
 }
 
-/// Its registers are 32 bits wide and so are its drivers' accesses; no other is answered.
-fn is_word(offset: u64, size: usize) -> bool {
-    size == 4 && primecell::reaches_register(offset, size)
+impl PrimeCell for Pl031 {
+    /// RTCPeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 0, configuration 0.
+    /// Linux matches 0x00041031 (drivers/rtc/rtc-pl031.c).
+    const PERIPHERAL_ID: [u8; 4] = [0x31, 0x10, 0x04, 0x00];
+
+    /// Its registers are 32 bits wide and so are its drivers' accesses; no other is answered.
+    const WIDTHS: &'static [usize] = &[4];
+
+    fn read_register(&mut self, offset: u64) -> Option<u32> {
+        let register = u16::try_from(offset).ok()?;
+        Some(match register {
+            offset::DR | offset::MR | offset::LR | offset::IMSC => self.register(register),
+            offset::CR => CR_STARTED,
+            offset::RIS => u32::from(self.matched),
+            offset::MIS => u32::from(self.matched && self.is_unmasked()),
+            _ => return None,
+        })
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
+        let register = u16::try_from(offset).ok()?;
+        match register {
+            offset::MR | offset::LR => {
+                self.rtc.write(register, &value.to_le_bytes());
+                // A new time is not time that passed, and equal is a match at once.
+                self.compared = self.now();
+                self.matched |= self.compared == self.register(offset::MR);
+            }
+            offset::IMSC => self.rtc.write(register, &value.to_le_bytes()),
+            offset::ICR => self.matched &= value & INTERRUPT == 0,
+            // A clock that runs takes no notice; reading and writing back is usual.
+            offset::CR => return Some(()),
+            _ => return None,
+        }
+        (self.on_deadline)();
+        Some(())
+    }
 }
 
 impl Device for Pl031 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
         self.compare();
-        let value = is_word(offset, data.len())
-            .then(|| self.read_register(offset))
-            .flatten();
-        match value {
-            Some(value) => primecell::answer(data, value),
-            None => self.faults += 1,
-        }
+        self.faults += primecell::read(self, offset, data);
         self.update_line();
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.compare();
-        let answered = is_word(offset, data.len())
-            .then(|| self.write_register(offset, primecell::written(data)))
-            .flatten();
-        if answered.is_none() {
-            self.faults += 1;
-        }
+        self.faults += primecell::write(self, offset, data);
         self.update_line();
     }
 }

@@ -6,13 +6,12 @@
 
 use std::sync::Arc;
 
-use crate::{Device, IrqLine, primecell};
+use crate::primecell::{self, Line, PrimeCell};
+use crate::{Device, IrqLine};
 
 /// A PL061 GPIO controller. In all of its masks, bit 0 is line 0.
 pub struct Pl061 {
-    line: Arc<dyn IrqLine>,
-    /// What the line was last set to.
-    level: bool,
+    line: Line,
     /// Accesses that no register answers.
     faults: u64,
     registers: Registers,
@@ -42,10 +41,6 @@ struct Registers {
     alternate: u8,
 }
 
-/// GPIOPeriphID0 to 3: part 0x061, designer 0x41 (Arm), revision 0, configuration 0.
-/// Linux matches 0x00041061 (drivers/gpio/gpio-pl061.c).
-const PERIPHERAL_ID: [u8; 4] = [0x61, 0x10, 0x04, 0x00];
-
 /// Number of lines.
 const LINES: u8 = 8;
 
@@ -67,8 +62,7 @@ impl Pl061 {
     /// A controller as after power-on, all lines inputs and low, its interrupt low.
     pub fn new(line: Arc<dyn IrqLine>) -> Pl061 {
         Pl061 {
-            line,
-            level: false,
+            line: Line::new(line),
             faults: 0,
             registers: Registers::default(),
             inputs: 0,
@@ -105,7 +99,40 @@ impl Pl061 {
         self.update_line();
     }
 
-    fn read_register(&self, offset: u64) -> Option<u32> {
+    /// Notes the wanted edges among the inputs that changed.
+    fn detect_edges(&mut self, changed: u8) {
+        let registers = &mut self.registers;
+        let to_event = !(self.inputs ^ registers.event);
+        let wanted = !registers.sense & !registers.dir & (registers.both_edges | to_event);
+        registers.edges |= changed & wanted;
+    }
+
+    /// GPIORIS: edges until they are cleared, levels as long as they last.
+    fn interrupts(&self) -> u8 {
+        let registers = &self.registers;
+        let at_event = !(self.inputs ^ registers.event);
+        let levels = at_event & registers.sense & !registers.dir;
+        (registers.edges & !registers.sense) | levels
+    }
+
+    fn update_line(&mut self) {
+        let asserted = self.interrupts() & self.registers.enable;
+        self.line.set(asserted != 0);
+    }
+}
+
+/// Bits 9 to 2 of the address say which lines an access to GPIODATA means, so that one
+/// line is written without a look at the others (section 3.3.1).
+fn data_mask(offset: u64) -> u8 {
+    (offset >> 2) as u8
+}
+
+impl PrimeCell for Pl061 {
+    /// GPIOPeriphID0 to 3: part 0x061, designer 0x41 (Arm), revision 0, configuration 0.
+    /// Linux matches 0x00041061 (drivers/gpio/gpio-pl061.c).
+    const PERIPHERAL_ID: [u8; 4] = [0x61, 0x10, 0x04, 0x00];
+
+    fn read_register(&mut self, offset: u64) -> Option<u32> {
         let registers = &self.registers;
         let value = match offset {
             0..=offset::DATA_LAST => self.levels() & data_mask(offset),
@@ -117,12 +144,14 @@ impl Pl061 {
             offset::RIS => self.interrupts(),
             offset::MIS => self.interrupts() & registers.enable,
             offset::AFSEL => registers.alternate,
-            _ => return primecell::identify(PERIPHERAL_ID, offset),
+            _ => return None,
         };
         Some(u32::from(value))
     }
 
-    fn write_register(&mut self, offset: u64, value: u8) -> Option<()> {
+    fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
+        // Registers are eight bits wide: what is above is not there to be written.
+        let value = value as u8;
         let registers = &mut self.registers;
         match offset {
             // Inputs take nothing: Linux writes again once a line is an output
@@ -142,61 +171,15 @@ impl Pl061 {
         }
         Some(())
     }
-
-    /// Notes the wanted edges among the inputs that changed.
-    fn detect_edges(&mut self, changed: u8) {
-        let registers = &mut self.registers;
-        let to_event = !(self.inputs ^ registers.event);
-        let wanted = !registers.sense & !registers.dir & (registers.both_edges | to_event);
-        registers.edges |= changed & wanted;
-    }
-
-    /// GPIORIS: edges until they are cleared, levels as long as they last.
-    fn interrupts(&self) -> u8 {
-        let registers = &self.registers;
-        let at_event = !(self.inputs ^ registers.event);
-        let levels = at_event & registers.sense & !registers.dir;
-        (registers.edges & !registers.sense) | levels
-    }
-
-    fn update_line(&mut self) {
-        let level = self.interrupts() & self.registers.enable != 0;
-        if level != self.level {
-            self.level = level;
-            self.line.set(level);
-        }
-    }
-}
-
-/// Bits 9 to 2 of the address say which lines an access to GPIODATA means, so that one
-/// line is written without a look at the others (section 3.3.1).
-fn data_mask(offset: u64) -> u8 {
-    (offset >> 2) as u8
 }
 
 impl Device for Pl061 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let value = primecell::reaches_register(offset, data.len())
-            .then(|| self.read_register(offset))
-            .flatten();
-        match value {
-            Some(value) => primecell::answer(data, value),
-            None => self.faults += 1,
-        }
+        self.faults += primecell::read(self, offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // Registers are eight bits wide: what is above is not there to be written.
-        let answered = match data.first() {
-            Some(&value) if primecell::reaches_register(offset, data.len()) => {
-                self.write_register(offset, value)
-            }
-            _ => None,
-        };
-        if answered.is_none() {
-            self.faults += 1;
-        }
+        self.faults += primecell::write(self, offset, data);
         self.update_line();
     }
 }

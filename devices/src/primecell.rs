@@ -1,5 +1,76 @@
 //! What Arm's PrimeCell peripherals have in common: 32-bit registers on word
-//! boundaries in a 4 KiB window, and identification registers at the end of it.
+//! boundaries in a 4 KiB window, identification registers at the end of it, and an
+//! interrupt line that follows a level.
+
+use std::sync::Arc;
+
+use crate::IrqLine;
+
+/// The registers of one peripheral, by offset in bytes. Offsets are those of words.
+pub(crate) trait PrimeCell {
+    /// PeriphID0 to PeriphID3.
+    const PERIPHERAL_ID: [u8; 4];
+
+    /// The widths of access that its registers answer, in bytes.
+    ///
+    /// Drivers use all three: Linux writes the PL011 by halfwords, its early console by
+    /// bytes, and reads identification by words.
+    const WIDTHS: &'static [usize] = &[1, 2, 4];
+
+    /// The register's value, and what reading it does; `None` when no register there is
+    /// read. The identification registers are not asked for.
+    fn read_register(&mut self, offset: u64) -> Option<u32>;
+
+    /// What writing the register does; `None` when no register there is written.
+    fn write_register(&mut self, offset: u64, value: u32) -> Option<()>;
+}
+
+/// Answers a read of the guest, with zeros where no register does. Returns how many
+/// faults to count: one for such a read, else none.
+pub(crate) fn read<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &mut [u8]) -> u64 {
+    data.fill(0);
+    let value = reaches_register(offset, data.len(), P::WIDTHS)
+        .then(|| {
+            let value = peripheral.read_register(offset);
+            value.or_else(|| identify(P::PERIPHERAL_ID, offset))
+        })
+        .flatten();
+    answer(data, value.unwrap_or(0));
+    u64::from(value.is_none())
+}
+
+/// Takes a write of the guest, or ignores it where no register does. Returns how many
+/// faults to count: one for such a write, else none.
+pub(crate) fn write<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &[u8]) -> u64 {
+    let answered = reaches_register(offset, data.len(), P::WIDTHS)
+        .then(|| peripheral.write_register(offset, written(data)))
+        .flatten();
+    u64::from(answered.is_none())
+}
+
+/// The interrupt line of a peripheral. It tells the other end of changes only.
+pub(crate) struct Line {
+    wire: Arc<dyn IrqLine>,
+    is_high: bool,
+}
+
+impl Line {
+    /// A line that is low, as after power-on.
+    pub(crate) fn new(wire: Arc<dyn IrqLine>) -> Line {
+        Line {
+            wire,
+            is_high: false,
+        }
+    }
+
+    /// Drives it high or low.
+    pub(crate) fn set(&mut self, high: bool) {
+        if high != self.is_high {
+            self.is_high = high;
+            self.wire.set(high);
+        }
+    }
+}
 
 /// Offset of the first identification register in bytes (e.g. ARM DDI 0183,
 /// section 3.3.15). Linux's AMBA bus finds the driver by these
@@ -12,24 +83,21 @@ const ID_LAST: u64 = 0xffc;
 /// PrimeCellID0 to PrimeCellID3: 0xb105f00d, one byte a register, the same on all.
 const PRIMECELL_ID: [u8; 4] = [0x0d, 0xf0, 0x05, 0xb1];
 
-/// Whether an access of `size` bytes at `offset` is one a register answers: it begins
-/// at the register and is not wider.
-///
-/// Drivers use all three widths: Linux writes the PL011 by halfwords, its early
-/// console by bytes, and reads identification by words.
-pub(crate) fn reaches_register(offset: u64, size: usize) -> bool {
-    offset.is_multiple_of(4) && matches!(size, 1 | 2 | 4)
+/// Whether an access of `size` bytes at `offset` is one that a register of `widths`
+/// answers: it begins at the register and is not wider.
+fn reaches_register(offset: u64, size: usize, widths: &[usize]) -> bool {
+    offset.is_multiple_of(4) && widths.contains(&size)
 }
 
 /// The value of a write of at most four bytes; bytes not written count as zero.
-pub(crate) fn written(data: &[u8]) -> u32 {
+fn written(data: &[u8]) -> u32 {
     data.iter()
         .rev()
         .fold(0, |value, &byte| value << 8 | u32::from(byte))
 }
 
 /// Answers a read of at most four bytes with the low bytes of `value`.
-pub(crate) fn answer(data: &mut [u8], value: u32) {
+fn answer(data: &mut [u8], value: u32) {
     for (byte, source) in data.iter_mut().zip(value.to_le_bytes()) {
         *byte = source;
     }
@@ -49,17 +117,66 @@ pub(crate) fn identify(peripheral: [u8; 4], offset: u64) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fake::FakeLine;
+
+    /// A peripheral with one register, at offset 4.
+    struct Echo {
+        register: u32,
+    }
+
+    impl PrimeCell for Echo {
+        const PERIPHERAL_ID: [u8; 4] = [1, 2, 3, 4];
+
+        fn read_register(&mut self, offset: u64) -> Option<u32> {
+            (offset == 4).then_some(self.register)
+        }
+
+        fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
+            (offset == 4).then(|| self.register = value)
+        }
+    }
 
     #[test]
     fn registers_take_one_two_and_four_bytes_at_their_own_offset() {
         for size in [1, 2, 4] {
-            assert!(reaches_register(0x18, size));
-            assert!(!reaches_register(0x19, size));
-            assert!(!reaches_register(0x1a, size));
+            assert!(reaches_register(0x18, size, Echo::WIDTHS));
+            assert!(!reaches_register(0x19, size, Echo::WIDTHS));
+            assert!(!reaches_register(0x1a, size, Echo::WIDTHS));
         }
         for size in [0, 3, 5, 8, 16] {
-            assert!(!reaches_register(0x18, size));
+            assert!(!reaches_register(0x18, size, Echo::WIDTHS));
         }
+    }
+
+    #[test]
+    fn what_no_register_answers_is_a_fault_and_reads_as_zeros() {
+        let mut echo = Echo { register: 0 };
+        assert_eq!(write(&mut echo, 4, &[0x78, 0x56]), 0);
+        assert_eq!(echo.register, 0x5678);
+        let mut data = [0xff; 4];
+        assert_eq!(read(&mut echo, 4, &mut data), 0);
+        assert_eq!(data, [0x78, 0x56, 0, 0]);
+        assert_eq!(read(&mut echo, ID_FIRST, &mut data), 0);
+        assert_eq!(data, [1, 0, 0, 0]);
+        for (offset, size) in [(0, 4), (5, 1), (4, 3), (4, 8), (4, 0), (0x1000, 4)] {
+            let mut data = vec![0xff; size];
+            assert_eq!(write(&mut echo, offset, &data), 1, "{offset:#x}");
+            assert_eq!(read(&mut echo, offset, &mut data), 1, "{offset:#x}");
+            assert_eq!(data, vec![0; size], "{offset:#x}");
+        }
+        assert_eq!(write(&mut echo, ID_FIRST, &[1]), 1);
+        assert_eq!(echo.register, 0x5678);
+    }
+
+    #[test]
+    fn a_line_tells_of_changes_only() {
+        let wire = FakeLine::new();
+        let mut line = Line::new(wire.clone());
+        for high in [false, true, true, false, false, true] {
+            line.set(high);
+            assert_eq!(wire.is_high(), high);
+        }
+        assert_eq!(wire.history(), [true, false, true]);
     }
 
     #[test]

@@ -42,7 +42,7 @@ const LIMIT: Duration = Duration::from_secs(1800);
 /// Measure what armlet costs, beside what other VMMs cost on the same rig.
 ///
 /// Everything runs in an emulated ARM64 host that counts instructions, also on an ARM64 machine:
-/// a virtual nanosecond is one instruction. Takes about three minutes. After `--` another VMM may
+/// a virtual nanosecond is one instruction. Takes three to six minutes. After `--` another VMM may
 /// follow, a static ARM64 program with its arguments, to be measured in the same way: {kernel},
 /// {initrd} and {cmdline} stand for the guest's, of which the last names no console.
 #[derive(Debug, FromArgs)]
