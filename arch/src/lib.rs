@@ -23,7 +23,7 @@ pub use width::{Region, Width, WidthPolicy};
 use serde::Serialize;
 use std::fmt::Debug;
 
-/// What planning must know of an instruction set. [`plan`] calls the functions in the order in
+/// What planning must know of an instruction set. [`plan()`] calls the functions in the order in
 /// which they stand here.
 pub trait Arch: Sized + Clone + Debug + 'static {
     /// The name that boards and messages use.

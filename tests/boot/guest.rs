@@ -314,6 +314,7 @@ impl Guest {
             }
         };
         let age = self.age();
+        println!("{:.1} s: {status}: {}", age.as_secs_f32(), self.line);
         let modes = self.terminal.take().map(|terminal| terminal.modes());
         self.errors.close(deadline);
         self.output.close(deadline);

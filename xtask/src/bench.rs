@@ -108,8 +108,12 @@ impl Bench {
         if let Some((program, arguments)) = other.split_first() {
             let file = PathBuf::from(program);
             let name = file.file_name().context("the other VMM names no file")?;
+            let name = match name.to_string_lossy().into_owned() {
+                same if same == vmms[0].name => "other".to_owned(),
+                name => name,
+            };
             vmms.push(Vmm {
-                name: name.to_string_lossy().into_owned(),
+                name,
                 file,
                 arguments: arguments.to_vec(),
             });

@@ -73,6 +73,7 @@ impl Test {
                         "clippy",
                         "--workspace",
                         "--all-targets",
+                        "--keep-going",
                         "--",
                         "-D",
                         "warnings",
@@ -84,11 +85,15 @@ impl Test {
                         "doc",
                         "--workspace",
                         "--no-deps",
+                        "--keep-going",
                         "--document-private-items",
                     ]);
                     outcomes.push(one("doc", doc.env("RUSTDOCFLAGS", "-D warnings"))?);
                 }
-                "unit" => outcomes.push(one("unit", &mut cargo(&["test", "--workspace"]))?),
+                "unit" => outcomes.push(one(
+                    "unit",
+                    &mut cargo(&["test", "--workspace", "--no-fail-fast"]),
+                )?),
                 _ => outcomes.extend(self.rig(&hosts)?),
             }
         }
