@@ -107,7 +107,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             None => memory.insert(memory::map(&plan.layout.ram).fault(Status::Host)?),
         };
         let stopping = Arc::new(AtomicBool::new(false));
-        let wires = events.wires(&stopping)?;
+        let wires = events.wires(&stopping);
         let mut machine =
             machine::assemble::<A>(&orders.kvm, &plan, memory, wires).fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
@@ -120,7 +120,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         }
         let mut vcpus = Vec::new();
         for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
-            let teller = events.teller()?;
+            let teller = events.teller();
             let (bus, flag) = (Arc::clone(&machine.bus), Arc::clone(&stopping));
             let serial = machine.devices.serial.clone();
             let tell = move |told| {
@@ -197,7 +197,7 @@ enum Event {
 #[derive(Debug)]
 struct Teller {
     queue: Arc<Mutex<Vec<Event>>>,
-    bell: EventFd,
+    bell: Arc<EventFd>,
 }
 
 impl Teller {
@@ -217,7 +217,7 @@ const SIGNAL: u64 = 2;
 struct Events {
     epoll: Epoll,
     queue: Arc<Mutex<Vec<Event>>>,
-    bell: EventFd,
+    bell: Arc<EventFd>,
     signals: OwnedFd,
     input: Input,
     /// When the power key is released.
@@ -276,7 +276,7 @@ impl Events {
         Ok(Events {
             epoll,
             queue: Arc::default(),
-            bell,
+            bell: Arc::new(bell),
             signals,
             input: Input::default(),
             release: None,
@@ -288,30 +288,31 @@ impl Events {
         })
     }
 
-    fn teller(&self) -> Result<Teller> {
-        Ok(Teller {
+    fn teller(&self) -> Teller {
+        Teller {
             queue: Arc::clone(&self.queue),
-            bell: self.bell.try_clone().context("cannot copy an eventfd")?,
-        })
+            bell: Arc::clone(&self.bell),
+        }
     }
 
-    fn wires(&self, stopping: &Arc<AtomicBool>) -> Result<Wires> {
-        let (room, burst, deadline) = (self.teller()?, self.teller()?, self.teller()?);
+    /// The wires of a new life of the guest, before any vCPU of it runs.
+    fn wires(&mut self, stopping: &Arc<AtomicBool>) -> Wires {
+        // What an earlier life left behind means nothing to this one.
+        lock(&self.queue).clear();
+        (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
+        self.input.session = None;
+        let (room, burst, deadline) = (self.teller(), self.teller(), self.teller());
         let output = StandardOutput::new(Arc::clone(stopping));
-        Ok(Wires {
+        Wires {
             output: Box::new(PanicWatch::new(output, Box::new(note_panic))),
             on_room: Box::new(move || room.tell(Event::Room)),
             on_burst: Box::new(move || burst.tell(Event::Burst)),
             on_deadline: Box::new(move || deadline.tell(Event::Deadline)),
-        })
+        }
     }
 
     /// Serves the machine until its end.
     fn watch(&mut self, devices: &Devices, terminal: bool) -> Result<Ending> {
-        // What an earlier life of the guest left behind means nothing to this one.
-        lock(&self.queue).clear();
-        (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
-        self.input.session = None;
         self.input.terminal = terminal;
         self.feed(devices)?;
         let mut ready = [EpollEvent::default(); 4];
