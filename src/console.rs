@@ -192,7 +192,7 @@ impl Output for StandardOutput {
     fn write(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() && !self.closed {
             // Once armlet stops, nothing waits for a reader any more.
-            if self.stopping.load(Ordering::Relaxed) && !is_writable(Some(&NOW)) {
+            if self.stopping.load(Ordering::Relaxed) && !is_output_ready() {
                 return;
             }
             match rustix::io::write(stdio::stdout(), bytes) {
@@ -211,6 +211,12 @@ impl Output for StandardOutput {
             }
         }
     }
+}
+
+/// Whether standard output takes bytes without waiting, or never will.
+#[must_use]
+pub fn is_output_ready() -> bool {
+    is_writable(Some(&NOW))
 }
 
 const NOW: Timespec = Timespec {

@@ -358,10 +358,10 @@ impl Events {
             self.set_alarm(devices);
         }
         if self.tick.is_some_and(|tick| tick <= now) {
-            let goes_on = devices.serial.as_ref().is_some_and(|serial| {
-                // Locked by a vCPU that waits for a reader: nothing is lost by coming back.
-                serial.try_lock().map_or(true, |mut serial| serial.tick())
-            });
+            let goes_on = devices
+                .serial
+                .as_ref()
+                .is_some_and(|serial| at_hand(serial).is_none_or(|mut serial| serial.tick()));
             self.tick = goes_on.then(|| now + TICK);
             if let Some(reason) = take_panic() {
                 let what = format!("the guest's kernel panicked: {reason}");
@@ -464,8 +464,7 @@ impl Events {
                 Some(Escape::Leave) => return Ok(Some(Ending::Stopped)),
                 Some(Escape::Help) => console::complain(ESCAPE_HELP),
                 Some(Escape::Break) => {
-                    let serial = devices.serial.as_ref();
-                    if let Some(Ok(mut serial)) = serial.map(|serial| serial.try_lock()) {
+                    if let Some(mut serial) = devices.serial.as_deref().and_then(at_hand) {
                         serial.receive_break();
                     }
                 }
@@ -506,8 +505,7 @@ impl Events {
 
     /// Gives the console as much of what is pending as it wants.
     fn hand_over(&mut self, serial: &Mutex<Serial>) -> Handed {
-        // A vCPU may hold it while it waits for a reader of the output.
-        let Ok(mut serial) = serial.try_lock() else {
+        let Some(mut serial) = at_hand(serial) else {
             return Handed::NotNow(Some(TICK));
         };
         let session = serial.listening();
@@ -556,6 +554,13 @@ impl Events {
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The console, if it can be used without waiting for a reader of the output: neither for a vCPU
+/// that writes, nor to write what a burst has left. The loop waits for nobody.
+fn at_hand(serial: &Mutex<Serial>) -> Option<MutexGuard<'_, Serial>> {
+    let serial = serial.try_lock().ok()?;
+    (!serial.in_burst() || console::is_output_ready()).then_some(serial)
 }
 
 /// A descriptor that SIGTERM, SIGINT and SIGHUP are read from; they are blocked as signals.

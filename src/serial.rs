@@ -80,6 +80,12 @@ impl Serial {
         self.shown.is_some()
     }
 
+    /// Whether there may be bytes to hand on.
+    #[must_use]
+    pub fn in_burst(&self) -> bool {
+        self.shown.is_some()
+    }
+
     /// The time of the guest's listening ([`Pl011::listening`]).
     #[must_use]
     pub fn listening(&self) -> Option<u64> {
