@@ -184,7 +184,7 @@ impl Image {
         // CCMP X18, #0, #0xd, PL: an instruction without effect that reads "MZ".
         put(0x00, b"MZ\x40\xfa");
         // B CODE
-        let branch = 0x1400_0000 | (CODE as u32 - 4) / 4;
+        let branch = 0x1400_0000 | ((CODE as u32 - 4) / 4);
         put(0x04, &branch.to_le_bytes());
         put(0x10, &self.memory.to_le_bytes());
         // It may lie anywhere.
