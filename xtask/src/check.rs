@@ -178,6 +178,7 @@ fn cargo(arguments: &[&str]) -> Command {
 /// The command that builds and runs the tests of guests, with this program as cargo's runner.
 fn rig_tests(toolchain: &Toolchain) -> Result<Command> {
     let mut command = cargo(&["test", "--package", "armlet", "--test", "boot"]);
+    command.args(["--profile", "rig"]);
     command
         .args(["--target", &toolchain.target])
         .args(&toolchain.args);
