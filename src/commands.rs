@@ -5,7 +5,7 @@ use crate::config::{self, Config};
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
-use crate::{boards, memory, probe, report, run};
+use crate::{boards, probe, report, run};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::x86_64::X86_64;
@@ -76,7 +76,6 @@ fn run(args: &RunArgs) -> Result<Status> {
     let config = config::read::<HostArch>(&machine, board)?;
     let kvm = probe::open_kvm().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
-    memory::warn_if_scarce(config.request.memory);
     run::run(run::Orders {
         kvm,
         host,

@@ -126,8 +126,18 @@ impl Serial {
         }
     }
 
+    /// What the guest may read from memory. A guest that waits for the transmit interrupt before
+    /// it sends on would wait for a tick each time: that interrupt comes with the bytes.
+    fn snapshot(&self) -> Option<Snapshot> {
+        match self.uart.sends_by_interrupt() {
+            true => None,
+            false => self.uart.snapshot(),
+        }
+    }
+
     fn begin_burst(&mut self) {
-        let (Some(window), Some(snapshot)) = (&mut self.window, self.uart.snapshot()) else {
+        let snapshot = self.snapshot();
+        let (Some(window), Some(snapshot)) = (&mut self.window, snapshot) else {
             return;
         };
         if window.open(snapshot.words()).is_ok() {
@@ -140,10 +150,11 @@ impl Serial {
     /// Shows the guest the registers as they are now; where a read would change something, it must
     /// be an exit again.
     fn refresh(&mut self) {
+        let snapshot = self.snapshot();
         let (Some(window), Some(shown)) = (&mut self.window, &mut self.shown) else {
             return;
         };
-        match self.uart.snapshot() {
+        match snapshot {
             Some(now) if now == *shown => {}
             Some(now) => {
                 window.update(now.words());

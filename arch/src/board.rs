@@ -201,7 +201,7 @@ impl Board {
     pub fn parse(text: &str) -> Result<Board, BoardError> {
         let mut document = toml_span::parse(text).map_err(|error| BoardError::Syntax {
             line: line_of(text, error.span.start),
-            cause: error.kind.to_string(),
+            cause: error.to_string(),
         })?;
         let mut root = Fields::of(text, "the board", document.take(), 0)?;
         let arch = match root.string("arch", "\"aarch64\"")?.as_str() {

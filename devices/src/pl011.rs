@@ -310,6 +310,12 @@ impl Pl011 {
         Some(Snapshot { registers })
     }
 
+    /// Whether the guest waits for an interrupt before it sends on, as drivers do; consoles of
+    /// kernels look at UARTFR instead.
+    pub fn sends_by_interrupt(&self) -> bool {
+        self.registers.imsc & interrupt::TX != 0
+    }
+
     /// Accesses so far at offsets, of widths or in directions that no register answers.
     pub fn faults(&self) -> u64 {
         self.faults

@@ -42,6 +42,7 @@ pub(crate) enum Input {
 /// `armlet run` to be.
 pub(crate) struct Armlet {
     arguments: Vec<OsString>,
+    cmdline: String,
     input: Input,
     memory: &'static str,
     cpus: usize,
@@ -54,6 +55,7 @@ impl Armlet {
     pub(crate) fn new() -> Armlet {
         Armlet {
             arguments: vec!["run".into()],
+            cmdline: String::new(),
             input: Input::Nothing,
             memory: "256M",
             cpus: 1,
@@ -102,14 +104,12 @@ impl Armlet {
 
     fn boot(&mut self, kernel: &Path, initrd: &Path, what: &str) {
         // The kernel's self-tests of its ciphers are half of its boot.
-        let cmdline = format!("console=ttyAMA0 quiet cryptomgr.notests panic=-1 armlet.run={what}");
-        let words: [&OsStr; 6] = [
+        self.cmdline = format!("console=ttyAMA0 quiet cryptomgr.notests armlet.run={what}");
+        let words: [&OsStr; 4] = [
             "--kernel".as_ref(),
             kernel.as_ref(),
             "--initrd".as_ref(),
             initrd.as_ref(),
-            "--cmdline".as_ref(),
-            cmdline.as_ref(),
         ];
         self.arguments.extend(words.map(OsStr::to_owned));
     }
@@ -123,6 +123,13 @@ impl Armlet {
 
     pub(crate) fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Armlet {
         self.arguments.extend([name.into(), value.as_ref().into()]);
+        self
+    }
+
+    /// Adds `words` to the kernel's command line.
+    pub(crate) fn cmdline(mut self, words: &str) -> Armlet {
+        self.cmdline.push(' ');
+        self.cmdline.push_str(words);
         self
     }
 
@@ -166,10 +173,10 @@ impl Armlet {
 
     /// Starts the guest with `output` as armlet's standard output, which the test looks after.
     pub(crate) fn start_with(self, output: Option<OwnedFd>) -> Guest {
-        let cpus = self.cpus.to_string();
-        let memory = self.memory;
-        let armlet = self.option("--memory", memory).option("--cpus", cpus);
-        armlet.spawn(output)
+        let (memory, cpus, cmdline) = (self.memory, self.cpus, self.cmdline.clone());
+        let armlet = self.option("--memory", memory);
+        let armlet = armlet.option("--cpus", cpus.to_string());
+        armlet.option("--cmdline", cmdline).spawn(output)
     }
 
     fn spawn(self, output: Option<OwnedFd>) -> Guest {

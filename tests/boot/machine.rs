@@ -1,8 +1,18 @@
-use crate::guest::{Armlet, MARKER};
+use crate::guest::{Armlet, GLANCE, MARKER};
 use crate::rig;
 use crate::software::Program;
 use rustix::process::Signal;
 use std::fs;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+fn thread_names(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
+    let name = |task: PathBuf| fs::read_to_string(task.join("comm")).unwrap_or_default();
+    let names = tasks.map(|task| name(task.expect("a thread").path()));
+    names.map(|name| name.trim().to_owned()).collect()
+}
 
 #[test]
 fn each_vcpu_has_a_thread_of_its_name() {
@@ -11,19 +21,17 @@ fn each_vcpu_has_a_thread_of_its_name() {
     let program = Program::default().print("up\n").sleep();
     let mut guest = Armlet::program(&program).cpus(cpus).start();
     guest.expect("up\n");
-    let mut names = Vec::new();
-    for task in fs::read_dir(format!("/proc/{}/task", guest.pid())).expect("a process") {
-        let name = task.expect("a thread").path().join("comm");
-        names.push(fs::read_to_string(name).expect("a name").trim().to_owned());
-    }
-    println!("{names:?}");
-    for index in 0..cpus {
-        let name = format!("vcpu{index}");
-        assert_eq!(
-            names.iter().filter(|n| **n == name).count(),
-            1,
-            "{name} in {names:?}"
-        );
+    // A thread names itself when it first runs, and the boot CPU's may be the first to.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let wanted: Vec<String> = (0..cpus).map(|index| format!("vcpu{index}")).collect();
+    loop {
+        let names = thread_names(guest.pid());
+        let count = |name: &String| names.iter().filter(|n| *n == name).count();
+        if wanted.iter().all(|name| count(name) == 1) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{names:?}");
+        sleep(GLANCE);
     }
     guest.signal(Signal::INT);
     guest.end().assert_status(6);

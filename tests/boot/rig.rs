@@ -127,8 +127,17 @@ impl Facts {
     }
 }
 
-/// CPUs of the host that no guest of a test has.
-static FREE: OnceLock<(Mutex<usize>, Condvar)> = OnceLock::new();
+/// Who may load the host.
+struct Queue {
+    /// CPUs that no guest of a test has.
+    free: usize,
+    /// How many turns were asked for.
+    asked: u64,
+    /// How many were given, in the order of asking.
+    given: u64,
+}
+
+static QUEUE: OnceLock<(Mutex<Queue>, Condvar)> = OnceLock::new();
 
 /// The right to load some of the host's CPUs, until it is dropped.
 pub(crate) struct Turn {
@@ -141,13 +150,22 @@ impl Turn {
     /// A test that holds one must not wait for another.
     pub(crate) fn of(cpus: usize) -> Turn {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
-        let (free, changed) = FREE.get_or_init(|| (Mutex::new(all), Condvar::new()));
+        let queue = Queue {
+            free: all,
+            asked: 0,
+            given: 0,
+        };
+        let (queue, changed) = QUEUE.get_or_init(|| (Mutex::new(queue), Condvar::new()));
         let cpus = cpus.min(all);
-        let mut free = free.lock().unwrap_or_else(PoisonError::into_inner);
-        while *free < cpus {
-            free = changed.wait(free).unwrap_or_else(PoisonError::into_inner);
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = queue.asked;
+        queue.asked += 1;
+        while queue.given < ours || queue.free < cpus {
+            queue = changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        *free -= cpus;
+        queue.given += 1;
+        queue.free -= cpus;
+        changed.notify_all();
         Turn { cpus }
     }
 
@@ -159,8 +177,8 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if let Some((free, changed)) = FREE.get() {
-            *free.lock().unwrap_or_else(PoisonError::into_inner) += self.cpus;
+        if let Some((queue, changed)) = QUEUE.get() {
+            queue.lock().unwrap_or_else(PoisonError::into_inner).free += self.cpus;
             changed.notify_all();
         }
     }

@@ -132,7 +132,6 @@ fn linux_has_14_gib_in_34_bits() {
 echo '== iomem'; grep RAM /proc/iomem
 echo '== end'";
     let outcome = assert_bits(Armlet::script(rig, "Image", script).memory("14G"), 34);
-    println!("{:.1} s", outcome.age.as_secs_f32());
     let script = outcome.script();
     assert_eq!(section(&script, "iomem"), "40000000-3bfffffff : System RAM");
     assert!(total_mib(&script) > 13 << 10, "{script}");
