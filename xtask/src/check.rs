@@ -32,9 +32,9 @@ pub(crate) struct Test {
     #[argh(switch)]
     thorough: bool,
 
-    /// run only those tests of the rig whose names contain this
+    /// run only those tests of the rig whose names contain one of these
     #[argh(positional)]
-    filter: Option<String>,
+    filter: Vec<String>,
 }
 
 const STEPS: [&str; 5] = ["fmt", "clippy", "doc", "unit", "rig"];
@@ -134,11 +134,11 @@ impl Test {
         let test = |name: &str, spec: Option<HostSpec>| -> Result<(String, Command)> {
             let mut command = rig_tests(&toolchain)?;
             command.args(["--quiet", "--"]);
-            match &self.filter {
-                Some(filter) => command.arg(filter),
-                None if name == HOSTS[0].0 || spec.is_none() || self.thorough => &mut command,
-                None => command.args(ELSEWHERE),
-            };
+            if !self.filter.is_empty() {
+                command.args(&self.filter);
+            } else if name != HOSTS[0].0 && spec.is_some() && !self.thorough {
+                command.args(ELSEWHERE);
+            }
             if let Some(spec) = spec {
                 let variables = [
                     ("ARMLET_RIG_CPU", spec.cpu),
