@@ -31,6 +31,8 @@ const KICK_EVERY: Duration = Duration::from_millis(10);
 /// How long a guest listens before it gets input: Linux's driver listens for a moment before it
 /// throws away what came and begins in earnest (`pl011_hwinit`).
 const SETTLE: Duration = Duration::from_millis(1);
+/// How often a lock that a vCPU holds is tried before the loop goes on to other things.
+const TRIES: usize = 100;
 /// Bytes of type-ahead that are kept for a guest that does not read.
 const INPUT_BYTES: usize = 4096;
 
@@ -562,7 +564,14 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The console, if it can be used without waiting for a reader of the output: neither for a vCPU
 /// that writes, nor to write what a burst has left. The loop waits for nobody.
 fn at_hand(serial: &Mutex<Serial>) -> Option<MutexGuard<'_, Serial>> {
-    let serial = serial.try_lock().ok()?;
+    // A vCPU that tells of room still holds the lock, as a rule for an instant only.
+    let serial = (0..TRIES).find_map(|_| {
+        let free = serial.try_lock().ok();
+        if free.is_none() {
+            std::thread::yield_now();
+        }
+        free
+    })?;
     (!serial.in_burst() || console::is_output_ready()).then_some(serial)
 }
 
