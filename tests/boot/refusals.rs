@@ -228,7 +228,7 @@ impl Bad {
         case(
             &["--memory", "16777215T"],
             3,
-            &["needs 64 address bits", "use --memory 262143G or less"],
+            &["needs 64 address bits", "use --memory "],
         );
         case(
             &["--memory", "64K"],
