@@ -13,6 +13,9 @@ mod console;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;
+/// Kernels in every form that distributions ship.
+#[path = "boot/kernels.rs"]
+mod kernels;
 /// Reset, power key, signals, terminal: how a guest's life goes on and ends.
 #[path = "boot/life.rs"]
 mod life;

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 /// How long a test waits for anything: an emulated guest takes seconds, on a machine that others
 /// use too some tens of them.
-const PATIENCE: Duration = Duration::from_secs(200);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How often a test looks whether what it waits for is there.
 pub(crate) const GLANCE: Duration = Duration::from_millis(20);

@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, GLANCE, Guest, Input, MARKER};
 use crate::rig;
-use crate::software::Program;
+use crate::software::{Program, archive};
 use rustix::process::Signal;
 use std::fs;
 use std::thread::sleep;
@@ -124,11 +124,23 @@ fn a_panic_is_reported_and_may_end_armlet() {
     }
 }
 
+/// Waits for the power key as a distribution's logind does. It says so when it listens: Linux throws
+/// away what a key does while nobody has its device open.
+const LISTEN: &str = "insmod /modules/evdev.ko
+insmod /modules/gpio_keys.ko
+until [ -e /dev/input/event0 ]; do sleep 0.1; done
+exec 3</dev/input/event0
+echo POWERKEY-READY
+head -c 24 <&3 >/dev/null
+echo POWERKEY-PRESSED
+";
+
 #[test]
 fn sigterm_presses_the_power_key_and_linux_powers_off() {
     let Some(rig) = rig::main() else { return };
     let mut initrd = fs::read(rig.asset("initrd")).expect("the initramfs");
     initrd.extend(fs::read(rig.asset("powerkey.cpio")).expect("the modules"));
+    initrd.extend(archive("powerkey.sh", LISTEN.as_bytes()));
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("initrd");
     fs::write(&path, initrd).expect("an initramfs");
@@ -302,7 +314,7 @@ fn accesses_to_nowhere_do_not_fill_a_log() {
     for word in 0..40 {
         program = program
             .read(0x0b00_0000 + 4 * word)
-            .write(0x0c00_0000 + 4 * word);
+            .write(0x0c00_0000 + 4 * word, 0);
     }
     let outcome = Armlet::program(&program.print("on\n").power_off()).run();
     outcome.assert_status(0);

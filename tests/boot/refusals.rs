@@ -1,10 +1,11 @@
 use crate::guest::Armlet;
+use crate::kernels::gzip;
 use crate::rig;
 use crate::software::{Image, Program, bz_image};
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use std::fs::{self, File};
-use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 
@@ -348,14 +349,6 @@ impl Bad {
     }
 }
 
-fn gzip(data: &[u8]) -> Vec<u8> {
-    let mut packed = GzEncoder::new(Vec::new(), Compression::default());
-    packed
-        .write_all(data)
-        .and_then(|()| packed.finish())
-        .expect("memory")
-}
-
 #[test]
 fn plan_refuses_bad_kernels_and_initrds() {
     Bad::kernels().assert_refused_by(&["plan"]);
@@ -429,6 +422,57 @@ fn a_host_that_runs_no_guests_says_so() {
         "'armlet plan' works here",
     ];
     assert_refused(&["run", "--kernel", &kernel], 3, &words);
+}
+
+#[test]
+fn a_host_without_kvm_is_told_what_to_do() {
+    if std::env::consts::ARCH == "aarch64" && Path::new("/dev/kvm").exists() {
+        println!("skipped: this host has KVM");
+        return;
+    }
+    let output = armlet(&["probe"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}");
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("STOPS"), "{text}");
+    let output = armlet(&["probe", "--json"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("\"runs_guests\": false"), "{text}");
+}
+
+#[test]
+fn a_user_without_permission_is_told_the_group() {
+    let Some(_) = rig::any() else { return };
+    let mode = fs::metadata("/dev/kvm").expect("/dev/kvm").mode();
+    if !rustix::process::geteuid().is_root() || mode & 0o006 != 0 {
+        println!("skipped: every user here may use /dev/kvm, or this one may not be another");
+        return;
+    }
+    // A folder that others can enter.
+    let bad = Bad::new();
+    let open = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(bad.folder.path(), open).expect("a folder");
+    let kernel = bad.file("kernel", &Program::default().power_off().image());
+    for (arguments, words) in [
+        (
+            &["run", "--kernel", &kernel] as &[&str],
+            "cannot open /dev/kvm: permission denied",
+        ),
+        (&["probe"], "/dev/kvm may not be opened"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
+        let output = command.args(arguments).uid(1000).gid(1000).output();
+        let output = output.expect("armlet can be run");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        println!("{said}");
+        assert_eq!(output.status.code(), Some(3), "{arguments:?}: {said}");
+        assert!(
+            said.contains(words) && said.contains("usermod -aG kvm"),
+            "{said}"
+        );
+    }
 }
 
 #[test]

@@ -83,9 +83,20 @@ impl Program {
         self.load(4, address).instruction(0xb940_0082)
     }
 
-    /// Writes the word at `address`: STR W2, [X4].
-    pub(crate) fn write(self, address: u64) -> Program {
-        self.load(4, address).instruction(0xb900_0082)
+    /// Writes `value` to the word at `address`: STR W2, [X4].
+    pub(crate) fn write(self, address: u64, value: u64) -> Program {
+        let program = self.load(2, value).load(4, address);
+        program.instruction(0xb900_0082)
+    }
+
+    /// Goes on with `other` unless the bit is set in the word at `address`: LDR W2, [X4];
+    /// TBNZ W2, #bit, behind it.
+    pub(crate) fn unless_set(self, address: u64, bit: u32, other: &Program) -> Program {
+        let skip = other.code.len() as u32 + 1;
+        let test = 0x3700_0002 | bit << 19 | skip << 5;
+        let mut program = self.read(address).instruction(test);
+        program.code.extend(&other.code);
+        program
     }
 
     /// Reads two words at once, for which the CPU does not tell KVM which registers they go to:
