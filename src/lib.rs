@@ -24,3 +24,4 @@ pub mod run;
 pub mod serial;
 pub mod status;
 pub mod vcpu;
+pub mod virtio;

@@ -9,6 +9,7 @@ pub mod pl011;
 pub mod pl031;
 pub mod pl061;
 mod primecell;
+pub mod virtio;
 
 /// A thing that answers reads and writes of the guest in one window of addresses.
 ///

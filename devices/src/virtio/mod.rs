@@ -1,0 +1,282 @@
+//! Virtio (OASIS virtio 1.2): what devices and transports are to one another.
+//!
+//! A [`VirtioDevice`] has features, queues and a configuration space, and does its work when its
+//! queues are kicked; a transport ([`mmio::Mmio`]) shows it to the guest and owns the register
+//! machine. Between them stands [`Link`]: by it a device interrupts the guest. Whoever runs the
+//! device's thread waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
+
+use std::fmt;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+mod transport;
+
+#[cfg(test)]
+pub(crate) mod fake;
+
+pub use queue::{Chain, Virtqueue};
+
+/// VIRTIO_F_INDIRECT_DESC, bit 28 (virtio 1.2, section 6).
+pub const FEATURE_INDIRECT: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX, bit 29.
+pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_VERSION_1, bit 32.
+pub const FEATURE_VERSION_1: u64 = 1 << 32;
+
+/// A kind of virtio device: what it offers, and the work that it does.
+///
+/// It stands behind a mutex that the thread that does its work holds while it works; a vCPU takes
+/// it to start and to stop the device, and to write its configuration.
+pub trait VirtioDevice: Send {
+    /// Its device ID (virtio 1.2, section 5: 1 is a network card, 2 a block device).
+    fn id(&self) -> u32;
+
+    /// The device's own feature bits; those of the ring and the version come from the transport.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// The most entries of each of its queues: powers of two.
+    fn queue_sizes(&self) -> Vec<u16>;
+
+    /// Its configuration space.
+    fn config(&self) -> Arc<ConfigSpace>;
+
+    /// The driver wrote `data` at `offset` bytes into the configuration space. The device checks
+    /// it, and changes the space by [`ConfigSpace::change`] where it takes it.
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The driver is ready: work begins, on the requests that are there already too.
+    ///
+    /// # Errors
+    /// A backend that cannot be started; the device then asks the driver for a reset.
+    fn start(&mut self, driver: Driver) -> Result<(), StartError>;
+
+    /// The driver resets the device, or the machine ends: all work that began ends, and guest
+    /// memory is not touched from here on. A device that was not started does nothing.
+    fn stop(&mut self);
+
+    /// The driver says that there is something new in a queue. Never called before `start`'s end;
+    /// it may be called with nothing there.
+    fn kicked(&mut self, queue: usize);
+
+    /// Whether kicks go to [`Self::kicked`]; false where the kernel or another process takes them
+    /// from the descriptors in [`Virtqueue::kick`].
+    fn takes_kicks(&self) -> bool {
+        true
+    }
+
+    /// The descriptors that the device waits for beside its kicks, the same for its whole life.
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// The source of this index (as in [`Self::sources`]) is ready, whether or not the device was
+    /// started. It may be called with nothing there.
+    fn ready(&mut self, source: usize) {
+        let _ = source;
+    }
+}
+
+/// A descriptor that a device waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The descriptor; the device keeps it open.
+    pub fd: RawFd,
+    /// Whether the device waits for room to write too, not only for something to read.
+    pub output: bool,
+    /// Whether it wants to be called once for each change only (EPOLLET), and not again and again
+    /// until it has read all.
+    pub edge: bool,
+}
+
+/// What a device gets from the driver when it starts.
+pub struct Driver {
+    /// All negotiated features.
+    pub features: u64,
+    /// Queues by index; those that the driver left out are `None`.
+    pub queues: Vec<Option<Virtqueue>>,
+    /// Guest memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// The way back to the driver.
+    pub link: Arc<Link>,
+}
+
+impl Driver {
+    /// Takes the queue of this index; `None` where the driver left it out or it was taken.
+    pub fn take(&mut self, index: usize) -> Option<Virtqueue> {
+        self.queues.get_mut(index).and_then(Option::take)
+    }
+}
+
+/// Why a device did not start, in words.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct StartError(pub String);
+
+/// How a transport interrupts the guest. What differs between transports, and nothing else.
+pub trait Interrupts: Send + Sync {
+    /// A buffer of this queue was used (virtio 1.2, section 2.3).
+    fn queue_used(&self, queue: u16);
+
+    /// The configuration space or the device's status changed.
+    fn config_changed(&self);
+
+    /// Shows DEVICE_NEEDS_RESET in the device's status (virtio 1.2, section 2.1.2).
+    fn needs_reset(&self);
+
+    /// A descriptor by which another process or the kernel interrupts the guest for a queue
+    /// (a vhost call descriptor); `None` where the transport has none.
+    fn call(&self, queue: u16) -> Option<Arc<EventFd>>;
+}
+
+/// A device's way to its driver: interrupts, and a count of what the driver did wrong.
+pub struct Link {
+    name: String,
+    interrupts: Box<dyn Interrupts>,
+    faults: Mutex<u64>,
+}
+
+impl Link {
+    /// The way of the device called `name` ("disk0", for messages).
+    #[must_use]
+    pub fn new(name: String, interrupts: Box<dyn Interrupts>) -> Link {
+        Link {
+            name,
+            interrupts,
+            faults: Mutex::new(0),
+        }
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A buffer of this queue was used: interrupts the guest.
+    pub fn queue_used(&self, queue: u16) {
+        self.interrupts.queue_used(queue);
+    }
+
+    /// The configuration space changed: interrupts the guest.
+    pub fn config_changed(&self) {
+        self.interrupts.config_changed();
+    }
+
+    /// As [`Interrupts::call`].
+    #[must_use]
+    pub fn call(&self, queue: u16) -> Option<Arc<EventFd>> {
+        self.interrupts.call(queue)
+    }
+
+    /// Counts what the driver did wrong, and logs it at a limited rate. The device goes on.
+    pub fn fault(&self, what: fmt::Arguments<'_>) {
+        let mut faults = lock(&self.faults);
+        *faults += 1;
+        // The first few, then ever fewer: a guest gone wild cannot fill a log.
+        if *faults <= 4 || faults.is_power_of_two() {
+            log::warn!("{}: {what} (fault {} of this device)", self.name, *faults);
+        }
+    }
+
+    /// Counts what the driver broke beyond repair, and asks it for a reset.
+    pub fn broken(&self, what: fmt::Arguments<'_>) {
+        self.fault(what);
+        self.interrupts.needs_reset();
+    }
+
+    /// What the driver did wrong so far, counted.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        *lock(&self.faults)
+    }
+}
+
+/// Tells whoever shows the configuration space to the guest of a change: the bytes and the
+/// generation.
+type ConfigWatch = Box<dyn Fn(&[u8], u32) + Send>;
+
+/// A device's configuration space, shared by device and transport (virtio 1.2, section 2.5).
+pub struct ConfigSpace {
+    inner: Mutex<ConfigInner>,
+}
+
+struct ConfigInner {
+    bytes: Vec<u8>,
+    generation: u32,
+    watch: Option<ConfigWatch>,
+}
+
+impl ConfigSpace {
+    /// A space with these bytes, in the device's little-endian layout.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Arc<ConfigSpace> {
+        Arc::new(ConfigSpace {
+            inner: Mutex::new(ConfigInner {
+                bytes,
+                generation: 0,
+                watch: None,
+            }),
+        })
+    }
+
+    /// Changes the space. Where the driver should hear of it, [`Link::config_changed`] follows.
+    pub fn change(&self, change: impl FnOnce(&mut [u8])) {
+        let mut inner = lock(&self.inner);
+        // Before and after: a driver that reads in between sees that it read parts of both.
+        inner.generation = inner.generation.wrapping_add(1);
+        inner.tell();
+        change(&mut inner.bytes);
+        inner.generation = inner.generation.wrapping_add(1);
+        inner.tell();
+    }
+
+    /// Reads at `offset` bytes; what lies beyond the space reads as zero.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        let inner = lock(&self.inner);
+        for (index, byte) in data.iter_mut().enumerate() {
+            *byte = inner.bytes.get(offset + index).copied().unwrap_or(0);
+        }
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        lock(&self.inner).bytes.len()
+    }
+
+    /// The number that changes whenever the space does.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        lock(&self.inner).generation
+    }
+
+    /// Has `watch` called now and at each change, in order.
+    fn set_watch(&self, watch: ConfigWatch) {
+        let mut inner = lock(&self.inner);
+        inner.watch = Some(watch);
+        inner.tell();
+    }
+}
+
+impl ConfigInner {
+    fn tell(&self) {
+        if let Some(watch) = &self.watch {
+            watch(&self.bytes, self.generation);
+        }
+    }
+}
+
+/// A thread that panicked has been reported; the data behind its locks is plain.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,383 @@
+//! A virtqueue of which no entry is trusted: requests come out whole and checked, or not at all.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Link;
+
+/// The most segments of one request: the device's queue sizes bound direct chains, and Linux
+/// bounds indirect ones by the same; more is a guest that wants our memory.
+const MOST_SEGMENTS: usize = 4096;
+
+/// A queue that is in use.
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    memory: Arc<GuestMemoryMmap>,
+    link: Arc<Link>,
+    kick: Arc<EventFd>,
+    /// Whether the driver broke the ring; then nothing comes out of it any more.
+    broken: bool,
+    /// Requests that were completed since the driver was last asked whether to interrupt it.
+    unsignalled: bool,
+    /// Kept for their capacity.
+    spare: Vec<Chain>,
+}
+
+/// A request: buffers that the device reads, then buffers that it writes. All of them lie in
+/// guest memory.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    readable: Vec<Segment>,
+    writable: Vec<Segment>,
+}
+
+/// A piece of guest memory that is part of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub address: GuestAddress,
+    /// Bytes; never 0.
+    pub len: usize,
+}
+
+/// Where a ring lies, as the driver set it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Of the driver area (available ring).
+    pub available: u64,
+    /// Of the device area (used ring).
+    pub used: u64,
+}
+
+impl Virtqueue {
+    /// The queue `index` of `size` entries with its rings at `addresses`.
+    ///
+    /// # Errors
+    /// What is wrong with size or addresses, in words.
+    pub(crate) fn new(
+        index: u16,
+        (most, size): (u16, u16),
+        addresses: Addresses,
+        event_idx: bool,
+        memory: Arc<GuestMemoryMmap>,
+        link: Arc<Link>,
+        kick: Arc<EventFd>,
+    ) -> Result<Virtqueue, String> {
+        let mut queue =
+            Queue::new(most).map_err(|error| format!("queue {index} of {most}: {error}"))?;
+        queue
+            .try_set_size(size)
+            .map_err(|_| format!("queue {index} has {size} entries; it takes up to {most}"))?;
+        let count = usize::from(size);
+        for (name, address, align, bytes) in [
+            ("descriptor table", addresses.descriptors, 16, 16 * count),
+            ("available ring", addresses.available, 2, 6 + 2 * count),
+            ("used ring", addresses.used, 4, 6 + 8 * count),
+        ] {
+            let start = GuestAddress(address);
+            let fits = memory.check_range(start, bytes);
+            if !(address.is_multiple_of(align) && fits) {
+                return Err(format!(
+                    "queue {index} has its {name} at {address:#x}, where no {bytes} bytes of aligned memory are"
+                ));
+            }
+        }
+        let set = queue
+            .try_set_desc_table_address(GuestAddress(addresses.descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(addresses.available)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(addresses.used)));
+        set.map_err(|error| format!("queue {index}: {error}"))?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        Ok(Virtqueue {
+            index,
+            queue,
+            memory,
+            link,
+            kick,
+            broken: false,
+            unsignalled: false,
+            spare: Vec::new(),
+        })
+    }
+
+    /// Its index.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Its entries.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Where its rings lie.
+    #[must_use]
+    pub fn addresses(&self) -> Addresses {
+        Addresses {
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+        }
+    }
+
+    /// The descriptor that the driver's kicks come by.
+    #[must_use]
+    pub fn kick(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.memory
+    }
+
+    /// Takes the next request; `None` when there is none now, or the driver broke the ring.
+    pub fn pop(&mut self) -> Option<Chain> {
+        if self.broken {
+            return None;
+        }
+        let popped = match self.queue.iter(&*self.memory) {
+            Ok(mut iter) => iter.next(),
+            Err(error) => {
+                self.break_ring(format_args!("the available ring is wrong: {error}"));
+                return None;
+            }
+        };
+        let descriptors = popped?;
+        let mut chain = self.spare.pop().unwrap_or_default();
+        chain.head = descriptors.head_index();
+        chain.readable.clear();
+        chain.writable.clear();
+        match chain.fill(descriptors, &self.memory) {
+            Ok(()) => Some(chain),
+            Err(what) => {
+                let head = chain.head;
+                self.break_ring(format_args!("the request at descriptor {head} {what}"));
+                None
+            }
+        }
+    }
+
+    /// Puts the request that was popped last back: the next [`Self::pop`] gets it again.
+    pub fn undo_pop(&mut self, chain: Chain) {
+        self.queue.go_to_previous_position();
+        self.spare.push(chain);
+    }
+
+    /// Completes a request into whose writable buffers `written` bytes were put.
+    pub fn complete(&mut self, chain: Chain, written: u32) {
+        if self.broken {
+            return;
+        }
+        match self.queue.add_used(&*self.memory, chain.head, written) {
+            Ok(()) => self.unsignalled = true,
+            Err(error) => self.break_ring(format_args!("cannot complete a request: {error}")),
+        }
+        self.spare.push(chain);
+    }
+
+    /// Interrupts the driver if requests were completed and it wants to hear of it.
+    pub fn signal(&mut self) {
+        if !std::mem::take(&mut self.unsignalled) {
+            return;
+        }
+        // Without an answer it is interrupted once too often, which it must bear.
+        if self.queue.needs_notification(&*self.memory).unwrap_or(true) {
+            self.link.queue_used(self.index);
+        }
+    }
+
+    /// Asks the driver not to kick while the queue is looked after anyway.
+    pub fn silence(&mut self) {
+        // It is a hint: without it there are kicks too many.
+        let _ = self.queue.disable_notification(&*self.memory);
+    }
+
+    /// Asks the driver to kick again; true when there is something new already, which it will not
+    /// kick for.
+    pub fn listen(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        match self.queue.enable_notification(&*self.memory) {
+            Ok(more) => more,
+            Err(error) => {
+                self.break_ring(format_args!("cannot ask for kicks: {error}"));
+                false
+            }
+        }
+    }
+
+    /// Takes each request that is there and hands it to `serve`, which completes it, now or later;
+    /// interrupts the driver at the end.
+    pub fn serve(&mut self, mut serve: impl FnMut(&mut Virtqueue, Chain)) {
+        loop {
+            self.silence();
+            while let Some(chain) = self.pop() {
+                serve(self, chain);
+            }
+            if !self.listen() {
+                break;
+            }
+        }
+        self.signal();
+    }
+
+    /// Where the next request is taken from the available ring, for vhost.
+    #[must_use]
+    pub fn next_available(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// The driver sent what this device cannot make sense of: it is asked for a reset.
+    pub fn break_ring(&mut self, what: std::fmt::Arguments<'_>) {
+        self.broken = true;
+        self.link
+            .broken(format_args!("queue {}: {what}", self.index));
+    }
+
+    /// Whether the driver broke the ring.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+}
+
+impl Chain {
+    /// A number that tells this request from the others of its queue that are under way.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Buffers that the device reads.
+    #[must_use]
+    pub fn readable(&self) -> &[Segment] {
+        &self.readable
+    }
+
+    /// Buffers that the device writes.
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        &self.writable
+    }
+
+    /// Bytes of the buffers that the device reads.
+    #[must_use]
+    pub fn readable_len(&self) -> usize {
+        self.readable.iter().map(|segment| segment.len).sum()
+    }
+
+    /// Bytes of the buffers that the device writes.
+    #[must_use]
+    pub fn writable_len(&self) -> usize {
+        self.writable.iter().map(|segment| segment.len).sum()
+    }
+
+    /// Copies from the readable buffers at `offset` bytes; returns how many bytes there were.
+    pub fn read(&self, memory: &GuestMemoryMmap, offset: usize, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for part in parts(&self.readable, offset, data.len()) {
+            if memory
+                .read_slice(&mut data[done..done + part.len], part.address)
+                .is_err()
+            {
+                break;
+            }
+            done += part.len;
+        }
+        done
+    }
+
+    /// Copies to the writable buffers at `offset` bytes; returns how many bytes there was room
+    /// for.
+    pub fn write(&self, memory: &GuestMemoryMmap, offset: usize, data: &[u8]) -> usize {
+        let mut done = 0;
+        for part in parts(&self.writable, offset, data.len()) {
+            if memory
+                .write_slice(&data[done..done + part.len], part.address)
+                .is_err()
+            {
+                break;
+            }
+            done += part.len;
+        }
+        done
+    }
+
+    fn fill(
+        &mut self,
+        mut descriptors: virtio_queue::DescriptorChain<&GuestMemoryMmap>,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), &'static str> {
+        let mut goes_on = true;
+        for descriptor in descriptors.by_ref() {
+            goes_on = descriptor.has_next();
+            let len = descriptor.len() as usize;
+            let segments = match descriptor.is_write_only() {
+                true => &mut self.writable,
+                false if !self.writable.is_empty() => {
+                    return Err("has a readable buffer behind a writable one");
+                }
+                false => &mut self.readable,
+            };
+            if len == 0 {
+                continue;
+            }
+            if segments.len() == MOST_SEGMENTS {
+                return Err("has too many buffers");
+            }
+            let address = descriptor.addr();
+            if !memory.check_range(address, len) {
+                return Err("has a buffer that is not in memory");
+            }
+            segments.push(Segment { address, len });
+        }
+        // The iterator ends early at whatever is wrong.
+        match goes_on {
+            true => Err("does not end, or leads out of its table"),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The parts of `segments` that hold `len` bytes from `offset`.
+pub fn parts(
+    segments: &[Segment],
+    offset: usize,
+    len: usize,
+) -> impl Iterator<Item = Segment> + '_ {
+    let (mut skip, mut left) = (offset, len);
+    segments.iter().filter_map(move |segment| {
+        if skip >= segment.len {
+            skip -= segment.len;
+            return None;
+        }
+        let from = std::mem::take(&mut skip);
+        let len = (segment.len - from).min(left);
+        left -= len;
+        let address = GuestAddress(segment.address.0 + from as u64);
+        (len > 0).then_some(Segment { address, len })
+    })
+}
+
+/// Loads a little-endian 16-bit number of a ring, for tests and checks.
+#[must_use]
+pub fn load_u16(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
+    memory
+        .load::<u16>(GuestAddress(address), Ordering::Acquire)
+        .map(u16::from_le)
+        .ok()
+}

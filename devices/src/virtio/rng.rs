@@ -1,0 +1,118 @@
+//! The entropy device (virtio 1.2, section 5.4).
+
+use std::sync::Arc;
+
+use super::{ConfigSpace, Driver, StartError, VirtioDevice, Virtqueue};
+
+/// Device ID.
+const ID: u32 = 4;
+/// Entries of its queue: Linux has one request under way at a time.
+const ENTRIES: u16 = 8;
+/// The most bytes for one request: the host gives so many without being interrupted
+/// (drivers/char/random.c: getrandom). A driver that wants more asks again.
+const MOST: usize = 256;
+
+/// Where the random numbers come from: it fills the buffer and says whether it could.
+pub type Entropy = Box<dyn FnMut(&mut [u8]) -> bool + Send>;
+
+/// An entropy device.
+pub struct Rng {
+    source: Entropy,
+    config: Arc<ConfigSpace>,
+    queue: Option<Virtqueue>,
+}
+
+impl Rng {
+    /// A device that hands on the numbers of `source`.
+    #[must_use]
+    pub fn new(source: Entropy) -> Rng {
+        Rng {
+            source,
+            config: ConfigSpace::new(Vec::new()),
+            queue: None,
+        }
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn id(&self) -> u32 {
+        ID
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![ENTRIES]
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
+        self.queue = driver.take(0);
+        self.kicked(0);
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.queue = None;
+    }
+
+    fn kicked(&mut self, _queue: usize) {
+        let Some(queue) = &mut self.queue else {
+            return;
+        };
+        queue.serve(|queue, chain| {
+            let mut buffer = [0; MOST];
+            let wanted = chain.writable_len().min(MOST);
+            let written = match (self.source)(&mut buffer[..wanted]) {
+                true => chain.write(queue.memory(), 0, &buffer[..wanted]),
+                false => 0,
+            };
+            queue.complete(chain, written as u32);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::fake::Guest;
+
+    fn counting() -> Rng {
+        let mut next = 0_u8;
+        Rng::new(Box::new(move |buffer| {
+            for byte in buffer {
+                next = next.wrapping_add(1);
+                *byte = next;
+            }
+            true
+        }))
+    }
+
+    #[test]
+    fn each_request_gets_fresh_numbers() {
+        let mut guest = Guest::started(counting(), 0);
+        assert_eq!(guest.answer(0, &[], &[3, 2]), [1, 2, 3, 4, 5]);
+        assert_eq!(guest.answer(0, &[], &[2]), [6, 7]);
+        assert_eq!(guest.interrupts(), 2);
+    }
+
+    #[test]
+    fn a_large_request_gets_a_part() {
+        let mut guest = Guest::started(counting(), 0);
+        assert_eq!(guest.answer(0, &[], &[1 << 20]).len(), MOST);
+    }
+
+    #[test]
+    fn a_request_without_room_gets_nothing() {
+        let mut guest = Guest::started(counting(), 0);
+        assert_eq!(guest.answer(0, &[b"read me"], &[]), []);
+        assert!(!guest.is_broken());
+    }
+
+    #[test]
+    fn a_source_that_fails_gives_nothing() {
+        let mut guest = Guest::started(Rng::new(Box::new(|_| false)), 0);
+        assert_eq!(guest.answer(0, &[], &[8]), []);
+    }
+}

@@ -1,0 +1,255 @@
+//! The register machine that every transport has: status, features, queues and their start
+//! (virtio 1.2, sections 2.1, 2.2, 3.1).
+
+use std::sync::{Arc, Mutex};
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queue::Addresses;
+use super::{
+    ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link,
+    VirtioDevice, Virtqueue, lock,
+};
+
+/// DRIVER_OK (virtio 1.2, section 2.1).
+pub(crate) const DRIVER_OK: u32 = 4;
+/// FEATURES_OK.
+pub(crate) const FEATURES_OK: u32 = 8;
+/// DEVICE_NEEDS_RESET.
+pub(crate) const NEEDS_RESET: u32 = 64;
+
+/// What a transport's registers are about.
+pub(crate) struct Transport {
+    pub(crate) device: Arc<Mutex<dyn VirtioDevice>>,
+    pub(crate) id: u32,
+    pub(crate) config: Arc<ConfigSpace>,
+    pub(crate) link: Arc<Link>,
+    memory: Arc<GuestMemoryMmap>,
+    kicks: Vec<Arc<EventFd>>,
+    offered: u64,
+    accepted: u64,
+    /// The status bits that the driver set; DEVICE_NEEDS_RESET is not among them.
+    status: u32,
+    queues: Vec<QueueRegisters>,
+    started: bool,
+}
+
+/// What the driver says of a queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueueRegisters {
+    pub(crate) most: u16,
+    pub(crate) size: u32,
+    pub(crate) ready: bool,
+    pub(crate) addresses: Addresses,
+}
+
+impl QueueRegisters {
+    fn new(most: u16) -> QueueRegisters {
+        QueueRegisters {
+            most,
+            size: u32::from(most),
+            ready: false,
+            addresses: Addresses::default(),
+        }
+    }
+}
+
+impl Transport {
+    /// The transport of `device`, whose driver is reached by `link`.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub(crate) fn new(
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        memory: Arc<GuestMemoryMmap>,
+        link: Arc<Link>,
+    ) -> std::io::Result<Transport> {
+        let (id, features, config, sizes) = {
+            let device = lock(&device);
+            let sizes = device.queue_sizes();
+            (device.id(), device.features(), device.config(), sizes)
+        };
+        let kicks = sizes
+            .iter()
+            .map(|_| Ok(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)))
+            .collect::<std::io::Result<Vec<_>>>()?;
+        Ok(Transport {
+            device,
+            id,
+            config,
+            link,
+            memory,
+            kicks,
+            offered: features | FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_IDX,
+            accepted: 0,
+            status: 0,
+            queues: sizes.into_iter().map(QueueRegisters::new).collect(),
+            started: false,
+        })
+    }
+
+    /// The descriptors that kicks come by, by queue.
+    pub(crate) fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// The status bits that the driver set and the device let stand.
+    pub(crate) fn status(&self) -> u32 {
+        self.status
+    }
+
+    /// 32 feature bits from bit 32 * `select`.
+    pub(crate) fn offered(&self, select: u32) -> u32 {
+        match select {
+            0 => self.offered as u32,
+            1 => (self.offered >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    /// The driver accepts these of the 32 feature bits from bit 32 * `select`.
+    pub(crate) fn accept(&mut self, select: u32, bits: u32) {
+        if self.status & FEATURES_OK != 0 {
+            let link = &self.link;
+            link.fault(format_args!(
+                "the driver changes features after FEATURES_OK"
+            ));
+            return;
+        }
+        let bits = u64::from(bits);
+        match select {
+            0 => self.accepted = self.accepted & !0xffff_ffff | bits,
+            1 => self.accepted = self.accepted & 0xffff_ffff | bits << 32,
+            _ => {}
+        }
+    }
+
+    /// The registers of a queue.
+    pub(crate) fn queue(&self, index: u32) -> Option<&QueueRegisters> {
+        self.queues.get(index as usize)
+    }
+
+    /// Changes the registers of a queue, which is allowed until the device starts.
+    pub(crate) fn set_queue(&mut self, index: u32, set: impl FnOnce(&mut QueueRegisters)) {
+        let Some(queue) = self.queues.get_mut(index as usize) else {
+            return;
+        };
+        match self.started {
+            false => set(queue),
+            true => self.link.fault(format_args!(
+                "the driver changes queue {index} while the device works"
+            )),
+        }
+    }
+
+    /// The driver kicks a queue by a register, where no ioeventfd takes it.
+    pub(crate) fn kick(&self, index: u32) {
+        match self.kicks.get(index as usize) {
+            // The counter cannot overflow before it is read.
+            Some(kick) => drop(kick.write(1)),
+            None => self
+                .link
+                .fault(format_args!("the driver kicks queue {index}, which is not")),
+        }
+    }
+
+    /// The driver writes the configuration space.
+    pub(crate) fn write_config(&mut self, offset: usize, data: &[u8]) {
+        lock(&self.device).write_config(offset, data);
+    }
+
+    /// The driver writes its status; 0 resets the device.
+    pub(crate) fn set_status(&mut self, status: u32) {
+        if status == 0 {
+            self.reset();
+            return;
+        }
+        let new = status & !self.status & !NEEDS_RESET;
+        // Bits are only ever added.
+        self.status |= new;
+        if new & FEATURES_OK != 0 && !self.features_work() {
+            self.status &= !FEATURES_OK;
+        }
+        if new & DRIVER_OK != 0 && !self.started {
+            self.start();
+        }
+    }
+
+    fn features_work(&self) -> bool {
+        self.accepted & !self.offered == 0 && self.accepted & FEATURE_VERSION_1 != 0
+    }
+
+    fn start(&mut self) {
+        if self.status & FEATURES_OK == 0 {
+            let what = format_args!("the driver starts without FEATURES_OK");
+            self.link.broken(what);
+            return;
+        }
+        let queues = match self.make_queues() {
+            Ok(queues) => queues,
+            Err(what) => {
+                self.link.broken(format_args!("{what}"));
+                return;
+            }
+        };
+        let driver = Driver {
+            features: self.accepted,
+            queues,
+            memory: Arc::clone(&self.memory),
+            link: Arc::clone(&self.link),
+        };
+        self.started = true;
+        if let Err(error) = lock(&self.device).start(driver) {
+            self.link.broken(format_args!("it does not start: {error}"));
+        }
+    }
+
+    fn make_queues(&self) -> Result<Vec<Option<Virtqueue>>, String> {
+        let event_idx = self.accepted & FEATURE_EVENT_IDX != 0;
+        let make = |index: usize, registers: &QueueRegisters| {
+            let most = registers.most;
+            let size = u16::try_from(registers.size).unwrap_or(u16::MAX);
+            let (memory, link) = (Arc::clone(&self.memory), Arc::clone(&self.link));
+            let kick = Arc::clone(&self.kicks[index]);
+            let addresses = registers.addresses;
+            Virtqueue::new(
+                index as u16,
+                (most, size),
+                addresses,
+                event_idx,
+                memory,
+                link,
+                kick,
+            )
+        };
+        let queues = self.queues.iter().enumerate();
+        queues
+            .map(|(index, registers)| {
+                let ready = registers.ready.then(|| make(index, registers));
+                ready.transpose()
+            })
+            .collect()
+    }
+
+    fn reset(&mut self) {
+        if std::mem::take(&mut self.started) {
+            lock(&self.device).stop();
+        }
+        self.status = 0;
+        self.accepted = 0;
+        for queue in &mut self.queues {
+            *queue = QueueRegisters::new(queue.most);
+        }
+        // A kick that nobody took is not for the driver that comes next.
+        for kick in &self.kicks {
+            let _ = kick.read();
+        }
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
