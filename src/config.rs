@@ -100,7 +100,8 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         initrd: initrd.as_ref().map(Initrd::size),
         cmdline,
         seeds: None,
-        virtio: 0,
+        virtio: Vec::new(),
+        pmem: Vec::new(),
     };
     Ok(Config {
         board,

@@ -46,7 +46,7 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, cmdline: &str) -> Str
             "  SPI {:<4} INTID {:<4} {}",
             device.spi.0,
             device.spi.intid(),
-            device.kind
+            device
         );
     }
     let _ = writeln!(out, "\nCommand line\n  {cmdline}");

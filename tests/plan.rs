@@ -46,7 +46,8 @@ fn request<A: Arch>(board: &Board) -> Request<A> {
         initrd: None,
         cmdline: board.guest.cmdline.clone(),
         seeds: None,
-        virtio: 0,
+        virtio: Vec::new(),
+        pmem: Vec::new(),
     }
 }
 
@@ -109,7 +110,8 @@ const CASES: &[Case] = &[
             request.kernel = Some(debian());
             request.initrd = Some(31_415_926);
             request.cmdline.push_str(" root=/dev/vda \"quoted\"");
-            request.virtio = 3;
+            request.virtio = ["disk0", "net0", "pmem0"].map(str::to_owned).to_vec();
+            request.pmem = vec![64 << 20];
         },
     },
     Case {

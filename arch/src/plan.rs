@@ -27,6 +27,10 @@ pub const POWER_KEY_LINE: u32 = 3;
 /// Bytes of one virtio-mmio register window (virtio 1.2, section 4.2.2; 0x200 by custom).
 pub const VIRTIO_MMIO_SIZE: u64 = 0x200;
 
+/// Persistent memory comes in multiples of this many bytes, and is aligned to it: guests add it to
+/// their memory map in such pieces (Linux, include/linux/mmzone.h: SUBSECTION_SHIFT).
+pub const PMEM_UNIT: u64 = 2 << 20;
+
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request<A: Arch> {
@@ -46,8 +50,10 @@ pub struct Request<A: Arch> {
     pub cmdline: String,
     /// Random numbers for the guest; without them its tree is the same each time.
     pub seeds: Option<Seeds>,
-    /// How many virtio slots are in use, from the first.
-    pub virtio: u32,
+    /// Names of the virtio devices ("disk0"), in the order of their slots.
+    pub virtio: Vec<String>,
+    /// Bytes of each persistent memory, in the order of their devices.
+    pub pmem: Vec<u64>,
 }
 
 /// Fresh random numbers for one start of the guest.
@@ -91,6 +97,8 @@ pub struct Layout<A: Arch> {
     pub devices: Vec<Placed>,
     /// The interrupt controller.
     pub irqchip: A::Irqchip,
+    /// Persistent memory, in the order of its devices.
+    pub pmem: Vec<Range>,
     /// Kernel, initrd and blobs.
     pub payload: Payload,
 }
@@ -104,6 +112,17 @@ pub struct Placed {
     pub window: Range,
     /// Its interrupt.
     pub spi: Spi,
+    /// Which device of the user's it is ("disk0"), for virtio.
+    pub name: Option<String>,
+}
+
+impl fmt::Display for Placed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "{}: {name}", self.kind),
+            None => write!(f, "{}", self.kind),
+        }
+    }
 }
 
 /// Kinds of device that a machine can hold.
@@ -162,14 +181,7 @@ impl<A: Arch> Layout<A> {
     /// Every region of the machine, by address: RAM, devices and interrupt controller.
     #[must_use]
     pub fn regions(&self) -> Vec<Region> {
-        let mut regions = ram_regions(&self.ram);
-        regions.extend(self.devices.iter().map(|device| Region {
-            name: device.kind.to_string(),
-            range: device.window,
-        }));
-        regions.extend(A::irqchip_regions(&self.irqchip));
-        regions.sort_by_key(|region| region.range);
-        regions
+        regions::<A>(&self.ram, &self.devices, &self.irqchip, &self.pmem)
     }
 }
 
@@ -247,6 +259,14 @@ pub enum PlanError {
         asked: String,
         /// What the banks hold.
         most: String,
+    },
+    /// Persistent memory of a size that guests cannot map.
+    #[error("{name} has {size} bytes, which is no multiple of 2 MiB; enlarge its file")]
+    UnalignedPmem {
+        /// What it is.
+        name: String,
+        /// Its bytes.
+        size: u64,
     },
     /// A range that ends past 2^64.
     #[error(
@@ -425,11 +445,17 @@ pub fn plan<A: Arch>(
     host: &A::Host,
 ) -> Result<Plan<A>, PlanError> {
     check::<A>(board, request)?;
-    let (ram, devices, irqchip) = map::<A>(board, request, host, request.memory)
+    let map = map::<A>(board, request, host, request.memory)
         .map_err(|error| with_memory_limit::<A>(error, board, request, host))?;
-    let highest = check_overlaps::<A>(board, &ram, &devices, &irqchip)?;
+    let highest = check_overlaps::<A>(board, &map)?;
     let width = A::width(&highest, request.width, host)
         .map_err(|error| with_advice::<A>(error, board, request, host))?;
+    let Map {
+        ram,
+        devices,
+        irqchip,
+        pmem,
+    } = map;
     let payload = A::payload(&ram, request, host)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
     let vcpus: Vec<_> = (0..request.cpus)
@@ -439,6 +465,7 @@ pub fn plan<A: Arch>(
         ram,
         devices,
         irqchip,
+        pmem,
         payload,
     };
     let blobs = A::blobs(board, &layout, &vcpus, request)
@@ -476,7 +503,13 @@ fn check<A: Arch>(board: &Board, request: &Request<A>) -> Result<(), PlanError> 
     Ok(())
 }
 
-type Map<A> = (Vec<Range>, Vec<Placed>, <A as Arch>::Irqchip);
+/// Where everything lies but the guest's software.
+struct Map<A: Arch> {
+    ram: Vec<Range>,
+    devices: Vec<Placed>,
+    irqchip: A::Irqchip,
+    pmem: Vec<Range>,
+}
 
 /// The address map with `memory` bytes of RAM.
 fn map<A: Arch>(
@@ -486,9 +519,40 @@ fn map<A: Arch>(
     memory: u64,
 ) -> Result<Map<A>, PlanError> {
     let ram = place_ram(board, memory)?;
-    let devices = place_devices(board, request.virtio)?;
+    let devices = place_devices(board, &request.virtio)?;
     let irqchip = A::irqchip(board, request, host, &ram)?;
-    Ok((ram, devices, irqchip))
+    let below = regions::<A>(&ram, &devices, &irqchip, &[]);
+    let end = below.iter().map(|region| region.range.last()).max();
+    let pmem = place_pmem(&request.pmem, end.unwrap_or(0))?;
+    Ok(Map {
+        ram,
+        devices,
+        irqchip,
+        pmem,
+    })
+}
+
+/// Persistent memory lies above everything else, whose last address is `below`.
+fn place_pmem(sizes: &[u64], below: u64) -> Result<Vec<Range>, PlanError> {
+    let mut below = below;
+    let mut placed = Vec::new();
+    for (index, size) in sizes.iter().enumerate() {
+        let name = format!("persistent memory {index}");
+        let start = (below / PMEM_UNIT)
+            .saturating_add(1)
+            .saturating_mul(PMEM_UNIT);
+        if *size == 0 || !size.is_multiple_of(PMEM_UNIT) {
+            return Err(PlanError::UnalignedPmem { name, size: *size });
+        }
+        let range = Range::new(start, *size).ok_or(PlanError::Wraps {
+            name,
+            start,
+            size: *size,
+        })?;
+        below = range.last();
+        placed.push(range);
+    }
+    Ok(placed)
 }
 
 fn place_ram(board: &Board, memory: u64) -> Result<Vec<Range>, PlanError> {
@@ -544,7 +608,7 @@ fn place_ram(board: &Board, memory: u64) -> Result<Vec<Range>, PlanError> {
     Ok(ram)
 }
 
-fn place_devices(board: &Board, virtio: u32) -> Result<Vec<Placed>, PlanError> {
+fn place_devices(board: &Board, virtio: &[String]) -> Result<Vec<Placed>, PlanError> {
     let window = |name: &str, start, size| {
         Range::new(start, size).ok_or_else(|| PlanError::Wraps {
             name: name.to_owned(),
@@ -563,18 +627,19 @@ fn place_devices(board: &Board, virtio: u32) -> Result<Vec<Placed>, PlanError> {
             kind,
             window: window(&kind.to_string(), device.base, DEVICE_SIZE)?,
             spi: Spi(device.spi),
+            name: None,
         });
     }
     let slots = board.virtio_mmio.map_or(0, |virtio| virtio.slots);
-    if virtio > slots {
+    if virtio.len() > slots as usize {
         return Err(PlanError::NoVirtioSlot {
             board: board.name.clone(),
-            asked: virtio,
+            asked: virtio.len() as u32,
             slots,
         });
     }
     if let Some(slots) = board.virtio_mmio {
-        for slot in 0..virtio {
+        for (slot, name) in (0..).zip(virtio) {
             let start = slots
                 .base
                 .saturating_add(u64::from(slot) * VIRTIO_MMIO_SIZE);
@@ -583,6 +648,7 @@ fn place_devices(board: &Board, virtio: u32) -> Result<Vec<Placed>, PlanError> {
                 kind,
                 window: window(&kind.to_string(), start, VIRTIO_MMIO_SIZE)?,
                 spi: Spi(slots.spi.saturating_add(slot)),
+                name: Some(name.clone()),
             });
         }
     }
@@ -609,20 +675,31 @@ fn ram_regions(ram: &[Range]) -> Vec<Region> {
         .collect()
 }
 
-/// Refuses overlaps and shared interrupts; returns the region with the highest address.
-fn check_overlaps<A: Arch>(
-    board: &Board,
+/// Every region, by address.
+fn regions<A: Arch>(
     ram: &[Range],
     devices: &[Placed],
     irqchip: &A::Irqchip,
-) -> Result<Region, PlanError> {
+    pmem: &[Range],
+) -> Vec<Region> {
     let mut regions = ram_regions(ram);
     regions.extend(devices.iter().map(|device| Region {
-        name: device.kind.to_string(),
+        name: device.to_string(),
         range: device.window,
     }));
     regions.extend(A::irqchip_regions(irqchip));
+    regions.extend(pmem.iter().enumerate().map(|(index, range)| Region {
+        name: format!("persistent memory {index}"),
+        range: *range,
+    }));
     regions.sort_by_key(|region| region.range);
+    regions
+}
+
+/// Refuses overlaps and shared interrupts; returns the region with the highest address.
+fn check_overlaps<A: Arch>(board: &Board, map: &Map<A>) -> Result<Region, PlanError> {
+    let Map { ram, devices, .. } = map;
+    let mut regions = regions::<A>(ram, devices, &map.irqchip, &map.pmem);
     for pair in regions.windows(2) {
         let [a, b] = pair else { continue };
         if a.range.overlaps(b.range) {
@@ -644,7 +721,7 @@ fn check_overlaps<A: Arch>(
     }
     let mut lines: Vec<(u32, String)> = devices
         .iter()
-        .map(|device| (device.spi.0, device.kind.to_string()))
+        .map(|device| (device.spi.0, device.to_string()))
         .collect();
     lines.sort();
     for pair in lines.windows(2) {
@@ -794,9 +871,7 @@ fn largest_memory<A: Arch>(
 ) -> Option<u64> {
     let fits = |units: u64| {
         map::<A>(board, request, host, units * MEMORY_UNIT)
-            .and_then(|(ram, devices, irqchip)| {
-                check_overlaps::<A>(board, &ram, &devices, &irqchip)
-            })
+            .and_then(|map| check_overlaps::<A>(board, &map))
             .is_ok_and(|highest| highest.range.bits() <= bits)
     };
     let fixed: u64 = board

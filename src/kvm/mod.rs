@@ -7,6 +7,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub mod burst;
 pub mod kick;
+pub mod page;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

@@ -142,7 +142,12 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
         kaslr,
         rng: [kaslr as u8; 64],
     }));
-    let virtio = prop_oneof![10 => Just(0_u32), 3 => 0_u32..5, 1 => any::<u32>()];
+    let virtio = prop_oneof![10 => Just(0_usize), 3 => 0_usize..5, 1 => 0_usize..40];
+    let pmem = prop_oneof![
+        9 => Just(Vec::new()),
+        3 => prop::collection::vec((1_u64..1 << 20).prop_map(|units| units << 21), 1..4),
+        1 => prop::collection::vec(any::<u64>(), 1..3),
+    ];
     (
         cpus,
         size(),
@@ -152,10 +157,10 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
         initrd,
         "[ -~]{0,40}",
         seeds,
-        virtio,
+        (virtio, pmem),
     )
         .prop_map(
-            |(cpus, memory, width, gic, kernel, initrd, cmdline, seeds, virtio)| Request {
+            |(cpus, memory, width, gic, kernel, initrd, cmdline, seeds, (virtio, pmem))| Request {
                 cpus,
                 memory,
                 width,
@@ -164,7 +169,8 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
                 initrd,
                 cmdline,
                 seeds,
-                virtio,
+                virtio: (0..virtio).map(|index| format!("device{index}")).collect(),
+                pmem,
             },
         )
 }

@@ -196,7 +196,8 @@ mod tests {
             initrd,
             cmdline: String::new(),
             seeds: None,
-            virtio: 0,
+            virtio: Vec::new(),
+            pmem: Vec::new(),
         }
     }
 
@@ -336,6 +337,7 @@ mod tests {
         let layout = |info| Layout {
             ram: ram.to_vec(),
             devices: Vec::new(),
+            pmem: Vec::new(),
             irqchip: super::super::gic::Gic::V2 {
                 distributor: ram[0],
                 cpu_interface: ram[0],

@@ -285,7 +285,8 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             seeds: None,
-            virtio: 0,
+            virtio: Vec::new(),
+            pmem: Vec::new(),
         }
     }
 

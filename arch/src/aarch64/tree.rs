@@ -283,7 +283,8 @@ mod tests {
             initrd: None,
             cmdline: "console=ttyAMA0 \"quoted\"".to_owned(),
             seeds: None,
-            virtio: 2,
+            virtio: vec!["disk0".to_owned(), "rng".to_owned()],
+            pmem: Vec::new(),
         }
     }
 
@@ -449,7 +450,8 @@ mod tests {
             .next()
             .expect("the part before the devices");
         let request = Request {
-            virtio: 0,
+            virtio: Vec::new(),
+            pmem: Vec::new(),
             ..request(1, GicChoice::V3)
         };
         let tree = tree_of(bare, &request);

@@ -16,7 +16,8 @@ fn request() -> Request<Aarch64> {
         initrd: None,
         cmdline: String::new(),
         seeds: None,
-        virtio: 0,
+        virtio: Vec::new(),
+        pmem: Vec::new(),
     }
 }
 
@@ -125,20 +126,54 @@ fn each_device_has_its_own_interrupt_and_one_that_exists() {
         Err(PlanError::SharedInterrupt { spi: 1, .. })
     ));
     let last = board(&VIRT.replace("spi = 16", "spi = 958"));
-    assert!(with(&last, |request| request.virtio = 2).is_ok());
+    assert!(with(&last, |request| request.virtio = names(2)).is_ok());
     assert!(matches!(
-        with(&last, |request| request.virtio = 3),
+        with(&last, |request| request.virtio = names(3)),
         Err(PlanError::NoSuchInterrupt { spi: 960, .. })
     ));
 }
 
+fn names(count: u32) -> Vec<String> {
+    (0..count).map(|index| format!("disk{index}")).collect()
+}
+
+#[test]
+fn persistent_memory_lies_above_everything_else() {
+    let plan = with(&board(VIRT), |request| {
+        request.memory = 511 * MIB;
+        request.pmem = vec![2 * MIB, 64 * MIB];
+    });
+    let layout = plan.expect("two of them").layout;
+    let starts: Vec<u64> = layout.pmem.iter().map(|range| range.start()).collect();
+    assert_eq!(starts, [0x6000_0000, 0x6020_0000]);
+    let last = layout.regions().pop().expect("a region");
+    assert_eq!(last.name, "persistent memory 1");
+    let wide = with(&board(VIRT), |request| request.pmem = vec![1 << 34]);
+    assert_eq!(wide.expect("a wider machine").width.bits, 35);
+}
+
+#[test]
+fn persistent_memory_of_an_odd_size_is_refused() {
+    for size in [0, 1, MIB, u64::MAX] {
+        assert!(matches!(
+            with(&board(VIRT), |request| request.pmem = vec![size]),
+            Err(PlanError::UnalignedPmem { .. })
+        ));
+    }
+    let huge = with(&board(VIRT), |request| {
+        request.pmem = vec![1 << 63, 1 << 63]
+    });
+    assert!(matches!(huge, Err(PlanError::Wraps { .. })), "{huge:?}");
+}
+
 #[test]
 fn virtio_devices_take_the_slots_from_the_first() {
-    let plan = with(&board(VIRT), |request| request.virtio = 32).expect("32 slots");
+    let plan = with(&board(VIRT), |request| request.virtio = names(32)).expect("32 slots");
     let last = plan.layout.devices.last().expect("a device");
     assert_eq!((last.window.start(), last.spi), (0x0a00_3e00, Spi(47)));
+    assert_eq!(last.to_string(), "virtio-mmio slot 31: disk31");
     assert!(matches!(
-        with(&board(VIRT), |request| request.virtio = 33),
+        with(&board(VIRT), |request| request.virtio = names(33)),
         Err(PlanError::NoVirtioSlot {
             asked: 33,
             slots: 32,

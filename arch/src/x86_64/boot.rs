@@ -364,7 +364,8 @@ mod tests {
             initrd,
             cmdline: "console=ttyS0".to_owned(),
             seeds: None,
-            virtio: 0,
+            virtio: Vec::new(),
+            pmem: Vec::new(),
         }
     }
 

@@ -184,7 +184,8 @@ mod tests {
             initrd: None,
             cmdline: "console=ttyS0".to_owned(),
             seeds: None,
-            virtio: 0,
+            virtio: Vec::new(),
+            pmem: Vec::new(),
         }
     }
 

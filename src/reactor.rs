@@ -1,0 +1,287 @@
+//! Waits for the kicks and the descriptors of virtio devices, and calls the devices.
+//!
+//! Light devices share the event loop's thread, which watches the reactor's own descriptor; a busy
+//! device has a [`Worker`].
+
+use anyhow::{Context, Result};
+use armlet_devices::virtio::VirtioDevice;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The most events that one turn takes; what is more waits for the next.
+const EVENTS: usize = 16;
+/// The bit of an epoll token that tells a kick from a source.
+const KICK: u64 = 1 << 31;
+/// The token of a worker's bell.
+const BELL: u64 = u64::MAX;
+
+/// Devices, and one descriptor to wait for all of them.
+pub struct Reactor {
+    epoll: Epoll,
+    devices: Vec<Watched>,
+}
+
+struct Watched {
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    kicks: Vec<Arc<EventFd>>,
+}
+
+impl Reactor {
+    /// A reactor without devices.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub fn new() -> Result<Reactor> {
+        Ok(Reactor {
+            epoll: Epoll::new().context("cannot make an epoll instance")?,
+            devices: Vec::new(),
+        })
+    }
+
+    /// Has `device` called for its kicks (descriptors by queue) and its sources.
+    ///
+    /// # Errors
+    /// A descriptor that cannot be waited for.
+    pub fn add(
+        &mut self,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        kicks: &[Arc<EventFd>],
+    ) -> Result<()> {
+        let index = (self.devices.len() as u64) << 32;
+        let (sources, takes_kicks) = {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            (device.sources(), device.takes_kicks())
+        };
+        for (source, token) in sources.iter().zip(index..) {
+            let mut events = EventSet::IN;
+            if source.output {
+                events |= EventSet::OUT;
+            }
+            if source.edge {
+                events |= EventSet::EDGE_TRIGGERED;
+            }
+            self.watch(source.fd, events, token)?;
+        }
+        let kicks = match takes_kicks {
+            true => kicks.to_vec(),
+            false => Vec::new(),
+        };
+        for (kick, queue) in kicks.iter().zip(0..) {
+            self.watch(kick.as_raw_fd(), EventSet::IN, index | KICK | queue)?;
+        }
+        self.devices.push(Watched { device, kicks });
+        Ok(())
+    }
+
+    fn watch(&self, fd: RawFd, events: EventSet, token: u64) -> Result<()> {
+        let event = EpollEvent::new(events, token);
+        self.epoll
+            .ctl(ControlOperation::Add, fd, event)
+            .with_context(|| format!("cannot wait for descriptor {fd} of a device"))
+    }
+
+    /// The descriptor that is ready to be read when a turn has something to do.
+    #[must_use]
+    pub fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    /// Serves what is ready, waiting up to `timeout` ms for it (-1: for ever).
+    ///
+    /// Returns whether a worker's bell rang.
+    ///
+    /// # Errors
+    /// What the system says of the wait.
+    pub fn turn(&self, timeout: i32) -> Result<bool> {
+        let mut ready = [EpollEvent::default(); EVENTS];
+        let count = match self.epoll.wait(timeout, &mut ready) {
+            Ok(count) => count,
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => 0,
+            Err(error) => return Err(error).context("cannot wait for devices"),
+        };
+        let mut rang = false;
+        for event in &ready[..count] {
+            match event.data() {
+                BELL => rang = true,
+                token => self.serve(token),
+            }
+        }
+        Ok(rang)
+    }
+
+    fn serve(&self, token: u64) {
+        let Some(watched) = self.devices.get((token >> 32) as usize) else {
+            return;
+        };
+        let index = (token as u32 & !(KICK as u32)) as usize;
+        // A kick is taken before the queue is looked at: one that comes later rings again.
+        if token & KICK != 0 {
+            let _ = watched.kicks[index].read();
+        }
+        let device = watched.device.lock();
+        let mut device = device.unwrap_or_else(PoisonError::into_inner);
+        match token & KICK {
+            0 => device.ready(index),
+            _ => device.kicked(index),
+        }
+    }
+}
+
+/// A thread that serves a reactor until it is dropped.
+pub struct Worker {
+    thread: Option<JoinHandle<()>>,
+    stopping: Arc<AtomicBool>,
+    bell: EventFd,
+}
+
+impl Worker {
+    /// Starts the thread, called `name` (up to 15 bytes).
+    ///
+    /// # Errors
+    /// A host without room for another thread.
+    pub fn start(name: String, reactor: Reactor) -> Result<Worker> {
+        let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        reactor.watch(bell.as_raw_fd(), EventSet::IN, BELL)?;
+        let stopping = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&stopping);
+        let what = format!("cannot start the thread {name}");
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                while !stop.load(Ordering::Acquire) {
+                    if let Err(error) = reactor.turn(-1) {
+                        log::error!("a device stops working: {error:#}");
+                        return;
+                    }
+                }
+            })
+            .context(what)?;
+        Ok(Worker {
+            thread: Some(thread),
+            stopping,
+            bell,
+        })
+    }
+}
+
+/// Small, so that a huge page never backs it.
+const STACK_BYTES: usize = 128 << 10;
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        // The counter cannot overflow: nobody else writes it.
+        let _ = self.bell.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic in it has been reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use armlet_devices::virtio::{ConfigSpace, Driver, Source, StartError};
+    use std::sync::mpsc::{Sender, channel};
+
+    /// A device that tells what it is called for.
+    struct Told {
+        tell: Sender<String>,
+        source: EventFd,
+        takes_kicks: bool,
+    }
+
+    impl VirtioDevice for Told {
+        fn id(&self) -> u32 {
+            0
+        }
+
+        fn queue_sizes(&self) -> Vec<u16> {
+            vec![1, 1]
+        }
+
+        fn config(&self) -> Arc<ConfigSpace> {
+            ConfigSpace::new(Vec::new())
+        }
+
+        fn start(&mut self, _driver: Driver) -> Result<(), StartError> {
+            Ok(())
+        }
+
+        fn stop(&mut self) {}
+
+        fn kicked(&mut self, queue: usize) {
+            let _ = self.tell.send(format!("kick {queue}"));
+        }
+
+        fn takes_kicks(&self) -> bool {
+            self.takes_kicks
+        }
+
+        fn sources(&self) -> Vec<Source> {
+            vec![Source {
+                fd: self.source.as_raw_fd(),
+                output: false,
+                edge: true,
+            }]
+        }
+
+        fn ready(&mut self, source: usize) {
+            let _ = self.tell.send(format!("source {source}"));
+        }
+    }
+
+    fn event() -> EventFd {
+        EventFd::new(EFD_NONBLOCK).expect("a descriptor")
+    }
+
+    #[test]
+    fn a_worker_calls_its_device_for_kicks_and_sources_and_ends_when_dropped() {
+        let (tell, told) = channel();
+        let source = event();
+        let device = Told {
+            tell,
+            source: source.try_clone().expect("a descriptor"),
+            takes_kicks: true,
+        };
+        let kicks = [Arc::new(event()), Arc::new(event())];
+        let mut reactor = Reactor::new().expect("a reactor");
+        let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
+        reactor.add(Arc::clone(&device), &kicks).expect("watched");
+        let worker = Worker::start("worker".to_owned(), reactor).expect("a thread");
+        kicks[1].write(1).expect("a kick");
+        assert_eq!(told.recv().expect("a call"), "kick 1");
+        source.write(1).expect("ready");
+        assert_eq!(told.recv().expect("a call"), "source 0");
+        kicks[0].write(1).expect("a kick");
+        assert_eq!(told.recv().expect("a call"), "kick 0");
+        drop(worker);
+        drop(device);
+        assert!(told.recv().is_err(), "nobody calls any more");
+    }
+
+    #[test]
+    fn kicks_that_another_takes_are_left_alone() {
+        let (tell, told) = channel();
+        let device = Told {
+            tell,
+            source: event(),
+            takes_kicks: false,
+        };
+        let kicks = [Arc::new(event()), Arc::new(event())];
+        let mut reactor = Reactor::new().expect("a reactor");
+        reactor
+            .add(Arc::new(Mutex::new(device)), &kicks)
+            .expect("watched");
+        kicks[0].write(1).expect("a kick");
+        reactor.turn(0).expect("a turn");
+        assert!(told.try_recv().is_err());
+        assert_eq!(kicks[0].read().expect("still there"), 1);
+    }
+}
