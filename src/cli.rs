@@ -64,6 +64,8 @@ pub struct MachineArgs {
     pub ipa_bits: Option<String>,
     /// `--gic`.
     pub gic: Option<String>,
+    /// `--rng`.
+    pub rng: Option<String>,
     /// `--deterministic`.
     pub deterministic: bool,
     /// `--verbose`.
@@ -101,6 +103,9 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
+            /// entropy for the guest: on (default) or off
+            #[argh(option, arg_name = "on|off")]
+            pub rng: Option<String>,
             /// leave the random seeds out of the device tree, so that it is the same each time
             #[argh(switch)]
             pub deterministic: bool,
@@ -123,6 +128,7 @@ macro_rules! machine_command {
                     board: self.board.clone(),
                     ipa_bits: self.ipa_bits.clone(),
                     gic: self.gic.clone(),
+                    rng: self.rng.clone(),
                     deterministic: self.deterministic,
                     verbose: self.verbose,
                 }

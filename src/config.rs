@@ -5,6 +5,7 @@ use crate::boards;
 use crate::cli::MachineArgs;
 use crate::kernel::{Initrd, Kernel};
 use crate::status::{Fault, Status};
+use crate::virtio::{self, Wanted};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::image::Header;
 use armlet_arch::size::parse_size;
@@ -26,6 +27,8 @@ pub struct Config<A: Arch> {
     pub kernel: Option<Kernel>,
     /// The initrd, if one was named.
     pub initrd: Option<Initrd>,
+    /// Virtio devices, in the order of their slots.
+    pub virtio: Vec<Wanted>,
 }
 
 /// The board that the arguments name.
@@ -91,6 +94,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         .as_ref()
         .map(|path| Initrd::open(Path::new(path)))
         .transpose()?;
+    let wanted = virtio::wanted(args)?;
     let request = Request {
         cpus,
         memory,
@@ -100,7 +104,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         initrd: initrd.as_ref().map(Initrd::size),
         cmdline,
         seeds: None,
-        virtio: Vec::new(),
+        virtio: wanted.iter().map(|device| device.name.clone()).collect(),
         pmem: Vec::new(),
     };
     Ok(Config {
@@ -108,6 +112,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         request,
         kernel,
         initrd,
+        virtio: wanted,
     })
 }
 

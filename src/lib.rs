@@ -19,6 +19,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod probe;
+pub mod reactor;
 pub mod report;
 pub mod run;
 pub mod serial;

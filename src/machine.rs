@@ -4,7 +4,10 @@ use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
 use crate::memory::{self, IdleMemory};
+use crate::reactor::Reactor;
 use crate::serial::Serial;
+use crate::virtio::Backend;
+use crate::virtio::slots::{Slots, Workers};
 use anyhow::{Context, Result, bail};
 use armlet_arch::irq::Spi;
 use armlet_arch::plan::{Placed, Plan};
@@ -26,6 +29,10 @@ pub struct Machine<A: KvmArch> {
     pub bus: Arc<Bus>,
     /// The devices that the event loop talks to.
     pub devices: Devices,
+    /// The virtio devices that the event loop serves.
+    pub light: Reactor,
+    /// The others, at work as long as the machine lives.
+    pub workers: Workers,
     /// Kept for as long as the machine lives.
     _chip: A::Chip,
 }
@@ -74,24 +81,34 @@ impl IrqLine for SpiLine {
     }
 }
 
-/// Makes the planned machine on `memory`.
+/// Makes the planned machine on `memory`, with the backends in the order of their slots.
 ///
 /// # Errors
 /// The step that failed and what KVM said.
 pub fn assemble<A: KvmArch>(
     kvm: &Kvm,
     plan: &Plan<A>,
-    memory: &GuestMemoryMmap,
+    memory: &Arc<GuestMemoryMmap>,
+    backends: &[Box<dyn Backend>],
     wires: Wires,
 ) -> Result<Machine<A>> {
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
     memory::give(memory, &vm)?;
     let (vcpus, chip) = A::populate(&vm, plan)?;
-    let (bus, devices) = attach::<A>(&vm, vcpus.first(), plan, wires)?;
+    let mut slots = Slots::new(&vm, memory, plan)?;
+    let (bus, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
+        let backend = backends
+            .get(slot as usize)
+            .with_context(|| format!("{placed} has no backend"))?;
+        Ok(slots.fill::<A>(placed, &**backend)?)
+    })?;
+    let (light, workers) = slots.finish();
     Ok(Machine {
         vcpus,
         bus: Arc::new(bus),
         devices,
+        light,
+        workers,
         _chip: chip,
     })
 }
@@ -101,6 +118,7 @@ fn attach<A: KvmArch>(
     vcpu: Option<&VcpuFd>,
     plan: &Plan<A>,
     wires: Wires,
+    mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
 ) -> Result<(Bus, Devices)> {
     let line = |spi: Spi| -> Arc<dyn IrqLine> {
         Arc::new(SpiLine {
@@ -142,9 +160,7 @@ fn attach<A: KvmArch>(
                 devices.power_key = Some(Arc::clone(&gpio));
                 gpio
             }
-            DeviceKind::VirtioMmio { slot } => {
-                bail!("virtio-mmio slot {slot} is in use, but armlet has no virtio devices yet")
-            }
+            DeviceKind::VirtioMmio { slot } => virtio(placed, slot)?,
         };
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }

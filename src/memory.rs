@@ -1,34 +1,45 @@
-//! Guest memory: anonymous memory of this process, aligned so that KVM can map it in huge blocks.
+//! Guest memory: memory of this process, aligned so that KVM can map it in huge blocks.
 
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::Range;
 use armlet_arch::size::show_size;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
+use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
+use std::fs::File;
 use std::ptr::null_mut;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
-/// Maps the banks. The memory is private and zero, and taken from the host only where the guest
-/// touches it.
+/// Whose memory the guest's is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Of this process alone.
+    Private,
+    /// Of each process that gets its descriptor: what vhost-user needs.
+    Shared,
+}
+
+/// Maps the banks. The memory is zero, and taken from the host only where the guest touches it.
 ///
 /// # Errors
 /// More memory than this process can map.
-pub fn map(banks: &[Range]) -> Result<GuestMemoryMmap> {
+pub fn map(banks: &[Range], sharing: Sharing) -> Result<GuestMemoryMmap> {
     let mut regions = Vec::new();
     for bank in banks {
-        let region = map_bank(*bank)
+        let region = map_bank(*bank, sharing)
             .with_context(|| format!("cannot map {} of guest memory", show_size(bank.size())))?;
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).context("cannot collect the guest's memory banks")
 }
 
-fn map_bank(bank: Range) -> Result<GuestRegionMmap> {
+fn map_bank(bank: Range, sharing: Sharing) -> Result<GuestRegionMmap> {
     let size = usize::try_from(bank.size())?;
     // A huge block needs guest-physical and host-virtual address to agree modulo its size
     // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping); anonymous memory comes in blocks
@@ -55,17 +66,41 @@ fn map_bank(bank: Range) -> Result<GuestRegionMmap> {
         unmap(start, lead)?;
         unmap(start + lead + size, block - lead)?;
     }
+    let file = match sharing {
+        Sharing::Private => None,
+        Sharing::Shared => Some(map_file(base, size)?),
+    };
     // SAFETY: the range is the mapping made above. Without huge pages the guest runs, slower.
     let _ = unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, Advice::LinuxHugepage) };
     // SAFETY: as above. Without it a core dump of armlet would hold the guest's memory.
     let _ = unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, Advice::LinuxDontDump) };
-    let builder = MmapRegionBuilder::new(size)
+    let flags = match sharing {
+        Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        Sharing::Shared => libc::MAP_SHARED,
+    };
+    let mut builder = MmapRegionBuilder::new(size)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        .with_mmap_flags(flags | libc::MAP_NORESERVE);
+    if let Some(file) = file {
+        builder = builder.with_file_offset(FileOffset::new(file, 0));
+    }
     // SAFETY: `base` is a mapping of `size` bytes that lives until the process ends.
     let region = unsafe { builder.with_raw_mmap_pointer(base) }.build()?;
     GuestRegionMmap::new(region, GuestAddress(bank.start()))
         .ok_or_else(|| anyhow!("it ends past 2^64"))
+}
+
+/// Puts memory that has a descriptor in the place of the `size` bytes at `base`, which are a mapping
+/// of ours that nobody uses.
+fn map_file(base: *mut u8, size: usize) -> Result<File> {
+    let file = rustix::fs::memfd_create("guest memory", MemfdFlags::CLOEXEC)
+        .context("cannot make memory that other processes can share")?;
+    rustix::fs::ftruncate(&file, size as u64)?;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: it replaces a mapping that the caller has just made.
+    unsafe { rustix::mm::mmap(base.cast::<c_void>(), size, prot, flags, &file, 0) }?;
+    Ok(File::from(file))
 }
 
 /// # Safety
@@ -147,12 +182,13 @@ pub fn warn_if_scarce(asked: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::Bytes;
 
     #[test]
     fn memory_is_aligned_with_the_guests_addresses() {
         let bank = Range::new(0x4000_0000, 6 << 20).expect("a bank");
         let odd = Range::new(0x8000_0000 + 0x1_0000, 1 << 20).expect("a bank");
-        let memory = map(&[bank, odd]).expect("7 MiB");
+        let memory = map(&[bank, odd], Sharing::Private).expect("7 MiB");
         let block = rustix::param::page_size() / 8 * rustix::param::page_size();
         for (region, bank) in memory.iter().zip([bank, odd]) {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
@@ -165,16 +201,31 @@ mod tests {
     }
 
     #[test]
+    fn shared_memory_has_a_descriptor_by_which_another_process_sees_it() {
+        let bank = Range::new(0x4000_0000, 4 << 20).expect("a bank");
+        let memory = map(&[bank], Sharing::Shared).expect("4 MiB");
+        let at = GuestAddress(bank.last());
+        memory.write_slice(b"x", at).expect("memory");
+        let region = memory.iter().next().expect("a bank");
+        let file = region.file_offset().expect("a file");
+        let mut byte = [0];
+        rustix::io::pread(file.file(), &mut byte, bank.size() - 1).expect("a byte");
+        assert_eq!(&byte, b"x");
+        let block = rustix::param::page_size() / 8 * rustix::param::page_size();
+        assert_eq!(region.as_ptr() as usize % block, 0x4000_0000 % block);
+    }
+
+    #[test]
     fn more_than_the_address_space_is_an_error() {
         let bank = Range::new(0, 1 << 60).expect("a range");
-        let error = map(&[bank]).expect_err("an exbibyte");
+        let error = map(&[bank], Sharing::Private).expect_err("an exbibyte");
         assert!(format!("{error:#}").contains("guest memory"), "{error:#}");
     }
 
     #[test]
     fn a_range_across_banks_is_no_slice() {
         let bank = Range::new(0x4000_0000, 1 << 20).expect("a bank");
-        let memory = map(&[bank]).expect("1 MiB");
+        let memory = map(&[bank], Sharing::Private).expect("1 MiB");
         let beyond = Range::new(0x4000_0000, 2 << 20).expect("a range");
         let mut idle = IdleMemory::new(&memory, &mut []);
         assert!(idle.slice_mut(beyond).is_err());

@@ -8,10 +8,12 @@ use crate::console::{
 };
 use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
-use crate::memory;
+use crate::memory::{self, Sharing};
+use crate::reactor::Reactor;
 use crate::serial::{Serial, TICK};
 use crate::status::{Fault, Status};
 use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
+use crate::virtio;
 use anyhow::{Context, Result};
 use armlet_arch::plan::POWER_KEY_LINE;
 use kvm_ioctls::Kvm;
@@ -89,6 +91,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
     let mut events = Events::new(orders.on_panic)?;
     let mut memory = None;
     let mut terminal = None;
+    let backends = virtio::open(&orders.config.virtio)?;
     loop {
         if orders.seeded {
             orders.config.request.seeds = Some(fresh_seeds()?);
@@ -108,13 +111,18 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             Some(memory) => memory,
             None => {
                 memory::warn_if_scarce(orders.config.request.memory);
-                memory.insert(memory::map(&plan.layout.ram).fault(Status::Host)?)
+                let sharing = match backends.iter().any(|backend| backend.shares_memory()) {
+                    true => Sharing::Shared,
+                    false => Sharing::Private,
+                };
+                let mapped = memory::map(&plan.layout.ram, sharing).fault(Status::Host)?;
+                memory.insert(Arc::new(mapped))
             }
         };
         let stopping = Arc::new(AtomicBool::new(false));
         let wires = events.wires(&stopping);
-        let mut machine =
-            machine::assemble::<A>(&orders.kvm, &plan, memory, wires).fault(Status::Host)?;
+        let mut machine = machine::assemble::<A>(&orders.kvm, &plan, memory, &backends, wires)
+            .fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
         machine
             .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
@@ -137,7 +145,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             };
             vcpus.push(RunningVcpu::start::<A>(index, vcpu, bus, flag, tell)?);
         }
-        let ending = events.watch(&machine.devices, terminal.is_some());
+        let ending = events.watch(&machine.devices, &machine.light, terminal.is_some());
         stop(&vcpus, &stopping);
         for vcpu in vcpus {
             vcpu.join();
@@ -217,6 +225,7 @@ impl Teller {
 const INPUT: u64 = 0;
 const BELL: u64 = 1;
 const SIGNAL: u64 = 2;
+const VIRTIO: u64 = 3;
 
 /// The event loop.
 struct Events {
@@ -317,8 +326,13 @@ impl Events {
     }
 
     /// Serves the machine until its end.
-    fn watch(&mut self, devices: &Devices, terminal: bool) -> Result<Ending> {
+    fn watch(&mut self, devices: &Devices, light: &Reactor, terminal: bool) -> Result<Ending> {
         self.input.terminal = terminal;
+        // It leaves epoll when the reactor is dropped.
+        let event = EpollEvent::new(EventSet::IN, VIRTIO);
+        self.epoll
+            .ctl(ControlOperation::Add, light.as_raw_fd(), event)
+            .context("cannot watch the virtio devices")?;
         self.feed(devices)?;
         let mut ready = [EpollEvent::default(); 4];
         loop {
@@ -331,6 +345,7 @@ impl Events {
                 let ending = match event.data() {
                     INPUT => self.read_input(devices)?,
                     SIGNAL => self.read_signal(devices)?,
+                    VIRTIO => light.turn(0).map(|_| None)?,
                     _ => self.read_queue(devices)?,
                 };
                 if let Some(ending) = ending {

@@ -121,6 +121,12 @@ impl KvmArch for Aarch64 {
         1 << 24 | spi.intid()
     }
 
+    fn gsi(spi: Spi) -> u32 {
+        // KVM's routes lead GSI n to SPI n (arch/arm64/kvm/vgic/vgic-irqfd.c:
+        // kvm_vgic_setup_default_irq_routing).
+        spi.0
+    }
+
     fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit> {
         if reason != KVM_EXIT_ARM_NISV {
             bail!("KVM stopped it for a reason that armlet does not know (exit {reason})");

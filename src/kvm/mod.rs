@@ -68,6 +68,9 @@ pub trait KvmArch: Arch {
     /// The number by which KVM_IRQ_LINE knows an interrupt.
     fn irq_number(spi: Spi) -> u32;
 
+    /// The number by which an irqfd knows an interrupt (KVM's GSI).
+    fn gsi(spi: Spi) -> u32;
+
     /// Answers an exit that kvm-ioctls has no name for, by its number.
     ///
     /// # Errors

@@ -44,6 +44,10 @@ impl KvmArch for X86_64 {
         spi.0
     }
 
+    fn gsi(spi: Spi) -> u32 {
+        spi.0
+    }
+
     fn answer_raw(_: &mut VcpuFd, reason: u32) -> Result<RawExit> {
         bail!("KVM stopped it for a reason that armlet does not know (exit {reason})")
     }

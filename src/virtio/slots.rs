@@ -1,0 +1,200 @@
+//! From a backend to a device in its slot: kicks by ioeventfd, interrupts by irqfd, registers in
+//! memory that the guest reads without an exit.
+
+use super::Backend;
+use crate::kvm::KvmArch;
+use crate::kvm::page::ReadOnlyPages;
+use crate::reactor::{Reactor, Worker};
+use anyhow::{Context, Result};
+use armlet_arch::plan::{Placed, Plan};
+use armlet_arch::{DeviceKind, Range};
+use armlet_devices::IrqLine;
+use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use std::sync::{Arc, Mutex};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The memslot of the registers, behind those of RAM.
+const SLOT: u32 = 1001;
+
+/// The virtio slots of a machine that is being made.
+pub struct Slots {
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemoryMmap>,
+    pages: Option<Arc<ReadOnlyPages>>,
+    /// The light devices; the event loop serves them.
+    light: Reactor,
+    /// The busy ones.
+    workers: Vec<Worker>,
+}
+
+impl Slots {
+    /// The slots of the planned machine, all empty.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub fn new<A: KvmArch>(
+        vm: &Arc<VmFd>,
+        memory: &Arc<GuestMemoryMmap>,
+        plan: &Plan<A>,
+    ) -> Result<Slots> {
+        Ok(Slots {
+            vm: Arc::clone(vm),
+            memory: Arc::clone(memory),
+            pages: pages(plan).map(Arc::new),
+            light: Reactor::new()?,
+            workers: Vec::new(),
+        })
+    }
+
+    /// Makes the device of `backend` and puts it where the plan has placed it. What answers there
+    /// is returned.
+    ///
+    /// # Errors
+    /// What host or KVM refuses.
+    pub fn fill<A: KvmArch>(
+        &mut self,
+        placed: &Placed,
+        backend: &dyn Backend,
+    ) -> Result<Arc<Mutex<Mmio>>> {
+        let name = backend.name();
+        let device = backend.device().with_context(|| name.clone())?;
+        let call = Arc::new(event()?);
+        self.vm
+            .register_irqfd(&call, A::gsi(placed.spi))
+            .with_context(|| format!("KVM takes no irqfd for SPI {}", placed.spi.0))?;
+        let window = placed.window;
+        let page: Arc<dyn RegisterPage> = match &self.pages {
+            Some(pages) => Arc::new(SlotPage {
+                offset: (window.start() - pages.address()) as usize,
+                pages: Arc::clone(pages),
+            }),
+            None => Arc::new(NoPage),
+        };
+        let line = Arc::new(CallLine(Arc::clone(&call)));
+        let memory = Arc::clone(&self.memory);
+        let mmio = Mmio::new(
+            name.clone(),
+            Arc::clone(&device),
+            memory,
+            line,
+            Some(call),
+            page,
+        );
+        let mmio = mmio.with_context(|| format!("cannot make the registers of {name}"))?;
+        self.catch_kicks(window, &mmio);
+        match backend.is_busy() {
+            true => {
+                let mut reactor = Reactor::new()?;
+                reactor.add(device, mmio.kicks())?;
+                self.workers.push(Worker::start(name, reactor)?);
+            }
+            false => self.light.add(device, mmio.kicks())?,
+        }
+        Ok(Arc::new(Mutex::new(mmio)))
+    }
+
+    /// Has KVM take kicks, and acknowledgements that nobody needs. What it does not take comes to
+    /// the device's registers, slower.
+    fn catch_kicks(&self, window: Range, mmio: &Mmio) {
+        let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
+        for (queue, kick) in (0_u32..).zip(mmio.kicks()) {
+            if let Err(error) = self.vm.register_ioevent(kick, &notify, queue) {
+                log::info!("each kick of queue {queue} at {window} is an exit: {error}");
+            }
+        }
+        if self.pages.is_none() {
+            return;
+        }
+        let acknowledge = IoEventAddress::Mmio(window.start() + INTERRUPT_ACK);
+        // Nobody reads it: the page says what the guest reads next.
+        let caught =
+            event().and_then(|nobody| Ok(self.vm.register_ioevent(&nobody, &acknowledge, USED)?));
+        if let Err(error) = caught {
+            log::info!("each acknowledgement at {window} is an exit: {error:#}");
+        }
+    }
+
+    /// Shows the guest the registers in memory. Returns the light devices and the threads of the
+    /// busy ones.
+    #[must_use]
+    pub fn finish(self) -> (Reactor, Workers) {
+        if let Some(pages) = &self.pages
+            && let Err(error) = pages.show(&self.vm)
+        {
+            log::info!("each read of a virtio register is an exit: {error:#}");
+        }
+        (
+            self.light,
+            Workers {
+                _threads: self.workers,
+                _pages: self.pages,
+            },
+        )
+    }
+}
+
+/// The threads of the busy devices, and what all devices need as long as they live.
+pub struct Workers {
+    _threads: Vec<Worker>,
+    _pages: Option<Arc<ReadOnlyPages>>,
+}
+
+/// The pages of the host that hold the slots in use, if nothing else lies in them.
+fn pages<A: KvmArch>(plan: &Plan<A>) -> Option<ReadOnlyPages> {
+    let is_slot = |placed: &&Placed| matches!(placed.kind, DeviceKind::VirtioMmio { .. });
+    let windows: Vec<Range> = plan
+        .layout
+        .devices
+        .iter()
+        .filter(is_slot)
+        .map(|placed| placed.window)
+        .collect();
+    let page = rustix::param::page_size() as u64;
+    let first = windows.iter().map(|window| window.start()).min()?;
+    let last = windows.iter().map(|window| window.last()).max()?;
+    let start = first - first % page;
+    let size = (last - start + 1).next_multiple_of(page);
+    let taken = Range::new(start, size)?;
+    let mut others = plan.layout.regions().into_iter();
+    if others.any(|other| !windows.contains(&other.range) && other.range.overlaps(taken)) {
+        return None;
+    }
+    ReadOnlyPages::new(SLOT, start, size as usize)
+        .inspect_err(|error| log::info!("no pages for virtio registers: {error:#}"))
+        .ok()
+}
+
+fn event() -> Result<EventFd> {
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")
+}
+
+/// A slot's part of the pages.
+struct SlotPage {
+    pages: Arc<ReadOnlyPages>,
+    /// Bytes.
+    offset: usize,
+}
+
+impl RegisterPage for SlotPage {
+    fn store(&self, offset: usize, value: u32) {
+        self.pages.store(self.offset + offset, value);
+    }
+}
+
+/// An edge-triggered interrupt by irqfd.
+struct CallLine(Arc<EventFd>);
+
+impl IrqLine for CallLine {
+    fn set(&self, high: bool) {
+        if high {
+            self.pulse();
+        }
+    }
+
+    fn pulse(&self) {
+        // The counter cannot overflow: KVM takes it at once.
+        let _ = self.0.write(1);
+    }
+}
