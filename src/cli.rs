@@ -64,6 +64,20 @@ pub struct MachineArgs {
     pub ipa_bits: Option<String>,
     /// `--gic`.
     pub gic: Option<String>,
+    /// `--disk`, each.
+    pub disk: Vec<String>,
+    /// `--net`, each.
+    pub net: Vec<String>,
+    /// `--pmem`, each.
+    pub pmem: Vec<String>,
+    /// `--share`, each.
+    pub share: Vec<String>,
+    /// `--console`.
+    pub console: Option<String>,
+    /// `--vsock`.
+    pub vsock: Option<String>,
+    /// `--balloon`.
+    pub balloon: Option<String>,
     /// `--rng`.
     pub rng: Option<String>,
     /// `--deterministic`.
@@ -103,6 +117,31 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
+            /// disk, /dev/vda and on: PATH, or path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]
+            /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]; may be
+            /// repeated
+            #[argh(option, short = 'd', arg_name = "DISK")]
+            pub disk: Vec<String>,
+            /// network card: user[,hostfwd=tcp:2222-:22]... (no privileges needed), or
+            /// tap=NAME|fd=N[,queues=N][,vhost=auto|on|off]; each with [,mac=MAC]; may be repeated
+            #[argh(option, short = 'n', arg_name = "NET")]
+            pub net: Vec<String>,
+            /// persistent memory: path=IMG[,readonly]; may be repeated
+            #[argh(option, arg_name = "PMEM")]
+            pub pmem: Vec<String>,
+            /// folder of the host: tag=T,path=DIR[,readonly]; may be repeated
+            #[argh(option, arg_name = "SHARE")]
+            pub share: Vec<String>,
+            /// where the terminal is: serial (ttyAMA0, the default) or virtio (hvc0)
+            #[argh(option, arg_name = "serial|virtio")]
+            pub console: Option<String>,
+            /// sockets between guest and host: cid=N[,uds=PATH], by Unix sockets or vhost
+            #[argh(option, arg_name = "VSOCK")]
+            pub vsock: Option<String>,
+            /// memory balloon: on, or [size=SIZE][,reporting=on|off][,hinting=on|off]
+            /// [,deflate-on-oom=on|off]
+            #[argh(option, arg_name = "BALLOON")]
+            pub balloon: Option<String>,
             /// entropy for the guest: on (default) or off
             #[argh(option, arg_name = "on|off")]
             pub rng: Option<String>,
@@ -128,6 +167,13 @@ macro_rules! machine_command {
                     board: self.board.clone(),
                     ipa_bits: self.ipa_bits.clone(),
                     gic: self.gic.clone(),
+                    disk: self.disk.clone(),
+                    net: self.net.clone(),
+                    pmem: self.pmem.clone(),
+                    share: self.share.clone(),
+                    console: self.console.clone(),
+                    vsock: self.vsock.clone(),
+                    balloon: self.balloon.clone(),
                     rng: self.rng.clone(),
                     deterministic: self.deterministic,
                     verbose: self.verbose,
@@ -149,6 +195,9 @@ machine_command! {
 
 Four vCPUs, options as in other tools:
   {command_name} -k Image -i initrd -c 4 -m 2G -p 'console=ttyAMA0 quiet'
+
+A system on a disk, with network; ssh -p 2222 localhost reaches it:
+  {command_name} -k vmlinuz -i initrd.img -d root.img -n user,hostfwd=tcp:2222-:22
 
 In a script: stop at the guest's reboot, keep the device tree:
   {command_name} --kernel Image --on-reset exit --dump-dtb guest.dtb < /dev/null"

@@ -5,6 +5,7 @@ use crate::boards;
 use crate::cli::MachineArgs;
 use crate::kernel::{Initrd, Kernel};
 use crate::status::{Fault, Status};
+use crate::virtio::console::ConsoleKind;
 use crate::virtio::{self, Wanted};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::image::Header;
@@ -29,6 +30,8 @@ pub struct Config<A: Arch> {
     pub initrd: Option<Initrd>,
     /// Virtio devices, in the order of their slots.
     pub virtio: Vec<Wanted>,
+    /// Where the terminal is.
+    pub console: ConsoleKind,
 }
 
 /// The board that the arguments name.
@@ -70,7 +73,11 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         None => defaults.gic,
         Some(text) => text.parse().map_err(|cause| anyhow!("--gic: {cause}"))?,
     };
-    let cmdline = args.cmdline.as_ref().unwrap_or(&defaults.cmdline).clone();
+    let console = virtio::console(args)?;
+    let cmdline = match &args.cmdline {
+        Some(cmdline) => cmdline.clone(),
+        None => default_cmdline(&defaults.cmdline, console),
+    };
     check_cmdline(&cmdline)?;
     if args.initrd.is_some() && args.kernel.is_none() {
         return Err(anyhow!(
@@ -113,7 +120,17 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         kernel,
         initrd,
         virtio: wanted,
+        console,
     })
+}
+
+/// The board's command line, with the console where the terminal is.
+fn default_cmdline(board: &str, console: ConsoleKind) -> String {
+    let words = board.split(' ').map(|word| match console {
+        ConsoleKind::Virtio if word.starts_with("console=") => "console=hvc0",
+        _ => word,
+    });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// Refuses what the kernel would cut off or misread.

@@ -7,6 +7,7 @@ use crate::memory::{self, IdleMemory};
 use crate::reactor::Reactor;
 use crate::serial::Serial;
 use crate::virtio::Backend;
+use crate::virtio::console::HvcConsole;
 use crate::virtio::slots::{Slots, Workers};
 use anyhow::{Context, Result, bail};
 use armlet_arch::irq::Spi;
@@ -42,6 +43,8 @@ pub struct Machine<A: KvmArch> {
 pub struct Devices {
     /// The serial console.
     pub serial: Option<Arc<Mutex<Serial>>>,
+    /// The virtio console, where the terminal is there.
+    pub hvc: Option<Arc<HvcConsole>>,
     /// The clock, for its alarm.
     pub clock: Option<Arc<Mutex<Pl031>>>,
     /// The power key's GPIO.

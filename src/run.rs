@@ -14,6 +14,7 @@ use crate::serial::{Serial, TICK};
 use crate::status::{Fault, Status};
 use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
 use crate::virtio;
+use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
 use armlet_arch::plan::POWER_KEY_LINE;
 use kvm_ioctls::Kvm;
@@ -91,7 +92,11 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
     let mut events = Events::new(orders.on_panic)?;
     let mut memory = None;
     let mut terminal = None;
-    let backends = virtio::open(&orders.config.virtio)?;
+    let hvc = match orders.config.console {
+        ConsoleKind::Serial => None,
+        ConsoleKind::Virtio => Some(events.open_hvc()?),
+    };
+    let backends = virtio::open(&orders.config.virtio, hvc.as_ref()).fault(Status::Usage)?;
     loop {
         if orders.seeded {
             orders.config.request.seeds = Some(fresh_seeds()?);
@@ -124,6 +129,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         let mut machine = machine::assemble::<A>(&orders.kvm, &plan, memory, &backends, wires)
             .fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
+        machine.devices.hvc = hvc.clone();
         machine
             .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
             .fault(Status::Usage)?;
@@ -135,11 +141,15 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
             let teller = events.teller();
             let (bus, flag) = (Arc::clone(&machine.bus), Arc::clone(&stopping));
-            let serial = machine.devices.serial.clone();
+            let (serial, hvc) = (machine.devices.serial.clone(), hvc.clone());
+            let halt = Arc::clone(&stopping);
             let tell = move |told| {
                 // Here, where a reader that does not read holds up a vCPU and not the loop.
                 if let Some(serial) = &serial {
                     lock(serial).flush();
+                }
+                if let Some(hvc) = &hvc {
+                    hvc.drain(|| !halt.load(Ordering::Acquire));
                 }
                 teller.tell(Event::Told(told));
             };
@@ -152,6 +162,9 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         }
         if let Some(serial) = &machine.devices.serial {
             lock(serial).flush();
+        }
+        if let Some(hvc) = &hvc {
+            hvc.drain(console::is_output_ready);
         }
         match ending? {
             Ending::Reset if orders.on_reset == OnReset::Restart => {
@@ -309,6 +322,20 @@ impl Events {
         }
     }
 
+    /// The virtio console of this terminal.
+    fn open_hvc(&self) -> Result<Arc<HvcConsole>> {
+        let (room, panic) = (self.teller(), self.teller());
+        // What the loop waits for is drained before armlet ends; nothing else stops the thread.
+        let output = StandardOutput::new(Arc::default());
+        let on_panic = move |reason| {
+            let what = format!("the guest's kernel panicked: {reason}");
+            panic.tell(Event::Told(Told::Panicked(what)));
+        };
+        let output = PanicWatch::new(output, Box::new(on_panic));
+        let hvc = HvcConsole::open(Box::new(output), move || room.tell(Event::Room))?;
+        Ok(Arc::new(hvc))
+    }
+
     /// The wires of a new life of the guest, before any vCPU of it runs.
     fn wires(&mut self, stopping: &Arc<AtomicBool>) -> Wires {
         // What an earlier life left behind means nothing to this one.
@@ -439,6 +466,13 @@ impl Events {
             Err(error) => return Err(error).context("cannot read a signal"),
         }
         let number = u32::from_le_bytes([info[0], info[1], info[2], info[3]]);
+        if number == libc::SIGWINCH as u32 {
+            let console = devices.hvc.as_ref().and_then(|hvc| hvc.current());
+            if let (Some(console), Some(size)) = (console, terminal_size()) {
+                lock(&console).resize(size);
+            }
+            return Ok(None);
+        }
         self.asked_to_stop += 1;
         if number == libc::SIGINT as u32 || self.asked_to_stop > 1 {
             console::complain("stopped by a signal");
@@ -500,11 +534,8 @@ impl Events {
 
     /// Hands the guest what it wants of what was typed, and reads on where there is room.
     fn feed(&mut self, devices: &Devices) -> Result<()> {
-        let Some(serial) = &devices.serial else {
-            return Ok(());
-        };
         loop {
-            let wants_more = match self.hand_over(serial) {
+            let wants_more = match self.hand_over(devices) {
                 Handed::All { wants_more } => wants_more,
                 Handed::NotNow(retry) => {
                     self.feed = retry.map(|wait| Instant::now() + wait);
@@ -524,7 +555,19 @@ impl Events {
     }
 
     /// Gives the console as much of what is pending as it wants.
-    fn hand_over(&mut self, serial: &Mutex<Serial>) -> Handed {
+    fn hand_over(&mut self, devices: &Devices) -> Handed {
+        if let Some(hvc) = &devices.hvc {
+            let Some(console) = hvc.current() else {
+                return Handed::NotNow(None);
+            };
+            // Only this thread and a vCPU that starts or stops the device ever hold it.
+            let (taken, wants_more) = lock(&console).receive(&self.input.pending);
+            self.input.pending.drain(..taken);
+            return Handed::All { wants_more };
+        }
+        let Some(serial) = &devices.serial else {
+            return Handed::NotNow(None);
+        };
         let Some(mut serial) = at_hand(serial) else {
             return Handed::NotNow(Some(TICK));
         };
@@ -590,13 +633,14 @@ fn at_hand(serial: &Mutex<Serial>) -> Option<MutexGuard<'_, Serial>> {
     (!serial.in_burst() || console::is_output_ready()).then_some(serial)
 }
 
-/// A descriptor that SIGTERM, SIGINT and SIGHUP are read from; they are blocked as signals.
+/// A descriptor that SIGTERM, SIGINT, SIGHUP and SIGWINCH are read from; they are blocked as
+/// signals.
 fn take_signals() -> std::io::Result<OwnedFd> {
     // SAFETY: the calls work on a set of our own; a negative result is the only error.
     let fd = unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH] {
             libc::sigaddset(&mut set, signal);
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());

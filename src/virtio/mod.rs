@@ -5,11 +5,15 @@
 //! connection open. At each start of the guest it makes a device.
 
 use crate::cli::MachineArgs;
-use crate::status::{Fault, Status};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
+use console::{ConsoleKind, HvcConsole};
+use disk::DiskOptions;
 use std::sync::{Arc, Mutex};
 
+pub mod console;
+pub mod disk;
+pub mod net;
 pub mod options;
 pub mod rng;
 pub mod slots;
@@ -37,51 +41,94 @@ pub trait Backend: Send {
     }
 }
 
+impl<B: Backend + Sync + ?Sized> Backend for Arc<B> {
+    fn name(&self) -> String {
+        (**self).name()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        (**self).device()
+    }
+
+    fn is_busy(&self) -> bool {
+        (**self).is_busy()
+    }
+
+    fn shares_memory(&self) -> bool {
+        (**self).shares_memory()
+    }
+}
+
 /// A virtio device that the user asked for, not opened yet.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Wanted {
     /// Its name: "disk0".
     pub name: String,
-    kind: Kind,
-    /// The value of its option.
-    text: String,
+    what: What,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+#[derive(Clone, Debug)]
+enum What {
+    Disk(DiskOptions),
+    Console,
     Rng,
 }
 
 /// The devices that the options ask for, in the order of their slots.
 ///
 /// # Errors
-/// A switch that is neither on nor off.
+/// An option that cannot be read.
 pub fn wanted(args: &MachineArgs) -> Result<Vec<Wanted>> {
     let mut wanted = Vec::new();
+    let mut add = |name: &str, what| {
+        let name = name.to_owned();
+        wanted.push(Wanted { name, what });
+    };
+    for (number, text) in args.disk.iter().enumerate() {
+        let disk = DiskOptions::parse(text)?;
+        add(&format!("disk{number}"), What::Disk(disk));
+    }
+    if console(args)? == ConsoleKind::Virtio {
+        add("console", What::Console);
+    }
     match args.rng.as_deref() {
-        None | Some("on") => wanted.push(Wanted {
-            name: "rng".to_owned(),
-            kind: Kind::Rng,
-            text: String::new(),
-        }),
+        None | Some("on") => add("rng", What::Rng),
         Some("off") => {}
         Some(other) => bail!("--rng '{other}' is not known; use on or off"),
     }
     Ok(wanted)
 }
 
-/// Opens what stands behind the devices.
+/// The console that the options ask for.
+///
+/// # Errors
+/// A word that names none.
+pub fn console(args: &MachineArgs) -> Result<ConsoleKind> {
+    let text = args.console.as_deref();
+    text.map_or(Ok(ConsoleKind::Serial), ConsoleKind::parse)
+}
+
+/// Opens what stands behind the devices, in their order; `console` stands behind the console.
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
-pub fn open(wanted: &[Wanted]) -> Result<Vec<Box<dyn Backend>>> {
-    let open = |wanted: &Wanted| -> Result<Box<dyn Backend>> {
-        match wanted.kind {
-            Kind::Rng => Ok(Box::new(rng::HostEntropy)),
-        }
-    };
-    wanted
+pub fn open(wanted: &[Wanted], console: Option<&Arc<HvcConsole>>) -> Result<Vec<Box<dyn Backend>>> {
+    let mut backends: Vec<Box<dyn Backend>> = Vec::new();
+    let disks: Vec<DiskOptions> = wanted
         .iter()
-        .map(|wanted| open(wanted).fault(Status::Usage))
-        .collect()
+        .filter_map(|wanted| match &wanted.what {
+            What::Disk(disk) => Some(disk.clone()),
+            _ => None,
+        })
+        .collect();
+    let mut disks = disk::open_all(&disks)?.into_iter();
+    for wanted in wanted {
+        let backend: Option<Box<dyn Backend>> = match &wanted.what {
+            What::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
+            What::Console => console.map(|console| Box::new(Arc::clone(console)) as _),
+            What::Rng => Some(Box::new(rng::HostEntropy)),
+        };
+        backends.push(backend.with_context(|| format!("nothing stands behind {}", wanted.name))?);
+    }
+    Ok(backends)
 }

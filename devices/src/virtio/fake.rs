@@ -214,7 +214,8 @@ impl<D: VirtioDevice + 'static> Guest<D> {
     pub(crate) fn kick(&mut self, index: usize) {
         self.write(0x50, index as u32);
         let kick = self.mmio.kicks()[index].clone();
-        if kick.read().is_ok() {
+        // A queue with very many requests kicks itself.
+        while kick.read().is_ok() {
             lock(&self.device).kicked(index);
         }
     }

@@ -45,6 +45,8 @@ const STATUS: u32 = 0x070;
 const QUEUE_DESC: u32 = 0x080;
 const QUEUE_DRIVER: u32 = 0x090;
 const QUEUE_DEVICE: u32 = 0x0a0;
+const QUEUE_DEVICE_HIGH: u32 = 0x0a4;
+const SHM_SEL: u32 = 0x0ac;
 const SHM_LEN: u32 = 0x0b0;
 const SHM_LAST: u32 = 0x0bc;
 const CONFIG_GENERATION: u32 = 0x0fc;
@@ -205,13 +207,14 @@ impl Mmio {
         self.transport
             .config
             .set_watch(Box::new(move |bytes, generation| {
-                page.store(CONFIG_GENERATION as usize, generation);
                 let most = bytes.len().min(WINDOW_SIZE - CONFIG);
                 for (index, chunk) in bytes[..most].chunks(4).enumerate() {
                     let mut word = [0; 4];
                     word[..chunk.len()].copy_from_slice(chunk);
                     page.store(CONFIG + 4 * index, u32::from_le_bytes(word));
                 }
+                // Last: a driver that saw some of the bytes before sees that they changed.
+                page.store(CONFIG_GENERATION as usize, generation);
             }));
     }
 
@@ -249,7 +252,12 @@ impl Mmio {
             0x050 => self.transport.kick(value),
             0x064 => self.acknowledge(value),
             STATUS => self.set_status(value),
-            _ => self.set_address(offset, value),
+            QUEUE_DESC..=QUEUE_DEVICE_HIGH => self.set_address(offset, value),
+            // There is no shared memory to select.
+            SHM_SEL => {}
+            _ => self.transport.link.fault(format_args!(
+                "the driver writes to {offset:#x}, where no register takes it"
+            )),
         }
         for offset in CHANGING {
             self.page.store(offset as usize, self.register(offset));
@@ -315,6 +323,14 @@ impl Device for Mmio {
             self.transport.write_config(offset - CONFIG, data);
         } else if let Ok(data) = <[u8; 4]>::try_from(data) {
             self.set_register(offset as u32, u32::from_le_bytes(data));
+        } else {
+            self.transport.link.fault(format_args!(
+                "the driver writes {} bytes to {offset:#x}; registers take 4",
+                data.len()
+            ));
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,10 +12,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub mod balloon;
+pub mod block;
+pub mod console;
 pub mod mmio;
+pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 mod transport;
+pub mod vsock;
 
 #[cfg(test)]
 pub(crate) mod fake;

@@ -1,7 +1,7 @@
 //! A virtqueue of which no entry is trusted: requests come out whole and checked, or not at all.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -12,6 +12,12 @@ use super::Link;
 /// The most segments of one request: the device's queue sizes bound direct chains, and Linux
 /// bounds indirect ones by the same; more is a guest that wants our memory.
 const MOST_SEGMENTS: usize = 4096;
+/// The most requests that [`Virtqueue::serve`] takes in one go, so that a driver that makes them as
+/// fast as they are served does not keep the thread, and with it the device's lock, for ever.
+const MOST_AT_ONCE: usize = 256;
+
+/// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, section 2.7.6).
+const NO_INTERRUPT: u16 = 1;
 
 /// A queue that is in use.
 pub struct Virtqueue {
@@ -24,6 +30,8 @@ pub struct Virtqueue {
     broken: bool,
     /// Requests that were completed since the driver was last asked whether to interrupt it.
     unsignalled: bool,
+    /// The used ring's index when the driver was last asked.
+    signalled: u16,
     /// Kept for their capacity.
     spare: Vec<Chain>,
 }
@@ -105,6 +113,7 @@ impl Virtqueue {
             kick,
             broken: false,
             unsignalled: false,
+            signalled: 0,
             spare: Vec::new(),
         })
     }
@@ -188,15 +197,59 @@ impl Virtqueue {
         self.spare.push(chain);
     }
 
+    /// Completes requests that belong together, with the bytes put into each: the driver sees all
+    /// of them or none, as it must where a frame lies in several buffers (virtio 1.2, section
+    /// 5.1.6.4).
+    pub fn complete_together(&mut self, chains: impl IntoIterator<Item = (Chain, u32)>) {
+        if self.broken {
+            return;
+        }
+        let used = self.queue.used_ring();
+        let mut next = self.queue.next_used();
+        let mut result = Ok(());
+        for (chain, written) in chains {
+            // struct virtq_used_elem (section 2.7.8), behind two words of 16 bits.
+            let slot = GuestAddress(used + 4 + 8 * u64::from(next % self.queue.size()));
+            let entry = [u32::from(chain.head).to_le(), written.to_le()];
+            result = result.and(self.memory.write_obj(entry, slot));
+            next = next.wrapping_add(1);
+            self.spare.push(chain);
+        }
+        self.queue.set_next_used(next);
+        let index = GuestAddress(used + 2);
+        result = result.and(self.memory.store(next.to_le(), index, Ordering::Release));
+        match result {
+            Ok(()) => self.unsignalled = true,
+            Err(error) => self.break_ring(format_args!("cannot complete requests: {error}")),
+        }
+    }
+
     /// Interrupts the driver if requests were completed and it wants to hear of it.
     pub fn signal(&mut self) {
         if !std::mem::take(&mut self.unsignalled) {
             return;
         }
         // Without an answer it is interrupted once too often, which it must bear.
-        if self.queue.needs_notification(&*self.memory).unwrap_or(true) {
+        if self.wants_interrupt().unwrap_or(true) {
             self.link.queue_used(self.index);
         }
+    }
+
+    /// Whether the driver wants to hear of what was completed since it was last asked (virtio 1.2,
+    /// section 2.7.7.2).
+    fn wants_interrupt(&mut self) -> Option<bool> {
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.signalled, used);
+        // What was completed is to be seen before it is read what the driver wants.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        if !self.queue.event_idx_enabled() {
+            let flags = load_u16(&self.memory, available)?;
+            return Some(flags & NO_INTERRUPT == 0);
+        }
+        let event = available + 4 + 2 * u64::from(self.queue.size());
+        let wanted = load_u16(&self.memory, event)?;
+        Some(used.wrapping_sub(wanted).wrapping_sub(1) < used.wrapping_sub(before))
     }
 
     /// Asks the driver not to kick while the queue is looked after anyway.
@@ -221,14 +274,23 @@ impl Virtqueue {
     }
 
     /// Takes each request that is there and hands it to `serve`, which completes it, now or later;
-    /// interrupts the driver at the end.
+    /// interrupts the driver at the end. Where there are very many it kicks itself for the rest.
     pub fn serve(&mut self, mut serve: impl FnMut(&mut Virtqueue, Chain)) {
+        let mut left = MOST_AT_ONCE;
         loop {
             self.silence();
-            while let Some(chain) = self.pop() {
+            while left > 0
+                && let Some(chain) = self.pop()
+            {
                 serve(self, chain);
+                left -= 1;
             }
             if !self.listen() {
+                break;
+            }
+            if left == 0 {
+                // The counter cannot overflow before it is read.
+                let _ = self.kick.write(1);
                 break;
             }
         }
@@ -381,3 +443,6 @@ pub fn load_u16(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
         .map(u16::from_le)
         .ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,664 @@
+//! The memory balloon (virtio 1.2, section 5.5): memory that the guest lends back to the host.
+//!
+//! It does so in three ways. It puts pages into the balloon, as many as the [target](
+//! Balloon::set_target) says, and does not use them until it takes them out. It reports pages that
+//! are free, and waits with using them until we are done with them. Both kinds go back to the host
+//! at once, by [`Discard`]. Where it is asked to, it hints at pages that were free when it looked;
+//! those it may have in use again before we see the hint (drivers/virtio/virtio_balloon.c:
+//! virtio_balloon_register_shrinker), so hints are only collected, for whoever copies the guest's
+//! memory and knows what was written since.
+//!
+//! Pages are of 4 KiB here, whatever the guest's and the host's are. Where the host's are larger,
+//! one goes back when all its parts are in the balloon.
+
+use std::sync::Arc;
+
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use super::{Chain, ConfigSpace, Driver, Link, StartError, VirtioDevice, Virtqueue};
+
+/// Device ID.
+const ID: u32 = 5;
+/// VIRTIO_BALLOON_F_MUST_TELL_HOST: pages are used again only after we were told.
+const FEATURE_MUST_TELL: u64 = 1 << 0;
+/// VIRTIO_BALLOON_F_STATS_VQ.
+const FEATURE_STATISTICS: u64 = 1 << 1;
+/// VIRTIO_BALLOON_F_DEFLATE_ON_OOM.
+const FEATURE_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// VIRTIO_BALLOON_F_FREE_PAGE_HINT.
+const FEATURE_HINTING: u64 = 1 << 3;
+/// VIRTIO_BALLOON_F_PAGE_POISON: the driver says what it fills free pages with.
+const FEATURE_POISON: u64 = 1 << 4;
+/// VIRTIO_BALLOON_F_REPORTING.
+const FEATURE_REPORTING: u64 = 1 << 5;
+
+/// Entries of each queue: Linux wants 32 for reports (mm/page_reporting.h:
+/// PAGE_REPORTING_CAPACITY).
+const ENTRIES: u16 = 64;
+/// The unit of page numbers in bytes (section 5.5.6).
+const PAGE: u64 = 4096;
+/// Bytes of a page number.
+const NUMBER: usize = 4;
+/// The most bytes of page numbers of one request; Linux sends 1 KiB.
+const MOST_NUMBERS: usize = 256 << 10;
+/// Ranges of hints that are kept; the bytes of the others are counted.
+const MOST_HINTS: usize = 1 << 16;
+
+/// Offsets in the configuration space in bytes (section 5.5.4): what the balloon should hold and
+/// what it holds in pages, the command of hinting, what free pages are filled with; and its size.
+const TARGET: usize = 0;
+const ACTUAL: usize = 4;
+const COMMAND: usize = 8;
+const POISON: usize = 12;
+const CONFIG_BYTES: usize = 16;
+
+/// Commands of hinting; other numbers start a round.
+const STOP: u32 = 0;
+const DONE: u32 = 1;
+
+/// Bytes of a statistic: its tag (16 bits) and its value (64 bits).
+const STATISTIC: usize = 10;
+
+/// Gives pages back to the host.
+pub trait Discard: Send {
+    /// The host's page size in bytes: a power of two, 4 KiB to 256 KiB.
+    fn page_size(&self) -> u64;
+
+    /// Gives back whole pages of the host: `len` bytes from `address`, all of them guest memory.
+    /// They read as zero from then on. Returns whether it could.
+    fn discard(&self, memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> bool;
+}
+
+/// What a balloon offers to the driver beside the balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Whether the guest may tell which pages are free.
+    pub reporting: bool,
+    /// Whether it may be asked for hints.
+    pub hinting: bool,
+    /// Whether it may take pages out rather than end a program.
+    pub deflate_on_oom: bool,
+}
+
+/// What the guest last said of its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Statistics([Option<u64>; STATISTICS.len()]);
+
+/// By tag (section 5.5.6.4, and include/uapi/linux/virtio_balloon.h from 10 on): bytes, or counts
+/// where the name is of events.
+const STATISTICS: [&str; 16] = [
+    "swapped-in",
+    "swapped-out",
+    "major-faults",
+    "minor-faults",
+    "free",
+    "total",
+    "available",
+    "disk-caches",
+    "hugetlb-allocations",
+    "hugetlb-failures",
+    "oom-kills",
+    "allocation-stalls",
+    "async-scanned",
+    "direct-scanned",
+    "async-reclaimed",
+    "direct-reclaimed",
+];
+
+impl Statistics {
+    /// The statistics that the guest gave, by name: "free", "available".
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let named = STATISTICS.into_iter().zip(self.0);
+        named.filter_map(|(name, value)| value.map(|value| (name, value)))
+    }
+}
+
+/// Pages that the guest said were free, after a call of [`Balloon::ask_for_hints`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// Guest-physical address and bytes of each range, in the order of their coming. What of it
+    /// was written since the call is in use.
+    pub ranges: Vec<(u64, u64)>,
+    /// Bytes of all hints, those of the ranges that were too many to keep among them.
+    pub bytes: u64,
+    /// Whether the guest has said all.
+    pub complete: bool,
+}
+
+/// A memory balloon.
+pub struct Balloon {
+    offer: Offer,
+    discard: Box<dyn Discard>,
+    config: Arc<ConfigSpace>,
+    statistics: Option<Statistics>,
+    hints: Hints,
+    /// The command of the last round of hints.
+    round: u32,
+    /// Bytes given back to the host, ever.
+    discarded: u64,
+    working: Option<Working>,
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Inflate,
+    Deflate,
+    Statistics,
+    Hints,
+    Reports,
+}
+
+/// What there is while the driver uses the device.
+struct Working {
+    memory: Arc<GuestMemoryMmap>,
+    link: Arc<Link>,
+    features: u64,
+    queues: Vec<(Role, Option<Virtqueue>)>,
+    /// The driver's buffer for statistics, kept until they are wanted.
+    asked: Option<Chain>,
+    /// Whether the guest takes part in the round of hints.
+    hinting: bool,
+    /// Pages in the balloon, where the host's pages are larger than those.
+    inside: Option<Inside>,
+    /// Kept for its capacity.
+    pages: Vec<u64>,
+}
+
+impl Balloon {
+    /// A balloon that should hold `target` bytes.
+    #[must_use]
+    pub fn new(target: u64, offer: Offer, discard: Box<dyn Discard>) -> Balloon {
+        let mut config = vec![0; CONFIG_BYTES];
+        put(&mut config, TARGET, pages_of(target));
+        Balloon {
+            offer,
+            discard,
+            config: ConfigSpace::new(config),
+            statistics: None,
+            hints: Hints::default(),
+            round: DONE,
+            discarded: 0,
+            working: None,
+        }
+    }
+
+    /// The balloon should hold this many bytes from now on; the guest moves there as fast as it
+    /// can.
+    pub fn set_target(&mut self, bytes: u64) {
+        self.tell(TARGET, pages_of(bytes));
+    }
+
+    /// Bytes that the balloon should hold.
+    #[must_use]
+    pub fn target(&self) -> u64 {
+        self.field(TARGET) * PAGE
+    }
+
+    /// Bytes that it holds, as the driver says.
+    #[must_use]
+    pub fn actual(&self) -> u64 {
+        self.field(ACTUAL) * PAGE
+    }
+
+    /// Bytes that were given back to the host so far, by balloon and by reports; the guest may
+    /// have taken them again since.
+    #[must_use]
+    pub fn discarded(&self) -> u64 {
+        self.discarded
+    }
+
+    /// What the guest last said of its memory; `None` if it said nothing yet.
+    #[must_use]
+    pub fn statistics(&self) -> Option<&Statistics> {
+        self.statistics.as_ref()
+    }
+
+    /// Has the guest say anew how its memory is; the answer is in [`Self::statistics`] a moment
+    /// later. False where its driver does not take part, or was asked and has not answered yet.
+    pub fn ask_for_statistics(&mut self) -> bool {
+        let Some(working) = &mut self.working else {
+            return false;
+        };
+        let Some(chain) = working.asked.take() else {
+            return false;
+        };
+        if let Some(queue) = working.queue(Role::Statistics) {
+            queue.complete(chain, 0);
+            queue.signal();
+        }
+        true
+    }
+
+    /// Has the guest say which pages are free now. False where its driver does not take part.
+    pub fn ask_for_hints(&mut self) -> bool {
+        let Some(working) = &mut self.working else {
+            return false;
+        };
+        if working.features & FEATURE_HINTING == 0 {
+            return false;
+        }
+        working.hinting = false;
+        self.hints = Hints::default();
+        // STOP and DONE are no rounds.
+        self.round = self.round.checked_add(1).unwrap_or(DONE + 1);
+        self.tell(COMMAND, self.round);
+        true
+    }
+
+    /// What the guest said of free pages since it was last asked.
+    #[must_use]
+    pub fn hints(&self) -> &Hints {
+        &self.hints
+    }
+
+    /// Changes a number of the configuration and tells the driver.
+    fn tell(&mut self, offset: usize, value: u32) {
+        self.config.change(|config| put(config, offset, value));
+        if let Some(working) = &self.working {
+            working.link.config_changed();
+        }
+    }
+
+    fn field(&self, offset: usize) -> u64 {
+        let mut bytes = [0; 4];
+        self.config.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes).into()
+    }
+
+    /// Serves a queue, by its index.
+    fn serve(&mut self, index: usize) {
+        let Some(working) = &mut self.working else {
+            return;
+        };
+        let Some((role, queue)) = working.queues.get_mut(index) else {
+            return;
+        };
+        // Taken out, so that the rest can be used beside it.
+        let (role, Some(mut ring)) = (*role, queue.take()) else {
+            return;
+        };
+        ring.serve(|ring, chain| self.answer(role, ring, chain));
+        if let Some(working) = &mut self.working {
+            working.queues[index].1 = Some(ring);
+        }
+    }
+
+    fn answer(&mut self, role: Role, ring: &mut Virtqueue, chain: Chain) {
+        let Some(working) = &mut self.working else {
+            return;
+        };
+        match role {
+            Role::Inflate | Role::Deflate => {
+                if let Err(what) = working.take_pages(&chain) {
+                    ring.break_ring(format_args!("{what}"));
+                }
+                match role {
+                    Role::Inflate => self.inflate(),
+                    _ => working.deflate(),
+                }
+            }
+            Role::Statistics => {
+                self.statistics = Some(read_statistics(&chain, &working.memory));
+                let Some(earlier) = working.asked.replace(chain) else {
+                    return;
+                };
+                ring.complete(earlier, 0);
+                return;
+            }
+            Role::Hints => self.take_hints(&chain),
+            Role::Reports => self.take_report(&chain),
+        }
+        ring.complete(chain, 0);
+    }
+
+    /// Gives back the pages that came into the balloon.
+    fn inflate(&mut self) {
+        let Some(working) = &mut self.working else {
+            return;
+        };
+        let host_page = self.discard.page_size();
+        let memory = &working.memory;
+        let mut discard = |address: u64, len: u64| {
+            if self.discard.discard(memory, GuestAddress(address), len) {
+                self.discarded += len;
+            }
+        };
+        match &mut working.inside {
+            None => runs(&working.pages, PAGE, discard),
+            Some(inside) => {
+                let mut full: Vec<u64> = Vec::new();
+                for page in &working.pages {
+                    if inside.insert(*page, host_page) {
+                        full.push(page - page % host_page);
+                    }
+                }
+                runs(&full, host_page, &mut discard);
+            }
+        }
+    }
+
+    fn take_hints(&mut self, chain: &Chain) {
+        let Some(working) = &mut self.working else {
+            return;
+        };
+        let mut command = [0; 4];
+        if chain.read(&working.memory, 0, &mut command) == command.len() {
+            let command = u32::from_le_bytes(command);
+            if command == STOP && working.hinting {
+                working.hinting = false;
+                self.hints.complete = true;
+                // The guest keeps the pages until it hears this.
+                self.tell(COMMAND, DONE);
+                return;
+            }
+            // The round before this one may not have ended yet.
+            working.hinting = command == self.round && !self.hints.complete;
+        }
+        if !working.hinting {
+            return;
+        }
+        for segment in chain.writable() {
+            let (start, len) = (segment.address.0, segment.len as u64);
+            self.hints.bytes += len;
+            let ranges = &mut self.hints.ranges;
+            let has_room = ranges.len() < MOST_HINTS;
+            match ranges.last_mut() {
+                Some((last, bytes)) if *last + *bytes == start => *bytes += len,
+                _ if has_room => ranges.push((start, len)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Gives back pages that the guest does not use, and will not before it has its answer.
+    fn take_report(&mut self, chain: &Chain) {
+        let Some(working) = &self.working else {
+            return;
+        };
+        // It may expect to find what it filled them with, and discarded pages hold zeros.
+        if working.features & FEATURE_POISON != 0 && self.field(POISON) != 0 {
+            return;
+        }
+        let host_page = self.discard.page_size();
+        for segment in chain.writable() {
+            // A segment lies in memory, so its end is an address.
+            let end = segment.address.0 + segment.len as u64;
+            let first = segment.address.0.next_multiple_of(host_page);
+            let len = (end - end % host_page).saturating_sub(first);
+            let address = GuestAddress(first);
+            if len > 0 && self.discard.discard(&working.memory, address, len) {
+                self.discarded += len;
+            }
+        }
+    }
+}
+
+impl Working {
+    fn queue(&mut self, role: Role) -> Option<&mut Virtqueue> {
+        let found = self.queues.iter_mut().find(|(known, _)| *known == role);
+        found.and_then(|(_, queue)| queue.as_mut())
+    }
+
+    /// Reads page numbers into [`Self::pages`] as addresses, in order, each once.
+    fn take_pages(&mut self, chain: &Chain) -> Result<(), &'static str> {
+        self.pages.clear();
+        let len = chain.readable_len();
+        if len > MOST_NUMBERS {
+            return Err("has more page numbers than memory has pages to speak of at once");
+        }
+        if !len.is_multiple_of(NUMBER) {
+            let link = &self.link;
+            link.fault(format_args!(
+                "{len} bytes of page numbers are no whole number"
+            ));
+        }
+        let mut buffer = [0; 1024];
+        let mut offset = 0;
+        loop {
+            let count = chain.read(&self.memory, offset, &mut buffer);
+            offset += count;
+            let (numbers, _) = buffer[..count].as_chunks::<NUMBER>();
+            let pages = numbers.iter();
+            self.pages
+                .extend(pages.map(|number| u64::from(u32::from_le_bytes(*number)) * PAGE));
+            if count < buffer.len() {
+                break;
+            }
+        }
+        self.pages.sort_unstable();
+        self.pages.dedup();
+        let given = self.pages.len();
+        let memory = &self.memory;
+        self.pages
+            .retain(|page| memory.check_range(GuestAddress(*page), PAGE as usize));
+        let outside = given - self.pages.len();
+        if outside > 0 {
+            let link = &self.link;
+            link.fault(format_args!(
+                "{outside} pages of a request are not in memory"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Pages left the balloon. Nothing is to be done for them: the host gives them, zeroed, to
+    /// who uses them.
+    fn deflate(&mut self) {
+        if let Some(inside) = &mut self.inside {
+            for page in &self.pages {
+                inside.remove(*page);
+            }
+        }
+    }
+}
+
+/// Calls `each` for the ranges that addresses of pages make, which are in order.
+fn runs(pages: &[u64], size: u64, mut each: impl FnMut(u64, u64)) {
+    let mut run: Option<(u64, u64)> = None;
+    for page in pages {
+        match &mut run {
+            Some((start, len)) if *start + *len == *page => *len += size,
+            _ => {
+                if let Some((start, len)) = run.replace((*page, size)) {
+                    each(start, len);
+                }
+            }
+        }
+    }
+    if let Some((start, len)) = run {
+        each(start, len);
+    }
+}
+
+/// Which pages of 4 KiB are in the balloon: a bit for each. It takes memory of the host only where
+/// a bit was ever set.
+struct Inside(Vec<Bank>);
+
+struct Bank {
+    /// Address of the first bit's page.
+    start: u64,
+    words: Vec<u64>,
+}
+
+/// Bytes of guest memory that a word is about: more than any host's page.
+const WORD_BYTES: u64 = 64 * PAGE;
+
+impl Inside {
+    fn new(memory: &GuestMemoryMmap) -> Inside {
+        let bank = |start: u64, end: u64| {
+            let start = start - start % WORD_BYTES;
+            let words = vec![0; (end - start).div_ceil(WORD_BYTES) as usize];
+            Bank { start, words }
+        };
+        let banks = memory.iter();
+        Inside(
+            banks
+                .map(|region| {
+                    let start = region.start_addr().raw_value();
+                    bank(start, start + region.len())
+                })
+                .collect(),
+        )
+    }
+
+    /// The word and the bit of a page; banks that share a word share the first of them.
+    fn find(&mut self, page: u64) -> Option<(&mut u64, u32)> {
+        self.0.iter_mut().find_map(|bank| {
+            let offset = page.checked_sub(bank.start)?;
+            let word = bank.words.get_mut((offset / WORD_BYTES) as usize)?;
+            Some((word, (offset / PAGE % 64) as u32))
+        })
+    }
+
+    /// Marks a page; true where that was the last of its page of the host.
+    fn insert(&mut self, page: u64, host_page: u64) -> bool {
+        let Some((word, bit)) = self.find(page) else {
+            return false;
+        };
+        let before = *word;
+        *word |= 1 << bit;
+        let count = (host_page / PAGE).clamp(1, 64) as u32;
+        let all = (u64::MAX >> (64 - count)) << (bit - bit % count);
+        *word != before && *word & all == all
+    }
+
+    fn remove(&mut self, page: u64) {
+        if let Some((word, bit)) = self.find(page) {
+            *word &= !(1 << bit);
+        }
+    }
+}
+
+fn read_statistics(chain: &Chain, memory: &GuestMemoryMmap) -> Statistics {
+    let mut statistics = Statistics::default();
+    // Tags that are not known have room too.
+    let mut buffer = [0; STATISTIC * 64];
+    let count = chain.read(memory, 0, &mut buffer);
+    let (entries, _) = buffer[..count].as_chunks::<STATISTIC>();
+    for [tag_low, tag_high, value @ ..] in entries {
+        let tag = u16::from_le_bytes([*tag_low, *tag_high]);
+        if let Some(known) = statistics.0.get_mut(usize::from(tag)) {
+            *known = Some(u64::from_le_bytes(*value));
+        }
+    }
+    statistics
+}
+
+fn pages_of(bytes: u64) -> u32 {
+    u32::try_from(bytes / PAGE).unwrap_or(u32::MAX)
+}
+
+fn put(config: &mut [u8], offset: usize, value: u32) {
+    config[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+/// The queues that there are with these features, in order. Drivers number the ones that are there
+/// without gaps (drivers/virtio/virtio_mmio.c: vm_find_vqs).
+fn roles(features: u64) -> impl Iterator<Item = Role> {
+    [
+        (Role::Inflate, u64::MAX),
+        (Role::Deflate, u64::MAX),
+        (Role::Statistics, FEATURE_STATISTICS),
+        (Role::Hints, FEATURE_HINTING),
+        (Role::Reports, FEATURE_REPORTING),
+    ]
+    .into_iter()
+    .filter(move |(_, feature)| features & feature != 0)
+    .map(|(role, _)| role)
+}
+
+impl VirtioDevice for Balloon {
+    fn id(&self) -> u32 {
+        ID
+    }
+
+    fn features(&self) -> u64 {
+        let Offer {
+            reporting,
+            hinting,
+            deflate_on_oom,
+        } = self.offer;
+        // A page that goes back with its neighbours must not be in use without our knowing.
+        let larger = self.discard.page_size() > PAGE;
+        [
+            (FEATURE_STATISTICS, true),
+            (FEATURE_MUST_TELL, larger),
+            (FEATURE_DEFLATE_ON_OOM, deflate_on_oom),
+            (FEATURE_HINTING, hinting),
+            // Without it Linux does not report where it fills free pages, be it with zeros
+            // (virtballoon_validate).
+            (FEATURE_POISON, reporting || hinting),
+            (FEATURE_REPORTING, reporting),
+        ]
+        .into_iter()
+        .filter(|(_, offered)| *offered)
+        .fold(0, |all, (feature, _)| all | feature)
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        roles(self.features()).map(|_| ENTRIES).collect()
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let end = offset.saturating_add(data.len());
+        let is_drivers = [ACTUAL, POISON]
+            .iter()
+            .any(|field| offset >= *field && end <= field + 4);
+        match &self.working {
+            _ if is_drivers => self.config.change(|config| {
+                config[offset..end].copy_from_slice(data);
+            }),
+            Some(working) => working.link.fault(format_args!(
+                "the driver writes {} bytes of its configuration at {offset}",
+                data.len()
+            )),
+            None => {}
+        }
+    }
+
+    fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
+        let roles = roles(driver.features).enumerate();
+        let queues = roles.map(|(index, role)| (role, driver.take(index)));
+        let queues: Vec<_> = queues.collect();
+        let larger = self.discard.page_size() > PAGE;
+        let count = queues.len();
+        self.working = Some(Working {
+            inside: larger.then(|| Inside::new(&driver.memory)),
+            memory: driver.memory,
+            link: driver.link,
+            features: driver.features,
+            queues,
+            asked: None,
+            hinting: false,
+            pages: Vec::new(),
+        });
+        for index in 0..count {
+            self.serve(index);
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.working = None;
+        self.statistics = None;
+        self.hints = Hints::default();
+        // All pages are the guest's again.
+        self.config.change(|config| {
+            for offset in [ACTUAL, POISON, COMMAND] {
+                put(config, offset, 0);
+            }
+        });
+    }
+
+    fn kicked(&mut self, queue: usize) {
+        self.serve(queue);
+    }
+}
+
+#[cfg(test)]
+mod tests;

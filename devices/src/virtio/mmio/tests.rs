@@ -1,0 +1,710 @@
+//! The register machine, driven as guests drive it and as none should.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proptest::prelude::*;
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::fake::FakeLine;
+use crate::virtio::fake::{BASE, Guest};
+use crate::virtio::transport::FEATURES_OK;
+use crate::virtio::{
+    Chain, ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, StartError,
+    Virtqueue,
+};
+
+/// A feature that the device offers.
+const OFFERED: u64 = 1 << 5;
+/// One that it does not.
+const NOT_OFFERED: u64 = 1 << 6;
+/// Queue sizes.
+const SIZES: [u16; 2] = [64, 4];
+
+/// A device that keeps each request until it is told to answer, and writes down what happens.
+struct Keeper {
+    config: Arc<ConfigSpace>,
+    refuses: bool,
+    queues: Vec<Option<Virtqueue>>,
+    kept: Vec<(usize, Chain)>,
+    link: Option<Arc<Link>>,
+    features: Vec<u64>,
+    stops: usize,
+    writes: Vec<(usize, Vec<u8>)>,
+    kicks: Arc<AtomicUsize>,
+}
+
+impl Keeper {
+    fn new() -> Keeper {
+        Keeper {
+            config: ConfigSpace::new((1..=10).collect()),
+            refuses: false,
+            queues: Vec::new(),
+            kept: Vec::new(),
+            link: None,
+            features: Vec::new(),
+            stops: 0,
+            writes: Vec::new(),
+            kicks: Arc::default(),
+        }
+    }
+
+    fn answer_all(&mut self) {
+        for (index, chain) in self.kept.drain(..) {
+            let Some(queue) = &mut self.queues[index] else {
+                continue;
+            };
+            let written = chain.write(queue.memory(), 0, b"answer");
+            queue.complete(chain, written as u32);
+        }
+        for queue in self.queues.iter_mut().flatten() {
+            queue.signal();
+        }
+    }
+}
+
+impl VirtioDevice for Keeper {
+    fn id(&self) -> u32 {
+        42
+    }
+
+    fn features(&self) -> u64 {
+        OFFERED
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        SIZES.to_vec()
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.writes.push((offset, data.to_vec()));
+    }
+
+    fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
+        self.features.push(driver.features);
+        self.queues = (0..SIZES.len()).map(|index| driver.take(index)).collect();
+        self.link = Some(driver.link);
+        match self.refuses {
+            true => Err(StartError("it does not like this".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    fn stop(&mut self) {
+        self.stops += 1;
+        self.queues.clear();
+        self.kept.clear();
+    }
+
+    fn kicked(&mut self, queue: usize) {
+        self.kicks.fetch_add(1, Ordering::Relaxed);
+        let kept = &mut self.kept;
+        if let Some(Some(ring)) = self.queues.get_mut(queue) {
+            ring.serve(|_, chain| kept.push((queue, chain)));
+        }
+    }
+}
+
+/// A page that remembers.
+#[derive(Default)]
+struct RecordingPage(Mutex<BTreeMap<usize, u32>>);
+
+impl RegisterPage for RecordingPage {
+    fn store(&self, offset: usize, value: u32) {
+        lock(&self.0).insert(offset, value);
+    }
+}
+
+impl RecordingPage {
+    fn load(&self, offset: usize) -> u32 {
+        lock(&self.0).get(&offset).copied().unwrap_or(0)
+    }
+}
+
+fn guest() -> Guest<Keeper> {
+    Guest::new(Keeper::new())
+}
+
+/// What the driver's features are after it wrote them, and whether FEATURES_OK stands.
+fn negotiate(guest: &mut Guest<Keeper>, features: u64) -> bool {
+    guest.write(STATUS.into(), 0);
+    guest.write(STATUS.into(), 3);
+    for half in [0, 1] {
+        guest.write(DRIVER_FEATURES_SEL.into(), half);
+        let bits = (features >> (32 * half)) as u32;
+        guest.write(DRIVER_FEATURES.into(), bits);
+    }
+    guest.write(STATUS.into(), 3 | FEATURES_OK);
+    guest.read(STATUS.into()) & FEATURES_OK != 0
+}
+
+#[test]
+fn the_window_says_what_it_is() {
+    let mut guest = guest();
+    assert_eq!(guest.read(MAGIC.into()), 0x7472_6976);
+    assert_eq!(guest.read(VERSION.into()), 2);
+    assert_eq!(guest.read(DEVICE_ID.into()), 42);
+    assert_eq!(guest.read(STATUS.into()), 0);
+    // No shared memory, whichever is asked for.
+    guest.write(SHM_SEL.into(), 1);
+    assert_eq!(guest.read(SHM_LEN.into()), u32::MAX);
+    assert_eq!(guest.mmio.faults(), 0);
+}
+
+#[test]
+fn features_come_in_halves() {
+    let mut guest = guest();
+    let mut offered = |half| {
+        guest.write(DEVICE_FEATURES_SEL.into(), half);
+        guest.read(DEVICE_FEATURES.into())
+    };
+    let all = OFFERED | FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_IDX;
+    assert_eq!(offered(1), (all >> 32) as u32);
+    assert_eq!(offered(0), all as u32);
+    assert_eq!(offered(2), 0);
+    assert_eq!(offered(u32::MAX), 0);
+}
+
+#[test]
+fn queues_say_how_large_they_may_be() {
+    let mut guest = guest();
+    for (queue, size) in [(0, 64), (1, 4), (2, 0), (u32::MAX, 0)] {
+        guest.write(QUEUE_SEL.into(), queue);
+        assert_eq!(guest.read(QUEUE_SIZE_MAX.into()), size);
+        assert_eq!(guest.read(QUEUE_READY.into()), 0);
+        guest.write(QUEUE_READY.into(), 1);
+        assert_eq!(guest.read(QUEUE_READY.into()), u32::from(size > 0));
+    }
+}
+
+#[test]
+fn the_device_gets_the_features_that_were_agreed_on() {
+    let mut guest = guest();
+    guest.start(OFFERED | FEATURE_EVENT_IDX);
+    let agreed = OFFERED | FEATURE_EVENT_IDX | FEATURE_VERSION_1;
+    assert_eq!(lock(&guest.device).features, [agreed]);
+    assert_eq!(guest.mmio.faults(), 0);
+}
+
+#[test]
+fn features_that_were_not_offered_are_refused() {
+    let mut guest = guest();
+    assert!(!negotiate(&mut guest, FEATURE_VERSION_1 | NOT_OFFERED));
+    assert!(!negotiate(&mut guest, FEATURE_VERSION_1 | 1 << 63));
+    // A driver of the time before version 1.
+    assert!(!negotiate(&mut guest, OFFERED));
+    // It may try again, with no reset between.
+    guest.write(DRIVER_FEATURES_SEL.into(), 1);
+    guest.write(DRIVER_FEATURES.into(), (FEATURE_VERSION_1 >> 32) as u32);
+    guest.write(STATUS.into(), 3 | FEATURES_OK);
+    assert_eq!(guest.read(STATUS.into()), 3 | FEATURES_OK);
+}
+
+#[test]
+fn features_stand_once_they_are_agreed_on() {
+    let mut guest = guest();
+    assert!(negotiate(&mut guest, FEATURE_VERSION_1));
+    guest.write(DRIVER_FEATURES_SEL.into(), 0);
+    guest.write(DRIVER_FEATURES.into(), OFFERED as u32);
+    assert_eq!(guest.mmio.faults(), 1);
+    for queue in 0..2 {
+        guest.set_up_queue(queue);
+    }
+    guest.write(STATUS.into(), 3 | FEATURES_OK | DRIVER_OK);
+    assert_eq!(lock(&guest.device).features, [FEATURE_VERSION_1]);
+}
+
+#[test]
+fn without_agreement_nothing_starts() {
+    let mut guest = guest();
+    for queue in 0..2 {
+        guest.set_up_queue(queue);
+    }
+    guest.write(STATUS.into(), 3 | DRIVER_OK);
+    assert!(guest.is_broken());
+    assert!(lock(&guest.device).features.is_empty());
+    assert_eq!(guest.mmio.faults(), 1);
+    // It is too late for it now.
+    guest.write(DRIVER_FEATURES_SEL.into(), 1);
+    guest.write(DRIVER_FEATURES.into(), (FEATURE_VERSION_1 >> 32) as u32);
+    guest.write(STATUS.into(), 3 | FEATURES_OK | DRIVER_OK);
+    assert!(guest.is_broken());
+    assert!(lock(&guest.device).features.is_empty());
+    // After a reset it works.
+    guest.start(0);
+    assert!(!guest.is_broken());
+}
+
+#[test]
+fn a_device_starts_with_the_queues_that_there_are() {
+    let mut guest = guest();
+    guest.negotiate(0);
+    guest.set_up_queue(1);
+    guest.write(STATUS.into(), 15);
+    let device = lock(&guest.device);
+    assert!(device.queues[0].is_none());
+    assert_eq!(device.queues[1].as_ref().expect("a queue").size(), 4);
+    drop(device);
+    guest.request(1, &[b"x"], &[8]);
+    guest.kick(1);
+    guest.kick(0);
+    lock(&guest.device).answer_all();
+    assert_eq!(guest.used(1)[0].1, b"answer");
+}
+
+#[test]
+fn a_queue_that_cannot_be_asks_for_a_reset() {
+    let wrong: [(u32, u32); 7] = [
+        (QUEUE_SIZE, 0),
+        (QUEUE_SIZE, 3),
+        (QUEUE_SIZE, 128),
+        (QUEUE_SIZE, 0x1_0040),
+        (QUEUE_DESC, 0),
+        (QUEUE_DRIVER, 0x10_0001),
+        (QUEUE_DEVICE + 4, 0x8000),
+    ];
+    for (register, value) in wrong {
+        let mut guest = guest();
+        guest.negotiate(0);
+        guest.set_up_queue(0);
+        guest.write(register.into(), value);
+        guest.write(STATUS.into(), 15);
+        assert!(guest.is_broken(), "{register:#x} is {value:#x}");
+        assert!(lock(&guest.device).features.is_empty());
+        assert_eq!(guest.read(INTERRUPT_STATUS.into()) & CONFIG_CHANGED, 2);
+        assert_eq!(guest.interrupts(), 1);
+        guest.start(0);
+        assert!(!guest.is_broken());
+    }
+}
+
+#[test]
+fn a_device_that_does_not_start_asks_for_a_reset() {
+    let mut guest = guest();
+    lock(&guest.device).refuses = true;
+    guest.negotiate(0);
+    guest.write(STATUS.into(), 15);
+    assert!(guest.is_broken());
+    guest.write(STATUS.into(), 0);
+    assert_eq!(lock(&guest.device).stops, 1, "what it began ends");
+    assert_eq!(guest.read(STATUS.into()), 0);
+}
+
+#[test]
+fn a_working_device_has_its_registers_fixed() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.write(QUEUE_SEL.into(), 0);
+    let mut faults = 0;
+    for register in [
+        QUEUE_SIZE,
+        QUEUE_READY,
+        QUEUE_DESC,
+        QUEUE_DESC + 4,
+        QUEUE_DRIVER,
+        QUEUE_DEVICE,
+        DRIVER_FEATURES,
+    ] {
+        guest.write(register.into(), 0);
+        faults += 1;
+        assert_eq!(guest.mmio.faults(), faults, "{register:#x}");
+    }
+    assert_eq!(guest.read(QUEUE_READY.into()), 1);
+    assert!(!guest.is_broken());
+    guest.request(0, &[b"x"], &[8]);
+    guest.kick(0);
+    lock(&guest.device).answer_all();
+    assert_eq!(guest.used(0)[0].1, b"answer");
+}
+
+#[test]
+fn status_bits_stay_until_a_reset() {
+    let mut guest = guest();
+    guest.start(0);
+    // Less than there is, and a bit that only the device sets.
+    guest.write(STATUS.into(), 1);
+    guest.write(STATUS.into(), NEEDS_RESET);
+    assert_eq!(guest.read(STATUS.into()), 15);
+    // FAILED.
+    guest.write(STATUS.into(), 128);
+    assert_eq!(guest.read(STATUS.into()), 143);
+    assert_eq!(lock(&guest.device).features.len(), 1, "it starts once");
+}
+
+#[test]
+fn a_reset_ends_all_work() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.request(0, &[b"x"], &[8]);
+    guest.kick(0);
+    assert_eq!(lock(&guest.device).kept.len(), 1);
+    // A kick on its way.
+    guest.write(QUEUE_NOTIFY, 0);
+    for select in [QUEUE_SEL, DEVICE_FEATURES_SEL, DRIVER_FEATURES_SEL] {
+        guest.write(select.into(), 1);
+    }
+    guest.write(STATUS.into(), 0);
+    assert_eq!(lock(&guest.device).stops, 1);
+    assert!(guest.mmio.kicks()[0].read().is_err(), "it led nowhere");
+    assert_eq!(guest.read(STATUS.into()), 0);
+    assert_eq!(guest.read(INTERRUPT_STATUS.into()), 0);
+    assert_eq!(guest.read(QUEUE_READY.into()), 0);
+    assert_eq!(guest.read(QUEUE_SIZE_MAX.into()), 64, "queue 0 is selected");
+    let interrupts = guest.interrupts();
+    lock(&guest.device).answer_all();
+    assert!(guest.used(0).is_empty());
+    assert_eq!(guest.interrupts(), interrupts);
+    // A second one has nothing to end.
+    guest.write(STATUS.into(), 0);
+    assert_eq!(lock(&guest.device).stops, 1);
+    // What was selected and agreed on is forgotten.
+    let low = guest.read(DEVICE_FEATURES.into());
+    assert_eq!(u64::from(low) & OFFERED, OFFERED);
+    guest.write(STATUS.into(), 3 | FEATURES_OK);
+    assert_eq!(guest.read(STATUS.into()), 3);
+    guest.write(DRIVER_FEATURES.into(), OFFERED as u32);
+    guest.write(DRIVER_FEATURES_SEL.into(), 1);
+    guest.write(DRIVER_FEATURES.into(), 1);
+    guest.write(STATUS.into(), 3 | FEATURES_OK);
+    assert_eq!(guest.read(STATUS.into()), 3 | FEATURES_OK);
+}
+
+#[test]
+fn a_device_is_taken_into_use_again_and_again() {
+    let mut guest = guest();
+    for round in 0..300 {
+        let features = if round % 2 == 0 { 0 } else { FEATURE_EVENT_IDX };
+        guest.start(features);
+        for queue in [0, 1] {
+            guest.request(queue, &[b"x"], &[6]);
+            guest.kick(queue);
+        }
+        // Some rounds end with the work half done.
+        if round % 3 > 0 {
+            lock(&guest.device).answer_all();
+            assert_eq!(guest.used(0)[0].1, b"answer");
+            assert_eq!(guest.used(1)[0].1, b"answer");
+        }
+    }
+    assert_eq!(guest.mmio.faults(), 0);
+    assert_eq!(lock(&guest.device).stops, 299);
+}
+
+#[test]
+fn a_window_that_goes_away_ends_all_work() {
+    let mut guest = guest();
+    guest.start(0);
+    let device = Arc::clone(&guest.device);
+    drop(guest);
+    assert_eq!(lock(&device).stops, 1);
+}
+
+#[test]
+fn kicks_reach_their_queue() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.write(QUEUE_NOTIFY, 1);
+    assert!(guest.mmio.kicks()[0].read().is_err());
+    assert_eq!(guest.mmio.kicks()[1].read().expect("a kick"), 1);
+    for queue in [2, 0xffff, u32::MAX] {
+        let before = guest.mmio.faults();
+        guest.write(QUEUE_NOTIFY, queue);
+        assert_eq!(guest.mmio.faults(), before + 1);
+    }
+    assert!(!guest.is_broken());
+}
+
+#[test]
+fn a_broken_ring_asks_for_a_reset_and_is_whole_after_it() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.make_available(0, 9999);
+    guest.kick(0);
+    assert!(guest.is_broken());
+    assert_eq!(guest.read(STATUS.into()), 15 | NEEDS_RESET);
+    assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED | CONFIG_CHANGED);
+    assert_eq!(guest.interrupts(), 1);
+    // The other queue works on.
+    guest.request(1, &[], &[6]);
+    guest.kick(1);
+    lock(&guest.device).answer_all();
+    assert_eq!(guest.used(1).len(), 1);
+    // Nothing but a reset takes the bit away.
+    guest.write(STATUS.into(), 15);
+    assert!(guest.is_broken());
+    guest.start(0);
+    assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED);
+    guest.request(0, &[], &[6]);
+    guest.kick(0);
+    lock(&guest.device).answer_all();
+    assert_eq!(guest.used(0)[0].1, b"answer");
+}
+
+#[test]
+fn a_change_of_the_configuration_is_told_and_acknowledged() {
+    let mut guest = guest();
+    guest.start(0);
+    let before = guest.read(CONFIG_GENERATION.into());
+    let (config, link) = {
+        let device = lock(&guest.device);
+        (device.config(), device.link.clone().expect("a link"))
+    };
+    config.change(|bytes| bytes[1] = 99);
+    link.config_changed();
+    assert_ne!(guest.read(CONFIG_GENERATION.into()), before);
+    assert_eq!(guest.read(CONFIG as u64), 0x0403_6301);
+    assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED | CONFIG_CHANGED);
+    assert_eq!(guest.interrupts(), 1);
+    // The other bit is no acknowledgement of this one.
+    guest.write(INTERRUPT_ACK, USED);
+    assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED | CONFIG_CHANGED);
+    guest.write(INTERRUPT_ACK, CONFIG_CHANGED);
+    assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED);
+}
+
+#[test]
+fn the_configuration_is_read_and_written_in_any_width() {
+    let mut guest = guest();
+    for (offset, len, expected) in [
+        (0, 1, vec![1]),
+        (3, 2, vec![4, 5]),
+        (8, 4, vec![9, 10, 0, 0]),
+        (2, 8, vec![3, 4, 5, 6, 7, 8, 9, 10]),
+        (200, 4, vec![0; 4]),
+    ] {
+        let mut data = vec![0xff; len];
+        guest.mmio.read(CONFIG as u64 + offset, &mut data);
+        assert_eq!(data, expected);
+    }
+    guest.mmio.write(CONFIG as u64 + 5, &[7, 8]);
+    guest.mmio.write(CONFIG as u64 + 250, &[9]);
+    let writes = lock(&guest.device).writes.clone();
+    assert_eq!(writes, [(5, vec![7, 8]), (250, vec![9])]);
+    // It is the device that decides what it takes.
+    assert_eq!(guest.read(CONFIG as u64 + 4), 0x0807_0605);
+}
+
+#[test]
+fn accesses_that_no_register_takes_are_counted() {
+    let mut guest = guest();
+    for offset in [MAGIC, DEVICE_FEATURES, QUEUE_SIZE_MAX, 0x0f8, 0x001] {
+        guest.write(offset.into(), 1);
+    }
+    assert_eq!(guest.mmio.faults(), 5);
+    for data in [&[1][..], &[1, 0], &[1; 8], &[]] {
+        guest.mmio.write(STATUS.into(), data);
+    }
+    assert_eq!(guest.mmio.faults(), 9);
+    assert_eq!(guest.read(STATUS.into()), 0);
+    let mut wide = [0xff; 8];
+    guest.mmio.read(MAGIC.into(), &mut wide);
+    assert_eq!(wide, [0; 8]);
+}
+
+#[test]
+fn a_driver_without_event_indexes_is_always_interrupted_and_one_with_them_as_it_asks() {
+    for (features, expected) in [(0, 3), (FEATURE_EVENT_IDX, 1)] {
+        let mut guest = guest();
+        guest.start(features);
+        // used_event stays 0: the first request only.
+        for _ in 0..3 {
+            guest.request(0, &[], &[6]);
+            guest.kick(0);
+            lock(&guest.device).answer_all();
+        }
+        assert_eq!(guest.interrupts(), expected);
+        assert_eq!(guest.used(0).len(), 3);
+    }
+}
+
+/// What happens to a window.
+#[derive(Clone, Debug)]
+enum Act {
+    Write(u32, u32),
+    /// All that it takes to start, as a well-behaved driver does it.
+    Start(u32),
+    /// The device changes its configuration.
+    Change(usize, u8),
+    /// It finds the driver broken.
+    Break,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let register = prop_oneof![
+        6 => prop::sample::select(vec![
+            DEVICE_FEATURES_SEL, DRIVER_FEATURES, DRIVER_FEATURES_SEL, QUEUE_SEL, QUEUE_SIZE,
+            QUEUE_READY, QUEUE_NOTIFY as u32, INTERRUPT_ACK as u32, STATUS, STATUS, QUEUE_DESC,
+            QUEUE_DRIVER, QUEUE_DEVICE, QUEUE_DESC + 4,
+        ]),
+        1 => (0..0x80_u32).prop_map(|word| word * 4),
+        1 => 0..WINDOW_SIZE as u32,
+    ];
+    let value = prop_oneof![
+        3 => 0..5_u32,
+        2 => prop::sample::select(vec![0, 3, 11, 15, 8, 64, 128, OFFERED as u32]),
+        1 => (BASE as u32..BASE as u32 + 0x1000).prop_map(|address| address & !0xf),
+        1 => any::<u32>(),
+    ];
+    let act = prop_oneof![
+        12 => (register, value).prop_map(|(register, value)| Act::Write(register, value)),
+        2 => (0..4_u32).prop_map(Act::Start),
+        2 => (0..10_usize, any::<u8>()).prop_map(|(at, byte)| Act::Change(at, byte)),
+        1 => Just(Act::Break),
+    ];
+    prop::collection::vec(act, 1..40)
+}
+
+/// A window with a page, and its device.
+fn paged() -> (Mmio, Arc<RecordingPage>, Arc<Mutex<Keeper>>) {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), 0x1_0000)]);
+    let device = Arc::new(Mutex::new(Keeper::new()));
+    let page = Arc::new(RecordingPage::default());
+    let mmio = Mmio::new(
+        "device".to_owned(),
+        device.clone(),
+        Arc::new(memory.expect("memory")),
+        FakeLine::new(),
+        None,
+        page.clone(),
+    );
+    (mmio.expect("descriptors"), page, device)
+}
+
+fn perform(mmio: &mut Mmio, device: &Mutex<Keeper>, act: Act) {
+    let mut write = |offset: u32, value: u32| mmio.write(offset.into(), &value.to_le_bytes());
+    match act {
+        Act::Write(offset, value) => write(offset, value),
+        Act::Start(queues) => {
+            for (register, value) in [
+                (STATUS, 0),
+                (STATUS, 3),
+                (DRIVER_FEATURES_SEL, 1),
+                (DRIVER_FEATURES, 1),
+                (STATUS, 11),
+            ] {
+                write(register, value);
+            }
+            for queue in 0..queues {
+                for (register, value) in [
+                    (QUEUE_SEL, queue),
+                    (QUEUE_DESC, BASE as u32 + 0x4000 * queue),
+                    (QUEUE_DRIVER, BASE as u32 + 0x4000 * queue + 0x1000),
+                    (QUEUE_DEVICE, BASE as u32 + 0x4000 * queue + 0x2000),
+                    (QUEUE_READY, 1),
+                ] {
+                    write(register, value);
+                }
+            }
+            write(STATUS, 15);
+        }
+        Act::Change(at, byte) => {
+            let device = lock(device);
+            device.config.change(|bytes| bytes[at] = byte);
+            if let Some(link) = &device.link {
+                link.config_changed();
+            }
+        }
+        Act::Break => {
+            if let Some(link) = &lock(device).link {
+                link.broken(format_args!("it makes no sense"));
+            }
+        }
+    }
+}
+
+proptest! {
+    /// The guest may read the page in place of the registers, so it must never differ.
+    #[test]
+    fn the_page_is_what_a_read_would_give(acts in acts()) {
+        let (mut mmio, page, device) = paged();
+        for step in std::iter::once(None).chain(acts.into_iter().map(Some)) {
+            if let Some(act) = step.clone() {
+                perform(&mut mmio, &device, act);
+            }
+            for offset in (0..WINDOW_SIZE).step_by(4) {
+                let mut data = [0; 4];
+                mmio.read(offset as u64, &mut data);
+                let read = u32::from_le_bytes(data);
+                prop_assert_eq!(page.load(offset), read, "{:#x} after {:?}", offset, step);
+            }
+        }
+    }
+
+    /// Whatever came before, a driver that does it right gets a device that works.
+    #[test]
+    fn nothing_outlasts_a_reset(acts in acts()) {
+        let mut guest = guest();
+        for act in acts {
+            let Guest { mmio, device, .. } = &mut guest;
+            perform(mmio, device, act);
+        }
+        guest.start(0);
+        guest.request(0, &[b"x"], &[6]);
+        guest.kick(0);
+        lock(&guest.device).answer_all();
+        prop_assert_eq!(&guest.used(0)[0].1, b"answer");
+        prop_assert_eq!(guest.read(QUEUE_SEL.into()), 0, "write-only registers read as zero");
+        prop_assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED);
+    }
+}
+
+#[test]
+fn a_reader_of_the_page_sees_that_the_configuration_changed() {
+    /// What is stored, in order.
+    #[derive(Default)]
+    struct Log(Mutex<Vec<(usize, u32)>>);
+    impl RegisterPage for Log {
+        fn store(&self, offset: usize, value: u32) {
+            lock(&self.0).push((offset, value));
+        }
+    }
+    let device = Arc::new(Mutex::new(Keeper::new()));
+    let config = lock(&device).config();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), 0x1000)]);
+    let page = Arc::new(Log::default());
+    let memory = Arc::new(memory.expect("memory"));
+    let line = FakeLine::new();
+    let mmio = Mmio::new(
+        "device".to_owned(),
+        device,
+        memory,
+        line,
+        None,
+        page.clone(),
+    );
+    let _mmio = mmio.expect("descriptors");
+    lock(&page.0).clear();
+    config.change(|bytes| bytes.fill(0xaa));
+    let stored = lock(&page.0).clone();
+    // A driver reads the generation, the bytes, and the generation again. One that began before
+    // the first new byte, or ends after the last, must find two different generations.
+    let generations: Vec<usize> = (0..stored.len())
+        .filter(|index| stored[*index].0 == CONFIG_GENERATION as usize)
+        .collect();
+    let is_new = |(offset, value): (usize, u32)| offset == CONFIG && value == 0xaaaa_aaaa;
+    let first = stored
+        .iter()
+        .position(|store| is_new(*store))
+        .expect("new bytes");
+    let [before, after] = generations[..] else {
+        panic!("two generations, not {generations:?}");
+    };
+    assert!(before < first && after == stored.len() - 1, "{stored:x?}");
+    assert_ne!(stored[before].1, stored[after].1);
+}
+
+#[test]
+fn addresses_count_when_the_device_starts() {
+    let mut guest = guest();
+    guest.negotiate(0);
+    guest.write(QUEUE_SEL.into(), 0);
+    guest.write(QUEUE_DESC.into(), 0xffff_fff0);
+    guest.set_up_queue(0);
+    guest.write(STATUS.into(), 15);
+    assert!(!guest.is_broken());
+}

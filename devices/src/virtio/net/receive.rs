@@ -1,0 +1,281 @@
+//! Frames from the network to the driver.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
+
+use super::{BATCH, Frames, HEADER, MOST_BYTES, Trouble, feature, slices};
+use crate::virtio::{Chain, Link, Virtqueue};
+
+/// Offset of num_buffers in the header, in bytes (virtio 1.2, section 5.1.6).
+const NUM_BUFFERS: usize = 10;
+/// The most pieces of memory that a frame is offered while there are enough for one: with a last
+/// buffer of as many pieces as a request may have, each in two banks of memory, they are fewer
+/// than the 1024 that one system call takes.
+const PIECES: usize = 128;
+
+/// A queue of buffers for frames that come.
+///
+/// How long the next frame is is not known before it is read, and most are short while some have
+/// 64 KiB. So it is read into as many of the driver's buffers as the last ones needed, and what is
+/// longer than that goes to a buffer of ours and is copied.
+pub(super) struct Receiver {
+    queue: Virtqueue,
+    link: Arc<Link>,
+    /// Whether a frame may lie in several buffers.
+    merges: bool,
+    has_header: bool,
+    /// Buffers from the queue that are not used yet, in order.
+    held: VecDeque<Held>,
+    /// Bytes of all of them.
+    room: usize,
+    /// Pieces of memory of all of them.
+    pieces: usize,
+    /// Bytes that the next frame may well have.
+    expected: usize,
+    /// The part of a frame for which there was no room.
+    spill: Vec<u8>,
+    /// A frame that waits for buffers.
+    waiting: Option<Waiting>,
+    /// Whether there may be frames at the network.
+    more: bool,
+}
+
+/// A buffer of the driver.
+struct Held {
+    chain: Chain,
+    /// Its bytes.
+    room: usize,
+}
+
+/// A frame that was read.
+#[derive(Clone, Copy)]
+struct Waiting {
+    /// Bytes, with the header.
+    size: usize,
+    /// So many of them lie in the buffers that are held, the rest in the spill.
+    placed: usize,
+}
+
+/// Room for a frame: the driver's buffers, and behind them one of ours.
+pub struct Room<'a> {
+    memory: &'a GuestMemoryMmap,
+    held: &'a VecDeque<Held>,
+    skip: usize,
+    spill: &'a mut [u8],
+}
+
+impl<'a> Room<'a> {
+    /// The bytes to write to, piece by piece; fewer than 1024 pieces.
+    pub fn slices(self) -> impl Iterator<Item = VolatileSlice<'a>> {
+        let (memory, mut skip) = (self.memory, self.skip);
+        let held = self.held.iter().flat_map(move |held| {
+            let skip = std::mem::take(&mut skip);
+            slices(memory, held.chain.writable(), skip)
+        });
+        held.chain(std::iter::once(VolatileSlice::from(self.spill)))
+    }
+
+    /// Writes a frame, as much as there is room for; returns its bytes.
+    #[must_use]
+    pub fn fill(self, frame: &[u8]) -> usize {
+        let mut left = frame;
+        for slice in self.slices() {
+            let (now, later) = left.split_at(slice.len().min(left.len()));
+            slice.copy_from(now);
+            left = later;
+            if left.is_empty() {
+                break;
+            }
+        }
+        frame.len() - left.len()
+    }
+}
+
+impl Receiver {
+    pub(super) fn new(
+        queue: Virtqueue,
+        link: &Arc<Link>,
+        features: u64,
+        has_header: bool,
+    ) -> Receiver {
+        Receiver {
+            queue,
+            link: Arc::clone(link),
+            merges: features & feature::MRG_RXBUF != 0,
+            has_header,
+            held: VecDeque::new(),
+            room: 0,
+            pieces: 0,
+            expected: 0,
+            spill: vec![0; MOST_BYTES],
+            waiting: None,
+            // It may have frames from the time before the driver.
+            more: true,
+        }
+    }
+
+    /// Frames may have come.
+    pub(super) fn woken(&mut self) {
+        self.more = true;
+    }
+
+    /// Hands over what has come, as far as the driver has buffers for it. What there is no buffer
+    /// for stays with the network, until the driver kicks.
+    ///
+    /// # Errors
+    /// Why the network is gone.
+    pub(super) fn run(&mut self, network: &mut impl Frames, pair: usize) -> Result<(), String> {
+        let mut left = BATCH;
+        let mut result = Ok(());
+        self.queue.silence();
+        while (self.waiting.is_some() || self.more) && !self.queue.is_broken() {
+            if left == 0 {
+                // The other queues first; the kick brings us back. The counter cannot overflow.
+                let _ = self.queue.kick().write(1);
+                break;
+            }
+            let has_room = match self.waiting {
+                Some(waiting) => self.hand_over(waiting),
+                None => self.gather(),
+            };
+            if !has_room {
+                if self.queue.listen() {
+                    self.queue.silence();
+                    continue;
+                }
+                break;
+            }
+            if self.waiting.is_some() {
+                self.waiting = None;
+                left -= 1;
+                continue;
+            }
+            match network.receive(pair, self.offer()) {
+                Ok(size) => {
+                    self.waiting = Some(Waiting {
+                        size: size + self.skip(),
+                        placed: self.room,
+                    });
+                }
+                Err(Trouble::Wait) => self.more = false,
+                Err(Trouble::Lost(why)) => {
+                    left -= 1;
+                    self.link.fault(format_args!("{why}"));
+                }
+                Err(Trouble::Gone(why)) => {
+                    self.more = false;
+                    result = Err(why);
+                }
+            }
+        }
+        self.queue.signal();
+        result
+    }
+
+    /// Bytes before the frame that the network does not write.
+    fn skip(&self) -> usize {
+        if self.has_header { 0 } else { HEADER }
+    }
+
+    fn offer(&mut self) -> Room<'_> {
+        Room {
+            skip: self.skip(),
+            memory: self.queue.memory(),
+            held: &self.held,
+            spill: &mut self.spill,
+        }
+    }
+
+    /// Takes buffers from the queue, as many as the next frame may well need; false without any.
+    fn gather(&mut self) -> bool {
+        while self.held.is_empty()
+            || (self.merges && self.room < self.expected && self.pieces < PIECES)
+        {
+            if !self.take() {
+                break;
+            }
+        }
+        !self.held.is_empty()
+    }
+
+    /// Takes one buffer from the queue, if there is one.
+    fn take(&mut self) -> bool {
+        let Some(chain) = self.queue.pop() else {
+            return false;
+        };
+        let (room, pieces) = (chain.writable_len(), chain.writable().len());
+        // The header has to fit, and a request has no more pieces than its queue entries (virtio
+        // 1.2, sections 5.1.6.3.1 and 2.7.5.3.1).
+        if room < HEADER || pieces > usize::from(self.queue.size()) {
+            self.queue.break_ring(format_args!(
+                "a receive buffer has {room} bytes in {pieces} pieces"
+            ));
+            return false;
+        }
+        self.room += room;
+        self.pieces += pieces;
+        self.held.push_back(Held { chain, room });
+        true
+    }
+
+    /// Gives the driver a frame that was read, or drops it where it never fits; false where it has
+    /// to wait for buffers.
+    fn hand_over(&mut self, frame: Waiting) -> bool {
+        let most = if self.merges { self.queue.size() } else { 1 };
+        while self.room < frame.size && self.held.len() < usize::from(most) && self.take() {}
+        if self.room < frame.size {
+            let is_hopeless = self.held.len() >= usize::from(most);
+            if is_hopeless {
+                self.link.fault(format_args!(
+                    "a frame of {} bytes does not fit the {} bytes of the driver's buffers",
+                    frame.size - HEADER,
+                    self.room
+                ));
+            }
+            return is_hopeless;
+        }
+        // Short frames follow long ones more often than not, and copying one that was not expected
+        // costs more than some buffers too many: so the memory of long ones fades slowly.
+        self.expected = frame.size.max(self.expected - self.expected / 8);
+        let count = self.copy_spill(frame);
+        let mut header = [0; HEADER];
+        header[NUM_BUFFERS..].copy_from_slice(&(count as u16).to_le_bytes());
+        let from = if self.has_header { NUM_BUFFERS } else { 0 };
+        self.held[0]
+            .chain
+            .write(self.queue.memory(), from, &header[from..]);
+        for held in self.held.range(..count) {
+            self.room -= held.room;
+            self.pieces -= held.chain.writable().len();
+        }
+        let mut left = frame.size;
+        let used = self.held.drain(..count).map(|held| {
+            let size = held.room.min(left);
+            left -= size;
+            (held.chain, size as u32)
+        });
+        self.queue.complete_together(used);
+        true
+    }
+
+    /// Copies to the driver's buffers what was not read into them. Returns the buffers of the
+    /// frame, counted.
+    fn copy_spill(&self, frame: Waiting) -> usize {
+        let mut at = 0;
+        for (index, held) in self.held.iter().enumerate() {
+            let end = (at + held.room).min(frame.size);
+            let from = at.max(frame.placed);
+            if from < end {
+                let data = &self.spill[from - frame.placed..end - frame.placed];
+                held.chain.write(self.queue.memory(), from - at, data);
+            }
+            at = end;
+            if at == frame.size {
+                return index + 1;
+            }
+        }
+        self.held.len()
+    }
+}

@@ -1,0 +1,150 @@
+//! A network card on whose queues the host's end works by itself.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::card::Card;
+use super::{ID, Network, Woken};
+use crate::virtio::{ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+
+/// A [`Network`] that works on queues in guest memory: vhost-net.
+pub trait Rings: Network {
+    /// Begins to work on queues: kicks come by [`Virtqueue::kick`], the guest is interrupted by
+    /// [`Link::call`]. A queue's index says what it is: even ones get frames, odd ones send them.
+    ///
+    /// # Errors
+    /// What the host refuses, in words; nothing works then.
+    fn start(
+        &mut self,
+        features: u64,
+        memory: &GuestMemoryMmap,
+        queues: &[Virtqueue],
+        link: &Link,
+    ) -> Result<(), String>;
+
+    /// Ends the work: from here on guest memory is not touched.
+    fn stop(&mut self);
+}
+
+/// A network card of which this process serves the control queue only.
+pub struct RingNet<N: Rings> {
+    card: Card,
+    network: N,
+    /// The queues of frames, for as long as the network works on them.
+    queues: Vec<Virtqueue>,
+    /// Kicks go to the network, but those of the control queue are for us: they come by this one
+    /// source, which is there before the queue is.
+    kicks: Epoll,
+}
+
+impl<N: Rings> RingNet<N> {
+    /// A card with this MAC address at `network`.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub fn new(network: N, mac: [u8; 6]) -> std::io::Result<RingNet<N>> {
+        Ok(RingNet {
+            card: Card::new(&network, mac),
+            network,
+            queues: Vec::new(),
+            kicks: Epoll::new()?,
+        })
+    }
+
+    fn watch_control(&self, operation: ControlOperation) -> std::io::Result<()> {
+        match self.card.control() {
+            Some(control) => {
+                let event = EpollEvent::new(EventSet::IN, 0);
+                self.kicks.ctl(operation, control.kick().as_raw_fd(), event)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn serve_control(&mut self) {
+        if let Some(control) = self.card.control() {
+            // A kick is taken before the queue is looked at: one that comes later rings again.
+            let _ = control.kick().read();
+        }
+        self.card.serve(&mut self.network);
+    }
+}
+
+impl<N: Rings> VirtioDevice for RingNet<N> {
+    fn id(&self) -> u32 {
+        ID
+    }
+
+    fn features(&self) -> u64 {
+        self.card.features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.card.queue_sizes()
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        self.card.config()
+    }
+
+    fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
+        let pairs = self.card.start(&mut driver, &mut self.network)?;
+        self.queues = (0..2 * pairs)
+            .filter_map(|index| driver.take(index))
+            .collect();
+        self.watch_control(ControlOperation::Add)
+            .map_err(|error| StartError(format!("cannot wait for its control queue: {error}")))?;
+        self.network
+            .start(driver.features, &driver.memory, &self.queues, &driver.link)
+            .map_err(StartError)?;
+        self.serve_control();
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        if self.card.link().is_none() {
+            return;
+        }
+        self.network.stop();
+        // It is there, unless the device did not start.
+        let _ = self.watch_control(ControlOperation::Delete);
+        self.queues.clear();
+        self.card.stop(&mut self.network);
+    }
+
+    fn kicked(&mut self, queue: usize) {
+        if self.card.is_control(queue) {
+            self.serve_control();
+        }
+    }
+
+    fn takes_kicks(&self) -> bool {
+        false
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let mut sources = self.network.sources();
+        sources.push(Source {
+            fd: self.kicks.as_raw_fd(),
+            output: false,
+            edge: false,
+        });
+        sources
+    }
+
+    fn ready(&mut self, source: usize) {
+        if source + 1 == self.sources().len() {
+            self.serve_control();
+            return;
+        }
+        match self.network.woken(source) {
+            Woken::Nothing | Woken::Frames(_) => {}
+            Woken::Link(up) => self.card.set_link(up),
+            Woken::Broken(what) => self.card.broken(&what),
+            Woken::Gone(why) => self.card.lose(&why),
+        }
+    }
+}

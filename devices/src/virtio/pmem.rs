@@ -1,0 +1,221 @@
+//! Persistent memory (virtio 1.2, section 5.19): a file that the guest has as memory, and one
+//! request: to bring what it wrote to stable storage.
+
+use std::sync::Arc;
+
+use super::{Chain, ConfigSpace, Driver, Link, StartError, VirtioDevice, Virtqueue};
+
+/// Device ID.
+const ID: u32 = 27;
+/// Entries of its queue.
+const ENTRIES: u16 = 64;
+/// VIRTIO_PMEM_REQ_TYPE_FLUSH.
+const FLUSH: u32 = 0;
+/// What a request that failed is answered with.
+const FAILED: i32 = -1;
+
+/// Brings all that the guest wrote before the call to stable storage, and says whether it could.
+pub type Flush = Box<dyn FnMut() -> bool + Send>;
+
+/// A persistent memory device.
+pub struct Pmem {
+    flush: Flush,
+    config: Arc<ConfigSpace>,
+    working: Option<(Virtqueue, Arc<Link>)>,
+    /// Requests that wait for the flush; kept for its capacity.
+    waiting: Vec<Chain>,
+}
+
+impl Pmem {
+    /// A device whose memory is `size` bytes at the guest-physical address `start`.
+    #[must_use]
+    pub fn new(start: u64, size: u64, flush: Flush) -> Pmem {
+        let config = [start.to_le_bytes(), size.to_le_bytes()].concat();
+        Pmem {
+            flush,
+            config: ConfigSpace::new(config),
+            working: None,
+            waiting: Vec::new(),
+        }
+    }
+}
+
+impl VirtioDevice for Pmem {
+    fn id(&self) -> u32 {
+        ID
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![ENTRIES]
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
+        self.working = driver.take(0).map(|queue| (queue, driver.link));
+        self.kicked(0);
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.working = None;
+    }
+
+    fn kicked(&mut self, _queue: usize) {
+        let Some((queue, link)) = &mut self.working else {
+            return;
+        };
+        let waiting = &mut self.waiting;
+        queue.serve(|queue, chain| {
+            let mut kind = [0; 4];
+            let whole = chain.read(queue.memory(), 0, &mut kind) == kind.len();
+            let kind = u32::from_le_bytes(kind);
+            if whole && kind == FLUSH && chain.writable_len() >= 4 {
+                waiting.push(chain);
+                return;
+            }
+            link.fault(format_args!(
+                "the driver asks for {kind:#x}, which is no flush"
+            ));
+            answer(queue, chain, FAILED);
+        });
+        if waiting.is_empty() {
+            return;
+        }
+        // One flush does for all that were asked for before it.
+        let result = if (self.flush)() { 0 } else { FAILED };
+        for chain in waiting.drain(..) {
+            answer(queue, chain, result);
+        }
+        queue.signal();
+    }
+}
+
+fn answer(queue: &mut Virtqueue, chain: Chain, result: i32) {
+    let written = chain.write(queue.memory(), 0, &result.to_le_bytes());
+    queue.complete(chain, written as u32);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::virtio::fake::Guest;
+    use crate::virtio::lock;
+
+    /// How often it was flushed, and whether it can be.
+    #[derive(Default)]
+    struct Storage {
+        flushes: usize,
+        fails: bool,
+    }
+
+    fn pmem() -> (Pmem, Arc<Mutex<Storage>>) {
+        let storage = Arc::new(Mutex::new(Storage::default()));
+        let flushed = Arc::clone(&storage);
+        let flush = move || {
+            let mut storage = lock(&flushed);
+            storage.flushes += 1;
+            !storage.fails
+        };
+        (
+            Pmem::new(0x1_2345_6000, 0x40_0000, Box::new(flush)),
+            storage,
+        )
+    }
+
+    #[test]
+    fn the_driver_hears_where_the_memory_is() {
+        let mut guest = Guest::new(pmem().0);
+        let words = [0x100, 0x104, 0x108, 0x10c].map(|offset| guest.read(offset));
+        assert_eq!(words, [0x2345_6000, 1, 0x40_0000, 0]);
+    }
+
+    #[test]
+    fn a_flush_is_answered_when_it_is_done() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+        assert_eq!(lock(&storage).flushes, 1);
+        // In pieces, and with room for more.
+        assert_eq!(guest.answer(0, &[&[0], &[0; 3]], &[1, 7]), [0; 4]);
+        assert_eq!(lock(&storage).flushes, 2);
+        assert_eq!(guest.mmio.faults(), 0);
+    }
+
+    #[test]
+    fn a_flush_that_fails_is_told() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        lock(&storage).fails = true;
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0xff; 4]);
+    }
+
+    #[test]
+    fn one_flush_does_for_all_that_wait() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        for _ in 0..5 {
+            guest.request(0, &[&[0; 4]], &[4]);
+        }
+        guest.kick(0);
+        let used = guest.used(0);
+        assert_eq!(used.len(), 5);
+        assert!(used.iter().all(|(_, answer)| *answer == [0; 4]));
+        assert_eq!(lock(&storage).flushes, 1);
+        assert_eq!(guest.interrupts(), 1);
+    }
+
+    #[test]
+    fn what_is_no_flush_fails() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        assert_eq!(guest.answer(0, &[&[1, 0, 0, 0]], &[4]), [0xff; 4]);
+        assert_eq!(guest.answer(0, &[&[0; 3]], &[4]), [0xff; 4]);
+        assert_eq!(guest.answer(0, &[], &[4]), [0xff; 4]);
+        // No room to answer that it is done.
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[3]), [0xff; 3]);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[]), []);
+        assert_eq!(lock(&storage).flushes, 0);
+        assert_eq!(guest.mmio.faults(), 5);
+        assert!(!guest.is_broken());
+    }
+
+    #[test]
+    fn a_reset_in_between_changes_nothing() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        guest.request(0, &[&[0; 4]], &[4]);
+        guest.start(0);
+        guest.kick(0);
+        assert_eq!(lock(&storage).flushes, 0);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+    }
+
+    proptest! {
+        /// Each request is answered, and "done" is said of flushes that happened only.
+        #[test]
+        fn every_request_is_answered(
+            requests in prop::collection::vec(
+                (prop::collection::vec(0..2_u8, 0..6), 0..6_usize),
+                1..20,
+            ),
+        ) {
+            let (pmem, storage) = pmem();
+            let mut guest = Guest::started(pmem, 0);
+            for (data, room) in &requests {
+                guest.request(0, &[data], &[*room]);
+            }
+            guest.kick(0);
+            let used = guest.used(0);
+            prop_assert_eq!(used.len(), requests.len());
+            let done = used.iter().any(|(_, answer)| *answer == [0; 4]);
+            prop_assert_eq!(done, lock(&storage).flushes == 1);
+        }
+    }
+}

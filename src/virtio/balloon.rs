@@ -1,0 +1,185 @@
+//! The memory balloon (`--balloon`): what the guest does not need goes back to the host.
+
+use super::Backend;
+use super::options::Options;
+use super::pages;
+use anyhow::{Result, bail};
+use armlet_arch::size::{parse_size, show_size};
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+const FLAG: &str = "--balloon";
+
+/// A balloon for the guest, through all its starts.
+pub struct GuestBalloon {
+    offer: Offer,
+    /// Bytes that it should hold.
+    target: AtomicU64,
+    /// Bytes of the guest's memory.
+    memory: u64,
+    /// The device of the guest that runs now.
+    current: Mutex<Option<Arc<Mutex<Balloon>>>>,
+}
+
+impl GuestBalloon {
+    /// The balloon that the value of `--balloon` asks for, of a guest with `memory` bytes.
+    ///
+    /// # Errors
+    /// A value that makes no sense, or asks for more than there is.
+    pub fn open(text: &str, memory: u64) -> Result<GuestBalloon> {
+        let mut options = Options::parse(FLAG, text, &[])?;
+        // For a balloon with nothing to say of it.
+        let _ = options.switch("on")?;
+        let size = options.take("size")?.unwrap_or_else(|| "0".to_owned());
+        let offer = Offer {
+            reporting: options.toggle("reporting")?.unwrap_or(true),
+            hinting: options.toggle("hinting")?.unwrap_or(false),
+            deflate_on_oom: options.toggle("deflate-on-oom")?.unwrap_or(true),
+        };
+        options.finish()?;
+        let target = match parse_size(&size) {
+            Ok(target) => target,
+            Err(what) => bail!("{FLAG} '{text}': {what}"),
+        };
+        let balloon = GuestBalloon {
+            offer,
+            target: AtomicU64::new(0),
+            memory,
+            current: Mutex::default(),
+        };
+        balloon.set_target(target)?;
+        Ok(balloon)
+    }
+
+    /// The balloon should hold this many bytes from now on, in this guest and those after it.
+    ///
+    /// # Errors
+    /// As much as the guest has, or more.
+    pub fn set_target(&self, bytes: u64) -> Result<()> {
+        if bytes >= self.memory {
+            bail!(
+                "a balloon of {} leaves nothing of the guest's {}; use less, and leave it what it needs to run",
+                show_size(bytes),
+                show_size(self.memory)
+            );
+        }
+        self.target.store(bytes, Ordering::Relaxed);
+        if let Some(balloon) = self.current() {
+            lock(&balloon).set_target(bytes);
+        }
+        Ok(())
+    }
+
+    /// The device of the guest that runs now: its size, its statistics, its hints.
+    #[must_use]
+    pub fn current(&self) -> Option<Arc<Mutex<Balloon>>> {
+        lock(&self.current).clone()
+    }
+}
+
+impl Backend for GuestBalloon {
+    fn name(&self) -> String {
+        "balloon".to_owned()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let mut current = lock(&self.current);
+        let target = self.target.load(Ordering::Relaxed);
+        let balloon = Balloon::new(target, self.offer, Box::new(HostPages::default()));
+        let balloon = Arc::new(Mutex::new(balloon));
+        *current = Some(Arc::clone(&balloon));
+        Ok(balloon)
+    }
+
+    /// Giving back gigabytes takes the host a while.
+    fn is_busy(&self) -> bool {
+        true
+    }
+}
+
+/// The host's pages beneath the guest's memory.
+#[derive(Debug, Default)]
+struct HostPages {
+    complained: AtomicBool,
+}
+
+impl Discard for HostPages {
+    fn page_size(&self) -> u64 {
+        rustix::param::page_size() as u64
+    }
+
+    fn discard(&self, memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> bool {
+        let Err(error) = pages::discard(memory, address, len) else {
+            return true;
+        };
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "balloon: the host does not take back {len} bytes of guest memory at {:#x}: {error}",
+                address.0
+            );
+        }
+        false
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(text: &str) -> Result<GuestBalloon> {
+        GuestBalloon::open(text, 1 << 30)
+    }
+
+    #[test]
+    fn options_say_what_is_offered() {
+        let balloon = open("on").expect("valid");
+        let defaults = Offer {
+            reporting: true,
+            hinting: false,
+            deflate_on_oom: true,
+        };
+        assert_eq!(balloon.offer, defaults);
+        assert_eq!(balloon.target.load(Ordering::Relaxed), 0);
+        let balloon = open("size=512M,reporting=off,hinting,deflate-on-oom=off").expect("valid");
+        let others = Offer {
+            reporting: false,
+            hinting: true,
+            deflate_on_oom: false,
+        };
+        assert_eq!(balloon.offer, others);
+        assert_eq!(balloon.target.load(Ordering::Relaxed), 512 << 20);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_what_would_work() {
+        let wrong = |text| open(text).map(|_| ()).expect_err(text).to_string();
+        assert!(wrong("size=1G").contains("leaves nothing of the guest's 1G"));
+        assert!(wrong("size=lots").contains("'size=lots'"));
+        assert!(wrong("reporting=perhaps").contains("use on or off"));
+        assert!(wrong("bigger").contains("use on, size, reporting, hinting, deflate-on-oom"));
+        assert!(wrong("").contains("an empty part"));
+    }
+
+    #[test]
+    fn the_target_outlives_a_guest() {
+        let balloon = open("size=256M").expect("valid");
+        assert!(balloon.current().is_none());
+        balloon.device().expect("a device");
+        let first = balloon.current().expect("a device");
+        assert_eq!(lock(&first).target(), 256 << 20);
+        balloon.set_target(512 << 20).expect("it fits");
+        assert_eq!(lock(&first).target(), 512 << 20);
+        assert!(balloon.set_target(1 << 30).is_err());
+        balloon.device().expect("a device");
+        let second = balloon.current().expect("a device");
+        assert!(!Arc::ptr_eq(&first, &second));
+        assert_eq!(lock(&second).target(), 512 << 20);
+    }
+}

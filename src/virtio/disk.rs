@@ -1,0 +1,570 @@
+//! Disks for guests (`--disk`): image files and block devices of the host.
+//!
+//! An image stays open and locked as long as armlet lives; each guest that starts gets a new
+//! device on it.
+
+mod complaints;
+mod image;
+#[cfg(feature = "qcow2")]
+mod qcow2;
+mod sys;
+mod uring;
+
+use super::Backend;
+use super::options::Options;
+use anyhow::{Context, Result, anyhow, bail};
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::block::{Block, Engine, Shape};
+use complaints::Complaints;
+use image::{Alignment, Image, PlainEngine};
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+use uring::UringEngine;
+
+/// The flag.
+const FLAG: &str = "--disk";
+/// The most bytes of a serial number (virtio 1.2, section 5.2.6).
+const SERIAL: usize = 20;
+/// The most queues of a disk.
+const QUEUES: u64 = 16;
+/// The unit of a disk's size, in bytes.
+const SECTOR: u64 = 512;
+/// How often a lock is tried again that another has, and after what time.
+const TRIES: usize = 20;
+const BETWEEN_TRIES: Duration = Duration::from_millis(20);
+/// What a qcow2 image begins with (QEMU's docs/interop/qcow2.txt).
+const QCOW2: [u8; 4] = *b"QFI\xfb";
+
+/// A disk as the user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOptions {
+    path: PathBuf,
+    readonly: bool,
+    id: Option<String>,
+    format: Format,
+    backing: Vec<PathBuf>,
+    cache: Cache,
+    queues: u16,
+    engine: EngineChoice,
+}
+
+/// How the bytes of an image stand for those of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    /// Raw, unless it looks like something else, which is for the user to decide.
+    Auto,
+    Raw,
+    Qcow2,
+}
+
+/// Whether I/O goes through the host's page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cache {
+    Writeback,
+    None,
+}
+
+/// How the host does its I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EngineChoice {
+    Auto,
+    IoUring,
+    Sync,
+}
+
+impl DiskOptions {
+    /// Reads what stands behind `--disk`: `path=IMG` and more, or an image's name and more.
+    ///
+    /// # Errors
+    /// What is not known or does not go together.
+    pub fn parse(text: &str) -> Result<DiskOptions> {
+        let first = text.split(',').next().unwrap_or_default();
+        let named = format!("path={text}");
+        let text = match first.contains('=') || first == "readonly" {
+            true => text,
+            false => &named,
+        };
+        let mut options = Options::parse(FLAG, text, &["backing"])?;
+        let parsed = DiskOptions {
+            path: options.require("path")?.into(),
+            readonly: options.switch("readonly")?,
+            id: options.take("id")?,
+            format: options.choice(
+                "format",
+                &[
+                    ("auto", Format::Auto),
+                    ("raw", Format::Raw),
+                    ("qcow2", Format::Qcow2),
+                ],
+            )?,
+            backing: options
+                .take_all("backing")?
+                .into_iter()
+                .map(PathBuf::from)
+                .collect(),
+            cache: options.choice(
+                "cache",
+                &[("writeback", Cache::Writeback), ("none", Cache::None)],
+            )?,
+            queues: options.number("queues", 1..=QUEUES)?.unwrap_or(1) as u16,
+            engine: options.choice(
+                "engine",
+                &[
+                    ("auto", EngineChoice::Auto),
+                    ("io_uring", EngineChoice::IoUring),
+                    ("sync", EngineChoice::Sync),
+                ],
+            )?,
+        };
+        options.finish()?;
+        if let Some(id) = &parsed.id
+            && (id.len() > SERIAL || !id.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            bail!(
+                "{FLAG} '{text}': id={id} is no serial number; use up to {SERIAL} ASCII characters without blanks"
+            );
+        }
+        if parsed.format != Format::Qcow2 && !parsed.backing.is_empty() {
+            bail!("{FLAG} '{text}': only format=qcow2 has backing files");
+        }
+        if parsed.format == Format::Qcow2 && parsed.engine == EngineChoice::IoUring {
+            bail!("{FLAG} '{text}': format=qcow2 works with engine=sync only");
+        }
+        Ok(parsed)
+    }
+
+    /// Opens and locks the image of the disk with this number; its name is "disk" and the number.
+    ///
+    /// # Errors
+    /// An image that is not there, not to be had, in use or not what the user says it is.
+    pub fn open(&self, number: usize) -> Result<Disk> {
+        let name = format!("disk{number}");
+        let opened = open_image(&self.path, self.readonly)?;
+        let (storage, shape) = match self.is_qcow2(&opened.file)? {
+            true => self.qcow2(&name, opened)?,
+            false => self.raw(&name, opened)?,
+        };
+        let (path, size) = (self.path.display(), shape.size);
+        if size == 0 {
+            bail!("disk image {path} is empty");
+        }
+        if !size.is_multiple_of(SECTOR) {
+            let how = match &storage {
+                Storage::Raw { .. } => format!("'truncate -s %512 {path}'"),
+                #[cfg(feature = "qcow2")]
+                Storage::Qcow2(_) => {
+                    format!("'qemu-img resize {path} +{}'", SECTOR - size % SECTOR)
+                }
+            };
+            bail!(
+                "disk image {path} has {size} bytes, which are no whole sectors; {how} fills up the last one"
+            );
+        }
+        Ok(Disk {
+            name,
+            storage,
+            shape,
+            current: Mutex::new(Weak::new()),
+        })
+    }
+
+    fn is_qcow2(&self, file: &File) -> Result<bool> {
+        let mut magic = [0; QCOW2.len()];
+        let looks_so = match file.read_exact_at(&mut magic, 0) {
+            Ok(()) => magic == QCOW2,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => false,
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read disk image {}", self.path.display()));
+            }
+        };
+        match self.format {
+            Format::Raw => Ok(false),
+            Format::Qcow2 if looks_so => Ok(true),
+            Format::Qcow2 => bail!(
+                "disk image {} is no qcow2 image; leave format= out for a raw one",
+                self.path.display()
+            ),
+            // A guest can write such a beginning into its raw disk, and name files of the host in
+            // it as backing files: so nothing is guessed.
+            Format::Auto if looks_so => bail!(
+                "disk image {} begins like a qcow2 image; say format=qcow2, or format=raw if its guest wrote that",
+                self.path.display()
+            ),
+            Format::Auto => Ok(false),
+        }
+    }
+
+    fn raw(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
+        let path = &self.path;
+        let context = || format!("cannot look at disk image {}", path.display());
+        let size = (&opened.file)
+            .seek(SeekFrom::End(0))
+            .with_context(context)?;
+        let direct = match self.cache {
+            Cache::Writeback => None,
+            Cache::None => Some(self.bypass_cache(&opened, size)?),
+        };
+        let mut shape = self.shape(size);
+        limits(&opened, &mut shape).with_context(context)?;
+        if let Some(direct) = direct {
+            shape.physical_block_size = shape.physical_block_size.max(direct.offset as u32);
+        }
+        let complaints = Complaints::new(name.to_owned(), path.clone());
+        let Opened {
+            file, is_device, ..
+        } = opened;
+        let image = Arc::new(Image::new(
+            file,
+            is_device,
+            self.readonly,
+            direct,
+            complaints,
+        ));
+        let uring = self.ring(name, &image)?;
+        let storage = Storage::Raw {
+            image,
+            is_uring: uring.is_some(),
+            spare: Mutex::new(uring),
+        };
+        Ok((storage, shape))
+    }
+
+    /// A ring for the first guest, where the user wants one and the host has it.
+    fn ring(&self, name: &str, image: &Arc<Image>) -> Result<Option<Box<UringEngine>>> {
+        let error = match self.engine {
+            EngineChoice::Sync => return Ok(None),
+            // The ring would have a thread do each read.
+            EngineChoice::Auto if image.direct.is_none() && is_in_memory(&image.file) => {
+                return Ok(None);
+            }
+            _ => match UringEngine::new(image) {
+                Ok(engine) => return Ok(Some(Box::new(engine))),
+                Err(error) => error,
+            },
+        };
+        let why = match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                " (kernel.io_uring_disabled or a seccomp filter forbids it)"
+            }
+            io::ErrorKind::OutOfMemory => " (see 'ulimit -l')",
+            _ => "",
+        };
+        match self.engine {
+            EngineChoice::IoUring => Err(error).with_context(|| {
+                format!("{name}: no io_uring on this host{why}; engine=sync works without")
+            }),
+            _ => {
+                log::info!("{name}: no io_uring on this host{why}: {error}; using engine=sync");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Takes the host's page cache out of the way.
+    fn bypass_cache(&self, opened: &Opened, size: u64) -> Result<Alignment> {
+        let path = self.path.display();
+        let refused = || format!("disk image {path} does not do cache=none; use cache=writeback");
+        let alignment = direct_alignment(opened).with_context(refused)?;
+        if !size.is_multiple_of(alignment.offset as u64) {
+            bail!(
+                "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {path}', or use cache=writeback",
+                align = alignment.offset,
+            );
+        }
+        let flags = rustix::fs::fcntl_getfl(&opened.file)
+            .and_then(|flags| rustix::fs::fcntl_setfl(&opened.file, flags | OFlags::DIRECT));
+        flags.with_context(refused)?;
+        Ok(alignment)
+    }
+
+    #[cfg(feature = "qcow2")]
+    fn qcow2(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
+        let path = &self.path;
+        if self.cache == Cache::None {
+            self.bypass_cache(&opened, 0)?;
+        }
+        let mut chain = Vec::new();
+        for path in &self.backing {
+            chain.push((path.as_path(), open_image(path, true)?.file));
+        }
+        let complaints = Complaints::new(name.to_owned(), path.clone());
+        let image = qcow2::Image::open(path, opened.file, self.readonly, chain, complaints)?;
+        let mut shape = self.shape(image.size());
+        shape.physical_block_size = 4096;
+        shape.discard_granularity = 4096;
+        Ok((Storage::Qcow2(Arc::new(image)), shape))
+    }
+
+    #[cfg(not(feature = "qcow2"))]
+    fn qcow2(&self, _name: &str, _opened: Opened) -> Result<(Storage, Shape)> {
+        bail!(
+            "disk image {}: this armlet was built without qcow2; 'qemu-img convert -O raw' makes a raw image of it",
+            self.path.display()
+        )
+    }
+
+    fn shape(&self, size: u64) -> Shape {
+        Shape {
+            size,
+            readonly: self.readonly,
+            serial: self.id.clone().unwrap_or_default(),
+            queues: self.queues,
+            block_size: SECTOR as u32,
+            physical_block_size: SECTOR as u32,
+            optimal_io_size: 0,
+            discard_granularity: SECTOR as u32,
+        }
+    }
+}
+
+/// Opens and locks the images of all disks; they are called disk0, disk1 and so on.
+///
+/// # Errors
+/// Two disks with one id, else as [`DiskOptions::open`].
+pub fn open_all(disks: &[DiskOptions]) -> Result<Vec<Disk>> {
+    for (index, disk) in disks.iter().enumerate() {
+        let same = |other: &&DiskOptions| other.id.is_some() && other.id == disk.id;
+        if let Some(other) = disks[..index].iter().find(same) {
+            bail!(
+                "{FLAG} {} and {FLAG} {} have one id={}; guests tell disks apart by it",
+                other.path.display(),
+                disk.path.display(),
+                disk.id.as_deref().unwrap_or_default(),
+            );
+        }
+    }
+    disks
+        .iter()
+        .enumerate()
+        .map(|(number, disk)| disk.open(number))
+        .collect()
+}
+
+/// A file or block device that is open and locked.
+struct Opened {
+    file: File,
+    metadata: Metadata,
+    is_device: bool,
+}
+
+fn open_image(path: &Path, readonly: bool) -> Result<Opened> {
+    let shown = path.display();
+    let cannot = || format!("cannot open disk image {shown}");
+    // Looked at first: to open a pipe would wait for its other end.
+    let kind = std::fs::metadata(path).with_context(cannot)?.file_type();
+    if kind.is_dir() {
+        bail!("disk image {shown} is a directory; {FLAG} takes a file or a block device");
+    }
+    if !(kind.is_file() || kind.is_block_device()) {
+        bail!("disk image {shown} is neither a file nor a block device");
+    }
+    let file = OpenOptions::new().read(true).write(!readonly).open(path);
+    let file = file.map_err(|error| {
+        let forbidden = [
+            io::ErrorKind::PermissionDenied,
+            io::ErrorKind::ReadOnlyFilesystem,
+        ];
+        match !readonly && forbidden.contains(&error.kind()) {
+            true => anyhow!(error).context(format!(
+                "cannot open disk image {shown} for writing; add readonly to only read it"
+            )),
+            false => anyhow!(error).context(cannot()),
+        }
+    })?;
+    let metadata = file.metadata().with_context(cannot)?;
+    match lock_image(&file, !readonly) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => bail!(
+            "disk image {shown} is in use by another process or another {FLAG}; {}",
+            match readonly {
+                true => "it writes to it",
+                false => "only readers can share it: add readonly to all of them",
+            }
+        ),
+        Err(error) => log::warn!(
+            "disk image {shown} cannot be locked: {error}; see to it that nobody else writes to it"
+        ),
+    }
+    let is_device = metadata.file_type().is_block_device();
+    Ok(Opened {
+        file,
+        metadata,
+        is_device,
+    })
+}
+
+/// Locks an image, against all others where `alone`. A process that was killed has its files for
+/// a moment longer, while the kernel ends what it began: so there are some tries.
+fn lock_image(file: &File, alone: bool) -> io::Result<()> {
+    for _ in 0..TRIES {
+        match sys::lock(file, alone) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(BETWEEN_TRIES);
+            }
+            result => return result,
+        }
+    }
+    sys::lock(file, alone)
+}
+
+/// Whether a file lies in memory, where no read has to wait.
+fn is_in_memory(file: &File) -> bool {
+    // include/uapi/linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC.
+    rustix::fs::fstatfs(file).is_ok_and(|found| [0x0102_1994, 0x8584_58f6].contains(&found.f_type))
+}
+
+/// What the host says of an image's blocks.
+fn limits(opened: &Opened, shape: &mut Shape) -> io::Result<()> {
+    let file = &opened.file;
+    if opened.is_device {
+        shape.block_size = rustix::fs::ioctl_blksszget(file)?.max(shape.block_size);
+        shape.physical_block_size = rustix::fs::ioctl_blkpbszget(file)?.max(shape.block_size);
+        let limit = |name| queue_limit(opened.metadata.rdev(), name);
+        shape.optimal_io_size = limit("optimal_io_size");
+        let granularity = limit("discard_granularity");
+        shape.discard_granularity = granularity.max(shape.block_size);
+    } else {
+        // The guest's blocks stay as they are on whatever file system the image comes to lie;
+        // only what is best to write is told.
+        let block = opened.metadata.blksize().next_power_of_two();
+        shape.physical_block_size = block.clamp(512, 4096) as u32;
+        shape.discard_granularity = block.clamp(512, 65536) as u32;
+    }
+    Ok(())
+}
+
+/// A limit of a block device's queue (Documentation/ABI/stable/sysfs-block); 0 where there is none.
+fn queue_limit(device: u64, name: &str) -> u32 {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    // A partition has its disk's queue.
+    ["queue", "../queue"]
+        .iter()
+        .find_map(|queue| {
+            let path = format!("/sys/dev/block/{major}:{minor}/{queue}/{name}");
+            std::fs::read_to_string(path).ok()?.trim().parse().ok()
+        })
+        .unwrap_or(0)
+}
+
+/// What direct I/O on an image asks for.
+fn direct_alignment(opened: &Opened) -> Result<Alignment> {
+    let file = &opened.file;
+    // Since Linux 6.1 (statx(2): STATX_DIOALIGN).
+    let flags = StatxFlags::DIOALIGN;
+    if let Ok(found) = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, flags)
+        && found.stx_mask & flags.bits() != 0
+    {
+        let (memory, offset) = (found.stx_dio_mem_align, found.stx_dio_offset_align);
+        if offset == 0 {
+            bail!("the file system has no direct I/O for it");
+        }
+        return Ok(Alignment {
+            memory: memory.max(1).next_power_of_two() as usize,
+            offset: offset.max(512).next_power_of_two() as usize,
+        });
+    }
+    let block = match opened.is_device {
+        true => rustix::fs::ioctl_blksszget(file)? as usize,
+        // No file system asks for more on the devices that there are.
+        false => 4096,
+    };
+    Ok(Alignment {
+        memory: block,
+        offset: block,
+    })
+}
+
+/// A disk of the host, open and locked.
+pub struct Disk {
+    name: String,
+    storage: Storage,
+    shape: Shape,
+    /// The device of the guest that runs.
+    current: Mutex<Weak<Mutex<Block>>>,
+}
+
+enum Storage {
+    Raw {
+        image: Arc<Image>,
+        is_uring: bool,
+        /// The ring that was made to see whether one can be made.
+        spare: Mutex<Option<Box<UringEngine>>>,
+    },
+    #[cfg(feature = "qcow2")]
+    Qcow2(Arc<qcow2::Image>),
+}
+
+impl Disk {
+    /// Looks how large the image is now, and tells a guest that runs of a change. Returns the
+    /// size in bytes.
+    ///
+    /// # Errors
+    /// An image that cannot be looked at any more.
+    pub fn refresh(&self) -> Result<u64> {
+        let size = self.size()?;
+        let device = lock(&self.current).upgrade();
+        if let Some(device) = device {
+            lock(&device).set_size(size);
+        }
+        Ok(size)
+    }
+
+    fn size(&self) -> Result<u64> {
+        match &self.storage {
+            Storage::Raw { image, .. } => (&image.file)
+                .seek(SeekFrom::End(0))
+                .with_context(|| format!("cannot look at the image of {}", self.name)),
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(image) => Ok(image.size()),
+        }
+    }
+
+    fn engine(&self) -> Result<Box<dyn Engine>> {
+        match &self.storage {
+            Storage::Raw {
+                image,
+                is_uring: true,
+                spare,
+            } => {
+                let first = lock(spare).take();
+                let engine = first.map_or_else(|| UringEngine::new(image).map(Box::new), Ok);
+                Ok(engine.context("cannot make another io_uring")?)
+            }
+            Storage::Raw { image, .. } => Ok(Box::new(PlainEngine::new(Arc::clone(image)))),
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(image) => Ok(Box::new(qcow2::Qcow2Engine::new(Arc::clone(image)))),
+        }
+    }
+}
+
+impl Backend for Disk {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let mut shape = self.shape.clone();
+        shape.size = self.size()?;
+        let device = Arc::new(Mutex::new(Block::new(&shape, self.engine()?)));
+        *lock(&self.current) = Arc::downgrade(&device);
+        Ok(device)
+    }
+
+    fn is_busy(&self) -> bool {
+        true
+    }
+}
+
+/// A thread that panicked has been reported; the data behind its locks are plain.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,308 @@
+//! A raw image, which is a file or a block device, and the engine that works on it one request at
+//! a time.
+
+use super::complaints::Complaints;
+use super::sys::{self, Direction, Mover};
+use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use vm_memory::{Bytes, GuestMemoryMmap};
+
+/// Bytes that go through a buffer of our own at once, where the guest's cannot be used.
+const BOUNCE: usize = 256 << 10;
+
+/// What direct I/O (O_DIRECT) asks for: powers of two, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alignment {
+    /// Of addresses in memory.
+    pub(super) memory: usize,
+    /// Of offsets in the file and of lengths.
+    pub(super) offset: usize,
+}
+
+/// An open image of a disk.
+pub(super) struct Image {
+    pub(super) file: File,
+    /// Whether it is a block device and not a file.
+    pub(super) is_device: bool,
+    pub(super) readonly: bool,
+    /// `None` where I/O goes through the host's page cache.
+    pub(super) direct: Option<Alignment>,
+    pub(super) complaints: Complaints,
+    /// What the file system or the device refused once is not tried again.
+    cannot_punch: AtomicBool,
+    cannot_zero: AtomicBool,
+    /// Whether writes were lost on their way from the page cache.
+    lost: AtomicBool,
+}
+
+impl Image {
+    /// The image in `file`.
+    pub(super) fn new(
+        file: File,
+        is_device: bool,
+        readonly: bool,
+        direct: Option<Alignment>,
+        complaints: Complaints,
+    ) -> Image {
+        Image {
+            file,
+            is_device,
+            readonly,
+            direct,
+            complaints,
+            cannot_punch: AtomicBool::new(false),
+            cannot_zero: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+        }
+    }
+
+    /// Brings all that was written to stable storage.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let result = match self.readonly {
+            true => Ok(()),
+            false => rustix::fs::fdatasync(&self.file).map_err(Into::into),
+        };
+        self.flushed(result)
+    }
+
+    /// What the guest is told of a flush that ended like this.
+    pub(super) fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        // Linux drops pages that it could not write and tells of it once; what they held is gone,
+        // and a later fsync that succeeds does not change that (Documentation/filesystems/vfs.rst,
+        // "Handling errors during writeback").
+        if result.is_err() && self.direct.is_none() {
+            self.lost.store(true, Relaxed);
+        }
+        match self.lost.load(Relaxed) {
+            true if result.is_ok() => Err(io::Error::other("writes were lost before")),
+            _ => result,
+        }
+    }
+
+    /// How fallocate zeroes a range; `None` where it cannot.
+    pub(super) fn zero_mode(&self, unmap: bool) -> Option<FallocateFlags> {
+        if unmap && !self.cannot_punch.load(Relaxed) {
+            return Some(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE);
+        }
+        match self.cannot_zero.load(Relaxed) {
+            true => None,
+            false => Some(FallocateFlags::ZERO_RANGE),
+        }
+    }
+
+    /// How fallocate discards a range; `None` where it cannot.
+    pub(super) fn discard_mode(&self) -> Option<FallocateFlags> {
+        self.zero_mode(true)
+            .filter(|mode| !self.is_device && mode.contains(FallocateFlags::PUNCH_HOLE))
+    }
+
+    /// Whether fallocate said that it cannot do this here, which is kept in mind.
+    pub(super) fn refuses(&self, mode: FallocateFlags, error: &io::Error) -> bool {
+        let refused = match mode.contains(FallocateFlags::PUNCH_HOLE) {
+            true => &self.cannot_punch,
+            false => &self.cannot_zero,
+        };
+        match Errno::from_io_error(error) {
+            Some(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                refused.store(true, Relaxed);
+                true
+            }
+            // This range of it, that is: no whole blocks of a device.
+            Some(Errno::INVAL) => true,
+            _ => false,
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let result = match self.discard_mode() {
+            Some(mode) => match rustix::fs::fallocate(&self.file, mode, offset, len) {
+                Err(error) if self.refuses(mode, &error.into()) => Ok(()),
+                result => result.map_err(Into::into),
+            },
+            None if self.is_device => sys::discard_blocks(&self.file, offset, len),
+            None => Ok(()),
+        };
+        match &result {
+            // It is advice.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            _ => result,
+        }
+    }
+
+    fn zero(&self, offset: u64, len: u64, unmap: bool, buffer: &mut Vec<u8>) -> io::Result<()> {
+        for unmap in [unmap, false] {
+            let Some(mode) = self.zero_mode(unmap) else {
+                break;
+            };
+            match rustix::fs::fallocate(&self.file, mode, offset, len).map_err(io::Error::from) {
+                Err(error) if self.refuses(mode, &error) => {}
+                result => return result,
+            }
+        }
+        self.bounce(
+            buffer,
+            Direction::Write,
+            offset,
+            len as usize,
+            |_, bytes| {
+                bytes.fill(0);
+                Ok(())
+            },
+        )
+    }
+
+    /// Whether data that are (or are not) aligned in memory can be moved as they are.
+    pub(super) fn takes(&self, offset: u64, is_aligned: impl FnOnce(Alignment) -> bool) -> bool {
+        self.direct
+            .is_none_or(|direct| offset.is_multiple_of(direct.offset as u64) && is_aligned(direct))
+    }
+
+    /// Whether a write of this range has to read the blocks around it first.
+    pub(super) fn needs_read(&self, offset: u64, len: u64) -> bool {
+        self.direct.is_some_and(|direct| {
+            let block = direct.offset as u64;
+            !(offset.is_multiple_of(block) && len.is_multiple_of(block))
+        })
+    }
+
+    /// Moves a range by an aligned buffer, in whole blocks: `each` gets a part of it, by its
+    /// distance from the beginning, after the read or before the write.
+    fn bounce(
+        &self,
+        buffer: &mut Vec<u8>,
+        direction: Direction,
+        offset: u64,
+        len: usize,
+        mut each: impl FnMut(usize, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let align = self
+            .direct
+            .map_or(1, |direct| direct.offset.max(direct.memory));
+        let block = self.direct.map_or(1, |direct| direct.offset);
+        buffer.resize(BOUNCE + align, 0);
+        let start = buffer.as_ptr().align_offset(align);
+        let buffer = &mut buffer[start..start + BOUNCE];
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            let first = at - at % block as u64;
+            let head = (at - first) as usize;
+            let count = (len - done).min(BOUNCE - head);
+            let span = &mut buffer[..(head + count).next_multiple_of(block)];
+            let is_whole = head == 0 && count == span.len();
+            if direction == Direction::Read || !is_whole {
+                self.file
+                    .read_exact_at(span, first)
+                    .map_err(|error| match error.kind() {
+                        io::ErrorKind::UnexpectedEof => sys::end_of(Direction::Read),
+                        _ => error,
+                    })?;
+            }
+            each(done, &mut span[head..head + count])?;
+            if direction == Direction::Write {
+                self.file.write_all_at(span, first)?;
+            }
+            done += count;
+        }
+        Ok(())
+    }
+}
+
+/// Works on an image one request at a time.
+pub(super) struct PlainEngine {
+    image: Arc<Image>,
+    mover: Option<Mover>,
+    /// For what needs an aligned buffer; empty until then.
+    buffer: Vec<u8>,
+}
+
+impl PlainEngine {
+    /// An engine for `image`.
+    pub(super) fn new(image: Arc<Image>) -> PlainEngine {
+        PlainEngine {
+            image,
+            mover: None,
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Carries a request out.
+    pub(super) fn perform(&mut self, request: &Request<'_>) -> io::Result<()> {
+        let (offset, len) = (request.offset, request.len);
+        match request.operation {
+            Operation::Read => self.transfer(Direction::Read, offset, &request.data)?,
+            Operation::Write => self.transfer(Direction::Write, offset, &request.data)?,
+            Operation::Flush => return self.image.flush(),
+            Operation::Discard => return self.image.discard(offset, len),
+            Operation::WriteZeroes { unmap } => {
+                self.image.zero(offset, len, unmap, &mut self.buffer)?;
+            }
+        }
+        match request.durable && request.operation != Operation::Read {
+            true => self.image.flush(),
+            false => Ok(()),
+        }
+    }
+
+    fn transfer(&mut self, direction: Direction, offset: u64, data: &Data<'_>) -> io::Result<()> {
+        let mover = self.mover.as_mut().ok_or(Errno::FAULT)?;
+        mover.set(data)?;
+        let image = &self.image;
+        if image.takes(offset, |direct| {
+            mover.is_aligned(direct.memory, direct.offset)
+        }) {
+            return mover.run(&image.file, direction, offset);
+        }
+        let memory = mover.memory();
+        image.bounce(
+            &mut self.buffer,
+            direction,
+            offset,
+            data.len(),
+            |at, bytes| copy(memory, direction, &data.slice(at, bytes.len()), bytes),
+        )
+    }
+}
+
+/// Copies between guest memory and a buffer of the same length.
+fn copy(
+    memory: &GuestMemoryMmap,
+    direction: Direction,
+    data: &Data<'_>,
+    bytes: &mut [u8],
+) -> io::Result<()> {
+    let mut done = 0;
+    for part in data.parts() {
+        let piece = &mut bytes[done..done + part.len];
+        done += part.len;
+        match direction {
+            Direction::Read => memory.write_slice(piece, part.address),
+            Direction::Write => memory.read_slice(piece, part.address),
+        }
+        .map_err(|_| Errno::FAULT)?;
+    }
+    Ok(())
+}
+
+impl Engine for PlainEngine {
+    fn start(&mut self, memory: &Arc<GuestMemoryMmap>) {
+        self.mover = Some(Mover::new(memory));
+    }
+
+    fn begin(&mut self, request: &Request<'_>) -> Option<Outcome> {
+        let result = self.perform(request);
+        let complaints = &self.image.complaints;
+        Some(complaints.outcome(request.operation, request.offset, request.len, result))
+    }
+
+    fn stop(&mut self) {
+        self.mover = None;
+    }
+}

@@ -1,0 +1,244 @@
+//! Images in QEMU's qcow2 format, by the library imago. One request at a time.
+
+use super::QCOW2;
+use super::complaints::Complaints;
+use anyhow::{Context, Result, bail};
+use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
+use imago::FormatAccess;
+use imago::file::File as Storage;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+/// The most pieces of memory that imago hands to the kernel in one call (UIO_MAXIOV).
+const MOST_PIECES: usize = 1024;
+/// Zeroes that are written at once where the format has no better way.
+const ZEROES: usize = 64 << 10;
+
+/// An open qcow2 image.
+pub(super) struct Image {
+    access: Mutex<FormatAccess<Storage>>,
+    size: u64,
+    readonly: bool,
+    complaints: Complaints,
+}
+
+impl Image {
+    /// The image in `file`, which is open and locked, as are those that stand behind it in this
+    /// order.
+    ///
+    /// # Errors
+    /// No image, or one that names other files than the user did.
+    pub(super) fn open(
+        path: &Path,
+        file: File,
+        readonly: bool,
+        backing: Vec<(&Path, File)>,
+        complaints: Complaints,
+    ) -> Result<Image> {
+        let access = open_chain(path, file, readonly, &mut backing.into_iter())?;
+        Ok(Image {
+            size: access.size(),
+            access: Mutex::new(access),
+            readonly,
+            complaints,
+        })
+    }
+
+    /// The disk's size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn perform(&self, memory: &GuestMemoryMmap, request: &Request<'_>) -> io::Result<()> {
+        let mut access = super::lock(&self.access);
+        let (offset, len) = (request.offset, request.len);
+        match request.operation {
+            Operation::Read => {
+                return each_piece(memory, &request.data, |slices, at| {
+                    let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
+                    access.readv(vector, offset + at)
+                });
+            }
+            Operation::Write => each_piece(memory, &request.data, |slices, at| {
+                let (vector, _guard) = IoVector::from_volatile_slice(slices);
+                access.writev(vector, offset + at)
+            })?,
+            Operation::Flush if self.readonly => return Ok(()),
+            Operation::Flush => return sync(&access),
+            // It is advice.
+            Operation::Discard => match access.discard_to_any(offset, len) {
+                Err(error) if error.kind() != io::ErrorKind::Unsupported => return Err(error),
+                _ => return Ok(()),
+            },
+            Operation::WriteZeroes { unmap } => {
+                let done = match unmap {
+                    true => access.discard_to_zero(offset, len),
+                    false => access.write_zeroes(offset, len),
+                };
+                match done {
+                    // Images of version 2.
+                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                        write_zeroes(&access, offset, len)?;
+                    }
+                    done => done?,
+                }
+            }
+        }
+        match request.durable {
+            true => sync(&access),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Opens an image with all that stands behind it.
+fn open_chain(
+    path: &Path,
+    file: File,
+    readonly: bool,
+    backing: &mut dyn Iterator<Item = (&Path, File)>,
+) -> Result<FormatAccess<Storage>> {
+    let shown = path.display();
+    let cannot = || format!("cannot open qcow2 image {shown}");
+    let storage = Storage::try_from(file).with_context(cannot)?;
+    let mut image = Qcow2::<Storage>::open_image(storage, !readonly).with_context(cannot)?;
+    if image.requires_external_data_file() {
+        bail!("qcow2 image {shown} has its data in another file, which armlet does not support");
+    }
+    let wanted = image.implicit_backing_file().cloned();
+    let format = image.implicit_backing_format().cloned();
+    match (wanted, backing.next()) {
+        (None, None) => {}
+        (None, Some((other, _))) => bail!(
+            "qcow2 image {shown} stands alone; leave backing={} out",
+            other.display()
+        ),
+        // The image is not trusted to name files of the host.
+        (Some(wanted), None) => bail!(
+            "qcow2 image {shown} needs '{wanted}' behind it; if that is right, say so: backing=PATH"
+        ),
+        (Some(_), Some((other, file))) => {
+            let behind = match format.as_deref() {
+                Some("qcow2") => open_chain(other, file, true, backing)?,
+                Some("raw") => open_raw(other, file, backing)?,
+                None if !begins_like_qcow2(&file) => open_raw(other, file, backing)?,
+                _ => bail!(
+                    "qcow2 image {shown} does not say that {} is raw or qcow2; 'qemu-img rebase -u -F FORMAT -b FILE {shown}' does",
+                    other.display()
+                ),
+            };
+            image.set_backing(Some(behind));
+        }
+    }
+    Ok(FormatAccess::new(image))
+}
+
+fn open_raw(
+    path: &Path,
+    file: File,
+    backing: &mut dyn Iterator<Item = (&Path, File)>,
+) -> Result<FormatAccess<Storage>> {
+    if let Some((other, _)) = backing.next() {
+        bail!(
+            "{} is a raw image, which stands alone; leave backing={} out",
+            path.display(),
+            other.display()
+        );
+    }
+    let storage = Storage::try_from(file);
+    let raw = storage.and_then(|storage| Raw::open_image(storage, false));
+    let raw = raw.with_context(|| format!("cannot open backing file {}", path.display()))?;
+    Ok(FormatAccess::new(raw))
+}
+
+fn begins_like_qcow2(file: &File) -> bool {
+    let mut magic = [0; QCOW2.len()];
+    file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2
+}
+
+fn sync(access: &FormatAccess<Storage>) -> io::Result<()> {
+    access.flush()?;
+    access.sync()
+}
+
+fn write_zeroes(access: &FormatAccess<Storage>, offset: u64, len: u64) -> io::Result<()> {
+    let zeroes = [0; ZEROES];
+    let mut done = 0;
+    while done < len {
+        let count = (len - done).min(ZEROES as u64);
+        access.write(&zeroes[..count as usize], offset + done)?;
+        done += count;
+    }
+    Ok(())
+}
+
+/// Calls `each` with the pieces of memory, as many as fit one call, and their distance from the
+/// first.
+fn each_piece(
+    memory: &GuestMemoryMmap,
+    data: &Data<'_>,
+    mut each: impl FnMut(&[VolatileSlice<'_>], u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let slices = data.parts().map(|part| {
+        let slice = memory.get_slice(part.address, part.len);
+        slice.map_err(|_| io::Error::from(Errno::FAULT))
+    });
+    let slices = slices.collect::<io::Result<Vec<_>>>()?;
+    let mut at = 0;
+    for chunk in slices.chunks(MOST_PIECES) {
+        each(chunk, at)?;
+        at += chunk.iter().map(VolatileSlice::len).sum::<usize>() as u64;
+    }
+    Ok(())
+}
+
+/// Works on a qcow2 image.
+pub(super) struct Qcow2Engine {
+    image: Arc<Image>,
+    memory: Option<Arc<GuestMemoryMmap>>,
+}
+
+impl Qcow2Engine {
+    /// An engine for `image`.
+    pub(super) fn new(image: Arc<Image>) -> Qcow2Engine {
+        Qcow2Engine {
+            image,
+            memory: None,
+        }
+    }
+}
+
+impl Engine for Qcow2Engine {
+    fn start(&mut self, memory: &Arc<GuestMemoryMmap>) {
+        self.memory = Some(Arc::clone(memory));
+    }
+
+    fn begin(&mut self, request: &Request<'_>) -> Option<Outcome> {
+        let result = match &self.memory {
+            Some(memory) => self.image.perform(memory, request),
+            None => Err(Errno::FAULT.into()),
+        };
+        let complaints = &self.image.complaints;
+        Some(complaints.outcome(request.operation, request.offset, request.len, result))
+    }
+
+    fn stop(&mut self) {
+        self.memory = None;
+        if self.image.readonly {
+            return;
+        }
+        // What a guest leaves behind is an image that needs no repair, even if armlet is killed
+        // before the next one.
+        let result = super::lock(&self.image.access).flush();
+        let complaints = &self.image.complaints;
+        let _ = complaints.outcome(Operation::Flush, 0, 0, result);
+    }
+}

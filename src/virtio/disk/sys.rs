@@ -1,0 +1,500 @@
+//! The system calls that a disk makes on guest memory, and those that no safe library has: reads
+//! and writes of many pieces at once, io_uring, locks of open files, discards of block devices.
+//!
+//! Guest memory is shared with the guest anyway, so nothing here makes references to it; the
+//! kernel gets addresses. [`Mover`] and [`Ring`] keep the memory alive as long as it has them.
+
+use armlet_devices::virtio::block::Data;
+use io_uring::types::{Fd, FsyncFlags};
+use io_uring::{IoUring, Probe, opcode, squeue};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+
+/// The most pieces that one call takes (UIO_MAXIOV, include/uapi/linux/uio.h).
+const MOST_PIECES: usize = 1024;
+/// RWF_DSYNC (include/uapi/linux/fs.h): a write is done when its data are on stable storage.
+const RWF_DSYNC: i32 = 2;
+/// RWF_NOWAIT: EAGAIN instead of a wait.
+const RWF_NOWAIT: i32 = 8;
+/// BLKDISCARD (include/uapi/linux/fs.h): _IO(0x12, 119), without a size, as old as it is.
+const BLKDISCARD: u32 = 0x1277;
+
+/// Which way data go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// From the file to memory.
+    Read,
+    /// From memory to the file.
+    Write,
+}
+
+/// What `struct iovec` is, with an address that may go from thread to thread.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    address: usize,
+    len: usize,
+}
+
+const _: () = assert!(size_of::<Piece>() == size_of::<libc::iovec>());
+
+/// Pieces of guest memory, of which the first ones are done with.
+#[derive(Debug, Default)]
+struct Pieces {
+    list: Vec<Piece>,
+    first: usize,
+}
+
+impl Pieces {
+    fn set(&mut self, memory: &GuestMemoryMmap, data: &Data<'_>) -> io::Result<()> {
+        self.list.clear();
+        self.first = 0;
+        for part in data.parts() {
+            let slice = memory.get_slice(part.address, part.len);
+            let slice = slice.map_err(|_| Errno::FAULT)?;
+            self.list.push(Piece {
+                address: slice.ptr_guard_mut().as_ptr() as usize,
+                len: part.len,
+            });
+        }
+        Ok(())
+    }
+
+    /// As many as one call takes.
+    fn next(&self) -> &[Piece] {
+        let left = &self.list[self.first..];
+        &left[..left.len().min(MOST_PIECES)]
+    }
+
+    fn advance(&mut self, mut done: usize) {
+        for piece in &mut self.list[self.first..] {
+            if done < piece.len {
+                piece.address += done;
+                piece.len -= done;
+                return;
+            }
+            done -= piece.len;
+            self.first += 1;
+        }
+    }
+
+    fn is_aligned(&self, address: usize, len: usize) -> bool {
+        let aligned =
+            |piece: &Piece| piece.address.is_multiple_of(address) && piece.len.is_multiple_of(len);
+        self.list.iter().all(aligned)
+    }
+
+    /// Moves all that is left, to or from `offset` bytes in the file.
+    fn run(&mut self, file: &File, direction: Direction, mut offset: u64) -> io::Result<()> {
+        loop {
+            let pieces = self.next();
+            if pieces.is_empty() {
+                return Ok(());
+            }
+            match move_once(file.as_raw_fd(), pieces, direction, offset, 0) {
+                Ok(0) => return Err(end_of(direction)),
+                Ok(done) => {
+                    self.advance(done);
+                    offset += done as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// Why nothing was moved where something should have been.
+pub(super) fn end_of(direction: Direction) -> io::Error {
+    match direction {
+        Direction::Read => io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the file ends before; it was longer when it was opened",
+        ),
+        Direction::Write => io::ErrorKind::WriteZero.into(),
+    }
+}
+
+/// One call: returns the bytes that it moved.
+fn move_once(
+    fd: RawFd,
+    pieces: &[Piece],
+    direction: Direction,
+    offset: u64,
+    flags: i32,
+) -> io::Result<usize> {
+    let list = pieces.as_ptr().cast::<libc::iovec>();
+    let count = pieces.len();
+    let call = match direction {
+        Direction::Read => libc::SYS_preadv2,
+        Direction::Write => libc::SYS_pwritev2,
+    };
+    // SAFETY: the pieces have the layout of iovec and lie in guest memory, which whoever made
+    // them keeps alive; no reference to that memory exists. The number after the offset is its
+    // upper half where registers have 32 bits.
+    let done = unsafe { libc::syscall(call, fd, list, count, offset, 0, flags) };
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+/// Moves data between guest memory and files while the caller waits.
+#[derive(Debug)]
+pub(super) struct Mover {
+    memory: Arc<GuestMemoryMmap>,
+    pieces: Pieces,
+}
+
+impl Mover {
+    /// A mover to and from `memory`.
+    pub(super) fn new(memory: &Arc<GuestMemoryMmap>) -> Mover {
+        Mover {
+            memory: Arc::clone(memory),
+            pieces: Pieces::default(),
+        }
+    }
+
+    /// The memory.
+    pub(super) fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The next move is of these data.
+    ///
+    /// # Errors
+    /// Data that are not in memory.
+    pub(super) fn set(&mut self, data: &Data<'_>) -> io::Result<()> {
+        self.pieces.set(&self.memory, data)
+    }
+
+    /// Whether the data's addresses and lengths are multiples of these.
+    pub(super) fn is_aligned(&self, address: usize, len: usize) -> bool {
+        self.pieces.is_aligned(address, len)
+    }
+
+    /// Moves the data to or from `offset` bytes in the file, all of them.
+    ///
+    /// # Errors
+    /// What the system says; a file that ends before.
+    pub(super) fn run(&mut self, file: &File, direction: Direction, offset: u64) -> io::Result<()> {
+        self.pieces.run(file, direction, offset)
+    }
+}
+
+/// An io_uring for one file, with numbered slots of which each holds one request.
+pub(super) struct Ring {
+    ring: IoUring,
+    file: Fd,
+    memory: Option<Arc<GuestMemoryMmap>>,
+    slots: Vec<Slot>,
+    /// Requests that the kernel has, or gets at the next submission.
+    under_way: usize,
+}
+
+#[derive(Default)]
+struct Slot {
+    pieces: Pieces,
+    is_under_way: bool,
+}
+
+impl Ring {
+    /// A ring for `slots` requests on `file`.
+    ///
+    /// # Errors
+    /// A kernel without io_uring or without what is needed of it, or one that does not let this
+    /// process have it.
+    pub(super) fn new(file: &File, slots: u16) -> io::Result<Ring> {
+        let entries = u32::from(slots);
+        let ring = IoUring::builder()
+            .setup_coop_taskrun()
+            .setup_submit_all()
+            .build(entries)
+            // Before Linux 5.19.
+            .or_else(|_| IoUring::new(entries))?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+        ];
+        if !needed.iter().all(|code| probe.is_supported(*code)) {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this kernel's io_uring is older than Linux 5.6",
+            ));
+        }
+        let mut list = Vec::new();
+        list.resize_with(usize::from(slots), Slot::default);
+        // It is not registered with the ring, which would be faster by a bit: the kernel takes
+        // rings apart some time after the process has closed them or is dead, and until then the
+        // file would stay locked.
+        Ok(Ring {
+            ring,
+            file: Fd(file.as_raw_fd()),
+            memory: None,
+            slots: list,
+            under_way: 0,
+        })
+    }
+
+    /// The descriptor that is readable when a request is done.
+    pub(super) fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+
+    /// Requests come, with data in this memory.
+    pub(super) fn start(&mut self, memory: &Arc<GuestMemoryMmap>) {
+        self.stop();
+        self.memory = Some(Arc::clone(memory));
+    }
+
+    /// Waits for all requests, and lets memory go.
+    pub(super) fn stop(&mut self) {
+        while self.under_way > 0 {
+            self.wait();
+            while self.next().is_some() {}
+        }
+        self.memory = None;
+    }
+
+    /// The next request in this slot is about these data.
+    ///
+    /// # Errors
+    /// Data that are not in memory.
+    pub(super) fn set(&mut self, slot: u16, data: &Data<'_>) -> io::Result<()> {
+        let slot = &mut self.slots[usize::from(slot)];
+        assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
+        let memory = self.memory.as_ref().ok_or(Errno::FAULT)?;
+        slot.pieces.set(memory, data)
+    }
+
+    /// Whether the addresses and lengths of a slot's data are multiples of these.
+    pub(super) fn is_aligned(&self, slot: u16, address: usize, len: usize) -> bool {
+        self.slots[usize::from(slot)]
+            .pieces
+            .is_aligned(address, len)
+    }
+
+    /// That many bytes of the slot's data are done with.
+    pub(super) fn advance(&mut self, slot: u16, done: usize) {
+        let slot = &mut self.slots[usize::from(slot)];
+        assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
+        slot.pieces.advance(done);
+    }
+
+    /// Whether all of the slot's data are done with.
+    pub(super) fn is_moved(&self, slot: u16) -> bool {
+        self.slots[usize::from(slot)].pieces.next().is_empty()
+    }
+
+    /// Moves of what is left of the slot's data as much as goes without a wait. Returns the bytes
+    /// that it moved.
+    ///
+    /// # Errors
+    /// EAGAIN where nothing goes without a wait, EOPNOTSUPP where that cannot be asked for, else
+    /// what the system says.
+    pub(super) fn try_now(
+        &mut self,
+        slot: u16,
+        file: &File,
+        direction: Direction,
+        offset: u64,
+    ) -> io::Result<usize> {
+        let slot = &mut self.slots[usize::from(slot)];
+        assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
+        let pieces = slot.pieces.next();
+        let done = move_once(file.as_raw_fd(), pieces, direction, offset, RWF_NOWAIT)?;
+        slot.pieces.advance(done);
+        Ok(done)
+    }
+
+    /// Moves what is left of the slot's data while the caller waits.
+    ///
+    /// # Errors
+    /// What the system says; a file that ends before.
+    pub(super) fn finish_now(
+        &mut self,
+        slot: u16,
+        file: &File,
+        direction: Direction,
+        offset: u64,
+    ) -> io::Result<()> {
+        let slot = &mut self.slots[usize::from(slot)];
+        assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
+        slot.pieces.run(file, direction, offset)
+    }
+
+    /// Begins to move what is left of the slot's data.
+    pub(super) fn push_move(
+        &mut self,
+        slot: u16,
+        direction: Direction,
+        offset: u64,
+        durable: bool,
+    ) {
+        let pieces = self.slots[usize::from(slot)].pieces.next();
+        let flags = match durable {
+            true => RWF_DSYNC,
+            false => 0,
+        };
+        let one = match pieces {
+            [one] => u32::try_from(one.len).ok().map(|len| (one.address, len)),
+            _ => None,
+        };
+        let list = pieces.as_ptr().cast::<libc::iovec>();
+        let count = pieces.len() as u32;
+        let entry = match (direction, one) {
+            (Direction::Read, Some((address, len))) => {
+                opcode::Read::new(self.file, address as *mut u8, len)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Write, Some((address, len))) => {
+                opcode::Write::new(self.file, address as *const u8, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (Direction::Read, None) => opcode::Readv::new(self.file, list, count)
+                .offset(offset)
+                .build(),
+            (Direction::Write, None) => opcode::Writev::new(self.file, list, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+        };
+        self.push(slot, entry);
+    }
+
+    /// Begins to bring the file's data to stable storage.
+    pub(super) fn push_sync(&mut self, slot: u16) {
+        let entry = opcode::Fsync::new(self.file).flags(FsyncFlags::DATASYNC);
+        self.push(slot, entry.build());
+    }
+
+    /// Begins a fallocate of this mode.
+    pub(super) fn push_fallocate(&mut self, slot: u16, mode: i32, offset: u64, len: u64) {
+        let entry = opcode::Fallocate::new(self.file, len)
+            .offset(offset)
+            .mode(mode);
+        self.push(slot, entry.build());
+    }
+
+    fn push(&mut self, slot: u16, entry: squeue::Entry) {
+        let entry = entry.user_data(u64::from(slot));
+        let place = &mut self.slots[usize::from(slot)];
+        assert!(!place.is_under_way, "one request a slot");
+        place.is_under_way = true;
+        self.under_way += 1;
+        loop {
+            // SAFETY: addresses and list are those of the slot's pieces. Until `next` returns the
+            // slot they do not change, `memory` is not let go, and the list stays where it is on
+            // the heap; so it is when this ring is dropped.
+            let pushed = unsafe { self.ring.submission().push(&entry) };
+            if pushed.is_ok() {
+                return;
+            }
+            self.submit();
+        }
+    }
+
+    /// Hands the kernel what was begun. Returns whether there was something.
+    pub(super) fn submit(&mut self) -> bool {
+        let mut any = false;
+        while !self.ring.submission().is_empty() {
+            self.enter(0);
+            any = true;
+        }
+        any
+    }
+
+    /// Waits until a request is done, if one is under way.
+    pub(super) fn wait(&mut self) {
+        if self.under_way > 0 && self.ring.completion().is_empty() {
+            self.enter(1);
+        }
+    }
+
+    fn enter(&mut self, want: usize) {
+        match self.ring.submit_and_wait(want) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The host is out of memory, or slow to take up completions (EBUSY); nothing else can
+            // happen to a ring that works. What was begun must be handed over some time.
+            Err(error) => {
+                log::warn!("io_uring takes no requests now: {error}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    /// A slot whose request is done, and what the kernel says of it.
+    pub(super) fn next(&mut self) -> Option<(u16, io::Result<usize>)> {
+        let entry = self.ring.completion().next()?;
+        let slot = entry.user_data() as u16;
+        self.slots[usize::from(slot)].is_under_way = false;
+        self.under_way -= 1;
+        let result = entry.result();
+        let result = usize::try_from(result)
+            .map_err(|_| io::Error::from_raw_os_error(result.wrapping_neg()));
+        Some((slot, result))
+    }
+
+    /// Requests under way.
+    pub(super) fn under_way(&self) -> usize {
+        self.under_way
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Locks the whole file for this opening of it, against other writers, or against all others where
+/// `alone`. The lock goes when the file is closed.
+///
+/// # Errors
+/// `WouldBlock` where another has it, whatever else the system says.
+pub(super) fn lock(file: &File, alone: bool) -> io::Result<()> {
+    let kind = match alone {
+        true => libc::F_WRLCK,
+        false => libc::F_RDLCK,
+    };
+    // SAFETY: all fields are numbers, for which zero is a value: from the file's start to its end.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as _;
+    lock.l_whence = libc::SEEK_SET as _;
+    // SAFETY: the descriptor is open, and the call reads `lock` and keeps nothing of it.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if done == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match Errno::from_io_error(&error) {
+        Some(Errno::ACCESS | Errno::AGAIN) => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Err(error),
+    }
+}
+
+/// Tells a block device that the contents of a range do not matter any more.
+///
+/// # Errors
+/// What the device says; `Unsupported` where it cannot.
+pub(super) fn discard_blocks(device: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: the call reads two numbers from `range` (block/ioctl.c: blk_ioctl_discard).
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

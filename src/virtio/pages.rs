@@ -1,0 +1,248 @@
+//! Pages of the host beneath the guest's memory: giving them back, having those of a file in their
+//! place, and locks on such files.
+
+use anyhow::{Context, Result};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::null_mut;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Gives `len` bytes of guest memory from `address` back to the host: they read as zero from then
+/// on, also for processes that share them. Parts of the host's pages at either end stay.
+///
+/// # Errors
+/// What is not guest memory, and memory that the host keeps (locked in RAM, of huge pages).
+pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io::Result<()> {
+    let page = rustix::param::page_size() as u64;
+    let (mut at, mut left) = (address, len);
+    while left > 0 {
+        let Some((region, offset)) = memory.to_region_addr(at) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let count = left.min(region.len() - offset.0);
+        let end = offset.0 + count;
+        let first = offset.0.next_multiple_of(page);
+        // A region begins at a page's start.
+        let whole = (end - end % page).saturating_sub(first);
+        if whole > 0 {
+            match region.file_offset() {
+                Some(file) => {
+                    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    let start = file.start() + first;
+                    rustix::fs::fallocate(file.file(), flags, start, whole)?;
+                }
+                None => {
+                    let advice = match region.flags() & libc::MAP_SHARED {
+                        0 => Advice::LinuxDontNeed,
+                        _ => Advice::LinuxRemove,
+                    };
+                    let start = region.as_ptr().wrapping_add(first as usize);
+                    // SAFETY: the range lies in the region's mapping. It is the guest's memory, of
+                    // which nobody here relies on what is in it.
+                    unsafe { rustix::mm::madvise(start.cast::<c_void>(), whole as usize, advice) }?;
+                }
+            }
+        }
+        left -= count;
+        at = GuestAddress(at.0.wrapping_add(count));
+    }
+    Ok(())
+}
+
+/// Maps the first `size` bytes of a file, shared, and for reading only where `readonly`. The
+/// mapping stays until the process ends. Returns its address, which is aligned so that KVM can map
+/// the file in huge blocks where the guest's address is as well.
+///
+/// # Errors
+/// What the host says: no room in the address space, a file system without mappings.
+pub fn map_file(file: &File, size: usize, readonly: bool) -> Result<*mut u8> {
+    let page = rustix::param::page_size();
+    // As much as one page of page tables maps (as for other guest memory).
+    let block = page / 8 * page;
+    let reserved = size.checked_add(block).context("it is too large")?;
+    let nothing = ProtFlags::empty();
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses. What is left of it
+    // around the file stays: it cannot be touched, and takes no memory.
+    let start = unsafe { rustix::mm::mmap_anonymous(null_mut(), reserved, nothing, flags) }?;
+    let base = (start as usize).next_multiple_of(block) as *mut c_void;
+    let prot = match readonly {
+        true => ProtFlags::READ,
+        false => ProtFlags::READ | ProtFlags::WRITE,
+    };
+    let flags = MapFlags::SHARED | MapFlags::FIXED;
+    // SAFETY: the range lies in the mapping made above, which nobody uses.
+    unsafe { rustix::mm::mmap(base, size, prot, flags, file, 0) }?;
+    // SAFETY: the range is the mapping made above. Without it a core dump of armlet would hold
+    // the file.
+    let _ = unsafe { rustix::mm::madvise(base, size, Advice::LinuxDontDump) };
+    Ok(base.cast())
+}
+
+/// Locks the whole file for this opening of it: against all others where `alone`, else against
+/// those that are alone. The lock goes when the file is closed.
+///
+/// # Errors
+/// `WouldBlock` where another has it, whatever else the system says.
+pub fn lock(file: &File, alone: bool) -> io::Result<()> {
+    let kind = match alone {
+        true => libc::F_WRLCK,
+        false => libc::F_RDLCK,
+    };
+    // SAFETY: all fields are numbers, for which zero is a value: from the file's start to its end.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as _;
+    lock.l_whence = libc::SEEK_SET as _;
+    // SAFETY: the descriptor is open, and the call reads `lock` and keeps nothing of it.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if done == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match Errno::from_io_error(&error) {
+        Some(Errno::ACCESS | Errno::AGAIN) => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::MemfdFlags;
+    use std::io::{Read, Seek, SeekFrom, Write};
+    use std::os::unix::fs::MetadataExt;
+    use vm_memory::{Bytes, FileOffset};
+
+    const BASE: u64 = 0x4000_0000;
+
+    fn page() -> u64 {
+        rustix::param::page_size() as u64
+    }
+
+    fn zeros(memory: &GuestMemoryMmap) -> Vec<bool> {
+        let mut bytes = vec![0; 16 * page() as usize];
+        memory
+            .read_slice(&mut bytes, GuestAddress(BASE))
+            .expect("memory");
+        let pages = bytes.chunks(page() as usize);
+        pages
+            .map(|page| page.iter().all(|byte| *byte == 0))
+            .collect()
+    }
+
+    /// Memory of two banks that meet, eight pages each, with something in each page.
+    fn memory(files: Option<[File; 2]>) -> GuestMemoryMmap {
+        let size = 8 * page() as usize;
+        let [first, second] = match files {
+            Some(files) => files.map(|file| Some(FileOffset::new(file, page()))),
+            None => [None, None],
+        };
+        let banks = [
+            (GuestAddress(BASE), size, first),
+            (GuestAddress(BASE + size as u64), size, second),
+        ];
+        let memory = GuestMemoryMmap::from_ranges_with_files(&banks).expect("memory");
+        let full = vec![0xaa; 2 * size];
+        memory
+            .write_slice(&full, GuestAddress(BASE))
+            .expect("memory");
+        memory
+    }
+
+    /// Gives pages 2 to 12, the first and the last of them for a part only; those stay.
+    fn discard_some(memory: &GuestMemoryMmap) {
+        let start = GuestAddress(BASE + 2 * page() + 1);
+        discard(memory, start, 10 * page()).expect("it goes back");
+    }
+
+    fn assert_some_is_gone(memory: &GuestMemoryMmap) {
+        let expected: Vec<bool> = (0..16).map(|page| (3..12).contains(&page)).collect();
+        assert_eq!(zeros(memory), expected);
+    }
+
+    #[test]
+    fn private_pages_go_back() {
+        let memory = memory(None);
+        discard_some(&memory);
+        assert_some_is_gone(&memory);
+    }
+
+    #[test]
+    fn shared_pages_go_back_for_all_who_share_them() {
+        let files = [0; 2].map(|_| {
+            let file = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC);
+            let file = File::from(file.expect("a file"));
+            file.set_len(9 * page()).expect("room");
+            file
+        });
+        let others = files
+            .each_ref()
+            .map(|file| file.try_clone().expect("a file"));
+        let memory = memory(Some(files));
+        discard_some(&memory);
+        // Before anybody reads, which would take them again: a file's first page was never there.
+        let taken = others
+            .each_ref()
+            .map(|file| file.metadata().expect("a file").blocks() * 512 / page());
+        assert_eq!(taken, [3, 4]);
+        assert_some_is_gone(&memory);
+        let [_, mut second] = others;
+        let mut bytes = Vec::new();
+        second.seek(SeekFrom::Start(page())).expect("a file");
+        second.read_to_end(&mut bytes).expect("a file");
+        let gone = bytes.iter().take_while(|byte| **byte == 0).count() as u64;
+        assert_eq!(gone, 4 * page());
+    }
+
+    #[test]
+    fn what_is_no_guest_memory_is_refused() {
+        let memory = memory(None);
+        for start in [0, BASE - page(), BASE + 16 * page(), u64::MAX] {
+            assert!(discard(&memory, GuestAddress(start), page()).is_err());
+        }
+        let end = GuestAddress(BASE + 15 * page());
+        assert!(discard(&memory, end, 2 * page()).is_err());
+        // Less than a page is nothing, and no error.
+        discard(&memory, GuestAddress(BASE), page() - 1).expect("nothing to do");
+        assert!(!zeros(&memory)[0]);
+    }
+
+    #[test]
+    fn a_mapped_file_is_the_file() {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.set_len(4 << 20).expect("room");
+        file.write_all(b"before").expect("room");
+        let address = map_file(&file, 4 << 20, false).expect("a mapping");
+        assert_eq!(address as usize % (2 << 20), 0);
+        // SAFETY: the mapping lives until the process ends, and nobody else writes it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(address, 4 << 20) };
+        assert_eq!(&bytes[..6], b"before");
+        bytes[..6].copy_from_slice(b"behind");
+        let mut found = [0; 6];
+        file.seek(SeekFrom::Start(0)).expect("a file");
+        file.read_exact(&mut found).expect("a file");
+        assert_eq!(&found, b"behind");
+    }
+
+    #[test]
+    fn locks_keep_writers_apart_and_let_readers_share() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let open = || {
+            let options = File::options().read(true).write(true).open(file.path());
+            options.expect("a file")
+        };
+        let (first, second, third) = (open(), open(), open());
+        lock(&first, false).expect("nobody has it");
+        lock(&second, false).expect("readers share");
+        let error = lock(&third, true).expect_err("readers have it");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop((first, second));
+        lock(&third, true).expect("nobody has it");
+        assert!(lock(&open(), false).is_err());
+    }
+}

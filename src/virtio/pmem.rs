@@ -1,0 +1,298 @@
+//! Persistent memory (`--pmem`): a file that the guest has as memory, and mounts without a page
+//! cache of its own.
+
+use super::Backend;
+use super::options::Options;
+use super::pages;
+use crate::status::{Fault, Status};
+use anyhow::{Context, Result, bail};
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::pmem::Pmem;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+const FLAG: &str = "--pmem";
+
+/// What an image's size is a multiple of, and its place in the guest's memory too, in bytes: the
+/// guest adds memory in such pieces (Linux: include/linux/mmzone.h, SUBSECTION_SIZE).
+pub const ALIGN: u64 = 2 << 20;
+
+/// A file as the guest's memory.
+pub struct PmemImage {
+    name: String,
+    image: Arc<Image>,
+    readonly: bool,
+    address: usize,
+    size: u64,
+    /// Where the guest has it; 0 before that is decided.
+    start: AtomicU64,
+}
+
+struct Image {
+    path: PathBuf,
+    file: File,
+    readonly: bool,
+    size: u64,
+    /// Whether writes were lost on their way to storage.
+    lost: AtomicBool,
+}
+
+impl PmemImage {
+    /// Opens, locks and maps the image that the value of `--pmem` names: the `index`th of the
+    /// machine's.
+    ///
+    /// # Errors
+    /// A value that makes no sense, an image that cannot be used.
+    pub fn open(text: &str, index: usize) -> Result<PmemImage> {
+        let mut options = Options::parse(FLAG, text, &[])?;
+        let path = PathBuf::from(options.require("path")?);
+        let readonly = options.switch("readonly")?;
+        options.finish()?;
+        let shown = path.display();
+        let opened = File::options().read(true).write(!readonly).open(&path);
+        let file = match opened {
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                bail!("{FLAG}: {shown} is a directory; it takes a file")
+            }
+            opened => opened.with_context(|| match readonly {
+                true => format!("{FLAG}: cannot open {shown} to read"),
+                false => format!("{FLAG}: cannot open {shown} to read and write"),
+            })?,
+        };
+        let size = size_of(&file).with_context(|| format!("{FLAG}: {shown}"))?;
+        if size == 0 || !size.is_multiple_of(ALIGN) {
+            bail!(
+                "{FLAG}: {shown} has {size} bytes, not a multiple of 2 MiB; 'truncate -s {}M {shown}' makes it one",
+                size.next_multiple_of(ALIGN).max(ALIGN) >> 20
+            );
+        }
+        match pages::lock(&file, !readonly) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                bail!("{FLAG}: {shown} is in use by another program; only one may write it")
+            }
+            locked => locked.with_context(|| format!("{FLAG}: cannot lock {shown}"))?,
+        }
+        let address = usize::try_from(size)
+            .map_err(anyhow::Error::from)
+            .and_then(|size| pages::map_file(&file, size, readonly))
+            .with_context(|| format!("{FLAG}: cannot map {size} bytes of {shown}"))
+            .fault(Status::Host)?;
+        Ok(PmemImage {
+            name: format!("pmem{index}"),
+            readonly,
+            address: address as usize,
+            size,
+            start: AtomicU64::new(0),
+            image: Arc::new(Image {
+                path,
+                file,
+                readonly,
+                size,
+                lost: AtomicBool::new(false),
+            }),
+        })
+    }
+
+    /// Address of the mapping in this process, which stays until the process ends: what the
+    /// memslot needs.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Bytes of the mapping: a multiple of [`ALIGN`].
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether the mapping is for reading only; then the memslot has to be so too.
+    #[must_use]
+    pub fn is_readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// The guest has it at this guest-physical address, a multiple of [`ALIGN`]: to be said before
+    /// each [`Backend::device`].
+    pub fn place(&self, start: u64) {
+        self.start.store(start, Ordering::Relaxed);
+    }
+}
+
+/// The size of a file or block device in bytes.
+fn size_of(file: &File) -> Result<u64> {
+    let metadata = file.metadata().context("cannot be looked at")?;
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        bail!("it is a directory; it takes a file");
+    }
+    if kind.is_block_device() {
+        let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0));
+        return size.context("its size cannot be found");
+    }
+    if !kind.is_file() {
+        bail!("it is neither a file nor a block device");
+    }
+    Ok(metadata.len())
+}
+
+impl Backend for PmemImage {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let start = self.start.load(Ordering::Relaxed);
+        let (image, name) = (Arc::clone(&self.image), self.name.clone());
+        let flush = move || match image.flush() {
+            Ok(()) => true,
+            Err(error) => {
+                let path = image.path.display();
+                log::warn!("{name}: cannot flush {path}: {error:#}; the guest gets an I/O error");
+                false
+            }
+        };
+        Ok(Arc::new(Mutex::new(Pmem::new(
+            start,
+            self.size,
+            Box::new(flush),
+        ))))
+    }
+
+    /// A flush takes as long as the storage takes.
+    fn is_busy(&self) -> bool {
+        true
+    }
+}
+
+impl Image {
+    fn flush(&self) -> Result<()> {
+        if self.readonly {
+            return Ok(());
+        }
+        // What Linux could not write it drops, and says so once; a later flush that succeeds does
+        // not bring it back (Documentation/filesystems/vfs.rst, "Handling errors during
+        // writeback").
+        if self.lost.load(Ordering::Relaxed) {
+            bail!("writes were lost before");
+        }
+        let size = size_of(&self.file)?;
+        if size < self.size {
+            bail!("it was cut to {size} bytes");
+        }
+        rustix::fs::fdatasync(&self.file).inspect_err(|_| {
+            self.lost.store(true, Ordering::Relaxed);
+        })?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use tempfile::TempDir;
+
+    struct Folder(TempDir);
+
+    impl Folder {
+        fn new() -> Folder {
+            Folder(tempfile::tempdir().expect("a folder"))
+        }
+
+        fn path(&self, name: &str) -> String {
+            self.0.path().join(name).to_string_lossy().into_owned()
+        }
+
+        fn image(&self, size: u64) -> String {
+            let path = self.path("image");
+            let file = File::create(&path).expect("a file");
+            file.set_len(size).expect("room");
+            path
+        }
+    }
+
+    fn refused(text: &str) -> String {
+        let error = PmemImage::open(text, 0).map(|_| ()).expect_err(text);
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn an_image_is_mapped_whole() {
+        let folder = Folder::new();
+        let path = folder.image(4 << 20);
+        let image = PmemImage::open(&format!("path={path}"), 3).expect("an image");
+        assert_eq!((image.size(), image.is_readonly()), (4 << 20, false));
+        assert!((image.address() as u64).is_multiple_of(ALIGN) && image.address() != 0);
+        assert_eq!(image.name(), "pmem3");
+        image.place(0x1_0000_0000);
+        let device = image.device().expect("a device");
+        let config = device.lock().expect("sound").config();
+        let mut bytes = [0; 16];
+        config.read(0, &mut bytes);
+        assert_eq!(bytes[..8], 0x1_0000_0000_u64.to_le_bytes());
+        assert_eq!(bytes[8..], (4_u64 << 20).to_le_bytes());
+    }
+
+    #[test]
+    fn only_one_writes_an_image() {
+        let folder = Folder::new();
+        let path = folder.image(2 << 20);
+        let first = PmemImage::open(&format!("path={path}"), 0).expect("an image");
+        assert!(refused(&format!("path={path}")).contains("is in use by another program"));
+        assert!(refused(&format!("path={path},readonly")).contains("is in use"));
+        // Not even when it is dropped: the mapping stays, and the lock with it.
+        drop(first);
+        assert!(refused(&format!("path={path}")).contains("is in use"));
+        let folder = Folder::new();
+        let path = folder.image(2 << 20);
+        for index in [0, 1] {
+            let reader = PmemImage::open(&format!("path={path},readonly"), index);
+            assert!(reader.expect("readers share").is_readonly());
+        }
+        assert!(refused(&format!("path={path}")).contains("is in use"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_what_would_work() {
+        let folder = Folder::new();
+        let missing = folder.path("missing");
+        assert!(refused("readonly").contains("lacks path="));
+        assert!(refused(&format!("path={missing}")).contains("No such file"));
+        let directory = folder.path("directory");
+        fs::create_dir(&directory).expect("a folder");
+        for switch in ["", ",readonly"] {
+            assert!(refused(&format!("path={directory}{switch}")).contains("directory"));
+        }
+        for (size, advice) in [(0, "-s 2M"), (1, "-s 2M"), ((4 << 20) + 512, "-s 6M")] {
+            let path = folder.image(size);
+            let error = refused(&format!("path={path}"));
+            assert!(
+                error.contains(advice) && error.contains("multiple of 2 MiB"),
+                "{error}"
+            );
+        }
+        assert!(refused("path=/dev/null").contains("neither a file nor a block device"));
+        assert!(refused("path=a,size=3").contains("use path, readonly"));
+    }
+
+    #[test]
+    fn a_flush_of_an_image_that_was_cut_fails() {
+        let folder = Folder::new();
+        let path = folder.image(4 << 20);
+        let image = PmemImage::open(&format!("path={path}"), 0).expect("an image");
+        image.image.flush().expect("nothing is wrong");
+        let file = File::options().write(true).open(&path).expect("a file");
+        file.set_len(2 << 20).expect("it is cut");
+        let error = image.image.flush().expect_err("half of it is gone");
+        assert!(error.to_string().contains("cut to 2097152 bytes"));
+        file.set_len(4 << 20).expect("room");
+        image.image.flush().expect("nothing was lost");
+        image.image.lost.store(true, Ordering::Relaxed);
+        assert!(image.image.flush().is_err());
+    }
+}
