@@ -6,6 +6,7 @@ use crate::cli::MachineArgs;
 use crate::kernel::{Initrd, Kernel};
 use crate::status::{Fault, Status};
 use crate::virtio::console::ConsoleKind;
+use crate::virtio::pmem::planned_size;
 use crate::virtio::{self, Wanted};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::image::Header;
@@ -76,7 +77,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
     let console = virtio::console(args)?;
     let cmdline = match &args.cmdline {
         Some(cmdline) => cmdline.clone(),
-        None => default_cmdline(&defaults.cmdline, console),
+        None => default_cmdline(&defaults.cmdline, console, args),
     };
     check_cmdline(&cmdline)?;
     if args.initrd.is_some() && args.kernel.is_none() {
@@ -102,6 +103,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         .map(|path| Initrd::open(Path::new(path)))
         .transpose()?;
     let wanted = virtio::wanted(args)?;
+    let pmem = args.pmem.iter().map(|text| planned_size(text));
     let request = Request {
         cpus,
         memory,
@@ -112,7 +114,7 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         cmdline,
         seeds: None,
         virtio: wanted.iter().map(|device| device.name.clone()).collect(),
-        pmem: Vec::new(),
+        pmem: pmem.collect::<Result<_>>()?,
     };
     Ok(Config {
         board,
@@ -124,13 +126,16 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
     })
 }
 
-/// The board's command line, with the console where the terminal is.
-fn default_cmdline(board: &str, console: ConsoleKind) -> String {
-    let words = board.split(' ').map(|word| match console {
-        ConsoleKind::Virtio if word.starts_with("console=") => "console=hvc0",
-        _ => word,
-    });
-    words.collect::<Vec<_>>().join(" ")
+/// The board's command line, with the console where the terminal is and the root file system where
+/// the first disk has one.
+fn default_cmdline(board: &str, console: ConsoleKind, args: &MachineArgs) -> String {
+    let mut words = vec![board];
+    if console == ConsoleKind::Virtio {
+        // The last one is the main one, as soon as its driver is there.
+        words.push("console=hvc0");
+    }
+    words.extend(virtio::root(args));
+    words.join(" ")
 }
 
 /// Refuses what the kernel would cut off or misread.

@@ -97,6 +97,10 @@ pub fn assemble<A: KvmArch>(
 ) -> Result<Machine<A>> {
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
     memory::give(memory, &vm)?;
+    let images = backends.iter().filter_map(|backend| backend.pmem());
+    for (index, (image, range)) in images.zip(&plan.layout.pmem).enumerate() {
+        memory::give_pmem(image, *range, index, &vm)?;
+    }
     let (vcpus, chip) = A::populate(&vm, plan)?;
     let mut slots = Slots::new(&vm, memory, plan)?;
     let (bus, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {

@@ -1,9 +1,10 @@
 //! Guest memory: memory of this process, aligned so that KVM can map it in huge blocks.
 
-use anyhow::{Context, Result, anyhow};
+use crate::virtio::pmem::PmemImage;
+use anyhow::{Context, Result, anyhow, ensure};
 use armlet_arch::Range;
 use armlet_arch::size::show_size;
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -132,6 +133,37 @@ pub fn give(memory: &GuestMemoryMmap, vm: &VmFd) -> Result<()> {
             .with_context(|| format!("cannot give the VM {size} bytes of memory at {guest:#x}"))?;
     }
     Ok(())
+}
+
+/// The first memslot of persistent memory, behind those of RAM and registers.
+const PMEM_SLOT: u32 = 1100;
+
+/// Gives the VM persistent memory in its place.
+///
+/// # Errors
+/// What KVM says, or an image that is not as large as planned.
+pub fn give_pmem(image: &PmemImage, place: Range, index: usize, vm: &VmFd) -> Result<()> {
+    let (start, size) = (place.start(), image.size());
+    ensure!(
+        size == place.size(),
+        "persistent memory {index} has {size} bytes, and had {} when it was planned",
+        place.size()
+    );
+    image.place(start);
+    let slot = kvm_userspace_memory_region {
+        slot: PMEM_SLOT + index as u32,
+        flags: if image.is_readonly() {
+            KVM_MEM_READONLY
+        } else {
+            0
+        },
+        guest_phys_addr: start,
+        memory_size: size,
+        userspace_addr: image.address() as u64,
+    };
+    // SAFETY: the image is mapped until the process ends.
+    unsafe { vm.set_user_memory_region(slot) }
+        .with_context(|| format!("cannot give the VM persistent memory {index} at {place}"))
 }
 
 /// Guest memory that no vCPU uses: it holds on to the vCPUs, so none can be running.

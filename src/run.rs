@@ -17,6 +17,7 @@ use crate::virtio;
 use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
 use armlet_arch::plan::POWER_KEY_LINE;
+use armlet_devices::pl011::Output;
 use kvm_ioctls::Kvm;
 use rustix::io::Errno;
 use rustix::stdio;
@@ -96,7 +97,9 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         ConsoleKind::Serial => None,
         ConsoleKind::Virtio => Some(events.open_hvc()?),
     };
-    let backends = virtio::open(&orders.config.virtio, hvc.as_ref()).fault(Status::Usage)?;
+    let memory_size = orders.config.request.memory;
+    let backends =
+        virtio::open(&orders.config.virtio, memory_size, hvc.as_ref()).fault(Status::Usage)?;
     loop {
         if orders.seeded {
             orders.config.request.seeds = Some(fresh_seeds()?);
@@ -125,7 +128,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             }
         };
         let stopping = Arc::new(AtomicBool::new(false));
-        let wires = events.wires(&stopping);
+        let wires = events.wires(&stopping, hvc.clone());
         let mut machine = machine::assemble::<A>(&orders.kvm, &plan, memory, &backends, wires)
             .fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
@@ -337,15 +340,21 @@ impl Events {
     }
 
     /// The wires of a new life of the guest, before any vCPU of it runs.
-    fn wires(&mut self, stopping: &Arc<AtomicBool>) -> Wires {
+    fn wires(&mut self, stopping: &Arc<AtomicBool>, hvc: Option<Arc<HvcConsole>>) -> Wires {
         // What an earlier life left behind means nothing to this one.
         lock(&self.queue).clear();
         (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
         self.input.session = None;
         let (room, burst, deadline) = (self.teller(), self.teller(), self.teller());
         let output = StandardOutput::new(Arc::clone(stopping));
+        let mut output = PanicWatch::new(output, Box::new(note_panic));
+        // What the kernel prints goes to all its consoles: shown once.
+        let show = move |bytes: &[u8]| match &hvc {
+            Some(hvc) if hvc.is_listening() => {}
+            _ => output.write(bytes),
+        };
         Wires {
-            output: Box::new(PanicWatch::new(output, Box::new(note_panic))),
+            output: Box::new(show),
             on_room: Box::new(move || room.tell(Event::Room)),
             on_burst: Box::new(move || burst.tell(Event::Burst)),
             on_deadline: Box::new(move || deadline.tell(Event::Deadline)),
@@ -556,14 +565,14 @@ impl Events {
 
     /// Gives the console as much of what is pending as it wants.
     fn hand_over(&mut self, devices: &Devices) -> Handed {
-        if let Some(hvc) = &devices.hvc {
-            let Some(console) = hvc.current() else {
-                return Handed::NotNow(None);
-            };
-            // Only this thread and a vCPU that starts or stops the device ever hold it.
-            let (taken, wants_more) = lock(&console).receive(&self.input.pending);
-            self.input.pending.drain(..taken);
-            return Handed::All { wants_more };
+        if let Some(console) = devices.hvc.as_ref().and_then(|hvc| hvc.current()) {
+            // Only this thread and a vCPU that starts or stops the device ever hold it for long.
+            let mut console = lock(&console);
+            if console.listening().is_some() {
+                let (taken, wants_more) = console.receive(&self.input.pending);
+                self.input.pending.drain(..taken);
+                return Handed::All { wants_more };
+            }
         }
         let Some(serial) = &devices.serial else {
             return Handed::NotNow(None);

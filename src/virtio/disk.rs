@@ -78,6 +78,12 @@ enum EngineChoice {
 }
 
 impl DiskOptions {
+    /// The image.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Reads what stands behind `--disk`: `path=IMG` and more, or an image's name and more.
     ///
     /// # Errors

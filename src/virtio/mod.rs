@@ -7,17 +7,29 @@
 use crate::cli::MachineArgs;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
+use balloon::GuestBalloon;
 use console::{ConsoleKind, HvcConsole};
 use disk::DiskOptions;
+use net::NetOptions;
+use pmem::PmemImage;
+use share::ShareOptions;
 use std::sync::{Arc, Mutex};
+use vsock::VsockOptions;
 
+pub mod balloon;
 pub mod console;
 pub mod disk;
 pub mod net;
 pub mod options;
+pub mod pages;
+pub mod pmem;
 pub mod rng;
+pub mod root;
+pub mod share;
 pub mod slots;
 pub mod vhost;
+pub mod vhost_user;
+pub mod vsock;
 
 /// What stands behind a virtio device on the host.
 pub trait Backend: Send {
@@ -38,6 +50,11 @@ pub trait Backend: Send {
     /// Whether another process works in guest memory, which then has to be shareable.
     fn shares_memory(&self) -> bool {
         false
+    }
+
+    /// The memory of the host that the guest gets with the device, for persistent memory.
+    fn pmem(&self) -> Option<&PmemImage> {
+        None
     }
 }
 
@@ -70,6 +87,12 @@ pub struct Wanted {
 #[derive(Clone, Debug)]
 enum What {
     Disk(DiskOptions),
+    Net(NetOptions),
+    Share(ShareOptions),
+    Vsock(VsockOptions),
+    /// The value of its option, as of those below.
+    Pmem(String),
+    Balloon(String),
     Console,
     Rng,
 }
@@ -87,6 +110,23 @@ pub fn wanted(args: &MachineArgs) -> Result<Vec<Wanted>> {
     for (number, text) in args.disk.iter().enumerate() {
         let disk = DiskOptions::parse(text)?;
         add(&format!("disk{number}"), What::Disk(disk));
+    }
+    for (number, text) in args.net.iter().enumerate() {
+        let net = NetOptions::parse(text)?;
+        add(&format!("net{number}"), What::Net(net));
+    }
+    for (number, text) in args.share.iter().enumerate() {
+        let share = ShareOptions::parse(text)?;
+        add(&format!("share{number}"), What::Share(share));
+    }
+    if let Some(text) = &args.vsock {
+        add("vsock", What::Vsock(VsockOptions::parse(text)?));
+    }
+    for (number, text) in args.pmem.iter().enumerate() {
+        add(&format!("pmem{number}"), What::Pmem(text.clone()));
+    }
+    if let Some(text) = &args.balloon {
+        add("balloon", What::Balloon(text.clone()));
     }
     if console(args)? == ConsoleKind::Virtio {
         add("console", What::Console);
@@ -108,11 +148,23 @@ pub fn console(args: &MachineArgs) -> Result<ConsoleKind> {
     text.map_or(Ok(ConsoleKind::Serial), ConsoleKind::parse)
 }
 
-/// Opens what stands behind the devices, in their order; `console` stands behind the console.
+/// The root file system on the first disk, in words for the kernel's command line.
+#[must_use]
+pub fn root(args: &MachineArgs) -> Option<&'static str> {
+    let disk = DiskOptions::parse(args.disk.first()?).ok()?;
+    root::words(disk.path())
+}
+
+/// Opens what stands behind the devices of a guest with `memory` bytes, in their order; `console`
+/// stands behind the console.
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
-pub fn open(wanted: &[Wanted], console: Option<&Arc<HvcConsole>>) -> Result<Vec<Box<dyn Backend>>> {
+pub fn open(
+    wanted: &[Wanted],
+    memory: u64,
+    console: Option<&Arc<HvcConsole>>,
+) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
     let disks: Vec<DiskOptions> = wanted
         .iter()
@@ -122,9 +174,21 @@ pub fn open(wanted: &[Wanted], console: Option<&Arc<HvcConsole>>) -> Result<Vec<
         })
         .collect();
     let mut disks = disk::open_all(&disks)?.into_iter();
+    let (mut nets, mut pmems) = (0.., 0..);
     for wanted in wanted {
         let backend: Option<Box<dyn Backend>> = match &wanted.what {
             What::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
+            What::Net(net) => {
+                let number = nets.next().unwrap_or_default();
+                Some(Box::new(net.open(number)?))
+            }
+            What::Share(share) => Some(share.open(&wanted.name)?),
+            What::Vsock(vsock) => Some(vsock.open()?),
+            What::Pmem(text) => {
+                let number = pmems.next().unwrap_or_default();
+                Some(Box::new(PmemImage::open(text, number)?))
+            }
+            What::Balloon(text) => Some(Box::new(GuestBalloon::open(text, memory)?)),
             What::Console => console.map(|console| Box::new(Arc::clone(console)) as _),
             What::Rng => Some(Box::new(rng::HostEntropy)),
         };

@@ -48,10 +48,7 @@ impl PmemImage {
     /// # Errors
     /// A value that makes no sense, an image that cannot be used.
     pub fn open(text: &str, index: usize) -> Result<PmemImage> {
-        let mut options = Options::parse(FLAG, text, &[])?;
-        let path = PathBuf::from(options.require("path")?);
-        let readonly = options.switch("readonly")?;
-        options.finish()?;
+        let (path, readonly) = read_options(text)?;
         let shown = path.display();
         let opened = File::options().read(true).write(!readonly).open(&path);
         let file = match opened {
@@ -123,6 +120,27 @@ impl PmemImage {
     }
 }
 
+/// Bytes of the image that the value of `--pmem` names, for a plan: it is neither locked nor kept
+/// open.
+///
+/// # Errors
+/// A value that makes no sense, an image that cannot be opened.
+pub fn planned_size(text: &str) -> Result<u64> {
+    let (path, _) = read_options(text)?;
+    let shown = path.display();
+    let file = File::open(&path).with_context(|| format!("{FLAG}: cannot open {shown}"))?;
+    size_of(&file).with_context(|| format!("{FLAG}: {shown}"))
+}
+
+/// The image's path, and whether it is for reading only.
+fn read_options(text: &str) -> Result<(PathBuf, bool)> {
+    let mut options = Options::parse(FLAG, text, &[])?;
+    let path = PathBuf::from(options.require("path")?);
+    let readonly = options.switch("readonly")?;
+    options.finish()?;
+    Ok((path, readonly))
+}
+
 /// The size of a file or block device in bytes.
 fn size_of(file: &File) -> Result<u64> {
     let metadata = file.metadata().context("cannot be looked at")?;
@@ -161,6 +179,10 @@ impl Backend for PmemImage {
             self.size,
             Box::new(flush),
         ))))
+    }
+
+    fn pmem(&self) -> Option<&PmemImage> {
+        Some(self)
     }
 
     /// A flush takes as long as the storage takes.

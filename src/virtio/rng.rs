@@ -26,3 +26,18 @@ impl Backend for HostEntropy {
 fn fill(buffer: &mut [u8]) -> bool {
     getrandom(&mut *buffer, GetRandomFlags::NONBLOCK).is_ok_and(|count| count == buffer.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_fill_the_buffer_and_differ_each_time() {
+        let (mut first, mut second) = ([0; 256], [0; 256]);
+        assert!(fill(&mut first) && fill(&mut second));
+        assert_ne!(first, second);
+        // The last bytes too: 16 zeros in a row come once in 2^128 times.
+        assert_ne!(first[240..], [0; 16]);
+        assert!(fill(&mut []), "nothing is wanted");
+    }
+}

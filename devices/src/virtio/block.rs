@@ -439,9 +439,9 @@ impl Block {
     fn order(&self, running: &Running, chain: &Chain) -> Order {
         let mut header = [0; HEADER];
         if chain.read(&running.memory, 0, &mut header) < HEADER {
-            running
-                .link
-                .fault(format_args!("a request has less than {HEADER} bytes of header"));
+            running.link.fault(format_args!(
+                "a request has less than {HEADER} bytes of header"
+            ));
             return Order::Answer(IOERR);
         }
         let [kind, _, low, high] = words(&header);
@@ -514,9 +514,11 @@ impl Block {
     }
 
     fn within(&self, operation: Operation, sector: u64, len: u64) -> Result<Order, &'static str> {
-        let offset = sector
-            .checked_mul(SECTOR)
-            .filter(|offset| offset.checked_add(len).is_some_and(|end| end <= self.capacity));
+        let offset = sector.checked_mul(SECTOR).filter(|offset| {
+            offset
+                .checked_add(len)
+                .is_some_and(|end| end <= self.capacity)
+        });
         match offset {
             Some(_) if len == 0 => Ok(Order::Answer(OK)),
             Some(offset) => Ok(Order::Do(operation, offset, len)),
@@ -665,7 +667,10 @@ impl VirtioDevice for Block {
 
     fn ready(&mut self, _source: usize) {
         self.collect();
-        let held = self.running.as_mut().map(|now| std::mem::take(&mut now.held));
+        let held = self
+            .running
+            .as_mut()
+            .map(|now| std::mem::take(&mut now.held));
         for queue in held.unwrap_or_default() {
             self.serve(queue);
         }
@@ -719,7 +724,8 @@ fn put(bytes: &mut [u8], offset: usize, value: &[u8]) {
 
 /// Little-endian words.
 fn words(bytes: &[u8; 16]) -> [u32; 4] {
-    let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let word =
+        |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
     [word(0), word(4), word(8), word(12)]
 }
 

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub mod balloon;
 pub mod block;
 pub mod console;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod pmem;

@@ -303,6 +303,20 @@ impl Virtqueue {
         self.queue.next_avail()
     }
 
+    /// Goes on where another process or the kernel stopped working on the ring: at the first
+    /// request that it did not complete, if it completes them in order.
+    pub fn resume(&mut self) {
+        let used = self.queue.used_ring() + 2;
+        match load_u16(&self.memory, used) {
+            Some(index) => {
+                self.queue.set_next_avail(index);
+                self.queue.set_next_used(index);
+                self.signalled = index;
+            }
+            None => self.break_ring(format_args!("the used ring is not in memory")),
+        }
+    }
+
     /// The driver sent what this device cannot make sense of: it is asked for a reset.
     pub fn break_ring(&mut self, what: std::fmt::Arguments<'_>) {
         self.broken = true;

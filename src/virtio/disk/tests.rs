@@ -1,119 +1,666 @@
 use super::*;
-use armlet_devices::virtio::block::*;
+use armlet_devices::virtio::block::{Data, Operation, Outcome, Request};
 use armlet_devices::virtio::queue::Segment;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use proptest::prelude::*;
+use std::io::Write;
+use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-fn cpu() -> (f64, f64) {
-    let mut u: libc::rusage = unsafe { std::mem::zeroed() };
-    unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut u) };
-    let t = |t: libc::timeval| t.tv_sec as f64 * 1e6 + t.tv_usec as f64;
-    (t(u.ru_utime), t(u.ru_stime))
+/// Where guest memory begins, and its size.
+const BASE: u64 = 0x4000_0000;
+const MEMORY: usize = 4 << 20;
+/// Bytes of the disks here.
+const SIZE: usize = 256 << 10;
+
+/// A folder with an image of a few bytes that are easy to tell apart.
+struct Folder {
+    folder: TempDir,
+}
+
+impl Folder {
+    fn new() -> Folder {
+        let folder = TempDir::new().expect("a folder");
+        Folder { folder }
+    }
+
+    fn path(&self, name: &str) -> String {
+        let path = self.folder.path().join(name);
+        path.to_str().expect("UTF-8").to_owned()
+    }
+
+    fn with(&self, name: &str, bytes: &[u8]) -> String {
+        let path = self.path(name);
+        std::fs::write(&path, bytes).expect("a file");
+        path
+    }
+
+    fn image(&self) -> String {
+        self.with("disk.img", &pattern())
+    }
+}
+
+fn pattern() -> Vec<u8> {
+    (0..SIZE).map(|at| (at / 512 * 7 + at) as u8).collect()
+}
+
+fn open(text: &str) -> Result<Disk> {
+    DiskOptions::parse(text)?.open(0)
+}
+
+/// The disk, unless the host lacks what it needs; says so then.
+fn open_or_skip(text: &str) -> Option<Disk> {
+    match open(text) {
+        Ok(disk) => Some(disk),
+        Err(error) => {
+            let error = format!("{error:#}");
+            let lacks = error.contains("io_uring") || error.contains("cache=none");
+            assert!(lacks, "{error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+fn fails(text: &str) -> String {
+    match open(text) {
+        Ok(_) => panic!("{text} works"),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+/// An engine at work, without its device.
+struct Bench {
+    engine: Box<dyn Engine>,
+    memory: Arc<GuestMemoryMmap>,
+    next: u16,
+}
+
+impl Bench {
+    fn new(disk: &Disk) -> Bench {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), MEMORY)]);
+        let memory = Arc::new(memory.expect("memory"));
+        let mut engine = disk.engine().expect("an engine");
+        engine.start(&memory);
+        Bench {
+            engine,
+            memory,
+            next: 0,
+        }
+    }
+
+    /// Does one request; its data are in pieces of these sizes, one after the other with gaps.
+    fn run(
+        &mut self,
+        operation: Operation,
+        offset: usize,
+        bytes: &mut [u8],
+        pieces: &[usize],
+        durable: bool,
+    ) -> Outcome {
+        let is_data = matches!(operation, Operation::Read | Operation::Write);
+        let segments = lay_out(if is_data { bytes.len() } else { 0 }, pieces);
+        let mut at = 0;
+        for segment in &segments {
+            let piece = &bytes[at..at + segment.len];
+            at += segment.len;
+            self.memory
+                .write_slice(piece, segment.address)
+                .expect("memory");
+        }
+        self.next = (self.next + 1) % self.engine.depth();
+        let begun = self.engine.begin(&Request {
+            tag: self.next,
+            operation,
+            offset: offset as u64,
+            len: bytes.len() as u64,
+            data: Data::new(&segments, 0, at),
+            durable,
+        });
+        let outcome = begun.unwrap_or_else(|| {
+            self.engine.submit();
+            loop {
+                match self.engine.finished() {
+                    Some((tag, outcome)) => {
+                        assert_eq!(tag, self.next);
+                        break outcome;
+                    }
+                    None => self.engine.wait(),
+                }
+            }
+        });
+        let mut at = 0;
+        for segment in &segments {
+            let piece = &mut bytes[at..at + segment.len];
+            at += segment.len;
+            self.memory
+                .read_slice(piece, segment.address)
+                .expect("memory");
+        }
+        outcome
+    }
+
+    fn read(&mut self, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let outcome = self.run(Operation::Read, offset, &mut bytes, &[], false);
+        assert_eq!(outcome, Outcome::Done);
+        bytes
+    }
+
+    fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let outcome = self.run(Operation::Write, offset, &mut bytes.to_vec(), &[], false);
+        assert_eq!(outcome, Outcome::Done);
+    }
+
+    fn flush(&mut self) -> Outcome {
+        self.run(Operation::Flush, 0, &mut [], &[], false)
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.engine.stop();
+    }
+}
+
+/// Segments of these sizes, the last of what is left.
+fn lay_out(total: usize, pieces: &[usize]) -> Vec<Segment> {
+    let mut left = total;
+    let mut address = BASE;
+    let mut segments = Vec::new();
+    for len in pieces.iter().copied().chain([total]) {
+        let len = len.min(left);
+        if len > 0 {
+            segments.push(Segment {
+                address: GuestAddress(address),
+                len,
+            });
+        }
+        left -= len;
+        // Odd sizes make odd addresses.
+        address += len as u64 + if pieces.is_empty() { 0 } else { 512 };
+    }
+    segments
+}
+
+#[derive(Clone, Debug)]
+struct Step {
+    operation: Operation,
+    sector: usize,
+    sectors: usize,
+    fill: u8,
+    pieces: Vec<usize>,
+    durable: bool,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let operation = prop::sample::select(vec![
+        Operation::Read,
+        Operation::Read,
+        Operation::Write,
+        Operation::Write,
+        Operation::Flush,
+        Operation::WriteZeroes { unmap: false },
+        Operation::WriteZeroes { unmap: true },
+    ]);
+    let sectors = SIZE / 512;
+    let piece = prop_oneof![Just(512_usize), Just(4096), 1_usize..3000];
+    let pieces = prop_oneof![Just(Vec::new()), prop::collection::vec(piece, 0..12)];
+    let step = (
+        operation,
+        0..sectors,
+        1..sectors,
+        any::<u8>(),
+        pieces,
+        prop::bool::weighted(0.1),
+    );
+    let step = step.prop_map(
+        move |(operation, sector, count, fill, pieces, durable)| Step {
+            operation,
+            sector,
+            // Mostly small ones.
+            sectors: (count % if fill < 200 { 20 } else { sectors }).clamp(1, sectors - sector),
+            fill,
+            pieces,
+            durable,
+        },
+    );
+    prop::collection::vec(step, 1..40)
+}
+
+/// Does the steps on a disk and on bytes in memory; what is read must be the same.
+fn compare(text: &str, model: &mut [u8], steps: &[Step]) {
+    let Some(disk) = open_or_skip(text) else {
+        return;
+    };
+    let mut bench = Bench::new(&disk);
+    for step in steps {
+        let (start, len) = (step.sector * 512, step.sectors * 512);
+        let old = &mut model[start..start + len];
+        let mut bytes: Vec<u8> = (0..len).map(|at| (at / 3) as u8 ^ step.fill).collect();
+        let (operation, pieces) = (step.operation, &step.pieces);
+        let outcome = match operation {
+            Operation::Flush => bench.flush(),
+            _ => bench.run(operation, start, &mut bytes, pieces, step.durable),
+        };
+        assert_eq!(outcome, Outcome::Done, "{text}: {step:?}");
+        match operation {
+            Operation::Read => assert!(bytes == old, "{text}: {step:?} reads something else"),
+            Operation::Write => old.copy_from_slice(&bytes),
+            Operation::WriteZeroes { .. } => old.fill(0),
+            Operation::Flush | Operation::Discard => {}
+        }
+    }
+    assert!(
+        bench.read(0, SIZE) == model,
+        "{text}: the disk is not as it was written"
+    );
+    // What a discard leaves is not known, but it leaves the rest alone.
+    let mut range = vec![0; 8192];
+    bench.run(Operation::Discard, 4096, &mut range, &[], false);
+    assert!(bench.read(0, 4096) == model[..4096]);
+    assert!(bench.read(12288, SIZE - 12288) == model[12288..]);
+    assert_eq!(bench.flush(), Outcome::Done);
+    // And so it is for who opens it next.
+    drop(bench);
+    drop(disk);
+    let disk = open(text).expect("opens again");
+    assert!(Bench::new(&disk).read(12288, SIZE - 12288) == model[12288..]);
+}
+
+/// Has a raw image go through the steps.
+fn compare_raw(options: &str, steps: &[Step]) {
+    let folder = Folder::new();
+    let image = folder.image();
+    let mut model = pattern();
+    compare(&format!("path={image},{options}"), &mut model, steps);
+    assert_eq!(
+        std::fs::metadata(&image).expect("a file").len(),
+        SIZE as u64,
+        "the image kept its size"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_raw_image_is_what_was_written_to_it(steps in steps()) {
+        compare_raw("engine=sync", &steps);
+    }
+
+    #[test]
+    fn so_it_is_by_io_uring(steps in steps()) {
+        compare_raw("engine=io_uring", &steps);
+    }
+
+    #[test]
+    fn so_it_is_without_the_page_cache(steps in steps()) {
+        compare_raw("cache=none,engine=sync", &steps);
+        compare_raw("cache=none,engine=io_uring", &steps);
+    }
 }
 
 #[test]
-#[ignore]
-fn bench() {
-    let dir = tempfile::tempdir_in(std::env::var("BDIR").unwrap_or("/tmp".into())).unwrap();
-    let path = dir.path().join("x.img");
-    let size: u64 = 512 << 20;
-    {
-        use std::io::Write;
-        let mut f = File::create(&path).unwrap();
-        for _ in 0..512 {
-            f.write_all(&vec![7u8; 1 << 20]).unwrap();
-        }
-        f.sync_all().unwrap();
-    }
-    for cache in ["writeback", "none"] {
-        for engine in ["sync", "io_uring"] {
-            for op in [Operation::Read, Operation::Write] {
-                for depth in [1usize, 32] {
-                    let Ok(disk) = DiskOptions::parse(&format!(
-                        "path={},cache={cache},engine={engine}",
-                        path.display()
-                    ))
-                    .unwrap()
-                    .open(0) else {
-                        println!("skip");
-                        continue;
-                    };
-                    let mut engine_ = disk.engine().unwrap();
-                    let memory = Arc::new(
-                        GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap(),
-                    );
-                    engine_.start(&memory);
-                    let epoll = vmm_sys_util::epoll::Epoll::new().unwrap();
-                    if let Some(fd) = engine_.source() {
-                        epoll
-                            .ctl(
-                                vmm_sys_util::epoll::ControlOperation::Add,
-                                fd,
-                                vmm_sys_util::epoll::EpollEvent::new(
-                                    vmm_sys_util::epoll::EventSet::IN,
-                                    0,
-                                ),
-                            )
-                            .unwrap();
-                    }
-                    let mut seed = 12345u64;
-                    let n = if cache == "none" { 4000 } else { 200000 };
-                    let (u0, s0) = cpu();
-                    let t0 = std::time::Instant::now();
-                    let mut waits = 0;
-                    let span = if op == Operation::Write && cache == "writeback" {
-                        32u64 << 20
-                    } else {
-                        size
-                    };
-                    for _ in 0..n / depth {
-                        let mut way = 0;
-                        for tag in 0..depth {
-                            seed = seed
-                                .wrapping_mul(6364136223846793005)
-                                .wrapping_add(1442695040888963407);
-                            let off = (seed >> 33) % (span / 4096) * 4096;
-                            let seg = [Segment {
-                                address: GuestAddress(tag as u64 * 4096),
-                                len: 4096,
-                            }];
-                            let r = Request {
-                                tag: tag as u16,
-                                operation: op,
-                                offset: off,
-                                len: 4096,
-                                data: Data::new(&seg, 0, 4096),
-                                durable: false,
-                            };
-                            if engine_.begin(&r).is_none() {
-                                way += 1;
-                            }
-                        }
-                        engine_.submit();
-                        loop {
-                            while let Some((_, o)) = engine_.finished() {
-                                assert_eq!(o, Outcome::Done);
-                                way -= 1;
-                            }
-                            if way == 0 {
-                                break;
-                            }
-                            let mut ev = [vmm_sys_util::epoll::EpollEvent::default(); 2];
-                            let _ = epoll.wait(-1, &mut ev);
-                            waits += 1;
-                        }
-                    }
-                    let dt = t0.elapsed().as_micros() as f64;
-                    let (u1, s1) = cpu();
-                    println!(
-                        "{cache:10} {engine:9} {op:?} qd{depth}: user {:.2} us, sys {:.2} us, wall {:.2} us per request, waits {:.3}",
-                        (u1 - u0) / n as f64,
-                        (s1 - s0) / n as f64,
-                        dt / n as f64,
-                        waits as f64 / n as f64
-                    );
-                    engine_.stop();
-                }
+fn many_requests_go_on_at_once() {
+    for options in ["engine=io_uring", "engine=io_uring,cache=none"] {
+        let folder = Folder::new();
+        let text = format!("path={},{options}", folder.image());
+        let Some(disk) = open_or_skip(&text) else {
+            return;
+        };
+        let mut bench = Bench::new(&disk);
+        let count = bench.engine.depth().min((SIZE / 4096) as u16);
+        let mut under_way = Vec::new();
+        for tag in 0..count {
+            let place = u64::from(tag) * 4096;
+            let segments = [Segment {
+                address: GuestAddress(BASE + place),
+                len: 4096,
+            }];
+            let begun = bench.engine.begin(&Request {
+                tag,
+                operation: Operation::Read,
+                offset: SIZE as u64 - 4096 - place,
+                len: 4096,
+                data: Data::new(&segments, 0, 4096),
+                durable: false,
+            });
+            match begun {
+                Some(outcome) => assert_eq!(outcome, Outcome::Done),
+                None => under_way.push(tag),
             }
         }
+        bench.engine.submit();
+        while !under_way.is_empty() {
+            match bench.engine.finished() {
+                Some((tag, outcome)) => {
+                    assert_eq!(outcome, Outcome::Done);
+                    let at = under_way.iter().position(|known| *known == tag);
+                    under_way.remove(at.expect("under way"));
+                }
+                None => bench.engine.wait(),
+            }
+        }
+        let pattern = pattern();
+        for tag in 0..usize::from(count) {
+            let mut data = vec![0; 4096];
+            let address = GuestAddress(BASE + tag as u64 * 4096);
+            bench.memory.read_slice(&mut data, address).expect("memory");
+            let from = SIZE - 4096 - tag * 4096;
+            assert!(data == pattern[from..from + 4096], "request {tag}");
+        }
+    }
+}
+
+#[test]
+fn a_request_may_have_more_pieces_than_a_system_call() {
+    // UIO_MAXIOV is 1024.
+    let pieces = vec![64; 3000];
+    let len = 3000 * 64 / 512 * 512;
+    for options in [
+        "engine=sync",
+        "engine=io_uring",
+        "engine=io_uring,cache=none",
+    ] {
+        let folder = Folder::new();
+        let text = format!("path={},{options}", folder.image());
+        let Some(disk) = open_or_skip(&text) else {
+            continue;
+        };
+        let mut bench = Bench::new(&disk);
+        let mut bytes = vec![0; len];
+        let outcome = bench.run(Operation::Read, 512, &mut bytes, &pieces, false);
+        assert_eq!(outcome, Outcome::Done);
+        assert!(bytes == pattern()[512..512 + len], "{options} reads");
+        bytes.reverse();
+        for durable in [false, true] {
+            bytes.rotate_left(1);
+            let mut copy = bytes.clone();
+            let outcome = bench.run(Operation::Write, 1024, &mut copy, &pieces, durable);
+            assert_eq!(outcome, Outcome::Done);
+            assert!(bench.read(1024, len) == bytes, "{options} writes");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_off_is_an_io_error() {
+    for options in [
+        "engine=sync",
+        "engine=io_uring",
+        "engine=io_uring,cache=none",
+    ] {
+        let folder = Folder::new();
+        let image = folder.image();
+        let Some(disk) = open_or_skip(&format!("path={image},{options}")) else {
+            continue;
+        };
+        let mut bench = Bench::new(&disk);
+        let file = File::options().write(true).open(&image).expect("a file");
+        file.set_len(SIZE as u64 / 2).expect("cut off");
+        for offset in [SIZE / 2, SIZE / 2 - 4096] {
+            let mut bytes = vec![0; 8192];
+            let outcome = bench.run(Operation::Read, offset, &mut bytes, &[], false);
+            assert_eq!(outcome, Outcome::Failed, "{options} at {offset}");
+        }
+        assert!(bench.read(0, SIZE / 2) == pattern()[..SIZE / 2]);
+    }
+}
+
+#[test]
+fn once_lost_writes_stay_lost() {
+    let folder = Folder::new();
+    let image = Image::new(
+        File::create(folder.path("x")).expect("a file"),
+        false,
+        false,
+        None,
+        Complaints::new("disk0".to_owned(), PathBuf::new()),
+    );
+    image.flush().expect("nothing was written");
+    let failed = Err(io::Error::from(rustix::io::Errno::IO));
+    assert!(image.flushed(failed).is_err());
+    assert!(
+        image.flush().is_err(),
+        "the pages are gone, whatever fsync says now"
+    );
+}
+
+#[test]
+fn an_image_has_one_writer_or_readers() {
+    let folder = Folder::new();
+    let image = folder.image();
+    let writer = open(&image).expect("opens");
+    for options in ["", ",readonly"] {
+        let message = fails(&format!("{image}{options}"));
+        assert!(message.contains("is in use by another"), "{message}");
+    }
+    drop(writer);
+    let readers = [(); 2].map(|()| open(&format!("{image},readonly")).expect("opens"));
+    assert!(fails(&image).contains("add readonly"));
+    drop(readers);
+    // No guest of it is there any more either.
+    let disk = open(&image).expect("opens");
+    let mut bench = Bench::new(&disk);
+    bench.write(0, &[1; 512]);
+    drop(bench);
+    drop(disk);
+    open(&image).expect("opens");
+}
+
+#[test]
+fn what_is_no_disk_is_refused() {
+    let folder = Folder::new();
+    let missing = folder.path("missing.img");
+    assert!(fails(&missing).contains(&format!("cannot open disk image {missing}: No such file")));
+    let here = folder.path(".");
+    assert!(fails(&here).contains("is a directory"));
+    assert!(fails("/dev/null").contains("neither a file nor a block device"));
+    let empty = folder.with("empty.img", b"");
+    assert!(fails(&empty).contains("is empty"));
+    let odd = folder.with("odd.img", &[0; 1000]);
+    let message = fails(&odd);
+    assert!(message.contains("has 1000 bytes"), "{message}");
+    assert!(
+        message.contains(&format!("truncate -s %512 {odd}")),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_format_is_never_guessed() {
+    let folder = Folder::new();
+    let mut bytes = pattern();
+    bytes[..4].copy_from_slice(&QCOW2);
+    let image = folder.with("x.img", &bytes);
+    assert!(fails(&image).contains("say format=qcow2, or format=raw"));
+    let disk = open(&format!("{image},format=raw")).expect("opens");
+    assert!(Bench::new(&disk).read(0, SIZE) == bytes);
+    let raw = folder.image();
+    assert!(fails(&format!("{raw},format=qcow2")).contains("is no qcow2 image"));
+}
+
+#[test]
+fn options_are_read() {
+    let parse = |text: &str| DiskOptions::parse(text).expect(text);
+    assert_eq!(parse("a.img"), parse("path=a.img"));
+    assert_eq!(parse("a.img,readonly"), parse("readonly,path=a.img"));
+    assert_eq!(parse("path=a=b.img").path, Path::new("a=b.img"));
+    assert_eq!(parse("a,,b.img").path, Path::new("a,b.img"));
+    let all = parse(
+        "path=x,readonly,id=s-1,format=qcow2,backing=y,backing=z,cache=none,queues=4,engine=sync",
+    );
+    let wanted = DiskOptions {
+        path: "x".into(),
+        readonly: true,
+        id: Some("s-1".to_owned()),
+        format: Format::Qcow2,
+        backing: vec!["y".into(), "z".into()],
+        cache: Cache::None,
+        queues: 4,
+        engine: EngineChoice::Sync,
+    };
+    assert_eq!(all, wanted);
+    let wrong = |text: &str| DiskOptions::parse(text).expect_err(text).to_string();
+    assert!(wrong("readonly").contains("lacks path="));
+    assert!(wrong("a.img,id=123456789012345678901").contains("up to 20"));
+    assert!(wrong("a.img,id=a b").contains("without blanks"));
+    assert!(wrong("a.img,queues=0").contains("from 1 to 16"));
+    assert!(wrong("a.img,cache=writethrough").contains("use writeback or none"));
+    assert!(wrong("a.img,format=vmdk").contains("auto or raw or qcow2"));
+    assert!(wrong("a.img,backing=b.img").contains("only format=qcow2"));
+    assert!(wrong("a.img,format=qcow2,engine=io_uring").contains("engine=sync"));
+    assert!(wrong("a.img,b.img").contains("b.img is not known"));
+}
+
+#[test]
+fn ids_tell_disks_apart() {
+    let folder = Folder::new();
+    let list = |ids: [&str; 2]| {
+        let disks = ids.map(|id| {
+            let image = folder.with(&format!("{id}.img"), &[0; 512]);
+            let id = &id[..1];
+            DiskOptions::parse(&format!("{image},id={id}")).expect("valid")
+        });
+        open_all(&disks)
+    };
+    let disks = list(["a1", "b1"]).expect("both");
+    let names: Vec<String> = disks.iter().map(Backend::name).collect();
+    assert_eq!(names, ["disk0", "disk1"]);
+    drop(disks);
+    let Err(error) = list(["a1", "a2"]) else {
+        panic!("two disks have one id");
+    };
+    assert!(error.to_string().contains("have one id=a"), "{error}");
+}
+
+#[test]
+fn each_guest_gets_a_device_on_the_same_image() {
+    let folder = Folder::new();
+    let image = folder.image();
+    let disk = open(&image).expect("opens");
+    assert!(disk.is_busy());
+    for size in [SIZE, 2 * SIZE] {
+        let file = File::options().append(true).open(&image);
+        let mut file = file.expect("a file");
+        let device = disk.device().expect("a device");
+        let capacity = || {
+            let config = device.lock().expect("sound").config();
+            let mut bytes = [0; 8];
+            config.read(0, &mut bytes);
+            u64::from_le_bytes(bytes) * 512
+        };
+        assert_eq!(capacity(), size as u64);
+        file.write_all(&vec![0; SIZE]).expect("room");
+        assert_eq!(capacity(), size as u64);
+        assert_eq!(disk.refresh().expect("a size"), (size + SIZE) as u64);
+        assert_eq!(capacity(), (size + SIZE) as u64);
+    }
+    disk.refresh().expect("without a guest too");
+}
+
+#[test]
+fn blocks_of_a_file_are_told() {
+    let folder = Folder::new();
+    let disk = open(&format!("{},id=root,queues=3", folder.image())).expect("opens");
+    let shape = &disk.shape;
+    assert_eq!(
+        (shape.size, shape.block_size, shape.queues),
+        (SIZE as u64, 512, 3)
+    );
+    assert_eq!((shape.readonly, shape.serial.as_str()), (false, "root"));
+    assert!((512..=4096).contains(&shape.physical_block_size));
+    assert!(shape.discard_granularity.is_multiple_of(512));
+}
+
+#[cfg(feature = "qcow2")]
+mod qcow2 {
+    use super::*;
+    use imago::file::File as Storage;
+    use imago::qcow2::Qcow2;
+    use imago::{FormatCreateBuilder, Storage as _, StorageCreateOptions};
+
+    /// Makes an empty image, with something behind it.
+    fn create(path: &str, backing: Option<(&str, &str)>) {
+        let options = StorageCreateOptions::new().filename(path);
+        let storage = Storage::create_open(options).expect("a file");
+        let mut builder = Qcow2::<Storage>::create_builder(storage).size(SIZE as u64);
+        if let Some((name, format)) = backing {
+            builder = builder.backing(name.to_owned(), format.to_owned());
+        }
+        builder.create().expect("an image");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+
+        #[test]
+        fn a_qcow2_image_is_what_was_written_to_it(steps in steps()) {
+            let folder = Folder::new();
+            let image = folder.path("x.qcow2");
+            create(&image, None);
+            let mut model = vec![0; SIZE];
+            compare(&format!("{image},format=qcow2"), &mut model, &steps);
+        }
+
+        #[test]
+        fn so_it_is_with_a_raw_image_behind_it(steps in steps()) {
+            let folder = Folder::new();
+            let (image, base) = (folder.path("x.qcow2"), folder.image());
+            create(&image, Some(("wherever.img", "raw")));
+            let text = format!("{image},format=qcow2,backing={base},cache=none");
+            compare(&text, &mut pattern(), &steps);
+            prop_assert!(std::fs::read(base).expect("a file") == pattern(), "the base is as it was");
+        }
+    }
+
+    #[test]
+    fn images_behind_it_are_opened_when_they_are_named() {
+        let folder = Folder::new();
+        let (top, middle) = (folder.path("top.qcow2"), folder.path("middle.qcow2"));
+        let base = folder.image();
+        create(&middle, Some((&base, "raw")));
+        create(&top, Some((&middle, "qcow2")));
+        let message = fails(&format!("{top},format=qcow2"));
+        assert!(
+            message.contains(&format!("needs '{middle}' behind it")),
+            "{message}"
+        );
+        let message = fails(&format!("{top},format=qcow2,backing={middle}"));
+        assert!(
+            message.contains(&format!("needs '{base}' behind it")),
+            "{message}"
+        );
+        let text = format!("{top},format=qcow2,backing={middle},backing={base}");
+        let message = fails(&format!("{text},backing={}", folder.with("y", &[0; 512])));
+        assert!(message.contains("which stands alone"), "{message}");
+        let disk = open(&text).expect("opens");
+        assert!(Bench::new(&disk).read(0, SIZE) == pattern());
+        // They are locked: nobody may write to what stands behind.
+        assert!(fails(&base).contains("is in use"));
+        drop(disk);
+        let alone = folder.path("alone.qcow2");
+        create(&alone, None);
+        let message = fails(&format!("{alone},format=qcow2,backing={base}"));
+        assert!(
+            message.contains("stands alone; leave backing="),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn what_was_flushed_is_there_without_an_orderly_end() {
+        let folder = Folder::new();
+        let (image, copy) = (folder.path("x.qcow2"), folder.path("copy.qcow2"));
+        create(&image, None);
+        let disk = open(&format!("{image},format=qcow2")).expect("opens");
+        let mut bench = Bench::new(&disk);
+        bench.write(65536, &[9; 4096]);
+        assert_eq!(bench.flush(), Outcome::Done);
+        bench.write(0, &[8; 4096]);
+        // As the file is at this moment, so it is found after a kill.
+        std::fs::copy(&image, &copy).expect("a copy");
+        let found = open(&format!("{copy},format=qcow2")).expect("opens");
+        assert_eq!(Bench::new(&found).read(65536, 4096), [9; 4096]);
     }
 }

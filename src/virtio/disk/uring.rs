@@ -104,13 +104,16 @@ impl UringEngine {
 
     /// Carries a request out while the caller waits.
     fn now(&mut self, request: &Request<'_>) -> Option<Outcome> {
-        // A write that reads around it must not meet another in the same block.
-        if request.operation != Operation::Read
-            && self.image.needs_read(request.offset, request.len)
-        {
+        self.wait_to_read_around(request);
+        self.plain.begin(request)
+    }
+
+    /// A write that reads what is around it in its block first must not meet another one there.
+    fn wait_to_read_around(&mut self, request: &Request<'_>) {
+        let writes = request.operation != Operation::Read;
+        if writes && self.image.needs_read(request.offset, request.len) {
             self.wait_for_all();
         }
-        self.plain.begin(request)
     }
 
     /// Moves by the page cache what goes without a wait; a write may wait where the file system
@@ -203,6 +206,7 @@ impl UringEngine {
                     data: Default::default(),
                     durable: job.durable,
                 };
+                self.wait_to_read_around(&request);
                 return Some(self.plain.perform(&request));
             }
             (Step::Allocate(_), Ok(_)) => {
@@ -243,7 +247,9 @@ impl Engine for UringEngine {
             // To wait for stable storage is for the ring.
             let waits = request.durable && direction == Direction::Write;
             if prepared.is_ok() && self.image.direct.is_none() && !waits {
-                prepared = self.by_cache(tag, direction, offset).map(|count| moved = count);
+                prepared = self
+                    .by_cache(tag, direction, offset)
+                    .map(|count| moved = count);
             }
             if prepared.is_err() || self.ring.is_moved(tag) {
                 let complaints = &self.image.complaints;

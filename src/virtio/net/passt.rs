@@ -172,7 +172,8 @@ impl Passt {
         frame[6..12].copy_from_slice(&mac);
         frame[12..14].copy_from_slice(&EXPERIMENT);
         let length = (frame.len() as u32).to_be_bytes();
-        rustix::io::write(&self.stream.socket, &[&length[..], &frame].concat())?;
+        // If passt has ended already, what comes says so.
+        let _ = rustix::io::write(&self.stream.socket, &[&length[..], &frame].concat());
         let end = Instant::now() + PATIENCE;
         let mut said = Vec::new();
         loop {

@@ -215,27 +215,30 @@ impl Tap {
     }
 
     /// Uses the first `pairs` queues, and gives frames that leave no more to the guest than the
-    /// features `offloads`.
+    /// features `offloads`. An interface that is gone takes anything.
     ///
     /// # Errors
     /// What the kernel refuses, in words.
     pub fn configure(&self, pairs: u16, offloads: u64) -> Result<(), String> {
+        match self.try_configure(usize::from(pairs), offloads) {
+            Err((_, error)) if error.raw_os_error() == Some(libc::EBADFD) => Ok(()),
+            Err((what, error)) => Err(format!("{}: cannot change {what}: {error}", self.name)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn try_configure(&self, pairs: usize, offloads: u64) -> Result<(), (&'static str, io::Error)> {
         let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = usize::from(pairs);
-        let failed = |what: &str, error: io::Error| match error.raw_os_error() {
-            Some(libc::EBADFD) => self.is_gone(),
-            _ => format!("{}: cannot {what}: {error}", self.name),
-        };
-        // Changed one by one, and the count with it: what fails leaves it as it is.
-        while *active != wanted {
-            let attach = *active < wanted;
+        // One by one, and the count with them: what fails leaves it true.
+        while *active != pairs {
+            let attach = *active < pairs;
             let index = if attach { *active } else { *active - 1 };
             sys::set_queue(&self.queues[index], attach)
-                .map_err(|error| failed("change the queues in use", error))?;
+                .map_err(|error| ("the queues in use", error))?;
             *active = if attach { index + 1 } else { index };
         }
-        sys::set_offload(&self.queues[0], tun_bits(offloads))
-            .map_err(|error| failed("change offloads", error))
+        let bits = tun_bits(offloads);
+        sys::set_offload(&self.queues[0], bits).map_err(|error| ("offloads", error))
     }
 }
 
@@ -407,3 +410,6 @@ impl Tap {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

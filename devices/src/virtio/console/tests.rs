@@ -4,6 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::Device;
@@ -128,7 +129,11 @@ fn output_reaches_the_reader() {
     let long = vec![b'x'; 3 * CHUNK + 5];
     bench.print(&[&long]);
     assert_eq!(bench.got().len(), 13 + long.len());
-    assert_eq!(bench.guest.interrupts(), 6, "four requests, and the size twice");
+    assert_eq!(
+        bench.guest.interrupts(),
+        6,
+        "four requests, and the size twice"
+    );
 }
 
 #[test]
@@ -178,6 +183,52 @@ fn a_guest_that_prints_without_end_does_not_keep_the_thread() {
     }
     bench.guest.kick(TRANSMIT);
     assert_eq!(bench.printed(), usize::from(ENTRIES));
+}
+
+#[test]
+fn a_guest_that_never_rests_does_not_keep_the_thread() {
+    /// Another vCPU of the guest, which makes the next request while one is sent.
+    struct Restless {
+        sent: Arc<AtomicUsize>,
+        memory: Arc<Mutex<Option<Arc<GuestMemoryMmap>>>>,
+        available: Arc<Mutex<u64>>,
+    }
+    impl Sink for Restless {
+        fn write(&mut self, bytes: &[u8]) -> usize {
+            let sent = self.sent.fetch_add(1, Ordering::Relaxed) + 1;
+            assert!(sent < 100_000, "it sends for ever");
+            if let Some(memory) = &*lock(&self.memory) {
+                let index = GuestAddress(*lock(&self.available) + 2);
+                memory.write_obj(sent as u16 + 1, index).expect("memory");
+            }
+            bytes.len()
+        }
+
+        fn room(&self) -> Option<RawFd> {
+            None
+        }
+    }
+    let (sent, memory, available) = (Arc::default(), Arc::default(), Arc::default());
+    let sink = Restless {
+        sent: Arc::clone(&sent),
+        memory: Arc::clone(&memory),
+        available: Arc::clone(&available),
+    };
+    let console = Console::new(Box::new(sink), Box::new(|| {}), None);
+    let mut guest = Guest::started(console, 0);
+    *lock(&memory) = Some(guest.memory.clone());
+    *lock(&available) = guest.rings(TRANSMIT)[1];
+    guest.request(TRANSMIT, &[b"x"], &[]);
+    lock(&guest.device).kicked(TRANSMIT);
+    let first = sent.load(Ordering::Relaxed);
+    assert!(
+        first <= MOST_AT_ONCE / REQUEST_COST + 1,
+        "{first} in one go"
+    );
+    assert!(
+        guest.mmio.kicks()[TRANSMIT].read().is_ok(),
+        "it kicks itself"
+    );
 }
 
 #[test]
@@ -382,6 +433,7 @@ proptest! {
         // Typed and not yet taken; and what the guest got.
         let (mut pending, mut got) = (Vec::new(), Vec::new());
         let (mut requests, mut completed) = (0, 0);
+        let mut buffers = 0;
         for act in acts {
             match act {
                 // A driver has no more under way than there are entries.
@@ -392,7 +444,11 @@ proptest! {
                     requests += 1;
                 }
                 Act::Read(room) => bench.read(room),
-                Act::Buffer(size) => bench.give_buffers(&[size]),
+                Act::Buffer(_) if buffers == ENTRIES => {}
+                Act::Buffer(size) => {
+                    bench.give_buffers(&[size]);
+                    buffers += 1;
+                }
                 Act::Type(bytes) => {
                     typed.extend(&bytes);
                     pending.extend(bytes);
@@ -400,7 +456,9 @@ proptest! {
             }
             let (taken, _) = bench.type_in(&pending);
             pending.drain(..taken);
-            got.extend(bench.typed().concat());
+            let filled = bench.typed();
+            buffers -= filled.len() as u16;
+            got.extend(filled.concat());
             completed += bench.printed();
         }
         prop_assert!(typed.starts_with(&got));

@@ -534,6 +534,70 @@ fn the_driver_says_at_which_request_it_is_interrupted() {
 }
 
 #[test]
+fn without_event_indexes_a_flag_holds_interrupts_back() {
+    let mut bench = Bench::new();
+    let serve = |bench: &mut Bench| {
+        bench.offer_plain();
+        bench.queue.serve(|queue, chain| queue.complete(chain, 0));
+        bench.interrupts()
+    };
+    assert_eq!(serve(&mut bench), 1);
+    bench.put(RINGS.available, &[1, 0]);
+    assert_eq!(serve(&mut bench), 1);
+    bench.put(RINGS.available, &[0, 0]);
+    assert_eq!(serve(&mut bench), 2);
+}
+
+#[test]
+fn what_is_completed_together_is_in_the_ring_in_order() {
+    let mut bench = Bench::with(true);
+    // Twice, so that the second time goes over the ring's end.
+    for round in 0..2_u16 {
+        for _ in 0..6 {
+            bench.offer_plain();
+        }
+        let chains: Vec<_> = std::iter::from_fn(|| bench.queue.pop()).collect();
+        let heads: Vec<u32> = chains.iter().map(|chain| chain.head().into()).collect();
+        let last = 4 + 2 * u64::from(SIZE);
+        bench.put(RINGS.available + last, &(6 * round + 5).to_le_bytes());
+        assert_eq!(bench.used(), 6 * round);
+        bench.queue.complete_together(chains.into_iter().zip(100..));
+        assert_eq!(bench.used(), 6 * round + 6);
+        bench.queue.signal();
+        assert_eq!(bench.interrupts(), usize::from(round) + 1);
+        for (offset, head) in heads.into_iter().enumerate() {
+            let slot = (6 * u64::from(round) + offset as u64) % u64::from(SIZE);
+            let at = GuestAddress(RINGS.used + 4 + 8 * slot);
+            let entry: [u32; 2] = bench.memory.read_obj(at).expect("memory");
+            assert_eq!(entry, [head, 100 + offset as u32]);
+        }
+    }
+}
+
+#[test]
+fn a_queue_goes_on_where_another_stopped() {
+    let mut bench = Bench::new();
+    for _ in 0..4 {
+        bench.offer_plain();
+    }
+    // The kernel did three of them.
+    bench.put(RINGS.used + 2, &3_u16.to_le_bytes());
+    bench.queue.resume();
+    let mut heads = Vec::new();
+    bench.queue.serve(|queue, chain| {
+        heads.push(chain.head());
+        queue.complete(chain, 0);
+    });
+    assert_eq!((heads, bench.used()), (vec![3], 4));
+    // It says that it did more than there was.
+    let mut bench = Bench::new();
+    bench.offer_plain();
+    bench.put(RINGS.used + 2, &9_u16.to_le_bytes());
+    bench.queue.resume();
+    assert!(bench.queue.pop().is_none() && bench.queue.is_broken());
+}
+
+#[test]
 fn the_device_says_at_which_request_it_is_kicked() {
     let mut bench = Bench::with(true);
     let avail_event = RINGS.used + 4 + 8 * u64::from(SIZE);

@@ -1,0 +1,418 @@
+//! The file system device (virtio 1.2, section 5.11), whose requests another process serves.
+//!
+//! When that process ends, the device goes on by itself: each request gets an I/O error, so that
+//! nothing in the guest waits for ever.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::{Chain, ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+
+/// Device ID.
+const ID: u32 = 26;
+/// Entries of each queue. Linux has no request of more pages than there are entries
+/// (fs/fuse/virtio_fs.c: max_pages_limit), and would have up to 256.
+const ENTRIES: u16 = 1024;
+/// The most bytes of a tag.
+pub const TAG: usize = 36;
+
+/// Bytes of struct fuse_in_header (include/uapi/linux/fuse.h), with the request's number at 8.
+const FUSE_IN: usize = 40;
+const FUSE_UNIQUE: std::ops::Range<usize> = 8..16;
+/// Bytes of struct fuse_out_header.
+const FUSE_OUT: usize = 16;
+/// EIO, as FUSE writes errors.
+const FUSE_EIO: i32 = -5;
+
+/// Sources: the server, and the kicks that it does not take any more.
+const SERVER: usize = 0;
+const KICKS: usize = 1;
+
+/// Another process that serves the requests, in the order of the ring.
+pub trait Server: Send {
+    /// Has it work on these queues with these features. It takes the kicks and interrupts the
+    /// guest itself.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    fn start(&mut self, features: u64, queues: &[Virtqueue], link: &Link)
+    -> Result<(), StartError>;
+
+    /// Has it stop; it does not touch guest memory from here on.
+    fn stop(&mut self);
+
+    /// A descriptor that is ready to be read when [`Self::look`] has something to look at; the
+    /// same all the time.
+    fn fd(&self) -> RawFd;
+
+    /// Looks whether it still works on the queues; why not, in words, where it ended.
+    fn look(&mut self) -> Result<(), String>;
+}
+
+/// A file system device.
+pub struct Fs {
+    config: Arc<ConfigSpace>,
+    requests: u16,
+    server: Box<dyn Server>,
+    running: Option<Running>,
+    /// Waits for the kicks of the queues of a server that ended.
+    kicks: Epoll,
+}
+
+struct Running {
+    queues: Vec<Virtqueue>,
+    link: Arc<Link>,
+    /// Whether requests are answered here, as the server ended.
+    orphaned: bool,
+}
+
+impl Fs {
+    /// The file system that guests mount by `tag` (up to [`TAG`] bytes), with so many queues for
+    /// requests.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub fn new(tag: &str, requests: u16, server: Box<dyn Server>) -> std::io::Result<Fs> {
+        let mut config = vec![0; TAG];
+        let len = tag.len().min(TAG);
+        config[..len].copy_from_slice(&tag.as_bytes()[..len]);
+        config.extend(u32::from(requests).to_le_bytes());
+        Ok(Fs {
+            config: ConfigSpace::new(config),
+            requests,
+            server,
+            running: None,
+            kicks: Epoll::new()?,
+        })
+    }
+
+    /// The server ended: its queues are ours.
+    fn adopt(&mut self, why: &str) {
+        let Some(running) = self.running.as_mut().filter(|running| !running.orphaned) else {
+            return;
+        };
+        running.orphaned = true;
+        log::error!(
+            "{}: {why}; the guest gets I/O errors until its driver starts again",
+            running.link.name()
+        );
+        for (queue, index) in running.queues.iter_mut().zip(0..) {
+            queue.resume();
+            let event = EpollEvent::new(EventSet::IN, index);
+            let fd = queue.kick().as_raw_fd();
+            if let Err(error) = self.kicks.ctl(ControlOperation::Add, fd, event) {
+                queue.break_ring(format_args!("cannot wait for its kicks: {error}"));
+            }
+            refuse_all(queue);
+        }
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn id(&self) -> u32 {
+        ID
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        // One more, for what goes before all else.
+        vec![ENTRIES; usize::from(self.requests) + 1]
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn start(&mut self, driver: Driver) -> Result<(), StartError> {
+        let queues: Option<Vec<Virtqueue>> = driver.queues.into_iter().collect();
+        let Some(queues) = queues else {
+            return Err(StartError("the driver left a queue out".to_owned()));
+        };
+        let started = self.server.start(driver.features, &queues, &driver.link);
+        self.running = Some(Running {
+            queues,
+            link: driver.link,
+            orphaned: false,
+        });
+        if let Err(error) = started {
+            self.adopt(&error.to_string());
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        let Some(running) = self.running.take() else {
+            return;
+        };
+        self.server.stop();
+        if running.orphaned {
+            for queue in &running.queues {
+                let fd = queue.kick().as_raw_fd();
+                // What is not waited for cannot be taken out.
+                let _ = self
+                    .kicks
+                    .ctl(ControlOperation::Delete, fd, EpollEvent::default());
+            }
+        }
+    }
+
+    fn kicked(&mut self, _queue: usize) {}
+
+    fn takes_kicks(&self) -> bool {
+        false
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let source = |fd| Source {
+            fd,
+            output: false,
+            edge: false,
+        };
+        vec![source(self.server.fd()), source(self.kicks.as_raw_fd())]
+    }
+
+    fn ready(&mut self, source: usize) {
+        if source == SERVER
+            && let Err(why) = self.server.look()
+        {
+            self.adopt(&why);
+        }
+        let running = self.running.as_mut().filter(|running| running.orphaned);
+        if let Some(running) = running.filter(|_| source == KICKS) {
+            for queue in &mut running.queues {
+                // A kick is taken before the queue is looked at: one that comes later rings again.
+                let _ = queue.kick().read();
+                refuse_all(queue);
+            }
+        }
+    }
+}
+
+/// Answers each request of a queue that it failed.
+fn refuse_all(queue: &mut Virtqueue) {
+    queue.serve(|queue, chain| {
+        let written = refuse(queue, &chain);
+        queue.complete(chain, written as u32);
+    });
+}
+
+/// Writes an error for an answer; returns its bytes. Some requests have no answer, and no room for
+/// one.
+fn refuse(queue: &Virtqueue, chain: &Chain) -> usize {
+    let mut request = [0; FUSE_IN];
+    chain.read(queue.memory(), 0, &mut request);
+    if chain.writable_len() < FUSE_OUT {
+        return 0;
+    }
+    let mut answer = [0; FUSE_OUT];
+    answer[..4].copy_from_slice(&(FUSE_OUT as u32).to_le_bytes());
+    answer[4..8].copy_from_slice(&FUSE_EIO.to_le_bytes());
+    answer[8..].copy_from_slice(&request[FUSE_UNIQUE]);
+    chain.write(queue.memory(), 0, &answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::virtio::fake::Guest;
+    use crate::virtio::lock;
+
+    /// A server that does nothing but say what it is told.
+    #[derive(Clone)]
+    struct FakeServer {
+        bell: Arc<EventFd>,
+        state: Arc<Mutex<State>>,
+    }
+
+    #[derive(Default)]
+    struct State {
+        starts: Vec<(u64, usize)>,
+        stops: usize,
+        dead: Option<&'static str>,
+        refuses: bool,
+    }
+
+    impl Server for FakeServer {
+        fn start(
+            &mut self,
+            features: u64,
+            queues: &[Virtqueue],
+            _link: &Link,
+        ) -> Result<(), StartError> {
+            let mut state = lock(&self.state);
+            state.starts.push((features, queues.len()));
+            match state.refuses {
+                true => Err(StartError("not today".to_owned())),
+                false => Ok(()),
+            }
+        }
+
+        fn stop(&mut self) {
+            lock(&self.state).stops += 1;
+        }
+
+        fn fd(&self) -> RawFd {
+            self.bell.as_raw_fd()
+        }
+
+        fn look(&mut self) -> Result<(), String> {
+            match lock(&self.state).dead {
+                Some(why) => Err(why.to_owned()),
+                None => Ok(()),
+            }
+        }
+    }
+
+    fn share() -> (Fs, FakeServer) {
+        let server = FakeServer {
+            bell: Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd")),
+            state: Arc::default(),
+        };
+        let device = Fs::new("home", 1, Box::new(server.clone())).expect("descriptors");
+        (device, server)
+    }
+
+    /// A request of FUSE with this number.
+    fn request(unique: u8) -> [u8; FUSE_IN] {
+        let mut bytes = [0; FUSE_IN];
+        bytes[8] = unique;
+        bytes
+    }
+
+    /// The answer that it failed.
+    fn failed(unique: u8) -> Vec<u8> {
+        let mut bytes = vec![16, 0, 0, 0, 0xfb, 0xff, 0xff, 0xff];
+        bytes.extend([unique, 0, 0, 0, 0, 0, 0, 0]);
+        bytes
+    }
+
+    /// The server takes a request and completes it, as far as the guest can see.
+    fn complete(guest: &mut Guest<Fs>, queue: usize, head: u16) {
+        let [_, _, used] = guest.rings(queue);
+        let index: u16 = guest.memory.read_obj(GuestAddress(used + 2)).expect("ring");
+        let slot = GuestAddress(used + 4 + 8 * u64::from(index));
+        let entry = [u32::from(head), 0];
+        guest.memory.write_obj(entry, slot).expect("ring");
+        let next = index + 1;
+        guest
+            .memory
+            .write_obj(next, GuestAddress(used + 2))
+            .expect("ring");
+    }
+
+    fn kick(guest: &mut Guest<Fs>, queue: usize) {
+        guest.write(0x50, queue as u32);
+        lock(&guest.device).ready(KICKS);
+    }
+
+    #[test]
+    fn the_guest_sees_the_tag_and_the_queues() {
+        let (device, _) = share();
+        let mut guest = Guest::new(device);
+        let mut tag = [0; 36];
+        for (offset, word) in (0x100..).step_by(4).zip(tag.chunks_mut(4)) {
+            word.copy_from_slice(&guest.read(offset).to_le_bytes());
+        }
+        assert!(tag.starts_with(b"home\0"));
+        assert_eq!(guest.read(0x124), 1);
+        assert_eq!(lock(&guest.device).queue_sizes().len(), 2);
+    }
+
+    #[test]
+    fn the_server_gets_queues_and_features_and_is_stopped_at_a_reset() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        assert_eq!(lock(&server.state).starts, [(1 << 32, 2)]);
+        // It takes the requests itself.
+        guest.request(1, &[&request(1)], &[100]);
+        kick(&mut guest, 1);
+        assert!(guest.used(1).is_empty());
+        guest.write(0x70, 0);
+        assert_eq!(lock(&server.state).stops, 1);
+        guest.start(0);
+        assert_eq!(lock(&server.state).starts.len(), 2);
+    }
+
+    #[test]
+    fn when_the_server_ends_each_request_gets_an_error() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        // One was served, one is under way, and one more comes afterwards.
+        let done = guest.request(1, &[&request(1)], &[100]);
+        guest.request(1, &[&request(2)], &[16, 84]);
+        complete(&mut guest, 1, done);
+        assert_eq!(guest.used(1).len(), 1);
+        lock(&server.state).dead = Some("it was killed");
+        lock(&guest.device).ready(SERVER);
+        let used = guest.used(1);
+        assert_eq!(used.len(), 1);
+        assert_eq!(used[0].1, failed(2));
+        assert_eq!(guest.interrupts(), 1);
+        guest.request(1, &[&request(3)], &[100]);
+        kick(&mut guest, 1);
+        assert_eq!(guest.used(1)[0].1, failed(3));
+        // To forget a file has no answer.
+        guest.request(0, &[&request(4)], &[]);
+        kick(&mut guest, 0);
+        assert_eq!(guest.used(0)[0].1, []);
+        assert!(!guest.is_broken());
+    }
+
+    #[test]
+    fn its_end_is_told_once() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        lock(&server.state).dead = Some("it was killed");
+        for _ in 0..3 {
+            lock(&guest.device).ready(SERVER);
+        }
+        guest.request(1, &[&request(1)], &[100]);
+        kick(&mut guest, 1);
+        assert_eq!(guest.used(1).len(), 1);
+        // A new driver gets a new server.
+        lock(&server.state).dead = None;
+        guest.write(0x70, 0);
+        guest.start(0);
+        guest.request(1, &[&request(1)], &[100]);
+        kick(&mut guest, 1);
+        assert!(guest.used(1).is_empty());
+    }
+
+    #[test]
+    fn a_server_that_cannot_be_started_is_one_that_ended() {
+        let (device, server) = share();
+        lock(&server.state).refuses = true;
+        let mut guest = Guest::started(device, 0);
+        guest.request(1, &[&request(1)], &[100]);
+        kick(&mut guest, 1);
+        assert_eq!(guest.used(1)[0].1, failed(1));
+    }
+
+    #[test]
+    fn a_server_that_left_a_broken_ring_is_survived() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        let [_, available, used] = guest.rings(1);
+        guest
+            .memory
+            .write_obj(0x7000_u16, GuestAddress(used + 2))
+            .expect("ring");
+        guest
+            .memory
+            .write_obj(3_u16, GuestAddress(available + 2))
+            .expect("ring");
+        lock(&server.state).dead = Some("it was killed");
+        lock(&guest.device).ready(SERVER);
+        assert!(guest.is_broken());
+        // A request too short to be one.
+        guest.request(0, &[b"short"], &[3]);
+        kick(&mut guest, 0);
+        assert_eq!(guest.used(0).len(), 1);
+    }
+}

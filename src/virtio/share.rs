@@ -1,0 +1,252 @@
+//! Folders of the host for the guest (`--share`): virtio-fs by `virtiofsd`, which is started for
+//! each driver that takes the device into use.
+//!
+//! A virtiofsd knows one session of one driver, and its end is the one sure way to have it out of
+//! guest memory. So each start of the device has its own, and a reset ends it; the next is started
+//! ahead when a guest starts. It ends by itself when its connection closes, and with it when
+//! armlet ends in whatever way.
+
+mod daemon;
+
+use super::Backend;
+use super::options::Options;
+use anyhow::{Context, Result, bail};
+use armlet_devices::virtio::fs::{Fs, Server, TAG};
+use armlet_devices::virtio::{Link, StartError, VirtioDevice, Virtqueue};
+use daemon::{Daemon, Launch};
+use std::fs;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// The flag.
+const FLAG: &str = "--share";
+/// Queues for requests: virtiofsd works on one.
+const REQUESTS: u16 = 1;
+
+/// A shared folder as the user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareOptions {
+    tag: String,
+    path: PathBuf,
+    readonly: bool,
+    sandbox: Sandbox,
+    cache: Cache,
+    xattr: bool,
+}
+
+/// How virtiofsd is kept within the folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sandbox {
+    /// By namespaces: works for root, and for users where they may make user namespaces.
+    Namespace,
+    /// By chroot(2): works for root, in containers too.
+    Chroot,
+    /// Not at all: works for everyone.
+    None,
+}
+
+/// What the guest may keep without asking (virtiofsd's `--cache`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cache {
+    Auto,
+    Always,
+    Never,
+    Metadata,
+}
+
+impl ShareOptions {
+    /// Reads what stands behind `--share`: `tag=T,path=DIR` and more.
+    ///
+    /// # Errors
+    /// What is not known or does not go together.
+    pub fn parse(text: &str) -> Result<ShareOptions> {
+        let mut options = Options::parse(FLAG, text, &[])?;
+        let parsed = ShareOptions {
+            tag: options.require("tag")?,
+            path: options.require("path")?.into(),
+            readonly: options.switch("readonly")?,
+            sandbox: options.choice(
+                "sandbox",
+                &[
+                    ("namespace", Sandbox::Namespace),
+                    ("chroot", Sandbox::Chroot),
+                    ("none", Sandbox::None),
+                ],
+            )?,
+            cache: options.choice(
+                "cache",
+                &[
+                    ("auto", Cache::Auto),
+                    ("always", Cache::Always),
+                    ("never", Cache::Never),
+                    ("metadata", Cache::Metadata),
+                ],
+            )?,
+            xattr: options.switch("xattr")?,
+        };
+        options.finish()?;
+        if parsed.tag.len() > TAG {
+            let length = parsed.tag.len();
+            bail!("{FLAG} '{text}': the tag has {length} bytes; use up to {TAG}");
+        }
+        Ok(parsed)
+    }
+
+    /// The name by which the guest mounts it. Each folder of a guest needs its own.
+    #[must_use]
+    pub fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    /// Starts virtiofsd; the device is called `name` in messages ("share0").
+    ///
+    /// # Errors
+    /// No such folder; no virtiofsd, or one that does not start, with what it said and what would
+    /// work.
+    pub fn open(&self, name: &str) -> Result<Box<dyn Backend>> {
+        let program = daemon::find(std::env::var_os("PATH").as_deref())?;
+        Ok(Box::new(self.open_with(name, program)?))
+    }
+
+    fn open_with(&self, name: &str, program: PathBuf) -> Result<Share> {
+        let shown = self.path.display();
+        let path = fs::canonicalize(&self.path).with_context(|| format!("cannot share {shown}"))?;
+        if !path.is_dir() {
+            bail!("cannot share {shown}: it is no folder; give path= the folder that it is in");
+        }
+        let launch = Launch::new(program, self, path)?;
+        let first = launch.start(name)?;
+        Ok(Share {
+            name: name.to_owned(),
+            tag: self.tag.clone(),
+            launch: Arc::new(launch),
+            next: Arc::new(Mutex::new(Some(first))),
+        })
+    }
+}
+
+/// A shared folder, for guest after guest.
+struct Share {
+    name: String,
+    tag: String,
+    launch: Arc<Launch>,
+    /// The virtiofsd for the next driver, if it was started ahead.
+    next: Next,
+}
+
+type Next = Arc<Mutex<Option<Daemon>>>;
+
+impl Backend for Share {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.is_none() {
+            *next = Some(self.launch.start(&self.name)?);
+        }
+        drop(next);
+        let server = Virtiofsd {
+            name: self.name.clone(),
+            launch: Arc::clone(&self.launch),
+            next: Arc::clone(&self.next),
+            epoll: Epoll::new().context("cannot make an epoll instance")?,
+            running: None,
+        };
+        let device = Fs::new(&self.tag, REQUESTS, Box::new(server));
+        let device = device.context("cannot make the file system device")?;
+        Ok(Arc::new(Mutex::new(device)))
+    }
+
+    fn shares_memory(&self) -> bool {
+        true
+    }
+}
+
+/// What serves one guest's device: one virtiofsd after another.
+struct Virtiofsd {
+    name: String,
+    launch: Arc<Launch>,
+    next: Next,
+    /// Waits for the one that runs now.
+    epoll: Epoll,
+    running: Option<Daemon>,
+}
+
+impl Virtiofsd {
+    fn run(&self, features: u64, queues: &[Virtqueue], link: &Link) -> Result<Daemon> {
+        let kept = self
+            .next
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // One that died while it waited is not missed.
+        let kept = kept.filter(|daemon| daemon.is_alive());
+        let daemon = kept.map_or_else(|| self.launch.start(&self.name), Ok)?;
+        let mut calls = Vec::new();
+        for queue in queues {
+            let call = link.call(queue.index());
+            calls.push(call.context("virtiofsd has no way to interrupt the guest")?);
+        }
+        let rings: Vec<_> = queues
+            .iter()
+            .zip(calls.iter().map(|call| &**call))
+            .collect();
+        let memory = queues.first().context("no queues")?.memory();
+        daemon.connection().start(features, memory, &rings)?;
+        for fd in daemon.watched() {
+            // By edges: a pipe that ended says so once.
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+            self.epoll.ctl(ControlOperation::Add, fd, event)?;
+        }
+        Ok(daemon)
+    }
+}
+
+impl Server for Virtiofsd {
+    fn start(
+        &mut self,
+        features: u64,
+        queues: &[Virtqueue],
+        link: &Link,
+    ) -> Result<(), StartError> {
+        let daemon = self.run(features, queues, link);
+        self.running = Some(daemon.map_err(|error| {
+            StartError(format!("virtiofsd does not take up its work: {error:#}"))
+        })?);
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        // It is out of guest memory when it is gone.
+        self.running = None;
+    }
+
+    fn fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    fn look(&mut self) -> Result<(), String> {
+        // What is ready is looked at in any case.
+        let _ = self.epoll.wait(0, &mut [EpollEvent::default(); 2]);
+        let Some(daemon) = &mut self.running else {
+            return Ok(());
+        };
+        for line in daemon.hear() {
+            log::warn!("{}: virtiofsd: {line}", self.name);
+        }
+        if daemon.is_alive() {
+            return Ok(());
+        }
+        let how = daemon.end();
+        // Its descriptors are closed, and so they are not waited for any more.
+        self.running = None;
+        Err(format!("virtiofsd ended ({how})"))
+    }
+}
+
+#[cfg(test)]
+mod tests;
