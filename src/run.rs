@@ -17,7 +17,6 @@ use crate::virtio;
 use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
 use armlet_arch::plan::POWER_KEY_LINE;
-use armlet_devices::pl011::Output;
 use kvm_ioctls::Kvm;
 use rustix::io::Errno;
 use rustix::stdio;
@@ -128,7 +127,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             }
         };
         let stopping = Arc::new(AtomicBool::new(false));
-        let wires = events.wires(&stopping, hvc.clone());
+        let wires = events.wires(&stopping);
         let mut machine = machine::assemble::<A>(&orders.kvm, &plan, memory, &backends, wires)
             .fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
@@ -340,21 +339,15 @@ impl Events {
     }
 
     /// The wires of a new life of the guest, before any vCPU of it runs.
-    fn wires(&mut self, stopping: &Arc<AtomicBool>, hvc: Option<Arc<HvcConsole>>) -> Wires {
+    fn wires(&mut self, stopping: &Arc<AtomicBool>) -> Wires {
         // What an earlier life left behind means nothing to this one.
         lock(&self.queue).clear();
         (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
         self.input.session = None;
         let (room, burst, deadline) = (self.teller(), self.teller(), self.teller());
         let output = StandardOutput::new(Arc::clone(stopping));
-        let mut output = PanicWatch::new(output, Box::new(note_panic));
-        // What the kernel prints goes to all its consoles: shown once.
-        let show = move |bytes: &[u8]| match &hvc {
-            Some(hvc) if hvc.is_listening() => {}
-            _ => output.write(bytes),
-        };
         Wires {
-            output: Box::new(show),
+            output: Box::new(PanicWatch::new(output, Box::new(note_panic))),
             on_room: Box::new(move || room.tell(Event::Room)),
             on_burst: Box::new(move || burst.tell(Event::Burst)),
             on_deadline: Box::new(move || deadline.tell(Event::Deadline)),

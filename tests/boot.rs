@@ -10,6 +10,9 @@
 /// The console: every byte, in order, both ways, and no time taken while nothing comes.
 #[path = "boot/console.rs"]
 mod console;
+/// Disks: data, identity, and what is left after armlet is killed.
+#[path = "boot/disk.rs"]
+mod disk;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;
@@ -25,15 +28,24 @@ mod linux;
 /// Threads, huge pages, memory banks.
 #[path = "boot/machine.rs"]
 mod machine;
+/// Networks over TAP, with the kernel's help and without, and through passt.
+#[path = "boot/net.rs"]
+mod net;
 /// What armlet says to input that is no good.
 #[path = "boot/refusals.rs"]
 mod refusals;
 /// The host that the tests run on, and what it offers.
 #[path = "boot/rig.rs"]
 mod rig;
+/// Consoles, sockets between guest and host, folders of the host, balloons, persistent memory.
+#[path = "boot/sharing.rs"]
+mod sharing;
 /// What guests run: archives, kernels of a few instructions.
 #[path = "boot/software.rs"]
 mod software;
+/// A whole Debian system on a disk, from power-on to a login over ssh and a clean end.
+#[path = "boot/system.rs"]
+mod system;
 /// The address width that KVM is asked for.
 #[path = "boot/width.rs"]
 mod width;

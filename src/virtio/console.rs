@@ -98,13 +98,6 @@ impl HvcConsole {
         lock(&self.current).clone()
     }
 
-    /// Whether the guest's driver has taken the terminal over.
-    #[must_use]
-    pub fn is_listening(&self) -> bool {
-        self.current()
-            .is_some_and(|console| lock(&console).listening().is_some())
-    }
-
     /// Waits until all output is written, as long as `goes_on` says so, which is asked again and
     /// again. Returns whether it is.
     pub fn drain(&self, mut goes_on: impl FnMut() -> bool) -> bool {

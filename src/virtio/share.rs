@@ -184,8 +184,23 @@ impl Virtiofsd {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         // One that died while it waited is not missed.
-        let kept = kept.filter(|daemon| daemon.is_alive());
-        let daemon = kept.map_or_else(|| self.launch.start(&self.name), Ok)?;
+        if let Some(daemon) = kept
+            && self.put_to_work(&daemon, features, queues, link).is_ok()
+        {
+            return Ok(daemon);
+        }
+        let daemon = self.launch.start(&self.name)?;
+        self.put_to_work(&daemon, features, queues, link)?;
+        Ok(daemon)
+    }
+
+    fn put_to_work(
+        &self,
+        daemon: &Daemon,
+        features: u64,
+        queues: &[Virtqueue],
+        link: &Link,
+    ) -> Result<()> {
         let mut calls = Vec::new();
         for queue in queues {
             let call = link.call(queue.index());
@@ -202,7 +217,7 @@ impl Virtiofsd {
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
             self.epoll.ctl(ControlOperation::Add, fd, event)?;
         }
-        Ok(daemon)
+        Ok(())
     }
 }
 

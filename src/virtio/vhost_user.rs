@@ -327,7 +327,8 @@ mod tests {
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let mut parts = [IoSliceMut::new(&mut header)];
             let got = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC);
-            if got.expect("a message").bytes < HEADER {
+            // A connection that is closed with an answer unread is reset.
+            if got.map_or(0, |got| got.bytes) < HEADER {
                 return None;
             }
             let mut files = Vec::new();

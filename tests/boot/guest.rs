@@ -1,5 +1,5 @@
 use crate::rig::{Rig, Turn};
-use crate::software::{Program, initrd_with_script};
+use crate::software::{Program, archive, initrd_with_script};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
@@ -92,6 +92,30 @@ impl Armlet {
         let initrd = armlet.folder.path().join("initrd");
         initrd_with_script(&rig.asset("initrd"), script, &initrd);
         armlet.boot(path, &initrd, "script");
+        armlet
+    }
+
+    /// Debian's usual kernel with the drivers of virtio devices, whose init runs `script` and powers
+    /// off.
+    pub(crate) fn devices(rig: &Rig, script: &str) -> Armlet {
+        Armlet::devices_on(rig, "Image", "devices.cpio", script)
+    }
+
+    /// As [`Self::devices`], with this kernel and the drivers in this archive.
+    pub(crate) fn devices_on(rig: &Rig, kernel: &str, drivers: &str, script: &str) -> Armlet {
+        let armlet = Armlet::new();
+        let read = |name: &str| {
+            let path = rig.asset(name);
+            fs::read(&path).unwrap_or_else(|error| panic!("cannot read {path:?}: {error}"))
+        };
+        let initrd = [
+            read("initrd"),
+            read(drivers),
+            archive("script", script.as_bytes()),
+        ];
+        let initrd = armlet.file("initrd", &initrd.concat());
+        let mut armlet = armlet;
+        armlet.boot(&rig.asset(kernel), &initrd, "script");
         armlet
     }
 

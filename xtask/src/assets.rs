@@ -2,17 +2,38 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
+use crate::image::search_path;
 use crate::initramfs::Archive;
-use crate::packages::{Kernel, Store};
+use crate::packages::{Kernel, Module, Store};
+use crate::progress::say;
 
 /// The folder of the assets inside an emulated host.
 pub(crate) const FOLDER_IN_HOST: &str = "/assets";
 
 /// The variable that tells a test where the assets are.
 pub(crate) const VARIABLE: &str = "ARMLET_TEST_ASSETS";
+
+/// Debian's programs for the other ends of devices, for tests of them, and the peer to compare with.
+const TOOLS: [&str; 11] = [
+    "e2fsprogs",
+    "ethtool",
+    "fio",
+    "iperf3",
+    "iproute2",
+    "passt",
+    "qemu-system-arm",
+    "qemu-utils",
+    "socat",
+    "strace",
+    "virtiofsd",
+];
+
+/// The size of the disk that they lie on.
+const TOOLS_MIB: u32 = 1024;
 
 /// Prints the marker first, then does what `armlet.run=` on the kernel's command line says.
 const GUEST_INIT: &str = r#"#!/bin/busybox sh
@@ -29,6 +50,9 @@ mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 hostname guest
+for module in /devices/*.ko; do
+    [ -e "$module" ] && insmod "$module"
+done
 
 # Ends the output: no word of the kernel about powering off, and nothing left in the terminal,
 # whose settings change only after that.
@@ -77,12 +101,27 @@ head -c 24 /dev/input/event0 >/dev/null
 echo POWERKEY-PRESSED
 "#;
 
+/// The drivers of virtio devices, and what lets guests use them.
+const DEVICES: [&str; 10] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_balloon",
+    "virtio_pmem",
+    "nd_pmem",
+    "virtiofs",
+    "vmw_vsock_virtio_transport",
+    "virtio_rng",
+];
+
 /// Which assets are wanted: an emulated host has to hold them in its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
     /// The standard guest: `Image` and `initrd`.
     Standard,
-    /// Also `Image-6.1`, `Image-16k`, `Image-generic` and `powerkey.cpio`.
+    /// Also `Image-6.1`, `Image-16k`, `Image-generic`, `powerkey.cpio`, and archives that, appended
+    /// to the initramfs, give a guest drivers: `devices.cpio` for `Image`, `devices-16k.cpio`.
     All,
 }
 
@@ -109,18 +148,17 @@ pub(crate) fn prepare(store: &Store, choice: Choice) -> Result<PathBuf> {
 
     let generic = store.kernel(Kernel::V6_12)?;
     link(&generic.image, &folder.join("Image-generic"))?;
-    link(
-        &store.kernel(Kernel::V6_12Pages16K)?.image,
-        &folder.join("Image-16k"),
-    )?;
+    let large = store.kernel(Kernel::V6_12Pages16K)?;
+    link(&large.image, &folder.join("Image-16k"))?;
+    let usual = store.kernel(Kernel::V6_12Cloud)?;
+    for (kernel, name) in [(usual, "devices.cpio"), (large, "devices-16k.cpio")] {
+        replace(&folder.join(name), &devices(&kernel.modules(&DEVICES)?)?)?;
+    }
     link(
         &store.kernel(Kernel::V6_1)?.image,
         &folder.join("Image-6.1"),
     )?;
-    let mut modules = Vec::new();
-    for name in ["evdev", "gpio_keys"] {
-        modules.push((name, generic.module(name)?));
-    }
+    let modules = generic.modules(&["evdev", "gpio_keys"])?;
     replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
     Ok(folder)
 }
@@ -136,6 +174,8 @@ pub(crate) fn names(choice: Choice) -> &'static [&'static str] {
             "Image-16k",
             "Image-generic",
             "powerkey.cpio",
+            "devices.cpio",
+            "devices-16k.cpio",
         ],
     }
 }
@@ -145,6 +185,39 @@ pub(crate) fn script(script: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     archive.file("/script", 0o755, script.as_bytes())?;
     archive.finish()
+}
+
+/// The image of a read-only file system with Debian's programs for devices, for hosts and guests.
+pub(crate) fn tools(store: &Store) -> Result<PathBuf> {
+    let folder = store.programs("tools", &TOOLS)?;
+    let name = folder.file_name().context("a folder has a name")?;
+    let image = store.assets().join(name).with_extension("img");
+    if image.is_file() {
+        return Ok(image);
+    }
+    let _lock = store.lock_for("lock-tools", "makes a disk")?;
+    if !image.is_file() {
+        say("making a disk of Debian's programs for the rig");
+        let unfinished = beside(&image);
+        ext4(&folder, &unfinished, TOOLS_MIB)?;
+        fs::rename(&unfinished, &image).with_context(|| format!("cannot make {image:?}"))?;
+    }
+    Ok(image)
+}
+
+/// Makes an ext4 file system of `size_mib` MiB that holds what is in `folder`.
+pub(crate) fn ext4(folder: &Path, image: &Path, size_mib: u32) -> Result<()> {
+    let mut command = Command::new("mke2fs");
+    command
+        .env("PATH", search_path())
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"])
+        .args(["-E", "root_owner=0:0,lazy_itable_init=1", "-d"])
+        .args([folder, image])
+        .arg(format!("{size_mib}M"));
+    let output = command.output().context("cannot run mke2fs (package e2fsprogs)")?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "mke2fs: {}", complaint.trim());
+    Ok(())
 }
 
 fn guest_initrd(busybox: &Path) -> Result<Vec<u8>> {
@@ -161,11 +234,21 @@ fn guest_initrd(busybox: &Path) -> Result<Vec<u8>> {
     archive.finish()
 }
 
-fn power_key(modules: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
+fn power_key(modules: &[Module]) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     archive.file("/powerkey.sh", 0o755, POWER_KEY.as_bytes())?;
-    for (name, data) in modules {
-        archive.file(format!("/modules/{name}.ko"), 0o644, data)?;
+    for module in modules {
+        archive.file(format!("/modules/{}.ko", module.name), 0o644, &module.data)?;
+    }
+    archive.finish()
+}
+
+/// An archive whose modules the guest's init loads in the order of names.
+pub(crate) fn devices(modules: &[Module]) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    for (index, module) in modules.iter().enumerate() {
+        let path = format!("/devices/{index:02}-{}.ko", module.name);
+        archive.file(path, 0o644, &module.data)?;
     }
     archive.finish()
 }

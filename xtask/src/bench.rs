@@ -39,7 +39,7 @@ const ARMLET: [&str; 10] = [
 /// How long all passes on one host may take.
 const LIMIT: Duration = Duration::from_secs(1800);
 
-/// Measure what armlet costs, beside what other VMMs cost on the same rig.
+/// Measure what armlet costs, beside what other VMMs cost on the same rig (`bench io`: its devices).
 ///
 /// Everything runs in an emulated ARM64 host that counts instructions, also on an ARM64 machine:
 /// a virtual nanosecond is one instruction. Takes three to six minutes. After `--` another VMM may

@@ -97,6 +97,7 @@ impl Boot {
             environment: Vec::new(),
             folder: "/root".into(),
             limit: self.script.is_some().then_some(SCRIPT_LIMIT),
+            ..Job::default()
         };
 
         let mut output = Output::new(self.script.is_some());

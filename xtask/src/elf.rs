@@ -16,12 +16,46 @@ const NOBITS: u64 = 8;
 
 /// The sections of `file`, the largest first.
 pub(crate) fn sections(file: &[u8]) -> Result<Vec<Section>> {
+    let mut sections = headers(file)?
+        .into_iter()
+        .filter(|header| header.size > 0 && header.kind != NOBITS)
+        .map(|header| Section {
+            name: header.name,
+            size: header.size,
+        })
+        .collect::<Vec<_>>();
+    sections.sort_by_key(|section| std::cmp::Reverse(section.size));
+    Ok(sections)
+}
+
+/// What the section called `name` holds, if there is one.
+pub(crate) fn section<'a>(file: &'a [u8], name: &str) -> Result<Option<&'a [u8]>> {
+    let headers = headers(file)?;
+    let Some(header) = headers.iter().find(|header| header.name == name) else {
+        return Ok(None);
+    };
+    let start = usize::try_from(header.offset).context(SHORT)?;
+    let size = usize::try_from(header.size).context(SHORT)?;
+    let end = start.checked_add(size).context(SHORT)?;
+    Ok(Some(file.get(start..end).context(SHORT)?))
+}
+
+const SHORT: &str = "the ELF file is cut short";
+
+/// A section header (ELF-64 Object File Format, version 1.5, figure 8).
+struct Header {
+    name: String,
+    kind: u64,
+    offset: u64,
+    size: u64,
+}
+
+fn headers(file: &[u8]) -> Result<Vec<Header>> {
     ensure!(file.starts_with(b"\x7fELF\x02\x01"), "no 64-bit ELF file");
-    let short = "the ELF file is cut short";
-    let table = number(file, 0x28, 8).context(short)?;
-    let entry = number(file, 0x3a, 2).context(short)?;
-    let count = number(file, 0x3c, 2).context(short)?;
-    let names = number(file, 0x3e, 2).context(short)?;
+    let table = number(file, 0x28, 8).context(SHORT)?;
+    let entry = number(file, 0x3a, 2).context(SHORT)?;
+    let count = number(file, 0x3c, 2).context(SHORT)?;
+    let names = number(file, 0x3e, 2).context(SHORT)?;
     let field = |index: u64, at: u64, length| {
         let start = index
             .checked_mul(entry)?
@@ -29,26 +63,21 @@ pub(crate) fn sections(file: &[u8]) -> Result<Vec<Section>> {
             .checked_add(at)?;
         number(file, start, length)
     };
-    let strings = field(names, 0x18, 8).context(short)?;
-    let mut sections = Vec::new();
+    let strings = field(names, 0x18, 8).context(SHORT)?;
+    let mut headers = Vec::new();
     for index in 0..count {
-        let read = |at, length| field(index, at, length).context(short);
-        let name = usize::try_from(strings + read(0, 4)?).context(short)?;
-        let name = file
-            .get(name..)
-            .context(short)?
-            .split(|byte| *byte == 0)
-            .next();
-        let size = read(0x20, 8)?;
-        if size > 0 && read(4, 4)? != NOBITS {
-            sections.push(Section {
-                name: String::from_utf8_lossy(name.unwrap_or_default()).into_owned(),
-                size,
-            });
-        }
+        let read = |at, length| field(index, at, length).context(SHORT);
+        let name = strings.checked_add(read(0, 4)?).context(SHORT)?;
+        let name = file.get(usize::try_from(name).context(SHORT)?..);
+        let name = name.context(SHORT)?.split(|byte| *byte == 0).next();
+        headers.push(Header {
+            name: String::from_utf8_lossy(name.unwrap_or_default()).into_owned(),
+            kind: read(4, 4)?,
+            offset: read(0x18, 8)?,
+            size: read(0x20, 8)?,
+        });
     }
-    sections.sort_by_key(|section| std::cmp::Reverse(section.size));
-    Ok(sections)
+    Ok(headers)
 }
 
 /// The little-endian number of `length` bytes at `at`.
@@ -79,6 +108,9 @@ mod tests {
         );
         assert!(found.iter().all(|section| section.name != ".bss"));
         assert!(found.iter().map(|section| section.size).sum::<u64>() <= this.len() as u64);
+        let text = section(&this, ".text").unwrap().unwrap();
+        assert!(found.iter().any(|found| found.size == text.len() as u64));
+        assert_eq!(section(&this, ".no-such-section").unwrap(), None);
     }
 
     #[test]

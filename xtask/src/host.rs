@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::io::{FdFlags, fcntl_setfd};
 
+use crate::assets;
 use crate::initramfs::Archive;
 use crate::marker::Filter;
-use crate::packages::{Kernel, Store};
+use crate::packages::{Kernel, Module, Store};
 use crate::progress::say;
 use crate::signals::Watch;
 use crate::terminal::RawTerminal;
@@ -50,6 +51,24 @@ mount -t tracefs tracefs /sys/kernel/tracing
 mount -t debugfs debugfs /sys/kernel/debug
 ip link set lo up
 hostname armhost
+for module in /rig/modules/*.ko; do
+    [ -e "$module" ] && insmod "$module"
+done
+for disk in /sys/block/vd*; do
+    [ -e "$disk/serial" ] || continue
+    case "$(cat "$disk/serial")" in
+        tools)
+            ln -s "${disk##*/}" /dev/tools
+            mkdir /tools
+            mount -t ext4 -o ro "/dev/${disk##*/}" /tools
+            # Programs find their libraries and data where they were made for.
+            ln -s /tools/usr/lib /lib
+            for folder in lib libexec sbin share; do ln -s "/tools/usr/$folder" "/usr/$folder"; done
+            export PATH=/bin:/tools/usr/bin:/tools/usr/sbin
+            ;;
+        data) mkdir /data && mount -t ext4 "/dev/${disk##*/}" /data ;;
+    esac
+done
 # All else is the initramfs itself, in memory too: a job's files may lie anywhere, below /tmp also.
 exec </dev/null >/dev/console 2>&1
 stty -onlcr </dev/console
@@ -63,6 +82,9 @@ printf '\036ARMLET-RIG-EXIT %d\n' $status
 sleep 5
 poweroff -f
 "#;
+
+/// The second one is who programs become that need no rights.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n";
 
 /// An ARM64 machine to emulate.
 #[derive(Clone, Debug)]
@@ -81,6 +103,10 @@ pub(crate) struct HostSpec {
     pub(crate) icount: bool,
     /// More for the kernel's command line.
     pub(crate) append: String,
+    /// Whether it has Debian's programs for devices, such as passt, at `/tools`.
+    pub(crate) tools: bool,
+    /// The image of an ext4 file system to be mounted at `/data`; what the host writes is lost.
+    pub(crate) data: Option<PathBuf>,
 }
 
 /// A file of this machine to put into the emulated one.
@@ -107,6 +133,9 @@ pub(crate) struct Job {
     pub(crate) folder: PathBuf,
     /// How long it may take once the host is up.
     pub(crate) limit: Option<Duration>,
+    /// Disk images of this machine that it writes to, each with the serial number by which it is
+    /// found.
+    pub(crate) disks: Vec<(PathBuf, String)>,
 }
 
 /// How a job ended.
@@ -130,6 +159,8 @@ impl Default for HostSpec {
             memory_mib: 3072,
             icount: false,
             append: String::new(),
+            tools: false,
+            data: None,
         }
     }
 }
@@ -160,6 +191,8 @@ impl HostSpec {
         }
         spec.icount = variable("ICOUNT").is_some_and(|value| value == "1");
         spec.append = variable("APPEND").unwrap_or_default();
+        spec.tools = variable("TOOLS").is_some_and(|value| value == "1");
+        spec.data = variable("DATA").map(PathBuf::from);
         Ok(spec)
     }
 
@@ -208,12 +241,25 @@ pub(crate) fn run(
     let busybox = store.busybox()?;
     let qemu = store.qemu()?;
 
+    let disks = disks(store, spec, job)?;
+    let mut modules = Vec::new();
+    if !disks.is_empty() {
+        modules.extend(["virtio_pci", "virtio_blk", "ext4"]);
+    }
+    if spec.tools {
+        modules.extend(["tun", "vhost_net", "vhost_vsock"]);
+    }
+    let modules = kernel.modules(&modules)?;
+
     let initramfs = NamelessFile::new()?;
-    write_initramfs(initramfs.file(), &busybox, job, terminal.is_some())
+    write_initramfs(initramfs.file(), &busybox, &modules, job, terminal.is_some())
         .context("cannot write the emulated host's initramfs")?;
 
     let mut command = qemu.command();
     machine(&mut command, spec, &kernel.image, &initramfs.path());
+    for (index, disk) in disks.iter().enumerate() {
+        disk.attach(&mut command, index);
+    }
     let started = Instant::now();
     let mut emulator = Emulator::start(command)?;
     let (events, _watch) = emulator.events(terminal)?;
@@ -278,6 +324,61 @@ pub(crate) fn run(
             }
         }
     }
+}
+
+/// A disk of the emulated host.
+struct Disk {
+    image: PathBuf,
+    serial: String,
+    access: Access,
+}
+
+/// What becomes of what is written to a disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Refused,
+    /// Kept until the host ends.
+    Forgotten,
+    Kept,
+}
+
+impl Disk {
+    fn attach(&self, command: &mut Command, index: usize) {
+        let options = match self.access {
+            Access::Refused => "readonly=on",
+            Access::Forgotten => "snapshot=on",
+            Access::Kept => "readonly=off",
+        };
+        // Who would lose data is the emulated host, and it ends with us.
+        let drive = format!(
+            "if=none,id=disk{index},format=raw,cache=unsafe,discard=unmap,{options},file={}",
+            self.image.display()
+        );
+        let device = format!("virtio-blk-pci,drive=disk{index},serial={}", self.serial);
+        command.args(["-drive", &drive, "-device", &device]);
+    }
+}
+
+/// The disks that a host needs for `job`.
+fn disks(store: &Store, spec: &HostSpec, job: &Job) -> Result<Vec<Disk>> {
+    let mut disks = Vec::new();
+    let mut add = |image: &Path, serial: &str, access| {
+        disks.push(Disk {
+            image: image.to_owned(),
+            serial: serial.to_owned(),
+            access,
+        });
+    };
+    if spec.tools {
+        add(&assets::tools(store)?, "tools", Access::Refused);
+    }
+    if let Some(data) = &spec.data {
+        add(data, "data", Access::Forgotten);
+    }
+    for (image, serial) in &job.disks {
+        add(image, serial, Access::Kept);
+    }
+    Ok(disks)
 }
 
 /// The end of what a console said before the job, for an error's text.
@@ -346,7 +447,13 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
     command.args(["-append", append.trim_end()]);
 }
 
-fn write_initramfs(file: &File, busybox: &Path, job: &Job, terminal: bool) -> Result<()> {
+fn write_initramfs(
+    file: &File,
+    busybox: &Path,
+    modules: &[Module],
+    job: &Job,
+    terminal: bool,
+) -> Result<()> {
     let mut archive = Archive::new(BufWriter::with_capacity(1 << 20, file));
     for folder in ["/dev", "/proc", "/sys", "/root"] {
         archive.folder(folder)?;
@@ -358,8 +465,12 @@ fn write_initramfs(file: &File, busybox: &Path, job: &Job, terminal: bool) -> Re
     archive.symlink("/usr/bin", "/bin")?;
     archive.file("/init", 0o755, HOST_INIT.as_bytes())?;
     archive.file("/rig/run", 0o755, run_script(job, terminal).as_bytes())?;
-    archive.file("/etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
-    archive.file("/etc/group", 0o644, b"root:x:0:\n")?;
+    for (index, module) in modules.iter().enumerate() {
+        let path = format!("/rig/modules/{index:02}-{}.ko", module.name);
+        archive.file(path, 0o644, &module.data)?;
+    }
+    archive.file("/etc/passwd", 0o644, PASSWD.as_bytes())?;
+    archive.file("/etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
     if !job.folder.as_os_str().is_empty() {
         archive.folder(&job.folder)?;
     }
@@ -402,7 +513,7 @@ fn run_script(job: &Job, terminal: bool) -> String {
 }
 
 /// `word` as a shell takes it literally.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 

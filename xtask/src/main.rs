@@ -3,15 +3,20 @@
 
 mod assets;
 mod bench;
+mod bench_io;
 mod boot;
 mod check;
 mod elf;
 mod figures;
 mod host;
+mod image;
 mod initramfs;
+mod load;
 mod marker;
 mod measure;
+mod measure_io;
 mod packages;
+mod perf;
 mod procfs;
 mod progress;
 mod runner;
@@ -19,6 +24,7 @@ mod signals;
 mod terminal;
 mod toolchain;
 mod trace;
+mod vm;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,8 +34,11 @@ use anyhow::{Context, Result};
 use argh::FromArgs;
 
 use crate::assets::Choice;
+use crate::bench_io::BenchIo;
 use crate::host::{Ended, HostSpec, Job};
+use crate::load::Load;
 use crate::measure::Measure;
+use crate::measure_io::MeasureIo;
 use crate::packages::Store;
 use crate::progress::say;
 use crate::terminal::RawTerminal;
@@ -47,6 +56,7 @@ enum Task {
     Boot(boot::Boot),
     Test(check::Test),
     Bench(bench::Bench),
+    Image(image::Image),
     Runner(Runner),
     Setup(Setup),
     Host(Host),
@@ -106,12 +116,25 @@ fn run() -> Result<i32> {
         }
         // Not for people, so the help does not tell of it.
         Some((task, rest)) if task == "measure" => return Measure::from_words(rest)?.run(),
+        Some((task, rest)) if task == "measure-io" => return MeasureIo::from_words(rest)?.run(),
+        Some((task, rest)) if task == "load" => return Load::from_words(rest)?.run(),
+        // `bench` takes any words after its options, so it has no subcommands of its own.
+        Some((task, rest)) if task == "bench" && rest.first().is_some_and(|word| word == "io") => {
+            return match BenchIo::from_words(&rest[1..]) {
+                Ok(bench) => bench.run(),
+                Err(exit) => {
+                    print!("{}", exit.output);
+                    Ok(i32::from(exit.status.is_err()))
+                }
+            };
+        }
         _ => {}
     }
     match argh::from_env::<Arguments>().task {
         Task::Boot(boot) => boot.run(),
         Task::Test(test) => test.run(),
         Task::Bench(bench) => bench.run(),
+        Task::Image(image) => image.run(),
         Task::Runner(runner) => runner.run(),
         Task::Setup(setup) => setup.run(),
         Task::Host(host) => host.run(),

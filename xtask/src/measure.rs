@@ -7,25 +7,18 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{PipeReader, Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use argh::FromArgs;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 
 use crate::procfs::{self, Mappings};
 use crate::trace::{self, Trace};
-
-/// What the guest's init prints first.
-const MARKER: &[u8] = b"GUEST-MARKER";
-
-/// How long a VM may take, in the host's own time.
-const LIMIT: Duration = Duration::from_secs(120);
+use crate::vm::Vm;
 
 /// How long a guest is left alone before it counts as idle, and how long it is then watched.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -249,114 +242,6 @@ impl Values {
     }
 }
 
-/// A running VMM, whose output is one pipe and whose input stays open.
-struct Vm {
-    child: Child,
-    console: PipeReader,
-    started: Instant,
-    output: Vec<u8>,
-}
-
-impl Vm {
-    fn start(command: &[String]) -> Result<Self> {
-        let (program, arguments) = command.split_first().context("no VMM was given")?;
-        let (console, output) = std::io::pipe().context("cannot make a pipe")?;
-        let errors = output.try_clone().context("cannot share a pipe")?;
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::piped());
-        command.stdout(output).stderr(errors);
-        let started = Instant::now();
-        let child = command.spawn();
-        // The command holds the pipe's other ends, which shall be the VMM's alone.
-        drop(command);
-        Ok(Self {
-            child: child.with_context(|| format!("cannot start {program}"))?,
-            console,
-            started,
-            output: Vec::new(),
-        })
-    }
-
-    /// Waits for the guest's marker and gives the time since the start; every `period`, if there
-    /// is one, `look` is called with the process's number.
-    fn until_marker(
-        &mut self,
-        period: Option<Duration>,
-        look: &mut dyn FnMut(u32),
-    ) -> Result<Duration> {
-        let timeout = Timespec::try_from(period.unwrap_or(LIMIT)).context("a long period")?;
-        let mut buffer = [0; 1 << 16];
-        loop {
-            ensure!(self.started.elapsed() < LIMIT, "no marker: {}", self.said());
-            let mut console = [PollFd::new(&self.console, PollFlags::IN)];
-            let ready = poll(&mut console, Some(&timeout)).context("cannot wait for the VMM")?;
-            if ready == 0 {
-                look(self.child.id());
-                continue;
-            }
-            let length = self
-                .console
-                .read(&mut buffer)
-                .context("cannot read the console")?;
-            let time = self.started.elapsed();
-            ensure!(
-                length > 0,
-                "the VMM ended before the marker: {}",
-                self.said()
-            );
-            let from = self.output.len().saturating_sub(MARKER.len());
-            self.output.extend_from_slice(&buffer[..length]);
-            if self.output[from..]
-                .windows(MARKER.len())
-                .any(|window| window == MARKER)
-            {
-                return Ok(time);
-            }
-        }
-    }
-
-    /// Waits for the VMM to end by itself and gives the time since the start.
-    fn until_end(&mut self) -> Result<Duration> {
-        let timeout = Timespec::try_from(LIMIT).context("a long period")?;
-        let mut buffer = [0; 1 << 16];
-        loop {
-            let mut console = [PollFd::new(&self.console, PollFlags::IN)];
-            let ready = poll(&mut console, Some(&timeout)).context("cannot wait for the VMM")?;
-            ensure!(ready > 0, "it does not end: {}", self.said());
-            match self
-                .console
-                .read(&mut buffer)
-                .context("cannot read the console")?
-            {
-                0 => break,
-                length => self.output.extend_from_slice(&buffer[..length]),
-            }
-        }
-        let status = self.child.wait().context("cannot wait for the VMM")?;
-        let time = self.started.elapsed();
-        ensure!(
-            status.success(),
-            "the VMM ended with {status}: {}",
-            self.said()
-        );
-        Ok(time)
-    }
-
-    /// The end of the console's output.
-    fn said(&self) -> String {
-        let from = self.output.len().saturating_sub(2000);
-        String::from_utf8_lossy(&self.output[from..]).into_owned()
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        // It has mostly ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn timing(command: &[String]) -> Result<Values> {
     let mut trace = Trace::new(4096)?;
     trace.event("sched/sched_process_exec")?;
@@ -573,7 +458,7 @@ fn before_entry<'a>(events: impl Iterator<Item = trace::Event<'a>>) -> Vec<trace
 }
 
 /// KVM's counters over all VMs, of which there is one.
-fn statistics() -> BTreeMap<String, u64> {
+pub(crate) fn statistics() -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for entry in fs::read_dir(DEBUGFS).into_iter().flatten().flatten() {
         let text = fs::read_to_string(entry.path()).unwrap_or_default();
@@ -588,7 +473,8 @@ fn millis(micros: u64) -> f64 {
     micros as f64 / 1e3
 }
 
-fn print(line: &Value) -> Result<()> {
+/// Prints a line of JSON for the bench.
+pub(crate) fn print(line: &Value) -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "{line}")
         .and_then(|()| out.flush())

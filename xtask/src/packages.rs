@@ -5,6 +5,9 @@
 //! are read from that configuration; this repository names no server. What has been fetched once
 //! is found again by a stamp, without asking the network.
 
+mod kernels;
+mod systems;
+
 use std::cell::OnceCell;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -15,6 +18,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::progress::say;
+
+pub(crate) use kernels::Module;
+pub(crate) use systems::{System, digest, uncompressed};
 
 /// The Debian release that kernels and busybox come from, on every machine.
 const GUEST_RELEASE: &str = "bookworm";
@@ -96,14 +102,6 @@ pub(crate) struct Store {
     apt: OnceCell<Apt>,
 }
 
-/// The files of an unpacked kernel package.
-#[derive(Debug)]
-pub(crate) struct KernelFiles {
-    /// The boot executable.
-    pub(crate) image: PathBuf,
-    folder: PathBuf,
-}
-
 /// An emulator that can be started.
 #[derive(Debug)]
 pub(crate) struct Qemu {
@@ -141,10 +139,16 @@ impl Store {
 
     /// Holds the store for this process until the returned file is closed.
     pub(crate) fn lock(&self) -> Result<File> {
-        let path = self.root.join("lock");
+        self.lock_for("lock", "fetches packages")
+    }
+
+    /// Holds what the file `name` stands for, until the returned file is closed; who has to wait
+    /// is told what another xtask `does`.
+    pub(crate) fn lock_for(&self, name: &str, does: &str) -> Result<File> {
+        let path = self.root.join(name);
         let file = File::create(&path).with_context(|| format!("cannot create {path:?}"))?;
         if file.try_lock().is_err() {
-            say("waiting for another xtask that fetches packages");
+            say(&format!("waiting for another xtask that {does}"));
             file.lock()
                 .with_context(|| format!("cannot lock {path:?}"))?;
         }
@@ -158,21 +162,17 @@ impl Store {
         fs::create_dir_all(&stamps).with_context(|| format!("cannot create {stamps:?}"))
     }
 
-    /// An ARM64 kernel.
-    pub(crate) fn kernel(&self, kernel: Kernel) -> Result<KernelFiles> {
-        let item = format!("kernel-{}", kernel.name());
-        let folder = self.stored(&item, |apt, into| {
-            let (meta, suite) = kernel.package(apt.distribution)?;
-            let package = apt.dependency(&format!("{meta}:arm64"), suite.as_deref())?;
-            for archive in apt.download(std::slice::from_ref(&package))? {
-                unpack_kernel(&archive, into)?;
+    /// Forgets which versions of packages for whole systems were chosen.
+    pub(crate) fn forget_systems(&self) -> Result<()> {
+        let stamps = self.root.join("stamps");
+        for entry in fs::read_dir(&stamps).with_context(|| format!("cannot list {stamps:?}"))? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with("system-") {
+                fs::remove_file(&path).with_context(|| format!("cannot remove {path:?}"))?;
             }
-            Ok(package)
-        })?;
-        let boot = folder.join("boot");
-        let image = find(&boot, &|name| name.starts_with("vmlinuz-"))?
-            .with_context(|| format!("no kernel in {boot:?}"))?;
-        Ok(KernelFiles { image, folder })
+        }
+        Ok(())
     }
 
     /// A statically linked ARM64 busybox.
@@ -212,19 +212,40 @@ impl Store {
     }
 
     fn private_qemu(&self) -> Result<Qemu> {
-        let root = self.stored("qemu", |apt, into| {
+        let root = self.private_program("qemu", "qemu-system-arm")?;
+        Ok(Qemu {
+            program: root.join("usr/bin/qemu-system-aarch64"),
+            private_root: Some(root),
+        })
+    }
+
+    /// Converts the raw disk image `from` to a compressed qcow2 image at `to`.
+    pub(crate) fn convert_to_qcow2(&self, from: &Path, to: &Path) -> Result<()> {
+        let mut command = Command::new("qemu-img");
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            let root = self.private_program("qemu-img", "qemu-utils")?;
+            command = Command::new(root.join("usr/bin/qemu-img"));
+            let libraries = private_libraries(&root);
+            command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries)?);
+        }
+        command.args(["convert", "-f", "raw", "-O", "qcow2", "-c"]);
+        run_silently(command.arg(from).arg(to))
+    }
+
+    /// The folder of a program of this machine's own architecture, unpacked with the libraries that
+    /// the machine lacks.
+    fn private_program(&self, item: &str, name: &str) -> Result<PathBuf> {
+        self.stored(item, |apt, into| {
             let suite = apt.backports();
-            let package = apt.candidate("qemu-system-arm", suite.as_deref())?;
-            say("QEMU is fetched with the libraries that this machine lacks; nothing is installed");
-            let closure = apt.closure("qemu-system-arm", suite.as_deref())?;
+            let package = apt.candidate(name, suite.as_deref())?;
+            say(&format!(
+                "{name} is fetched with the libraries that this machine lacks; nothing is installed"
+            ));
+            let closure = apt.closure(name, suite.as_deref())?;
             for archive in apt.download(&closure)? {
                 unpack(&archive, into)?;
             }
             Ok(package)
-        })?;
-        Ok(Qemu {
-            program: root.join("usr/bin/qemu-system-aarch64"),
-            private_root: Some(root),
         })
     }
 
@@ -275,29 +296,6 @@ impl Store {
         }
         let apt = Apt::prepare(&self.root.join("apt"))?;
         Ok(self.apt.get_or_init(|| apt))
-    }
-}
-
-impl KernelFiles {
-    /// The module called `name`, uncompressed.
-    pub(crate) fn module(&self, name: &str) -> Result<Vec<u8>> {
-        let wanted = format!("{name}.ko");
-        let path = find(&self.folder, &|file| file.starts_with(&wanted))?
-            .with_context(|| format!("no module {name} in {:?}", self.folder))?;
-        if path.extension() == Some(OsStr::new("ko")) {
-            return fs::read(&path).with_context(|| format!("cannot read {path:?}"));
-        }
-        let mut xz = Command::new("xz");
-        xz.arg("-dc").arg(&path);
-        let output = xz.output().context("cannot run xz (package xz-utils)")?;
-        ensure!(output.status.success(), "xz cannot unpack {path:?}");
-        Ok(output.stdout)
-    }
-
-    /// The boot executable's name, which carries the kernel's version.
-    pub(crate) fn version(&self) -> String {
-        let name = self.image.file_name().unwrap_or_default().to_string_lossy();
-        name.trim_start_matches("vmlinuz-").to_owned()
     }
 }
 
@@ -803,38 +801,6 @@ fn field<'a>(record: &'a str, key: &str) -> Option<&'a str> {
 
 fn unpack(archive: &Path, into: &Path) -> Result<()> {
     run_silently(Command::new("dpkg").arg("-x").arg(archive).arg(into))
-}
-
-/// Unpacks what we use of a kernel package, which is a tenth of its size.
-fn unpack_kernel(archive: &Path, into: &Path) -> Result<()> {
-    let mut data = Command::new("dpkg")
-        .arg("--fsys-tarfile")
-        .arg(archive)
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot run dpkg")?;
-    let pipe = data.stdout.take().context("dpkg has no output")?;
-    let wanted = [
-        "./boot/vmlinuz-*",
-        "./boot/config-*",
-        "*/gpio_keys.ko*",
-        "*/evdev.ko*",
-    ];
-    // Not every kernel has every file: tar's complaints about the missing ones are not ours.
-    let mut tar = Command::new("tar");
-    tar.arg("-x")
-        .arg("-C")
-        .arg(into)
-        .arg("--wildcards")
-        .args(wanted);
-    tar.stdin(pipe)
-        .stderr(Stdio::null())
-        .status()
-        .context("cannot run tar")?;
-    let status = data.wait().context("cannot wait for dpkg")?;
-    ensure!(status.success(), "dpkg cannot read {archive:?}");
-    ensure!(into.join("boot").is_dir(), "{archive:?} holds no kernel");
-    Ok(())
 }
 
 /// The first file below `folder` whose name fits, in the order of names.

@@ -66,6 +66,7 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
         environment,
         folder,
         limit: limit()?,
+        ..Job::default()
     };
     let mut out = std::io::stdout();
     let mut print = |bytes: &[u8]| {

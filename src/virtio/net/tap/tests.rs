@@ -7,6 +7,7 @@ use armlet_devices::virtio::net::feature::{CTRL_VQ, MQ, MRG_RXBUF, STATUS};
 use std::net::{Ipv6Addr, SocketAddrV6, UdpSocket};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 const MAC: &str = "02:00:00:00:00:07";
 const MAC_BYTES: [u8; 6] = [2, 0, 0, 0, 0, 7];
@@ -125,6 +126,26 @@ fn reach(interface: &Interface, guest: &mut Guest, data: &[u8]) -> (usize, Vec<u
     })
 }
 
+/// Sends a frame with a datagram from the guest until it comes: that a new interface has an address
+/// takes effect when the host gets round to it.
+fn answer(
+    guest: &mut Guest,
+    pair: usize,
+    (header, frame): &([u8; HEADER], Vec<u8>),
+    socket: &UdpSocket,
+) {
+    let wanted = &frame[UDP_DATA..];
+    let patience = Some(Duration::from_millis(100));
+    socket.set_read_timeout(patience).expect("a time");
+    guest.wait("datagram from the guest", |guest| {
+        guest.send(pair, *header, frame);
+        let mut data = [0; 100];
+        let (size, from) = socket.recv_from(&mut data).ok()?;
+        assert_eq!(from.ip(), GUEST);
+        (&data[..size] == wanted).then_some(())
+    });
+}
+
 /// Moves datagrams both ways, and with and without offloads.
 fn exchange(interface: &Interface, card: &super::super::NetworkCard) {
     let socket = interface.socket();
@@ -146,12 +167,8 @@ fn exchange(interface: &Interface, card: &super::super::NetworkCard) {
             continue;
         }
         let host_mac = frame[HEADER + 6..HEADER + 12].try_into().expect("6 bytes");
-        let (header, frame) = datagram(port, host_mac, b"from the guest");
-        guest.send(0, header, &frame);
-        let mut data = [0; 100];
-        let (size, from) = socket.recv_from(&mut data).expect("it comes");
-        assert_eq!(&data[..size], b"from the guest");
-        assert_eq!(from.ip(), GUEST);
+        let frame = datagram(port, host_mac, b"from the guest");
+        answer(&mut guest, 0, &frame, &socket);
         // Another driver of the same guest.
         guest.start(MRG_RXBUF);
         reach(interface, &mut guest, b"again");
@@ -205,19 +222,17 @@ fn exchange_by_pairs(interface: &Interface, card: &super::super::NetworkCard) {
             host_mac = frame[HEADER + 6..HEADER + 12].try_into().expect("6 bytes");
         }
         for pair in 0..usize::from(pairs) {
-            let (_, mut frame) = datagram(port, host_mac, &[]);
+            let (_, mut frame) = datagram(port, host_mac, &[pairs, pair as u8]);
             complete(&mut frame);
-            guest.send(pair, [0; HEADER], &frame);
-            let mut data = [0; 100];
-            assert_eq!(socket.recv(&mut data).expect("it comes"), 0);
+            answer(&mut guest, pair, &([0; HEADER], frame), &socket);
         }
     }
     assert!(!guest.control(4, &[4, 0, 3, 0]));
 }
 
-/// Completes the checksum of a datagram without data.
+/// Completes the checksum of a datagram with an even number of bytes.
 fn complete(frame: &mut [u8]) {
-    let words = frame[54..62].chunks(2);
+    let words = frame[54..].chunks(2);
     let sum = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
     let mut sum = sum.sum::<u32>();
     while sum > 0xffff {
