@@ -5,11 +5,12 @@ use std::sync::Mutex;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::feature::*;
 use super::*;
 use crate::virtio::fake::Guest;
-use crate::virtio::{FEATURE_EVENT_IDX, lock};
+use crate::virtio::{FEATURE_EVENT_IDX, Link, Virtqueue, lock};
 
 const MAC_ADDRESS: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const RX: usize = 0;
@@ -146,13 +147,13 @@ impl Frames for FakeNetwork {
     }
 }
 
-type Card = Guest<Net<FakeNetwork>>;
+type TestGuest = Guest<Net<FakeNetwork>>;
 
 fn card(network: &FakeNetwork) -> Net<FakeNetwork> {
     Net::new(network.clone(), MAC_ADDRESS)
 }
 
-fn started(network: &FakeNetwork, features: u64) -> Card {
+fn started(network: &FakeNetwork, features: u64) -> TestGuest {
     Guest::started(card(network), features)
 }
 
@@ -174,12 +175,12 @@ fn payload(size: usize, seed: u8) -> Vec<u8> {
         .collect()
 }
 
-fn wake(guest: &Card, source: usize) {
+fn wake<D: VirtioDevice + 'static>(guest: &Guest<D>, source: usize) {
     lock(&guest.device).ready(source);
 }
 
 /// A control request; the answer.
-fn control(guest: &mut Card, queue: usize, request: &[u8]) -> Vec<u8> {
+fn control(guest: &mut TestGuest, queue: usize, request: &[u8]) -> Vec<u8> {
     guest.answer(queue, &[&request[..2], &request[2..]], &[1])
 }
 
@@ -614,6 +615,129 @@ fn frames_that_cannot_be_are_not_sent() {
     guest.answer(TX, &[&[0; 26]], &[]);
     assert_eq!(network.sent(), [(0, vec![0; 26])]);
     assert_eq!(guest.mmio.faults(), 4);
+}
+
+#[test]
+fn a_driver_that_waits_for_any_buffer_of_a_frame_is_interrupted_once() {
+    for (event, interrupts) in [(0_u16, 1), (2, 1), (3, 1), (4, 0)] {
+        let network = FakeNetwork::default();
+        let mut guest = started(&network, MRG_RXBUF | FEATURE_EVENT_IDX);
+        let [_, available, _] = guest.rings(RX);
+        // used_event, behind 64 entries.
+        let at = GuestAddress(available + 4 + 2 * 64);
+        guest.memory.write_obj(event, at).expect("memory");
+        for _ in 0..4 {
+            guest.request(RX, &[], &[1000]);
+        }
+        network.come(0, &frame(&payload(3500, 0)));
+        guest.kick(RX);
+        assert_eq!(guest.used(RX).len(), 4);
+        assert_eq!(guest.interrupts(), interrupts, "event {event}");
+    }
+}
+
+/// The host's end of a card, which works on the queues by itself.
+#[derive(Clone, Default)]
+struct FakeRings {
+    network: FakeNetwork,
+    /// The queues that it has, and the features.
+    works_on: Arc<Mutex<Option<(Vec<u16>, u64)>>>,
+}
+
+impl Network for FakeRings {
+    fn offloads(&self) -> u64 {
+        self.network.offloads()
+    }
+
+    fn pairs(&self) -> u16 {
+        self.network.pairs()
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        vec![Source {
+            fd: 7,
+            output: false,
+            edge: true,
+        }]
+    }
+
+    fn woken(&mut self, source: usize) -> Woken {
+        self.network.woken(source)
+    }
+
+    fn configure(&mut self, pairs: u16, offloads: u64) -> Result<(), String> {
+        self.network.configure(pairs, offloads)
+    }
+}
+
+impl Rings for FakeRings {
+    fn start(
+        &mut self,
+        features: u64,
+        memory: &GuestMemoryMmap,
+        queues: &[Virtqueue],
+        _link: &Link,
+    ) -> Result<(), String> {
+        assert!(memory.check_range(GuestAddress(queues[0].addresses().used), 1));
+        let queues = queues.iter().map(Virtqueue::index).collect();
+        *lock(&self.works_on) = Some((queues, features));
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        *lock(&self.works_on) = None;
+    }
+}
+
+#[test]
+fn the_hosts_end_works_on_all_queues_but_the_control_queue() {
+    let rings = FakeRings::default();
+    rings.network.change(|wire| wire.pairs = 2);
+    let works_on = || lock(&rings.works_on).clone();
+    let card = RingNet::new(rings.clone(), MAC_ADDRESS).expect("descriptors");
+    assert!(!card.takes_kicks());
+    let sources = card.sources();
+    assert_eq!((sources.len(), sources[0].fd), (2, 7));
+    let features = CTRL_VQ | MQ | STATUS;
+    let mut guest = Guest::started(card, features);
+    let (queues, negotiated) = works_on().expect("it works");
+    assert_eq!(queues, [0, 1, 2, 3]);
+    assert_eq!(negotiated & features, features);
+    // A kick of the control queue comes by a source, which is the last.
+    let head = guest.request(4, &[&[4, 0], &[2, 0]], &[1]);
+    guest.write(0x50, 4);
+    let control = Epoll::new().expect("a descriptor");
+    let event = EpollEvent::new(EventSet::IN, 0);
+    control
+        .ctl(ControlOperation::Add, sources[1].fd, event)
+        .expect("it can be waited for");
+    let mut ready = [EpollEvent::default()];
+    assert_eq!(control.wait(0, &mut ready).expect("no error"), 1);
+    wake(&guest, 1);
+    assert_eq!(guest.used(4), [(head, vec![0])]);
+    assert_eq!(lock(&rings.network.0).configured.0, 2);
+    assert_eq!(control.wait(0, &mut ready).expect("no error"), 0);
+    // Other sources are the network's.
+    rings
+        .network
+        .change(|wire| wire.woken = Some(Woken::Link(false)));
+    wake(&guest, 0);
+    assert_eq!(guest.read(LINK_STATUS) & 0xffff, 0);
+    rings
+        .network
+        .change(|wire| wire.woken = Some(Woken::Broken("ring 1".to_owned())));
+    wake(&guest, 0);
+    assert!(guest.is_broken());
+    // It stops with the driver, and begins again with the next.
+    guest.negotiate(0);
+    assert_eq!(works_on(), None);
+    guest.start(CTRL_VQ);
+    let (queues, _) = works_on().expect("it works");
+    assert_eq!(queues, [0, 1]);
+    guest.request(CONTROL, &[&[9, 9]], &[1]);
+    guest.write(0x50, CONTROL as u32);
+    wake(&guest, 1);
+    assert_eq!(guest.used(CONTROL)[0].1, [1]);
 }
 
 /// What a driver and a network do in a property test.

@@ -1,8 +1,8 @@
 //! TAPs of this host, where it lets us make them.
 
 use super::super::tests::{Guest, open};
-use super::super::vhost::VhostNet;
 use super::*;
+use crate::virtio::Backend;
 use armlet_devices::virtio::net::feature::{CTRL_VQ, MQ, MRG_RXBUF, STATUS};
 use std::net::{Ipv6Addr, SocketAddrV6, UdpSocket};
 use std::process::Command;
@@ -188,22 +188,27 @@ fn the_kernel_moves_frames_where_it_can() {
     let Some(interface) = Interface::new("") else {
         return;
     };
-    let tap = Tap::open(&interface.name, 1).expect("it opens");
-    let vhost = VhostNet::open(&Arc::new(tap));
-    if let Err(error) = vhost {
+    // Each has an interface of its own: while another test starts a program, that program has our
+    // descriptors for a moment, and an interface is in use that is closed here.
+    let another = |options| Interface::new(options).expect("one was made before");
+    let wanted = open(&format!("tap={},vhost=on", interface.name));
+    if let Err(error) = wanted {
         eprintln!("skipped: {error:#}");
-        let wanted = open(&format!("tap={},vhost=on", interface.name));
-        let message = format!("{:#}", wanted.err().expect("there is none"));
-        assert!(message.contains("/dev/vhost-net"), "{message}");
+        let error = format!("{error:#}");
+        assert!(error.contains("/dev/vhost-net"), "{error}");
         // Without being asked for it is not missed.
+        let interface = another("");
         exchange(&interface, &interface.card(""));
         return;
     }
-    drop(vhost);
-    exchange(&interface, &interface.card(",vhost=on"));
-    let queues = Interface::new("multi_queue").expect("one was made before");
-    exchange_by_pairs(&queues, &queues.card(",vhost=on,queues=2"));
-    the_link_follows(&queues, &queues.card(",vhost=on"));
+    let interface = another("");
+    let card = interface.card("");
+    assert!(!card.is_busy(), "the kernel does the work, unasked");
+    exchange(&interface, &card);
+    let interface = another("multi_queue");
+    exchange_by_pairs(&interface, &interface.card(",vhost=on,queues=2"));
+    let interface = another("");
+    the_link_follows(&interface, &interface.card(",vhost=on"));
 }
 
 /// Frames of each flow come by one of the pairs that the guest uses, and by all it can send.
@@ -280,23 +285,22 @@ fn the_link_is_as_the_interface() {
 
 #[test]
 fn an_inherited_descriptor_works_as_an_opened_one() {
-    let Some(interface) = Interface::new("") else {
+    let (Some(interface), Some(other)) = (Interface::new(""), Interface::new("")) else {
         return;
     };
-    let attach = |flags| {
+    let attach = |interface: &Interface, flags| {
         let tun = open_tun().expect("it opens");
         sys::set_interface(&tun, &interface.name, flags).expect("it is ours");
         tun
     };
-    let tun = attach(FLAGS);
+    let tun = attach(&interface, FLAGS);
     let card = open(&format!("fd={},mac={MAC},vhost=off", tun.as_raw_fd()));
     exchange(&interface, &card.expect("it opens"));
-    drop(tun);
     let wrong = |number: RawFd| {
         let error = open(&format!("fd={number}")).err().expect("it is wrong");
         format!("{error:#}")
     };
-    let tun = attach(libc::IFF_TAP | libc::IFF_NO_PI);
+    let tun = attach(&other, libc::IFF_TAP | libc::IFF_NO_PI);
     let bare = wrong(tun.as_raw_fd());
     assert!(bare.contains("IFF_VNET_HDR"), "{bare}");
     let closed = wrong(1_000_000);
