@@ -129,7 +129,8 @@ macro_rules! machine_command {
             /// persistent memory: path=IMG[,readonly]; may be repeated
             #[argh(option, arg_name = "PMEM")]
             pub pmem: Vec<String>,
-            /// folder of the host: tag=T,path=DIR[,readonly]; may be repeated
+            /// folder of the host: tag=T,path=DIR[,readonly][,sandbox=namespace|chroot|none]
+            /// [,cache=auto|always|never|metadata][,xattr]; may be repeated
             #[argh(option, arg_name = "SHARE")]
             pub share: Vec<String>,
             /// where the terminal is: serial (ttyAMA0, the default) or virtio (hvc0)

@@ -292,14 +292,17 @@ impl DiskOptions {
     #[cfg(feature = "qcow2")]
     fn qcow2(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
         let path = &self.path;
-        if self.cache == Cache::None {
-            self.bypass_cache(&opened, 0)?;
-        }
         let mut chain = Vec::new();
         for path in &self.backing {
             chain.push((path.as_path(), open_image(path, true)?.file));
         }
         let complaints = Complaints::new(name.to_owned(), path.clone());
+        if !self.readonly {
+            qcow2::mend(path, &opened.file)?;
+        }
+        if self.cache == Cache::None {
+            self.bypass_cache(&opened, 0)?;
+        }
         let image = qcow2::Image::open(path, opened.file, self.readonly, chain, complaints)?;
         let mut shape = self.shape(image.size());
         shape.physical_block_size = 4096;

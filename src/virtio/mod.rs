@@ -13,6 +13,7 @@ use disk::DiskOptions;
 use net::NetOptions;
 use pmem::PmemImage;
 use share::ShareOptions;
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use vsock::VsockOptions;
 
@@ -103,6 +104,7 @@ enum What {
 /// An option that cannot be read.
 pub fn wanted(args: &MachineArgs) -> Result<Vec<Wanted>> {
     let mut wanted = Vec::new();
+    let mut tags = HashSet::new();
     let mut add = |name: &str, what| {
         let name = name.to_owned();
         wanted.push(Wanted { name, what });
@@ -117,6 +119,12 @@ pub fn wanted(args: &MachineArgs) -> Result<Vec<Wanted>> {
     }
     for (number, text) in args.share.iter().enumerate() {
         let share = ShareOptions::parse(text)?;
+        if !tags.insert(share.tag().to_owned()) {
+            bail!(
+                "--share: tag '{}' is there twice; give each folder its own",
+                share.tag()
+            );
+        }
         add(&format!("share{number}"), What::Share(share));
     }
     if let Some(text) = &args.vsock {

@@ -1,5 +1,7 @@
 //! Images in QEMU's qcow2 format, by the library imago. One request at a time.
 
+mod mend;
+
 use super::QCOW2;
 use super::complaints::Complaints;
 use anyhow::{Context, Result, bail};
@@ -24,10 +26,16 @@ const ZEROES: usize = 64 << 10;
 
 /// An open qcow2 image.
 pub(super) struct Image {
-    access: Mutex<FormatAccess<Storage>>,
+    access: Mutex<Access>,
     size: u64,
     readonly: bool,
     complaints: Complaints,
+}
+
+struct Access {
+    disk: FormatAccess<Storage>,
+    /// Whether clusters were given back since the last flush.
+    freed: bool,
 }
 
 impl Image {
@@ -43,10 +51,10 @@ impl Image {
         backing: Vec<(&Path, File)>,
         complaints: Complaints,
     ) -> Result<Image> {
-        let access = open_chain(path, file, readonly, &mut backing.into_iter())?;
+        let disk = open_chain(path, file, readonly, &mut backing.into_iter())?;
         Ok(Image {
-            size: access.size(),
-            access: Mutex::new(access),
+            size: disk.size(),
+            access: Mutex::new(Access { disk, freed: false }),
             readonly,
             complaints,
         })
@@ -64,39 +72,82 @@ impl Image {
             Operation::Read => {
                 return each_piece(memory, &request.data, |slices, at| {
                     let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
-                    access.readv(vector, offset + at)
+                    access.disk.readv(vector, offset + at)
                 });
             }
-            Operation::Write => each_piece(memory, &request.data, |slices, at| {
-                let (vector, _guard) = IoVector::from_volatile_slice(slices);
-                access.writev(vector, offset + at)
-            })?,
             Operation::Flush if self.readonly => return Ok(()),
-            Operation::Flush => return sync(&access),
-            // It is advice.
-            Operation::Discard => match access.discard_to_any(offset, len) {
-                Err(error) if error.kind() != io::ErrorKind::Unsupported => return Err(error),
-                _ => return Ok(()),
-            },
+            Operation::Flush => return access.sync(),
+            Operation::Write => {
+                access.settle()?;
+                each_piece(memory, &request.data, |slices, at| {
+                    let (vector, _guard) = IoVector::from_volatile_slice(slices);
+                    access.disk.writev(vector, offset + at)
+                })?;
+            }
+            Operation::Discard => {
+                access.freed = true;
+                // It is advice.
+                match access.disk.discard_to_any(offset, len) {
+                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                    done => done?,
+                }
+                return Ok(());
+            }
             Operation::WriteZeroes { unmap } => {
+                access.settle()?;
+                access.freed = unmap;
                 let done = match unmap {
-                    true => access.discard_to_zero(offset, len),
-                    false => access.write_zeroes(offset, len),
+                    true => access.disk.discard_to_zero(offset, len),
+                    false => access.disk.write_zeroes(offset, len),
                 };
                 match done {
                     // Images of version 2.
                     Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                        write_zeroes(&access, offset, len)?;
+                        write_zeroes(&access.disk, offset, len)?;
                     }
                     done => done?,
                 }
             }
         }
         match request.durable {
-            true => sync(&access),
+            true => access.sync(),
             false => Ok(()),
         }
     }
+}
+
+impl Access {
+    /// Brings all to stable storage.
+    fn sync(&mut self) -> io::Result<()> {
+        self.disk.flush()?;
+        self.disk.sync()?;
+        self.freed = false;
+        Ok(())
+    }
+
+    /// A cluster that was given back is not used anew before the storage has it that it was:
+    /// after a power cut it would have two users.
+    fn settle(&mut self) -> io::Result<()> {
+        match self.freed {
+            true => self.sync(),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Makes an image good that was not closed in order, before it is written to.
+///
+/// # Errors
+/// One that is damaged.
+pub(super) fn mend(path: &Path, file: &File) -> Result<()> {
+    let path = path.display();
+    let mended = mend::mend(file).with_context(|| {
+        format!("qcow2 image {path} is damaged ('qemu-img check -r all {path}' may repair it)")
+    })?;
+    if mended > 0 {
+        log::info!("{path} was not closed in order; {mended} clusters of it are counted again");
+    }
+    Ok(())
 }
 
 /// Opens an image with all that stands behind it.
@@ -162,11 +213,6 @@ fn open_raw(
 fn begins_like_qcow2(file: &File) -> bool {
     let mut magic = [0; QCOW2.len()];
     file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2
-}
-
-fn sync(access: &FormatAccess<Storage>) -> io::Result<()> {
-    access.flush()?;
-    access.sync()
 }
 
 fn write_zeroes(access: &FormatAccess<Storage>, offset: u64, len: u64) -> io::Result<()> {
@@ -237,7 +283,7 @@ impl Engine for Qcow2Engine {
         }
         // What a guest leaves behind is an image that needs no repair, even if armlet is killed
         // before the next one.
-        let result = super::lock(&self.image.access).flush();
+        let result = super::lock(&self.image.access).disk.flush();
         let complaints = &self.image.complaints;
         let _ = complaints.outcome(Operation::Flush, 0, 0, result);
     }

@@ -577,18 +577,22 @@ fn blocks_of_a_file_are_told() {
 mod qcow2 {
     use super::*;
     use imago::file::File as Storage;
-    use imago::qcow2::Qcow2;
+    use imago::qcow2::{Qcow2, Qcow2CreateBuilder};
     use imago::{FormatCreateBuilder, Storage as _, StorageCreateOptions};
 
     /// Makes an empty image, with something behind it.
     fn create(path: &str, backing: Option<(&str, &str)>) {
-        let options = StorageCreateOptions::new().filename(path);
-        let storage = Storage::create_open(options).expect("a file");
-        let mut builder = Qcow2::<Storage>::create_builder(storage).size(SIZE as u64);
+        let mut builder = builder(path);
         if let Some((name, format)) = backing {
             builder = builder.backing(name.to_owned(), format.to_owned());
         }
         builder.create().expect("an image");
+    }
+
+    fn builder(path: &str) -> Qcow2CreateBuilder<Storage> {
+        let options = StorageCreateOptions::new().filename(path);
+        let storage = Storage::create_open(options).expect("a file");
+        Qcow2::<Storage>::create_builder(storage).size(SIZE as u64)
     }
 
     proptest! {
@@ -648,19 +652,157 @@ mod qcow2 {
         );
     }
 
-    #[test]
-    fn what_was_flushed_is_there_without_an_orderly_end() {
+    /// Does the steps on an image of very small clusters, so that it has many tables. `kills`
+    /// says after which of them armlet is killed: what the file holds then is what is found.
+    fn survive(steps: &[(Step, bool)], refcount_bits: usize) {
         let folder = Folder::new();
-        let (image, copy) = (folder.path("x.qcow2"), folder.path("copy.qcow2"));
+        let mut image = folder.path("0.qcow2");
+        let small = builder(&image)
+            .cluster_size(512)
+            .refcount_width(refcount_bits);
+        small.create().expect("an image");
+        // What must be there: `None` where the last write was not flushed.
+        let mut model = vec![Some(0); SIZE];
+        let mut written = vec![0; SIZE];
+        let mut disk = open(&format!("{image},format=qcow2")).expect("opens");
+        let mut bench = Bench::new(&disk);
+        for (index, (step, kill)) in steps.iter().enumerate() {
+            let range = step.sector * 512..(step.sector + step.sectors) * 512;
+            let mut bytes = vec![step.fill; range.len()];
+            let outcome = match step.operation {
+                Operation::Flush => bench.flush(),
+                operation => bench.run(operation, range.start, &mut bytes, &[], step.durable),
+            };
+            assert_eq!(outcome, Outcome::Done);
+            match step.operation {
+                Operation::Read => continue,
+                Operation::Write => written[range.clone()].fill(step.fill),
+                Operation::WriteZeroes { .. } => written[range.clone()].fill(0),
+                Operation::Flush | Operation::Discard => {}
+            }
+            let flushed = step.operation == Operation::Flush || step.durable;
+            match flushed {
+                true => model = written.iter().copied().map(Some).collect(),
+                false => model[range].fill(None),
+            }
+            if !kill {
+                continue;
+            }
+            let next = folder.path(&format!("{}.qcow2", index + 1));
+            std::fs::copy(&image, &next).expect("a copy");
+            drop(bench);
+            drop(disk);
+            image = next;
+            disk = open(&format!("{image},format=qcow2")).expect("opens after a kill");
+            bench = Bench::new(&disk);
+            written = bench.read(0, SIZE);
+            let lost = written
+                .iter()
+                .zip(&model)
+                .position(|(is, was)| was.is_some_and(|was| was != *is));
+            assert_eq!(lost, None, "a byte that was flushed is lost");
+            model = written.iter().copied().map(Some).collect();
+        }
+        assert_eq!(bench.flush(), Outcome::Done);
+        assert!(bench.read(0, SIZE) == written);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn what_was_flushed_survives_kills(
+            steps in steps(),
+            kills in prop::collection::vec(prop::bool::weighted(0.3), 40),
+            order in 0_u32..7,
+        ) {
+            let steps: Vec<(Step, bool)> = steps.into_iter().zip(kills).collect();
+            survive(&steps, 1 << order);
+        }
+    }
+
+    #[test]
+    fn a_cluster_that_was_not_counted_has_one_user() {
+        let write = |sector, fill| Step {
+            operation: Operation::Write,
+            sector,
+            sectors: 8,
+            fill,
+            pieces: Vec::new(),
+            durable: false,
+        };
+        let flush = Step {
+            operation: Operation::Flush,
+            ..write(0, 0)
+        };
+        // The first write makes a table of clusters; the kill comes before it is counted.
+        let steps = [
+            (write(0, 1), true),
+            (write(0, 2), false),
+            (write(256, 3), false),
+            (write(100, 4), false),
+            (flush, true),
+        ];
+        survive(&steps, 16);
+    }
+
+    #[test]
+    fn damage_is_told() {
+        let folder = Folder::new();
+        let image = folder.path("x.qcow2");
         create(&image, None);
         let disk = open(&format!("{image},format=qcow2")).expect("opens");
         let mut bench = Bench::new(&disk);
-        bench.write(65536, &[9; 4096]);
-        assert_eq!(bench.flush(), Outcome::Done);
-        bench.write(0, &[8; 4096]);
-        // As the file is at this moment, so it is found after a kill.
-        std::fs::copy(&image, &copy).expect("a copy");
-        let found = open(&format!("{copy},format=qcow2")).expect("opens");
-        assert_eq!(Bench::new(&found).read(65536, 4096), [9; 4096]);
+        bench.write(0, &[1; 65536]);
+        bench.write(65536, &[2; 65536]);
+        bench.flush();
+        drop(bench);
+        drop(disk);
+        let bytes = std::fs::read(&image).expect("a file");
+        let long = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let l1 = long(40) as usize;
+        let l2 = (long(l1) & 0x00ff_ffff_ffff_fe00) as usize;
+        let message = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = bytes.clone();
+            change(&mut bytes);
+            let damaged = folder.with("damaged.qcow2", &bytes);
+            fails(&format!("{damaged},format=qcow2"))
+        };
+        // Two parts of the disk in one cluster; a table in the middle of one; one that is nowhere.
+        let twice = message(&|bytes| bytes.copy_within(l2..l2 + 8, l2 + 8));
+        assert!(
+            twice.contains("one cluster twice") && twice.contains("qemu-img check"),
+            "{twice}"
+        );
+        assert!(message(&|bytes| bytes[l1 + 6] = 2).contains("middle of a cluster"));
+        assert!(message(&|bytes| bytes[l1 + 1] = 0x40).contains("points too far"));
+        // Read only, it is the guest's affair.
+        let damaged = folder.path("damaged.qcow2");
+        let text = format!("{damaged},format=qcow2,readonly");
+        assert!(open(&text).is_ok());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn no_image_does_harm(changes in prop::collection::vec((0_usize..2000, any::<u8>()), 1..8)) {
+            let folder = Folder::new();
+            let image = folder.path("x.qcow2");
+            builder(&image).cluster_size(512).create().expect("an image");
+            let mut bytes = std::fs::read(&image).expect("a file");
+            for (at, byte) in changes {
+                let at = (4 + at) % bytes.len();
+                bytes[at] = byte;
+            }
+            std::fs::write(&image, bytes).expect("a file");
+            // It opens or it does not.
+            if let Ok(disk) = open(&format!("{image},format=qcow2")) && disk.shape.size < 1 << 20 {
+                let mut bench = Bench::new(&disk);
+                bench.run(Operation::Write, 0, &mut [1; 4096], &[], false);
+                bench.run(Operation::Read, 0, &mut [1; 4096], &[], false);
+                bench.flush();
+            }
+        }
     }
 }

@@ -192,7 +192,7 @@ impl Passt {
                 event.data() == SOCKET && !event.event_set().intersects(gone)
             });
             if !lives {
-                let why = self.ended();
+                let why = self.ended(lives);
                 bail!("passt does not start: {}", summary(&said, &why));
             }
             if has_read {
@@ -226,7 +226,7 @@ impl Passt {
     fn report(&mut self) -> Woken {
         let mut said = Vec::new();
         if !self.listen(&mut said) {
-            return Woken::Gone(self.lost(&said));
+            return Woken::Gone(self.lost(&said, false));
         }
         for line in said {
             log::warn!("passt: {line}");
@@ -234,9 +234,11 @@ impl Passt {
         Woken::Nothing
     }
 
-    /// Ends passt if it has not ended, and says how it did.
-    fn ended(&mut self) -> String {
-        let _ = self.child.kill();
+    /// Ends passt if it still `lives`, and says how it ended.
+    fn ended(&mut self, lives: bool) -> String {
+        if lives {
+            let _ = self.child.kill();
+        }
         match self.child.wait() {
             Ok(status) => status.to_string(),
             Err(error) => error.to_string(),
@@ -244,23 +246,25 @@ impl Passt {
     }
 
     /// passt has ended, or is of no use any more.
-    fn lost(&mut self, said: &[String]) -> String {
+    fn lost(&mut self, said: &[String], lives: bool) -> String {
         self.is_gone = true;
-        let how = self.ended();
+        let how = self.ended(lives);
         format!("passt has ended: {}", summary(said, &how))
     }
 
     /// What an error of the stream means.
     fn trouble(&mut self, error: Broken) -> Trouble {
         let mut said = Vec::new();
-        match error {
+        let lives = match error {
             Broken::Wait => return Trouble::Wait,
-            Broken::Closed => drop(self.listen(&mut said)),
+            // It closes what it says things by before the socket.
+            Broken::Closed => self.listen(&mut said),
             Broken::Wrong(size) => {
                 said.push(format!("it sent a frame of {size} bytes, which cannot be"));
+                true
             }
-        }
-        Trouble::Gone(self.lost(&said))
+        };
+        Trouble::Gone(self.lost(&said, lives))
     }
 
     fn send(&mut self, frame: Frame<'_>) -> Result<(), Trouble> {
@@ -284,7 +288,7 @@ impl Drop for Passt {
     fn drop(&mut self) {
         // It would end by itself when its socket closes, but who waits for armlet expects that all
         // of it is gone.
-        self.ended();
+        self.ended(true);
     }
 }
 

@@ -173,6 +173,16 @@ impl Guest {
         self.put(index, descriptor, &bytes);
     }
 
+    /// Makes a buffer available that lies where no memory is, or any other place.
+    pub(super) fn offer_at(&mut self, index: usize, address: u64) {
+        let descriptor = self.queues[index].available % ENTRIES;
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8] = 64;
+        self.put(index, descriptor, &bytes);
+        self.kick(index);
+    }
+
     fn put(&mut self, index: usize, descriptor: u16, bytes: &[u8; 16]) {
         let rings = self.rings(index);
         let at = |offset: u64| GuestAddress(rings + offset);
