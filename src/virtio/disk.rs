@@ -297,13 +297,18 @@ impl DiskOptions {
             chain.push((path.as_path(), open_image(path, true)?.file));
         }
         let complaints = Complaints::new(name.to_owned(), path.clone());
-        if !self.readonly {
-            qcow2::mend(path, &opened.file)?;
-        }
+        let cluster_bits = qcow2::prepare(path, &opened.file, self.readonly)?;
         if self.cache == Cache::None {
             self.bypass_cache(&opened, 0)?;
         }
-        let image = qcow2::Image::open(path, opened.file, self.readonly, chain, complaints)?;
+        let image = qcow2::Image::open(
+            path,
+            opened.file,
+            cluster_bits,
+            self.readonly,
+            chain,
+            complaints,
+        )?;
         let mut shape = self.shape(image.size());
         shape.physical_block_size = 4096;
         shape.discard_granularity = 4096;

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::image::search_path;
+use crate::image::{self, search_path};
 use crate::initramfs::Archive;
 use crate::packages::{Kernel, Module, Store};
 use crate::progress::say;
@@ -18,12 +18,13 @@ pub(crate) const FOLDER_IN_HOST: &str = "/assets";
 pub(crate) const VARIABLE: &str = "ARMLET_TEST_ASSETS";
 
 /// Debian's programs for the other ends of devices, for tests of them, and the peer to compare with.
-const TOOLS: [&str; 11] = [
+const TOOLS: [&str; 12] = [
     "e2fsprogs",
     "ethtool",
     "fio",
     "iperf3",
     "iproute2",
+    "openssh-client",
     "passt",
     "qemu-system-arm",
     "qemu-utils",
@@ -34,6 +35,9 @@ const TOOLS: [&str; 11] = [
 
 /// The size of the disk that they lie on.
 const TOOLS_MIB: u32 = 1024;
+
+/// The size of the disk with a whole system: its image may fill up.
+const DATA_MIB: u32 = 6144;
 
 /// Prints the marker first, then does what `armlet.run=` on the kernel's command line says.
 const GUEST_INIT: &str = r#"#!/bin/busybox sh
@@ -205,6 +209,31 @@ pub(crate) fn tools(store: &Store) -> Result<PathBuf> {
     Ok(image)
 }
 
+/// The image of a file system with a whole system on disk images, and what it boots from: those of
+/// [`image::BUILT`] and `root.qcow2`.
+pub(crate) fn system(store: &Store) -> Result<PathBuf> {
+    let built = image::build(store, &image::Recipe::default())?;
+    let disk = built.join("data.img");
+    if disk.is_file() {
+        return Ok(disk);
+    }
+    let _lock = store.lock_for("lock-tools", "makes a disk")?;
+    if !disk.is_file() {
+        say("making a disk with a Debian system for the rig");
+        let folder = built.join("data");
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {folder:?}"))?;
+        for name in image::BUILT {
+            image::copy(&built.join(name), &folder.join(name))?;
+        }
+        store.convert_to_qcow2(&built.join(image::BUILT[0]), &folder.join("root.qcow2"))?;
+        let unfinished = beside(&disk);
+        ext4(&folder, &unfinished, DATA_MIB)?;
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {folder:?}"))?;
+        fs::rename(&unfinished, &disk).with_context(|| format!("cannot make {disk:?}"))?;
+    }
+    Ok(disk)
+}
+
 /// Makes an ext4 file system of `size_mib` MiB that holds what is in `folder`.
 pub(crate) fn ext4(folder: &Path, image: &Path, size_mib: u32) -> Result<()> {
     let mut command = Command::new("mke2fs");
@@ -214,7 +243,9 @@ pub(crate) fn ext4(folder: &Path, image: &Path, size_mib: u32) -> Result<()> {
         .args(["-E", "root_owner=0:0,lazy_itable_init=1", "-d"])
         .args([folder, image])
         .arg(format!("{size_mib}M"));
-    let output = command.output().context("cannot run mke2fs (package e2fsprogs)")?;
+    let output = command
+        .output()
+        .context("cannot run mke2fs (package e2fsprogs)")?;
     let complaint = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "mke2fs: {}", complaint.trim());
     Ok(())

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
 
 use crate::host::HostSpec;
-use crate::packages::Kernel;
+use crate::packages::{self, Kernel};
 use crate::progress::say;
 use crate::runner;
 use crate::toolchain::{self, Toolchain};
@@ -31,6 +31,10 @@ pub(crate) struct Test {
     /// run every test on every host of the rig, not only on the first
     #[argh(switch)]
     thorough: bool,
+
+    /// boot a whole Debian system too, on the first host (made by `cargo xtask image` when needed)
+    #[argh(switch)]
+    system: bool,
 
     /// run only those tests of the rig whose names contain one of these
     #[argh(positional)]
@@ -146,6 +150,13 @@ impl Test {
                     ("ARMLET_RIG_KERNEL", spec.kernel.name().to_owned()),
                 ];
                 command.envs(variables);
+            }
+            if name == HOSTS[0].0 && packages::can_make_systems() {
+                // Passt and its like, for the tests that run on the first host only.
+                command.env("ARMLET_RIG_TOOLS", "1");
+                if self.system {
+                    command.env("ARMLET_RIG_SYSTEM", "1");
+                }
             }
             Ok((format!("rig: {name}"), command))
         };

@@ -105,6 +105,8 @@ pub(crate) struct HostSpec {
     pub(crate) append: String,
     /// Whether it has Debian's programs for devices, such as passt, at `/tools`.
     pub(crate) tools: bool,
+    /// Whether it has the Debian system that `cargo xtask image` makes, at `/data`.
+    pub(crate) system: bool,
     /// The image of an ext4 file system to be mounted at `/data`; what the host writes is lost.
     pub(crate) data: Option<PathBuf>,
 }
@@ -160,6 +162,7 @@ impl Default for HostSpec {
             icount: false,
             append: String::new(),
             tools: false,
+            system: false,
             data: None,
         }
     }
@@ -192,6 +195,7 @@ impl HostSpec {
         spec.icount = variable("ICOUNT").is_some_and(|value| value == "1");
         spec.append = variable("APPEND").unwrap_or_default();
         spec.tools = variable("TOOLS").is_some_and(|value| value == "1");
+        spec.system = variable("SYSTEM").is_some_and(|value| value == "1");
         spec.data = variable("DATA").map(PathBuf::from);
         Ok(spec)
     }
@@ -252,8 +256,14 @@ pub(crate) fn run(
     let modules = kernel.modules(&modules)?;
 
     let initramfs = NamelessFile::new()?;
-    write_initramfs(initramfs.file(), &busybox, &modules, job, terminal.is_some())
-        .context("cannot write the emulated host's initramfs")?;
+    write_initramfs(
+        initramfs.file(),
+        &busybox,
+        &modules,
+        job,
+        terminal.is_some(),
+    )
+    .context("cannot write the emulated host's initramfs")?;
 
     let mut command = qemu.command();
     machine(&mut command, spec, &kernel.image, &initramfs.path());
@@ -372,7 +382,9 @@ fn disks(store: &Store, spec: &HostSpec, job: &Job) -> Result<Vec<Disk>> {
     if spec.tools {
         add(&assets::tools(store)?, "tools", Access::Refused);
     }
-    if let Some(data) = &spec.data {
+    if spec.system {
+        add(&assets::system(store)?, "data", Access::Forgotten);
+    } else if let Some(data) = &spec.data {
         add(data, "data", Access::Forgotten);
     }
     for (image, serial) in &job.disks {

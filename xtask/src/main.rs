@@ -161,6 +161,9 @@ impl Setup {
         let folder = assets::prepare(&store, Choice::All)?;
         if !runner::native() {
             store.qemu()?;
+            if packages::can_make_systems() {
+                assets::tools(&store)?;
+            }
         }
         say(&format!(
             "all there, in {:?}",

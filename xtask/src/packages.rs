@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::progress::say;
 
 pub(crate) use kernels::Module;
-pub(crate) use systems::{System, digest, uncompressed};
+pub(crate) use systems::{System, can_make_systems, digest, uncompressed};
 
 /// The Debian release that kernels and busybox come from, on every machine.
 const GUEST_RELEASE: &str = "bookworm";

@@ -11,6 +11,7 @@ use imago::file::File as Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
+use mend::{Header, mend};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -36,25 +37,39 @@ struct Access {
     disk: FormatAccess<Storage>,
     /// Whether clusters were given back since the last flush.
     freed: bool,
+    /// Bytes of the disk that one L2 table maps.
+    span: u64,
+    /// Whether something was changed in each of these spans, so that it has its table.
+    touched: Vec<bool>,
 }
 
 impl Image {
     /// The image in `file`, which is open and locked, as are those that stand behind it in this
-    /// order.
+    /// order; [`prepare`] gave its `cluster_bits`.
     ///
     /// # Errors
     /// No image, or one that names other files than the user did.
     pub(super) fn open(
         path: &Path,
         file: File,
+        cluster_bits: u32,
         readonly: bool,
         backing: Vec<(&Path, File)>,
         complaints: Complaints,
     ) -> Result<Image> {
         let disk = open_chain(path, file, readonly, &mut backing.into_iter())?;
+        // A table is a cluster of entries of 8 bytes.
+        let span = 1_u64 << (2 * cluster_bits - 3);
+        let size = disk.size();
+        let access = Access {
+            disk,
+            freed: false,
+            span,
+            touched: vec![false; size.div_ceil(span) as usize],
+        };
         Ok(Image {
-            size: disk.size(),
-            access: Mutex::new(Access { disk, freed: false }),
+            size,
+            access: Mutex::new(access),
             readonly,
             complaints,
         })
@@ -77,36 +92,29 @@ impl Image {
             }
             Operation::Flush if self.readonly => return Ok(()),
             Operation::Flush => return access.sync(),
-            Operation::Write => {
-                access.settle()?;
-                each_piece(memory, &request.data, |slices, at| {
+            Operation::Write => access.each_span(offset, len, |access, at, count| {
+                let data = request.data.slice((at - offset) as usize, count as usize);
+                each_piece(memory, &data, |slices, piece| {
                     let (vector, _guard) = IoVector::from_volatile_slice(slices);
-                    access.disk.writev(vector, offset + at)
-                })?;
-            }
+                    access.disk.writev(vector, at + piece)
+                })
+            })?,
             Operation::Discard => {
-                access.freed = true;
-                // It is advice.
-                match access.disk.discard_to_any(offset, len) {
-                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-                    done => done?,
-                }
-                return Ok(());
+                return access.each_span(offset, len, |access, at, count| {
+                    access.freed = true;
+                    // It is advice; images of version 2 do not take it.
+                    or_else_unsupported(access.disk.discard_to_any(at, count), || Ok(()))
+                });
             }
             Operation::WriteZeroes { unmap } => {
-                access.settle()?;
-                access.freed = unmap;
-                let done = match unmap {
-                    true => access.disk.discard_to_zero(offset, len),
-                    false => access.disk.write_zeroes(offset, len),
-                };
-                match done {
-                    // Images of version 2.
-                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                        write_zeroes(&access.disk, offset, len)?;
-                    }
-                    done => done?,
-                }
+                access.each_span(offset, len, |access, at, count| {
+                    access.freed |= unmap;
+                    let zeroed = match unmap {
+                        true => access.disk.discard_to_zero(at, count),
+                        false => access.disk.write_zeroes(at, count),
+                    };
+                    or_else_unsupported(zeroed, || write_zeroes(&access.disk, at, count))
+                })?
             }
         }
         match request.durable {
@@ -125,29 +133,65 @@ impl Access {
         Ok(())
     }
 
-    /// A cluster that was given back is not used anew before the storage has it that it was:
-    /// after a power cut it would have two users.
-    fn settle(&mut self) -> io::Result<()> {
-        match self.freed {
-            true => self.sync(),
-            false => Ok(()),
+    /// Calls `change` for each part of a range that has one L2 table.
+    ///
+    /// A cluster that was given back may be used anew, at once for an L2 table, before the storage
+    /// has it that it was given back: after a kill it would have two users. So all is brought to
+    /// stable storage before clusters are taken for tables, which is once for each span (512 MiB,
+    /// as images mostly are), and after a discard.
+    fn each_span(
+        &mut self,
+        offset: u64,
+        len: u64,
+        mut change: impl FnMut(&mut Access, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let index = (at / self.span) as usize;
+            let count = (end - at).min(self.span - at % self.span);
+            let is_known = self.touched.get(index).copied().unwrap_or(false);
+            if self.freed || !is_known {
+                self.sync()?;
+            }
+            change(self, at, count)?;
+            if let Some(touched) = self.touched.get_mut(index) {
+                *touched = true;
+            }
+            at += count;
         }
+        Ok(())
     }
 }
 
-/// Makes an image good that was not closed in order, before it is written to.
+fn or_else_unsupported(
+    result: io::Result<()>,
+    other: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => other(),
+        result => result,
+    }
+}
+
+/// Looks at an image before it is opened, and makes one good that is to be written to and was not
+/// closed in order. Returns log2 of the bytes of its clusters.
 ///
 /// # Errors
 /// One that is damaged.
-pub(super) fn mend(path: &Path, file: &File) -> Result<()> {
+pub(super) fn prepare(path: &Path, file: &File, readonly: bool) -> Result<u32> {
     let path = path.display();
-    let mended = mend::mend(file).with_context(|| {
+    let header = Header::read(file).with_context(|| format!("cannot open qcow2 image {path}"))?;
+    if readonly {
+        return Ok(header.cluster_bits);
+    }
+    let mended = mend(file, &header).with_context(|| {
         format!("qcow2 image {path} is damaged ('qemu-img check -r all {path}' may repair it)")
     })?;
     if mended > 0 {
         log::info!("{path} was not closed in order; {mended} clusters of it are counted again");
     }
-    Ok(())
+    Ok(header.cluster_bits)
 }
 
 /// Opens an image with all that stands behind it.

@@ -45,7 +45,8 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Reads QEMU's `tcp:[HOSTADDR]:HOSTPORT-[GUESTADDR]:GUESTPORT`.
+    /// Reads QEMU's `tcp:[HOSTADDR]:HOSTPORT-[GUESTADDR]:GUESTPORT`; the colon before the host's
+    /// port may be left out with the address.
     ///
     /// # Errors
     /// Another form, or an address of the guest, which has one only.
@@ -58,7 +59,7 @@ impl Forward {
                 _ => return None,
             };
             let (host, guest) = rest.rsplit_once('-')?;
-            let (address, host) = host.rsplit_once(':')?;
+            let (address, host) = host.rsplit_once(':').unwrap_or(("", host));
             let (guest_address, guest) = guest.rsplit_once(':')?;
             let bare = address.trim_start_matches('[').trim_end_matches(']');
             let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
@@ -133,9 +134,10 @@ impl Passt {
             .stderr(Stdio::piped());
         sys::leave_open(&mut command, theirs);
         let mut child = command.spawn().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => anyhow!(
-                "--net user needs the program passt, which this host does not have; \
-                 'apt install passt' on Debian, or use --net tap="
+            // Permission is also what lacks where a folder in PATH is not open to this user.
+            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => anyhow!(
+                "--net user needs the program passt, which is not here or not for this user to \
+                 run ({error}); 'apt install passt' on Debian, or use --net tap="
             ),
             _ => anyhow!("cannot start passt: {error}"),
         })?;
@@ -292,10 +294,15 @@ impl Drop for Passt {
     }
 }
 
-/// What passt says to everyone.
+/// What passt says although all is well: as root, without a log daemon, on an old CPU.
 fn is_idle_talk(line: &str) -> bool {
+    const STARTS: [&str; 3] = [
+        "Don't run as root",
+        "Started as root",
+        "Can't run AVX2 build",
+    ];
     line.is_empty()
-        || line.starts_with("Don't run as root")
+        || STARTS.iter().any(|start| line.starts_with(start))
         || (line.starts_with("Failed to send") && line.ends_with("to syslog"))
 }
 

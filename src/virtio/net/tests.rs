@@ -364,10 +364,11 @@ fn options_say_what_is_meant() {
         guest,
     };
     let user = read(
-        "user,hostfwd=tcp::2222-:22,hostfwd=udp:127.0.0.1:53-:5353,hostfwd=tcp:[::1]:80-:8080",
+        "user,hostfwd=tcp::2222-:22,hostfwd=tcp:2200-:22,hostfwd=udp:127.0.0.1:53-:5353,hostfwd=tcp:[::1]:80-:8080",
     );
     let forwards = vec![
         forward(false, None, 2222, 22),
+        forward(false, None, 2200, 22),
         forward(true, Some("127.0.0.1"), 53, 5353),
         forward(false, Some("::1"), 80, 8080),
     ];
@@ -419,7 +420,7 @@ fn what_is_wrong_is_said_with_what_would_work() {
         "tcp",
         "tcp:",
         "tcp::2222",
-        "tcp:2222-:22",
+        "tcp:22222222-:22",
         "tcp::0-:22",
         "tcp::2222-22",
         "icmp::1-:1",

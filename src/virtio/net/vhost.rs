@@ -29,6 +29,8 @@ pub struct VhostNet {
     kernel: Arc<Vec<Vhost>>,
     /// The kernel writes to it when the driver broke a ring.
     errors: Arc<EventFd>,
+    /// The rings in use: pairs, and the ring of each.
+    rings: Vec<(usize, u32)>,
 }
 
 impl VhostNet {
@@ -60,11 +62,12 @@ impl VhostNet {
             tap: Arc::clone(tap),
             kernel: Arc::new(kernel),
             errors: Arc::new(errors),
+            rings: Vec::new(),
         })
     }
 
     fn begin(
-        &self,
+        &mut self,
         features: u64,
         memory: &GuestMemoryMmap,
         queues: &[Virtqueue],
@@ -81,6 +84,7 @@ impl VhostNet {
             let call = link
                 .call(queue.index())
                 .context("vhost-net cannot interrupt this guest; use vhost=off")?;
+            self.rings.push((pair, ring));
             let kernel = &self.kernel[pair];
             kernel.set_ring(ring, queue, &call, Some(&self.errors))?;
             kernel.set_net_backend(ring, Some(&self.tap.queues()[pair]))?;
@@ -151,14 +155,13 @@ impl Rings for VhostNet {
     }
 
     fn stop(&mut self) {
-        for kernel in &*self.kernel {
-            for ring in RINGS {
-                // First the work ends, and then the ring can be cleared.
-                let stopped = kernel.set_net_backend(ring, None::<&OwnedFd>);
-                let cleared = kernel.clear_ring(ring);
-                if let Err(error) = stopped.and(cleared) {
-                    log::warn!("vhost-net: {error:#}");
-                }
+        for (pair, ring) in self.rings.drain(..) {
+            let kernel = &self.kernel[pair];
+            // First the work ends, and then the ring can be cleared.
+            let stopped = kernel.set_net_backend(ring, None::<&OwnedFd>);
+            let cleared = kernel.clear_ring(ring);
+            if let Err(error) = stopped.and(cleared) {
+                log::warn!("vhost-net: {error:#}");
             }
         }
     }

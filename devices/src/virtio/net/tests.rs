@@ -636,12 +636,14 @@ fn a_driver_that_waits_for_any_buffer_of_a_frame_is_interrupted_once() {
     }
 }
 
+/// Queues by index, and features.
+type Work = (Vec<u16>, u64);
+
 /// The host's end of a card, which works on the queues by itself.
 #[derive(Clone, Default)]
 struct FakeRings {
     network: FakeNetwork,
-    /// The queues that it has, and the features.
-    works_on: Arc<Mutex<Option<(Vec<u16>, u64)>>>,
+    works_on: Arc<Mutex<Option<Work>>>,
 }
 
 impl Network for FakeRings {

@@ -561,7 +561,12 @@ fn what_is_completed_together_is_in_the_ring_in_order() {
         let last = 4 + 2 * u64::from(SIZE);
         bench.put(RINGS.available + last, &(6 * round + 5).to_le_bytes());
         assert_eq!(bench.used(), 6 * round);
-        bench.queue.complete_together(chains.into_iter().zip(100..));
+        // The driver must not see some of them before all are there.
+        let memory = Arc::clone(&bench.memory);
+        let chains = chains.into_iter().zip(100..).inspect(|_| {
+            assert_eq!(load_u16(&memory, RINGS.used + 2), Some(6 * round));
+        });
+        bench.queue.complete_together(chains);
         assert_eq!(bench.used(), 6 * round + 6);
         bench.queue.signal();
         assert_eq!(bench.interrupts(), usize::from(round) + 1);

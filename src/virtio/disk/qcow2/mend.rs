@@ -14,6 +14,8 @@ use std::os::unix::fs::FileExt;
 
 /// Bytes of the header that are of interest here, as far as version 3 has it.
 const HEADER: usize = 104;
+/// Bytes of a header of version 2.
+const HEADER_2: usize = 72;
 /// The most bytes of an L1 table and of a reference count table (QEMU's block/qcow2.h:
 /// QCOW_MAX_L1_SIZE, QCOW_MAX_REFTABLE_SIZE).
 const MOST_L1: u64 = 32 << 20;
@@ -26,12 +28,13 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The flag of an L2 entry whose cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
 /// Incompatible features that change what is read here: an external data file, and L2 entries of
-/// twice the size. Images with them are not opened.
+/// twice the size.
 const OTHER_LAYOUTS: u64 = 1 << 2 | 1 << 4;
 
 /// What the header says.
-struct Header {
-    cluster_bits: u32,
+pub(super) struct Header {
+    /// Log2 of the bytes of a cluster: 9 to 21.
+    pub(super) cluster_bits: u32,
     l1_offset: u64,
     l1_bytes: u64,
     refcounts_offset: u64,
@@ -41,38 +44,39 @@ struct Header {
 }
 
 impl Header {
-    /// `None` for an image that imago will refuse.
-    fn read(file: &File) -> Result<Option<Header>> {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// A version, a feature or a size that is not supported.
+    pub(super) fn read(file: &File) -> Result<Header> {
         let mut bytes = [0; HEADER];
         let there = read_up_to(file, &mut bytes, 0)?;
-        let version = word(&bytes, 4);
-        let (features, refcount_order) = match version {
-            2 => (0, 4),
+        let (features, refcount_order) = match word(&bytes, 4) {
+            2 if there >= HEADER_2 => (0, 4),
             3 if there == HEADER => (long(&bytes, 72), word(&bytes, 96)),
-            _ => return Ok(None),
+            version => bail!("version {version} of the format is not supported"),
         };
+        if features & OTHER_LAYOUTS != 0 {
+            bail!("it has its data in another file, or extended L2 entries: not supported");
+        }
+        let cluster_bits = word(&bytes, 20);
+        if !(9..=21).contains(&cluster_bits) || refcount_order > 6 {
+            bail!(
+                "clusters of 2^{cluster_bits} bytes, counted with 2^{refcount_order} bits, are not supported"
+            );
+        }
         let header = Header {
-            cluster_bits: word(&bytes, 20),
+            cluster_bits,
             l1_offset: long(&bytes, 40),
             l1_bytes: 8 * u64::from(word(&bytes, 36)),
             refcounts_offset: long(&bytes, 48),
-            refcounts_bytes: 0,
+            refcounts_bytes: u64::from(word(&bytes, 56)) << cluster_bits,
             refcount_order,
         };
-        let known = (9..=21).contains(&header.cluster_bits)
-            && refcount_order <= 6
-            && features & OTHER_LAYOUTS == 0;
-        if !known {
-            return Ok(None);
+        if header.l1_bytes > MOST_L1 || header.refcounts_bytes > MOST_REFCOUNT_TABLE {
+            bail!("its tables are too large");
         }
-        let refcounts_bytes = u64::from(word(&bytes, 56)) << header.cluster_bits;
-        if header.l1_bytes > MOST_L1 || refcounts_bytes > MOST_REFCOUNT_TABLE {
-            return Ok(None);
-        }
-        Ok(Some(Header {
-            refcounts_bytes,
-            ..header
-        }))
+        Ok(header)
     }
 
     fn cluster_size(&self) -> u64 {
@@ -131,23 +135,20 @@ impl InUse {
 ///
 /// # Errors
 /// An image that is damaged in other ways.
-pub(super) fn mend(file: &File) -> Result<u64> {
-    let Some(header) = Header::read(file).context("cannot read its header")? else {
-        return Ok(0);
-    };
+pub(super) fn mend(file: &File, header: &Header) -> Result<u64> {
     let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
     let mut in_use = InUse {
         cluster_bits: header.cluster_bits,
         bits: Vec::new(),
     };
-    find(file, &header, &refcounts, &mut in_use)?;
+    find(file, header, &refcounts, &mut in_use)?;
     let count = 64 * in_use.bits.len() as u64;
     let mut mended = 0;
     let per_block = (8 * header.cluster_size()) >> header.refcount_order;
     for (first, block) in (0..count).step_by(per_block as usize).zip(0..) {
         let entry = refcounts.get(block).copied().unwrap_or(0) & !0x1ff;
         let clusters = first..count.min(first + per_block);
-        mended += mend_block(file, &header, entry, clusters, &in_use)?;
+        mended += mend_block(file, header, entry, clusters, &in_use)?;
     }
     if mended > 0 {
         file.sync_data().context("cannot write it")?;
@@ -203,7 +204,9 @@ fn mend_block(
         };
     }
     let mut block = vec![0; header.cluster_size() as usize];
-    read_up_to(file, &mut block, offset)?;
+    if read_up_to(file, &mut block, offset)? == 0 {
+        bail!("its reference counts lie behind its end");
+    }
     let mut mended = 0;
     for cluster in used {
         let index = (cluster - clusters.start) as usize;

@@ -1,0 +1,344 @@
+use crate::disk::noise;
+use crate::guest::{Armlet, GLANCE, Input, section};
+use crate::net::{children, give, kill, take};
+use crate::rig::{self, Rig};
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::{self, sleep};
+
+const MIB: usize = 1 << 20;
+
+/// Bytes that a terminal passes on as they are, and that are no command for armlet.
+fn printable(seed: u64, length: usize) -> Vec<u8> {
+    let plain = |byte: &u8| b' ' + byte % 95;
+    noise(seed, length).iter().map(plain).collect()
+}
+
+#[test]
+fn every_byte_goes_through_a_virtio_console_both_ways() {
+    let Some(rig) = rig::any() else { return };
+    const LENGTH: usize = 96 << 10;
+    let script = format!(
+        "exec 3<>/dev/hvc0
+# Settings last as long as somebody has it open.
+stty -F /dev/hvc0 raw -echo
+printf READY >&3
+head -c {LENGTH} <&3 >/tmp/data
+cat /tmp/data >&3
+printf DONE >&3"
+    );
+    let mut guest = Armlet::devices(rig, &script)
+        .option("--console", "virtio")
+        .input(Input::Pipe)
+        .start();
+    let data = printable(1, LENGTH);
+    guest.expect("READY");
+    guest.send(&data);
+    guest.expect("DONE");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    let found = outcome.bytes.windows(LENGTH).any(|part| part == data);
+    assert!(found, "the bytes did not come back as they were sent");
+}
+
+#[test]
+fn a_virtio_console_has_the_terminals_size() {
+    let Some(rig) = rig::main() else { return };
+    let mut guest = Armlet::devices(rig, "echo \"SIZE $(stty -F /dev/hvc0 size)\"; sleep 1")
+        .option("--console", "virtio")
+        .input(Input::Terminal)
+        .start();
+    guest.expect("SIZE 24 80");
+    guest.end().assert_status(0);
+}
+
+#[test]
+fn the_host_gives_entropy() {
+    let Some(rig) = rig::any() else { return };
+    let script = "cat /sys/class/misc/hw_random/rng_current
+head -c 4096 /dev/hwrng | tr -d '\\0' | wc -c";
+    let outcome = Armlet::devices(rig, script).run();
+    let script = outcome.script();
+    let lines: Vec<&str> = script.lines().collect();
+    assert_eq!(lines[0], "virtio_rng.0");
+    let count: u32 = lines[1].parse().expect("a number");
+    assert!(count > 3900, "{count} of 4096 bytes are not zero");
+}
+
+/// A guest that runs `script` with Debian's programs in `/mnt`, for `in_debian`.
+fn with_tools(rig: &Rig, tools: &Path, script: &str) -> Armlet {
+    let script = format!(
+        "mkdir -p /mnt
+mount -t ext4 -o ro /dev/vda /mnt
+mount --bind /dev /mnt/dev; mount --bind /proc /mnt/proc
+socat() {{ chroot /mnt /usr/bin/socat \"$@\"; }}
+{script}"
+    );
+    Armlet::devices(rig, &script).option("--disk", format!("path={},readonly", tools.display()))
+}
+
+#[test]
+fn guest_and_host_talk_over_vsock_through_unix_sockets() {
+    let Some(rig) = rig::main() else { return };
+    let Some(tools) = rig::tools_disk() else {
+        return;
+    };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("vsock");
+    let on_port = |port: u32| folder.path().join(format!("vsock_{port}"));
+    let (out, back) = (
+        UnixListener::bind(on_port(5000)).expect("a socket"),
+        UnixListener::bind(on_port(5001)).expect("a socket"),
+    );
+    let giver = thread::spawn(move || give(out.accept().expect("a guest").0));
+    let taker = thread::spawn(move || take(back.accept().expect("a guest").0));
+    let script = "
+socat -u VSOCK-CONNECT:2:5000 STDOUT | socat -u STDIN VSOCK-CONNECT:2:5001 || echo BAD
+echo SENT BACK
+socat VSOCK-CONNECT:2:5999 STDOUT </dev/null 2>&1 | grep -o 'Connection reset'
+socat VSOCK-LISTEN:6000 EXEC:/usr/bin/rev &
+echo LISTENS
+wait
+echo ANSWERED";
+    let mut guest = with_tools(rig, tools, script)
+        .memory("512M")
+        .option("--vsock", format!("cid=3,uds={}", path.display()))
+        .start();
+    guest.expect("SENT BACK");
+    giver.join().expect("all sent");
+    taker.join().expect("all as it was sent");
+    guest.expect("Connection reset");
+    guest.expect("LISTENS");
+    // It says so just before it does; until then the connection ends at once.
+    let answer = loop {
+        let mut stream = UnixStream::connect(&path).expect("armlet listens");
+        let asked = stream.write_all(b"CONNECT 6000\n").and_then(|()| {
+            let mut reader = BufReader::new(stream.try_clone()?);
+            let mut line = String::new();
+            reader.read_line(&mut line)?;
+            Ok((reader, line))
+        });
+        if let Ok((mut reader, line)) = asked
+            && line.starts_with("OK ")
+        {
+            stream.write_all(b"desserts\n").expect("a guest");
+            stream.shutdown(std::net::Shutdown::Write).expect("a guest");
+            let mut answer = String::new();
+            reader.read_to_string(&mut answer).expect("an answer");
+            break answer;
+        }
+        assert!(guest.runs(), "armlet is gone");
+        sleep(GLANCE);
+    };
+    assert_eq!(answer, "stressed\n");
+    guest.expect("ANSWERED");
+    assert!(!guest.end().script().contains("BAD"));
+    assert!(!path.exists(), "armlet left its socket");
+}
+
+#[test]
+fn guest_and_host_talk_over_vhost_vsock() {
+    let Some(rig) = rig::main() else { return };
+    let (Some(tools), Some(socat)) = (rig::tools_disk(), rig::program("socat")) else {
+        return;
+    };
+    if !Path::new("/dev/vhost-vsock").exists() {
+        println!("skipped: this host has no /dev/vhost-vsock");
+        return;
+    }
+    let script = "
+socat VSOCK-LISTEN:6000 EXEC:/usr/bin/rev &
+echo LISTENS
+wait";
+    let mut guest = with_tools(rig, tools, script)
+        .option("--vsock", "cid=42")
+        .start();
+    guest.expect("LISTENS");
+    let answer = loop {
+        let mut child = Command::new(&socat)
+            .args(["-t", "60", "STDIO", "VSOCK-CONNECT:42:6000"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("socat can be run");
+        let mut input = child.stdin.take().expect("a pipe");
+        // Where nobody listens yet, socat is gone already.
+        let _ = input.write_all(b"desserts\n");
+        drop(input);
+        let output = child.wait_with_output().expect("socat ends");
+        if !output.stdout.is_empty() {
+            break output.stdout;
+        }
+        assert!(guest.runs(), "armlet is gone");
+        sleep(GLANCE);
+    };
+    assert_eq!(answer, b"stressed\n");
+    guest.end().assert_status(0);
+}
+
+#[test]
+fn a_folder_of_the_host_is_read_and_written() {
+    let Some(rig) = rig::main() else { return };
+    if rig::program("virtiofsd").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let tree = folder.path().join("tree");
+    for number in 0..100 {
+        let path = tree.join(format!("{}/{}", number % 7, number % 11));
+        fs::create_dir_all(&path).expect("a folder");
+        let length = number as usize * 977;
+        fs::write(path.join(format!("file {number}")), noise(number, length)).expect("a file");
+    }
+    let script = "
+mkdir /share
+mount -t virtiofs shared /share || echo BAD
+cp -a /share/tree /share/copy || echo BAD
+sync
+find /share/copy -type f | wc -l
+mv '/share/copy/1/1/file 1' /share/moved; rm -r /share/copy/2
+ln -s moved /share/link; cat /share/link | wc -c
+umount /share && echo UNMOUNTED";
+    let outcome = Armlet::devices(rig, script)
+        .option(
+            "--share",
+            format!("tag=shared,path={}", folder.path().display()),
+        )
+        .run();
+    let said = outcome.script();
+    assert_eq!(said.trim(), "100\n977\nUNMOUNTED", "{}", outcome.errors);
+    for number in (0..100_u64).filter(|number| number % 7 != 2 && *number != 1) {
+        let path = format!("{}/{}/file {number}", number % 7, number % 11);
+        let copy = fs::read(folder.path().join("copy").join(path)).expect("a copy");
+        assert!(
+            copy == noise(number, number as usize * 977),
+            "file {number}"
+        );
+    }
+    assert!(!folder.path().join("copy/2").exists());
+    assert_eq!(
+        fs::read(folder.path().join("moved")).expect("a file").len(),
+        977
+    );
+}
+
+#[test]
+fn a_share_whose_daemon_is_killed_harms_nothing_else() {
+    let Some(rig) = rig::main() else { return };
+    if rig::program("virtiofsd").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let script = "
+mkdir /share
+mount -t virtiofs shared /share && echo MOUNTED
+read -r line </dev/console
+ls /share >/dev/null 2>&1 &
+echo ALIVE";
+    let mut guest = Armlet::devices(rig, script)
+        .input(Input::Pipe)
+        .option(
+            "--share",
+            format!("tag=shared,path={}", folder.path().display()),
+        )
+        .start();
+    guest.expect("MOUNTED");
+    let started = children(guest.pid(), "virtiofsd");
+    assert!(!started.is_empty(), "armlet runs no virtiofsd");
+    started.into_iter().for_each(kill);
+    guest.expect_error("virtiofsd");
+    guest.send(b"\n");
+    guest.expect("ALIVE");
+    guest.end().assert_status(0);
+}
+
+/// What a process has in memory, in MiB.
+fn resident(pid: u32) -> usize {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: usize = line
+        .and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .expect("a size");
+    kib >> 10
+}
+
+/// A guest that fills 300 MiB and frees it; the host has at least 280 MiB of that back.
+fn gives_back(rig: &Rig, kernel: &str, drivers: &str) {
+    let script = "
+mount -t tmpfs -o size=400m tmpfs /mnt
+echo EMPTY; read -r line </dev/console
+dd if=/dev/zero of=/mnt/file bs=1M count=300 status=none
+echo FULL; read -r line </dev/console
+rm /mnt/file; echo FREED
+read -r line </dev/console";
+    let script = format!("mkdir -p /mnt\n{script}");
+    let mut guest = Armlet::devices_on(rig, kernel, drivers, &script)
+        .memory("768M")
+        .input(Input::Pipe)
+        .option("--balloon", "reporting=on")
+        .start();
+    guest.expect("EMPTY");
+    guest.send(b"\n");
+    guest.expect("FULL");
+    let full = resident(guest.pid());
+    guest.send(b"\n");
+    guest.expect("FREED");
+    // Linux reports free pages some seconds after they are freed; the guest waits until then.
+    loop {
+        let now = resident(guest.pid());
+        if now + 280 <= full {
+            println!("{kernel}: {full} MiB when full, {now} MiB when free");
+            break;
+        }
+        assert!(guest.runs(), "armlet is gone");
+        assert!(
+            guest.age().as_secs() < 600,
+            "{full} MiB when full, still {now} MiB when free"
+        );
+        sleep(10 * GLANCE);
+    }
+    guest.send(b"\n");
+    guest.end().assert_status(0);
+}
+
+#[test]
+fn a_guest_gives_free_memory_back() {
+    let Some(rig) = rig::any() else { return };
+    gives_back(rig, "Image", "devices.cpio");
+}
+
+#[test]
+fn a_guest_with_16_kib_pages_gives_free_memory_back() {
+    let Some(rig) = rig::main() else { return };
+    if rig.facts.guest_pages.contains(&0x4000) {
+        gives_back(rig, "Image-16k", "devices-16k.cpio");
+    }
+}
+
+#[test]
+fn persistent_memory_is_the_hosts_file() {
+    let Some(rig) = rig::main() else { return };
+    let script = "
+echo '== size'; cat /sys/block/pmem0/size
+echo '== copies'
+dd if=/dev/pmem0 of=/dev/pmem0 bs=64k count=32 seek=32 conv=notrunc,fsync status=none
+echo '== end'";
+    let armlet = Armlet::devices(rig, script);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let image = folder.path().join("pmem.img");
+    let mut data = noise(5, 2 * MIB);
+    data.resize(16 * MIB, 0);
+    fs::write(&image, &data).expect("an image");
+    let outcome = armlet
+        .option("--pmem", format!("path={}", image.display()))
+        .run();
+    let script = outcome.script();
+    let sectors = (16 * MIB / 512).to_string();
+    assert_eq!(section(&script, "size"), sectors);
+    data.copy_within(..2 * MIB, 2 * MIB);
+    assert!(fs::read(&image).expect("an image") == data);
+}

@@ -1,0 +1,662 @@
+//! `cargo xtask bench io`: what the work of devices costs, beside what it costs the peer.
+//!
+//! Armlet, and QEMU from its package, run in one emulated ARM64 host that counts instructions, so
+//! that the figures can be compared and do not depend on this machine. The guest keeps a device
+//! busy; what is counted meanwhile is divided by the number of operations. The measuring itself is
+//! [`crate::measure_io`].
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use argh::FromArgs;
+use serde_json::{Value, json};
+
+use crate::assets::{self, Choice};
+use crate::boot;
+use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::initramfs::Archive;
+use crate::measure_io::{GUEST_ADDRESS, HOST_ADDRESS, PORT, READY};
+use crate::packages::Store;
+use crate::progress::say;
+
+/// How long everything may take.
+const LIMIT: Duration = Duration::from_secs(5400);
+
+/// What the issue asks for: memory of a VMM with one disk and one network card, KiB.
+const MEMORY_KIB: f64 = 2560.0;
+
+/// Measure what armlet's devices cost, beside QEMU's, in one run.
+///
+/// Everything runs in an emulated ARM64 host that counts instructions: a virtual nanosecond is one
+/// instruction. After `--` another VMM may follow, a static ARM64 program with its arguments, to be
+/// measured in the same way: {{kernel}}, {{initrd}} and {{cmdline}} stand for the guest's, {{disk}}
+/// for a disk image and {{tap}} for a network interface of the host.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "io")]
+pub(crate) struct BenchIo {
+    /// print every figure of every run as JSON
+    #[argh(switch)]
+    json: bool,
+
+    /// how many VMs are measured for each row (default 1)
+    #[argh(option, default = "1")]
+    runs: u32,
+
+    /// measure only this, separated by commas: disk, net, console, memory
+    #[argh(option)]
+    only: Option<String>,
+
+    /// leave the peer out
+    #[argh(switch)]
+    alone: bool,
+
+    /// another VMM to measure too, after `--`
+    #[argh(positional, greedy)]
+    other: Vec<String>,
+}
+
+const WORKS: [&str; 4] = ["disk", "net", "console", "memory"];
+
+/// What the guest does; `armlet.io=` on the kernel's command line chooses.
+const SCRIPT: &str = r#"
+for word in $(cat /proc/cmdline); do
+    case "$word" in armlet.io=*) work=${word#armlet.io=} ;; esac
+done
+disk() { xtask load disk --device /dev/vda "$@"; }
+net() { xtask load net --connect @HOST@:@PORT@ "$@"; }
+stream() { xtask load stream "$@"; }
+case "$work" in
+    disk)
+        for depth in 1 32; do
+            small="--block 4096 --random --depth $depth --operations 3000"
+            large="--block 131072 --depth $depth --operations 800"
+            disk --name 4k-random-read-$depth $small
+            disk --name 4k-random-write-$depth $small --write
+            disk --name 128k-read-$depth $large
+            disk --name 128k-write-$depth $large --write
+        done
+        disk --name 4k-write-flush-1 --block 4096 --depth 1 --operations 500 --write --flush
+        ;;
+    net|memory)
+        [ "$work" = memory ] && disk --name some-reads --block 4096 --depth 4 --operations 200
+        ip link set eth0 up
+        ip addr add @GUEST@/24 dev eth0
+        if [ "$work" = memory ]; then
+            net --name some-bytes --mode download --count 4194304
+        else
+            net --name request-response --mode ping --count 2000
+            net --name send --mode upload --count 67108864
+            net --name receive --mode download --count 67108864
+        fi
+        ;;
+    console)
+        stream --name serial --device /dev/ttyAMA0 --count 16384
+        stream --name virtio --device /dev/hvc0 --count 262144
+        ;;
+esac
+echo @READY@
+"#;
+
+/// A VMM with devices, and what its guest does with them.
+struct Setup {
+    work: &'static str,
+    name: String,
+    command: Vec<String>,
+}
+
+fn armlet(work: &'static str, name: &str, devices: &[&str]) -> Setup {
+    let mut command = vec![
+        "/bin/armlet",
+        "run",
+        "--kernel",
+        "{kernel}",
+        "--initrd",
+        "{initrd}",
+    ];
+    command.extend(["--memory", "256M", "--cpus", "1"]);
+    command.extend(["--cmdline", "console=ttyAMA0 {cmdline}"]);
+    command.extend(devices);
+    Setup {
+        work,
+        name: name.to_owned(),
+        command: command.into_iter().map(str::to_owned).collect(),
+    }
+}
+
+fn qemu(work: &'static str, name: &str, devices: &[&str]) -> Setup {
+    let mut command = vec!["/tools/usr/bin/qemu-system-aarch64"];
+    command.extend([
+        "-accel",
+        "kvm",
+        "-machine",
+        "virt,gic-version=3",
+        "-cpu",
+        "host",
+    ]);
+    command.extend(["-m", "256", "-smp", "1", "-nodefaults", "-no-user-config"]);
+    command.extend(["-display", "none", "-no-reboot"]);
+    command.extend([
+        "-chardev",
+        "stdio,id=console,signal=off",
+        "-serial",
+        "chardev:console",
+    ]);
+    command.extend(["-kernel", "{kernel}", "-initrd", "{initrd}"]);
+    command.extend(["-append", "console=ttyAMA0 {cmdline}"]);
+    command.extend(devices);
+    Setup {
+        work,
+        name: name.to_owned(),
+        command: command.into_iter().map(str::to_owned).collect(),
+    }
+}
+
+/// Everything that is measured. QEMU is set up as those who want it fast do: devices on PCI with
+/// MSI, a thread of its own for the disk.
+fn setups() -> Vec<Setup> {
+    let drive = "if=none,id=disk,format=raw,file={disk}";
+    let block = [
+        "-object",
+        "iothread,id=io",
+        "-device",
+        "virtio-blk-pci,drive=disk,iothread=io",
+    ];
+    let with_drive = |options: &str| format!("{drive},{options}");
+    let card = ["-device", "virtio-net-pci,netdev=net,romfile="];
+    let tap = "tap,id=net,ifname={tap},script=no,downscript=no";
+    vec![
+        armlet(
+            "disk",
+            "armlet, io_uring",
+            &["--disk", "path={disk},engine=io_uring"],
+        ),
+        armlet(
+            "disk",
+            "armlet, threads",
+            &["--disk", "path={disk},engine=sync"],
+        ),
+        qemu(
+            "disk",
+            "QEMU, io_uring",
+            &[&["-drive", &*with_drive("aio=io_uring")][..], &block].concat(),
+        ),
+        qemu(
+            "disk",
+            "QEMU, threads",
+            &[&["-drive", &*with_drive("aio=threads")][..], &block].concat(),
+        ),
+        armlet("net", "armlet, vhost", &["--net", "tap={tap},vhost=on"]),
+        armlet("net", "armlet, own", &["--net", "tap={tap},vhost=off"]),
+        qemu(
+            "net",
+            "QEMU, vhost",
+            &[&["-netdev", &*format!("{tap},vhost=on")][..], &card].concat(),
+        ),
+        qemu(
+            "net",
+            "QEMU, own",
+            &[&["-netdev", &*format!("{tap},vhost=off")][..], &card].concat(),
+        ),
+        armlet("console", "armlet", &["--console", "virtio"]),
+        qemu(
+            "console",
+            "QEMU",
+            &[
+                "-device",
+                "virtio-serial-pci",
+                "-chardev",
+                "file,id=hvc,path=/dev/null",
+                "-device",
+                "virtconsole,chardev=hvc",
+            ],
+        ),
+        armlet(
+            "memory",
+            "armlet",
+            &["--disk", "path={disk}", "--net", "tap={tap}"],
+        ),
+        qemu(
+            "memory",
+            "QEMU",
+            &[
+                &["-drive", &*with_drive("aio=io_uring")][..],
+                &block,
+                &["-netdev", &*format!("{tap},vhost=on")],
+                &card,
+            ]
+            .concat(),
+        ),
+    ]
+}
+
+impl BenchIo {
+    /// Reads the command line after `bench io`.
+    pub(crate) fn from_words(words: &[String]) -> Result<Self, argh::EarlyExit> {
+        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+        Self::from_args(&["cargo xtask bench io"], &words)
+    }
+
+    /// Measures and prints tables, or JSON.
+    pub(crate) fn run(&self) -> Result<i32> {
+        ensure!(self.runs > 0, "--runs is at least 1");
+        let works = self.works()?;
+        let store = Store::open()?;
+        let folder = assets::prepare(&store, Choice::All)?;
+        let armlet = boot::build("armlet", true)?;
+        let measurer = boot::build("xtask", true)?;
+        let file = |from: PathBuf, to: &str| HostFile {
+            from,
+            to: to.into(),
+            mode: 0o755,
+        };
+        let mut files = vec![
+            file(armlet, "/bin/armlet"),
+            file(measurer.clone(), "/bin/xtask"),
+        ];
+
+        let mut setups = setups();
+        setups.retain(|setup| works.contains(&setup.work));
+        if self.alone {
+            setups.retain(|setup| setup.name.starts_with("armlet"));
+        }
+        let other = self.other.iter().skip_while(|word| *word == "--");
+        let other = other.cloned().collect::<Vec<_>>();
+        if let Some((program, arguments)) = other.split_first() {
+            let from = PathBuf::from(program);
+            let name = from.file_name().context("the other VMM names no file")?;
+            let name = name.to_string_lossy().into_owned();
+            let command = [&[format!("/bin/other-{name}")], arguments].concat();
+            let uses = |what: &str| arguments.iter().any(|word| word.contains(what));
+            let at_work = match (uses("{disk}"), uses("{tap}")) {
+                (true, true) => vec!["disk", "net", "memory"],
+                (true, false) => vec!["disk"],
+                (false, true) => vec!["net"],
+                (false, false) => vec![],
+            };
+            for work in at_work.into_iter().filter(|work| works.contains(work)) {
+                setups.push(Setup {
+                    work,
+                    name: name.clone(),
+                    command: command.clone(),
+                });
+            }
+            files.push(file(from, &command[0]));
+        }
+
+        let image = fs::canonicalize(folder.join("Image")).context("no kernel for the guest")?;
+        files.push(file(image, "/assets/Image"));
+        let initrd = host::NamelessFile::new()?;
+        initrd_for(&folder, &measurer, &initrd)?;
+        files.push(file(initrd.path(), "/assets/initrd"));
+        let script = host::NamelessFile::new()?;
+        write_all(&script, self.script(&setups).as_bytes())?;
+        files.push(file(script.path(), "/root/bench.sh"));
+        let job = Job {
+            files,
+            command: vec!["/bin/sh".to_owned(), "/root/bench.sh".to_owned()],
+            folder: "/root".into(),
+            limit: Some(LIMIT),
+            ..Job::default()
+        };
+        let lines = measure(&store, &job)?;
+        if self.json {
+            println!("{:#}", json!({"lines": lines}));
+        } else {
+            print!("{}", tables(&lines));
+        }
+        let failures = lines.iter().filter_map(|line| {
+            let error = line["error"].as_str()?;
+            Some(format!(
+                "{}: {}: {error}",
+                text(line, "vmm"),
+                text(line, "work")
+            ))
+        });
+        let mut status = 0;
+        for failure in failures {
+            say(&format!("error: {failure}"));
+            status = 1;
+        }
+        Ok(status)
+    }
+
+    fn works(&self) -> Result<Vec<&'static str>> {
+        let Some(only) = &self.only else {
+            return Ok(WORKS.to_vec());
+        };
+        let asked = only.split(',').collect::<Vec<_>>();
+        if let Some(work) = asked.iter().find(|work| !WORKS.contains(work)) {
+            bail!("{work:?} is not one of {}", WORKS.join(", "));
+        }
+        let asked = WORKS.into_iter().filter(|work| asked.contains(work));
+        Ok(asked.collect())
+    }
+
+    /// What the host runs.
+    fn script(&self, setups: &[Setup]) -> String {
+        let mut script = String::new();
+        for setup in setups {
+            let mut words = vec!["/bin/xtask".to_owned(), "measure-io".to_owned()];
+            for (option, value) in [
+                ("--name", &*setup.name),
+                ("--work", setup.work),
+                ("--runs", &self.runs.to_string()),
+                ("--kernel", "/assets/Image"),
+                ("--initrd", "/assets/initrd"),
+            ] {
+                words.extend([option.to_owned(), value.to_owned()]);
+            }
+            words.push("--".to_owned());
+            words.extend_from_slice(&setup.command);
+            let words = words.iter().map(|word| host::quoted(word));
+            let _ = writeln!(script, "{}", words.collect::<Vec<_>>().join(" "));
+        }
+        script
+    }
+}
+
+fn write_all(file: &host::NamelessFile, data: &[u8]) -> Result<()> {
+    std::io::Write::write_all(&mut file.file(), data).context("cannot write a temporary file")
+}
+
+/// The guest's initramfs: the standard one with drivers, our program and the script.
+fn initrd_for(
+    folder: &std::path::Path,
+    measurer: &std::path::Path,
+    to: &host::NamelessFile,
+) -> Result<()> {
+    let mut data = Vec::new();
+    for name in ["initrd", "devices.cpio"] {
+        let path = folder.join(name);
+        data.extend(fs::read(&path).with_context(|| format!("cannot read {path:?}"))?);
+    }
+    let script = SCRIPT
+        .replace("@HOST@", HOST_ADDRESS)
+        .replace("@GUEST@", GUEST_ADDRESS)
+        .replace("@PORT@", &PORT.to_string())
+        .replace("@READY@", READY);
+    let mut archive = Archive::new(Vec::new());
+    archive.file_from("/bin/xtask", 0o755, measurer)?;
+    archive.file("/script", 0o755, script.as_bytes())?;
+    data.extend(archive.finish()?);
+    write_all(to, &data)
+}
+
+/// Runs `job` in an emulated host and gives the lines of JSON that it printed.
+fn measure(store: &Store, job: &Job) -> Result<Vec<Value>> {
+    let spec = HostSpec {
+        smp: 1,
+        icount: true,
+        tools: true,
+        ..HostSpec::default()
+    };
+    let mut output = Vec::new();
+    let mut lines = Vec::new();
+    let mut said = String::new();
+    let mut print = |bytes: &[u8]| {
+        output.extend_from_slice(bytes);
+        while let Some(end) = output.iter().position(|byte| *byte == b'\n') {
+            let line = output.drain(..=end).collect::<Vec<_>>();
+            match serde_json::from_slice::<Value>(&line) {
+                Ok(value) => {
+                    if value["error"].is_null() {
+                        say(&format!(
+                            "{}: {}",
+                            text(&value, "vmm"),
+                            text(&value, "name")
+                        ));
+                    }
+                    lines.push(value);
+                }
+                Err(_) => said.push_str(&String::from_utf8_lossy(&line)),
+            }
+        }
+        Ok(())
+    };
+    match host::run(store, &spec, job, None, &mut print)? {
+        Ended::Exit(0) => Ok(lines),
+        ended => Err(anyhow!("measuring failed ({ended:?})\n{said}")),
+    }
+}
+
+fn text<'a>(line: &'a Value, key: &str) -> &'a str {
+    line[key].as_str().unwrap_or("?")
+}
+
+/// What one VMM took for one operation.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Row {
+    /// Instructions of the VMM in user space.
+    user: f64,
+    /// Of those, on threads that are not vCPUs.
+    user_workers: f64,
+    /// Instructions of the host's kernel on behalf of the VMM's threads.
+    kernel: f64,
+    /// Instructions of the host's kernel on behalf of anybody.
+    kernel_all: f64,
+    guest: f64,
+    user_exits: f64,
+    exits: f64,
+    nanos: f64,
+}
+
+impl Row {
+    /// The mean over `lines`, each divided by its operations.
+    fn of(lines: &[&Value]) -> Row {
+        let mut row = Row::default();
+        for line in lines {
+            let per = |number: f64| {
+                let operations = line["operations"].as_f64().unwrap_or(1.0).max(1.0);
+                number / unit(text(line, "name")).0.recip() / operations / lines.len() as f64
+            };
+            let sum = |key: &str, all: bool| {
+                let threads = line[key].as_object().into_iter().flatten();
+                let counted = threads
+                    .filter(|(name, _)| all || !name.contains("vcpu") && !name.starts_with("CPU"));
+                counted.filter_map(|(_, count)| count.as_f64()).sum::<f64>()
+            };
+            let number = |key: &str| line[key].as_f64().unwrap_or(0.0);
+            row.user += per(sum("user", true));
+            row.user_workers += per(sum("user", false));
+            row.kernel += per(sum("kernel", true));
+            row.kernel_all += per(number("kernel_all"));
+            row.guest += per(number("guest"));
+            row.user_exits += per(number("user_exits"));
+            row.exits += per(number("exits"));
+            row.nanos += per(number("nanos"));
+        }
+        row
+    }
+}
+
+/// How many of the guest's operations make one of the table, and what that is called.
+fn unit(name: &str) -> (f64, &'static str) {
+    match name {
+        "send" | "receive" | "some-bytes" => (65536.0, "64 KiB"),
+        "serial" | "virtio" => (1.0, "byte"),
+        "request-response" => (1.0, "request and response"),
+        _ => (1.0, "request"),
+    }
+}
+
+/// The tables, and what of the goals is met.
+fn tables(lines: &[Value]) -> String {
+    let mut out = String::new();
+    let mut names: Vec<(&str, &str)> = Vec::new();
+    for line in lines.iter().filter(|line| line["operations"].is_number()) {
+        let key = (text(line, "work"), text(line, "name"));
+        if !names.contains(&key) && key.0 != "memory" {
+            names.push(key);
+        }
+    }
+    let mut goals = Vec::new();
+    for (work, name) in names {
+        let mut vmms: BTreeMap<usize, (&str, Vec<&Value>)> = BTreeMap::new();
+        let of_row = lines
+            .iter()
+            .enumerate()
+            .filter(|(_, line)| text(line, "work") == work && text(line, "name") == name);
+        for (index, line) in of_row {
+            let vmm = text(line, "vmm");
+            let known = vmms.values_mut().find(|(known, _)| *known == vmm);
+            match known {
+                Some((_, lines)) => lines.push(line),
+                None => drop(vmms.insert(index, (vmm, vec![line]))),
+            }
+        }
+        let rows = vmms
+            .into_values()
+            .map(|(vmm, lines)| (vmm, Row::of(&lines)));
+        let rows = rows.collect::<Vec<_>>();
+        let _ = writeln!(
+            out,
+            "{work}: {name}, for each {}\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
+            unit(name).1,
+            "",
+            "VMM",
+            "(workers)",
+            "its kernel",
+            "kernel",
+            "guest",
+            "to user",
+            "exits",
+            "us"
+        );
+        for (vmm, row) in &rows {
+            let _ = writeln!(
+                out,
+                "  {vmm:<18}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>9.3}{:>9.3}{:>10.2}",
+                row.user,
+                row.user_workers,
+                row.kernel,
+                row.kernel_all,
+                row.guest,
+                row.user_exits,
+                row.exits,
+                row.nanos / 1e3
+            );
+        }
+        out.push('\n');
+        goals.extend(goal(work, name, &rows));
+    }
+    let memory = lines
+        .iter()
+        .filter(|line| text(line, "name") == "memory" && text(line, "work") == "memory");
+    for line in memory {
+        let kib = line["vmm_rss_kib"].as_f64().unwrap_or(0.0);
+        let threads = line["threads"].as_array().into_iter().flatten();
+        let threads = threads.filter_map(Value::as_str).collect::<Vec<_>>();
+        let vmm = text(line, "vmm");
+        let _ = writeln!(
+            out,
+            "memory with one disk and one network card: {vmm} {kib:.0} KiB; threads: {}",
+            threads.join(" ")
+        );
+        if vmm == "armlet" {
+            goals.push((
+                format!("memory at most {MEMORY_KIB} KiB: {kib:.0}"),
+                kib <= MEMORY_KIB,
+            ));
+        }
+    }
+    if !goals.is_empty() {
+        out.push_str("\nGoals:\n");
+    }
+    for (goal, met) in goals {
+        let _ = writeln!(out, "  {} {goal}", if met { "met   " } else { "MISSED" });
+    }
+    out.push_str(
+        "\nVMM: instructions in user space; its kernel: of the host's kernel on its threads; kernel: \
+         of the host's kernel, whoever runs. us: virtual microseconds, one instruction a \
+         nanosecond.\n",
+    );
+    out
+}
+
+/// What is asked of armlet in this row.
+fn goal(work: &str, name: &str, rows: &[(&str, Row)]) -> Vec<(String, bool)> {
+    let is_ours = |vmm: &str| vmm.starts_with("armlet");
+    let ours = rows.iter().filter(|(vmm, _)| is_ours(vmm));
+    let mut goals = Vec::new();
+    if work == "disk" && name.starts_with("4k") {
+        let least = |ours: bool| {
+            let users = rows.iter().filter(|(vmm, _)| is_ours(vmm) == ours);
+            users.map(|(_, row)| row.user).reduce(f64::min)
+        };
+        if let (Some(armlet), Some(peer)) = (least(true), least(false)) {
+            let goal = format!("{name}: VMM's instructions {armlet:.0}, best peer {peer:.0}");
+            goals.push((goal, armlet <= peer));
+        }
+    }
+    if work == "disk" || work == "net" {
+        for (vmm, row) in ours {
+            let goal = format!("{name}, {vmm}: exits to user space {:.3}", row.user_exits);
+            // The console and the timer of a guest that sleeps leave a few.
+            goals.push((goal, row.user_exits < 0.02));
+        }
+    }
+    goals
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(vmm: &str, name: &str, user: u64, exits: u64) -> Value {
+        json!({
+            "vmm": vmm, "work": "disk", "run": 1, "name": name, "operations": 100,
+            "nanos": 1_000_000, "user": {"vcpu0": 1000, "disk0": user}, "kernel": {"disk0": 5000},
+            "kernel_all": 9000, "guest": 70_000, "user_exits": exits, "exits": 300,
+        })
+    }
+
+    #[test]
+    fn figures_are_divided_by_operations() {
+        let line = line("armlet", "4k-random-read-1", 200_000, 1);
+        let row = Row::of(&[&line]);
+        assert_eq!((row.user, row.user_workers), (2010.0, 2000.0));
+        assert_eq!(
+            (row.exits, row.user_exits, row.nanos),
+            (3.0, 0.01, 10_000.0)
+        );
+    }
+
+    #[test]
+    fn goals_compare_with_the_best_peer() {
+        let lines = [
+            line("armlet, io_uring", "4k-random-read-1", 100_000, 0),
+            line("QEMU, io_uring", "4k-random-read-1", 300_000, 0),
+            line("QEMU, threads", "4k-random-read-1", 50_000, 90),
+        ];
+        let text = tables(&lines);
+        assert!(
+            text.contains("MISSED 4k-random-read-1: VMM's instructions 1010, best peer 510"),
+            "{text}"
+        );
+        assert!(
+            text.contains("met    4k-random-read-1, armlet, io_uring: exits"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn every_setup_names_its_devices() {
+        for setup in setups() {
+            let all = setup.command.join(" ");
+            assert_eq!(
+                all.contains("{disk}"),
+                ["disk", "memory"].contains(&setup.work),
+                "{all}"
+            );
+            assert_eq!(
+                all.contains("{tap}"),
+                ["net", "memory"].contains(&setup.work),
+                "{all}"
+            );
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! `xtask load`: keeps a disk, a network or a console busy, for `cargo xtask bench io`.
+//!
+//! This is the part of the bench that runs in the guest, built for ARM64. It says on its standard
+//! output when its work begins and when it has ended, and whoever reads the guest's console takes
+//! the measurements at these lines.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use argh::FromArgs;
+use rustix::fs::OFlags;
+
+/// What is printed when the work begins, before its name.
+pub(crate) const START: &str = "IO-START";
+
+/// What is printed when it has ended, before its name, the number of operations and nanoseconds.
+pub(crate) const END: &str = "IO-END";
+
+/// How long a look at counters takes at most: the guest sleeps, and time counts nothing else.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How much is done before the work that counts: caches and threads are warm then.
+const WARM_UP: u64 = 64;
+
+/// Transfers that O_DIRECT takes are aligned to this many bytes on every disk.
+const ALIGNMENT: usize = 4096;
+
+/// A message and its answer, in bytes.
+const MESSAGE: usize = 64;
+
+/// How much one call sends or receives, in bytes.
+const CHUNK: usize = 128 << 10;
+
+/// Keep a device busy, and say when.
+#[derive(Debug, FromArgs)]
+pub(crate) struct Load {
+    #[argh(subcommand)]
+    kind: Kind,
+}
+
+#[derive(Debug, FromArgs)]
+#[argh(subcommand)]
+enum Kind {
+    Disk(Disk),
+    Net(Net),
+    Stream(Stream),
+}
+
+/// Read or write a block device past the page cache.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "disk")]
+struct Disk {
+    /// what to call this work
+    #[argh(option)]
+    name: String,
+
+    /// the block device
+    #[argh(option)]
+    device: PathBuf,
+
+    /// bytes of a request
+    #[argh(option)]
+    block: usize,
+
+    /// how many requests are under way at once
+    #[argh(option)]
+    depth: u64,
+
+    /// how many requests there are
+    #[argh(option)]
+    operations: u64,
+
+    /// write, not read
+    #[argh(switch)]
+    write: bool,
+
+    /// flush after each write
+    #[argh(switch)]
+    flush: bool,
+
+    /// in a random order, always the same
+    #[argh(switch)]
+    random: bool,
+}
+
+/// Talk to the bench's server.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "net")]
+struct Net {
+    /// what to call this work
+    #[argh(option)]
+    name: String,
+
+    /// address and port of the server
+    #[argh(option)]
+    connect: String,
+
+    /// upload, download or ping
+    #[argh(option)]
+    mode: String,
+
+    /// how many bytes, or how many messages
+    #[argh(option)]
+    count: u64,
+}
+
+/// Write lines to a console.
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "stream")]
+struct Stream {
+    /// what to call this work
+    #[argh(option)]
+    name: String,
+
+    /// the terminal
+    #[argh(option)]
+    device: PathBuf,
+
+    /// how many bytes
+    #[argh(option)]
+    count: u64,
+}
+
+impl Load {
+    /// Reads the command line after `load`.
+    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
+        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+        Self::from_args(&["xtask load"], &words).map_err(|exit| anyhow!("{}", exit.output))
+    }
+
+    /// Does the work.
+    pub(crate) fn run(&self) -> Result<i32> {
+        match &self.kind {
+            Kind::Disk(disk) => disk.run()?,
+            Kind::Net(net) => net.run()?,
+            Kind::Stream(stream) => stream.run()?,
+        }
+        Ok(0)
+    }
+}
+
+/// Says that the work `name` begins, and gives whoever measures the time to look; from then on
+/// time counts.
+fn begin(name: &str) -> Result<Instant> {
+    say(&format!("{START} {name}"))?;
+    thread::sleep(LOOK);
+    Ok(Instant::now())
+}
+
+/// Says that the work `name` has ended, after so many operations and nanoseconds.
+fn end(name: &str, operations: u64, begun: Instant) -> Result<()> {
+    let nanos = begun.elapsed().as_nanos();
+    say(&format!("{END} {name} {operations} {nanos}"))?;
+    thread::sleep(LOOK);
+    Ok(())
+}
+
+fn say(line: &str) -> Result<()> {
+    let mut out = io::stdout();
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .context("cannot write standard output")
+}
+
+impl Disk {
+    fn run(&self) -> Result<()> {
+        ensure!(
+            self.block.is_multiple_of(512) && self.block > 0,
+            "--block is no multiple of 512"
+        );
+        ensure!(self.depth > 0, "--depth is at least 1");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(self.write)
+            .custom_flags(OFlags::DIRECT.bits().cast_signed())
+            .open(&self.device)
+            .with_context(|| format!("cannot open {:?}", self.device))?;
+        let size = file
+            .seek(SeekFrom::End(0))
+            .context("cannot tell the disk's size")?;
+        let blocks = size / self.block as u64;
+        ensure!(blocks > 0, "the disk is smaller than a request");
+
+        let next = AtomicU64::new(0);
+        let done = AtomicU64::new(0);
+        let (warm, go, over) = (
+            Barrier::new(self.depth as usize + 1),
+            Barrier::new(self.depth as usize + 1),
+            Barrier::new(self.depth as usize + 1),
+        );
+        thread::scope(|scope| {
+            let threads = (0..self.depth)
+                .map(|index| {
+                    let (file, next, done) = (&file, &next, &done);
+                    let (warm, go, over) = (&warm, &go, &over);
+                    scope.spawn(move || {
+                        let mut requests = Requests::new(self, file, blocks, index);
+                        let warmed = requests.work(next, WARM_UP);
+                        warm.wait();
+                        go.wait();
+                        let worked = warmed.and_then(|_| requests.work(next, self.operations));
+                        over.wait();
+                        done.fetch_add(worked.as_ref().map_or(0, |count| *count), Ordering::SeqCst);
+                        worked.map(drop)
+                    })
+                })
+                .collect::<Vec<_>>();
+            warm.wait();
+            next.store(0, Ordering::SeqCst);
+            let begun = begin(&self.name);
+            go.wait();
+            over.wait();
+            let ended = begun.and_then(|begun| end(&self.name, self.operations, begun));
+            for thread in threads {
+                match thread.join() {
+                    Ok(worked) => worked.context("cannot use the disk")?,
+                    Err(_) => bail!("a thread of the load panicked"),
+                }
+            }
+            ended
+        })?;
+        let done = done.into_inner();
+        ensure!(done == self.operations, "{done} requests were done");
+        Ok(())
+    }
+}
+
+/// The requests of one thread, one at a time.
+struct Requests<'a> {
+    disk: &'a Disk,
+    file: &'a File,
+    blocks: u64,
+    random: u64,
+    buffer: Vec<u8>,
+    offset: usize,
+}
+
+impl<'a> Requests<'a> {
+    fn new(disk: &'a Disk, file: &'a File, blocks: u64, thread: u64) -> Self {
+        let buffer = vec![thread as u8; disk.block + ALIGNMENT];
+        let offset = buffer.as_ptr().align_offset(ALIGNMENT);
+        Self {
+            disk,
+            file,
+            blocks,
+            random: 0x9e37_79b9_7f4a_7c15 ^ (thread + 1),
+            buffer,
+            offset,
+        }
+    }
+
+    /// Takes requests until `until` of them were taken by all threads; gives how many it took.
+    fn work(&mut self, next: &AtomicU64, until: u64) -> io::Result<u64> {
+        let mut count = 0;
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= until {
+                return Ok(count);
+            }
+            let block = match self.disk.random {
+                true => self.draw() % self.blocks,
+                false => index % self.blocks,
+            };
+            self.one(block * self.disk.block as u64)?;
+            count += 1;
+        }
+    }
+
+    fn one(&mut self, at: u64) -> io::Result<()> {
+        let buffer = &mut self.buffer[self.offset..self.offset + self.disk.block];
+        if !self.disk.write {
+            return self.file.read_exact_at(buffer, at);
+        }
+        self.file.write_all_at(buffer, at)?;
+        match self.disk.flush {
+            true => self.file.sync_data(),
+            false => Ok(()),
+        }
+    }
+
+    /// The next of a fixed sequence: xorshift64.
+    fn draw(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+}
+
+impl Net {
+    fn run(&self) -> Result<()> {
+        let mut stream = TcpStream::connect(&self.connect)
+            .with_context(|| format!("cannot connect to {}", self.connect))?;
+        stream.set_nodelay(true)?;
+        let work = |stream: &mut TcpStream, count: u64| -> io::Result<u64> {
+            match self.mode.as_str() {
+                "upload" => upload(stream, count),
+                "download" => download(stream, count),
+                _ => ping(stream, count),
+            }
+        };
+        ensure!(
+            ["upload", "download", "ping"].contains(&self.mode.as_str()),
+            "--mode is upload, download or ping"
+        );
+        let warm = match self.mode.as_str() {
+            "ping" => WARM_UP,
+            _ => WARM_UP * CHUNK as u64,
+        };
+        work(&mut stream, warm).context("cannot talk to the server")?;
+        let begun = begin(&self.name)?;
+        let done = work(&mut stream, self.count).context("cannot talk to the server")?;
+        end(&self.name, done, begun)
+    }
+}
+
+/// Work for the server: what it shall do and how much of it.
+fn order(stream: &mut TcpStream, what: u8, count: u64) -> io::Result<()> {
+    let mut order = [what; 9];
+    order[1..].copy_from_slice(&count.to_le_bytes());
+    stream.write_all(&order)
+}
+
+fn upload(stream: &mut TcpStream, count: u64) -> io::Result<u64> {
+    order(stream, b'u', count)?;
+    send(stream, count)?;
+    // The server has it all when this comes.
+    let mut all = [0; 1];
+    stream.read_exact(&mut all)?;
+    Ok(count)
+}
+
+fn download(stream: &mut TcpStream, count: u64) -> io::Result<u64> {
+    order(stream, b'd', count)?;
+    receive(stream, count)?;
+    Ok(count)
+}
+
+fn ping(stream: &mut TcpStream, count: u64) -> io::Result<u64> {
+    order(stream, b'p', count)?;
+    let mut message = [7; MESSAGE];
+    for _ in 0..count {
+        stream.write_all(&message)?;
+        stream.read_exact(&mut message)?;
+    }
+    Ok(count)
+}
+
+fn send(stream: &mut TcpStream, mut count: u64) -> io::Result<()> {
+    let data = vec![0x5a; CHUNK];
+    while count > 0 {
+        let part = count.min(CHUNK as u64);
+        stream.write_all(&data[..part as usize])?;
+        count -= part;
+    }
+    Ok(())
+}
+
+fn receive(stream: &mut TcpStream, mut count: u64) -> io::Result<()> {
+    let mut data = vec![0; CHUNK];
+    while count > 0 {
+        let part = count.min(CHUNK as u64) as usize;
+        match stream.read(&mut data[..part])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            length => count -= length as u64,
+        }
+    }
+    Ok(())
+}
+
+/// Serves what [`Net`] asks for, on a thread of its own, for as long as this process lives.
+pub(crate) fn serve(address: &str) -> Result<()> {
+    let listener =
+        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // A guest that is gone ends the talk, and nobody else hears of it.
+            thread::spawn(move || answer(stream));
+        }
+    });
+    Ok(())
+}
+
+fn answer(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    loop {
+        let mut order = [0; 9];
+        stream.read_exact(&mut order)?;
+        let mut count = [0; 8];
+        count.copy_from_slice(&order[1..]);
+        let count = u64::from_le_bytes(count);
+        match order[0] {
+            b'u' => {
+                receive(&mut stream, count)?;
+                stream.write_all(b"u")?;
+            }
+            b'd' => send(&mut stream, count)?,
+            _ => {
+                let mut message = [0; MESSAGE];
+                for _ in 0..count {
+                    stream.read_exact(&mut message)?;
+                    stream.write_all(&message)?;
+                }
+            }
+        }
+    }
+}
+
+impl Stream {
+    fn run(&self) -> Result<()> {
+        let mut device = OpenOptions::new()
+            .write(true)
+            .open(&self.device)
+            .with_context(|| format!("cannot open {:?}", self.device))?;
+        // As a kernel's log and a program's output are: lines of some length.
+        let line = [&[b'.'; 63][..], b"\n"].concat();
+        let lines = self.count / line.len() as u64;
+        device.write_all(&line)?;
+        let begun = begin(&self.name)?;
+        for _ in 0..lines {
+            device.write_all(&line).context("cannot write the lines")?;
+        }
+        rustix::termios::tcdrain(&device).context("cannot wait for the terminal")?;
+        end(&self.name, lines * line.len() as u64, begun)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_written_in_order_and_all_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::write(&path, vec![0xff; 64 << 10]).unwrap();
+        let words = format!(
+            "disk --name w --device {} --block 4096 --depth 4 --operations 16 --write",
+            path.display()
+        );
+        let words = words.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let load = Load::from_words(&words).unwrap();
+        // Not every file system has O_DIRECT.
+        if let Err(error) = load.run() {
+            println!("skipped: {error:#}");
+            return;
+        }
+        let written = std::fs::read(&path).unwrap();
+        assert!(written.iter().all(|byte| *byte < 4), "a block was left out");
+    }
+
+    #[test]
+    fn the_server_does_what_it_is_asked() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = thread::spawn(move || answer(listener.accept().unwrap().0));
+        let mut stream = TcpStream::connect(address).unwrap();
+        assert_eq!(upload(&mut stream, 300_000).unwrap(), 300_000);
+        assert_eq!(download(&mut stream, 300_000).unwrap(), 300_000);
+        assert_eq!(ping(&mut stream, 10).unwrap(), 10);
+        drop(stream);
+        assert!(server.join().unwrap().is_err());
+    }
+}

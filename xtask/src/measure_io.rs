@@ -1,0 +1,202 @@
+//! `xtask measure-io`: starts a VMM with devices and measures what their work takes, for
+//! `cargo xtask bench io`.
+//!
+//! This is the part of the bench that runs inside the emulated host, built for ARM64. The guest
+//! says when its work begins and ends (see [`crate::load`]); at these lines the instructions and
+//! exits are read. A line of JSON is printed for each piece of work.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use argh::FromArgs;
+use serde_json::{Value, json};
+
+use crate::load::{self, END, START};
+use crate::measure::{print, statistics};
+use crate::perf::Counters;
+use crate::procfs::{self, Mappings};
+use crate::trace::Trace;
+use crate::vm::Vm;
+
+/// What the guest prints when all of its work is done, before it powers off.
+pub(crate) const READY: &str = "IO-READY";
+
+/// The host's address on the network with the guest, and the guest's.
+pub(crate) const HOST_ADDRESS: &str = "192.168.77.1";
+pub(crate) const GUEST_ADDRESS: &str = "192.168.77.2";
+
+/// Where the bench's server listens.
+pub(crate) const PORT: u16 = 5001;
+
+/// The guest's disk, in the host's memory.
+const DISK: &str = "/tmp/bench.disk";
+const DISK_MIB: usize = 128;
+
+const TAP: &str = "tap0";
+
+/// Start a VMM with devices and print what they take, as lines of JSON.
+#[derive(Debug, FromArgs)]
+pub(crate) struct MeasureIo {
+    /// what the VMM is called in the lines
+    #[argh(option)]
+    name: String,
+
+    /// what the guest does: disk, net, console, memory or nothing
+    #[argh(option)]
+    work: String,
+
+    /// how many VMs are measured
+    #[argh(option)]
+    runs: u32,
+
+    /// the guest's kernel
+    #[argh(option)]
+    kernel: String,
+
+    /// the guest's initramfs
+    #[argh(option)]
+    initrd: String,
+
+    /// the VMM and its arguments, with {{kernel}}, {{initrd}}, {{cmdline}}, {{disk}} and {{tap}} in
+    /// the places of these
+    #[argh(positional, greedy)]
+    command: Vec<String>,
+}
+
+impl MeasureIo {
+    /// Reads the command line after `measure-io`.
+    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
+        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+        Self::from_args(&["xtask measure-io"], &words).map_err(|exit| anyhow!("{}", exit.output))
+    }
+
+    /// Measures; what fails is told as a line as well, so that others are measured still.
+    pub(crate) fn run(&self) -> Result<i32> {
+        let uses = |what: &str| self.command.iter().any(|word| word.contains(what));
+        if uses("{disk}") && !Path::new(DISK).exists() {
+            make_disk()?;
+        }
+        if uses("{tap}") {
+            make_tap()?;
+            load::serve(&format!("{HOST_ADDRESS}:{PORT}"))?;
+        }
+        for run in 1..=self.runs {
+            if let Err(error) = self.measure(run) {
+                let error = format!("{error:#}");
+                print(&json!({"vmm": self.name, "work": self.work, "error": error}))?;
+                break;
+            }
+        }
+        Ok(0)
+    }
+
+    fn measure(&self, run: u32) -> Result<()> {
+        let cmdline = format!(
+            "quiet cryptomgr.notests armlet.run=script armlet.io={}",
+            self.work
+        );
+        let fill = |word: &String| {
+            word.replace("{kernel}", &self.kernel)
+                .replace("{initrd}", &self.initrd)
+                .replace("{cmdline}", &cmdline)
+                .replace("{disk}", DISK)
+                .replace("{tap}", TAP)
+        };
+        let words = self.command.iter().skip_while(|word| *word == "--");
+        let command = words.map(fill).collect::<Vec<_>>();
+
+        let mut trace = Trace::new(1024)?;
+        trace.histogram("kvm/kvm_userspace_exit", "reason")?;
+        trace.start()?;
+        let mut vm = Vm::start(&command)?;
+        let mut counters = None;
+        loop {
+            let line = vm.line("IO-")?;
+            if line.starts_with(READY) {
+                break;
+            }
+            let name = line.strip_prefix(START).map(str::trim);
+            let name = name
+                .with_context(|| format!("{line:?} comes out of order"))?
+                .to_owned();
+            let counters = match &mut counters {
+                Some(counters) => counters,
+                // All threads are there once the guest's drivers are.
+                none => none.insert(Counters::start(vm.child.id())?),
+            };
+            let user_exits =
+                || -> Result<u64> { Ok(trace.counts("kvm/kvm_userspace_exit")?.values().sum()) };
+            let exits = || statistics().get("exits").copied().unwrap_or(0);
+            let (before, user_before, all_before) = (counters.read()?, user_exits()?, exits());
+            let line = vm.line(END)?;
+            let counts = counters.read()?.since(&before);
+            let (user_exits, exits) = (user_exits()? - user_before, exits() - all_before);
+            let mut numbers = line.split_whitespace().skip(2);
+            let mut number = || numbers.next().and_then(|number| number.parse::<u64>().ok());
+            let (operations, nanos) = number()
+                .zip(number())
+                .context("the guest's line is short")?;
+            print(&json!({
+                "vmm": self.name, "work": self.work, "run": run, "name": name,
+                "operations": operations, "nanos": nanos,
+                "user": counts.user, "kernel": counts.kernel,
+                "kernel_all": counts.kernel_all, "guest": counts.guest,
+                "user_exits": user_exits, "exits": exits,
+            }))?;
+        }
+        print(&self.memory(run, &vm)?)?;
+        vm.until_end()?;
+        Ok(())
+    }
+
+    /// The VMM's memory and threads, when the guest has done its work.
+    fn memory(&self, run: u32, vm: &Vm) -> Result<Value> {
+        let mappings = Mappings::of(vm.child.id())?;
+        let threads = procfs::threads(vm.child.id())?;
+        let names = threads
+            .into_iter()
+            .map(|thread| thread.name)
+            .collect::<Vec<_>>();
+        Ok(json!({
+            "vmm": self.name, "work": self.work, "run": run, "name": "memory",
+            "vmm_rss_kib": mappings.vmm.resident, "vmm_anon_kib": mappings.vmm.anonymous,
+            "threads": names,
+        }))
+    }
+}
+
+/// A disk whose every block is there: reading what was never written would cost less.
+fn make_disk() -> Result<()> {
+    let mut file = File::create(DISK).with_context(|| format!("cannot create {DISK}"))?;
+    let part = (0..1 << 20)
+        .map(|byte| (byte % 251) as u8)
+        .collect::<Vec<_>>();
+    for _ in 0..DISK_MIB {
+        file.write_all(&part).context("cannot write the disk")?;
+    }
+    Ok(())
+}
+
+/// The network between host and guest, if it is not there yet.
+fn make_tap() -> Result<()> {
+    if fs::metadata(format!("/sys/class/net/{TAP}")).is_ok() {
+        return Ok(());
+    }
+    for words in [
+        format!("tunctl -t {TAP}"),
+        format!("ip addr add {HOST_ADDRESS}/24 dev {TAP}"),
+        format!("ip link set {TAP} up"),
+    ] {
+        let mut words = words.split(' ');
+        let status = Command::new(words.next().unwrap_or_default())
+            .args(words)
+            .stdout(std::process::Stdio::null())
+            .status()
+            .context("cannot run busybox")?;
+        ensure!(status.success(), "cannot make the network");
+    }
+    Ok(())
+}

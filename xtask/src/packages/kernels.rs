@@ -1,0 +1,199 @@
+//! What is used of a kernel package: the boot executable, its configuration, and the drivers for
+//! virtual machines, with what they depend on.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Kernel, Store, find};
+use crate::elf;
+
+/// The drivers that are kept, as patterns below `kernel/`: those for guests and for hosts, and
+/// all that they depend on in any of our kernels.
+const DRIVERS: [&str; 23] = [
+    "arch/arm64/crypto/crc*",
+    "crypto/crc*",
+    "drivers/block/loop*",
+    "drivers/block/virtio_blk*",
+    "drivers/char/hw_random/*",
+    "drivers/char/virtio_console*",
+    "drivers/dax/*",
+    "drivers/input/evdev*",
+    "drivers/input/keyboard/gpio_keys*",
+    "drivers/net/*failover*",
+    "drivers/net/tap*",
+    "drivers/net/tun*",
+    "drivers/net/virtio_net*",
+    "drivers/nvdimm/*",
+    "drivers/vhost/*",
+    "drivers/virtio/*",
+    "fs/ext4/*",
+    "fs/fuse/*",
+    "fs/jbd2/*",
+    "fs/mbcache*",
+    "lib/*",
+    "net/core/failover*",
+    "net/vmw_vsock/*",
+];
+
+/// The files of an unpacked kernel package.
+#[derive(Debug)]
+pub(crate) struct KernelFiles {
+    /// The boot executable.
+    pub(crate) image: PathBuf,
+    folder: PathBuf,
+}
+
+/// A kernel module, uncompressed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Module {
+    /// As in `virtio_blk`.
+    pub(crate) name: String,
+    /// The contents of its file.
+    pub(crate) data: Vec<u8>,
+}
+
+impl Store {
+    /// An ARM64 kernel.
+    pub(crate) fn kernel(&self, kernel: Kernel) -> Result<KernelFiles> {
+        // The items called "kernel-..." of older caches lack most drivers.
+        let item = format!("linux-{}", kernel.name());
+        let folder = self.stored(&item, |apt, into| {
+            let (meta, suite) = kernel.package(apt.distribution)?;
+            let package = apt.dependency(&format!("{meta}:arm64"), suite.as_deref())?;
+            for archive in apt.download(std::slice::from_ref(&package))? {
+                unpack_kernel(&archive, into)?;
+            }
+            Ok(package)
+        })?;
+        let boot = folder.join("boot");
+        let image = find(&boot, &|name| name.starts_with("vmlinuz-"))?
+            .with_context(|| format!("no kernel in {boot:?}"))?;
+        Ok(KernelFiles { image, folder })
+    }
+}
+
+impl KernelFiles {
+    /// The boot executable's name, which carries the kernel's version.
+    pub(crate) fn version(&self) -> String {
+        let name = self.image.file_name().unwrap_or_default().to_string_lossy();
+        name.trim_start_matches("vmlinuz-").to_owned()
+    }
+
+    /// The modules called `names` and those that they need, each after what it needs. What is built
+    /// into the kernel is left out.
+    pub(crate) fn modules(&self, names: &[&str]) -> Result<Vec<Module>> {
+        let mut modules = Vec::new();
+        let mut seen = BTreeSet::new();
+        for name in names {
+            self.add_module(name, &mut seen, &mut modules)?;
+        }
+        Ok(modules)
+    }
+
+    fn add_module(
+        &self,
+        name: &str,
+        seen: &mut BTreeSet<String>,
+        modules: &mut Vec<Module>,
+    ) -> Result<()> {
+        if !seen.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let Some(data) = self.module(name)? else {
+            // Names of what is built in are not told from misspelt ones here: the test of all names
+            // that are asked for is a guest that uses the device.
+            return Ok(());
+        };
+        for needed in needs(&data).with_context(|| format!("cannot read the module {name}"))? {
+            self.add_module(&needed, seen, modules)?;
+        }
+        modules.push(Module {
+            name: name.to_owned(),
+            data,
+        });
+        Ok(())
+    }
+
+    /// The module called `name`, if it is one.
+    fn module(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        // A file may have hyphens where the module's name has underscores.
+        let wanted = format!("{name}.ko");
+        let fits = |file: &str| file.replace('-', "_").starts_with(&wanted);
+        let Some(path) = find(&self.folder, &fits)? else {
+            return Ok(None);
+        };
+        if path.extension() == Some(OsStr::new("ko")) {
+            let data = fs::read(&path).with_context(|| format!("cannot read {path:?}"))?;
+            return Ok(Some(data));
+        }
+        let mut xz = Command::new("xz");
+        xz.arg("-dc").arg(&path);
+        let output = xz.output().context("cannot run xz (package xz-utils)")?;
+        ensure!(output.status.success(), "xz cannot unpack {path:?}");
+        Ok(Some(output.stdout))
+    }
+}
+
+/// The names of the modules that the module `data` needs, from its section `.modinfo` (Linux,
+/// include/linux/module.h: `MODULE_INFO`, `MODULE_SOFTDEP`).
+fn needs(data: &[u8]) -> Result<Vec<String>> {
+    let info = elf::section(data, ".modinfo")?.context("no .modinfo")?;
+    Ok(needs_in(info))
+}
+
+fn needs_in(info: &[u8]) -> Vec<String> {
+    let mut names = Vec::new();
+    for line in info.split(|byte| *byte == 0) {
+        let line = String::from_utf8_lossy(line);
+        if let Some(depends) = line.strip_prefix("depends=") {
+            names.extend(depends.split(',').map(str::to_owned));
+        } else if let Some((_, pre)) = line.split_once("softdep=pre:") {
+            let pre = pre.split("post:").next().unwrap_or_default();
+            names.extend(pre.split_whitespace().map(str::to_owned));
+        }
+    }
+    names.retain(|name| !name.is_empty());
+    names.iter().map(|name| name.replace('-', "_")).collect()
+}
+
+/// Unpacks what we use of a kernel package, which is a tenth of its size.
+fn unpack_kernel(archive: &Path, into: &Path) -> Result<()> {
+    let mut data = Command::new("dpkg")
+        .arg("--fsys-tarfile")
+        .arg(archive)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run dpkg")?;
+    let pipe = data.stdout.take().context("dpkg has no output")?;
+    // Not every kernel has every file: tar's complaints about the missing ones are not ours.
+    let mut tar = Command::new("tar");
+    tar.arg("-x").arg("-C").arg(into).arg("--wildcards");
+    tar.args(["./boot/vmlinuz-*", "./boot/config-*"]);
+    tar.args(DRIVERS.map(|pattern| format!("*/kernel/{pattern}")));
+    tar.stdin(pipe)
+        .stderr(Stdio::null())
+        .status()
+        .context("cannot run tar")?;
+    let status = data.wait().context("cannot wait for dpkg")?;
+    ensure!(status.success(), "dpkg cannot read {archive:?}");
+    ensure!(into.join("boot").is_dir(), "{archive:?} holds no kernel");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_module_needs_is_read() {
+        let info =
+            b"license=GPL\0softdep=pre: crc32c post: more\0depends=jbd2,mb-cache\0name=ext4\0";
+        assert_eq!(needs_in(info), ["crc32c", "jbd2", "mb_cache"]);
+        assert_eq!(needs_in(b"depends=\0name=crc16\0"), [""; 0]);
+    }
+}
