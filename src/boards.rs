@@ -3,6 +3,7 @@
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::Board;
+use armlet_arch::board::Profile;
 use std::path::Path;
 
 /// The board that is taken when none is named.
@@ -18,26 +19,23 @@ pub const BUILT_IN: &[(&str, &str)] = &[
 const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a board's file: a built-in one by its name, any other by its path.
-///
-/// # Errors
-/// An unknown name, or a file that cannot be read.
-pub fn text(name: &str) -> Result<String> {
+fn text(name: &str) -> Result<String> {
     if let Some((_, text)) = BUILT_IN.iter().find(|(known, _)| *known == name) {
         return Ok((*text).to_owned());
     }
     let path = Path::new(name);
-    let looks_like_a_path = name.contains('/') || name.ends_with(".toml");
-    if !looks_like_a_path && !path.is_file() {
+    if !looks_like_a_path(name) && !path.is_file() {
         let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
         return Err(anyhow!(
             "board '{name}' is not known; built in: {}; or give the path of a TOML file",
             known.join(", ")
-        ))
-        .fault(Status::Usage);
+        ));
     }
-    read(path)
-        .with_context(|| format!("cannot read board file '{name}'"))
-        .fault(Status::Usage)
+    read(path).with_context(|| format!("cannot read board file '{name}'"))
+}
+
+fn looks_like_a_path(name: &str) -> bool {
+    name.contains('/') || name.ends_with(".toml")
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -54,14 +52,33 @@ fn read(path: &Path) -> Result<String> {
     Ok(std::fs::read_to_string(path)?)
 }
 
+/// The board that the file `from` inherits from: a path is relative to that file.
+fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
+    let name = match Path::new(from).parent() {
+        Some(folder) if looks_like_a_path(wanted) => folder.join(wanted).to_string_lossy().into(),
+        _ => wanted.to_owned(),
+    };
+    let text = text(&name).map_err(|error| format!("leads nowhere: {error:#}"))?;
+    Ok((name, text))
+}
+
+/// Finds and reads a board, with the places that its values come from.
+///
+/// # Errors
+/// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
+pub fn profile(name: &str) -> Result<Profile> {
+    let read = || -> Result<Profile> {
+        Profile::read(name, &text(name)?, &parent).with_context(|| format!("board '{name}'"))
+    };
+    read().fault(Status::Usage)
+}
+
 /// Finds and reads a board.
 ///
 /// # Errors
-/// As [`text`], and a file that is no board, with line and reason.
+/// As [`profile`].
 pub fn find(name: &str) -> Result<Board> {
-    Board::parse(&text(name)?)
-        .with_context(|| format!("board '{name}'"))
-        .fault(Status::Usage)
+    Ok(profile(name)?.board)
 }
 
 #[cfg(test)]
@@ -89,5 +106,62 @@ mod tests {
         assert_eq!(find(path).expect("the file").name, "virt");
         assert!(find("/nonexistent/x.toml").is_err());
         assert!(find("/").is_err());
+    }
+
+    #[test]
+    fn a_file_inherits_from_one_beside_it_and_from_built_in_ones() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).expect("a file");
+            path.to_string_lossy().into_owned()
+        };
+        write(
+            "base.toml",
+            "name = \"base\"\ninherits = \"virt\"\n[guest]\ncpus = 3\nmemory = \"1G\"\n",
+        );
+        let path = write(
+            "mine.toml",
+            "name = \"mine\"\ninherits = \"base.toml\"\n[guest]\nmemory = \"2G\" # more\n",
+        );
+        let profile = profile(&path).expect("valid");
+        assert_eq!(profile.board.name, "mine");
+        assert_eq!(profile.board.guest.cpus, 3);
+        assert_eq!(profile.board.guest.memory, 2 << 30);
+        assert_eq!(profile.board.devices, find("virt").expect("virt").devices);
+        let shown = profile.show();
+        for (value, from) in [
+            ("memory = \"2G\"", "# mine:4  more"),
+            ("cpus = 3", "base.toml:4"),
+            ("[[device]]", ""),
+            ("kind = \"pl031\"", "# virt:"),
+            ("gic = \"auto\"", "# default"),
+        ] {
+            let line = shown.lines().find(|line| line.starts_with(value));
+            assert!(
+                line.is_some_and(|line| line.contains(from)),
+                "{value} {from}: {shown}"
+            );
+        }
+        // What is shown is a board, the same one.
+        let again = write("again.toml", &shown);
+        assert_eq!(find(&again).expect("valid").guest, profile.board.guest);
+    }
+
+    #[test]
+    fn inheritance_that_leads_nowhere_is_refused_with_its_line() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("loop.toml");
+        let path = path.to_string_lossy();
+        for (parent, word) in [
+            ("loop.toml", "inherit from itself"),
+            ("none.toml", "none.toml"),
+            ("pi9", "built in: virt"),
+        ] {
+            let text = format!("name = \"x\"\ninherits = \"{parent}\"\n");
+            std::fs::write(&*path, text).expect("a file");
+            let error = format!("{:#}", find(&path).expect_err(parent));
+            assert!(error.contains("line 2") && error.contains(word), "{error}");
+        }
     }
 }

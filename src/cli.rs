@@ -275,14 +275,14 @@ pub struct ProbeArgs {
     example = "The names that --board takes:
   {command_name}
 
-A board's file, to start one's own from:
+A board with the file and line that each value comes from, to start one's own from:
   {command_name} --show virt > my.toml"
 )]
 pub struct BoardsArgs {
     /// print JSON
     #[argh(switch)]
     pub json: bool,
-    /// print a board's file
+    /// print a board as one file, with the place that each value comes from
     #[argh(option, arg_name = "NAME|PATH")]
     pub show: Option<String>,
 }

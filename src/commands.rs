@@ -196,9 +196,7 @@ fn probe(args: &ProbeArgs) -> Result<Status> {
 
 fn boards(args: &BoardsArgs) -> Result<Status> {
     if let Some(name) = &args.show {
-        // Only a file that is a board is shown as one.
-        boards::find(name)?;
-        print(&boards::text(name)?)?;
+        print(&boards::profile(name)?.show())?;
         return Ok(Status::Success);
     }
     let mut known = Vec::new();

@@ -2,6 +2,7 @@
 
 use crate::kvm::{HostArch, KvmArch};
 use anyhow::{Result, anyhow};
+use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Architecture, aarch64, x86_64};
 use kvm_ioctls::Kvm;
@@ -124,17 +125,6 @@ pub enum NoKvm {
     Denied,
     /// It was opened and does not work.
     Broken(String),
-}
-
-/// How much a finding matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
-    /// No guest runs.
-    Stops,
-    /// Some guests do not run, or run slower.
-    Limits,
-    /// Good to know.
-    Note,
 }
 
 /// One line of the diagnosis.

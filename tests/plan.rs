@@ -5,6 +5,7 @@
 
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::{self, Aarch64};
+use armlet_arch::board::Profile;
 use armlet_arch::image::{Arm64Image, Placement};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::plan::MEMORY_UNIT;
@@ -169,11 +170,19 @@ fn machines() -> Vec<Machine> {
 fn boards() -> Vec<(String, Board)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("boards");
     let mut boards = Vec::new();
-    for entry in fs::read_dir(folder).expect("boards/") {
+    for entry in fs::read_dir(&folder).expect("boards/") {
         let path = entry.expect("an entry").path();
         let text = fs::read_to_string(&path).expect("text");
         let name = path.file_stem().expect("a name").to_string_lossy();
-        let board = Board::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let parent = |_: &str, name: &str| {
+            let path = folder.join(format!("{name}.toml"));
+            let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
+            Ok((name.to_owned(), text))
+        };
+        let profile = Profile::read(&name, &text, &parent);
+        let board = profile
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+            .board;
         assert_eq!(board.name, name, "a board has the name of its file");
         boards.push((name.into_owned(), board));
     }
