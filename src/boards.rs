@@ -12,6 +12,21 @@ pub const DEFAULT: &str = "virt";
 /// Built-in boards: name and file.
 pub const BUILT_IN: &[(&str, &str)] = &[
     ("virt", include_str!("../boards/virt.toml")),
+    ("rpi3", include_str!("../boards/rpi3.toml")),
+    ("rpi4", include_str!("../boards/rpi4.toml")),
+    ("rpi5", include_str!("../boards/rpi5.toml")),
+    ("rk3588", include_str!("../boards/rk3588.toml")),
+    ("orin", include_str!("../boards/orin.toml")),
+    ("imx8mp", include_str!("../boards/imx8mp.toml")),
+    ("altra", include_str!("../boards/altra.toml")),
+    ("graviton2", include_str!("../boards/graviton2.toml")),
+    ("graviton3", include_str!("../boards/graviton3.toml")),
+    ("graviton4", include_str!("../boards/graviton4.toml")),
+    ("grace", include_str!("../boards/grace.toml")),
+    ("ampereone", include_str!("../boards/ampereone.toml")),
+    ("m1-asahi", include_str!("../boards/m1-asahi.toml")),
+    ("server52", include_str!("../boards/server52.toml")),
+    ("qemu-virt", include_str!("../boards/qemu-virt.toml")),
     ("pc", include_str!("../boards/pc.toml")),
 ];
 

@@ -5,7 +5,7 @@
 
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::{self, Aarch64};
-use armlet_arch::board::Profile;
+use armlet_arch::board::{Profile, Severity};
 use armlet_arch::image::{Arm64Image, Placement};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::plan::MEMORY_UNIT;
@@ -145,20 +145,36 @@ impl Machine {
         request: &Request<Aarch64>,
         host: &aarch64::Host,
     ) -> Machine {
-        let plan = plan(board, request, host).unwrap_or_else(|error| panic!("{name}: {error}"));
-        Machine {
+        Machine::try_planned(name, board, request, host)
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn try_planned(
+        name: &str,
+        board: &Board,
+        request: &Request<Aarch64>,
+        host: &aarch64::Host,
+    ) -> Result<Machine, PlanError> {
+        let plan = plan(board, request, host)?;
+        Ok(Machine {
             name: name.to_owned(),
             map: map(&plan),
             dts: aarch64::device_tree(board, &plan, request).to_dts(),
             dtb: plan.blobs[0].bytes.clone(),
-        }
+        })
     }
+}
+
+/// Whether no guest runs on the board's hosts.
+fn is_refused(board: &Board) -> bool {
+    let mut notes = board.host.notes.iter();
+    notes.any(|note| note.severity == Severity::Stops)
 }
 
 fn machines() -> Vec<Machine> {
     let defaults = boards()
         .into_iter()
-        .filter(|(_, board)| board.arch == Architecture::Aarch64)
+        .filter(|(_, board)| board.arch == Architecture::Aarch64 && !is_refused(board))
         .map(|(name, board)| {
             let host = Aarch64::assumed_host(&board);
             Machine::planned(&default_case(&name), &board, &request(&board), &host)
@@ -275,6 +291,14 @@ fn machines_are_those_of_the_golden_files() {
                 .unwrap_or_else(|error| panic!("{name}: {error}"));
             compare_with_golden(&format!("{}.map", default_case(&name)), &map(&plan));
         }
+        if is_refused(&board) {
+            let host = Aarch64::assumed_host(&board);
+            let error = Machine::try_planned(&name, &board, &request(&board), &host)
+                .err()
+                .unwrap_or_else(|| panic!("{name} is planned, though no guest runs there"));
+            let text = format!("{error}\n");
+            compare_with_golden(&format!("{}.refusal", default_case(&name)), &text);
+        }
     }
 }
 
@@ -289,6 +313,10 @@ fn every_board_has_golden_files_and_every_golden_file_a_machine() {
         .collect();
     for (name, board) in boards() {
         let case = default_case(&name);
+        if is_refused(&board) {
+            wanted.insert(format!("{case}.refusal"));
+            continue;
+        }
         wanted.insert(format!("{case}.map"));
         if board.arch == Architecture::Aarch64 {
             wanted.insert(format!("{case}.dts"));
