@@ -1,13 +1,17 @@
 //! Boards: the built-in ones, and files that the user names.
 
+use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::Board;
-use armlet_arch::board::Profile;
+use armlet_arch::board::{self, Identity, Profile, Signature};
+use armlet_arch::{Arch, Board};
 use std::path::Path;
 
-/// The board that is taken when none is named.
-pub const DEFAULT: &str = "virt";
+/// What `--board` is when it is not given: the board that this host is.
+pub const AUTO: &str = "auto";
+
+/// The board of hosts that are not recognised.
+const FALLBACK: &str = "virt";
 
 /// Built-in boards: name and file.
 pub const BUILT_IN: &[(&str, &str)] = &[
@@ -96,16 +100,121 @@ pub fn find(name: &str) -> Result<Board> {
     Ok(profile(name)?.board)
 }
 
+/// A board with the reason why it is taken.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// The board.
+    pub board: Board,
+    /// Who named it, or by what it was recognised.
+    pub why: String,
+}
+
+/// The board called `name`; for [`AUTO`] the one that the host is, which `identity` tells.
+///
+/// # Errors
+/// As [`profile`].
+pub fn choose(name: &str, identity: impl FnOnce() -> Identity) -> Result<Chosen> {
+    if name != AUTO {
+        let why = "--board".to_owned();
+        let board = find(name)?;
+        return Ok(Chosen { board, why });
+    }
+    let (name, why) = recognize(&identity()).unwrap_or_else(|| {
+        (
+            FALLBACK,
+            "this host is no other board that is built in".into(),
+        )
+    });
+    let board = find(name)?;
+    Ok(Chosen { board, why })
+}
+
+/// The built-in board that a host of this program's architecture is, and why.
+#[must_use]
+pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
+    let signatures: Vec<_> = BUILT_IN
+        .iter()
+        .map(|(_, text)| {
+            let signature = Signature::read(text).ok().flatten();
+            signature.filter(|signature| signature.arch == HostArch::ARCHITECTURE)
+        })
+        .collect();
+    let (index, why) = board::recognize(host, &signatures)?;
+    BUILT_IN.get(index).map(|(name, _)| (*name, why))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::status::status_of;
+    use armlet_arch::board::Midr;
 
     #[test]
     fn every_built_in_board_is_found_under_its_own_name() {
         for (name, _) in BUILT_IN {
             assert_eq!(find(name).expect("valid").name, *name);
         }
+    }
+
+    /// What each kind of host says of itself, and the board that it is.
+    #[test]
+    fn hosts_are_recognised_by_what_they_say() {
+        let tree = |names: &str| Identity {
+            compatible: names.split(' ').map(str::to_owned).collect(),
+            ..Identity::default()
+        };
+        let firmware = |vendor: &str, core: u64| Identity {
+            vendor: vendor.to_owned(),
+            product: "a product".to_owned(),
+            cores: vec![Midr::kind(core)],
+            ..Identity::default()
+        };
+        let (n1, v1, v2, ampere) = (0x413f_d0c1, 0x411f_d401, 0x410f_d4f1, 0xc00f_ac30);
+        let signatures: Vec<_> = BUILT_IN
+            .iter()
+            .map(|(name, text)| Signature::read(text).expect(name))
+            .collect();
+        for (host, expected) in [
+            (
+                tree("raspberrypi,3-model-b-plus brcm,bcm2837"),
+                Some("rpi3"),
+            ),
+            (tree("raspberrypi,4-model-b brcm,bcm2711"), Some("rpi4")),
+            (tree("raspberrypi,5-model-b brcm,bcm2712"), Some("rpi5")),
+            (tree("raspberrypi,6-model-b brcm,bcm2713"), None),
+            (tree("radxa,rock-5b rockchip,rk3588"), Some("rk3588")),
+            (
+                tree("nvidia,p3737-0000+p3701-0000 nvidia,tegra234"),
+                Some("orin"),
+            ),
+            (tree("fsl,imx8mp-evk fsl,imx8mp"), Some("imx8mp")),
+            (
+                tree("apple,j274 apple,t8103 apple,arm-platform"),
+                Some("m1-asahi"),
+            ),
+            (tree("linux,dummy-virt"), Some("qemu-virt")),
+            (firmware("QEMU", n1), Some("qemu-virt")),
+            (firmware("Amazon EC2", n1), Some("graviton2")),
+            (firmware("Amazon EC2", v1), Some("graviton3")),
+            (firmware("Amazon EC2", v2), Some("graviton4")),
+            (firmware("Some maker", n1), Some("altra")),
+            (firmware("Some maker", v2), Some("grace")),
+            (firmware("Some maker", ampere), Some("ampereone")),
+            (firmware("Some maker", 0x480f_d010), None),
+            (Identity::default(), None),
+        ] {
+            let found = board::recognize(&host, &signatures);
+            let name = found.as_ref().map(|(index, _)| BUILT_IN[*index].0);
+            assert_eq!(name, expected, "{host:?}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_is_not_recognised_gets_the_generic_board() {
+        let chosen = choose(AUTO, Identity::default).expect("a board");
+        assert_eq!(chosen.board.name, "virt");
+        let named = choose("rpi5", || panic!("the host does not matter")).expect("a board");
+        assert_eq!(named.board.name, "rpi5");
     }
 
     #[test]

@@ -107,8 +107,9 @@ macro_rules! machine_command {
             /// guest memory, like 512M or 4G (default: the board's)
             #[argh(option, short = 'm', arg_name = "SIZE")]
             pub memory: Option<String>,
-            /// board: a built-in name ('armlet boards') or the path of a TOML file (default: virt)
-            #[argh(option, short = 'b', arg_name = "NAME|PATH")]
+            /// board: auto (the one that this host is, else virt; the default), a built-in name
+            /// ('armlet boards') or the path of a TOML file
+            #[argh(option, short = 'b', arg_name = "auto|NAME|PATH")]
             pub board: Option<String>,
             /// guest-physical address bits: fit (as few as the machine needs, the default), max
             /// (as many as the host has) or a number from 32 to 52

@@ -1,5 +1,6 @@
 //! The commands: each reads its arguments, calls what does the work, and prints.
 
+use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
 use crate::kvm::{self, HostArch, KvmArch};
@@ -8,6 +9,7 @@ use crate::status::{Fault, Status};
 use crate::{boards, probe, report, run};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
+use armlet_arch::board::Severity;
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
 use serde_json::json;
@@ -63,7 +65,8 @@ fn run(args: &RunArgs) -> Result<Status> {
     if machine.kernel.is_none() {
         return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
     }
-    let board = config::board(&machine)?;
+    let chosen = config::board(&machine, None)?;
+    let board = &chosen.board;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
             "board '{}' is for {} guests, this is an {} host; 'armlet plan' works here",
@@ -73,9 +76,10 @@ fn run(args: &RunArgs) -> Result<Status> {
         ))
         .fault(Status::Host);
     }
-    let config = config::read::<HostArch>(&machine, board)?;
+    let config = config::read::<HostArch>(&machine, chosen)?;
     let kvm = probe::open_kvm().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
+    warn_of_another_host::<HostArch>(&config.board, &host);
     run::run(run::Orders {
         kvm,
         host,
@@ -93,10 +97,12 @@ fn plan(args: &PlanArgs) -> Result<Status> {
     if args.json && args.dts {
         return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);
     }
-    let board = config::board(&machine)?;
+    let other = args.host.as_deref().filter(|host| *host != "this");
+    let chosen = config::board(&machine, other)?;
+    let board = &chosen.board;
     match board.arch {
         Architecture::Aarch64 => {
-            let (config, plan) = make_plan::<Aarch64>(args, &machine, board, kvm::aarch64_host)?;
+            let (config, plan) = make_plan::<Aarch64>(args, &machine, chosen, kvm::aarch64_host)?;
             if args.dts {
                 let tree = aarch64::device_tree(&config.board, &plan, &config.request);
                 print(&tree.to_dts())?;
@@ -115,7 +121,7 @@ fn plan(args: &PlanArgs) -> Result<Status> {
                 ))
                 .fault(Status::Usage);
             }
-            let (config, plan) = make_plan::<X86_64>(args, &machine, board, kvm::x86_64_host)?;
+            let (config, plan) = make_plan::<X86_64>(args, &machine, chosen, kvm::x86_64_host)?;
             print_plan(args, &config, &plan)?;
         }
     }
@@ -125,13 +131,17 @@ fn plan(args: &PlanArgs) -> Result<Status> {
 fn make_plan<A: Arch>(
     args: &PlanArgs,
     machine: &MachineArgs,
-    board: Board,
+    chosen: Chosen,
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
-    let mut config = config::read::<A>(machine, board)?;
+    let mut config = config::read::<A>(machine, chosen)?;
     let host = match args.host.as_deref() {
         None => A::assumed_host(&config.board),
-        Some("this") => this_host().fault(Status::Host)?,
+        Some("this") => {
+            let host = this_host().fault(Status::Host)?;
+            warn_of_another_host::<A>(&config.board, &host);
+            host
+        }
         Some(name) => A::assumed_host(&boards::find(name)?),
     };
     if !machine.deterministic {
@@ -139,6 +149,18 @@ fn make_plan<A: Arch>(
     }
     let plan = decide(&config, &host)?;
     Ok((config, plan))
+}
+
+/// Says so if the board is for another host than this one, where the guest runs all the same.
+fn warn_of_another_host<A: Arch>(board: &Board, host: &A::Host) {
+    let differences = A::differences(board, host);
+    if !differences.is_empty() {
+        log::warn!(
+            "board '{}' is for another host: {}; the guest gets what is here, and --board auto takes the board that this host is",
+            board.name,
+            differences.join(", ")
+        );
+    }
 }
 
 /// Plans the machine. What cannot be planned is a wrong request, unless the host is what limits.
@@ -155,17 +177,26 @@ pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host) -> Result<Plan<A>> {
             | PlanError::PageSize { .. } => Status::Host,
             _ => Status::Usage,
         };
-        Err(error).fault(status)
+        let no_irqchip = matches!(error, PlanError::IrqchipNotOffered { .. });
+        let mut notes = config.board.host.notes.iter();
+        let stops = notes.find(|note| no_irqchip && note.severity == Severity::Stops);
+        let result = Err(error);
+        match stops {
+            Some(note) => result.with_context(|| format!("{}; {}", note.what, note.fix)),
+            None => result.map_err(Into::into),
+        }
+        .fault(status)
     })
 }
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
     let cmdline = &config.request.cmdline;
     if args.json {
-        return print(&format!("{:#}\n", report::json(plan, cmdline)));
+        let settings = &config.settings;
+        return print(&format!("{:#}\n", report::json(plan, settings, cmdline)));
     }
     let kernel = config.kernel.as_ref().map(|kernel| kernel.describe());
-    print(&report::text(plan, kernel.as_deref(), cmdline))
+    print(&report::text(plan, kernel.as_deref(), &config.settings))
 }
 
 /// Writes the plan's device tree to a file.

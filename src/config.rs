@@ -1,9 +1,11 @@
 //! From the command line's text to a request: everything is read and checked here, nothing is
 //! decided.
 
-use crate::boards;
+use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
+use crate::host;
 use crate::kernel::{Initrd, Kernel};
+use crate::settings::{Setting, settings};
 use crate::status::{Fault, Status};
 use crate::virtio::console::ConsoleKind;
 use crate::virtio::pmem::planned_size;
@@ -23,6 +25,8 @@ const CMDLINE_MAX: usize = 2048;
 pub struct Config<A: Arch> {
     /// The board.
     pub board: Board,
+    /// What was chosen, and by whom.
+    pub settings: Vec<Setting>,
     /// The machine.
     pub request: Request<A>,
     /// The kernel, if one was named.
@@ -35,12 +39,22 @@ pub struct Config<A: Arch> {
     pub console: ConsoleKind,
 }
 
-/// The board that the arguments name.
+/// The board that the arguments name, or that the host is: `host` where the machine is planned for
+/// another than this.
 ///
 /// # Errors
-/// As [`boards::find`].
-pub fn board(args: &MachineArgs) -> Result<Board> {
-    boards::find(args.board.as_deref().unwrap_or(boards::DEFAULT))
+/// As [`boards::choose`].
+pub fn board(args: &MachineArgs, host: Option<&str>) -> Result<Chosen> {
+    let named = args.board.as_deref().unwrap_or(boards::AUTO);
+    let chosen = match host {
+        Some(host) if named == boards::AUTO => Chosen {
+            why: "--host".to_owned(),
+            ..boards::choose(host, || host::this().identity())?
+        },
+        _ => boards::choose(named, || host::this().identity())?,
+    };
+    log::info!("board {}: {}", chosen.board.name, chosen.why);
+    Ok(chosen)
 }
 
 /// Reads the arguments for a guest of architecture `A` on `board`.
@@ -48,11 +62,12 @@ pub fn board(args: &MachineArgs) -> Result<Board> {
 /// # Errors
 /// A value that cannot be read, or a file that cannot be opened or used; status
 /// [`Status::Usage`].
-pub fn read<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> {
-    read_checked(args, board).fault(Status::Usage)
+pub fn read<A: Arch>(args: &MachineArgs, chosen: Chosen) -> Result<Config<A>> {
+    read_checked(args, chosen).fault(Status::Usage)
 }
 
-fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> {
+fn read_checked<A: Arch>(args: &MachineArgs, chosen: Chosen) -> Result<Config<A>> {
+    let Chosen { board, why } = chosen;
     let defaults = &board.guest;
     let cpus = match &args.cpus {
         None => defaults.cpus,
@@ -116,8 +131,10 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         virtio: wanted.iter().map(|device| device.name.clone()).collect(),
         pmem: pmem.collect::<Result<_>>()?,
     };
+    let settings = settings(args, &board, &why, &request);
     Ok(Config {
         board,
+        settings,
         request,
         kernel,
         initrd,
@@ -187,7 +204,7 @@ mod tests {
     use armlet_arch::aarch64::Aarch64;
 
     fn refused(args: MachineArgs) -> String {
-        let board = board(&args).expect("the default board");
+        let board = board(&args, None).expect("the default board");
         let error = read::<Aarch64>(&args, board).expect_err("to be refused");
         assert_eq!(crate::status::status_of(&error), Status::Usage);
         let line = format!("{error:#}");
@@ -202,10 +219,20 @@ mod tests {
             cmdline: Some("quiet".to_owned()),
             ..MachineArgs::default()
         };
-        let config = read::<Aarch64>(&args, board(&args).expect("virt")).expect("valid");
+        let config =
+            read::<Aarch64>(&args, board(&args, Some("rpi5")).expect("a board")).expect("valid");
         assert_eq!(config.request.cpus, 3);
         assert_eq!(config.request.cmdline, "quiet");
-        assert_eq!(config.request.memory, 512 << 20);
+        assert_eq!(config.request.memory, 1 << 30);
+        let from = |name: &str| {
+            let mut settings = config.settings.iter();
+            let setting = settings.find(|setting| setting.name == name);
+            setting.map(|setting| setting.from.as_str())
+        };
+        assert_eq!(from("vCPUs"), Some("--cpus"));
+        assert_eq!(from("memory"), Some("board rpi5"));
+        assert_eq!(from("GIC"), Some("default"));
+        assert_eq!(from("board"), Some("--host"));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! What this host offers, and what would stop or slow a guest on it, with the fix.
 
 use crate::kvm::{HostArch, KvmArch};
+use crate::{boards, host};
 use anyhow::{Result, anyhow};
 use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
-use armlet_arch::{Arch, Architecture, aarch64, x86_64};
+use armlet_arch::{Arch, Architecture, Board, aarch64, x86_64};
 use kvm_ioctls::Kvm;
 use serde_json::{Value, json};
 use std::ffi::CString;
@@ -104,6 +105,8 @@ pub struct Report {
     pub kernel: String,
     /// The board, as its firmware names it.
     pub board: String,
+    /// The built-in board that it is.
+    pub profile: Option<Recognised>,
     /// Instruction set that this armlet was built for.
     pub architecture: Architecture,
     /// Page size in bytes.
@@ -114,6 +117,15 @@ pub struct Report {
     pub memory: u64,
     /// KVM, or why there is none.
     pub kvm: Result<Virtualization, NoKvm>,
+}
+
+/// The built-in board that a host is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recognised {
+    /// The board.
+    pub board: Board,
+    /// By what it was recognised.
+    pub why: String,
 }
 
 /// Why KVM cannot be used.
@@ -150,35 +162,25 @@ pub fn probe() -> Report {
         KvmAccess::Broken(cause) => Err(NoKvm::Broken(cause)),
     };
     let system = rustix::system::sysinfo();
+    let files = host::this();
     Report {
         kernel: rustix::system::uname()
             .release()
             .to_string_lossy()
             .into_owned(),
-        board: board_name(),
+        board: files
+            .name()
+            .unwrap_or_else(|| "not named by the firmware".to_owned()),
+        profile: boards::recognize(&files.identity()).and_then(|(name, why)| {
+            let board = boards::find(name).ok()?;
+            Some(Recognised { board, why })
+        }),
         architecture: HostArch::ARCHITECTURE,
         page_size: rustix::param::page_size() as u64,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory: (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)),
         kvm,
     }
-}
-
-/// The device tree's model (Devicetree specification v0.4, section 2.3.2), else what DMI says.
-fn board_name() -> String {
-    let read = |path: &str| {
-        std::fs::read_to_string(path)
-            .ok()
-            .map(|text| text.trim_matches(['\0', '\n', ' ']).to_owned())
-            .filter(|text| !text.is_empty())
-    };
-    read("/proc/device-tree/model")
-        .or_else(|| {
-            let vendor = read("/sys/class/dmi/id/sys_vendor")?;
-            let product = read("/sys/class/dmi/id/product_name")?;
-            Some(format!("{vendor} {product}"))
-        })
-        .unwrap_or_else(|| "not named by the firmware".to_owned())
 }
 
 impl Report {
@@ -199,7 +201,7 @@ impl Report {
             what: what.to_owned(),
             fix: fix.to_owned(),
         };
-        match &self.kvm {
+        let mut findings = match &self.kvm {
             Err(NoKvm::Missing) => vec![finding(Severity::Stops, "no /dev/kvm", NO_KVM)],
             Err(NoKvm::Denied) => vec![finding(
                 Severity::Stops,
@@ -217,7 +219,17 @@ impl Report {
                 "armlet does not run x86_64 guests yet",
                 "use an ARM64 host; 'armlet plan' works here",
             )],
-        }
+        };
+        let notes = self
+            .profile
+            .iter()
+            .flat_map(|known| &known.board.host.notes);
+        let notes = notes
+            .filter(|note| note.pages.is_empty() || note.pages.contains(&self.page_size))
+            .map(|note| finding(note.severity, &note.what, &note.fix));
+        findings.extend(notes);
+        findings.sort_by_key(|finding| finding.severity);
+        findings
     }
 
     /// For people.
@@ -272,6 +284,15 @@ impl Report {
     fn facts(&self) -> Vec<(&'static str, &'static str, Value)> {
         let mut facts = vec![
             ("board", "Board", json!(self.board)),
+            (
+                "profile",
+                "Board of armlet's",
+                json!(
+                    self.profile
+                        .as_ref()
+                        .map_or("virt", |known| &known.board.name)
+                ),
+            ),
             ("kernel", "Kernel", json!(self.kernel)),
             ("architecture", "Architecture", json!(self.architecture)),
             ("cpus", "CPUs", json!(self.cpus)),
@@ -455,6 +476,10 @@ mod tests {
         Report {
             kernel: "6.12".to_owned(),
             board: "Raspberry Pi 5".to_owned(),
+            profile: Some(Recognised {
+                board: boards::find("rpi5").expect("a board"),
+                why: String::new(),
+            }),
             architecture: Architecture::Aarch64,
             page_size: 0x4000,
             cpus: 4,

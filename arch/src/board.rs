@@ -90,8 +90,8 @@ pub struct Cluster {
     pub capacity: u32,
 }
 
-/// How much a fact about a host matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How much a fact about a host matters, most first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
     /// No guest runs.
     Stops,
