@@ -231,6 +231,9 @@ machine_command! {
 What does KVM on this host make of it?
   {command_name} --kernel vmlinuz --memory 4G --host this
 
+What would a Raspberry Pi 5 make of it, with its kernel of 4K pages?
+  {command_name} --host rpi5 --page-size 4K --memory 6G
+
 The device tree as source:
   {command_name} --dts"
     )]
@@ -238,6 +241,9 @@ The device tree as source:
         /// the host to plan for: a board's assumptions (default: those of --board), or 'this'
         #[argh(option, arg_name = "BOARD|this")]
         pub host: Option<String>,
+        /// page size of that host's kernel: 4K, 16K or 64K (default: the board's)
+        #[argh(option, arg_name = "SIZE")]
+        pub page_size: Option<String>,
         /// print JSON
         #[argh(switch)]
         pub json: bool,
@@ -283,6 +289,9 @@ pub struct BoardsArgs {
     /// print JSON
     #[argh(switch)]
     pub json: bool,
+    /// print what guests each board's host holds: address bits, stage-2 levels, vCPUs
+    #[argh(switch)]
+    pub table: bool,
     /// print a board as one file, with the place that each value comes from
     #[argh(option, arg_name = "NAME|PATH")]
     pub show: Option<String>,

@@ -6,10 +6,11 @@ use crate::config::{self, Config};
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
-use crate::{boards, probe, report, run};
+use crate::{boards, probe, report, run, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::board::Severity;
+use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
 use serde_json::json;
@@ -136,19 +137,47 @@ fn make_plan<A: Arch>(
 ) -> Result<(Config<A>, Plan<A>)> {
     let mut config = config::read::<A>(machine, chosen)?;
     let host = match args.host.as_deref() {
-        None => A::assumed_host(&config.board),
+        Some("this") if args.page_size.is_some() => {
+            return Err(anyhow!(
+                "--page-size: this host has its own pages; name a board by --host"
+            ))
+            .fault(Status::Usage);
+        }
+        None => A::assumed_host(&with_pages(args, config.board.clone())?),
         Some("this") => {
             let host = this_host().fault(Status::Host)?;
             warn_of_another_host::<A>(&config.board, &host);
             host
         }
-        Some(name) => A::assumed_host(&boards::find(name)?),
+        Some(name) => A::assumed_host(&with_pages(args, boards::find(name)?)?),
     };
     if !machine.deterministic {
         config.request.seeds = Some(config::fresh_seeds()?);
     }
     let plan = decide(&config, &host)?;
     Ok((config, plan))
+}
+
+/// The board of a host whose kernel has pages of `--page-size`.
+fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
+    let Some(text) = &args.page_size else {
+        return Ok(board);
+    };
+    let page = parse_size(text)
+        .map_err(|cause| anyhow!("--page-size: {cause}"))
+        .fault(Status::Usage)?;
+    let known = &board.host.guest_pages;
+    if !known.contains(&page) {
+        let known: Vec<_> = known.iter().map(|size| show_size(*size)).collect();
+        return Err(anyhow!(
+            "--page-size {text}: the cores of board '{}' have {}",
+            board.name,
+            known.join(", ")
+        ))
+        .fault(Status::Usage);
+    }
+    board.host.page_size = page;
+    Ok(board)
 }
 
 /// Says so if the board is for another host than this one, where the guest runs all the same.
@@ -228,6 +257,10 @@ fn probe(args: &ProbeArgs) -> Result<Status> {
 fn boards(args: &BoardsArgs) -> Result<Status> {
     if let Some(name) = &args.show {
         print(&boards::profile(name)?.show())?;
+        return Ok(Status::Success);
+    }
+    if args.table {
+        print(&table::of_boards()?)?;
         return Ok(Status::Success);
     }
     let mut known = Vec::new();

@@ -26,5 +26,6 @@ pub mod run;
 pub mod serial;
 pub mod settings;
 pub mod status;
+pub mod table;
 pub mod vcpu;
 pub mod virtio;

@@ -757,10 +757,7 @@ fn with_memory_limit<A: Arch>(
         Some(Err(PlanError::TooWide { limit, .. })) => PlanError::MemoryWraps {
             asked: show_size(request.memory),
             limit,
-            advice: advice_on_memory(
-                largest_memory::<A>(board, request, host, limit),
-                &board.name,
-            ),
+            advice: advice_on_memory(most_memory::<A>(board, request, host, limit), &board.name),
         },
         _ => error,
     }
@@ -785,7 +782,7 @@ fn with_advice<A: Arch>(
         PlanError::TooNarrow { asked, .. } => *asked,
         _ => return error,
     };
-    let fits = largest_memory::<A>(board, request, host, bits);
+    let fits = most_memory::<A>(board, request, host, bits);
     let smaller = advice_on_memory(fits, &board.name);
     match error {
         PlanError::TooWide {
@@ -862,8 +859,10 @@ fn with_bank_limit<A: Arch>(
     }
 }
 
-/// The most memory, at most what was asked for, with which the machine fits `bits` address bits.
-fn largest_memory<A: Arch>(
+/// The most memory in bytes, at most what was asked for, with which the machine fits `bits` address
+/// bits; `None` if none does.
+#[must_use]
+pub fn most_memory<A: Arch>(
     board: &Board,
     request: &Request<A>,
     host: &A::Host,
