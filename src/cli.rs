@@ -64,6 +64,10 @@ pub struct MachineArgs {
     pub ipa_bits: Option<String>,
     /// `--gic`.
     pub gic: Option<String>,
+    /// `--pin`.
+    pub pin: Option<String>,
+    /// `--pin-io`.
+    pub pin_io: Option<String>,
     /// `--disk`, each.
     pub disk: Vec<String>,
     /// `--net`, each.
@@ -118,6 +122,13 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
+            /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
+            /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
+            #[argh(option, arg_name = "auto|none|LIST")]
+            pub pin: Option<String>,
+            /// the host's CPUs for all other threads: 0,2-3 (default: any)
+            #[argh(option, arg_name = "LIST")]
+            pub pin_io: Option<String>,
             /// disk, /dev/vda and on: PATH, or path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]
             /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]; may be
             /// repeated
@@ -169,6 +180,8 @@ macro_rules! machine_command {
                     board: self.board.clone(),
                     ipa_bits: self.ipa_bits.clone(),
                     gic: self.gic.clone(),
+                    pin: self.pin.clone(),
+                    pin_io: self.pin_io.clone(),
                     disk: self.disk.clone(),
                     net: self.net.clone(),
                     pmem: self.pmem.clone(),

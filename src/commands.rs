@@ -6,10 +6,11 @@ use crate::config::{self, Config};
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
-use crate::{boards, probe, report, run, table};
+use crate::{boards, host, probe, report, run, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::board::Severity;
+use armlet_arch::cores;
 use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
@@ -77,7 +78,15 @@ fn run(args: &RunArgs) -> Result<Status> {
         ))
         .fault(Status::Host);
     }
-    let config = config::read::<HostArch>(&machine, chosen)?;
+    let files = host::this();
+    let cores = files.cores(cores::names(board));
+    let config = config::read::<HostArch>(&machine, chosen, &cores, |cpus| files.caches(cpus))?;
+    for warning in &config.pinning.warnings {
+        log::warn!("{warning}");
+    }
+    if !config.pinning.words.is_empty() {
+        log::info!("vCPUs run on {}", config.pinning.words);
+    }
     let kvm = probe::open_kvm().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
     warn_of_another_host::<HostArch>(&config.board, &host);
@@ -135,21 +144,39 @@ fn make_plan<A: Arch>(
     chosen: Chosen,
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
-    let mut config = config::read::<A>(machine, chosen)?;
-    let host = match args.host.as_deref() {
+    let files = host::this();
+    let names = cores::names(&chosen.board);
+    let (assumed, cores) = match args.host.as_deref() {
         Some("this") if args.page_size.is_some() => {
             return Err(anyhow!(
                 "--page-size: this host has its own pages; name a board by --host"
             ))
             .fault(Status::Usage);
         }
-        None => A::assumed_host(&with_pages(args, config.board.clone())?),
-        Some("this") => {
+        Some("this") => (None, files.cores(names)),
+        named => {
+            let board = named.map(boards::find).transpose()?;
+            let board = with_pages(args, board.unwrap_or_else(|| chosen.board.clone()))?;
+            (Some(A::assumed_host(&board)), cores::assumed(&board))
+        }
+    };
+    let is_this = assumed.is_none();
+    let caches = |cpus: &[u32]| match is_this {
+        true => files.caches(cpus),
+        // A board does not say.
+        false => Vec::new(),
+    };
+    let mut config = config::read::<A>(machine, chosen, &cores, caches)?;
+    for warning in &config.pinning.warnings {
+        log::warn!("{warning}");
+    }
+    let host = match assumed {
+        Some(host) => host,
+        None => {
             let host = this_host().fault(Status::Host)?;
             warn_of_another_host::<A>(&config.board, &host);
             host
         }
-        Some(name) => A::assumed_host(&with_pages(args, boards::find(name)?)?),
     };
     if !machine.deterministic {
         config.request.seeds = Some(config::fresh_seeds()?);

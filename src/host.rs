@@ -1,6 +1,8 @@
 //! What this host says of itself in /proc and /sys, as plain data.
 
-use armlet_arch::board::{Identity, Midr};
+use armlet_arch::board::{FULL_CAPACITY, Identity, Midr};
+use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
+use armlet_arch::size::parse_size;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
@@ -32,6 +34,83 @@ impl HostFiles {
                 .unwrap_or_default(),
             cores: kinds.into_iter().collect(),
         }
+    }
+
+    /// The CPUs that guests may run on; `names` are those of kinds of core.
+    #[must_use]
+    pub fn cores(&self, names: Vec<(Midr, String)>) -> HostCores {
+        let mut cores: Vec<Core> = allowed_cpus()
+            .into_iter()
+            .map(|number| Core {
+                number,
+                kind: self.midr(number),
+                capacity: FULL_CAPACITY,
+            })
+            .collect();
+        // Where all are alike none has more power than another, and a file each is left unread.
+        if cores.windows(2).any(|pair| pair[0].kind != pair[1].kind) {
+            for core in &mut cores {
+                let path = format!("sys/devices/system/cpu/cpu{}/cpu_capacity", core.number);
+                let capacity = self.number(&path).filter(|value| *value > 0);
+                core.capacity = capacity.unwrap_or(FULL_CAPACITY);
+            }
+        }
+        HostCores { cores, names }
+    }
+
+    /// The caches of `cores`, which are of one kind, as far as their sizes are known
+    /// (Documentation/ABI/testing/sysfs-devices-system-cpu).
+    #[must_use]
+    pub fn caches(&self, cores: &[u32]) -> Vec<Cache> {
+        let Some(first) = cores.first() else {
+            return Vec::new();
+        };
+        let mut caches = Vec::new();
+        for index in 0.. {
+            let folder = format!("sys/devices/system/cpu/cpu{first}/cache/index{index}");
+            let read = |file: &str| self.text(&format!("{folder}/{file}"));
+            let Some(kind) = read("type") else { break };
+            let kind = match kind.as_str() {
+                "Data" => CacheKind::Data,
+                "Instruction" => CacheKind::Instruction,
+                _ => CacheKind::Unified,
+            };
+            let number = |file: &str| self.number(&format!("{folder}/{file}")).unwrap_or(0);
+            let size = read("size").and_then(|size| parse_size(&size).ok());
+            let Some(size) = size.and_then(|size| u32::try_from(size).ok()) else {
+                continue;
+            };
+            let shared_by: PinPolicy = read("shared_cpu_list")
+                .and_then(|list| list.parse().ok())
+                .unwrap_or_default();
+            let PinPolicy::List(shared_by) = shared_by else {
+                continue;
+            };
+            let sharers = |cpu: &&u32| {
+                shared_by
+                    .iter()
+                    .any(|cpus| (cpus.first..=cpus.last).contains(cpu))
+            };
+            // One that some of the cores share can be told of no vCPU: it may run on any of them.
+            let shared = match cores.iter().filter(sharers).count() {
+                sharers if sharers == cores.len() => sharers > 1,
+                1 => false,
+                _ => continue,
+            };
+            caches.push(Cache {
+                level: number("level"),
+                kind,
+                size,
+                line: number("coherency_line_size"),
+                sets: number("number_of_sets"),
+                shared,
+            });
+        }
+        caches
+    }
+
+    fn number(&self, path: &str) -> Option<u32> {
+        self.text(path)?.parse().ok()
     }
 
     /// The board as its firmware names it: the device tree's model (Devicetree specification v0.4,
@@ -112,5 +191,49 @@ mod tests {
         assert_eq!(identity.compatible, ["maker,board", "maker,soc"]);
         assert_eq!(identity.cores, [Midr::kind(0x410f_d0b0)]);
         assert_eq!(identity.vendor, "Maker");
+        let cores = files.cores(Vec::new()).cores;
+        assert_eq!(cores[0].kind, Some(Midr::kind(0x410f_d0b0)));
+    }
+
+    #[test]
+    fn caches_are_told_as_far_as_they_are_known() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles {
+            root: folder.path().to_owned(),
+        };
+        let cache = |index: u32, values: [&str; 6]| {
+            let path = format!("sys/devices/system/cpu/cpu4/cache/index{index}");
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(&path).expect("a folder");
+            let names = [
+                "level",
+                "type",
+                "size",
+                "coherency_line_size",
+                "number_of_sets",
+                "shared_cpu_list",
+            ];
+            for (name, value) in names.iter().zip(values) {
+                std::fs::write(path.join(name), format!("{value}\n")).expect("a file");
+            }
+        };
+        cache(0, ["1", "Data", "64K", "64", "256", "4"]);
+        cache(1, ["1", "Instruction", "64K", "64", "256", "4"]);
+        cache(2, ["2", "Unified", "512K", "64", "1024", "4-5"]);
+        cache(3, ["3", "Unified", "3072K", "64", "4096", "0-7"]);
+        let of = |cores: &[u32]| {
+            let caches = files.caches(cores).into_iter();
+            caches
+                .map(|cache| (cache.level, cache.size, cache.shared))
+                .collect::<Vec<_>>()
+        };
+        let first = [(1, 64 << 10, false), (1, 64 << 10, false)];
+        let last = [(3, 3 << 20, true)];
+        // Two of four cores share the second level: a vCPU on any of the four has no such cache.
+        assert_eq!(of(&[4, 5, 6, 7]), [&first[..], &last].concat());
+        let pair = [&first[..], &[(2, 512 << 10, true)], &last].concat();
+        assert_eq!(of(&[4, 5]), pair);
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[9]), []);
     }
 }

@@ -9,6 +9,7 @@
 //!
 //! `docs/ARCHITECTURE.md` has the map and the invariants.
 
+pub mod affinity;
 pub mod boards;
 pub mod cli;
 pub mod commands;

@@ -1,6 +1,7 @@
 //! Who chose what of a machine: an option wins over the board, the board over the default.
 
 use crate::cli::MachineArgs;
+use armlet_arch::cores::{PinPolicy, Pinning};
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Board, Request};
 use std::fmt::Display;
@@ -23,6 +24,8 @@ pub fn settings<A: Arch>(
     board: &Board,
     why: &str,
     request: &Request<A>,
+    pin: &PinPolicy,
+    pinning: &Pinning,
 ) -> Vec<Setting> {
     let from = |option: &'static str, given: bool, default: bool| match (given, default) {
         (true, _) => option.to_owned(),
@@ -62,6 +65,18 @@ pub fn settings<A: Arch>(
                 "--ipa-bits",
                 args.ipa_bits.is_some(),
                 board.guest.width == Default::default(),
+            ),
+        ),
+        setting(
+            "pinning",
+            &match pinning.words.as_str() {
+                "" => pin.to_string(),
+                words => format!("{pin}, to {words}"),
+            },
+            from(
+                "--pin",
+                args.pin.is_some(),
+                board.guest.pin == Default::default(),
             ),
         ),
         setting(

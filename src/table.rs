@@ -100,5 +100,6 @@ fn request(board: &Board, memory: u64) -> Request<Aarch64> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
+        topology: Default::default(),
     }
 }

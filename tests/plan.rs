@@ -6,6 +6,7 @@
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::board::{Profile, Severity};
+use armlet_arch::cores::{Cache, CacheKind, ToldCore};
 use armlet_arch::image::{Arm64Image, Placement};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::plan::MEMORY_UNIT;
@@ -49,6 +50,7 @@ fn request<A: Arch>(board: &Board) -> Request<A> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
+        topology: Default::default(),
     }
 }
 
@@ -113,6 +115,37 @@ const CASES: &[Case] = &[
             request.cmdline.push_str(" root=/dev/vda \"quoted\"");
             request.virtio = ["disk0", "net0", "pmem0"].map(str::to_owned).to_vec();
             request.pmem = vec![64 << 20];
+        },
+    },
+    Case {
+        name: "virt-two-kinds",
+        board: VIRT,
+        change: |request, _| {
+            request.cpus = 3;
+            let core = |kind, capacity| ToldCore { kind, capacity };
+            request.topology.cores = vec![core(0, 530), core(1, 1024), core(1, 1024)];
+        },
+    },
+    Case {
+        name: "virt-caches",
+        board: VIRT,
+        change: |request, _| {
+            request.cpus = 2;
+            let cache = |level, kind, size, shared| Cache {
+                level,
+                kind,
+                size,
+                line: 64,
+                sets: 256,
+                shared,
+            };
+            // A Raspberry Pi 5's.
+            request.topology.caches = vec![
+                cache(1, CacheKind::Data, 64 << 10, false),
+                cache(1, CacheKind::Instruction, 64 << 10, false),
+                cache(2, CacheKind::Unified, 512 << 10, false),
+                cache(3, CacheKind::Unified, 2 << 20, true),
+            ];
         },
     },
     Case {

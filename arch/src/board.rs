@@ -7,6 +7,7 @@ mod signature;
 pub use layers::{Find, Place};
 pub use signature::{Identity, Midr, Signature, recognize};
 
+use crate::cores::PinPolicy;
 use crate::irq::GicChoice;
 use crate::size::parse_size;
 use crate::width::{MAX_BITS, MIN_BITS, WidthPolicy};
@@ -127,6 +128,8 @@ pub struct GuestDefaults {
     pub gic: GicChoice,
     /// IPA bits.
     pub width: WidthPolicy,
+    /// Which CPUs the vCPUs run on.
+    pub pin: PinPolicy,
 }
 
 /// A bank of RAM.
@@ -484,13 +487,15 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
     let cmdline = fields.optional_string("cmdline")?.unwrap_or_default();
     let gic = fields.parsed("gic")?;
     let width = fields.parsed("ipa-bits")?;
-    fields.finish(&["cpus", "memory", "cmdline", "gic", "ipa-bits"])?;
+    let pin = fields.parsed("pin")?;
+    fields.finish(&["cpus", "memory", "cmdline", "gic", "ipa-bits", "pin"])?;
     Ok(GuestDefaults {
         cpus,
         memory,
         cmdline,
         gic,
         width,
+        pin,
     })
 }
 

@@ -7,6 +7,7 @@
 
 pub mod aarch64;
 pub mod board;
+pub mod cores;
 pub mod image;
 pub mod irq;
 pub mod plan;

@@ -1,6 +1,7 @@
 //! The plan of a machine, and the one function that makes it.
 
 use crate::board::{BoardDeviceKind, Share};
+use crate::cores::Topology;
 use crate::irq::{GicChoice, Spi};
 use crate::range::Range;
 use crate::size::{parse_size, show_size};
@@ -54,6 +55,8 @@ pub struct Request<A: Arch> {
     pub virtio: Vec<String>,
     /// Bytes of each persistent memory, in the order of their devices.
     pub pmem: Vec<u64>,
+    /// What the guest is told of its cores.
+    pub topology: Topology,
 }
 
 /// Fresh random numbers for one start of the guest.

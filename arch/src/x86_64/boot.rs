@@ -366,6 +366,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            topology: Default::default(),
         }
     }
 
