@@ -68,6 +68,14 @@ pub struct MachineArgs {
     pub pin: Option<String>,
     /// `--pin-io`.
     pub pin_io: Option<String>,
+    /// `--hugepages`.
+    pub hugepages: Option<String>,
+    /// `--prefault`.
+    pub prefault: bool,
+    /// `--mergeable`.
+    pub mergeable: bool,
+    /// `--mlock`.
+    pub mlock: bool,
     /// `--disk`, each.
     pub disk: Vec<String>,
     /// `--net`, each.
@@ -129,6 +137,19 @@ macro_rules! machine_command {
             /// the host's CPUs for all other threads: 0,2-3 (default: any)
             #[argh(option, arg_name = "LIST")]
             pub pin_io: Option<String>,
+            /// the host's pages for guest memory: thp (transparent huge pages, the default), none
+            /// (small ones), or a size (only pages of the pool in hugetlbfs: 2M, 32M, 1G)
+            #[argh(option, arg_name = "thp|none|SIZE")]
+            pub hugepages: Option<String>,
+            /// take all guest memory from the host before the guest starts
+            #[argh(switch)]
+            pub prefault: bool,
+            /// let the host keep one copy of pages that are the same in several guests (KSM)
+            #[argh(switch)]
+            pub mergeable: bool,
+            /// never swap guest memory out
+            #[argh(switch)]
+            pub mlock: bool,
             /// disk, /dev/vda and on: PATH, or path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]
             /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]; may be
             /// repeated
@@ -182,6 +203,10 @@ macro_rules! machine_command {
                     gic: self.gic.clone(),
                     pin: self.pin.clone(),
                     pin_io: self.pin_io.clone(),
+                    hugepages: self.hugepages.clone(),
+                    prefault: self.prefault,
+                    mergeable: self.mergeable,
+                    mlock: self.mlock,
                     disk: self.disk.clone(),
                     net: self.net.clone(),
                     pmem: self.pmem.clone(),

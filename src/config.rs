@@ -5,6 +5,7 @@ use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
 use crate::host;
 use crate::kernel::{Initrd, Kernel};
+use crate::memory::{Backing, Sharing};
 use crate::settings::{Setting, settings};
 use crate::status::{Fault, Status};
 use crate::virtio::console::ConsoleKind;
@@ -42,6 +43,8 @@ pub struct Config<A: Arch> {
     pub pinning: Pinning,
     /// The CPUs of all other threads; empty for any.
     pub io_cpus: Vec<u32>,
+    /// What guest memory is made of.
+    pub backing: Backing,
 }
 
 /// The board that the arguments name, or that the host is: `host` where the machine is planned for
@@ -114,6 +117,19 @@ fn read_checked<A: Arch>(
         None => Vec::new(),
         Some(text) => io_cpus(text, host).map_err(|cause| anyhow!("--pin-io: {cause}"))?,
     };
+    let pages = match &args.hugepages {
+        None => defaults.huge_pages,
+        Some(text) => text
+            .parse()
+            .map_err(|cause| anyhow!("--hugepages: {cause}"))?,
+    };
+    let backing = Backing {
+        pages,
+        prefault: args.prefault,
+        mergeable: args.mergeable,
+        locked: args.mlock,
+    };
+    backing.check(Sharing::Private)?;
     let console = virtio::console(args)?;
     let cmdline = match &args.cmdline {
         Some(cmdline) => cmdline.clone(),
@@ -160,7 +176,7 @@ fn read_checked<A: Arch>(
             caches: caches(&pinning.alike),
         },
     };
-    let settings = settings(args, &board, &why, &request, &policy, &pinning);
+    let settings = settings(args, &board, &why, &request, &policy, &pinning, pages);
     Ok(Config {
         board,
         settings,
@@ -171,6 +187,7 @@ fn read_checked<A: Arch>(
         console,
         pinning,
         io_cpus,
+        backing,
     })
 }
 
@@ -295,6 +312,7 @@ mod tests {
         assert!(with(|args| args.pin = Some("all".into())).contains("--pin"));
         assert!(with(|args| args.pin = Some("1,2".into())).contains("1 vCPU"));
         assert!(with(|args| args.pin_io = Some("auto".into())).contains("--pin-io"));
+        assert!(with(|args| args.hugepages = Some("3M".into())).contains("--hugepages"));
         assert!(with(|args| args.cmdline = Some("\u{1}".into())).contains("--cmdline"));
         assert!(with(|args| args.cmdline = Some("x".repeat(2048))).contains("--cmdline"));
         assert!(with(|args| args.initrd = Some("/dev/null".into())).contains("--kernel"));

@@ -4,7 +4,7 @@ use armlet_arch::board::{FULL_CAPACITY, Identity, Midr};
 use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
 use armlet_arch::size::parse_size;
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The folder that /proc and /sys lie in.
 #[derive(Clone, Debug)]
@@ -109,6 +109,41 @@ impl HostFiles {
         caches
     }
 
+    /// Bytes of a GICv2's window for guests (GICV), where the device tree has one: the fourth range
+    /// of its `reg` (Documentation/devicetree/bindings/interrupt-controller/arm,gic.yaml).
+    #[must_use]
+    pub fn gic_v2_cpu_interface(&self) -> Option<u64> {
+        self.find_gic_v2(Path::new("proc/device-tree"), 0)
+    }
+
+    fn find_gic_v2(&self, folder: &Path, depth: u32) -> Option<u64> {
+        const KINDS: [&str; 2] = ["arm,gic-400", "arm,cortex-a15-gic"];
+        let read = |path: PathBuf| std::fs::read(self.root.join(path)).ok();
+        let cells = |name| {
+            let bytes = read(folder.join(name))?.try_into().ok()?;
+            Some(u32::from_be_bytes(bytes) as usize)
+        };
+        for entry in std::fs::read_dir(self.root.join(folder)).ok()?.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let node = folder.join(entry.file_name());
+            let names = self.text(&node.join("compatible").to_string_lossy());
+            let mut names = names.iter().flat_map(|names| names.split('\0'));
+            if names.any(|name| KINDS.contains(&name)) {
+                let (address, size) = (cells("#address-cells")?, cells("#size-cells")?);
+                return fourth_size(&read(node.join("reg"))?, address, size);
+            }
+            // Interrupt controllers lie at the top or on a bus of the SoC.
+            if depth < 2
+                && let Some(found) = self.find_gic_v2(&node, depth + 1)
+            {
+                return Some(found);
+            }
+        }
+        None
+    }
+
     fn number(&self, path: &str) -> Option<u32> {
         self.text(path)?.parse().ok()
     }
@@ -144,6 +179,17 @@ impl HostFiles {
             .map(|text| text.trim_matches(['\0', '\n', ' ']).to_owned())
             .filter(|text| !text.is_empty())
     }
+}
+
+/// The size of the fourth range in a `reg` with so many cells to an address and to a size
+/// (Devicetree specification v0.4, section 2.3.6).
+fn fourth_size(reg: &[u8], address: usize, size: usize) -> Option<u64> {
+    // At most two cells to a number.
+    let range = (address.min(2) + size.min(2)) * 4;
+    let start = 3 * range + address.min(2) * 4;
+    let bytes = reg.get(start..start + size.min(2) * 4)?;
+    let cells = bytes.iter();
+    Some(cells.fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
 }
 
 /// The CPUs that this process may run on.
@@ -193,6 +239,48 @@ mod tests {
         assert_eq!(identity.vendor, "Maker");
         let cores = files.cores(Vec::new()).cores;
         assert_eq!(cores[0].kind, Some(Midr::kind(0x410f_d0b0)));
+    }
+
+    #[test]
+    fn the_window_for_guests_is_found_in_the_device_tree() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles {
+            root: folder.path().to_owned(),
+        };
+        assert_eq!(files.gic_v2_cpu_interface(), None);
+        let write = |path: &str, bytes: &[u8]| {
+            let path = folder.path().join("proc/device-tree").join(path);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            std::fs::write(path, bytes).expect("a file");
+        };
+        // As on a Raspberry Pi 5: GICV has 8 KiB.
+        write("#address-cells", &2_u32.to_be_bytes());
+        write("#size-cells", &2_u32.to_be_bytes());
+        write("soc/#address-cells", &1_u32.to_be_bytes());
+        write("soc/#size-cells", &1_u32.to_be_bytes());
+        write("soc/serial@1/compatible", b"arm,pl011\0");
+        write(
+            "soc/interrupt-controller@7fff9000/compatible",
+            b"arm,gic-400\0",
+        );
+        let reg: Vec<u8> = [
+            0x7fff_9000_u32,
+            0x1000,
+            0x7fff_a000,
+            0x2000,
+            0x7fff_c000,
+            0x2000,
+            0x7fff_e000,
+            0x2000,
+        ]
+        .iter()
+        .flat_map(|cell| cell.to_be_bytes())
+        .collect();
+        write("soc/interrupt-controller@7fff9000/reg", &reg);
+        assert_eq!(files.gic_v2_cpu_interface(), Some(0x2000));
+        // Two ranges: no window for guests.
+        assert_eq!(fourth_size(&reg[..16], 1, 1), None);
+        assert_eq!(fourth_size(&[0; 64], 2, 2), Some(0));
     }
 
     #[test]

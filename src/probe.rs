@@ -115,6 +115,9 @@ pub struct Report {
     pub cpus: usize,
     /// Memory in bytes.
     pub memory: u64,
+    /// Bytes of the window by which a GICv2 shows guests their CPU interface (GICV), where the
+    /// device tree says so.
+    pub cpu_interface: Option<u64>,
     /// KVM, or why there is none.
     pub kvm: Result<Virtualization, NoKvm>,
 }
@@ -179,6 +182,7 @@ pub fn probe() -> Report {
         page_size: rustix::param::page_size() as u64,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory: (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)),
+        cpu_interface: files.gic_v2_cpu_interface(),
         kvm,
     }
 }
@@ -213,7 +217,7 @@ impl Report {
                 &format!("KVM does not work: {cause}"),
                 "see 'dmesg | grep -i kvm' for the kernel's reason",
             )],
-            Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus),
+            Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus, self.cpu_interface),
             Ok(Virtualization::X86(_)) => vec![finding(
                 Severity::Stops,
                 "armlet does not run x86_64 guests yet",
@@ -224,10 +228,7 @@ impl Report {
             .profile
             .iter()
             .flat_map(|known| &known.board.host.notes);
-        let notes = notes
-            .filter(|note| note.pages.is_empty() || note.pages.contains(&self.page_size))
-            .map(|note| finding(note.severity, &note.what, &note.fix));
-        findings.extend(notes);
+        findings.extend(notes.map(|note| finding(note.severity, &note.what, &note.fix)));
         findings.sort_by_key(|finding| finding.severity);
         findings
     }
@@ -369,7 +370,7 @@ fn show(value: &Value) -> String {
     }
 }
 
-fn diagnose_arm(facts: &ArmFacts, cpus: usize) -> Vec<Finding> {
+fn diagnose_arm(facts: &ArmFacts, cpus: usize, cpu_interface: Option<u64>) -> Vec<Finding> {
     let host = &facts.host;
     let mut findings = Vec::new();
     let mut add = |severity, what: String, fix: &str| {
@@ -417,15 +418,28 @@ fn diagnose_arm(facts: &ArmFacts, cpus: usize) -> Vec<Finding> {
             ),
             "give a guest that must be fast a multiple of that; armlet aligns memory and GIC windows by itself",
         );
-        if !host.gic_v3 && host.gic_v2 {
-            add(
+        // KVM maps the interface to guests by whole host pages, or not at all
+        // (arch/arm64/kvm/vgic/vgic-v2.c: vgic_v2_probe).
+        let page = show_size(host.page_size);
+        let fix = "use a kernel with 4K pages where interrupts matter (Raspberry Pi 5: kernel=kernel8.img in config.txt)";
+        match cpu_interface {
+            _ if !host.gic_v2 => {}
+            Some(bytes) if bytes.is_multiple_of(host.page_size) => {}
+            Some(bytes) => add(
                 Severity::Limits,
                 format!(
-                    "GICv2 on {} pages: KVM may have to trap the GIC's CPU interface at each interrupt ('dmesg | grep GICV' says so)",
-                    show_size(host.page_size)
+                    "KVM traps each access to the GICv2's CPU interface, at each interrupt: its window of {} is no whole page of {page}",
+                    show_size(bytes)
                 ),
-                "use a kernel with 4K pages where interrupts matter (Raspberry Pi 5: kernel=kernel8.img in config.txt)",
-            );
+                fix,
+            ),
+            None => add(
+                Severity::Limits,
+                format!(
+                    "GICv2 on {page} pages: KVM may have to trap the GIC's CPU interface at each interrupt ('dmesg | grep GICV' says so)"
+                ),
+                fix,
+            ),
         }
     }
     if !facts.pa_range_writable {
@@ -484,6 +498,7 @@ mod tests {
             page_size: 0x4000,
             cpus: 4,
             memory: 8 << 30,
+            cpu_interface: None,
             kvm,
         }
     }
@@ -500,6 +515,21 @@ mod tests {
         assert!(text.contains("at most 8 vCPUs"), "{text}");
         assert!(text.contains("kernel8.img"), "{text}");
         assert!(text.contains("huge blocks are 32M"), "{text}");
+    }
+
+    #[test]
+    fn a_cpu_interface_that_is_no_whole_page_is_said_to_be_trapped() {
+        let mut report = report(Ok(Virtualization::Arm(pi5())));
+        assert!(report.text().contains("may have to trap"));
+        report.cpu_interface = Some(0x2000);
+        let text = report.text();
+        assert!(text.contains("KVM traps"), "{text}");
+        assert!(
+            text.contains("its window of 8K is no whole page of 16K"),
+            "{text}"
+        );
+        report.cpu_interface = Some(0x1_0000);
+        assert!(!report.text().contains("trap"), "{}", report.text());
     }
 
     #[test]

@@ -132,7 +132,8 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                     true => Sharing::Shared,
                     false => Sharing::Private,
                 };
-                let mapped = memory::map(&plan.layout.ram, sharing).fault(Status::Host)?;
+                let mapped = memory::map(&plan.layout.ram, sharing, orders.config.backing)
+                    .fault(Status::Host)?;
                 memory.insert(Arc::new(mapped))
             }
         };

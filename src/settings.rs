@@ -1,6 +1,7 @@
 //! Who chose what of a machine: an option wins over the board, the board over the default.
 
 use crate::cli::MachineArgs;
+use armlet_arch::backing::HugePages;
 use armlet_arch::cores::{PinPolicy, Pinning};
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Board, Request};
@@ -26,6 +27,7 @@ pub fn settings<A: Arch>(
     request: &Request<A>,
     pin: &PinPolicy,
     pinning: &Pinning,
+    pages: HugePages,
 ) -> Vec<Setting> {
     let from = |option: &'static str, given: bool, default: bool| match (given, default) {
         (true, _) => option.to_owned(),
@@ -77,6 +79,15 @@ pub fn settings<A: Arch>(
                 "--pin",
                 args.pin.is_some(),
                 board.guest.pin == Default::default(),
+            ),
+        ),
+        setting(
+            "huge pages",
+            &pages,
+            from(
+                "--hugepages",
+                args.hugepages.is_some(),
+                board.guest.huge_pages == Default::default(),
             ),
         ),
         setting(

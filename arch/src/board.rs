@@ -7,6 +7,7 @@ mod signature;
 pub use layers::{Find, Place};
 pub use signature::{Identity, Midr, Signature, recognize};
 
+use crate::backing::HugePages;
 use crate::cores::PinPolicy;
 use crate::irq::GicChoice;
 use crate::size::parse_size;
@@ -111,8 +112,6 @@ pub struct HostNote {
     pub what: String,
     /// What to do about it.
     pub fix: String,
-    /// Page sizes in bytes of the host kernels that it holds for; empty for all.
-    pub pages: Vec<u64>,
 }
 
 /// Values for flags that were not given.
@@ -130,6 +129,8 @@ pub struct GuestDefaults {
     pub width: WidthPolicy,
     /// Which CPUs the vCPUs run on.
     pub pin: PinPolicy,
+    /// What pages its memory is made of.
+    pub huge_pages: HugePages,
 }
 
 /// A bank of RAM.
@@ -471,13 +472,11 @@ fn note(mut fields: Fields<'_>) -> Result<HostNote, BoardError> {
     };
     let what = fields.string("what", "\"no GIC\"")?;
     let fix = fields.string("fix", "\"use another board\"")?;
-    let pages = fields.list("page-sizes", PAGES, |item| size_item(item, is_page))?;
-    fields.finish(&["severity", "what", "fix", "page-sizes"])?;
+    fields.finish(&["severity", "what", "fix"])?;
     Ok(HostNote {
         severity,
         what,
         fix,
-        pages,
     })
 }
 
@@ -488,7 +487,16 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
     let gic = fields.parsed("gic")?;
     let width = fields.parsed("ipa-bits")?;
     let pin = fields.parsed("pin")?;
-    fields.finish(&["cpus", "memory", "cmdline", "gic", "ipa-bits", "pin"])?;
+    let huge_pages = fields.parsed("hugepages")?;
+    fields.finish(&[
+        "cpus",
+        "memory",
+        "cmdline",
+        "gic",
+        "ipa-bits",
+        "pin",
+        "hugepages",
+    ])?;
     Ok(GuestDefaults {
         cpus,
         memory,
@@ -496,6 +504,7 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
         gic,
         width,
         pin,
+        huge_pages,
     })
 }
 

@@ -6,6 +6,7 @@
 //! host; nothing here does I/O or knows which machine it was compiled for.
 
 pub mod aarch64;
+pub mod backing;
 pub mod board;
 pub mod cores;
 pub mod image;
