@@ -80,7 +80,7 @@ fn run(args: &RunArgs) -> Result<Status> {
     }
     let files = host::this();
     let cores = files.cores(cores::names(board));
-    let config = config::read::<HostArch>(&machine, chosen, &cores, |cpus| files.caches(cpus))?;
+    let config = config::read::<HostArch>(&machine, chosen, &cores, &|cpus| files.caches(cpus))?;
     for warning in &config.pinning.warnings {
         log::warn!("{warning}");
     }
@@ -166,7 +166,7 @@ fn make_plan<A: Arch>(
         // A board does not say.
         false => Vec::new(),
     };
-    let mut config = config::read::<A>(machine, chosen, &cores, caches)?;
+    let mut config = config::read::<A>(machine, chosen, &cores, &caches)?;
     for warning in &config.pinning.warnings {
         log::warn!("{warning}");
     }

@@ -6,7 +6,7 @@ use crate::cli::MachineArgs;
 use crate::host;
 use crate::kernel::{Initrd, Kernel};
 use crate::memory::{Backing, Sharing};
-use crate::settings::{Setting, settings};
+use crate::settings::{ChosenValues, Setting};
 use crate::status::{Fault, Status};
 use crate::virtio::console::ConsoleKind;
 use crate::virtio::pmem::planned_size;
@@ -75,7 +75,7 @@ pub fn read<A: Arch>(
     args: &MachineArgs,
     chosen: Chosen,
     host: &HostCores,
-    caches: impl Fn(&[u32]) -> Vec<Cache>,
+    caches: &dyn Fn(&[u32]) -> Vec<Cache>,
 ) -> Result<Config<A>> {
     read_checked(args, chosen, host, caches).fault(Status::Usage)
 }
@@ -84,7 +84,7 @@ fn read_checked<A: Arch>(
     args: &MachineArgs,
     chosen: Chosen,
     host: &HostCores,
-    caches: impl Fn(&[u32]) -> Vec<Cache>,
+    caches: &dyn Fn(&[u32]) -> Vec<Cache>,
 ) -> Result<Config<A>> {
     let Chosen { board, why } = chosen;
     let defaults = &board.guest;
@@ -176,7 +176,20 @@ fn read_checked<A: Arch>(
             caches: caches(&pinning.alike),
         },
     };
-    let settings = settings(args, &board, &why, &request, &policy, &pinning, pages);
+    let chosen = ChosenValues {
+        args,
+        board: &board,
+        why: &why,
+        cpus,
+        memory,
+        gic,
+        width,
+        pin: &policy,
+        pinning: &pinning,
+        pages,
+        cmdline: &request.cmdline,
+    };
+    let settings = chosen.settings();
     Ok(Config {
         board,
         settings,
@@ -264,7 +277,7 @@ mod tests {
 
     fn read_here(args: &MachineArgs, chosen: Chosen) -> Result<Config<Aarch64>> {
         let cores = cores::assumed(&chosen.board);
-        read::<Aarch64>(args, chosen, &cores, |_| Vec::new())
+        read::<Aarch64>(args, chosen, &cores, &|_| Vec::new())
     }
 
     fn refused(args: MachineArgs) -> String {

@@ -3,7 +3,6 @@
 use armlet_arch::board::{FULL_CAPACITY, Identity, Midr};
 use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
 use armlet_arch::size::parse_size;
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The folder that /proc and /sys lie in.
@@ -22,17 +21,19 @@ impl HostFiles {
     /// What the host is, as far as it says so.
     #[must_use]
     pub fn identity(&self) -> Identity {
-        let kinds: BTreeSet<Midr> = allowed_cpus()
-            .into_iter()
-            .filter_map(|cpu| self.midr(cpu))
-            .collect();
+        let mut kinds: Vec<Midr> = Vec::new();
+        for kind in allowed_cpus().into_iter().filter_map(|cpu| self.midr(cpu)) {
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
         Identity {
             compatible: self.compatible(),
             vendor: self.text("sys/class/dmi/id/sys_vendor").unwrap_or_default(),
             product: self
                 .text("sys/class/dmi/id/product_name")
                 .unwrap_or_default(),
-            cores: kinds.into_iter().collect(),
+            cores: kinds,
         }
     }
 

@@ -229,7 +229,6 @@ impl Report {
             .iter()
             .flat_map(|known| &known.board.host.notes);
         findings.extend(notes.map(|note| finding(note.severity, &note.what, &note.fix)));
-        findings.sort_by_key(|finding| finding.severity);
         findings
     }
 

@@ -3,9 +3,9 @@
 use crate::cli::MachineArgs;
 use armlet_arch::backing::HugePages;
 use armlet_arch::cores::{PinPolicy, Pinning};
+use armlet_arch::irq::GicChoice;
 use armlet_arch::size::show_size;
-use armlet_arch::{Arch, Board, Request};
-use std::fmt::Display;
+use armlet_arch::{Board, WidthPolicy};
 
 /// A value of the machine and who chose it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,82 +18,107 @@ pub struct Setting {
     pub from: String,
 }
 
-/// What was chosen for a machine on `board`, which was taken because of `why`.
-#[must_use]
-pub fn settings<A: Arch>(
-    args: &MachineArgs,
-    board: &Board,
-    why: &str,
-    request: &Request<A>,
-    pin: &PinPolicy,
-    pinning: &Pinning,
-    pages: HugePages,
-) -> Vec<Setting> {
-    let from = |option: &'static str, given: bool, default: bool| match (given, default) {
-        (true, _) => option.to_owned(),
-        (false, true) => "default".to_owned(),
-        (false, false) => format!("board {}", board.name),
-    };
-    let setting = |name, value: &dyn Display, from| Setting {
-        name,
-        value: value.to_string(),
-        from,
-    };
-    vec![
-        setting("board", &board.name, why.to_owned()),
-        setting(
-            "vCPUs",
-            &request.cpus,
-            from("--cpus", args.cpus.is_some(), false),
-        ),
-        setting(
-            "memory",
-            &show_size(request.memory),
-            from("--memory", args.memory.is_some(), false),
-        ),
-        setting(
-            "GIC",
-            &request.gic,
-            from(
+/// What was chosen for a machine.
+pub struct ChosenValues<'a> {
+    /// The options.
+    pub args: &'a MachineArgs,
+    /// The board.
+    pub board: &'a Board,
+    /// Why the board was taken.
+    pub why: &'a str,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// The interrupt controller.
+    pub gic: GicChoice,
+    /// How the address width is chosen.
+    pub width: WidthPolicy,
+    /// What CPUs were asked for.
+    pub pin: &'a PinPolicy,
+    /// What CPUs that came to.
+    pub pinning: &'a Pinning,
+    /// The host's pages.
+    pub pages: HugePages,
+    /// The kernel's command line.
+    pub cmdline: &'a str,
+}
+
+impl ChosenValues<'_> {
+    /// Each value with who chose it.
+    #[must_use]
+    pub fn settings(&self) -> Vec<Setting> {
+        let (args, guest) = (self.args, &self.board.guest);
+        let pinning = match self.pinning.words.as_str() {
+            "" => self.pin.to_string(),
+            words => format!("{}, to {words}", self.pin),
+        };
+        // Name, value, the option, whether it was given, whether the board says just the default.
+        let rows = [
+            (
+                "vCPUs",
+                self.cpus.to_string(),
+                "--cpus",
+                args.cpus.is_some(),
+                false,
+            ),
+            (
+                "memory",
+                show_size(self.memory),
+                "--memory",
+                args.memory.is_some(),
+                false,
+            ),
+            (
+                "GIC",
+                self.gic.to_string(),
                 "--gic",
                 args.gic.is_some(),
-                board.guest.gic == Default::default(),
+                guest.gic == Default::default(),
             ),
-        ),
-        setting(
-            "IPA bits",
-            &request.width,
-            from(
+            (
+                "IPA bits",
+                self.width.to_string(),
                 "--ipa-bits",
                 args.ipa_bits.is_some(),
-                board.guest.width == Default::default(),
+                guest.width == Default::default(),
             ),
-        ),
-        setting(
-            "pinning",
-            &match pinning.words.as_str() {
-                "" => pin.to_string(),
-                words => format!("{pin}, to {words}"),
-            },
-            from(
+            (
+                "pinning",
+                pinning,
                 "--pin",
                 args.pin.is_some(),
-                board.guest.pin == Default::default(),
+                guest.pin == Default::default(),
             ),
-        ),
-        setting(
-            "huge pages",
-            &pages,
-            from(
+            (
+                "huge pages",
+                self.pages.to_string(),
                 "--hugepages",
                 args.hugepages.is_some(),
-                board.guest.huge_pages == Default::default(),
+                guest.huge_pages == Default::default(),
             ),
-        ),
-        setting(
-            "command line",
-            &request.cmdline,
-            from("--cmdline", args.cmdline.is_some(), false),
-        ),
-    ]
+            (
+                "command line",
+                self.cmdline.to_owned(),
+                "--cmdline",
+                args.cmdline.is_some(),
+                false,
+            ),
+        ];
+        let mut settings = vec![Setting {
+            name: "board",
+            value: self.board.name.clone(),
+            from: self.why.to_owned(),
+        }];
+        settings.extend(rows.map(|(name, value, option, given, default)| Setting {
+            name,
+            value,
+            from: match (given, default) {
+                (true, _) => option.to_owned(),
+                (false, true) => "default".to_owned(),
+                (false, false) => format!("board {}", self.board.name),
+            },
+        }));
+        settings
+    }
 }

@@ -332,9 +332,9 @@ fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
         arch,
         host: assumed_host(root.table("host", "[host]")?)?,
         guest: guest_defaults(root.table("guest", "[guest]")?)?,
-        memory: root.tables("memory", bank)?,
+        memory: each(root.tables("memory")?, bank)?,
         gic: root.optional_table("gic")?.map(gic_windows).transpose()?,
-        devices: root.tables("device", device)?,
+        devices: each(root.tables("device")?, device)?,
         virtio_mmio: root
             .optional_table("virtio-mmio")?
             .map(virtio_slots)
@@ -365,6 +365,14 @@ fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
         return Err(missing("gic", "[gic] with its windows"));
     }
     Ok(board)
+}
+
+/// What `read` makes of each table.
+fn each<'a, T>(
+    tables: Vec<Fields<'a>>,
+    read: fn(Fields<'a>) -> Result<T, BoardError>,
+) -> Result<Vec<T>, BoardError> {
+    tables.into_iter().map(read).collect()
 }
 
 fn architecture(root: &mut Fields<'_>) -> Result<Architecture, BoardError> {
@@ -414,8 +422,8 @@ fn assumed_host(mut fields: Fields<'_>) -> Result<AssumedHost, BoardError> {
     let ram = fields.list("ram", "sizes such as \"8G\", fewest first", |item| {
         size_item(item, |bytes| *bytes > 0)
     })?;
-    let clusters = fields.tables("cluster", cluster)?;
-    let notes = fields.tables("note", note)?;
+    let clusters = each(fields.tables("cluster")?, cluster)?;
+    let notes = each(fields.tables("note")?, note)?;
     fields.finish(&[
         "ipa-limit",
         "page-size",

@@ -179,12 +179,16 @@ pub fn pin(policy: &PinPolicy, vcpus: u32, host: &HostCores) -> Result<Pinning, 
             ..Pinning::default()
         },
     };
-    let mut used: Vec<u32> = pinning.cpus.concat();
-    used.sort_unstable();
-    used.dedup();
-    let (used, what) = match used.len() {
-        0 => (host.cores.len(), "this host has"),
-        used => (used, "they are pinned to"),
+    let is_used = |core: &&Core| {
+        let mut cpus = pinning.cpus.iter();
+        cpus.any(|numbers| numbers.contains(&core.number))
+    };
+    let (used, what) = match pinning.cpus.is_empty() {
+        true => (host.cores.len(), "this host has"),
+        false => (
+            host.cores.iter().filter(is_used).count(),
+            "they are pinned to",
+        ),
     };
     if used > 0 && vcpus as usize > used {
         let plural = if used == 1 { "" } else { "s" };

@@ -126,9 +126,12 @@ fn cpus(root: &mut Node, vcpus: &[Vcpu], topology: &Topology) {
         return;
     }
     // A cluster for each kind of core, numbered from 0 on as they come up.
-    let mut kinds: Vec<u32> = topology.cores.iter().map(|core| core.kind).collect();
-    kinds.sort_unstable();
-    kinds.dedup();
+    let mut kinds: Vec<u32> = Vec::new();
+    for core in &topology.cores {
+        if !kinds.contains(&core.kind) {
+            kinds.push(core.kind);
+        }
+    }
     for (number, kind) in kinds.iter().enumerate() {
         let cluster = map.child(format!("cluster{number}"));
         let cores = topology.cores.iter().enumerate();

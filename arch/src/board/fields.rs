@@ -35,6 +35,8 @@ pub(super) struct Fields<'a> {
     /// Where the fields already taken stand, for errors about their values.
     taken: Vec<(&'static str, Place)>,
     record: &'a Record,
+    /// Whether the record has the table's head.
+    headed: bool,
 }
 
 impl<'a> Fields<'a> {
@@ -45,11 +47,12 @@ impl<'a> Fields<'a> {
             tree,
             taken: Vec::new(),
             record,
+            headed: true,
         }
     }
 
     pub(super) fn has(&self, key: &str) -> bool {
-        self.tree.contains_key(key)
+        self.tree.has(key)
     }
 
     fn name(&self) -> String {
@@ -72,15 +75,23 @@ impl<'a> Fields<'a> {
                 cause: "must be a table".to_owned(),
             });
         };
-        let fields = Fields {
+        Ok(Fields {
             path,
             listed,
             tree,
             taken: Vec::new(),
             record: self.record,
-        };
-        self.record.borrow_mut().push(Line::Table(fields.name()));
-        Ok(fields)
+            headed: false,
+        })
+    }
+
+    fn note(&mut self, line: Line) {
+        if !self.headed {
+            self.headed = true;
+            let head = Line::Table(self.name());
+            self.record.borrow_mut().push(head);
+        }
+        self.record.borrow_mut().push(line);
     }
 
     fn take_silently(&mut self, key: &'static str) -> Option<Entry> {
@@ -91,7 +102,7 @@ impl<'a> Fields<'a> {
 
     fn take(&mut self, key: &'static str) -> Option<Item> {
         let entry = self.take_silently(key)?;
-        self.record.borrow_mut().push(Line::Value {
+        self.note(Line::Value {
             key,
             written: entry.written,
             place: Some(entry.place),
@@ -101,8 +112,8 @@ impl<'a> Fields<'a> {
     }
 
     /// Records a value that the file does not give.
-    fn default(&self, key: &'static str, written: String) {
-        self.record.borrow_mut().push(Line::Value {
+    fn default(&mut self, key: &'static str, written: String) {
+        self.note(Line::Value {
             key,
             written,
             place: None,
@@ -271,24 +282,20 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.missing(key, example))
     }
 
-    /// What `read` makes of each table of a list.
-    pub(super) fn tables<T>(
-        &mut self,
-        key: &'static str,
-        read: impl Fn(Fields<'a>) -> Result<T, BoardError>,
-    ) -> Result<Vec<T>, BoardError> {
+    /// The tables of a list.
+    pub(super) fn tables(&mut self, key: &'static str) -> Result<Vec<Fields<'a>>, BoardError> {
         match self.take_silently(key).map(|entry| entry.item) {
             None => Ok(Vec::new()),
             Some(Item::List(items)) => items
                 .into_iter()
-                .map(|entry| read(self.below(key, entry, true)?))
+                .map(|entry| self.below(key, entry, true))
                 .collect(),
             Some(_) => Err(self.wrong(key, format!("must be a list of tables: [[{key}]]"))),
         }
     }
 
     pub(super) fn finish(self, known: &[&str]) -> Result<(), BoardError> {
-        let Some((key, entry)) = self.tree.iter().next() else {
+        let Some((key, entry)) = self.tree.0.first() else {
             return Ok(());
         };
         let nearest = known

@@ -1,7 +1,6 @@
 //! A board file and those that it inherits from, as one tree of values that know where they stand.
 
 use super::BoardError;
-use std::collections::BTreeMap;
 use std::fmt;
 use toml_span::Value;
 use toml_span::value::ValueInner;
@@ -53,8 +52,20 @@ pub(super) enum Item {
     Other,
 }
 
-/// A table.
-pub(super) type Tree = BTreeMap<String, Entry>;
+/// A table: its keys and their values, each key once.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tree(pub(super) Vec<(String, Entry)>);
+
+impl Tree {
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.0.iter().any(|(known, _)| known == key)
+    }
+
+    pub(super) fn remove(&mut self, key: &str) -> Option<Entry> {
+        let index = self.0.iter().position(|(known, _)| known == key)?;
+        Some(self.0.swap_remove(index).1)
+    }
+}
 
 /// The tree of the board file `text`, which is called `name`, with what it inherits.
 pub(super) fn read(name: &str, text: &str, find: Find<'_>) -> Result<Tree, BoardError> {
@@ -96,12 +107,31 @@ fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree,
 
 /// Tables are merged key by key; all else, lists of tables too, is replaced as a whole.
 fn merge(tree: &mut Tree, over: Tree) {
-    for (key, entry) in over {
-        match (tree.get_mut(&key).map(|known| &mut known.item), entry.item) {
-            (Some(Item::Table(below)), Item::Table(above)) => merge(below, above),
-            (_, item) => {
-                tree.insert(key, Entry { item, ..entry });
+    for (key, entry) in over.0 {
+        match (tree.remove(&key), entry) {
+            (
+                Some(Entry {
+                    item: Item::Table(mut below),
+                    ..
+                }),
+                Entry {
+                    item: Item::Table(above),
+                    place,
+                    written,
+                    note,
+                },
+            ) => {
+                merge(&mut below, above);
+                let item = Item::Table(below);
+                let entry = Entry {
+                    item,
+                    place,
+                    written,
+                    note,
+                };
+                tree.0.push((key, entry));
             }
+            (_, entry) => tree.0.push((key, entry)),
         }
     }
 }
@@ -114,7 +144,7 @@ fn parse(text: &str, parent: Option<&str>) -> Result<Tree, BoardError> {
     })?;
     match file.entry(&mut document, 0).item {
         Item::Table(tree) => Ok(tree),
-        _ => Ok(Tree::new()),
+        _ => Ok(Tree::default()),
     }
 }
 
@@ -157,10 +187,10 @@ impl File<'_> {
                 (Item::List(items), written)
             }
             ValueInner::Table(table) => {
-                let mut tree = Tree::new();
+                let mut tree = Tree::default();
                 for (key, mut value) in table {
                     let entry = self.entry(&mut value, key.span.start);
-                    tree.insert(key.name.into_owned(), entry);
+                    tree.0.push((key.name.into_owned(), entry));
                 }
                 (Item::Table(tree), String::new())
             }
