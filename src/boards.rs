@@ -1,16 +1,36 @@
 //! Boards: the built-in ones, and files that the user names.
 
+use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::Board;
+use armlet_arch::board::{self, Identity, Profile, Signature};
+use armlet_arch::{Arch, Board};
 use std::path::Path;
 
-/// The board that is taken when none is named.
-pub const DEFAULT: &str = "virt";
+/// What `--board` is when it is not given: the board that this host is.
+pub const AUTO: &str = "auto";
+
+/// The board of hosts that are not recognised.
+const FALLBACK: &str = "virt";
 
 /// Built-in boards: name and file.
 pub const BUILT_IN: &[(&str, &str)] = &[
     ("virt", include_str!("../boards/virt.toml")),
+    ("rpi3", include_str!("../boards/rpi3.toml")),
+    ("rpi4", include_str!("../boards/rpi4.toml")),
+    ("rpi5", include_str!("../boards/rpi5.toml")),
+    ("rk3588", include_str!("../boards/rk3588.toml")),
+    ("orin", include_str!("../boards/orin.toml")),
+    ("imx8mp", include_str!("../boards/imx8mp.toml")),
+    ("altra", include_str!("../boards/altra.toml")),
+    ("graviton2", include_str!("../boards/graviton2.toml")),
+    ("graviton3", include_str!("../boards/graviton3.toml")),
+    ("graviton4", include_str!("../boards/graviton4.toml")),
+    ("grace", include_str!("../boards/grace.toml")),
+    ("ampereone", include_str!("../boards/ampereone.toml")),
+    ("m1-asahi", include_str!("../boards/m1-asahi.toml")),
+    ("server52", include_str!("../boards/server52.toml")),
+    ("qemu-virt", include_str!("../boards/qemu-virt.toml")),
     ("pc", include_str!("../boards/pc.toml")),
 ];
 
@@ -18,26 +38,23 @@ pub const BUILT_IN: &[(&str, &str)] = &[
 const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a board's file: a built-in one by its name, any other by its path.
-///
-/// # Errors
-/// An unknown name, or a file that cannot be read.
-pub fn text(name: &str) -> Result<String> {
+fn text(name: &str) -> Result<String> {
     if let Some((_, text)) = BUILT_IN.iter().find(|(known, _)| *known == name) {
         return Ok((*text).to_owned());
     }
     let path = Path::new(name);
-    let looks_like_a_path = name.contains('/') || name.ends_with(".toml");
-    if !looks_like_a_path && !path.is_file() {
+    if !looks_like_a_path(name) && !path.is_file() {
         let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
         return Err(anyhow!(
             "board '{name}' is not known; built in: {}; or give the path of a TOML file",
             known.join(", ")
-        ))
-        .fault(Status::Usage);
+        ));
     }
-    read(path)
-        .with_context(|| format!("cannot read board file '{name}'"))
-        .fault(Status::Usage)
+    read(path).with_context(|| format!("cannot read board file '{name}'"))
+}
+
+fn looks_like_a_path(name: &str) -> bool {
+    name.contains('/') || name.ends_with(".toml")
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -54,26 +71,150 @@ fn read(path: &Path) -> Result<String> {
     Ok(std::fs::read_to_string(path)?)
 }
 
+/// The board that the file `from` inherits from: a path is relative to that file.
+fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
+    let name = match Path::new(from).parent() {
+        Some(folder) if looks_like_a_path(wanted) => folder.join(wanted).to_string_lossy().into(),
+        _ => wanted.to_owned(),
+    };
+    let text = text(&name).map_err(|error| format!("leads nowhere: {error:#}"))?;
+    Ok((name, text))
+}
+
+/// Finds and reads a board, with the places that its values come from.
+///
+/// # Errors
+/// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
+pub fn profile(name: &str) -> Result<Profile> {
+    let read = || -> Result<Profile> {
+        Profile::read(name, &text(name)?, &parent).with_context(|| format!("board '{name}'"))
+    };
+    read().fault(Status::Usage)
+}
+
 /// Finds and reads a board.
 ///
 /// # Errors
-/// As [`text`], and a file that is no board, with line and reason.
+/// As [`profile`].
 pub fn find(name: &str) -> Result<Board> {
-    Board::parse(&text(name)?)
-        .with_context(|| format!("board '{name}'"))
-        .fault(Status::Usage)
+    Ok(profile(name)?.board)
+}
+
+/// A board with the reason why it is taken.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// The board.
+    pub board: Board,
+    /// Who named it, or by what it was recognised.
+    pub why: String,
+}
+
+/// The board called `name`; for [`AUTO`] the one that the host is, which `identity` tells.
+///
+/// # Errors
+/// As [`profile`].
+pub fn choose(name: &str, identity: impl FnOnce() -> Identity) -> Result<Chosen> {
+    if name != AUTO {
+        let why = "--board".to_owned();
+        let board = find(name)?;
+        return Ok(Chosen { board, why });
+    }
+    let (name, why) = recognize(&identity()).unwrap_or_else(|| {
+        (
+            FALLBACK,
+            "this host is no other board that is built in".into(),
+        )
+    });
+    let board = find(name)?;
+    Ok(Chosen { board, why })
+}
+
+/// The built-in board that a host of this program's architecture is, and why.
+#[must_use]
+pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
+    let signatures: Vec<_> = BUILT_IN
+        .iter()
+        .map(|(_, text)| {
+            let signature = Signature::read(text).ok().flatten();
+            signature.filter(|signature| signature.arch == HostArch::ARCHITECTURE)
+        })
+        .collect();
+    let (index, why) = board::recognize(host, &signatures)?;
+    BUILT_IN.get(index).map(|(name, _)| (*name, why))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::status::status_of;
+    use armlet_arch::board::Midr;
 
     #[test]
     fn every_built_in_board_is_found_under_its_own_name() {
         for (name, _) in BUILT_IN {
             assert_eq!(find(name).expect("valid").name, *name);
         }
+    }
+
+    /// What each kind of host says of itself, and the board that it is.
+    #[test]
+    fn hosts_are_recognised_by_what_they_say() {
+        let tree = |names: &str| Identity {
+            compatible: names.split(' ').map(str::to_owned).collect(),
+            ..Identity::default()
+        };
+        let firmware = |vendor: &str, core: u64| Identity {
+            vendor: vendor.to_owned(),
+            product: "a product".to_owned(),
+            cores: vec![Midr::kind(core)],
+            ..Identity::default()
+        };
+        let (n1, v1, v2, ampere) = (0x413f_d0c1, 0x411f_d401, 0x410f_d4f1, 0xc00f_ac30);
+        let signatures: Vec<_> = BUILT_IN
+            .iter()
+            .map(|(name, text)| Signature::read(text).expect(name))
+            .collect();
+        for (host, expected) in [
+            (
+                tree("raspberrypi,3-model-b-plus brcm,bcm2837"),
+                Some("rpi3"),
+            ),
+            (tree("raspberrypi,4-model-b brcm,bcm2711"), Some("rpi4")),
+            (tree("raspberrypi,5-model-b brcm,bcm2712"), Some("rpi5")),
+            (tree("raspberrypi,6-model-b brcm,bcm2713"), None),
+            (tree("radxa,rock-5b rockchip,rk3588"), Some("rk3588")),
+            (
+                tree("nvidia,p3737-0000+p3701-0000 nvidia,tegra234"),
+                Some("orin"),
+            ),
+            (tree("fsl,imx8mp-evk fsl,imx8mp"), Some("imx8mp")),
+            (
+                tree("apple,j274 apple,t8103 apple,arm-platform"),
+                Some("m1-asahi"),
+            ),
+            (tree("linux,dummy-virt"), Some("qemu-virt")),
+            (firmware("QEMU", n1), Some("qemu-virt")),
+            (firmware("Amazon EC2", n1), Some("graviton2")),
+            (firmware("Amazon EC2", v1), Some("graviton3")),
+            (firmware("Amazon EC2", v2), Some("graviton4")),
+            (firmware("Some maker", n1), Some("altra")),
+            (firmware("Some maker", v2), Some("grace")),
+            (firmware("Some maker", ampere), Some("ampereone")),
+            (firmware("Some maker", 0x480f_d010), None),
+            (Identity::default(), None),
+        ] {
+            let found = board::recognize(&host, &signatures);
+            let name = found.as_ref().map(|(index, _)| BUILT_IN[*index].0);
+            assert_eq!(name, expected, "{host:?}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_is_not_recognised_gets_the_generic_board() {
+        let chosen = choose(AUTO, Identity::default).expect("a board");
+        assert_eq!(chosen.board.name, "virt");
+        let named = choose("rpi5", || panic!("the host does not matter")).expect("a board");
+        assert_eq!(named.board.name, "rpi5");
     }
 
     #[test]
@@ -89,5 +230,62 @@ mod tests {
         assert_eq!(find(path).expect("the file").name, "virt");
         assert!(find("/nonexistent/x.toml").is_err());
         assert!(find("/").is_err());
+    }
+
+    #[test]
+    fn a_file_inherits_from_one_beside_it_and_from_built_in_ones() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).expect("a file");
+            path.to_string_lossy().into_owned()
+        };
+        write(
+            "base.toml",
+            "name = \"base\"\ninherits = \"virt\"\n[guest]\ncpus = 3\nmemory = \"1G\"\n",
+        );
+        let path = write(
+            "mine.toml",
+            "name = \"mine\"\ninherits = \"base.toml\"\n[guest]\nmemory = \"2G\" # more\n",
+        );
+        let profile = profile(&path).expect("valid");
+        assert_eq!(profile.board.name, "mine");
+        assert_eq!(profile.board.guest.cpus, 3);
+        assert_eq!(profile.board.guest.memory, 2 << 30);
+        assert_eq!(profile.board.devices, find("virt").expect("virt").devices);
+        let shown = profile.show();
+        for (value, from) in [
+            ("memory = \"2G\"", "# mine:4  more"),
+            ("cpus = 3", "base.toml:4"),
+            ("[[device]]", ""),
+            ("kind = \"pl031\"", "# virt:"),
+            ("gic = \"auto\"", "# default"),
+        ] {
+            let line = shown.lines().find(|line| line.starts_with(value));
+            assert!(
+                line.is_some_and(|line| line.contains(from)),
+                "{value} {from}: {shown}"
+            );
+        }
+        // What is shown is a board, the same one.
+        let again = write("again.toml", &shown);
+        assert_eq!(find(&again).expect("valid").guest, profile.board.guest);
+    }
+
+    #[test]
+    fn inheritance_that_leads_nowhere_is_refused_with_its_line() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("loop.toml");
+        let path = path.to_string_lossy();
+        for (parent, word) in [
+            ("loop.toml", "inherit from itself"),
+            ("none.toml", "none.toml"),
+            ("pi9", "built in: virt"),
+        ] {
+            let text = format!("name = \"x\"\ninherits = \"{parent}\"\n");
+            std::fs::write(&*path, text).expect("a file");
+            let error = format!("{:#}", find(&path).expect_err(parent));
+            assert!(error.contains("line 2") && error.contains(word), "{error}");
+        }
     }
 }

@@ -64,6 +64,18 @@ pub struct MachineArgs {
     pub ipa_bits: Option<String>,
     /// `--gic`.
     pub gic: Option<String>,
+    /// `--pin`.
+    pub pin: Option<String>,
+    /// `--pin-io`.
+    pub pin_io: Option<String>,
+    /// `--hugepages`.
+    pub hugepages: Option<String>,
+    /// `--prefault`.
+    pub prefault: bool,
+    /// `--mergeable`.
+    pub mergeable: bool,
+    /// `--mlock`.
+    pub mlock: bool,
     /// `--disk`, each.
     pub disk: Vec<String>,
     /// `--net`, each.
@@ -107,8 +119,9 @@ macro_rules! machine_command {
             /// guest memory, like 512M or 4G (default: the board's)
             #[argh(option, short = 'm', arg_name = "SIZE")]
             pub memory: Option<String>,
-            /// board: a built-in name ('armlet boards') or the path of a TOML file (default: virt)
-            #[argh(option, short = 'b', arg_name = "NAME|PATH")]
+            /// board: auto (the one that this host is, else virt; the default), a built-in name
+            /// ('armlet boards') or the path of a TOML file
+            #[argh(option, short = 'b', arg_name = "auto|NAME|PATH")]
             pub board: Option<String>,
             /// guest-physical address bits: fit (as few as the machine needs, the default), max
             /// (as many as the host has) or a number from 32 to 52
@@ -117,6 +130,26 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
+            /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
+            /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
+            #[argh(option, arg_name = "auto|none|LIST")]
+            pub pin: Option<String>,
+            /// the host's CPUs for all other threads: 0,2-3 (default: any)
+            #[argh(option, arg_name = "LIST")]
+            pub pin_io: Option<String>,
+            /// the host's pages for guest memory: thp (transparent huge pages, the default), none
+            /// (small ones), or a size (only pages of the pool in hugetlbfs: 2M, 32M, 1G)
+            #[argh(option, arg_name = "thp|none|SIZE")]
+            pub hugepages: Option<String>,
+            /// take all guest memory from the host before the guest starts
+            #[argh(switch)]
+            pub prefault: bool,
+            /// let the host keep one copy of pages that are the same in several guests (KSM)
+            #[argh(switch)]
+            pub mergeable: bool,
+            /// never swap guest memory out
+            #[argh(switch)]
+            pub mlock: bool,
             /// disk, /dev/vda and on: PATH, or path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]
             /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]; may be
             /// repeated
@@ -168,6 +201,12 @@ macro_rules! machine_command {
                     board: self.board.clone(),
                     ipa_bits: self.ipa_bits.clone(),
                     gic: self.gic.clone(),
+                    pin: self.pin.clone(),
+                    pin_io: self.pin_io.clone(),
+                    hugepages: self.hugepages.clone(),
+                    prefault: self.prefault,
+                    mergeable: self.mergeable,
+                    mlock: self.mlock,
                     disk: self.disk.clone(),
                     net: self.net.clone(),
                     pmem: self.pmem.clone(),
@@ -230,6 +269,9 @@ machine_command! {
 What does KVM on this host make of it?
   {command_name} --kernel vmlinuz --memory 4G --host this
 
+What would a Raspberry Pi 5 make of it, with its kernel of 4K pages?
+  {command_name} --host rpi5 --page-size 4K --memory 6G
+
 The device tree as source:
   {command_name} --dts"
     )]
@@ -237,6 +279,9 @@ The device tree as source:
         /// the host to plan for: a board's assumptions (default: those of --board), or 'this'
         #[argh(option, arg_name = "BOARD|this")]
         pub host: Option<String>,
+        /// page size of that host's kernel: 4K, 16K or 64K (default: the board's)
+        #[argh(option, arg_name = "SIZE")]
+        pub page_size: Option<String>,
         /// print JSON
         #[argh(switch)]
         pub json: bool,
@@ -275,14 +320,17 @@ pub struct ProbeArgs {
     example = "The names that --board takes:
   {command_name}
 
-A board's file, to start one's own from:
+A board with the file and line that each value comes from, to start one's own from:
   {command_name} --show virt > my.toml"
 )]
 pub struct BoardsArgs {
     /// print JSON
     #[argh(switch)]
     pub json: bool,
-    /// print a board's file
+    /// print what guests each board's host holds: address bits, stage-2 levels, vCPUs
+    #[argh(switch)]
+    pub table: bool,
+    /// print a board as one file, with the place that each value comes from
     #[argh(option, arg_name = "NAME|PATH")]
     pub show: Option<String>,
 }

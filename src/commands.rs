@@ -1,13 +1,17 @@
 //! The commands: each reads its arguments, calls what does the work, and prints.
 
+use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
-use crate::{boards, probe, report, run};
+use crate::{boards, host, probe, report, run, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
+use armlet_arch::board::Severity;
+use armlet_arch::cores;
+use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
 use serde_json::json;
@@ -63,7 +67,8 @@ fn run(args: &RunArgs) -> Result<Status> {
     if machine.kernel.is_none() {
         return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
     }
-    let board = config::board(&machine)?;
+    let chosen = config::board(&machine, None)?;
+    let board = &chosen.board;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
             "board '{}' is for {} guests, this is an {} host; 'armlet plan' works here",
@@ -73,9 +78,18 @@ fn run(args: &RunArgs) -> Result<Status> {
         ))
         .fault(Status::Host);
     }
-    let config = config::read::<HostArch>(&machine, board)?;
+    let files = host::this();
+    let cores = files.cores(cores::names(board));
+    let config = config::read::<HostArch>(&machine, chosen, &cores, &|cpus| files.caches(cpus))?;
+    for warning in &config.pinning.warnings {
+        log::warn!("{warning}");
+    }
+    if !config.pinning.words.is_empty() {
+        log::info!("vCPUs run on {}", config.pinning.words);
+    }
     let kvm = probe::open_kvm().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
+    warn_of_another_host::<HostArch>(&config.board, &host);
     run::run(run::Orders {
         kvm,
         host,
@@ -93,10 +107,12 @@ fn plan(args: &PlanArgs) -> Result<Status> {
     if args.json && args.dts {
         return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);
     }
-    let board = config::board(&machine)?;
+    let other = args.host.as_deref().filter(|host| *host != "this");
+    let chosen = config::board(&machine, other)?;
+    let board = &chosen.board;
     match board.arch {
         Architecture::Aarch64 => {
-            let (config, plan) = make_plan::<Aarch64>(args, &machine, board, kvm::aarch64_host)?;
+            let (config, plan) = make_plan::<Aarch64>(args, &machine, chosen, kvm::aarch64_host)?;
             if args.dts {
                 let tree = aarch64::device_tree(&config.board, &plan, &config.request);
                 print(&tree.to_dts())?;
@@ -115,7 +131,7 @@ fn plan(args: &PlanArgs) -> Result<Status> {
                 ))
                 .fault(Status::Usage);
             }
-            let (config, plan) = make_plan::<X86_64>(args, &machine, board, kvm::x86_64_host)?;
+            let (config, plan) = make_plan::<X86_64>(args, &machine, chosen, kvm::x86_64_host)?;
             print_plan(args, &config, &plan)?;
         }
     }
@@ -125,20 +141,82 @@ fn plan(args: &PlanArgs) -> Result<Status> {
 fn make_plan<A: Arch>(
     args: &PlanArgs,
     machine: &MachineArgs,
-    board: Board,
+    chosen: Chosen,
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
-    let mut config = config::read::<A>(machine, board)?;
-    let host = match args.host.as_deref() {
-        None => A::assumed_host(&config.board),
-        Some("this") => this_host().fault(Status::Host)?,
-        Some(name) => A::assumed_host(&boards::find(name)?),
+    let files = host::this();
+    let names = cores::names(&chosen.board);
+    let (assumed, cores) = match args.host.as_deref() {
+        Some("this") if args.page_size.is_some() => {
+            return Err(anyhow!(
+                "--page-size: this host has its own pages; name a board by --host"
+            ))
+            .fault(Status::Usage);
+        }
+        Some("this") => (None, files.cores(names)),
+        named => {
+            let board = named.map(boards::find).transpose()?;
+            let board = with_pages(args, board.unwrap_or_else(|| chosen.board.clone()))?;
+            (Some(A::assumed_host(&board)), cores::assumed(&board))
+        }
+    };
+    let is_this = assumed.is_none();
+    let caches = |cpus: &[u32]| match is_this {
+        true => files.caches(cpus),
+        // A board does not say.
+        false => Vec::new(),
+    };
+    let mut config = config::read::<A>(machine, chosen, &cores, &caches)?;
+    for warning in &config.pinning.warnings {
+        log::warn!("{warning}");
+    }
+    let host = match assumed {
+        Some(host) => host,
+        None => {
+            let host = this_host().fault(Status::Host)?;
+            warn_of_another_host::<A>(&config.board, &host);
+            host
+        }
     };
     if !machine.deterministic {
         config.request.seeds = Some(config::fresh_seeds()?);
     }
     let plan = decide(&config, &host)?;
     Ok((config, plan))
+}
+
+/// The board of a host whose kernel has pages of `--page-size`.
+fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
+    let Some(text) = &args.page_size else {
+        return Ok(board);
+    };
+    let page = parse_size(text)
+        .map_err(|cause| anyhow!("--page-size: {cause}"))
+        .fault(Status::Usage)?;
+    let known = &board.host.guest_pages;
+    if !known.contains(&page) {
+        let known: Vec<_> = known.iter().map(|size| show_size(*size)).collect();
+        return Err(anyhow!(
+            "--page-size {text}: the cores of board '{}' have {}",
+            board.name,
+            known.join(", ")
+        ))
+        .fault(Status::Usage);
+    }
+    board.host.page_size = page;
+    Ok(board)
+}
+
+/// Says so if the board is for another host than this one, where the guest runs all the same.
+fn warn_of_another_host<A: Arch>(board: &Board, host: &A::Host) {
+    let differences = A::differences(board, host);
+    if !differences.is_empty() {
+        log::warn!(
+            "board '{}' is for another host: {}; the guest gets what is here, and --board auto takes the board that this host is",
+            board.name,
+            differences.join(", ")
+        );
+    }
 }
 
 /// Plans the machine. What cannot be planned is a wrong request, unless the host is what limits.
@@ -155,17 +233,26 @@ pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host) -> Result<Plan<A>> {
             | PlanError::PageSize { .. } => Status::Host,
             _ => Status::Usage,
         };
-        Err(error).fault(status)
+        let no_irqchip = matches!(error, PlanError::IrqchipNotOffered { .. });
+        let mut notes = config.board.host.notes.iter();
+        let stops = notes.find(|note| no_irqchip && note.severity == Severity::Stops);
+        let result = Err(error);
+        match stops {
+            Some(note) => result.with_context(|| format!("{}; {}", note.what, note.fix)),
+            None => result.map_err(Into::into),
+        }
+        .fault(status)
     })
 }
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
     let cmdline = &config.request.cmdline;
     if args.json {
-        return print(&format!("{:#}\n", report::json(plan, cmdline)));
+        let settings = &config.settings;
+        return print(&format!("{:#}\n", report::json(plan, settings, cmdline)));
     }
     let kernel = config.kernel.as_ref().map(|kernel| kernel.describe());
-    print(&report::text(plan, kernel.as_deref(), cmdline))
+    print(&report::text(plan, kernel.as_deref(), &config.settings))
 }
 
 /// Writes the plan's device tree to a file.
@@ -196,9 +283,11 @@ fn probe(args: &ProbeArgs) -> Result<Status> {
 
 fn boards(args: &BoardsArgs) -> Result<Status> {
     if let Some(name) = &args.show {
-        // Only a file that is a board is shown as one.
-        boards::find(name)?;
-        print(&boards::text(name)?)?;
+        print(&boards::profile(name)?.show())?;
+        return Ok(Status::Success);
+    }
+    if args.table {
+        print(&table::of_boards()?)?;
         return Ok(Status::Success);
     }
     let mut known = Vec::new();

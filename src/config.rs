@@ -1,14 +1,18 @@
 //! From the command line's text to a request: everything is read and checked here, nothing is
 //! decided.
 
-use crate::boards;
+use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
+use crate::host;
 use crate::kernel::{Initrd, Kernel};
+use crate::memory::{Backing, Sharing};
+use crate::settings::{ChosenValues, Setting};
 use crate::status::{Fault, Status};
 use crate::virtio::console::ConsoleKind;
 use crate::virtio::pmem::planned_size;
 use crate::virtio::{self, Wanted};
 use anyhow::{Context, Result, anyhow};
+use armlet_arch::cores::{self, Cache, HostCores, PinPolicy, Pinning, Topology};
 use armlet_arch::image::Header;
 use armlet_arch::size::parse_size;
 use armlet_arch::{Arch, Board, Request, Seeds};
@@ -23,6 +27,8 @@ const CMDLINE_MAX: usize = 2048;
 pub struct Config<A: Arch> {
     /// The board.
     pub board: Board,
+    /// What was chosen, and by whom.
+    pub settings: Vec<Setting>,
     /// The machine.
     pub request: Request<A>,
     /// The kernel, if one was named.
@@ -33,26 +39,54 @@ pub struct Config<A: Arch> {
     pub virtio: Vec<Wanted>,
     /// Where the terminal is.
     pub console: ConsoleKind,
+    /// Where the vCPUs run.
+    pub pinning: Pinning,
+    /// The CPUs of all other threads; empty for any.
+    pub io_cpus: Vec<u32>,
+    /// What guest memory is made of.
+    pub backing: Backing,
 }
 
-/// The board that the arguments name.
+/// The board that the arguments name, or that the host is: `host` where the machine is planned for
+/// another than this.
 ///
 /// # Errors
-/// As [`boards::find`].
-pub fn board(args: &MachineArgs) -> Result<Board> {
-    boards::find(args.board.as_deref().unwrap_or(boards::DEFAULT))
+/// As [`boards::choose`].
+pub fn board(args: &MachineArgs, host: Option<&str>) -> Result<Chosen> {
+    let named = args.board.as_deref().unwrap_or(boards::AUTO);
+    let chosen = match host {
+        Some(host) if named == boards::AUTO => Chosen {
+            why: "--host".to_owned(),
+            ..boards::choose(host, || host::this().identity())?
+        },
+        _ => boards::choose(named, || host::this().identity())?,
+    };
+    log::info!("board {}: {}", chosen.board.name, chosen.why);
+    Ok(chosen)
 }
 
-/// Reads the arguments for a guest of architecture `A` on `board`.
+/// Reads the arguments for a guest of architecture `A` on the board, and on these CPUs of the
+/// host. `caches` tells those of some of them.
 ///
 /// # Errors
 /// A value that cannot be read, or a file that cannot be opened or used; status
 /// [`Status::Usage`].
-pub fn read<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> {
-    read_checked(args, board).fault(Status::Usage)
+pub fn read<A: Arch>(
+    args: &MachineArgs,
+    chosen: Chosen,
+    host: &HostCores,
+    caches: &dyn Fn(&[u32]) -> Vec<Cache>,
+) -> Result<Config<A>> {
+    read_checked(args, chosen, host, caches).fault(Status::Usage)
 }
 
-fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> {
+fn read_checked<A: Arch>(
+    args: &MachineArgs,
+    chosen: Chosen,
+    host: &HostCores,
+    caches: &dyn Fn(&[u32]) -> Vec<Cache>,
+) -> Result<Config<A>> {
+    let Chosen { board, why } = chosen;
     let defaults = &board.guest;
     let cpus = match &args.cpus {
         None => defaults.cpus,
@@ -74,6 +108,28 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         None => defaults.gic,
         Some(text) => text.parse().map_err(|cause| anyhow!("--gic: {cause}"))?,
     };
+    let policy = match &args.pin {
+        None => defaults.pin.clone(),
+        Some(text) => text.parse().map_err(|cause| anyhow!("--pin: {cause}"))?,
+    };
+    let pinning = cores::pin(&policy, cpus, host).map_err(|cause| anyhow!("--pin: {cause}"))?;
+    let io_cpus = match &args.pin_io {
+        None => Vec::new(),
+        Some(text) => io_cpus(text, host).map_err(|cause| anyhow!("--pin-io: {cause}"))?,
+    };
+    let pages = match &args.hugepages {
+        None => defaults.huge_pages,
+        Some(text) => text
+            .parse()
+            .map_err(|cause| anyhow!("--hugepages: {cause}"))?,
+    };
+    let backing = Backing {
+        pages,
+        prefault: args.prefault,
+        mergeable: args.mergeable,
+        locked: args.mlock,
+    };
+    backing.check(Sharing::Private)?;
     let console = virtio::console(args)?;
     let cmdline = match &args.cmdline {
         Some(cmdline) => cmdline.clone(),
@@ -115,15 +171,48 @@ fn read_checked<A: Arch>(args: &MachineArgs, board: Board) -> Result<Config<A>> 
         seeds: None,
         virtio: wanted.iter().map(|device| device.name.clone()).collect(),
         pmem: pmem.collect::<Result<_>>()?,
+        topology: Topology {
+            cores: pinning.told.clone(),
+            caches: caches(&pinning.alike),
+        },
     };
+    let chosen = ChosenValues {
+        args,
+        board: &board,
+        why: &why,
+        cpus,
+        memory,
+        gic,
+        width,
+        pin: &policy,
+        pinning: &pinning,
+        pages,
+        cmdline: &request.cmdline,
+    };
+    let settings = chosen.settings();
     Ok(Config {
         board,
+        settings,
         request,
         kernel,
         initrd,
         virtio: wanted,
         console,
+        pinning,
+        io_cpus,
+        backing,
     })
+}
+
+/// All the CPUs of a list, each of which is one of the host's.
+fn io_cpus(text: &str, host: &HostCores) -> Result<Vec<u32>, String> {
+    let PinPolicy::List(list) = text.parse()? else {
+        return Err(format!("'{text}' is no list of CPUs: 0,2-3"));
+    };
+    // A vCPU for each entry: the check is the same.
+    let entries = list.len() as u32;
+    let pinning = cores::pin(&PinPolicy::List(list), entries, host)?;
+    Ok(pinning.cpus.concat())
 }
 
 /// The board's command line, with the console where the terminal is and the root file system where
@@ -186,9 +275,14 @@ mod tests {
     use super::*;
     use armlet_arch::aarch64::Aarch64;
 
+    fn read_here(args: &MachineArgs, chosen: Chosen) -> Result<Config<Aarch64>> {
+        let cores = cores::assumed(&chosen.board);
+        read::<Aarch64>(args, chosen, &cores, &|_| Vec::new())
+    }
+
     fn refused(args: MachineArgs) -> String {
-        let board = board(&args).expect("the default board");
-        let error = read::<Aarch64>(&args, board).expect_err("to be refused");
+        let board = board(&args, None).expect("the default board");
+        let error = read_here(&args, board).expect_err("to be refused");
         assert_eq!(crate::status::status_of(&error), Status::Usage);
         let line = format!("{error:#}");
         assert!(!line.contains('\n'), "{line}");
@@ -202,10 +296,19 @@ mod tests {
             cmdline: Some("quiet".to_owned()),
             ..MachineArgs::default()
         };
-        let config = read::<Aarch64>(&args, board(&args).expect("virt")).expect("valid");
+        let config = read_here(&args, board(&args, Some("rpi5")).expect("a board")).expect("valid");
         assert_eq!(config.request.cpus, 3);
         assert_eq!(config.request.cmdline, "quiet");
-        assert_eq!(config.request.memory, 512 << 20);
+        assert_eq!(config.request.memory, 1 << 30);
+        let from = |name: &str| {
+            let mut settings = config.settings.iter();
+            let setting = settings.find(|setting| setting.name == name);
+            setting.map(|setting| setting.from.as_str())
+        };
+        assert_eq!(from("vCPUs"), Some("--cpus"));
+        assert_eq!(from("memory"), Some("board rpi5"));
+        assert_eq!(from("GIC"), Some("default"));
+        assert_eq!(from("board"), Some("--host"));
     }
 
     #[test]
@@ -219,6 +322,10 @@ mod tests {
         assert!(with(|args| args.memory = Some("lots".into())).contains("--memory"));
         assert!(with(|args| args.ipa_bits = Some("53".into())).contains("32 to 52"));
         assert!(with(|args| args.gic = Some("4".into())).contains("--gic"));
+        assert!(with(|args| args.pin = Some("all".into())).contains("--pin"));
+        assert!(with(|args| args.pin = Some("1,2".into())).contains("1 vCPU"));
+        assert!(with(|args| args.pin_io = Some("auto".into())).contains("--pin-io"));
+        assert!(with(|args| args.hugepages = Some("3M".into())).contains("--hugepages"));
         assert!(with(|args| args.cmdline = Some("\u{1}".into())).contains("--cmdline"));
         assert!(with(|args| args.cmdline = Some("x".repeat(2048))).contains("--cmdline"));
         assert!(with(|args| args.initrd = Some("/dev/null".into())).contains("--kernel"));

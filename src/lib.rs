@@ -9,11 +9,13 @@
 //!
 //! `docs/ARCHITECTURE.md` has the map and the invariants.
 
+pub mod affinity;
 pub mod boards;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod console;
+pub mod host;
 pub mod kernel;
 pub mod kvm;
 pub mod machine;
@@ -23,6 +25,8 @@ pub mod reactor;
 pub mod report;
 pub mod run;
 pub mod serial;
+pub mod settings;
 pub mod status;
+pub mod table;
 pub mod vcpu;
 pub mod virtio;

@@ -1,12 +1,14 @@
 //! Guest memory: memory of this process, aligned so that KVM can map it in huge blocks.
 
 use crate::virtio::pmem::PmemImage;
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::Range;
+use armlet_arch::backing::HugePages;
 use armlet_arch::size::show_size;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::fs::MemfdFlags;
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
 use std::fs::File;
@@ -26,27 +28,121 @@ pub enum Sharing {
     Shared,
 }
 
-/// Maps the banks. The memory is zero, and taken from the host only where the guest touches it.
+/// What guest memory is made of, and when it is taken from the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// The host's pages.
+    pub pages: HugePages,
+    /// Take all of it before the guest starts, and not page by page as it is touched.
+    pub prefault: bool,
+    /// Let the host's kernel keep one copy of pages with the same content (KSM).
+    pub mergeable: bool,
+    /// Never swap it out. This takes all of it before the guest starts, too.
+    pub locked: bool,
+}
+
+impl Backing {
+    /// Checks what excludes one another.
+    ///
+    /// # Errors
+    /// What does not go together, in a sentence.
+    pub fn check(&self, sharing: Sharing) -> Result<()> {
+        if !self.mergeable {
+            return Ok(());
+        }
+        // mm/ksm.c: vma_ksm_compatible.
+        if sharing == Sharing::Shared {
+            bail!(
+                "--mergeable: a device shares guest memory with another process, and only memory of one process can be merged; leave one of them out"
+            );
+        }
+        if let HugePages::Of(size) = self.pages {
+            let size = show_size(size);
+            bail!("--mergeable: pages of {size} are never merged; use --hugepages thp or none");
+        }
+        Ok(())
+    }
+}
+
+/// Maps the banks. The memory is zero, and taken from the host only where the guest touches it,
+/// unless `backing` says otherwise.
 ///
 /// # Errors
-/// More memory than this process can map.
-pub fn map(banks: &[Range], sharing: Sharing) -> Result<GuestMemoryMmap> {
+/// More memory than this process can map or lock, and pages that the host does not have.
+pub fn map(banks: &[Range], sharing: Sharing, backing: Backing) -> Result<GuestMemoryMmap> {
+    backing.check(sharing)?;
     let mut regions = Vec::new();
     for bank in banks {
-        let region = map_bank(*bank, sharing)
+        let region = map_bank(*bank, sharing, backing)
             .with_context(|| format!("cannot map {} of guest memory", show_size(bank.size())))?;
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).context("cannot collect the guest's memory banks")
 }
 
-fn map_bank(bank: Range, sharing: Sharing) -> Result<GuestRegionMmap> {
+fn map_bank(bank: Range, sharing: Sharing, backing: Backing) -> Result<GuestRegionMmap> {
     let size = usize::try_from(bank.size())?;
+    let base = reserve(bank, size, backing.pages)?;
+    let file = put_pages(base, bank, size, sharing, backing.pages)?;
+    let advise = |advice| {
+        // SAFETY: the range is the mapping made above, and none of these changes what is in it.
+        unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, advice) }
+    };
+    // Without huge pages, or without this kernel's knowing of them, the guest runs, slower.
+    let _ = match backing.pages {
+        HugePages::Transparent => advise(Advice::LinuxHugepage),
+        HugePages::None => advise(Advice::LinuxNoHugepage),
+        HugePages::Of(_) => Ok(()),
+    };
+    // Without it a core dump of armlet would hold the guest's memory.
+    let _ = advise(Advice::LinuxDontDump);
+    if backing.mergeable {
+        advise(Advice::LinuxMergeable)
+            .context("--mergeable: this kernel does not merge pages (CONFIG_KSM)")?;
+    }
+    if backing.prefault {
+        advise(Advice::LinuxPopulateWrite).with_context(|| {
+            format!(
+                "--prefault: cannot take {} from the host (it needs Linux 5.14 and that much free memory)",
+                show_size(bank.size())
+            )
+        })?;
+    }
+    if backing.locked {
+        // SAFETY: the range is the mapping made above.
+        unsafe { rustix::mm::mlock(base.cast::<c_void>(), size) }.with_context(|| {
+            format!(
+                "--mlock: cannot lock {}; allow it by 'ulimit -l unlimited' (systemd: LimitMEMLOCK=infinity), and have that much free memory",
+                show_size(bank.size())
+            )
+        })?;
+    }
+    let flags = match sharing {
+        Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        Sharing::Shared => libc::MAP_SHARED,
+    };
+    let mut builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags | libc::MAP_NORESERVE);
+    if let Some(file) = file {
+        builder = builder.with_file_offset(FileOffset::new(file, 0));
+    }
+    // SAFETY: `base` is a mapping of `size` bytes that lives until the process ends.
+    let region = unsafe { builder.with_raw_mmap_pointer(base) }.build()?;
+    GuestRegionMmap::new(region, GuestAddress(bank.start()))
+        .ok_or_else(|| anyhow!("it ends past 2^64"))
+}
+
+/// A mapping of `size` bytes of ours at an address that suits huge pages.
+fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     // A huge block needs guest-physical and host-virtual address to agree modulo its size
     // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping); anonymous memory comes in blocks
     // of one page-table page: 2 MiB on 4 KiB pages, 32 MiB on 16 KiB, 512 MiB on 64 KiB.
     let page = rustix::param::page_size();
-    let block = page / 8 * page;
+    let block = match pages {
+        HugePages::Of(huge) => usize::try_from(huge)?,
+        _ => page / 8 * page,
+    };
     let reserved = size
         .checked_add(block)
         .ok_or_else(|| anyhow!("it does not fit the address space"))?;
@@ -67,41 +163,82 @@ fn map_bank(bank: Range, sharing: Sharing) -> Result<GuestRegionMmap> {
         unmap(start, lead)?;
         unmap(start + lead + size, block - lead)?;
     }
-    let file = match sharing {
-        Sharing::Private => None,
-        Sharing::Shared => Some(map_file(base, size)?),
-    };
-    // SAFETY: the range is the mapping made above. Without huge pages the guest runs, slower.
-    let _ = unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, Advice::LinuxHugepage) };
-    // SAFETY: as above. Without it a core dump of armlet would hold the guest's memory.
-    let _ = unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, Advice::LinuxDontDump) };
-    let flags = match sharing {
-        Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        Sharing::Shared => libc::MAP_SHARED,
-    };
-    let mut builder = MmapRegionBuilder::new(size)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(flags | libc::MAP_NORESERVE);
-    if let Some(file) = file {
-        builder = builder.with_file_offset(FileOffset::new(file, 0));
-    }
-    // SAFETY: `base` is a mapping of `size` bytes that lives until the process ends.
-    let region = unsafe { builder.with_raw_mmap_pointer(base) }.build()?;
-    GuestRegionMmap::new(region, GuestAddress(bank.start()))
-        .ok_or_else(|| anyhow!("it ends past 2^64"))
+    Ok(base)
 }
 
-/// Puts memory that has a descriptor in the place of the `size` bytes at `base`, which are a mapping
-/// of ours that nobody uses.
-fn map_file(base: *mut u8, size: usize) -> Result<File> {
-    let file = rustix::fs::memfd_create("guest memory", MemfdFlags::CLOEXEC)
-        .context("cannot make memory that other processes can share")?;
-    rustix::fs::ftruncate(&file, size as u64)?;
+/// Puts the memory that is wanted in the place of the `size` bytes at `base`, which are a mapping
+/// of ours that nobody uses. Gives the descriptor by which other processes share it.
+fn put_pages(
+    base: *mut u8,
+    bank: Range,
+    size: usize,
+    sharing: Sharing,
+    pages: HugePages,
+) -> Result<Option<File>> {
+    let huge = match pages {
+        HugePages::Of(huge) => huge,
+        _ => 0,
+    };
+    // A size in the flags: its logarithm in bits 31:26 (include/uapi/asm-generic/hugetlb_encode.h).
+    let encoded = huge.checked_ilog2().unwrap_or(0) << 26;
+    if huge > 0 && !(bank.start() | bank.size()).is_multiple_of(huge) {
+        bail!(
+            "--hugepages {}: the bank at {:#x} with {} is no whole number of such pages; change --memory",
+            show_size(huge),
+            bank.start(),
+            show_size(bank.size())
+        );
+    }
     let prot = ProtFlags::READ | ProtFlags::WRITE;
-    let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
-    // SAFETY: it replaces a mapping that the caller has just made.
-    unsafe { rustix::mm::mmap(base.cast::<c_void>(), size, prot, flags, &file, 0) }?;
-    Ok(File::from(file))
+    let no_pages = |error| pool_error(error, huge, bank.size());
+    match sharing {
+        Sharing::Private if huge == 0 => Ok(None),
+        Sharing::Private => {
+            let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB;
+            let flags = flags | MapFlags::from_bits_retain(encoded as _);
+            // SAFETY: it replaces a mapping of ours that nobody uses.
+            unsafe { rustix::mm::mmap_anonymous(base.cast::<c_void>(), size, prot, flags) }
+                .map_err(no_pages)?;
+            Ok(None)
+        }
+        Sharing::Shared => {
+            let mut kind = MemfdFlags::CLOEXEC;
+            let mut flags = MapFlags::SHARED | MapFlags::FIXED;
+            if huge > 0 {
+                kind |= MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(encoded);
+            } else {
+                flags |= MapFlags::NORESERVE;
+            }
+            let file = match rustix::fs::memfd_create("guest memory", kind) {
+                Err(error) if huge > 0 => return Err(no_pages(error)),
+                file => file.context("cannot make memory that other processes can share")?,
+            };
+            rustix::fs::ftruncate(&file, size as u64)?;
+            // SAFETY: it replaces a mapping of ours that nobody uses.
+            unsafe { rustix::mm::mmap(base.cast::<c_void>(), size, prot, flags, &file, 0) }
+                .map_err(|error| match huge {
+                    0 => error.into(),
+                    _ => no_pages(error),
+                })?;
+            Ok(Some(File::from(file)))
+        }
+    }
+}
+
+/// Why there are no huge pages, from what the host says of its pool
+/// (Documentation/admin-guide/mm/hugetlbpage.rst).
+fn pool_error(error: Errno, huge: u64, bytes: u64) -> anyhow::Error {
+    let (size, wanted) = (show_size(huge), bytes / huge.max(1));
+    let pool = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", huge >> 10);
+    match std::fs::read_to_string(format!("{pool}/free_hugepages")) {
+        Ok(free) => anyhow!(
+            "--hugepages {size}: {wanted} pages are needed and {} are free; 'echo {wanted} > {pool}/nr_hugepages' sets them aside ({error})",
+            free.trim()
+        ),
+        Err(_) => anyhow!(
+            "--hugepages {size}: this kernel has no pages of that size; it has those of 'ls /sys/kernel/mm/hugepages'"
+        ),
+    }
 }
 
 /// # Safety
@@ -220,7 +357,7 @@ mod tests {
     fn memory_is_aligned_with_the_guests_addresses() {
         let bank = Range::new(0x4000_0000, 6 << 20).expect("a bank");
         let odd = Range::new(0x8000_0000 + 0x1_0000, 1 << 20).expect("a bank");
-        let memory = map(&[bank, odd], Sharing::Private).expect("7 MiB");
+        let memory = map(&[bank, odd], Sharing::Private, Backing::default()).expect("7 MiB");
         let block = rustix::param::page_size() / 8 * rustix::param::page_size();
         for (region, bank) in memory.iter().zip([bank, odd]) {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
@@ -235,7 +372,7 @@ mod tests {
     #[test]
     fn shared_memory_has_a_descriptor_by_which_another_process_sees_it() {
         let bank = Range::new(0x4000_0000, 4 << 20).expect("a bank");
-        let memory = map(&[bank], Sharing::Shared).expect("4 MiB");
+        let memory = map(&[bank], Sharing::Shared, Backing::default()).expect("4 MiB");
         let at = GuestAddress(bank.last());
         memory.write_slice(b"x", at).expect("memory");
         let region = memory.iter().next().expect("a bank");
@@ -247,17 +384,99 @@ mod tests {
         assert_eq!(region.as_ptr() as usize % block, 0x4000_0000 % block);
     }
 
+    /// What the host's kernel says of the mapping that `address` lies in, by key.
+    fn smaps(address: usize, key: &str) -> String {
+        let text = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
+        let holds = |line: &str| {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            let number = |text: &str| usize::from_str_radix(text, 16).ok();
+            range.is_some_and(|(start, end)| {
+                number(start).is_some_and(|start| start <= address)
+                    && number(end).is_some_and(|end| address < end)
+            })
+        };
+        let mut lines = text.lines().skip_while(|line| !holds(line));
+        let line = lines.find(|line| line.starts_with(key));
+        line.unwrap_or_else(|| panic!("no {key} at {address:x}"))
+            .to_owned()
+    }
+
+    #[test]
+    fn memory_is_what_was_asked_for() {
+        let bank = Range::new(0x4000_0000, 4 << 20).expect("a bank");
+        let flags_of = |backing| {
+            let memory = map(&[bank], Sharing::Private, backing).expect("4 MiB");
+            let start = memory.iter().next().expect("a bank").as_ptr() as usize;
+            (smaps(start, "VmFlags"), smaps(start, "Rss"))
+        };
+        let (flags, _) = flags_of(Backing::default());
+        assert!(flags.contains(" hg") && !flags.contains(" mg"), "{flags}");
+        let (flags, rss) = flags_of(Backing {
+            pages: HugePages::None,
+            prefault: true,
+            ..Backing::default()
+        });
+        assert!(flags.contains(" nh"), "{flags}");
+        let taken = rss
+            .split_whitespace()
+            .nth(1)
+            .and_then(|size| size.parse().ok());
+        assert!(taken.is_some_and(|taken: u64| taken >= 4096), "{rss}");
+        if std::path::Path::new("/sys/kernel/mm/ksm").exists() {
+            let (flags, _) = flags_of(Backing {
+                mergeable: true,
+                ..Backing::default()
+            });
+            assert!(flags.contains(" mg"), "{flags}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_together_or_is_not_there_is_refused() {
+        let bank = Range::new(0x4000_0000, 5 << 20).expect("a bank");
+        let refused = |pages: &str, mergeable, sharing| {
+            let backing = Backing {
+                pages: pages.parse().expect("valid"),
+                mergeable,
+                ..Backing::default()
+            };
+            format!("{:#}", map(&[bank], sharing, backing).expect_err(pages))
+        };
+        for (pages, mergeable, sharing, words) in [
+            ("2M", false, Sharing::Private, "with 5M is no whole number"),
+            ("1T", false, Sharing::Private, "no whole number"),
+            ("2M", true, Sharing::Private, "never merged"),
+            ("thp", true, Sharing::Shared, "one process"),
+        ] {
+            let error = refused(pages, mergeable, sharing);
+            assert!(error.contains(words), "{pages}: {error}");
+        }
+        // No kernel has pages of 512K in a pool.
+        let whole = Range::new(0x4000_0000, 1 << 20).expect("a bank");
+        for sharing in [Sharing::Private, Sharing::Shared] {
+            let backing = Backing {
+                pages: HugePages::Of(512 << 10),
+                ..Backing::default()
+            };
+            let error = format!("{:#}", map(&[whole], sharing, backing).expect_err("none"));
+            assert!(error.contains("no pages of that size"), "{error}");
+        }
+    }
+
     #[test]
     fn more_than_the_address_space_is_an_error() {
         let bank = Range::new(0, 1 << 60).expect("a range");
-        let error = map(&[bank], Sharing::Private).expect_err("an exbibyte");
+        let error = map(&[bank], Sharing::Private, Backing::default()).expect_err("an exbibyte");
         assert!(format!("{error:#}").contains("guest memory"), "{error:#}");
     }
 
     #[test]
     fn a_range_across_banks_is_no_slice() {
         let bank = Range::new(0x4000_0000, 1 << 20).expect("a bank");
-        let memory = map(&[bank], Sharing::Private).expect("1 MiB");
+        let memory = map(&[bank], Sharing::Private, Backing::default()).expect("1 MiB");
         let beyond = Range::new(0x4000_0000, 2 << 20).expect("a range");
         let mut idle = IdleMemory::new(&memory, &mut []);
         assert!(idle.slice_mut(beyond).is_err());

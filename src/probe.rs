@@ -1,9 +1,11 @@
 //! What this host offers, and what would stop or slow a guest on it, with the fix.
 
 use crate::kvm::{HostArch, KvmArch};
+use crate::{boards, host};
 use anyhow::{Result, anyhow};
+use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
-use armlet_arch::{Arch, Architecture, aarch64, x86_64};
+use armlet_arch::{Arch, Architecture, Board, aarch64, x86_64};
 use kvm_ioctls::Kvm;
 use serde_json::{Value, json};
 use std::ffi::CString;
@@ -103,6 +105,8 @@ pub struct Report {
     pub kernel: String,
     /// The board, as its firmware names it.
     pub board: String,
+    /// The built-in board that it is.
+    pub profile: Option<Recognised>,
     /// Instruction set that this armlet was built for.
     pub architecture: Architecture,
     /// Page size in bytes.
@@ -111,8 +115,20 @@ pub struct Report {
     pub cpus: usize,
     /// Memory in bytes.
     pub memory: u64,
+    /// Bytes of the window by which a GICv2 shows guests their CPU interface (GICV), where the
+    /// device tree says so.
+    pub cpu_interface: Option<u64>,
     /// KVM, or why there is none.
     pub kvm: Result<Virtualization, NoKvm>,
+}
+
+/// The built-in board that a host is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recognised {
+    /// The board.
+    pub board: Board,
+    /// By what it was recognised.
+    pub why: String,
 }
 
 /// Why KVM cannot be used.
@@ -124,17 +140,6 @@ pub enum NoKvm {
     Denied,
     /// It was opened and does not work.
     Broken(String),
-}
-
-/// How much a finding matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
-    /// No guest runs.
-    Stops,
-    /// Some guests do not run, or run slower.
-    Limits,
-    /// Good to know.
-    Note,
 }
 
 /// One line of the diagnosis.
@@ -160,35 +165,26 @@ pub fn probe() -> Report {
         KvmAccess::Broken(cause) => Err(NoKvm::Broken(cause)),
     };
     let system = rustix::system::sysinfo();
+    let files = host::this();
     Report {
         kernel: rustix::system::uname()
             .release()
             .to_string_lossy()
             .into_owned(),
-        board: board_name(),
+        board: files
+            .name()
+            .unwrap_or_else(|| "not named by the firmware".to_owned()),
+        profile: boards::recognize(&files.identity()).and_then(|(name, why)| {
+            let board = boards::find(name).ok()?;
+            Some(Recognised { board, why })
+        }),
         architecture: HostArch::ARCHITECTURE,
         page_size: rustix::param::page_size() as u64,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory: (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)),
+        cpu_interface: files.gic_v2_cpu_interface(),
         kvm,
     }
-}
-
-/// The device tree's model (Devicetree specification v0.4, section 2.3.2), else what DMI says.
-fn board_name() -> String {
-    let read = |path: &str| {
-        std::fs::read_to_string(path)
-            .ok()
-            .map(|text| text.trim_matches(['\0', '\n', ' ']).to_owned())
-            .filter(|text| !text.is_empty())
-    };
-    read("/proc/device-tree/model")
-        .or_else(|| {
-            let vendor = read("/sys/class/dmi/id/sys_vendor")?;
-            let product = read("/sys/class/dmi/id/product_name")?;
-            Some(format!("{vendor} {product}"))
-        })
-        .unwrap_or_else(|| "not named by the firmware".to_owned())
 }
 
 impl Report {
@@ -209,7 +205,7 @@ impl Report {
             what: what.to_owned(),
             fix: fix.to_owned(),
         };
-        match &self.kvm {
+        let mut findings = match &self.kvm {
             Err(NoKvm::Missing) => vec![finding(Severity::Stops, "no /dev/kvm", NO_KVM)],
             Err(NoKvm::Denied) => vec![finding(
                 Severity::Stops,
@@ -221,13 +217,19 @@ impl Report {
                 &format!("KVM does not work: {cause}"),
                 "see 'dmesg | grep -i kvm' for the kernel's reason",
             )],
-            Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus),
+            Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus, self.cpu_interface),
             Ok(Virtualization::X86(_)) => vec![finding(
                 Severity::Stops,
                 "armlet does not run x86_64 guests yet",
                 "use an ARM64 host; 'armlet plan' works here",
             )],
-        }
+        };
+        let notes = self
+            .profile
+            .iter()
+            .flat_map(|known| &known.board.host.notes);
+        findings.extend(notes.map(|note| finding(note.severity, &note.what, &note.fix)));
+        findings
     }
 
     /// For people.
@@ -282,6 +284,15 @@ impl Report {
     fn facts(&self) -> Vec<(&'static str, &'static str, Value)> {
         let mut facts = vec![
             ("board", "Board", json!(self.board)),
+            (
+                "profile",
+                "Board of armlet's",
+                json!(
+                    self.profile
+                        .as_ref()
+                        .map_or("virt", |known| &known.board.name)
+                ),
+            ),
             ("kernel", "Kernel", json!(self.kernel)),
             ("architecture", "Architecture", json!(self.architecture)),
             ("cpus", "CPUs", json!(self.cpus)),
@@ -358,7 +369,7 @@ fn show(value: &Value) -> String {
     }
 }
 
-fn diagnose_arm(facts: &ArmFacts, cpus: usize) -> Vec<Finding> {
+fn diagnose_arm(facts: &ArmFacts, cpus: usize, cpu_interface: Option<u64>) -> Vec<Finding> {
     let host = &facts.host;
     let mut findings = Vec::new();
     let mut add = |severity, what: String, fix: &str| {
@@ -406,15 +417,28 @@ fn diagnose_arm(facts: &ArmFacts, cpus: usize) -> Vec<Finding> {
             ),
             "give a guest that must be fast a multiple of that; armlet aligns memory and GIC windows by itself",
         );
-        if !host.gic_v3 && host.gic_v2 {
-            add(
+        // KVM maps the interface to guests by whole host pages, or not at all
+        // (arch/arm64/kvm/vgic/vgic-v2.c: vgic_v2_probe).
+        let page = show_size(host.page_size);
+        let fix = "use a kernel with 4K pages where interrupts matter (Raspberry Pi 5: kernel=kernel8.img in config.txt)";
+        match cpu_interface {
+            _ if !host.gic_v2 => {}
+            Some(bytes) if bytes.is_multiple_of(host.page_size) => {}
+            Some(bytes) => add(
                 Severity::Limits,
                 format!(
-                    "GICv2 on {} pages: KVM may have to trap the GIC's CPU interface at each interrupt ('dmesg | grep GICV' says so)",
-                    show_size(host.page_size)
+                    "KVM traps each access to the GICv2's CPU interface, at each interrupt: its window of {} is no whole page of {page}",
+                    show_size(bytes)
                 ),
-                "use a kernel with 4K pages where interrupts matter (Raspberry Pi 5: kernel=kernel8.img in config.txt)",
-            );
+                fix,
+            ),
+            None => add(
+                Severity::Limits,
+                format!(
+                    "GICv2 on {page} pages: KVM may have to trap the GIC's CPU interface at each interrupt ('dmesg | grep GICV' says so)"
+                ),
+                fix,
+            ),
         }
     }
     if !facts.pa_range_writable {
@@ -465,10 +489,15 @@ mod tests {
         Report {
             kernel: "6.12".to_owned(),
             board: "Raspberry Pi 5".to_owned(),
+            profile: Some(Recognised {
+                board: boards::find("rpi5").expect("a board"),
+                why: String::new(),
+            }),
             architecture: Architecture::Aarch64,
             page_size: 0x4000,
             cpus: 4,
             memory: 8 << 30,
+            cpu_interface: None,
             kvm,
         }
     }
@@ -485,6 +514,21 @@ mod tests {
         assert!(text.contains("at most 8 vCPUs"), "{text}");
         assert!(text.contains("kernel8.img"), "{text}");
         assert!(text.contains("huge blocks are 32M"), "{text}");
+    }
+
+    #[test]
+    fn a_cpu_interface_that_is_no_whole_page_is_said_to_be_trapped() {
+        let mut report = report(Ok(Virtualization::Arm(pi5())));
+        assert!(report.text().contains("may have to trap"));
+        report.cpu_interface = Some(0x2000);
+        let text = report.text();
+        assert!(text.contains("KVM traps"), "{text}");
+        assert!(
+            text.contains("its window of 8K is no whole page of 16K"),
+            "{text}"
+        );
+        report.cpu_interface = Some(0x1_0000);
+        assert!(!report.text().contains("trap"), "{}", report.text());
     }
 
     #[test]

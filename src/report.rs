@@ -1,5 +1,6 @@
 //! A plan for people and for programs.
 
+use crate::settings::Setting;
 use armlet_arch::plan::{Payload, Plan};
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Blob, Range, Region, Width};
@@ -14,7 +15,7 @@ struct Row {
 
 /// The plan as a table with its reasons, for a terminal. `kernel` describes the kernel file.
 #[must_use]
-pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, cmdline: &str) -> String {
+pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting]) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
     let _ = writeln!(
@@ -49,7 +50,12 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, cmdline: &str) -> Str
             device
         );
     }
-    let _ = writeln!(out, "\nCommand line\n  {cmdline}");
+    let _ = writeln!(out, "\nChosen by");
+    let widest = settings.iter().map(|setting| setting.from.len()).max();
+    let widest = widest.unwrap_or(0);
+    for Setting { name, value, from } in settings {
+        let _ = writeln!(out, "  {from:<widest$}  {name}: {value}");
+    }
     out
 }
 
@@ -125,7 +131,7 @@ fn table(out: &mut String, rows: &[Row]) {
 
 /// The plan for programs. Addresses are numbers; ends are inclusive.
 #[must_use]
-pub fn json<A: Arch>(plan: &Plan<A>, cmdline: &str) -> Value {
+pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Value {
     let rows = |rows: Vec<Row>| -> Vec<Value> {
         rows.into_iter()
             .map(|row| {
@@ -159,5 +165,9 @@ pub fn json<A: Arch>(plan: &Plan<A>, cmdline: &str) -> Value {
         "devices": plan.layout.devices,
         "vcpus": plan.vcpus,
         "cmdline": cmdline,
+        "settings": settings
+            .iter()
+            .map(|Setting { name, value, from }| json!({"name": name, "value": value, "from": from}))
+            .collect::<Vec<_>>(),
     })
 }

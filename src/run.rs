@@ -1,11 +1,13 @@
 //! The life of a guest: one event loop owns the machine; everything reaches it through one
 //! queue, the terminal, and signals.
 
+use crate::affinity;
 use crate::commands::{decide, write_tree};
 use crate::config::{Config, fresh_seeds};
 use crate::console::{
     self, ESCAPE_HELP, Escape, EscapeFilter, PanicWatch, RawTerminal, StandardOutput,
 };
+use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
 use crate::memory::{self, Sharing};
@@ -89,6 +91,14 @@ enum Ending {
 /// # Errors
 /// A machine that cannot be planned or made.
 pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
+    let pinning = orders.config.pinning.clone();
+    // Threads run where the one that starts them does: vCPUs without CPUs of their own go back to
+    // where this one was.
+    let mut everywhere = Vec::new();
+    if !orders.config.io_cpus.is_empty() {
+        everywhere = allowed_cpus();
+        affinity::run_on(&orders.config.io_cpus).fault(Status::Usage)?;
+    }
     let mut events = Events::new(orders.on_panic)?;
     let mut memory = None;
     let mut terminal = None;
@@ -122,7 +132,8 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                     true => Sharing::Shared,
                     false => Sharing::Private,
                 };
-                let mapped = memory::map(&plan.layout.ram, sharing).fault(Status::Host)?;
+                let mapped = memory::map(&plan.layout.ram, sharing, orders.config.backing)
+                    .fault(Status::Host)?;
                 memory.insert(Arc::new(mapped))
             }
         };
@@ -142,6 +153,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         let mut vcpus = Vec::new();
         for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
             let teller = events.teller();
+            let cpus = pinning.cpus.get(index).unwrap_or(&everywhere).clone();
             let (bus, flag) = (Arc::clone(&machine.bus), Arc::clone(&stopping));
             let (serial, hvc) = (machine.devices.serial.clone(), hvc.clone());
             let halt = Arc::clone(&stopping);
@@ -155,7 +167,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                 }
                 teller.tell(Event::Told(told));
             };
-            vcpus.push(RunningVcpu::start::<A>(index, vcpu, bus, flag, tell)?);
+            vcpus.push(RunningVcpu::start::<A>(index, vcpu, bus, flag, cpus, tell)?);
         }
         let ending = events.watch(&machine.devices, &machine.light, terminal.is_some());
         stop(&vcpus, &stopping);

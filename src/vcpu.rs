@@ -1,5 +1,6 @@
 //! A vCPU's thread: run, answer the exit, again.
 
+use crate::affinity;
 use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{KvmArch, RawExit};
 use anyhow::{Context, Result};
@@ -13,6 +14,10 @@ use std::thread::JoinHandle;
 
 /// Small, so that a huge page never backs it: the deepest call is a device's register access.
 const STACK_BYTES: usize = 128 << 10;
+
+/// Why KVM did not enter the guest: the vCPU's PMU is that of another kind of core
+/// (KVM_EXIT_FAIL_ENTRY_CPU_UNSUPPORTED; arch/arm64/kvm/arm.c: kvm_arch_vcpu_load).
+const UNSUPPORTED_CPU: u64 = 1;
 
 /// What a vCPU's exit means for the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +72,9 @@ pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
             "KVM reported a system event of unknown type {kind}"
         )),
         VcpuExit::Intr => Next::Run,
+        VcpuExit::FailEntry(UNSUPPORTED_CPU, cpu) => Next::Failed(format!(
+            "KVM cannot run it on CPU {cpu}, which is of another kind than its performance counters; keep it on one kind of core by --pin"
+        )),
         VcpuExit::FailEntry(reason, cpu) => Next::Failed(format!(
             "KVM cannot enter the guest on CPU {cpu} (hardware reason {reason:#x})"
         )),
@@ -97,7 +105,8 @@ pub struct RunningVcpu {
 }
 
 impl RunningVcpu {
-    /// Starts vCPU `index` on a thread of its own. It runs until `stopping` is set and it is
+    /// Starts vCPU `index` on a thread of its own, on these CPUs of the host, or on any where there
+    /// are none. It runs until `stopping` is set and it is
     /// [kicked](Self::kick), or until it has something to tell.
     ///
     /// # Errors
@@ -107,6 +116,7 @@ impl RunningVcpu {
         mut vcpu: VcpuFd,
         bus: Arc<Bus>,
         stopping: Arc<AtomicBool>,
+        cpus: Vec<u32>,
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<RunningVcpu> {
         let thread = std::thread::Builder::new()
@@ -114,6 +124,12 @@ impl RunningVcpu {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let _kickable = Kickable::new(&mut vcpu);
+                if !cpus.is_empty()
+                    && let Err(error) = affinity::run_on(&cpus)
+                {
+                    tell(Told::Failed(format!("vCPU {index} {error:#}")));
+                    return;
+                }
                 if let Some(told) = run::<A>(index, &mut vcpu, &bus, &stopping, &tell) {
                     tell(told);
                 }
@@ -319,7 +335,10 @@ mod tests {
         assert_eq!(answer(VcpuExit::Unsupported(28), &bus), Next::Raw(28));
         assert!(matches!(answer(VcpuExit::Hlt, &bus), Next::Failed(_)));
         assert!(
-            matches!(answer(VcpuExit::FailEntry(1, 2), &bus), Next::Failed(cause) if cause.contains("CPU 2"))
+            matches!(answer(VcpuExit::FailEntry(1, 2), &bus), Next::Failed(cause) if cause.contains("CPU 2") && cause.contains("--pin"))
+        );
+        assert!(
+            matches!(answer(VcpuExit::FailEntry(5, 2), &bus), Next::Failed(cause) if cause.contains("0x5"))
         );
     }
 }

@@ -7,6 +7,9 @@
 //! Each test says in its name what holds. Those that begin with [`rig::any`] run on every host,
 //! those with [`rig::main`] on the main one only, because they would show the same anywhere.
 
+/// Boards: recognised, planned for, refused.
+#[path = "boot/boards.rs"]
+mod boards;
 /// The console: every byte, in order, both ways, and no time taken while nothing comes.
 #[path = "boot/console.rs"]
 mod console;

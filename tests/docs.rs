@@ -1,4 +1,5 @@
-//! `docs/options.md` says what `--help` says, word for word. `UPDATE_GOLDEN=1` rewrites its blocks.
+//! `docs/options.md` says what `--help` says, word for word, and `docs/boards.md` has the table that
+//! `armlet boards --table` prints. `UPDATE_GOLDEN=1` rewrites both.
 
 use std::fs;
 use std::process::Command;
@@ -27,6 +28,25 @@ fn the_options_are_those_of_help() {
 
 const REWRITE: &str =
     "--help says something else; UPDATE_GOLDEN=1 cargo test --test docs rewrites it";
+
+#[test]
+fn the_table_of_boards_is_that_of_the_tool() {
+    const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/boards.md");
+    const MARK: &str = "<!-- armlet boards --table -->\n";
+    let written = fs::read_to_string(PATH).expect("docs/boards.md");
+    let (before, rest) = written.split_once(MARK).expect("a mark for the table");
+    let (_, after) = rest.split_once(END).expect("its end");
+    let table = stdout(&["boards", "--table"]);
+    let current = format!("{before}{MARK}{table}{END}{after}");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(PATH, current).expect("docs/boards.md can be written");
+        return;
+    }
+    assert!(
+        written == current,
+        "docs/boards.md: the table is now\n{table}UPDATE_GOLDEN=1 cargo test --test docs rewrites it"
+    );
+}
 
 #[test]
 fn every_command_is_documented() {
@@ -95,14 +115,19 @@ fn help(command: &str) -> String {
     let arguments = command
         .strip_prefix("armlet")
         .unwrap_or_else(|| panic!("'{command}' is no command of armlet"));
-    let output = Command::new(env!("CARGO_BIN_EXE_armlet"))
-        .args(arguments.split_whitespace())
-        .arg("--help")
-        .output()
-        .expect("armlet runs");
-    assert!(output.status.success(), "{command} --help: {output:?}");
-    let text = String::from_utf8(output.stdout).expect("UTF-8");
-    text.lines()
+    let words: Vec<&str> = arguments.split_whitespace().chain(["--help"]).collect();
+    stdout(&words)
+        .lines()
         .map(|line| format!("{}\n", line.trim_end()))
         .collect()
+}
+
+/// What armlet prints.
+fn stdout(words: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_armlet"))
+        .args(words)
+        .output()
+        .expect("armlet runs");
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).expect("UTF-8")
 }

@@ -5,6 +5,8 @@
 
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::{self, Aarch64};
+use armlet_arch::board::{Profile, Severity};
+use armlet_arch::cores::{Cache, CacheKind, ToldCore};
 use armlet_arch::image::{Arm64Image, Placement};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::plan::MEMORY_UNIT;
@@ -48,6 +50,7 @@ fn request<A: Arch>(board: &Board) -> Request<A> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
+        topology: Default::default(),
     }
 }
 
@@ -115,6 +118,37 @@ const CASES: &[Case] = &[
         },
     },
     Case {
+        name: "virt-two-kinds",
+        board: VIRT,
+        change: |request, _| {
+            request.cpus = 3;
+            let core = |kind, capacity| ToldCore { kind, capacity };
+            request.topology.cores = vec![core(0, 530), core(1, 1024), core(1, 1024)];
+        },
+    },
+    Case {
+        name: "virt-caches",
+        board: VIRT,
+        change: |request, _| {
+            request.cpus = 2;
+            let cache = |level, kind, size, shared| Cache {
+                level,
+                kind,
+                size,
+                line: 64,
+                sets: 256,
+                shared,
+            };
+            // A Raspberry Pi 5's.
+            request.topology.caches = vec![
+                cache(1, CacheKind::Data, 64 << 10, false),
+                cache(1, CacheKind::Instruction, 64 << 10, false),
+                cache(2, CacheKind::Unified, 512 << 10, false),
+                cache(3, CacheKind::Unified, 2 << 20, true),
+            ];
+        },
+    },
+    Case {
         name: "highbank-default",
         board: HIGHBANK,
         change: |_, _| (),
@@ -144,20 +178,36 @@ impl Machine {
         request: &Request<Aarch64>,
         host: &aarch64::Host,
     ) -> Machine {
-        let plan = plan(board, request, host).unwrap_or_else(|error| panic!("{name}: {error}"));
-        Machine {
+        Machine::try_planned(name, board, request, host)
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn try_planned(
+        name: &str,
+        board: &Board,
+        request: &Request<Aarch64>,
+        host: &aarch64::Host,
+    ) -> Result<Machine, PlanError> {
+        let plan = plan(board, request, host)?;
+        Ok(Machine {
             name: name.to_owned(),
             map: map(&plan),
             dts: aarch64::device_tree(board, &plan, request).to_dts(),
             dtb: plan.blobs[0].bytes.clone(),
-        }
+        })
     }
+}
+
+/// Whether no guest runs on the board's hosts.
+fn is_refused(board: &Board) -> bool {
+    let mut notes = board.host.notes.iter();
+    notes.any(|note| note.severity == Severity::Stops)
 }
 
 fn machines() -> Vec<Machine> {
     let defaults = boards()
         .into_iter()
-        .filter(|(_, board)| board.arch == Architecture::Aarch64)
+        .filter(|(_, board)| board.arch == Architecture::Aarch64 && !is_refused(board))
         .map(|(name, board)| {
             let host = Aarch64::assumed_host(&board);
             Machine::planned(&default_case(&name), &board, &request(&board), &host)
@@ -169,11 +219,19 @@ fn machines() -> Vec<Machine> {
 fn boards() -> Vec<(String, Board)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("boards");
     let mut boards = Vec::new();
-    for entry in fs::read_dir(folder).expect("boards/") {
+    for entry in fs::read_dir(&folder).expect("boards/") {
         let path = entry.expect("an entry").path();
         let text = fs::read_to_string(&path).expect("text");
         let name = path.file_stem().expect("a name").to_string_lossy();
-        let board = Board::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let parent = |_: &str, name: &str| {
+            let path = folder.join(format!("{name}.toml"));
+            let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
+            Ok((name.to_owned(), text))
+        };
+        let profile = Profile::read(&name, &text, &parent);
+        let board = profile
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+            .board;
         assert_eq!(board.name, name, "a board has the name of its file");
         boards.push((name.into_owned(), board));
     }
@@ -266,6 +324,14 @@ fn machines_are_those_of_the_golden_files() {
                 .unwrap_or_else(|error| panic!("{name}: {error}"));
             compare_with_golden(&format!("{}.map", default_case(&name)), &map(&plan));
         }
+        if is_refused(&board) {
+            let host = Aarch64::assumed_host(&board);
+            let error = Machine::try_planned(&name, &board, &request(&board), &host)
+                .err()
+                .unwrap_or_else(|| panic!("{name} is planned, though no guest runs there"));
+            let text = format!("{error}\n");
+            compare_with_golden(&format!("{}.refusal", default_case(&name)), &text);
+        }
     }
 }
 
@@ -280,6 +346,10 @@ fn every_board_has_golden_files_and_every_golden_file_a_machine() {
         .collect();
     for (name, board) in boards() {
         let case = default_case(&name);
+        if is_refused(&board) {
+            wanted.insert(format!("{case}.refusal"));
+            continue;
+        }
         wanted.insert(format!("{case}.map"));
         if board.arch == Architecture::Aarch64 {
             wanted.insert(format!("{case}.dts"));

@@ -1,11 +1,21 @@
 //! Board profiles: what a TOML file of `boards/` says, as a value.
 
+mod fields;
+mod layers;
+mod signature;
+
+pub use layers::{Find, Place};
+pub use signature::{Identity, Midr, Signature, recognize};
+
+use crate::backing::HugePages;
+use crate::cores::PinPolicy;
 use crate::irq::GicChoice;
 use crate::size::parse_size;
 use crate::width::{MAX_BITS, MIN_BITS, WidthPolicy};
+use fields::{Fields, Line, Record};
+use layers::Item;
 use serde::Serialize;
 use std::fmt;
-use toml_span::value::{Table, Value, ValueInner};
 
 /// An instruction set that guests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -58,8 +68,50 @@ pub struct AssumedHost {
     pub page_size: u64,
     /// GIC versions that KVM emulates (2, 3).
     pub gic: Vec<u8>,
-    /// Page sizes in bytes that guest kernels may use.
+    /// Page sizes in bytes that guest kernels may use, and host kernels too.
     pub guest_pages: Vec<u64>,
+    /// Bytes of memory that such hosts are sold with, fewest first.
+    pub ram: Vec<u64>,
+    /// Its cores by kind, in the order of their numbers. A board without any is generic: nothing
+    /// is known of the host.
+    pub clusters: Vec<Cluster>,
+    /// What to know of such hosts.
+    pub notes: Vec<HostNote>,
+}
+
+/// Cores of one kind with successive numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// Their name ("Cortex-A76").
+    pub core: String,
+    /// What they are, by MIDR_EL1.
+    pub midr: Option<Midr>,
+    /// How many there are.
+    pub cpus: u32,
+    /// Computing power beside the other kinds, where 1024 is the most.
+    pub capacity: u32,
+}
+
+/// How much a fact about a host matters, most first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// No guest runs.
+    Stops,
+    /// Some guests do not run, or run slower.
+    Limits,
+    /// Good to know.
+    Note,
+}
+
+/// What to know of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostNote {
+    /// How much it matters.
+    pub severity: Severity,
+    /// What it is.
+    pub what: String,
+    /// What to do about it.
+    pub fix: String,
 }
 
 /// Values for flags that were not given.
@@ -75,6 +127,10 @@ pub struct GuestDefaults {
     pub gic: GicChoice,
     /// IPA bits.
     pub width: WidthPolicy,
+    /// Which CPUs the vCPUs run on.
+    pub pin: PinPolicy,
+    /// What pages its memory is made of.
+    pub huge_pages: HugePages,
 }
 
 /// A bank of RAM.
@@ -147,20 +203,20 @@ pub struct VirtioSlots {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BoardError {
     /// The text is no TOML.
-    #[error("line {line}: {cause}")]
+    #[error("{place}: {cause}")]
     Syntax {
-        /// Line, from 1.
-        line: usize,
+        /// Where.
+        place: Place,
         /// What the parser says.
         cause: String,
     },
     /// A key that no board has.
     #[error(
-        "line {line}: unknown key '{key}' in {table}; did you mean '{nearest}'? Known here: {known}"
+        "{place}: unknown key '{key}' in {table}; did you mean '{nearest}'? Known here: {known}"
     )]
     UnknownKey {
-        /// Line, from 1.
-        line: usize,
+        /// Where.
+        place: Place,
         /// The key.
         key: String,
         /// The table that it stands in.
@@ -181,10 +237,10 @@ pub enum BoardError {
         example: String,
     },
     /// A value that does not fit its key.
-    #[error("line {line}: '{key}' {cause}")]
+    #[error("{place}: '{key}' {cause}")]
     Value {
-        /// Line, from 1.
-        line: usize,
+        /// Where.
+        place: Place,
         /// The key.
         key: String,
         /// What is wrong and what is valid.
@@ -193,108 +249,242 @@ pub enum BoardError {
 }
 
 impl Board {
-    /// Reads a board file's text.
+    /// Reads the text of a board file that inherits from no other.
+    ///
+    /// # Errors
+    /// As [`Profile::read`].
+    pub fn parse(text: &str) -> Result<Board, BoardError> {
+        let alone =
+            |_: &str, name: &str| Err(format!("is '{name}', and no other board is at hand"));
+        Profile::read("", text, &alone).map(|profile| profile.board)
+    }
+}
+
+/// A board with the places that its values come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Profile {
+    /// The board.
+    pub board: Board,
+    lines: Vec<Line>,
+}
+
+impl Profile {
+    /// Reads a board file's text. `name` is what the file is called, `find` finds those that it
+    /// inherits from.
     ///
     /// # Errors
     /// [`BoardError`]: no TOML, unknown or missing keys, values out of range. Overlaps are found
     /// when a machine is planned, since they depend on the memory asked for.
-    pub fn parse(text: &str) -> Result<Board, BoardError> {
-        let mut document = toml_span::parse(text).map_err(|error| BoardError::Syntax {
-            line: line_of(text, error.span.start),
-            cause: error.to_string(),
-        })?;
-        let mut root = Fields::of(text, "the board", document.take(), 0)?;
-        let arch = match root.string("arch", "\"aarch64\"")?.as_str() {
-            "aarch64" => Architecture::Aarch64,
-            "x86_64" => Architecture::X86_64,
-            other => return Err(root.wrong("arch", format!("is '{other}'; use aarch64 or x86_64"))),
-        };
-        let board = Board {
-            name: root.string("name", "\"my-board\"")?,
-            description: root.optional_string("description")?.unwrap_or_default(),
-            arch,
-            host: assumed_host(root.table("host", "[host]")?)?,
-            guest: guest_defaults(root.table("guest", "[guest]")?)?,
-            memory: root
-                .tables("memory")?
-                .into_iter()
-                .map(bank)
-                .collect::<Result<_, _>>()?,
-            gic: root.optional_table("gic")?.map(gic_windows).transpose()?,
-            devices: root
-                .tables("device")?
-                .into_iter()
-                .map(device)
-                .collect::<Result<_, _>>()?,
-            virtio_mmio: root
-                .optional_table("virtio-mmio")?
-                .map(virtio_slots)
-                .transpose()?,
-        };
-        root.finish(&[
-            "name",
-            "description",
-            "arch",
-            "host",
-            "guest",
-            "memory",
-            "gic",
-            "device",
-            "virtio-mmio",
-        ])?;
-        let missing = |key: &str, example: &str| BoardError::Missing {
-            table: "the board".to_owned(),
-            key: key.to_owned(),
-            example: example.to_owned(),
-        };
-        if board.memory.is_empty() {
-            return Err(missing("memory", "[[memory]] with base = 0x4000_0000"));
+    pub fn read(name: &str, text: &str, find: Find<'_>) -> Result<Profile, BoardError> {
+        let tree = layers::read(name, text, find)?;
+        let record = Record::default();
+        let board = board(Fields::top(tree, &record))?;
+        Ok(Profile {
+            board,
+            lines: record.into_inner(),
+        })
+    }
+
+    /// The board as a file that inherits from no other: behind each value the line that it comes
+    /// from, in this board's own file or in the one named, and the comment that stands there.
+    #[must_use]
+    pub fn show(&self) -> String {
+        let mut out = String::new();
+        for line in &self.lines {
+            match line {
+                Line::Table(head) => out += &format!("\n{head}\n"),
+                Line::Value {
+                    key,
+                    written,
+                    place,
+                    note,
+                } => {
+                    let from = match place {
+                        None => "default".to_owned(),
+                        Some(place) => {
+                            let file = place.parent.as_deref().unwrap_or(&self.board.name);
+                            format!("{file}:{}", place.line)
+                        }
+                    };
+                    let space = if note.is_empty() { "" } else { "  " };
+                    out += &format!(
+                        "{:<39} # {from}{space}{note}\n",
+                        format!("{key} = {written}")
+                    );
+                }
+            }
         }
-        if board.arch == Architecture::Aarch64 && board.gic.is_none() {
-            return Err(missing("gic", "[gic] with its windows"));
-        }
-        Ok(board)
+        out
     }
 }
 
+fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
+    let name = root.string("name", "\"my-board\"")?;
+    let description = root.optional_string("description")?.unwrap_or_default();
+    let arch = architecture(&mut root)?;
+    // Recognition reads it by itself; here it is checked.
+    if let Some(fields) = root.optional_table("match")? {
+        signature::signature(fields)?;
+    }
+    let board = Board {
+        name,
+        description,
+        arch,
+        host: assumed_host(root.table("host", "[host]")?)?,
+        guest: guest_defaults(root.table("guest", "[guest]")?)?,
+        memory: each(root.tables("memory")?, bank)?,
+        gic: root.optional_table("gic")?.map(gic_windows).transpose()?,
+        devices: each(root.tables("device")?, device)?,
+        virtio_mmio: root
+            .optional_table("virtio-mmio")?
+            .map(virtio_slots)
+            .transpose()?,
+    };
+    root.finish(&[
+        "name",
+        "description",
+        "inherits",
+        "arch",
+        "match",
+        "host",
+        "guest",
+        "memory",
+        "gic",
+        "device",
+        "virtio-mmio",
+    ])?;
+    let missing = |key: &str, example: &str| BoardError::Missing {
+        table: "the board".to_owned(),
+        key: key.to_owned(),
+        example: example.to_owned(),
+    };
+    if board.memory.is_empty() {
+        return Err(missing("memory", "[[memory]] with base = 0x4000_0000"));
+    }
+    if board.arch == Architecture::Aarch64 && board.gic.is_none() {
+        return Err(missing("gic", "[gic] with its windows"));
+    }
+    Ok(board)
+}
+
+/// What `read` makes of each table.
+fn each<'a, T>(
+    tables: Vec<Fields<'a>>,
+    read: fn(Fields<'a>) -> Result<T, BoardError>,
+) -> Result<Vec<T>, BoardError> {
+    tables.into_iter().map(read).collect()
+}
+
+fn architecture(root: &mut Fields<'_>) -> Result<Architecture, BoardError> {
+    match root.string("arch", "\"aarch64\"")?.as_str() {
+        "aarch64" => Ok(Architecture::Aarch64),
+        "x86_64" => Ok(Architecture::X86_64),
+        other => Err(root.wrong("arch", format!("is '{other}'; use aarch64 or x86_64"))),
+    }
+}
+
+fn is_page(size: &u64) -> bool {
+    matches!(size, 0x1000 | 0x4000 | 0x1_0000)
+}
+
+/// A size among those that `fits` lets through.
+fn size_item(item: &Item, fits: fn(&u64) -> bool) -> Option<u64> {
+    match item {
+        Item::Text(text) => parse_size(text).ok().filter(fits),
+        _ => None,
+    }
+}
+
+const PAGES: &str = "\"4K\", \"16K\", \"64K\"";
+
 fn assumed_host(mut fields: Fields<'_>) -> Result<AssumedHost, BoardError> {
-    let mut ipa_limit = fields.number("ipa-limit", "ipa-limit = 48")?;
-    if !(u64::from(MIN_BITS)..=u64::from(MAX_BITS)).contains(&ipa_limit) {
-        return Err(fields.wrong(
-            "ipa-limit",
-            format!("must be {MIN_BITS} to {MAX_BITS} bits"),
-        ));
-    }
-    // The check above keeps it within a byte.
-    ipa_limit &= 0xff;
+    let ipa_limit = match fields.number("ipa-limit", "ipa-limit = 48")? {
+        bits if (u64::from(MIN_BITS)..=u64::from(MAX_BITS)).contains(&bits) => bits as u8,
+        _ => {
+            let cause = format!("must be {MIN_BITS} to {MAX_BITS} bits");
+            return Err(fields.wrong("ipa-limit", cause));
+        }
+    };
     let page_size = fields.size("page-size", "page-size = \"4K\"")?;
-    let pages = |size: &u64| matches!(size, 0x1000 | 0x4000 | 0x1_0000);
-    if !pages(&page_size) {
-        return Err(fields.wrong("page-size", "must be 4K, 16K or 64K".to_owned()));
+    if !is_page(&page_size) {
+        return Err(fields.wrong("page-size", "must be 4K, 16K or 64K"));
     }
-    let gic = fields.list("gic", |value| match value {
-        ValueInner::Integer(2) => Some(2),
-        ValueInner::Integer(3) => Some(3),
+    let gic = fields.required_list("gic", "2 and 3", |item| match item {
+        Item::Number(2) => Some(2),
+        Item::Number(3) => Some(3),
         _ => None,
     })?;
-    let gic = gic.ok_or_else(|| fields.wrong("gic", "must be a list of 2 and 3".to_owned()))?;
-    let guest_pages = fields
-        .list("guest-pages", |value| {
-            let text = value.as_str()?;
-            parse_size(text).ok().filter(pages)
-        })?
-        .ok_or_else(|| {
-            fields.wrong(
-                "guest-pages",
-                "must be a list of \"4K\", \"16K\", \"64K\"".to_owned(),
-            )
-        })?;
-    fields.finish(&["ipa-limit", "page-size", "gic", "guest-pages"])?;
+    let guest_pages =
+        fields.required_list("guest-pages", PAGES, |item| size_item(item, is_page))?;
+    if !guest_pages.contains(&page_size) {
+        return Err(fields.wrong("page-size", "must be among the guest-pages"));
+    }
+    let ram = fields.list("ram", "sizes such as \"8G\", fewest first", |item| {
+        size_item(item, |bytes| *bytes > 0)
+    })?;
+    let clusters = each(fields.tables("cluster")?, cluster)?;
+    let notes = each(fields.tables("note")?, note)?;
+    fields.finish(&[
+        "ipa-limit",
+        "page-size",
+        "gic",
+        "guest-pages",
+        "ram",
+        "cluster",
+        "note",
+    ])?;
     Ok(AssumedHost {
-        ipa_limit: ipa_limit as u8,
+        ipa_limit,
         page_size,
         gic,
         guest_pages,
+        ram,
+        clusters,
+        notes,
+    })
+}
+
+/// The most computing power (Documentation/devicetree/bindings/cpu/cpu-capacity.txt).
+pub const FULL_CAPACITY: u32 = 1024;
+
+fn cluster(mut fields: Fields<'_>) -> Result<Cluster, BoardError> {
+    let core = fields.string("core", "\"Cortex-A76\"")?;
+    let midr = fields.optional_number("midr")?.map(Midr::kind);
+    let cpus = fields.number_u32("cpus", "cpus = 4")?;
+    let capacity = match fields.optional_number("capacity")? {
+        None => FULL_CAPACITY,
+        Some(value @ 1..=1024) => value as u32,
+        Some(_) => return Err(fields.wrong("capacity", "must be 1 to 1024")),
+    };
+    if !(1..=4096).contains(&cpus) {
+        return Err(fields.wrong("cpus", "must be 1 to 4096"));
+    }
+    fields.finish(&["core", "midr", "cpus", "capacity"])?;
+    Ok(Cluster {
+        core,
+        midr,
+        cpus,
+        capacity,
+    })
+}
+
+fn note(mut fields: Fields<'_>) -> Result<HostNote, BoardError> {
+    let severity = match fields.string("severity", "\"note\"")?.as_str() {
+        "stops" => Severity::Stops,
+        "limits" => Severity::Limits,
+        "note" => Severity::Note,
+        other => {
+            let cause = format!("is '{other}'; use stops, limits or note");
+            return Err(fields.wrong("severity", cause));
+        }
+    };
+    let what = fields.string("what", "\"no GIC\"")?;
+    let fix = fields.string("fix", "\"use another board\"")?;
+    fields.finish(&["severity", "what", "fix"])?;
+    Ok(HostNote {
+        severity,
+        what,
+        fix,
     })
 }
 
@@ -302,15 +492,27 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
     let cpus = fields.number_u32("cpus", "cpus = 1")?;
     let memory = fields.size("memory", "memory = \"512M\"")?;
     let cmdline = fields.optional_string("cmdline")?.unwrap_or_default();
-    let gic = fields.parsed("gic")?.unwrap_or_default();
-    let width = fields.parsed("ipa-bits")?.unwrap_or_default();
-    fields.finish(&["cpus", "memory", "cmdline", "gic", "ipa-bits"])?;
+    let gic = fields.parsed("gic")?;
+    let width = fields.parsed("ipa-bits")?;
+    let pin = fields.parsed("pin")?;
+    let huge_pages = fields.parsed("hugepages")?;
+    fields.finish(&[
+        "cpus",
+        "memory",
+        "cmdline",
+        "gic",
+        "ipa-bits",
+        "pin",
+        "hugepages",
+    ])?;
     Ok(GuestDefaults {
         cpus,
         memory,
         cmdline,
         gic,
         width,
+        pin,
+        huge_pages,
     })
 }
 
@@ -397,206 +599,6 @@ fn virtio_slots(mut fields: Fields<'_>) -> Result<VirtioSlots, BoardError> {
     Ok(slots)
 }
 
-/// The fields of one table, taken one by one; what is left at the end is unknown.
-struct Fields<'a> {
-    text: &'a str,
-    name: String,
-    table: Table<'a>,
-    /// Where the fields already taken stand in the text, for errors about their values.
-    taken: Vec<(&'static str, usize)>,
-}
-
-impl<'a> Fields<'a> {
-    fn of(text: &'a str, name: &str, value: ValueInner<'a>, at: usize) -> Result<Self, BoardError> {
-        match value {
-            ValueInner::Table(table) => Ok(Fields {
-                text,
-                name: name.to_owned(),
-                table,
-                taken: Vec::new(),
-            }),
-            _ => Err(BoardError::Value {
-                line: line_of(text, at),
-                key: name.to_owned(),
-                cause: "must be a table".to_owned(),
-            }),
-        }
-    }
-
-    fn take(&mut self, key: &'static str) -> Option<Value<'a>> {
-        let value = self.table.remove(key)?;
-        self.taken.push((key, value.span.start));
-        Some(value)
-    }
-
-    fn missing(&self, key: &str, example: &str) -> BoardError {
-        BoardError::Missing {
-            table: self.name.clone(),
-            key: key.to_owned(),
-            example: example.to_owned(),
-        }
-    }
-
-    fn wrong(&self, key: &str, cause: String) -> BoardError {
-        let place = self.taken.iter().find(|(taken, _)| *taken == key);
-        BoardError::Value {
-            line: line_of(self.text, place.map_or(0, |(_, offset)| *offset)),
-            key: key.to_owned(),
-            cause,
-        }
-    }
-
-    fn optional_string(&mut self, key: &'static str) -> Result<Option<String>, BoardError> {
-        match self.take(key).map(|mut value| value.take()) {
-            None => Ok(None),
-            Some(ValueInner::String(text)) if text.contains(char::is_control) => {
-                Err(self.wrong(key, "must be one line of printable text".to_owned()))
-            }
-            Some(ValueInner::String(text)) => Ok(Some(text.into_owned())),
-            Some(_) => Err(self.wrong(key, "must be a string in quotes".to_owned())),
-        }
-    }
-
-    fn string(&mut self, key: &'static str, example: &str) -> Result<String, BoardError> {
-        self.optional_string(key)?
-            .ok_or_else(|| self.missing(key, &format!("{key} = {example}")))
-    }
-
-    fn number(&mut self, key: &'static str, example: &str) -> Result<u64, BoardError> {
-        match self.take(key).map(|mut value| value.take()) {
-            None => Err(self.missing(key, example)),
-            Some(ValueInner::Integer(number)) => u64::try_from(number)
-                .map_err(|_| self.wrong(key, format!("is {number}; it can't be negative"))),
-            Some(_) => Err(self.wrong(key, format!("must be a number: {example}"))),
-        }
-    }
-
-    fn number_u32(&mut self, key: &'static str, example: &str) -> Result<u32, BoardError> {
-        let number = self.number(key, example)?;
-        u32::try_from(number).map_err(|_| self.wrong(key, format!("is {number}; that is too many")))
-    }
-
-    fn spi(&mut self, key: &'static str) -> Result<u32, BoardError> {
-        match self.number_u32(key, "spi = 1")? {
-            // KVM takes at most 992 interrupts, 32 of them private (arch/arm64/kvm/vgic/
-            // vgic-kvm-device.c: vgic_set_common_attr).
-            spi @ 0..960 => Ok(spi),
-            spi => Err(self.wrong(key, format!("is {spi}; SPIs are numbered 0 to 959"))),
-        }
-    }
-
-    fn optional_size(&mut self, key: &'static str) -> Result<Option<u64>, BoardError> {
-        match self.optional_string(key)?.map(|text| parse_size(&text)) {
-            None => Ok(None),
-            Some(Ok(0)) => Err(self.wrong(key, "must not be 0".to_owned())),
-            Some(Ok(bytes)) => Ok(Some(bytes)),
-            Some(Err(cause)) => Err(self.wrong(key, format!("holds a bad size: {cause}"))),
-        }
-    }
-
-    fn size(&mut self, key: &'static str, example: &str) -> Result<u64, BoardError> {
-        self.optional_size(key)?
-            .ok_or_else(|| self.missing(key, example))
-    }
-
-    fn parsed<T: std::str::FromStr<Err = String>>(
-        &mut self,
-        key: &'static str,
-    ) -> Result<Option<T>, BoardError> {
-        match self.optional_string(key)?.map(|text| text.parse()) {
-            None => Ok(None),
-            Some(Ok(value)) => Ok(Some(value)),
-            Some(Err(cause)) => Err(self.wrong(key, format!("does not fit: {cause}"))),
-        }
-    }
-
-    /// The items of a list; `Ok(None)` if one of them does not fit.
-    fn list<T>(
-        &mut self,
-        key: &'static str,
-        item: impl Fn(&ValueInner<'a>) -> Option<T>,
-    ) -> Result<Option<Vec<T>>, BoardError> {
-        match self.take(key).map(|mut value| value.take()) {
-            None => Err(self.missing(key, &format!("{key} = [..]"))),
-            Some(ValueInner::Array(items)) => Ok(items
-                .into_iter()
-                .map(|mut value| item(&value.take()))
-                .collect()),
-            Some(_) => Ok(None),
-        }
-    }
-
-    fn optional_table(&mut self, key: &'static str) -> Result<Option<Fields<'a>>, BoardError> {
-        self.take(key)
-            .map(|mut value| {
-                let at = value.span.start;
-                Fields::of(self.text, &format!("[{key}]"), value.take(), at)
-            })
-            .transpose()
-    }
-
-    fn table(&mut self, key: &'static str, example: &str) -> Result<Fields<'a>, BoardError> {
-        self.optional_table(key)?
-            .ok_or_else(|| self.missing(key, example))
-    }
-
-    fn tables(&mut self, key: &'static str) -> Result<Vec<Fields<'a>>, BoardError> {
-        match self.take(key).map(|mut value| value.take()) {
-            None => Ok(Vec::new()),
-            Some(ValueInner::Array(items)) => items
-                .into_iter()
-                .map(|mut value| {
-                    let at = value.span.start;
-                    Fields::of(self.text, &format!("[[{key}]]"), value.take(), at)
-                })
-                .collect(),
-            Some(_) => Err(self.wrong(key, format!("must be a list of tables: [[{key}]]"))),
-        }
-    }
-
-    fn finish(self, known: &[&str]) -> Result<(), BoardError> {
-        let Some(key) = self.table.keys().next() else {
-            return Ok(());
-        };
-        let nearest = known
-            .iter()
-            .min_by_key(|name| distance(name, &key.name))
-            .copied()
-            .unwrap_or_default();
-        Err(BoardError::UnknownKey {
-            line: line_of(self.text, key.span.start),
-            key: key.name.escape_debug().to_string(),
-            table: self.name,
-            nearest: nearest.to_owned(),
-            known: known.join(", "),
-        })
-    }
-}
-
-fn line_of(text: &str, offset: usize) -> usize {
-    text.bytes()
-        .take(offset)
-        .filter(|&byte| byte == b'\n')
-        .count()
-        + 1
-}
-
-/// The Levenshtein distance of two words.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -623,7 +625,10 @@ mod tests {
     fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
         let error = refused("ipa-limit = 48", "ipa-limit = 48\nipa-limitt = 3");
         let BoardError::UnknownKey {
-            line, key, nearest, ..
+            place,
+            key,
+            nearest,
+            ..
         } = &error
         else {
             panic!("{error}");
@@ -634,7 +639,7 @@ mod tests {
         );
         assert!(
             VIRT.lines()
-                .nth(line - 2)
+                .nth(place.line - 2)
                 .is_some_and(|text| text.contains("ipa-limit"))
         );
     }

@@ -6,7 +6,9 @@
 //! host; nothing here does I/O or knows which machine it was compiled for.
 
 pub mod aarch64;
+pub mod backing;
 pub mod board;
+pub mod cores;
 pub mod image;
 pub mod irq;
 pub mod plan;
@@ -45,6 +47,10 @@ pub trait Arch: Sized + Clone + Debug + 'static {
 
     /// The host that a board assumes.
     fn assumed_host(board: &Board) -> Self::Host;
+
+    /// How a host differs from the one that the board is for, as far as that is known, each in
+    /// words. A host that only has more pages or memory does not differ.
+    fn differences(board: &Board, host: &Self::Host) -> Vec<String>;
 
     /// Places the interrupt controller: in the board's windows, and above `ram` (in order of
     /// address) what does not fit there.

@@ -1,6 +1,7 @@
 //! The plan of a machine, and the one function that makes it.
 
 use crate::board::{BoardDeviceKind, Share};
+use crate::cores::Topology;
 use crate::irq::{GicChoice, Spi};
 use crate::range::Range;
 use crate::size::{parse_size, show_size};
@@ -54,6 +55,8 @@ pub struct Request<A: Arch> {
     pub virtio: Vec<String>,
     /// Bytes of each persistent memory, in the order of their devices.
     pub pmem: Vec<u64>,
+    /// What the guest is told of its cores.
+    pub topology: Topology,
 }
 
 /// Fresh random numbers for one start of the guest.
@@ -757,10 +760,7 @@ fn with_memory_limit<A: Arch>(
         Some(Err(PlanError::TooWide { limit, .. })) => PlanError::MemoryWraps {
             asked: show_size(request.memory),
             limit,
-            advice: advice_on_memory(
-                largest_memory::<A>(board, request, host, limit),
-                &board.name,
-            ),
+            advice: advice_on_memory(most_memory::<A>(board, request, host, limit), &board.name),
         },
         _ => error,
     }
@@ -785,7 +785,7 @@ fn with_advice<A: Arch>(
         PlanError::TooNarrow { asked, .. } => *asked,
         _ => return error,
     };
-    let fits = largest_memory::<A>(board, request, host, bits);
+    let fits = most_memory::<A>(board, request, host, bits);
     let smaller = advice_on_memory(fits, &board.name);
     match error {
         PlanError::TooWide {
@@ -862,8 +862,10 @@ fn with_bank_limit<A: Arch>(
     }
 }
 
-/// The most memory, at most what was asked for, with which the machine fits `bits` address bits.
-fn largest_memory<A: Arch>(
+/// The most memory in bytes, at most what was asked for, with which the machine fits `bits` address
+/// bits; `None` if none does.
+#[must_use]
+pub fn most_memory<A: Arch>(
     board: &Board,
     request: &Request<A>,
     host: &A::Host,

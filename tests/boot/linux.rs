@@ -64,8 +64,10 @@ fn debian_boots_to_user_space_and_powers_off() {
 fn the_kernel_finds_the_machine_that_the_tree_describes() {
     let Some(rig) = rig::any() else { return };
     let dmesg = section(&standard(rig).script, "dmesg");
+    let profile = rig.facts.all["profile"].as_str().expect("a name");
+    let model = format!("Machine model: armlet,{profile}");
     for (part, line) in [
-        ("the board", "Machine model: armlet,virt"),
+        ("the board", model.as_str()),
         ("PSCI", "psci: PSCIv1."),
         (
             "PSCI's conduit",

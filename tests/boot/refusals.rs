@@ -351,17 +351,17 @@ impl Bad {
 
 #[test]
 fn plan_refuses_bad_kernels_and_initrds() {
-    Bad::kernels().assert_refused_by(&["plan"]);
+    Bad::kernels().assert_refused_by(&["plan", "--host", "virt"]);
 }
 
 #[test]
 fn plan_refuses_bad_options() {
-    Bad::options().assert_refused_by(&["plan"]);
+    Bad::options().assert_refused_by(&["plan", "--host", "virt"]);
 }
 
 #[test]
 fn plan_refuses_bad_boards() {
-    Bad::boards().assert_refused_by(&["plan"]);
+    Bad::boards().assert_refused_by(&["plan", "--host", "virt"]);
 }
 
 #[test]
@@ -484,12 +484,16 @@ fn the_advice_about_memory_is_good() {
     };
     let kernel = bad.file("kernel", &image.holding(&Program::default()));
     let line = assert_refused(
-        &["plan", "--kernel", &kernel, "--memory", "64M"],
+        &[
+            "plan", "--host", "virt", "--kernel", &kernel, "--memory", "64M",
+        ],
         2,
         &["64M", "104857600"],
     );
     assert_accepted(&[
         "plan",
+        "--host",
+        "virt",
         "--kernel",
         &kernel,
         "--memory",
@@ -497,12 +501,16 @@ fn the_advice_about_memory_is_good() {
     ]);
 
     // The board's assumed host has 48 bits, of which RAM begins at 1 GiB.
-    let line = assert_refused(&["plan", "--memory", "300T"], 3, &["offers 48", "needs 49"]);
+    let line = assert_refused(
+        &["plan", "--host", "virt", "--memory", "300T"],
+        3,
+        &["offers 48", "needs 49"],
+    );
     let most = advised(&line, "--memory");
     assert_eq!(most, "262143G");
-    assert_accepted(&["plan", "--memory", most]);
+    assert_accepted(&["plan", "--host", "virt", "--memory", most]);
     assert_refused(
-        &["plan", "--memory", "268434433M"],
+        &["plan", "--host", "virt", "--memory", "268434433M"],
         3,
         &["use --memory 262143G or less"],
     );
@@ -533,7 +541,7 @@ fn the_largest_memory_for_this_host_is_named() {
 #[test]
 fn vcpus_beyond_the_interrupt_controller_are_refused() {
     assert_refused(
-        &["plan", "--cpus", "513"],
+        &["plan", "--host", "virt", "--cpus", "513"],
         2,
         &["513 vCPUs", "--cpus 512 or fewer"],
     );
@@ -547,7 +555,11 @@ fn vcpus_beyond_the_interrupt_controller_are_refused() {
         2,
         &["9 vCPUs", "--cpus 8 or fewer"],
     );
-    assert_refused(&["plan", "--gic", "2"], 3, &["GICv2", "GICv3"]);
+    assert_refused(
+        &["plan", "--host", "virt", "--gic", "2"],
+        3,
+        &["GICv2", "GICv3"],
+    );
 
     let Some(rig) = rig::any() else { return };
     let kernel = bad.file("kernel", &Program::default().power_off().image());
@@ -602,9 +614,9 @@ fn damage_that_only_unpacking_finds_ends_the_run() {
 #[test]
 fn a_plan_that_nobody_reads_is_an_error_in_one_line() {
     for arguments in [
-        &["plan"] as &[&str],
-        &["plan", "--json"],
-        &["plan", "--dts"],
+        &["plan", "--host", "virt"] as &[&str],
+        &["plan", "--host", "virt", "--json"],
+        &["plan", "--host", "virt", "--dts"],
         &["boards"],
         &["--help"],
     ] {

@@ -287,6 +287,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            topology: Default::default(),
         }
     }
 

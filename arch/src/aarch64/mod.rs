@@ -89,6 +89,37 @@ impl Arch for Aarch64 {
         }
     }
 
+    fn differences(board: &Board, host: &Host) -> Vec<String> {
+        let expected = Self::assumed_host(board);
+        if board.host.clusters.is_empty() {
+            return Vec::new();
+        }
+        let mut differences = Vec::new();
+        let gics = |host: &Host| match (host.gic_v2, host.gic_v3) {
+            (false, false) => "no GIC",
+            (true, false) => "GICv2",
+            (false, true) => "GICv3",
+            (true, true) => "GICv2 and GICv3",
+        };
+        // A quick look at a host does not see a GICv2 beside a GICv3.
+        if expected.gic_v3 != host.gic_v3 || (!host.gic_v3 && expected.gic_v2 != host.gic_v2) {
+            let (has, wants) = (gics(host), gics(&expected));
+            differences.push(format!("its KVM has {has}, the board's {wants}"));
+        }
+        let (has, wants) = (host.ipa_limit, board.host.ipa_limit);
+        if has.unwrap_or(ipa::LEGACY_BITS) < wants {
+            let has = has.unwrap_or(ipa::LEGACY_BITS);
+            differences.push(format!("it has {has} IPA bits, the board's {wants}"));
+        }
+        if !expected.guest_pages.contains(&host.page_size) {
+            let pages = crate::size::show_size(host.page_size);
+            differences.push(format!(
+                "it has {pages} pages, which the board's cores lack"
+            ));
+        }
+        differences
+    }
+
     fn irqchip(
         board: &Board,
         request: &Request<Self>,
@@ -152,6 +183,34 @@ pub fn device_tree(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_is_compared_with_a_board_that_knows_it_and_with_no_other() {
+        let virt = Board::parse(include_str!("../../../boards/virt.toml")).expect("valid");
+        let host = Host {
+            gic_v2: true,
+            gic_v3: false,
+            ipa_limit: Some(40),
+            page_size: 0x4000,
+            ..Aarch64::assumed_host(&virt)
+        };
+        assert_eq!(Aarch64::differences(&virt, &host), Vec::<String>::new());
+        let mut known = virt;
+        known.host.clusters = vec![crate::board::Cluster {
+            core: "Cortex-A72".to_owned(),
+            midr: None,
+            cpus: 4,
+            capacity: 1024,
+        }];
+        known.host.guest_pages = vec![0x1000];
+        let differences = Aarch64::differences(&known, &host);
+        assert_eq!(differences.len(), 3, "{differences:?}");
+        assert!(differences[0].contains("GICv2, the board's GICv3"));
+        assert_eq!(
+            Aarch64::differences(&known, &Aarch64::assumed_host(&known)),
+            Vec::<String>::new()
+        );
+    }
 
     #[test]
     fn sixteen_vcpus_share_an_affinity_level() {

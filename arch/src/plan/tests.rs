@@ -18,6 +18,7 @@ fn request() -> Request<Aarch64> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
+        topology: Default::default(),
     }
 }
 

@@ -366,6 +366,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            topology: Default::default(),
         }
     }
 
@@ -645,7 +646,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_memory_map_is_ram_without_the_hole(units in 16_u64..(1 << 30)) {
+        fn the_memory_map_is_ram_without_the_hole(units in 16_u64..1_073_700_000) {
             let memory = units << 16;
             let plan = plan(&Request { kernel: None, ..request(memory, None) }).expect("fits");
             let map = read_e820(&plan.blobs[0].bytes);

@@ -97,6 +97,11 @@ impl Arch for X86_64 {
         }
     }
 
+    fn differences(_: &Board, _: &Host) -> Vec<String> {
+        // Boards for x86_64 are generic.
+        Vec::new()
+    }
+
     fn irqchip(
         _board: &Board,
         request: &Request<Self>,
@@ -186,6 +191,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            topology: Default::default(),
         }
     }
 

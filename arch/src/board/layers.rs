@@ -1,0 +1,214 @@
+//! A board file and those that it inherits from, as one tree of values that know where they stand.
+
+use super::BoardError;
+use std::fmt;
+use toml_span::Value;
+use toml_span::value::ValueInner;
+
+/// Most board files between a board and the one that inherits from no other.
+const DEEPEST: usize = 8;
+
+/// Finds the file of a board that another inherits from: the first name is that of the file that
+/// names it, the second what it names. Gives the name by which further files see it, and its text.
+pub type Find<'a> = &'a dyn Fn(&str, &str) -> Result<(String, String), String>;
+
+/// Where a value stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The board file, if it is not the one that was asked for.
+    pub parent: Option<Box<str>>,
+    /// Its line, from 1.
+    pub line: usize,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.parent {
+            None => write!(f, "line {}", self.line),
+            Some(parent) => write!(f, "line {} of '{parent}'", self.line),
+        }
+    }
+}
+
+/// A value with its place.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) item: Item,
+    pub(super) place: Place,
+    /// The value as TOML, for what is no table.
+    pub(super) written: String,
+    /// The comment behind it.
+    pub(super) note: String,
+}
+
+/// What board files hold.
+#[derive(Clone, Debug)]
+pub(super) enum Item {
+    Text(String),
+    Number(i64),
+    List(Vec<Entry>),
+    Table(Tree),
+    /// What no key of a board takes: fractions, truth values.
+    Other,
+}
+
+/// A table: its keys and their values, each key once.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tree(pub(super) Vec<(String, Entry)>);
+
+impl Tree {
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.0.iter().any(|(known, _)| known == key)
+    }
+
+    pub(super) fn remove(&mut self, key: &str) -> Option<Entry> {
+        let index = self.0.iter().position(|(known, _)| known == key)?;
+        Some(self.0.swap_remove(index).1)
+    }
+}
+
+/// The tree of the board file `text`, which is called `name`, with what it inherits.
+pub(super) fn read(name: &str, text: &str, find: Find<'_>) -> Result<Tree, BoardError> {
+    inherit(name, text, find, 0)
+}
+
+/// The tree of one file alone.
+pub(super) fn read_alone(text: &str) -> Result<Tree, BoardError> {
+    parse(text, None)
+}
+
+fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree, BoardError> {
+    let mut tree = parse(text, (depth > 0).then_some(name))?;
+    let Some(entry) = tree.remove("inherits") else {
+        return Ok(tree);
+    };
+    let refuse = |cause: String| BoardError::Value {
+        place: entry.place.clone(),
+        key: "inherits".to_owned(),
+        cause,
+    };
+    let Item::Text(wanted) = &entry.item else {
+        return Err(refuse("must be a board's name in quotes".to_owned()));
+    };
+    if depth == DEEPEST {
+        return Err(refuse(format!(
+            "leads through more than {DEEPEST} files; does a board inherit from itself?"
+        )));
+    }
+    let (parent, text) = find(name, wanted).map_err(refuse)?;
+    let mut inherited = inherit(&parent, &text, find, depth + 1)?;
+    // What names one board and no other.
+    for own in ["name", "description", "match"] {
+        inherited.remove(own);
+    }
+    merge(&mut inherited, tree);
+    Ok(inherited)
+}
+
+/// Tables are merged key by key; all else, lists of tables too, is replaced as a whole.
+fn merge(tree: &mut Tree, over: Tree) {
+    for (key, entry) in over.0 {
+        match (tree.remove(&key), entry) {
+            (
+                Some(Entry {
+                    item: Item::Table(mut below),
+                    ..
+                }),
+                Entry {
+                    item: Item::Table(above),
+                    place,
+                    written,
+                    note,
+                },
+            ) => {
+                merge(&mut below, above);
+                let item = Item::Table(below);
+                let entry = Entry {
+                    item,
+                    place,
+                    written,
+                    note,
+                };
+                tree.0.push((key, entry));
+            }
+            (_, entry) => tree.0.push((key, entry)),
+        }
+    }
+}
+
+fn parse(text: &str, parent: Option<&str>) -> Result<Tree, BoardError> {
+    let file = File { text, parent };
+    let mut document = toml_span::parse(text).map_err(|error| BoardError::Syntax {
+        place: file.place(error.span.start),
+        cause: error.to_string(),
+    })?;
+    match file.entry(&mut document, 0).item {
+        Item::Table(tree) => Ok(tree),
+        _ => Ok(Tree::default()),
+    }
+}
+
+struct File<'a> {
+    text: &'a str,
+    parent: Option<&'a str>,
+}
+
+impl File<'_> {
+    fn place(&self, offset: usize) -> Place {
+        let before = self.text.bytes().take(offset);
+        Place {
+            parent: self.parent.map(Box::from),
+            line: before.filter(|byte| *byte == b'\n').count() + 1,
+        }
+    }
+
+    /// A value whose key, or which itself, begins at `at`.
+    fn entry(&self, value: &mut Value<'_>, at: usize) -> Entry {
+        let span = value.span;
+        let (item, written) = match value.take() {
+            ValueInner::String(text) => {
+                let written = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
+                (Item::Text(text.into_owned()), written)
+            }
+            ValueInner::Integer(number) => {
+                let written = self.text.get(span.start..span.end).unwrap_or_default();
+                (Item::Number(number), written.to_owned())
+            }
+            ValueInner::Array(items) => {
+                let items: Vec<Entry> = items
+                    .into_iter()
+                    .map(|mut item| {
+                        let at = item.span.start;
+                        self.entry(&mut item, at)
+                    })
+                    .collect();
+                let written: Vec<&str> = items.iter().map(|item| item.written.as_str()).collect();
+                let written = format!("[{}]", written.join(", "));
+                (Item::List(items), written)
+            }
+            ValueInner::Table(table) => {
+                let mut tree = Tree::default();
+                for (key, mut value) in table {
+                    let entry = self.entry(&mut value, key.span.start);
+                    tree.0.push((key.name.into_owned(), entry));
+                }
+                (Item::Table(tree), String::new())
+            }
+            ValueInner::Float(_) | ValueInner::Boolean(_) => (Item::Other, String::new()),
+        };
+        Entry {
+            item,
+            place: self.place(at),
+            written,
+            note: self.note(span.end),
+        }
+    }
+
+    /// The comment on the rest of the line from `end` on.
+    fn note(&self, end: usize) -> String {
+        let rest = self.text.get(end..).unwrap_or_default();
+        let line = rest.lines().next().unwrap_or_default();
+        let comment = line.split_once('#').map(|(_, comment)| comment.trim());
+        comment.unwrap_or_default().to_owned()
+    }
+}

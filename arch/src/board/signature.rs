@@ -1,0 +1,209 @@
+//! How a host is recognised as a board.
+
+use super::fields::{Fields, Record};
+use super::layers::{self, Item};
+use super::{Architecture, BoardError, architecture};
+use std::fmt;
+
+/// A kind of core: MIDR_EL1 without the revision of the chip, which is the variant in bits 23:20
+/// and the revision in bits 3:0 (Arm DDI 0487, D23.2.122).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Midr(u32);
+
+impl Midr {
+    /// The kind of core whose register holds `register`.
+    #[must_use]
+    pub const fn kind(register: u64) -> Midr {
+        Midr(register as u32 & 0xff0f_fff0)
+    }
+}
+
+impl fmt::Display for Midr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MIDR {:#010x}", self.0)
+    }
+}
+
+/// What a host says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// `/compatible` of its device tree, most specific first (Devicetree specification v0.4,
+    /// section 2.3.1).
+    pub compatible: Vec<String>,
+    /// DMI's maker of the system, empty without DMI.
+    pub vendor: String,
+    /// DMI's name of the product.
+    pub product: String,
+    /// Its kinds of core.
+    pub cores: Vec<Midr>,
+}
+
+/// How a host is recognised as a board: `[match]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// The architecture of the hosts.
+    pub arch: Architecture,
+    /// Any of these stands in `/compatible`.
+    compatible: Vec<String>,
+    /// DMI's maker begins with any of these.
+    vendors: Vec<String>,
+    /// DMI's product begins with any of these; empty for any product.
+    products: Vec<String>,
+    /// The host has any of these cores.
+    cores: Vec<Midr>,
+}
+
+impl Signature {
+    /// Reads `[match]` of a board file, and nothing else of it: it is not inherited. `None` for a
+    /// board that no host is recognised as.
+    ///
+    /// # Errors
+    /// [`BoardError`].
+    pub fn read(text: &str) -> Result<Option<Signature>, BoardError> {
+        let record = Record::default();
+        let mut root = Fields::top(layers::read_alone(text)?, &record);
+        let arch = match root.has("arch") {
+            true => architecture(&mut root)?,
+            // All that inherit do so from boards for ARM64.
+            false => Architecture::Aarch64,
+        };
+        let fields = root.optional_table("match")?;
+        let signature = fields.map(signature).transpose()?;
+        Ok(signature.map(|signature| Signature { arch, ..signature }))
+    }
+
+    /// How well it fits a host, more is better, and why.
+    fn fits(&self, host: &Identity) -> Option<(usize, String)> {
+        let core = self.cores.iter().find(|core| host.cores.contains(core));
+        let by_tree = host
+            .compatible
+            .iter()
+            .enumerate()
+            .find(|(_, name)| self.compatible.contains(name));
+        if let Some((index, name)) = by_tree {
+            // The first names of the list are the most specific.
+            let score = 1000_usize.saturating_sub(index);
+            return Some((score, format!("its device tree says '{name}'")));
+        }
+        let begins = |names: &[String], text: &str| names.iter().any(|name| text.starts_with(name));
+        if !self.vendors.is_empty() {
+            let product = self.products.is_empty() || begins(&self.products, &host.product);
+            let cores = self.cores.is_empty() || core.is_some();
+            return (begins(&self.vendors, &host.vendor) && product && cores).then(|| {
+                let core = core.map_or(String::new(), |core| format!(", its cores {core}"));
+                let Identity {
+                    vendor, product, ..
+                } = host;
+                (100, format!("its firmware says '{vendor} {product}'{core}"))
+            });
+        }
+        // A core alone tells less than a name.
+        core.filter(|_| self.compatible.is_empty())
+            .map(|core| (1, format!("its cores are {core}")))
+    }
+}
+
+/// The one of `boards` that the host is, by index, and why.
+#[must_use]
+pub fn recognize(host: &Identity, boards: &[Option<Signature>]) -> Option<(usize, String)> {
+    let mut best: Option<(usize, usize, String)> = None;
+    for (index, signature) in boards.iter().enumerate() {
+        let Some((score, why)) = signature.as_ref().and_then(|board| board.fits(host)) else {
+            continue;
+        };
+        if best.as_ref().is_none_or(|(most, _, _)| score > *most) {
+            best = Some((score, index, why));
+        }
+    }
+    best.map(|(_, index, why)| (index, why))
+}
+
+/// Reads `[match]`. The architecture is the caller's to fill in.
+pub(super) fn signature(mut fields: Fields<'_>) -> Result<Signature, BoardError> {
+    let signature = Signature {
+        arch: Architecture::Aarch64,
+        compatible: fields.texts("compatible")?,
+        vendors: fields.texts("dmi-vendor")?,
+        products: fields.texts("dmi-product")?,
+        cores: fields.list("midr", "numbers such as 0x410f_d0b0", |item| match item {
+            Item::Number(number) => u64::try_from(*number).ok().map(Midr::kind),
+            _ => None,
+        })?,
+    };
+    if signature.vendors.is_empty() && !signature.products.is_empty() {
+        return Err(fields.wrong("dmi-product", "needs a dmi-vendor beside it"));
+    }
+    fields.finish(&["compatible", "dmi-vendor", "dmi-product", "midr"])?;
+    Ok(signature)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn signature_of(text: &str) -> Option<Signature> {
+        Signature::read(&format!("[match]\n{text}")).expect("valid")
+    }
+
+    fn host(compatible: &[&str], vendor: &str, product: &str, cores: &[u64]) -> Identity {
+        Identity {
+            compatible: compatible.iter().map(|&name| name.to_owned()).collect(),
+            vendor: vendor.to_owned(),
+            product: product.to_owned(),
+            cores: cores.iter().copied().map(Midr::kind).collect(),
+        }
+    }
+
+    #[test]
+    fn the_most_specific_name_wins_over_family_firmware_and_core() {
+        let boards = [
+            signature_of("midr = [0x414f_d0b1]"),
+            signature_of("dmi-vendor = [\"Maker\"]"),
+            signature_of("compatible = [\"maker,soc\"]"),
+            signature_of("compatible = [\"maker,board\"]"),
+        ];
+        let mut host = host(
+            &["maker,board", "maker,soc"],
+            "Maker",
+            "One",
+            &[0x411f_d0b0],
+        );
+        for expected in [3, 2, 1, 0] {
+            let (index, why) = recognize(&host, &boards).expect("a board");
+            assert_eq!(index, expected, "{why}");
+            match expected {
+                3 => drop(host.compatible.remove(0)),
+                2 => host.compatible.clear(),
+                _ => host.vendor.clear(),
+            }
+        }
+        host.cores.clear();
+        assert_eq!(recognize(&host, &boards), None);
+    }
+
+    #[test]
+    fn firmware_that_sells_several_machines_is_told_apart_by_the_cores() {
+        let boards = [
+            signature_of("dmi-vendor = [\"Cloud\"]\nmidr = [0x410f_d0c0]"),
+            signature_of("dmi-vendor = [\"Cloud\"]\nmidr = [0x410f_d400]"),
+        ];
+        let second = host(&[], "Cloud", "v1.metal", &[0x411f_d401]);
+        assert_eq!(recognize(&second, &boards).map(|(index, _)| index), Some(1));
+        let other = host(&[], "Other", "v1.metal", &[0x411f_d401]);
+        assert_eq!(recognize(&other, &boards), None);
+    }
+
+    #[test]
+    fn the_revision_of_a_chip_does_not_matter_and_its_part_does() {
+        assert_eq!(Midr::kind(0x413f_d0c1), Midr::kind(0x410f_d0c0));
+        assert_ne!(Midr::kind(0x413f_d0c1), Midr::kind(0x413f_d0b1));
+        assert_ne!(Midr::kind(0x413f_d0c1), Midr::kind(0x613f_d0c1));
+    }
+
+    #[test]
+    fn a_board_without_a_signature_is_never_recognised() {
+        assert_eq!(Signature::read("name = \"virt\""), Ok(None));
+        assert!(Signature::read("[match]\ndmi-product = [\"x\"]").is_err());
+        assert!(Signature::read("[match]\nmidr = [\"x\"]").is_err());
+    }
+}

@@ -1,0 +1,328 @@
+//! What this host says of itself in /proc and /sys, as plain data.
+
+use armlet_arch::board::{FULL_CAPACITY, Identity, Midr};
+use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
+use armlet_arch::size::parse_size;
+use std::path::{Path, PathBuf};
+
+/// The folder that /proc and /sys lie in.
+#[derive(Clone, Debug)]
+pub struct HostFiles {
+    root: PathBuf,
+}
+
+/// This host's files.
+#[must_use]
+pub fn this() -> HostFiles {
+    HostFiles { root: "/".into() }
+}
+
+impl HostFiles {
+    /// What the host is, as far as it says so.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        let mut kinds: Vec<Midr> = Vec::new();
+        for kind in allowed_cpus().into_iter().filter_map(|cpu| self.midr(cpu)) {
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        Identity {
+            compatible: self.compatible(),
+            vendor: self.text("sys/class/dmi/id/sys_vendor").unwrap_or_default(),
+            product: self
+                .text("sys/class/dmi/id/product_name")
+                .unwrap_or_default(),
+            cores: kinds,
+        }
+    }
+
+    /// The CPUs that guests may run on; `names` are those of kinds of core.
+    #[must_use]
+    pub fn cores(&self, names: Vec<(Midr, String)>) -> HostCores {
+        let mut cores: Vec<Core> = allowed_cpus()
+            .into_iter()
+            .map(|number| Core {
+                number,
+                kind: self.midr(number),
+                capacity: FULL_CAPACITY,
+            })
+            .collect();
+        // Where all are alike none has more power than another, and a file each is left unread.
+        if cores.windows(2).any(|pair| pair[0].kind != pair[1].kind) {
+            for core in &mut cores {
+                let path = format!("sys/devices/system/cpu/cpu{}/cpu_capacity", core.number);
+                let capacity = self.number(&path).filter(|value| *value > 0);
+                core.capacity = capacity.unwrap_or(FULL_CAPACITY);
+            }
+        }
+        HostCores { cores, names }
+    }
+
+    /// The caches of `cores`, which are of one kind, as far as their sizes are known
+    /// (Documentation/ABI/testing/sysfs-devices-system-cpu).
+    #[must_use]
+    pub fn caches(&self, cores: &[u32]) -> Vec<Cache> {
+        let Some(first) = cores.first() else {
+            return Vec::new();
+        };
+        let mut caches = Vec::new();
+        for index in 0.. {
+            let folder = format!("sys/devices/system/cpu/cpu{first}/cache/index{index}");
+            let read = |file: &str| self.text(&format!("{folder}/{file}"));
+            let Some(kind) = read("type") else { break };
+            let kind = match kind.as_str() {
+                "Data" => CacheKind::Data,
+                "Instruction" => CacheKind::Instruction,
+                _ => CacheKind::Unified,
+            };
+            let number = |file: &str| self.number(&format!("{folder}/{file}")).unwrap_or(0);
+            let size = read("size").and_then(|size| parse_size(&size).ok());
+            let Some(size) = size.and_then(|size| u32::try_from(size).ok()) else {
+                continue;
+            };
+            let shared_by: PinPolicy = read("shared_cpu_list")
+                .and_then(|list| list.parse().ok())
+                .unwrap_or_default();
+            let PinPolicy::List(shared_by) = shared_by else {
+                continue;
+            };
+            let sharers = |cpu: &&u32| {
+                shared_by
+                    .iter()
+                    .any(|cpus| (cpus.first..=cpus.last).contains(cpu))
+            };
+            // One that some of the cores share can be told of no vCPU: it may run on any of them.
+            let shared = match cores.iter().filter(sharers).count() {
+                sharers if sharers == cores.len() => sharers > 1,
+                1 => false,
+                _ => continue,
+            };
+            caches.push(Cache {
+                level: number("level"),
+                kind,
+                size,
+                line: number("coherency_line_size"),
+                sets: number("number_of_sets"),
+                shared,
+            });
+        }
+        caches
+    }
+
+    /// Bytes of a GICv2's window for guests (GICV), where the device tree has one: the fourth range
+    /// of its `reg` (Documentation/devicetree/bindings/interrupt-controller/arm,gic.yaml).
+    #[must_use]
+    pub fn gic_v2_cpu_interface(&self) -> Option<u64> {
+        self.find_gic_v2(Path::new("proc/device-tree"), 0)
+    }
+
+    fn find_gic_v2(&self, folder: &Path, depth: u32) -> Option<u64> {
+        const KINDS: [&str; 2] = ["arm,gic-400", "arm,cortex-a15-gic"];
+        let read = |path: PathBuf| std::fs::read(self.root.join(path)).ok();
+        let cells = |name| {
+            let bytes = read(folder.join(name))?.try_into().ok()?;
+            Some(u32::from_be_bytes(bytes) as usize)
+        };
+        for entry in std::fs::read_dir(self.root.join(folder)).ok()?.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let node = folder.join(entry.file_name());
+            let names = self.text(&node.join("compatible").to_string_lossy());
+            let mut names = names.iter().flat_map(|names| names.split('\0'));
+            if names.any(|name| KINDS.contains(&name)) {
+                let (address, size) = (cells("#address-cells")?, cells("#size-cells")?);
+                return fourth_size(&read(node.join("reg"))?, address, size);
+            }
+            // Interrupt controllers lie at the top or on a bus of the SoC.
+            if depth < 2
+                && let Some(found) = self.find_gic_v2(&node, depth + 1)
+            {
+                return Some(found);
+            }
+        }
+        None
+    }
+
+    fn number(&self, path: &str) -> Option<u32> {
+        self.text(path)?.parse().ok()
+    }
+
+    /// The board as its firmware names it: the device tree's model (Devicetree specification v0.4,
+    /// section 2.3.2), else what DMI says.
+    #[must_use]
+    pub fn name(&self) -> Option<String> {
+        self.text("proc/device-tree/model").or_else(|| {
+            let vendor = self.text("sys/class/dmi/id/sys_vendor")?;
+            let product = self.text("sys/class/dmi/id/product_name")?;
+            Some(format!("{vendor} {product}"))
+        })
+    }
+
+    fn compatible(&self) -> Vec<String> {
+        let names = self.text("proc/device-tree/compatible");
+        let names = names.iter().flat_map(|names| names.split('\0'));
+        names.map(str::to_owned).collect()
+    }
+
+    /// What kind of core a CPU is (Documentation/arch/arm64/cpu-feature-registers.rst).
+    fn midr(&self, cpu: u32) -> Option<Midr> {
+        let path = format!("sys/devices/system/cpu/cpu{cpu}/regs/identification/midr_el1");
+        let text = self.text(&path)?;
+        let register = u64::from_str_radix(text.strip_prefix("0x")?, 16).ok()?;
+        Some(Midr::kind(register))
+    }
+
+    fn text(&self, path: &str) -> Option<String> {
+        std::fs::read_to_string(self.root.join(path))
+            .ok()
+            .map(|text| text.trim_matches(['\0', '\n', ' ']).to_owned())
+            .filter(|text| !text.is_empty())
+    }
+}
+
+/// The size of the fourth range in a `reg` with so many cells to an address and to a size
+/// (Devicetree specification v0.4, section 2.3.6).
+fn fourth_size(reg: &[u8], address: usize, size: usize) -> Option<u64> {
+    // At most two cells to a number.
+    let range = (address.min(2) + size.min(2)) * 4;
+    let start = 3 * range + address.min(2) * 4;
+    let bytes = reg.get(start..start + size.min(2) * 4)?;
+    let cells = bytes.iter();
+    Some(cells.fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
+}
+
+/// The CPUs that this process may run on.
+#[must_use]
+pub fn allowed_cpus() -> Vec<u32> {
+    let Ok(set) = rustix::thread::sched_getaffinity(None) else {
+        return Vec::new();
+    };
+    let most = rustix::thread::CpuSet::MAX_CPU;
+    (0..most)
+        .filter(|cpu| set.is_set(*cpu))
+        .map(|cpu| cpu as u32)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_read_from_its_files() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles {
+            root: folder.path().to_owned(),
+        };
+        assert_eq!(files.identity(), Identity::default());
+        assert_eq!(files.name(), None);
+        let write = |path: &str, text: &str| {
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            std::fs::write(path, text).expect("a file");
+        };
+        let cpu = allowed_cpus()[0];
+        write(
+            &format!("sys/devices/system/cpu/cpu{cpu}/regs/identification/midr_el1"),
+            "0x00000000414fd0b1\n",
+        );
+        write("sys/class/dmi/id/sys_vendor", "Maker\n");
+        write("sys/class/dmi/id/product_name", "One\n");
+        assert_eq!(files.name().as_deref(), Some("Maker One"));
+        write("proc/device-tree/compatible", "maker,board\0maker,soc\0");
+        write("proc/device-tree/model", "The Board\0");
+        assert_eq!(files.name().as_deref(), Some("The Board"));
+        let identity = files.identity();
+        assert_eq!(identity.compatible, ["maker,board", "maker,soc"]);
+        assert_eq!(identity.cores, [Midr::kind(0x410f_d0b0)]);
+        assert_eq!(identity.vendor, "Maker");
+        let cores = files.cores(Vec::new()).cores;
+        assert_eq!(cores[0].kind, Some(Midr::kind(0x410f_d0b0)));
+    }
+
+    #[test]
+    fn the_window_for_guests_is_found_in_the_device_tree() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles {
+            root: folder.path().to_owned(),
+        };
+        assert_eq!(files.gic_v2_cpu_interface(), None);
+        let write = |path: &str, bytes: &[u8]| {
+            let path = folder.path().join("proc/device-tree").join(path);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            std::fs::write(path, bytes).expect("a file");
+        };
+        // As on a Raspberry Pi 5: GICV has 8 KiB.
+        write("#address-cells", &2_u32.to_be_bytes());
+        write("#size-cells", &2_u32.to_be_bytes());
+        write("soc/#address-cells", &1_u32.to_be_bytes());
+        write("soc/#size-cells", &1_u32.to_be_bytes());
+        write("soc/serial@1/compatible", b"arm,pl011\0");
+        write(
+            "soc/interrupt-controller@7fff9000/compatible",
+            b"arm,gic-400\0",
+        );
+        let reg: Vec<u8> = [
+            0x7fff_9000_u32,
+            0x1000,
+            0x7fff_a000,
+            0x2000,
+            0x7fff_c000,
+            0x2000,
+            0x7fff_e000,
+            0x2000,
+        ]
+        .iter()
+        .flat_map(|cell| cell.to_be_bytes())
+        .collect();
+        write("soc/interrupt-controller@7fff9000/reg", &reg);
+        assert_eq!(files.gic_v2_cpu_interface(), Some(0x2000));
+        // Two ranges: no window for guests.
+        assert_eq!(fourth_size(&reg[..16], 1, 1), None);
+        assert_eq!(fourth_size(&[0; 64], 2, 2), Some(0));
+    }
+
+    #[test]
+    fn caches_are_told_as_far_as_they_are_known() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles {
+            root: folder.path().to_owned(),
+        };
+        let cache = |index: u32, values: [&str; 6]| {
+            let path = format!("sys/devices/system/cpu/cpu4/cache/index{index}");
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(&path).expect("a folder");
+            let names = [
+                "level",
+                "type",
+                "size",
+                "coherency_line_size",
+                "number_of_sets",
+                "shared_cpu_list",
+            ];
+            for (name, value) in names.iter().zip(values) {
+                std::fs::write(path.join(name), format!("{value}\n")).expect("a file");
+            }
+        };
+        cache(0, ["1", "Data", "64K", "64", "256", "4"]);
+        cache(1, ["1", "Instruction", "64K", "64", "256", "4"]);
+        cache(2, ["2", "Unified", "512K", "64", "1024", "4-5"]);
+        cache(3, ["3", "Unified", "3072K", "64", "4096", "0-7"]);
+        let of = |cores: &[u32]| {
+            let caches = files.caches(cores).into_iter();
+            caches
+                .map(|cache| (cache.level, cache.size, cache.shared))
+                .collect::<Vec<_>>()
+        };
+        let first = [(1, 64 << 10, false), (1, 64 << 10, false)];
+        let last = [(3, 3 << 20, true)];
+        // Two of four cores share the second level: a vCPU on any of the four has no such cache.
+        assert_eq!(of(&[4, 5, 6, 7]), [&first[..], &last].concat());
+        let pair = [&first[..], &[(2, 512 << 10, true)], &last].concat();
+        assert_eq!(of(&[4, 5]), pair);
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[9]), []);
+    }
+}

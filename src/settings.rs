@@ -1,0 +1,124 @@
+//! Who chose what of a machine: an option wins over the board, the board over the default.
+
+use crate::cli::MachineArgs;
+use armlet_arch::backing::HugePages;
+use armlet_arch::cores::{PinPolicy, Pinning};
+use armlet_arch::irq::GicChoice;
+use armlet_arch::size::show_size;
+use armlet_arch::{Board, WidthPolicy};
+
+/// A value of the machine and who chose it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// What it is ("memory").
+    pub name: &'static str,
+    /// Its value, as one writes it.
+    pub value: String,
+    /// Who chose it: an option, a board or nobody ("default").
+    pub from: String,
+}
+
+/// What was chosen for a machine.
+pub struct ChosenValues<'a> {
+    /// The options.
+    pub args: &'a MachineArgs,
+    /// The board.
+    pub board: &'a Board,
+    /// Why the board was taken.
+    pub why: &'a str,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// The interrupt controller.
+    pub gic: GicChoice,
+    /// How the address width is chosen.
+    pub width: WidthPolicy,
+    /// What CPUs were asked for.
+    pub pin: &'a PinPolicy,
+    /// What CPUs that came to.
+    pub pinning: &'a Pinning,
+    /// The host's pages.
+    pub pages: HugePages,
+    /// The kernel's command line.
+    pub cmdline: &'a str,
+}
+
+impl ChosenValues<'_> {
+    /// Each value with who chose it.
+    #[must_use]
+    pub fn settings(&self) -> Vec<Setting> {
+        let (args, guest) = (self.args, &self.board.guest);
+        let pinning = match self.pinning.words.as_str() {
+            "" => self.pin.to_string(),
+            words => format!("{}, to {words}", self.pin),
+        };
+        // Name, value, the option, whether it was given, whether the board says just the default.
+        let rows = [
+            (
+                "vCPUs",
+                self.cpus.to_string(),
+                "--cpus",
+                args.cpus.is_some(),
+                false,
+            ),
+            (
+                "memory",
+                show_size(self.memory),
+                "--memory",
+                args.memory.is_some(),
+                false,
+            ),
+            (
+                "GIC",
+                self.gic.to_string(),
+                "--gic",
+                args.gic.is_some(),
+                guest.gic == Default::default(),
+            ),
+            (
+                "IPA bits",
+                self.width.to_string(),
+                "--ipa-bits",
+                args.ipa_bits.is_some(),
+                guest.width == Default::default(),
+            ),
+            (
+                "pinning",
+                pinning,
+                "--pin",
+                args.pin.is_some(),
+                guest.pin == Default::default(),
+            ),
+            (
+                "huge pages",
+                self.pages.to_string(),
+                "--hugepages",
+                args.hugepages.is_some(),
+                guest.huge_pages == Default::default(),
+            ),
+            (
+                "command line",
+                self.cmdline.to_owned(),
+                "--cmdline",
+                args.cmdline.is_some(),
+                false,
+            ),
+        ];
+        let mut settings = vec![Setting {
+            name: "board",
+            value: self.board.name.clone(),
+            from: self.why.to_owned(),
+        }];
+        settings.extend(rows.map(|(name, value, option, given, default)| Setting {
+            name,
+            value,
+            from: match (given, default) {
+                (true, _) => option.to_owned(),
+                (false, true) => "default".to_owned(),
+                (false, false) => format!("board {}", self.board.name),
+            },
+        }));
+        settings
+    }
+}
