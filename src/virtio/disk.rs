@@ -10,6 +10,7 @@ mod qcow2;
 mod sys;
 mod uring;
 
+use super::pages;
 use super::Backend;
 use super::options::Options;
 use anyhow::{Context, Result, anyhow, bail};
@@ -417,14 +418,14 @@ fn open_image(path: &Path, readonly: bool) -> Result<Opened> {
 /// a moment longer, while the kernel ends what it began: so there are some tries.
 fn lock_image(file: &File, alone: bool) -> io::Result<()> {
     for _ in 0..TRIES {
-        match sys::lock(file, alone) {
+        match pages::lock(file, alone) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 std::thread::sleep(BETWEEN_TRIES);
             }
             result => return result,
         }
     }
-    sys::lock(file, alone)
+    pages::lock(file, alone)
 }
 
 /// Whether a file lies in memory, where no read has to wait.

@@ -459,32 +459,6 @@ impl Drop for Ring {
     }
 }
 
-/// Locks the whole file for this opening of it, against other writers, or against all others where
-/// `alone`. The lock goes when the file is closed.
-///
-/// # Errors
-/// `WouldBlock` where another has it, whatever else the system says.
-pub(super) fn lock(file: &File, alone: bool) -> io::Result<()> {
-    let kind = match alone {
-        true => libc::F_WRLCK,
-        false => libc::F_RDLCK,
-    };
-    // SAFETY: all fields are numbers, for which zero is a value: from the file's start to its end.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind as _;
-    lock.l_whence = libc::SEEK_SET as _;
-    // SAFETY: the descriptor is open, and the call reads `lock` and keeps nothing of it.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if done == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match Errno::from_io_error(&error) {
-        Some(Errno::ACCESS | Errno::AGAIN) => Err(io::ErrorKind::WouldBlock.into()),
-        _ => Err(error),
-    }
-}
-
 /// Tells a block device that the contents of a range do not matter any more.
 ///
 /// # Errors
