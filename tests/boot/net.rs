@@ -50,8 +50,8 @@ impl Mirror {
             let thread = thread::spawn(move || work(listener.accept().expect("a guest").0));
             (port, thread)
         };
-        let (out, giver) = listen(|stream| give(stream));
-        let (back, taker) = listen(|stream| take(stream));
+        let (out, giver) = listen(give);
+        let (back, taker) = listen(take);
         Mirror {
             ports: [out, back],
             threads: [giver, taker],

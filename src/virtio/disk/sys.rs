@@ -1,5 +1,5 @@
 //! The system calls that a disk makes on guest memory, and those that no safe library has: reads
-//! and writes of many pieces at once, io_uring, locks of open files, discards of block devices.
+//! and writes of many pieces at once, io_uring, discards of block devices.
 //!
 //! Guest memory is shared with the guest anyway, so nothing here makes references to it; the
 //! kernel gets addresses. [`Mover`] and [`Ring`] keep the memory alive as long as it has them.
