@@ -103,6 +103,8 @@ pub struct MachineArgs {
 macro_rules! machine_command {
     ($(#[$outer:meta])* $name:ident { $($own:tt)* }) => {
         $(#[$outer])*
+        // The brackets of the help's syntax are no links.
+        #[allow(rustdoc::broken_intra_doc_links)]
         pub struct $name {
             /// kernel to boot: Image, raw or compressed (gzip, zstd, lz4, xz), or EFI zboot
             #[argh(option, short = 'k', arg_name = "PATH")]

@@ -1,7 +1,7 @@
 //! The terminal as the guest's hvc0 (`--console virtio`).
 //!
 //! A thread of its own writes the output, so that a reader who does not read holds up that thread
-//! only; the guest waits when [`ROOM`] is full.
+//! only; the guest waits when `ROOM` is full.
 
 use super::Backend;
 use anyhow::{Context, Result, bail};

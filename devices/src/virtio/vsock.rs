@@ -7,7 +7,7 @@
 //! Firecracker does it: docs/vsock.md there.)
 //!
 //! Nothing here blocks, and what a connection takes is bounded: of the guest's data at most
-//! [`connection::BUFFER`] bytes while the host does not read, and nothing of the host's.
+//! `connection::BUFFER` bytes while the host does not read, and nothing of the host's.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
