@@ -237,7 +237,7 @@ fn the_probe_finds_what_the_rig_emulates() {
     let limit = match cpu.as_str() {
         "max" if old => 48,
         "max" => 52,
-        "neoverse-n1" | "neoverse-v1" => 48,
+        "neoverse-n1" | "neoverse-n2" | "neoverse-v1" => 48,
         "cortex-a72" | "cortex-a57" => 44,
         _ => 40,
     };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
 
-use crate::host::HostSpec;
+use crate::host::{HostSpec, Machine};
 use crate::packages::{self, Kernel};
 use crate::progress::say;
 use crate::runner;
@@ -47,7 +47,7 @@ const STEPS: [&str; 5] = ["fmt", "clippy", "doc", "unit", "rig"];
 type NamedHost = (&'static str, &'static str, u8, Kernel);
 
 /// The IPA limits of these CPUs are 52, 48, 44 and 40 bits.
-const HOSTS: [NamedHost; 7] = [
+const HOSTS: [NamedHost; 12] = [
     ("max-gic3", "max", 3, Kernel::V6_12),
     ("max-gic3-16k", "max", 3, Kernel::V6_12Pages16K),
     ("n1-gic3", "neoverse-n1", 3, Kernel::V6_12),
@@ -55,11 +55,20 @@ const HOSTS: [NamedHost; 7] = [
     ("a53-gic3", "cortex-a53", 3, Kernel::V6_12),
     ("max-gic3-6.1", "max", 3, Kernel::V6_1),
     ("max-gic2", "max", 2, Kernel::V6_12),
+    ("a55-gic3", "cortex-a55", 3, Kernel::V6_12),
+    ("a76-gic2-16k", "cortex-a76", 2, Kernel::V6_12Pages16K),
+    ("n2-gic3", "neoverse-n2", 3, Kernel::V6_12),
+    ("v1-gic3", "neoverse-v1", 3, Kernel::V6_12),
+    (RASPBERRY_PI_4, "cortex-a72", 2, Kernel::V6_12),
 ];
+
+/// The host that is QEMU's model of a board, and not its own machine.
+const RASPBERRY_PI_4: &str = "rpi4";
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
-const ELSEWHERE: [&str; 13] = [
+const ELSEWHERE: [&str; 14] = [
+    "boards::",
     "console::every_byte",
     "life::a_reset_is_no_leak",
     "life::linux_reboots",
@@ -150,6 +159,9 @@ impl Test {
                     ("ARMLET_RIG_KERNEL", spec.kernel.name().to_owned()),
                 ];
                 command.envs(variables);
+                if spec.machine == Machine::RaspberryPi4 {
+                    command.env("ARMLET_RIG_MACHINE", "raspi4b");
+                }
             }
             if name == HOSTS[0].0 && packages::can_make_systems() {
                 // Passt and its like, for the tests that run on the first host only.
@@ -169,6 +181,10 @@ impl Test {
         let mut commands = Vec::new();
         for (name, cpu, gic, kernel) in HOSTS.into_iter().filter(|host| hosts.contains(&host.0)) {
             let spec = HostSpec {
+                machine: match name {
+                    RASPBERRY_PI_4 => Machine::RaspberryPi4,
+                    _ => Machine::Virt,
+                },
                 cpu: cpu.to_owned(),
                 gic,
                 kernel,

@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::assets;
@@ -86,9 +86,21 @@ poweroff -f
 /// The second one is who programs become that need no rights.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n";
 
+/// The machines that are emulated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Machine {
+    /// QEMU's own, with any CPU and GIC, and with disks.
+    #[default]
+    Virt,
+    /// A Raspberry Pi 4, as far as QEMU knows it: no disks, and just under 1 GiB that Linux finds.
+    RaspberryPi4,
+}
+
 /// An ARM64 machine to emulate.
 #[derive(Clone, Debug)]
 pub(crate) struct HostSpec {
+    /// What it is. CPU, GIC and memory are those of [`Machine::Virt`].
+    pub(crate) machine: Machine,
     /// The CPU as QEMU calls it, such as `max` or `cortex-a53`.
     pub(crate) cpu: String,
     /// The version of its interrupt controller, 2 or 3.
@@ -154,6 +166,7 @@ pub(crate) enum Ended {
 impl Default for HostSpec {
     fn default() -> Self {
         Self {
+            machine: Machine::Virt,
             cpu: "max".to_owned(),
             gic: 3,
             kernel: Kernel::V6_12,
@@ -173,6 +186,11 @@ impl HostSpec {
     pub(crate) fn from_environment() -> Result<Self> {
         let mut spec = Self::default();
         let variable = |name: &str| std::env::var(format!("ARMLET_RIG_{name}")).ok();
+        spec.machine = match variable("MACHINE").as_deref() {
+            None | Some("virt") => Machine::Virt,
+            Some("raspi4b") => Machine::RaspberryPi4,
+            Some(other) => bail!("ARMLET_RIG_MACHINE is {other:?}; it may be virt or raspi4b"),
+        };
         if let Some(cpu) = variable("CPU") {
             spec.cpu = cpu;
         }
@@ -207,12 +225,11 @@ impl HostSpec {
         } else {
             ""
         };
-        format!(
-            "{}, GICv{}, Linux {}{counted}",
-            self.cpu,
-            self.gic,
-            self.kernel.name()
-        )
+        let machine = match self.machine {
+            Machine::Virt => format!("{}, GICv{}", self.cpu, self.gic),
+            Machine::RaspberryPi4 => "Raspberry Pi 4".to_owned(),
+        };
+        format!("{machine}, Linux {}{counted}", self.kernel.name())
     }
 }
 
@@ -266,7 +283,17 @@ pub(crate) fn run(
     .context("cannot write the emulated host's initramfs")?;
 
     let mut command = qemu.command();
-    machine(&mut command, spec, &kernel.image, &initramfs.path());
+    match spec.machine {
+        Machine::Virt => virt(&mut command, spec, &kernel.image, &initramfs.path()),
+        Machine::RaspberryPi4 => {
+            ensure!(
+                disks.is_empty(),
+                "QEMU's Raspberry Pi 4 takes no disks of ours"
+            );
+            let tree = store.device_tree(spec.kernel, "bcm2711-rpi-4-b.dtb")?;
+            raspberry_pi_4(&mut command, spec, &kernel.image, &initramfs.path(), &tree);
+        }
+    }
     for (index, disk) in disks.iter().enumerate() {
         disk.attach(&mut command, index);
     }
@@ -417,8 +444,8 @@ fn say_raw(terminal: Option<&RawTerminal>, line: &str) {
     }
 }
 
-/// Adds the options that make the machine.
-fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Path) {
+/// Adds the options that make QEMU's own machine.
+fn virt(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Path) {
     command
         .args([
             "-machine",
@@ -427,19 +454,37 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
         .args(["-cpu", &spec.cpu])
         .args(["-smp", &spec.smp.to_string()])
         .args(["-m", &spec.memory_mib.to_string()])
-        .args([
-            "-display",
-            "none",
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-        ])
-        .args([
-            "-chardev",
-            "stdio,id=console,signal=off",
-            "-serial",
-            "chardev:console",
-        ])
+        .args(["-nodefaults", "-no-user-config"])
+        .args(["-serial", "chardev:console"]);
+    software(command, spec, image, initramfs, "console=ttyAMA0");
+}
+
+/// Adds the options that make a Raspberry Pi 4, whose cores, GIC and memory are given.
+fn raspberry_pi_4(
+    command: &mut Command,
+    spec: &HostSpec,
+    image: &Path,
+    initramfs: &Path,
+    tree: &Path,
+) {
+    command
+        .args(["-machine", "raspi4b", "-smp", "4", "-m", "2048"])
+        .arg("-dtb")
+        .arg(tree)
+        // The second port is the mini UART, Linux's console here.
+        .args(["-serial", "null", "-serial", "chardev:console"]);
+    // QEMU has no second interrupt controller and no I2C of the Pi's, and its clocks and power
+    // domains are not to be switched off.
+    let append = "console=ttyS1 initcall_blacklist=brcmstb_l2_driver_init,brcmstb_i2c_driver_init \
+                  clk_ignore_unused pd_ignore_unused";
+    software(command, spec, image, initramfs, append);
+}
+
+/// Adds what every machine has.
+fn software(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Path, append: &str) {
+    command
+        .args(["-display", "none", "-no-reboot"])
+        .args(["-chardev", "stdio,id=console,signal=off"])
         // The seeds in the device tree stay, or a CPU without FEAT_RNG would wait for entropy.
         .args(["-seed", "1"]);
     if spec.icount {
@@ -448,7 +493,7 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
     // The kernel's log shows that it gets on, and what the matter is when it does not. Its
     // self-tests of ciphers would be half of its boot.
     let append = format!(
-        "console=ttyAMA0 rdinit=/init panic=-1 loglevel=7 cryptomgr.notests {}",
+        "{append} rdinit=/init panic=-1 loglevel=7 cryptomgr.notests {}",
         spec.append
     );
     command

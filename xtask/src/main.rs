@@ -6,8 +6,10 @@ mod bench;
 mod bench_io;
 mod boot;
 mod check;
+mod dist;
 mod elf;
 mod figures;
+mod help;
 mod host;
 mod image;
 mod initramfs;
@@ -60,6 +62,7 @@ enum Task {
     Runner(Runner),
     Setup(Setup),
     Host(Host),
+    Dist(dist::Dist),
 }
 
 /// Run a program built for ARM64, with its arguments: what cargo calls for the aarch64 targets.
@@ -138,6 +141,7 @@ fn run() -> Result<i32> {
         Task::Runner(runner) => runner.run(),
         Task::Setup(setup) => setup.run(),
         Task::Host(host) => host.run(),
+        Task::Dist(dist) => dist.run(),
     }
 }
 

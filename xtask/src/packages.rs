@@ -7,6 +7,7 @@
 
 mod kernels;
 mod systems;
+mod trees;
 
 use std::cell::OnceCell;
 use std::ffi::OsStr;
