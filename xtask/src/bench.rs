@@ -17,6 +17,7 @@ use crate::boot;
 use crate::elf;
 use crate::figures::{self, Figures, Row};
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::isa::Isa;
 use crate::measure::Pass;
 use crate::packages::{Kernel, Store};
 use crate::progress::say;
@@ -94,9 +95,9 @@ impl Bench {
         ensure!(self.runs > 0, "--runs is at least 1");
         let passes = self.passes()?;
         let store = Store::open()?;
-        let folder = assets::prepare(&store, Choice::Standard)?;
-        let armlet = boot::build("armlet", true)?;
-        let measurer = boot::build("xtask", true)?;
+        let folder = assets::prepare(&store, Isa::Arm64, Choice::Standard)?;
+        let armlet = boot::build(Isa::Arm64, "armlet", true)?;
+        let measurer = boot::build(Isa::Arm64, "xtask", true)?;
 
         let mut vmms = vec![Vmm {
             name: "armlet".to_owned(),
@@ -209,7 +210,7 @@ impl Bench {
             to: to.to_owned(),
             mode: 0o755,
         };
-        let mut files = runner::asset_files(folder, Choice::Standard);
+        let mut files = runner::asset_files(folder, Isa::Arm64, Choice::Standard);
         files.push(file(measurer, Path::new("/bin/xtask")));
         files.push(file(&vmm.file, &program));
 
@@ -236,7 +237,7 @@ impl Bench {
             kernel,
             smp: 1,
             icount: true,
-            ..HostSpec::default()
+            ..HostSpec::of(Isa::Arm64)
         };
 
         let mut output = Vec::new();

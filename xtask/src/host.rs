@@ -1,6 +1,6 @@
-//! The rig: an ARM64 machine with KVM, emulated where the computer at hand is none.
+//! The rig: a machine with KVM, ARM64 or x86_64, emulated where the computer at hand is none.
 //!
-//! QEMU emulates EL2 as well, so the Linux in it is a real KVM host, only slower. It boots from an
+//! QEMU emulates EL2, and on x86_64 SVM, as well, so the Linux in it is a real KVM host, only slower. It boots from an
 //! initramfs that holds everything a job needs, runs the job's program, and says its exit status
 //! on the console in a mark that programs do not print.
 
@@ -14,11 +14,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::assets;
 use crate::initramfs::Archive;
+use crate::isa::Isa;
 use crate::marker::Filter;
 use crate::packages::{Kernel, Module, Store};
 use crate::progress::say;
@@ -33,6 +34,11 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A kernel that boots says something more often than this.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// The model on whose emulated SVM Linux and its guests run without fail, less what QEMU cannot
+/// emulate of it and would say so.
+pub(crate) const X86_CPU: &str =
+    "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
 
 /// How much of a console is shown when its host does not come up.
 const LAST_LINES: usize = 25;
@@ -50,7 +56,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tracefs tracefs /sys/kernel/tracing
 mount -t debugfs debugfs /sys/kernel/debug
 ip link set lo up
-hostname armhost
+hostname host
 for module in /rig/modules/*.ko; do
     [ -e "$module" ] && insmod "$module"
 done
@@ -86,12 +92,14 @@ poweroff -f
 /// The second one is who programs become that need no rights.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n";
 
-/// An ARM64 machine to emulate.
+/// A machine to emulate.
 #[derive(Clone, Debug)]
 pub(crate) struct HostSpec {
+    /// Its instruction set.
+    pub(crate) isa: Isa,
     /// The CPU as QEMU calls it, such as `max` or `cortex-a53`.
     pub(crate) cpu: String,
-    /// The version of its interrupt controller, 2 or 3.
+    /// The version of an ARM64 machine's interrupt controller, 2 or 3.
     pub(crate) gic: u8,
     /// The kernel that is KVM's host.
     pub(crate) kernel: Kernel,
@@ -151,13 +159,20 @@ pub(crate) enum Ended {
     Signal(i32),
 }
 
-impl Default for HostSpec {
-    fn default() -> Self {
+impl HostSpec {
+    /// The usual host.
+    pub(crate) fn of(isa: Isa) -> Self {
+        let (cpu, kernel, smp) = match isa {
+            Isa::Arm64 => ("max", Kernel::V6_12, 2),
+            // Other models, and more CPUs, hang now and then.
+            Isa::X86 => (X86_CPU, Kernel::V6_1X86, 1),
+        };
         Self {
-            cpu: "max".to_owned(),
+            isa,
+            cpu: cpu.to_owned(),
             gic: 3,
-            kernel: Kernel::V6_12,
-            smp: 2,
+            kernel,
+            smp,
             memory_mib: 3072,
             icount: false,
             append: String::new(),
@@ -166,17 +181,20 @@ impl Default for HostSpec {
             data: None,
         }
     }
-}
 
-impl HostSpec {
     /// The host that the variables `ARMLET_RIG_*` describe.
     pub(crate) fn from_environment() -> Result<Self> {
-        let mut spec = Self::default();
+        Self::from_variables(Isa::from_environment()?)
+    }
+
+    /// The host of this architecture that the other variables describe.
+    pub(crate) fn from_variables(isa: Isa) -> Result<Self> {
+        let mut spec = Self::of(isa);
         let variable = |name: &str| std::env::var(format!("ARMLET_RIG_{name}")).ok();
         if let Some(cpu) = variable("CPU") {
             spec.cpu = cpu;
         }
-        if let Some(gic) = variable("GIC") {
+        if let Some(gic) = variable("GIC").filter(|_| isa == Isa::Arm64) {
             spec.gic = gic
                 .parse()
                 .ok()
@@ -185,6 +203,11 @@ impl HostSpec {
         }
         if let Some(kernel) = variable("KERNEL") {
             spec.kernel = Kernel::from_name(&kernel).context("ARMLET_RIG_KERNEL")?;
+            ensure!(
+                spec.kernel.isa() == isa,
+                "ARMLET_RIG_KERNEL is {kernel:?}, which is no kernel for {}",
+                isa.name()
+            );
         }
         if let Some(smp) = variable("SMP") {
             spec.smp = smp.parse().context("ARMLET_RIG_SMP is no number of CPUs")?;
@@ -207,12 +230,12 @@ impl HostSpec {
         } else {
             ""
         };
-        format!(
-            "{}, GICv{}, Linux {}{counted}",
-            self.cpu,
-            self.gic,
-            self.kernel.name()
-        )
+        let gic = match self.isa {
+            Isa::Arm64 => format!(", GICv{}", self.gic),
+            Isa::X86 => String::new(),
+        };
+        let (cpu, kernel) = (&self.cpu, self.kernel.name());
+        format!("{cpu}{gic}, Linux {kernel}{counted}")
     }
 }
 
@@ -242,11 +265,15 @@ pub(crate) fn run(
     print: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Ended> {
     let kernel = store.kernel(spec.kernel)?;
-    let busybox = store.busybox()?;
-    let qemu = store.qemu()?;
+    let busybox = store.busybox(spec.isa)?;
+    let qemu = store.qemu(spec.isa)?;
 
     let disks = disks(store, spec, job)?;
-    let mut modules = Vec::new();
+    // KVM is built into ARM64 kernels.
+    let mut modules = match spec.isa {
+        Isa::Arm64 => Vec::new(),
+        Isa::X86 => vec!["kvm_amd"],
+    };
     if !disks.is_empty() {
         modules.extend(["virtio_pci", "virtio_blk", "ext4"]);
     }
@@ -274,7 +301,8 @@ pub(crate) fn run(
     let mut emulator = Emulator::start(command)?;
     let (events, _watch) = emulator.events(terminal)?;
     say(&format!(
-        "booting an emulated ARM64 host ({})",
+        "booting an emulated {} host ({})",
+        spec.isa.name(),
         spec.summary()
     ));
 
@@ -419,11 +447,12 @@ fn say_raw(terminal: Option<&RawTerminal>, line: &str) {
 
 /// Adds the options that make the machine.
 fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Path) {
+    let machine = match spec.isa {
+        Isa::Arm64 => format!("virt,virtualization=on,gic-version={}", spec.gic),
+        Isa::X86 => "q35".to_owned(),
+    };
     command
-        .args([
-            "-machine",
-            &format!("virt,virtualization=on,gic-version={}", spec.gic),
-        ])
+        .args(["-machine", &machine])
         .args(["-cpu", &spec.cpu])
         .args(["-smp", &spec.smp.to_string()])
         .args(["-m", &spec.memory_mib.to_string()])
@@ -447,8 +476,13 @@ fn machine(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pat
     }
     // The kernel's log shows that it gets on, and what the matter is when it does not. Its
     // self-tests of ciphers would be half of its boot.
+    let usual = match spec.isa {
+        Isa::Arm64 => "console=ttyAMA0 loglevel=7",
+        // Each byte of the log takes long here.
+        Isa::X86 => "console=ttyS0 quiet loglevel=1 mitigations=off nokaslr",
+    };
     let append = format!(
-        "console=ttyAMA0 rdinit=/init panic=-1 loglevel=7 cryptomgr.notests {}",
+        "{usual} rdinit=/init panic=-1 cryptomgr.notests {}",
         spec.append
     );
     command
