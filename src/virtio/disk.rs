@@ -10,9 +10,9 @@ mod qcow2;
 mod sys;
 mod uring;
 
-use super::pages;
 use super::Backend;
 use super::options::Options;
+use super::pages;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};

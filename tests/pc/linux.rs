@@ -213,19 +213,56 @@ fn sigterm_presses_the_power_button_and_linux_powers_off() {
     );
 }
 
+/// Copies the first half of a disk to its second, and the start of persistent memory to the disk's
+/// end.
+const COPY: &str = "
+echo '== devices'; ls /sys/bus/acpi/devices | grep -c LNRO0005
+cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c
+echo '== interrupts'; grep virtio /proc/interrupts
+dd if=/dev/vda of=/dev/vda bs=64k count=16 seek=16
+dd if=/dev/pmem0 of=/dev/vda bs=64k count=1 seek=32
+sync
+echo '== end'
+";
+
 #[test]
-fn a_virtio_device_is_found_by_acpi_and_works() {
+fn virtio_devices_are_found_by_acpi_and_work() {
     let Some(rig) = rig::linux() else { return };
-    let modules = fs::read(rig.asset("virtio-6.1.cpio")).expect("the modules");
-    let script = "for module in /modules/*; do insmod $module; done
-cat /sys/class/misc/hw_random/rng_current
-head -c 64 /dev/hwrng | wc -c
-grep virtio /proc/interrupts";
-    let archives = [modules, archive("script", script.as_bytes())];
-    let outcome = with_archives(rig, &archives, "script").run();
-    let script = outcome.script();
-    assert!(script.starts_with("virtio_rng.0\n64\n"), "{script}");
-    assert!(script.contains("10-edge"), "{script}");
+    for (kernel, drivers) in [
+        ("vmlinux", "devices.cpio"),
+        ("bzImage-6.1", "devices-6.1.cpio"),
+    ] {
+        let armlet = Armlet::devices_on(rig, kernel, drivers, COPY);
+        let noise: Vec<u8> = (0..1 << 20).map(|at| (at * 31 + at / 997) as u8).collect();
+        let mut disk = noise.clone();
+        disk.resize((2 << 20) + (64 << 10), 0);
+        let memory: Vec<u8> = (0..2 << 20).map(|at| (at * 17 + at / 251) as u8).collect();
+        let disk = armlet.file("disk", &disk);
+        let pmem = armlet.file("pmem", &memory);
+        let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let armlet = armlet.option("--disk", path(&disk));
+        let guest = armlet
+            .option("--pmem", format!("path={}", path(&pmem)))
+            .option("--balloon", "on")
+            .start();
+        let kept = tempfile::NamedTempFile::new().expect("a file");
+        // The guest's folder is gone with it; the link stays.
+        fs::remove_file(kept.path()).expect("a file of ours");
+        fs::hard_link(&disk, kept.path()).expect("a link");
+        let outcome = guest.end();
+        let script = outcome.script();
+        println!("{script}");
+        assert_eq!(section(&script, "devices"), "4\nvirtio_rng.0\n64");
+        let lines = section(&script, "interrupts").lines().count();
+        assert!(lines >= 3, "{script}");
+        let disk = fs::read(kept.path()).expect("the disk");
+        assert!(disk[..1 << 20] == noise[..], "the first half changed");
+        assert!(
+            disk[1 << 20..2 << 20] == noise[..],
+            "the second half is no copy"
+        );
+        assert!(disk[2 << 20..] == memory[..64 << 10], "persistent memory");
+    }
 }
 
 #[test]
