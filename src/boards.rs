@@ -4,14 +4,23 @@ use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::board::{self, Identity, Profile, Signature};
-use armlet_arch::{Arch, Board};
+use armlet_arch::{Arch, Architecture, Board};
 use std::path::Path;
 
 /// What `--board` is when it is not given: the board that this host is.
 pub const AUTO: &str = "auto";
 
 /// The board of hosts that are not recognised.
-const FALLBACK: &str = "virt";
+pub const FALLBACK: &str = "virt";
+
+/// The board of hosts that are not recognised, for guests that run there.
+#[must_use]
+pub const fn fallback_of(guests: Architecture) -> &'static str {
+    match guests {
+        Architecture::Aarch64 => FALLBACK,
+        Architecture::X86_64 => "pc",
+    }
+}
 
 /// Built-in boards: name and file.
 pub const BUILT_IN: &[(&str, &str)] = &[
@@ -109,11 +118,16 @@ pub struct Chosen {
     pub why: String,
 }
 
-/// The board called `name`; for [`AUTO`] the one that the host is, which `identity` tells.
+/// The board called `name`; for [`AUTO`] the one that the host is, which `identity` tells, and
+/// `fallback` where it is none that is known.
 ///
 /// # Errors
 /// As [`profile`].
-pub fn choose(name: &str, identity: impl FnOnce() -> Identity) -> Result<Chosen> {
+pub fn choose(
+    name: &str,
+    fallback: &'static str,
+    identity: impl FnOnce() -> Identity,
+) -> Result<Chosen> {
     if name != AUTO {
         let why = "--board".to_owned();
         let board = find(name)?;
@@ -121,7 +135,7 @@ pub fn choose(name: &str, identity: impl FnOnce() -> Identity) -> Result<Chosen>
     }
     let (name, why) = recognize(&identity()).unwrap_or_else(|| {
         (
-            FALLBACK,
+            fallback,
             "this host is no other board that is built in".into(),
         )
     });
@@ -211,9 +225,10 @@ mod tests {
 
     #[test]
     fn a_host_that_is_not_recognised_gets_the_generic_board() {
-        let chosen = choose(AUTO, Identity::default).expect("a board");
+        let chosen = choose(AUTO, FALLBACK, Identity::default).expect("a board");
         assert_eq!(chosen.board.name, "virt");
-        let named = choose("rpi5", || panic!("the host does not matter")).expect("a board");
+        let named =
+            choose("rpi5", FALLBACK, || panic!("the host does not matter")).expect("a board");
         assert_eq!(named.board.name, "rpi5");
     }
 

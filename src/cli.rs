@@ -64,6 +64,10 @@ pub struct MachineArgs {
     pub ipa_bits: Option<String>,
     /// `--gic`.
     pub gic: Option<String>,
+    /// `--pv`.
+    pub pv: Option<String>,
+    /// `--exits`.
+    pub exits: Option<String>,
     /// `--pin`.
     pub pin: Option<String>,
     /// `--pin-io`.
@@ -106,7 +110,8 @@ macro_rules! machine_command {
         // The brackets of the help's syntax are no links.
         #[allow(rustdoc::broken_intra_doc_links)]
         pub struct $name {
-            /// kernel to boot: Image, raw or compressed (gzip, zstd, lz4, xz), or EFI zboot
+            /// kernel to boot: Image, raw or compressed (gzip, zstd, lz4, xz), or EFI zboot; for
+            /// x86_64 bzImage or ELF vmlinux
             #[argh(option, short = 'k', arg_name = "PATH")]
             pub kernel: Option<String>,
             /// initial RAM disk
@@ -121,8 +126,9 @@ macro_rules! machine_command {
             /// guest memory, like 512M or 4G (default: the board's)
             #[argh(option, short = 'm', arg_name = "SIZE")]
             pub memory: Option<String>,
-            /// board: auto (the one that this host is, else virt; the default), a built-in name
-            /// ('armlet boards') or the path of a TOML file
+            /// board: auto (the one that this host is, else
+            /// virt, or pc to run on an x86_64 host; the default), a built-in name ('armlet
+            /// boards') or the path of a TOML file
             #[argh(option, short = 'b', arg_name = "auto|NAME|PATH")]
             pub board: Option<String>,
             /// guest-physical address bits: fit (as few as the machine needs, the default), max
@@ -132,6 +138,16 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
+            /// x86_64: what KVM offers beside a CPU, each on, off or auto (as the host has it, the
+            /// default): clock, async-pf, steal-time, eoi, unhalt (spinlocks), tlb-flush, send-ipi,
+            /// poll-control, sched-yield, tsc-deadline; realtime (vCPUs that are never descheduled)
+            /// is off by default
+            #[argh(option, arg_name = "NAME=on|off|auto,..")]
+            pub pv: Option<String>,
+            /// x86_64: the instructions at which a vCPU leaves the guest, each on (the default) or
+            /// off, for vCPUs with a CPU of their own: mwait, hlt, pause, cstate
+            #[argh(option, arg_name = "NAME=on|off,..")]
+            pub exits: Option<String>,
             /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
             /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
             #[argh(option, arg_name = "auto|none|LIST")]
@@ -203,6 +219,8 @@ macro_rules! machine_command {
                     board: self.board.clone(),
                     ipa_bits: self.ipa_bits.clone(),
                     gic: self.gic.clone(),
+                    pv: self.pv.clone(),
+                    exits: self.exits.clone(),
                     pin: self.pin.clone(),
                     pin_io: self.pin_io.clone(),
                     hugepages: self.hugepages.clone(),
@@ -252,6 +270,9 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// let it go on, or exit, with status 4
         #[argh(option, arg_name = "report|exit")]
         pub on_panic: Option<String>,
+        /// count exits by reason, and tell them with KVM's own counters at the end and on SIGUSR1
+        #[argh(switch)]
+        pub stats: bool,
         /// write the device tree that the guest gets to this file
         #[argh(option, arg_name = "PATH")]
         pub dump_dtb: Option<String>,

@@ -67,7 +67,7 @@ fn run(args: &RunArgs) -> Result<Status> {
     if machine.kernel.is_none() {
         return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
     }
-    let chosen = config::board(&machine, None)?;
+    let chosen = config::board(&machine, None, boards::fallback_of(HostArch::ARCHITECTURE))?;
     let board = &chosen.board;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
@@ -97,6 +97,7 @@ fn run(args: &RunArgs) -> Result<Status> {
         on_reset,
         on_panic,
         seeded: !machine.deterministic,
+        stats: args.stats,
         dump_dtb: args.dump_dtb.clone(),
     })
 }
@@ -108,7 +109,7 @@ fn plan(args: &PlanArgs) -> Result<Status> {
         return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);
     }
     let other = args.host.as_deref().filter(|host| *host != "this");
-    let chosen = config::board(&machine, other)?;
+    let chosen = config::board(&machine, other, boards::FALLBACK)?;
     let board = &chosen.board;
     match board.arch {
         Architecture::Aarch64 => {
@@ -230,6 +231,7 @@ pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host) -> Result<Plan<A>> {
             PlanError::TooWide { .. }
             | PlanError::WidthNotOffered { .. }
             | PlanError::IrqchipNotOffered { .. }
+            | PlanError::FeatureNotOffered { .. }
             | PlanError::PageSize { .. } => Status::Host,
             _ => Status::Usage,
         };

@@ -48,18 +48,18 @@ pub struct Config<A: Arch> {
 }
 
 /// The board that the arguments name, or that the host is: `host` where the machine is planned for
-/// another than this.
+/// another than this, `fallback` where it is none that is known.
 ///
 /// # Errors
 /// As [`boards::choose`].
-pub fn board(args: &MachineArgs, host: Option<&str>) -> Result<Chosen> {
+pub fn board(args: &MachineArgs, host: Option<&str>, fallback: &'static str) -> Result<Chosen> {
     let named = args.board.as_deref().unwrap_or(boards::AUTO);
     let chosen = match host {
         Some(host) if named == boards::AUTO => Chosen {
             why: "--host".to_owned(),
-            ..boards::choose(host, || host::this().identity())?
+            ..boards::choose(host, fallback, || host::this().identity())?
         },
-        _ => boards::choose(named, || host::this().identity())?,
+        _ => boards::choose(named, fallback, || host::this().identity())?,
     };
     log::info!("board {}: {}", chosen.board.name, chosen.why);
     Ok(chosen)
@@ -158,6 +158,8 @@ fn read_checked<A: Arch>(
         .as_ref()
         .map(|path| Initrd::open(Path::new(path)))
         .transpose()?;
+    let wishes =
+        A::wishes(args.pv.as_deref(), args.exits.as_deref()).map_err(|cause| anyhow!("{cause}"))?;
     let wanted = virtio::wanted(args)?;
     let pmem = args.pmem.iter().map(|text| planned_size(text));
     let request = Request {
@@ -175,6 +177,7 @@ fn read_checked<A: Arch>(
             cores: pinning.told.clone(),
             caches: caches(&pinning.alike),
         },
+        wishes,
     };
     let chosen = ChosenValues {
         args,
@@ -281,7 +284,7 @@ mod tests {
     }
 
     fn refused(args: MachineArgs) -> String {
-        let board = board(&args, None).expect("the default board");
+        let board = board(&args, None, "virt").expect("the default board");
         let error = read_here(&args, board).expect_err("to be refused");
         assert_eq!(crate::status::status_of(&error), Status::Usage);
         let line = format!("{error:#}");
@@ -296,7 +299,8 @@ mod tests {
             cmdline: Some("quiet".to_owned()),
             ..MachineArgs::default()
         };
-        let config = read_here(&args, board(&args, Some("rpi5")).expect("a board")).expect("valid");
+        let config =
+            read_here(&args, board(&args, Some("rpi5"), "virt").expect("a board")).expect("valid");
         assert_eq!(config.request.cpus, 3);
         assert_eq!(config.request.cmdline, "quiet");
         assert_eq!(config.request.memory, 1 << 30);

@@ -6,6 +6,7 @@
 //! at most 16 MiB, zstd, xz and lzma what their window asks for, at most [`MAX_WINDOW`]).
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use armlet_arch::elf::{MAX_NOTES, X86Elf};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
 use ruzstd::decoding::{
     BlockDecodingStrategy, FrameDecoder, StreamingDecoder, errors::FrameDecoderError,
@@ -50,7 +51,7 @@ struct Packing {
 
 impl Kernel {
     /// Opens a kernel file and reads its header: an arm64 Image, plain, compressed or in an EFI
-    /// zboot file, or an x86_64 bzImage.
+    /// zboot file, or an x86_64 bzImage or ELF vmlinux.
     ///
     /// # Errors
     /// A path that is no readable regular file, and everything in it that is not such a kernel:
@@ -74,6 +75,7 @@ impl Kernel {
             Header::Arm64(image) if image.image_size == 0 => 2 * self.file_size,
             Header::Arm64(image) => image.image_size,
             Header::X86(image) => image.init_size,
+            Header::X86Elf(elf) => elf.memory().end - elf.memory().start,
         }
     }
 
@@ -101,6 +103,7 @@ impl Kernel {
                 image.version >> 8,
                 image.version & 0xff
             ),
+            Header::X86Elf(_) => format!("x86_64 ELF vmlinux, {size} MiB"),
         }
     }
 
@@ -119,6 +122,9 @@ impl Kernel {
     }
 
     fn load(&self, dst: &mut [u8]) -> Result<u64> {
+        if let Header::X86Elf(elf) = &self.header {
+            return load_elf(&self.file, elf, self.file_size, dst);
+        }
         let written = match self.packing.compression {
             None => read_span(&self.file, &self.packing.span, self.file_size, dst)?,
             Some(compression) => unpack_all(&self.file, &self.packing.span, compression, dst)?,
@@ -232,6 +238,11 @@ fn open_kernel(path: &Path) -> Result<Kernel> {
             packing.span = image.payload.clone();
             (packing, Header::X86(image), None)
         }
+        Format::Elf { machine: X86_64 } => {
+            let elf = open_elf(&file, &head)?;
+            check_extent(Some(elf.extent()), file_size)?;
+            (whole(None), Header::X86Elf(elf), None)
+        }
         Format::Elf { machine } => return Err(ImageError::Elf { machine }.into()),
         Format::Compressed(compression) => {
             open_packed(&file, whole(Some(compression)), compression)?
@@ -268,6 +279,37 @@ fn open_kernel(path: &Path) -> Result<Kernel> {
         header,
         extent,
     })
+}
+
+/// `e_machine` of x86_64 (System V ABI, AMD64 supplement, section 4.1).
+const X86_64: u16 = 62;
+
+/// Reads an ELF file's headers and notes.
+fn open_elf(file: &File, head: &[u8]) -> Result<X86Elf> {
+    let mut elf = X86Elf::parse(head)?;
+    let len = (elf.notes.end - elf.notes.start).min(MAX_NOTES);
+    let mut notes = vec![0; len as usize];
+    let got = read_at(file, &mut notes, elf.notes.start).context("cannot read it")?;
+    elf.find_entry(&notes[..got])?;
+    Ok(elf)
+}
+
+/// Loads the segments of an ELF file to where they lie behind the first, and zeros between them.
+fn load_elf(file: &File, elf: &X86Elf, opened: u64, dst: &mut [u8]) -> Result<u64> {
+    let memory = elf.memory();
+    let room = dst.len();
+    let dst = usize::try_from(memory.end - memory.start)
+        .ok()
+        .and_then(|len| dst.get_mut(..len))
+        .with_context(|| format!("its segments do not fit into the {room} bytes set aside"))?;
+    for segment in &elf.segments {
+        let [start, end] = [segment.memory.start, segment.memory.end]
+            .map(|address| (address - memory.start) as usize);
+        let written = read_span(file, &segment.file, opened, &mut dst[start..end])?;
+        // After a reset there is what the guest left.
+        dst[start + written as usize..end].fill(0);
+    }
+    Ok(dst.len() as u64)
 }
 
 /// Unpacks the first bytes of compressed data, which must be those of an arm64 Image.

@@ -26,6 +26,7 @@ pub mod report;
 pub mod run;
 pub mod serial;
 pub mod settings;
+pub mod stats;
 pub mod status;
 pub mod table;
 pub mod vcpu;

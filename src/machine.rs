@@ -3,37 +3,48 @@
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
+use crate::kvm::stats::Statistics;
 use crate::memory::{self, IdleMemory};
 use crate::reactor::Reactor;
 use crate::serial::Serial;
+use crate::stats::Counters;
+use crate::vcpu::{Buses, Told, note_end};
 use crate::virtio::Backend;
 use crate::virtio::console::HvcConsole;
 use crate::virtio::slots::{Slots, Workers};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use armlet_arch::irq::Spi;
-use armlet_arch::plan::{Placed, Plan};
-use armlet_arch::{DeviceKind, Range};
+use armlet_arch::plan::{POWER_KEY_LINE, Placed, PlacedPorts, Plan};
+use armlet_arch::{DeviceKind, PortKind, Range};
 use armlet_devices::bus::Bus;
-use armlet_devices::pl011::{Output, Pl011};
+use armlet_devices::cmos::Cmos;
+use armlet_devices::console::{Console, Output};
+use armlet_devices::i8042::I8042;
+use armlet_devices::pl011::Pl011;
 use armlet_devices::pl031::Pl031;
 use armlet_devices::pl061::Pl061;
+use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
+use armlet_devices::uart16550::Uart16550;
 use armlet_devices::{Device, IrqLine};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// A machine as KVM has it, with its devices, before its vCPUs run.
 pub struct Machine<A: KvmArch> {
+    vm: Arc<VmFd>,
     /// vCPUs, by index.
     pub vcpus: Vec<VcpuFd>,
     /// Who answers at which address.
-    pub bus: Arc<Bus>,
+    pub buses: Arc<Buses>,
     /// The devices that the event loop talks to.
     pub devices: Devices,
     /// The virtio devices that the event loop serves.
     pub light: Reactor,
     /// The others, at work as long as the machine lives.
     pub workers: Workers,
+    /// What it counts.
+    pub counters: Counters,
     /// Kept for as long as the machine lives.
     _chip: A::Chip,
 }
@@ -42,13 +53,23 @@ pub struct Machine<A: KvmArch> {
 #[derive(Default)]
 pub struct Devices {
     /// The serial console.
-    pub serial: Option<Arc<Mutex<Serial>>>,
+    pub serial: Option<Arc<Mutex<dyn Console>>>,
     /// The virtio console, where the terminal is there.
     pub hvc: Option<Arc<HvcConsole>>,
     /// The clock, for its alarm.
     pub clock: Option<Arc<Mutex<Pl031>>>,
-    /// The power key's GPIO.
-    pub power_key: Option<Arc<Mutex<Pl061>>>,
+    /// The power key.
+    pub power_key: Option<Arc<Mutex<dyn PowerKey>>>,
+}
+
+/// The power key on its line of a GPIO.
+struct GpioKey(Arc<Mutex<Pl061>>);
+
+impl PowerKey for GpioKey {
+    fn set_pressed(&mut self, pressed: bool) {
+        let mut gpio = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        gpio.set_input(POWER_KEY_LINE as u8, pressed);
+    }
 }
 
 /// What the devices call when something happens. Each may be called by any vCPU's thread, with
@@ -101,18 +122,24 @@ pub fn assemble<A: KvmArch>(
     for (index, (image, range)) in images.zip(&plan.layout.pmem).enumerate() {
         memory::give_pmem(image, *range, index, &vm)?;
     }
-    let (vcpus, chip) = A::populate(&vm, plan)?;
+    let (vcpus, chip) = A::populate(kvm, &vm, plan)?;
     let mut slots = Slots::new(&vm, memory, plan)?;
-    let (bus, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
+    let (buses, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
         let backend = backends
             .get(slot as usize)
             .with_context(|| format!("{placed} has no backend"))?;
         Ok(slots.fill::<A>(placed, &**backend)?)
     })?;
     let (light, workers) = slots.finish();
+    let counters = Counters {
+        exits: vcpus.iter().map(|_| Arc::default()).collect(),
+        ..Counters::default()
+    };
     Ok(Machine {
+        vm,
+        counters,
         vcpus,
-        bus: Arc::new(bus),
+        buses: Arc::new(buses),
         devices,
         light,
         workers,
@@ -126,7 +153,7 @@ fn attach<A: KvmArch>(
     plan: &Plan<A>,
     wires: Wires,
     mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
-) -> Result<(Bus, Devices)> {
+) -> Result<(Buses, Devices)> {
     let line = |spi: Spi| -> Arc<dyn IrqLine> {
         Arc::new(SpiLine {
             vm: Arc::clone(vm),
@@ -147,13 +174,11 @@ fn attach<A: KvmArch>(
         let line = line(placed.spi);
         let device: Arc<Mutex<dyn Device>> = match placed.kind {
             DeviceKind::Pl011 => {
-                let Some((output, on_room, on_burst)) = console.take() else {
-                    bail!("the board has two serial consoles; armlet serves one");
-                };
+                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
                 let window = burst_window(vm, vcpu, plan, placed);
                 let uart = Pl011::new(line, output, on_room);
                 let serial = Arc::new(Mutex::new(Serial::new(uart, window, on_burst)));
-                devices.serial = Some(Arc::clone(&serial));
+                devices.serial = Some(Arc::clone(&serial) as _);
                 serial
             }
             DeviceKind::Pl031 => {
@@ -164,15 +189,45 @@ fn attach<A: KvmArch>(
             }
             DeviceKind::Pl061 => {
                 let gpio = Arc::new(Mutex::new(Pl061::new(line)));
-                devices.power_key = Some(Arc::clone(&gpio));
+                devices.power_key = Some(Arc::new(Mutex::new(GpioKey(Arc::clone(&gpio)))));
                 gpio
             }
             DeviceKind::VirtioMmio { slot } => virtio(placed, slot)?,
         };
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }
-    Ok((bus, devices))
+    let mut ports = Bus::new();
+    for placed in &plan.layout.ports {
+        let PlacedPorts { kind, irq, .. } = *placed;
+        let line = || {
+            irq.map(line)
+                .with_context(|| format!("the {kind} has no interrupt"))
+        };
+        let on_reset = || Box::new(|| note_end(Told::Reset));
+        let device: Arc<Mutex<dyn Device>> = match kind {
+            PortKind::Uart16550 => {
+                let (output, on_room, _) = console.take().context(TWO_CONSOLES)?;
+                let serial = Arc::new(Mutex::new(Uart16550::new(line()?, output, on_room)));
+                devices.serial = Some(Arc::clone(&serial) as _);
+                serial
+            }
+            PortKind::Cmos => Arc::new(Mutex::new(Cmos::new())),
+            PortKind::I8042 => Arc::new(Mutex::new(I8042::new(on_reset()))),
+            PortKind::Reset => Arc::new(Mutex::new(ResetControl::new(on_reset()))),
+            PortKind::Acpi => {
+                let on_power_off = Box::new(|| note_end(Told::PowerOff));
+                let acpi = Arc::new(Mutex::new(AcpiPower::new(line()?, on_power_off)));
+                devices.power_key = Some(Arc::clone(&acpi) as _);
+                acpi
+            }
+        };
+        ports.insert(placed.ports.start(), placed.ports.size(), device)?;
+    }
+    let buses = Buses { memory: bus, ports };
+    Ok((buses, devices))
 }
+
+const TWO_CONSOLES: &str = "the board has two serial consoles; armlet serves one";
 
 /// A window for bursts of output, where KVM has it and no other device shares its page.
 fn burst_window<A: KvmArch>(
@@ -193,6 +248,14 @@ fn burst_window<A: KvmArch>(
 }
 
 impl<A: KvmArch> Machine<A> {
+    /// Opens KVM's counters, where it has them.
+    pub fn count(&mut self) {
+        let no_vm = |error| log::warn!("KVM does not show its counters ({error})");
+        self.counters.vm = Statistics::of(&*self.vm).map_err(no_vm).ok();
+        let vcpus = self.vcpus.iter().map(Statistics::of);
+        self.counters.vcpus = vcpus.filter_map(Result::ok).collect();
+    }
+
     /// Puts kernel, initrd and blobs where the plan says.
     ///
     /// # Errors

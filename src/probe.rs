@@ -5,6 +5,7 @@ use crate::{boards, host};
 use anyhow::{Result, anyhow};
 use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
+use armlet_arch::x86_64::features::{EXITS, PARAVIRTUAL};
 use armlet_arch::{Arch, Architecture, Board, aarch64, x86_64};
 use kvm_ioctls::Kvm;
 use serde_json::{Value, json};
@@ -96,6 +97,35 @@ pub struct ArmFacts {
 pub struct X86Facts {
     /// What planning needs.
     pub host: x86_64::Host,
+    /// Whether guests' timers can go off without an exit.
+    pub timers: ExitlessTimers,
+    /// Whether the CPU helps: it has VMX or SVM.
+    pub hardware: bool,
+}
+
+/// What it takes for guests' timers to go off without an exit: the host's CPUs that keep house take
+/// them and post the interrupt (arch/x86/kvm/lapic.c: kvm_can_post_timer_interrupt).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitlessTimers {
+    /// The module's parameter `pi_inject_timer`: on by default where CPUs are isolated.
+    pub injected: bool,
+    /// Interrupts can be posted: APICv or AVIC.
+    pub posted: bool,
+}
+
+impl ExitlessTimers {
+    /// As the modules' parameters say.
+    #[must_use]
+    pub fn look() -> ExitlessTimers {
+        let is_on = |path: &str| {
+            let value = std::fs::read_to_string(format!("/sys/module/{path}"));
+            value.is_ok_and(|value| matches!(value.trim(), "Y" | "1"))
+        };
+        ExitlessTimers {
+            injected: is_on("kvm/parameters/pi_inject_timer"),
+            posted: is_on("kvm_intel/parameters/enable_apicv") || is_on("kvm_amd/parameters/avic"),
+        }
+    }
 }
 
 /// A host, as `armlet probe` shows it.
@@ -218,11 +248,7 @@ impl Report {
                 "see 'dmesg | grep -i kvm' for the kernel's reason",
             )],
             Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus, self.cpu_interface),
-            Ok(Virtualization::X86(_)) => vec![finding(
-                Severity::Stops,
-                "armlet does not run x86_64 guests yet",
-                "use an ARM64 host; 'armlet plan' works here",
-            )],
+            Ok(Virtualization::X86(facts)) => diagnose_x86(facts),
         };
         let notes = self
             .profile
@@ -302,14 +328,59 @@ impl Report {
         ];
         match &self.kvm {
             Ok(Virtualization::Arm(arm)) => facts.extend(arm_facts(arm)),
-            Ok(Virtualization::X86(x86)) => facts.extend([
-                ("phys_bits", "Guest address bits", json!(x86.host.phys_bits)),
-                ("max_vcpus", "vCPUs, at most", json!(x86.host.max_vcpus)),
-            ]),
+            Ok(Virtualization::X86(x86)) => facts.extend(x86_facts(x86)),
             Err(_) => {}
         }
         facts
     }
+}
+
+fn x86_facts(x86: &X86Facts) -> Vec<(&'static str, &'static str, Value)> {
+    let host = &x86.host;
+    let mut facts = vec![
+        ("phys_bits", "Guest address bits", json!(host.phys_bits)),
+        ("max_vcpus", "vCPUs, at most", json!(host.max_vcpus)),
+        ("hardware", "VMX or SVM", json!(x86.hardware)),
+    ];
+    for feature in PARAVIRTUAL {
+        let has = host.paravirtual & feature.bits != 0;
+        facts.push((feature.name, feature.label, json!(has)));
+    }
+    let exits = EXITS.iter().filter(|(_, bit)| host.exits_off & bit != 0);
+    let exits: Vec<_> = exits.map(|(name, _)| *name).collect();
+    facts.extend([
+        (
+            "tsc-deadline",
+            "TSC deadline timer",
+            json!(host.tsc_deadline),
+        ),
+        ("exits_off", "Exits that can be off", json!(exits)),
+        (
+            "exitless_timers",
+            "Timers without an exit",
+            json!(x86.timers.injected && x86.timers.posted),
+        ),
+    ]);
+    facts
+}
+
+fn diagnose_x86(facts: &X86Facts) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if !facts.hardware {
+        findings.push(Finding {
+            severity: Severity::Limits,
+            what: "the CPU shows neither VMX nor SVM: KVM runs guests in software".to_owned(),
+            fix: "most kernels do not start; use a host with virtualisation switched on in its firmware, or nested virtualisation".to_owned(),
+        });
+    }
+    if facts.timers.posted && !facts.timers.injected {
+        findings.push(Finding {
+            severity: Severity::Note,
+            what: "guests' timers are exits".to_owned(),
+            fix: "with CPUs isolated for guests (nohz_full=, isolcpus=) or kvm.pi_inject_timer=1, and --exits hlt=off or mwait=off for pinned vCPUs, the other CPUs take them".to_owned(),
+        });
+    }
+    findings
 }
 
 fn arm_facts(arm: &ArmFacts) -> Vec<(&'static str, &'static str, Value)> {

@@ -1,9 +1,10 @@
 //! A plan for people and for programs.
 
 use crate::settings::Setting;
+use armlet_arch::irq::Spi;
 use armlet_arch::plan::{Payload, Plan};
 use armlet_arch::size::show_size;
-use armlet_arch::{Arch, Blob, Range, Region, Width};
+use armlet_arch::{Arch, Architecture, Blob, Range, Region, Width};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -38,17 +39,24 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
     if plan.layout.payload.kernel.is_some() {
         let _ = writeln!(out, "  entry  {:#x}", plan.layout.payload.entry);
     }
-    if !plan.layout.devices.is_empty() {
+    if !plan.layout.ports.is_empty() {
+        let _ = writeln!(out, "\nI/O ports");
+    }
+    for device in &plan.layout.ports {
+        let (first, last) = (device.ports.start(), device.ports.last());
+        let _ = writeln!(out, "  {first:>#6x} {last:>#6x}  {}", device.kind);
+    }
+    let interrupts = interrupts(plan);
+    if !interrupts.is_empty() {
         let _ = writeln!(out, "\nInterrupts");
     }
-    for device in &plan.layout.devices {
-        let _ = writeln!(
-            out,
-            "  SPI {:<4} INTID {:<4} {}",
-            device.spi.0,
-            device.spi.intid(),
-            device
-        );
+    for (spi, what) in interrupts {
+        let _ = match A::ARCHITECTURE {
+            Architecture::Aarch64 => {
+                writeln!(out, "  SPI {:<4} INTID {:<4} {what}", spi.0, spi.intid())
+            }
+            Architecture::X86_64 => writeln!(out, "  GSI {:<4} {what}", spi.0),
+        };
     }
     let _ = writeln!(out, "\nChosen by");
     let widest = settings.iter().map(|setting| setting.from.len()).max();
@@ -88,6 +96,15 @@ fn address_bits(width: &Width) -> String {
         );
     }
     text
+}
+
+/// Interrupts with who raises them, devices at addresses first.
+fn interrupts<A: Arch>(plan: &Plan<A>) -> Vec<(Spi, String)> {
+    let devices = plan.layout.devices.iter();
+    let devices = devices.map(|device| (device.spi, device.to_string()));
+    let ports = plan.layout.ports.iter();
+    let ports = ports.filter_map(|device| Some((device.irq?, device.kind.to_string())));
+    devices.chain(ports).collect()
 }
 
 fn map_rows<A: Arch>(plan: &Plan<A>) -> Vec<Row> {
@@ -163,6 +180,8 @@ pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Val
         "entry": plan.layout.payload.entry,
         "irqchip": plan.layout.irqchip,
         "devices": plan.layout.devices,
+        "ports": plan.layout.ports,
+        "features": plan.features,
         "vcpus": plan.vcpus,
         "cmdline": cmdline,
         "settings": settings

@@ -12,13 +12,14 @@ use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
 use crate::memory::{self, Sharing};
 use crate::reactor::Reactor;
-use crate::serial::{Serial, TICK};
+use crate::serial::TICK;
+use crate::stats::Counters;
 use crate::status::{Fault, Status};
 use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
 use crate::virtio;
 use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
-use armlet_arch::plan::POWER_KEY_LINE;
+use armlet_devices::console::Console;
 use kvm_ioctls::Kvm;
 use rustix::io::Errno;
 use rustix::stdio;
@@ -73,6 +74,8 @@ pub struct Orders<A: KvmArch> {
     pub on_panic: OnPanic,
     /// Whether the guest gets fresh random seeds at each start.
     pub seeded: bool,
+    /// Whether to count exits, and tell at the end and on SIGUSR1.
+    pub stats: bool,
     /// Where to write the device tree to.
     pub dump_dtb: Option<String>,
 }
@@ -99,7 +102,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         everywhere = allowed_cpus();
         affinity::run_on(&orders.config.io_cpus).fault(Status::Usage)?;
     }
-    let mut events = Events::new(orders.on_panic)?;
+    let mut events = Events::new(orders.on_panic, orders.stats)?;
     let mut memory = None;
     let mut terminal = None;
     let hvc = match orders.config.console {
@@ -147,6 +150,9 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
             .fault(Status::Usage)?;
         drop(plan);
+        if orders.stats {
+            machine.count();
+        }
         if terminal.is_none() {
             terminal = RawTerminal::enter()?;
         }
@@ -154,7 +160,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
             let teller = events.teller();
             let cpus = pinning.cpus.get(index).unwrap_or(&everywhere).clone();
-            let (bus, flag) = (Arc::clone(&machine.bus), Arc::clone(&stopping));
+            let (buses, flag) = (Arc::clone(&machine.buses), Arc::clone(&stopping));
             let (serial, hvc) = (machine.devices.serial.clone(), hvc.clone());
             let halt = Arc::clone(&stopping);
             let tell = move |told| {
@@ -167,9 +173,17 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                 }
                 teller.tell(Event::Told(told));
             };
-            vcpus.push(RunningVcpu::start::<A>(index, vcpu, bus, flag, cpus, tell)?);
+            let exits = Arc::clone(&machine.counters.exits[index]);
+            vcpus.push(RunningVcpu::start::<A>(
+                index, vcpu, buses, flag, cpus, exits, tell,
+            )?);
         }
-        let ending = events.watch(&machine.devices, &machine.light, terminal.is_some());
+        let ending = events.watch(
+            &machine.devices,
+            &machine.light,
+            &machine.counters,
+            terminal.is_some(),
+        );
         stop(&vcpus, &stopping);
         for vcpu in vcpus {
             vcpu.join();
@@ -180,6 +194,9 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         if let Some(hvc) = &hvc {
             hvc.drain(console::is_output_ready);
         }
+        if orders.stats {
+            tell_counters(&machine.counters);
+        }
         match ending? {
             Ending::Reset if orders.on_reset == OnReset::Restart => {
                 log::info!("the guest asked for a reset; starting it again");
@@ -189,6 +206,12 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                 return Ok(status(ending));
             }
         }
+    }
+}
+
+fn tell_counters(counters: &Counters) {
+    for line in counters.report() {
+        console::complain(&line);
     }
 }
 
@@ -300,11 +323,11 @@ enum Handed {
 }
 
 impl Events {
-    fn new(on_panic: OnPanic) -> Result<Events> {
+    fn new(on_panic: OnPanic, stats: bool) -> Result<Events> {
         let epoll = Epoll::new().context("cannot make an epoll instance")?;
         let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
         // Before any thread starts, so that each inherits the mask.
-        let signals = take_signals().context("cannot take signals by descriptor")?;
+        let signals = take_signals(stats).context("cannot take signals by descriptor")?;
         for (fd, token) in [(bell.as_raw_fd(), BELL), (signals.as_raw_fd(), SIGNAL)] {
             epoll
                 .ctl(
@@ -367,7 +390,13 @@ impl Events {
     }
 
     /// Serves the machine until its end.
-    fn watch(&mut self, devices: &Devices, light: &Reactor, terminal: bool) -> Result<Ending> {
+    fn watch(
+        &mut self,
+        devices: &Devices,
+        light: &Reactor,
+        counters: &Counters,
+        terminal: bool,
+    ) -> Result<Ending> {
         self.input.terminal = terminal;
         // It leaves epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
@@ -385,7 +414,7 @@ impl Events {
             for event in &ready[..count] {
                 let ending = match event.data() {
                     INPUT => self.read_input(devices)?,
-                    SIGNAL => self.read_signal(devices)?,
+                    SIGNAL => self.read_signal(devices, counters)?,
                     VIRTIO => light.turn(0).map(|_| None)?,
                     _ => self.read_queue(devices)?,
                 };
@@ -411,8 +440,8 @@ impl Events {
         let now = Instant::now();
         if self.release.is_some_and(|release| release <= now) {
             self.release = None;
-            if let Some(gpio) = &devices.power_key {
-                lock(gpio).set_input(POWER_KEY_LINE as u8, false);
+            if let Some(key) = &devices.power_key {
+                lock(&**key).set_pressed(false);
             }
         }
         if self.alarm.is_some_and(|alarm| alarm <= now) {
@@ -471,8 +500,9 @@ impl Events {
         Ok(None)
     }
 
-    /// SIGTERM and SIGHUP press the power key, once; everything else stops at once.
-    fn read_signal(&mut self, devices: &Devices) -> Result<Option<Ending>> {
+    /// SIGUSR1 asks for the counters. SIGTERM and SIGHUP press the power key, once; everything else
+    /// stops at once.
+    fn read_signal(&mut self, devices: &Devices, counters: &Counters) -> Result<Option<Ending>> {
         let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
         match rustix::io::read(&self.signals, &mut info) {
             Ok(_) => {}
@@ -480,6 +510,10 @@ impl Events {
             Err(error) => return Err(error).context("cannot read a signal"),
         }
         let number = u32::from_le_bytes([info[0], info[1], info[2], info[3]]);
+        if number == libc::SIGUSR1 as u32 {
+            tell_counters(counters);
+            return Ok(None);
+        }
         if number == libc::SIGWINCH as u32 {
             let console = devices.hvc.as_ref().and_then(|hvc| hvc.current());
             if let (Some(console), Some(size)) = (console, terminal_size()) {
@@ -492,11 +526,11 @@ impl Events {
             console::complain("stopped by a signal");
             return Ok(Some(Ending::Stopped));
         }
-        let Some(gpio) = &devices.power_key else {
+        let Some(key) = &devices.power_key else {
             console::complain("stopped by a signal: this board has no power key");
             return Ok(Some(Ending::Stopped));
         };
-        lock(gpio).set_input(POWER_KEY_LINE as u8, true);
+        lock(&**key).set_pressed(true);
         self.release = Some(Instant::now() + KEY_HELD);
         console::complain("pressed the guest's power key; a second signal stops it at once");
         Ok(None)
@@ -635,7 +669,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The console, if it can be used without waiting for a reader of the output: neither for a vCPU
 /// that writes, nor to write what a burst has left. The loop waits for nobody.
-fn at_hand(serial: &Mutex<Serial>) -> Option<MutexGuard<'_, Serial>> {
+fn at_hand(serial: &Mutex<dyn Console>) -> Option<MutexGuard<'_, dyn Console + 'static>> {
     // A vCPU that tells of room still holds the lock, as a rule for an instant only.
     let serial = (0..TRIES).find_map(|_| {
         let free = serial.try_lock().ok();
@@ -647,15 +681,18 @@ fn at_hand(serial: &Mutex<Serial>) -> Option<MutexGuard<'_, Serial>> {
     (!serial.in_burst() || console::is_output_ready()).then_some(serial)
 }
 
-/// A descriptor that SIGTERM, SIGINT, SIGHUP and SIGWINCH are read from; they are blocked as
-/// signals.
-fn take_signals() -> std::io::Result<OwnedFd> {
+/// A descriptor that SIGTERM, SIGINT, SIGHUP, SIGWINCH and, if it is `counted`, SIGUSR1 are read
+/// from; they are blocked as signals.
+fn take_signals(counted: bool) -> std::io::Result<OwnedFd> {
     // SAFETY: the calls work on a set of our own; a negative result is the only error.
     let fd = unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH] {
             libc::sigaddset(&mut set, signal);
+        }
+        if counted {
+            libc::sigaddset(&mut set, libc::SIGUSR1);
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
         libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)

@@ -8,6 +8,7 @@
 
 use crate::kvm::burst::BurstWindow;
 use armlet_devices::Device;
+use armlet_devices::console::Console;
 use armlet_devices::pl011::{Pl011, Snapshot};
 use std::time::{Duration, Instant};
 
@@ -58,55 +59,6 @@ impl Serial {
             written: false,
             taken: Vec::new(),
         }
-    }
-
-    /// Hands on what was collected.
-    pub fn flush(&mut self) {
-        if let Some(window) = self.window.as_mut().filter(|_| self.shown.is_some()) {
-            self.taken.clear();
-            window.drain(&mut self.taken);
-            self.count = self.count.saturating_add(self.taken.len() as u32);
-            self.written |= !self.taken.is_empty();
-            self.uart.write_data(&self.taken);
-        }
-    }
-
-    /// Looks after a burst; false when it is over and no further tick is wanted.
-    pub fn tick(&mut self) -> bool {
-        self.flush();
-        if !std::mem::take(&mut self.written) {
-            self.end_burst();
-        }
-        self.shown.is_some()
-    }
-
-    /// Whether there may be bytes to hand on.
-    #[must_use]
-    pub fn in_burst(&self) -> bool {
-        self.shown.is_some()
-    }
-
-    /// The time of the guest's listening ([`Pl011::listening`]).
-    #[must_use]
-    pub fn listening(&self) -> Option<u64> {
-        self.uart.listening()
-    }
-
-    /// Gives the guest of `input` what it wants. Returns how many bytes it took, and whether it
-    /// wants more than there were.
-    pub fn receive(&mut self, input: &[u8]) -> (usize, bool) {
-        let wanted = self.uart.wanted();
-        let count = wanted.min(input.len());
-        if count > 0 {
-            self.end_burst();
-        }
-        (self.uart.receive(&input[..count]), wanted > count)
-    }
-
-    /// Sends the guest a break, if it has room for one.
-    pub fn receive_break(&mut self) {
-        self.end_burst();
-        self.uart.receive_break();
     }
 
     /// Counts a byte that was an exit of its own, and begins a burst when it is one of many.
@@ -178,6 +130,48 @@ impl Serial {
             false => BURST_BYTES,
         };
         self.count = 0;
+    }
+}
+
+impl Console for Serial {
+    fn flush(&mut self) {
+        if let Some(window) = self.window.as_mut().filter(|_| self.shown.is_some()) {
+            self.taken.clear();
+            window.drain(&mut self.taken);
+            self.count = self.count.saturating_add(self.taken.len() as u32);
+            self.written |= !self.taken.is_empty();
+            self.uart.write_data(&self.taken);
+        }
+    }
+
+    fn tick(&mut self) -> bool {
+        self.flush();
+        if !std::mem::take(&mut self.written) {
+            self.end_burst();
+        }
+        self.shown.is_some()
+    }
+
+    fn in_burst(&self) -> bool {
+        self.shown.is_some()
+    }
+
+    fn listening(&self) -> Option<u64> {
+        self.uart.listening()
+    }
+
+    fn receive(&mut self, input: &[u8]) -> (usize, bool) {
+        let wanted = self.uart.wanted();
+        let count = wanted.min(input.len());
+        if count > 0 {
+            self.end_burst();
+        }
+        (self.uart.receive(&input[..count]), wanted > count)
+    }
+
+    fn receive_break(&mut self) {
+        self.end_burst();
+        self.uart.receive_break();
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::affinity;
 use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{KvmArch, RawExit};
+use crate::stats::{Exits, Reason};
 use anyhow::{Context, Result};
 use armlet_devices::bus::Bus;
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -18,6 +19,15 @@ const STACK_BYTES: usize = 128 << 10;
 /// Why KVM did not enter the guest: the vCPU's PMU is that of another kind of core
 /// (KVM_EXIT_FAIL_ENTRY_CPU_UNSUPPORTED; arch/arm64/kvm/arm.c: kvm_arch_vcpu_load).
 const UNSUPPORTED_CPU: u64 = 1;
+
+/// Who answers the guest, in both spaces of addresses.
+#[derive(Default)]
+pub struct Buses {
+    /// At guest-physical addresses.
+    pub memory: Bus,
+    /// At I/O ports; empty where the architecture has none.
+    pub ports: Bus,
+}
 
 /// What a vCPU's exit means for the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +45,10 @@ pub enum Next {
     },
     /// An exit that kvm-ioctls has no name for.
     Raw(u32),
+    /// An access to an I/O port, yet to be answered: kvm-ioctls does not tell how wide it was.
+    Port,
+    /// A fault in the handler of a double fault, which resets a PC.
+    TripleFault,
     /// The guest powered itself off.
     PowerOff,
     /// The guest asked for a reset.
@@ -71,6 +85,8 @@ pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
         VcpuExit::SystemEvent(kind, _) => Next::Failed(format!(
             "KVM reported a system event of unknown type {kind}"
         )),
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => Next::Port,
+        VcpuExit::Shutdown => Next::TripleFault,
         VcpuExit::Intr => Next::Run,
         VcpuExit::FailEntry(UNSUPPORTED_CPU, cpu) => Next::Failed(format!(
             "KVM cannot run it on CPU {cpu}, which is of another kind than its performance counters; keep it on one kind of core by --pin"
@@ -83,6 +99,16 @@ pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
         }
         VcpuExit::Unsupported(reason) => Next::Raw(reason),
         other => Next::Failed(format!("KVM stopped it with an unexpected exit: {other:?}")),
+    }
+}
+
+fn reason(exit: &VcpuExit<'_>) -> Reason {
+    match exit {
+        VcpuExit::MmioRead(..) => Reason::MemoryRead,
+        VcpuExit::MmioWrite(..) => Reason::MemoryWrite,
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => Reason::Port,
+        VcpuExit::Intr => Reason::Signal,
+        _ => Reason::Other,
     }
 }
 
@@ -114,9 +140,10 @@ impl RunningVcpu {
     pub fn start<A: KvmArch>(
         index: usize,
         mut vcpu: VcpuFd,
-        bus: Arc<Bus>,
+        buses: Arc<Buses>,
         stopping: Arc<AtomicBool>,
         cpus: Vec<u32>,
+        exits: Arc<Exits>,
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<RunningVcpu> {
         let thread = std::thread::Builder::new()
@@ -130,7 +157,7 @@ impl RunningVcpu {
                     tell(Told::Failed(format!("vCPU {index} {error:#}")));
                     return;
                 }
-                if let Some(told) = run::<A>(index, &mut vcpu, &bus, &stopping, &tell) {
+                if let Some(told) = run::<A>(index, &mut vcpu, &buses, &stopping, &exits, &tell) {
                     tell(told);
                 }
             })
@@ -159,15 +186,21 @@ impl RunningVcpu {
 fn run<A: KvmArch>(
     index: usize,
     vcpu: &mut VcpuFd,
-    bus: &Bus,
+    buses: &Buses,
     stopping: &AtomicBool,
+    exits: &Exits,
     tell: &impl Fn(Told),
 ) -> Option<Told> {
     let mut faults = Faults { index, count: 0 };
+    let mut empty_ports = Faults { index, count: 0 };
     while !stopping.load(Ordering::Acquire) {
         let next = match vcpu.run() {
-            Ok(exit) => answer(exit, bus),
+            Ok(exit) => {
+                exits.count(reason(&exit));
+                answer(exit, &buses.memory)
+            }
             Err(error) if error.errno() == libc::EINTR => {
+                exits.count(Reason::Signal);
                 vcpu.set_kvm_immediate_exit(0);
                 continue;
             }
@@ -177,14 +210,39 @@ fn run<A: KvmArch>(
             ),
             Err(error) => Next::Failed(format!("KVM cannot run it: {error}")),
         };
+        let next = match next {
+            Next::Port => match A::answer_ports(vcpu, &buses.ports) {
+                Ok(access) if access.found => Next::Run,
+                // Kernels of PCs look at many a port to see what there is: that is no fault.
+                Ok(access) => {
+                    empty_ports.note(vcpu, A::position, log::Level::Info, || {
+                        let act = if access.write { "wrote" } else { "read" };
+                        format!("{act} port {:#x}, where nothing is", access.port)
+                    });
+                    Next::Run
+                }
+                Err(error) => Next::Failed(format!("{error:#}")),
+            },
+            next => next,
+        };
         if let Some(reason) = take_panic() {
             let place = A::position(vcpu);
             tell(Told::Panicked(format!(
                 "the guest's kernel panicked on vCPU {index} at {place}: {reason}"
             )));
         }
+        if let Some(told) = take_end() {
+            return Some(told);
+        }
         match next {
-            Next::Run => {}
+            Next::Run | Next::Port => {}
+            Next::TripleFault => {
+                let place = A::position(vcpu);
+                log::warn!(
+                    "vCPU {index} at {place} faulted in the handler of a double fault: the machine resets"
+                );
+                return Some(Told::Reset);
+            }
             Next::Nowhere {
                 address,
                 size,
@@ -226,10 +284,21 @@ impl Faults {
         position: fn(&VcpuFd) -> String,
         what: impl Fn() -> String,
     ) {
+        self.note(vcpu, position, log::Level::Warn, what);
+    }
+
+    fn note(
+        &mut self,
+        vcpu: &VcpuFd,
+        position: fn(&VcpuFd) -> String,
+        level: log::Level,
+        what: impl Fn() -> String,
+    ) {
         self.count += 1;
         // The first few, then ever fewer: a guest gone wild cannot fill a log.
         if self.count <= 4 || self.count.is_power_of_two() {
-            log::warn!(
+            log::log!(
+                level,
                 "vCPU {} at {} {} (fault {} of this vCPU)",
                 self.index,
                 position(vcpu),
@@ -252,7 +321,19 @@ pub fn take_panic() -> Option<String> {
     PANIC.take()
 }
 
+/// Notes that the guest asked a device to end it. The vCPU's thread, which is this one, does so
+/// when the exit is answered.
+pub fn note_end(told: Told) {
+    END.set(Some(told));
+}
+
+fn take_end() -> Option<Told> {
+    END.take()
+}
+
 thread_local! {
+    /// What the guest asked a device for.
+    static END: Cell<Option<Told>> = const { Cell::new(None) };
     /// The reason of a panic that was just printed.
     static PANIC: Cell<Option<String>> = const { Cell::new(None) };
 }

@@ -7,6 +7,9 @@
 //! Each test says in its name what holds. Those that begin with [`rig::any`] run on every host,
 //! those with [`rig::main`] on the main one only, because they would show the same anywhere.
 
+/// Archives for a guest's initramfs.
+#[path = "boot/archive.rs"]
+mod archive;
 /// Boards: recognised, planned for, refused.
 #[path = "boot/boards.rs"]
 mod boards;
@@ -49,6 +52,9 @@ mod software;
 /// A whole Debian system on a disk, from power-on to a login over ssh and a clean end.
 #[path = "boot/system.rs"]
 mod system;
+/// Whose turn it is to load the host.
+#[path = "boot/turn.rs"]
+mod turn;
 /// The address width that KVM is asked for.
 #[path = "boot/width.rs"]
 mod width;

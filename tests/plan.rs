@@ -50,6 +50,7 @@ fn request<A: Arch>(board: &Board) -> Request<A> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
+        wishes: Default::default(),
         topology: Default::default(),
     }
 }
@@ -277,8 +278,16 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
         row(range, &format!("in RAM: {}", blob.name));
     }
     let _ = writeln!(text, "\nentry {:#x}", payload.entry);
+    let (line, _) = A::ARCHITECTURE.interrupts();
     for device in &plan.layout.devices {
-        let _ = writeln!(text, "SPI {:3} {}", device.spi.0, device.kind);
+        let _ = writeln!(text, "{line} {:3} {}", device.spi.0, device.kind);
+    }
+    for device in &plan.layout.ports {
+        let (first, last) = (device.ports.start(), device.ports.last());
+        let _ = writeln!(text, "ports {first:#06x}-{last:#06x} {}", device.kind);
+        if let Some(irq) = device.irq {
+            let _ = writeln!(text, "{line} {:3} {}", irq.0, device.kind);
+        }
     }
     text
 }

@@ -27,6 +27,19 @@ pub enum Architecture {
     X86_64,
 }
 
+impl Architecture {
+    /// What its shared interrupts are called, and how many there are of them. aarch64: KVM takes at
+    /// most 992 interrupts, 32 of them private (arch/arm64/kvm/vgic/vgic-kvm-device.c:
+    /// vgic_set_common_attr). x86_64: the pins of an I/O APIC (82093AA datasheet, section 2.4).
+    #[must_use]
+    pub const fn interrupts(self) -> (&'static str, u32) {
+        match self {
+            Architecture::Aarch64 => ("SPI", 960),
+            Architecture::X86_64 => ("GSI", 24),
+        }
+    }
+}
+
 impl fmt::Display for Architecture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -55,6 +68,8 @@ pub struct Board {
     pub gic: Option<GicWindows>,
     /// Devices at fixed places.
     pub devices: Vec<BoardDevice>,
+    /// Devices at I/O ports; x86_64 boards alone have ports.
+    pub ports: Vec<PortDevice>,
     /// Slots for virtio devices.
     pub virtio_mmio: Option<VirtioSlots>,
 }
@@ -186,6 +201,86 @@ pub enum BoardDeviceKind {
     Pl031,
     /// ARM PrimeCell GPIO; its line 3 is the power key.
     Pl061,
+}
+
+/// A device at I/O ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortDevice {
+    /// What it is.
+    pub kind: PortKind,
+    /// Its first port.
+    pub base: u16,
+    /// Its interrupt (GSI); there for the kinds that have one.
+    pub irq: Option<u32>,
+}
+
+/// Kinds of device that stand at I/O ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortKind {
+    /// 16550A UART: the serial console.
+    #[serde(rename = "16550")]
+    Uart16550,
+    /// MC146818 clock with its memory.
+    Cmos,
+    /// Keyboard controller without a keyboard; its command 0xfe resets.
+    I8042,
+    /// The reset control register of Intel's chipsets.
+    Reset,
+    /// ACPI's sleep registers, and the power button's interrupt.
+    Acpi,
+}
+
+impl PortKind {
+    const ALL: [PortKind; 5] = [
+        PortKind::Uart16550,
+        PortKind::Cmos,
+        PortKind::I8042,
+        PortKind::Reset,
+        PortKind::Acpi,
+    ];
+
+    /// The name in board files.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            PortKind::Uart16550 => "16550",
+            PortKind::Cmos => "cmos",
+            PortKind::I8042 => "i8042",
+            PortKind::Reset => "reset",
+            PortKind::Acpi => "acpi",
+        }
+    }
+
+    /// How many ports it takes.
+    #[must_use]
+    pub const fn ports(self) -> u16 {
+        match self {
+            PortKind::Uart16550 => 8,
+            PortKind::Cmos | PortKind::Acpi => 2,
+            // Data, control port B of the PC, and at the fourth place behind it the command.
+            PortKind::I8042 => 5,
+            PortKind::Reset => 1,
+        }
+    }
+
+    /// Whether it raises an interrupt.
+    #[must_use]
+    pub const fn interrupts(self) -> bool {
+        matches!(self, PortKind::Uart16550 | PortKind::Acpi)
+    }
+}
+
+impl fmt::Display for PortKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PortKind::Uart16550 => "16550 serial console",
+            PortKind::Cmos => "CMOS real-time clock",
+            PortKind::I8042 => "i8042 keyboard controller",
+            PortKind::Reset => "reset control register",
+            PortKind::Acpi => "ACPI sleep registers, power button",
+        })
+    }
 }
 
 /// Slots for virtio devices over MMIO, 0x200 bytes each.
@@ -334,10 +429,17 @@ fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
         guest: guest_defaults(root.table("guest", "[guest]")?)?,
         memory: each(root.tables("memory")?, bank)?,
         gic: root.optional_table("gic")?.map(gic_windows).transpose()?,
-        devices: each(root.tables("device")?, device)?,
+        devices: match arch {
+            Architecture::Aarch64 => each(root.tables("device")?, device)?,
+            Architecture::X86_64 => Vec::new(),
+        },
+        ports: match arch {
+            Architecture::Aarch64 => Vec::new(),
+            Architecture::X86_64 => each(root.tables("port")?, port_device)?,
+        },
         virtio_mmio: root
             .optional_table("virtio-mmio")?
-            .map(virtio_slots)
+            .map(|fields| virtio_slots(fields, arch))
             .transpose()?,
     };
     root.finish(&[
@@ -350,7 +452,10 @@ fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
         "guest",
         "memory",
         "gic",
-        "device",
+        match arch {
+            Architecture::Aarch64 => "device",
+            Architecture::X86_64 => "port",
+        },
         "virtio-mmio",
     ])?;
     let missing = |key: &str, example: &str| BoardError::Missing {
@@ -573,7 +678,7 @@ fn device(mut fields: Fields<'_>) -> Result<BoardDevice, BoardError> {
     let device = BoardDevice {
         kind,
         base: fields.number("base", "base = 0x0900_0000")?,
-        spi: fields.spi("spi")?,
+        spi: fields.interrupt("spi", Architecture::Aarch64)?,
     };
     if !device.base.is_multiple_of(0x1000) {
         return Err(fields.wrong(
@@ -585,17 +690,47 @@ fn device(mut fields: Fields<'_>) -> Result<BoardDevice, BoardError> {
     Ok(device)
 }
 
-fn virtio_slots(mut fields: Fields<'_>) -> Result<VirtioSlots, BoardError> {
+fn port_device(mut fields: Fields<'_>) -> Result<PortDevice, BoardError> {
+    let name = fields.string("kind", "kind = \"16550\"")?;
+    let Some(kind) = PortKind::ALL.into_iter().find(|kind| kind.name() == name) else {
+        let names = PortKind::ALL.map(PortKind::name).join(", ");
+        return Err(fields.wrong("kind", format!("is '{name}'; use one of {names}")));
+    };
+    let base = fields.number("base", "base = 0x3f8")?;
+    let Some(base) = u16::try_from(base)
+        .ok()
+        .filter(|base| base.checked_add(kind.ports() - 1).is_some())
+    else {
+        let cause = format!("{base:#x} is no port for it; ports are numbered 0 to 0xffff");
+        return Err(fields.wrong("base", cause));
+    };
+    let irq = match kind.interrupts() {
+        true => Some(fields.interrupt("irq", Architecture::X86_64)?),
+        false => None,
+    };
+    let known: &[&str] = match irq {
+        Some(_) => &["kind", "base", "irq"],
+        None => &["kind", "base"],
+    };
+    fields.finish(known)?;
+    Ok(PortDevice { kind, base, irq })
+}
+
+fn virtio_slots(mut fields: Fields<'_>, arch: Architecture) -> Result<VirtioSlots, BoardError> {
+    let key = match arch {
+        Architecture::Aarch64 => "spi",
+        Architecture::X86_64 => "irq",
+    };
     let slots = VirtioSlots {
         base: fields.number("base", "base = 0x0a00_0000")?,
         slots: fields.number_u32("slots", "slots = 32")?,
-        spi: fields.spi("spi")?,
+        spi: fields.interrupt(key, arch)?,
     };
     if slots.slots > 512 || !slots.base.is_multiple_of(0x200) {
         let cause = "must be at most 512, from a base that is a multiple of 0x200".to_owned();
         return Err(fields.wrong("slots", cause));
     }
-    fields.finish(&["base", "slots", "spi"])?;
+    fields.finish(&["base", "slots", key])?;
     Ok(slots)
 }
 

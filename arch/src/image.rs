@@ -3,6 +3,8 @@
 //! [`recognise`] looks at content only, never at names. It does no I/O: `src/kernel.rs` reads the
 //! bytes, unpacks compressed forms and asks again about what came out.
 
+use crate::elf::X86Elf;
+use crate::x86_64::Kernel;
 use std::ops::Range;
 use thiserror::Error;
 
@@ -101,6 +103,12 @@ pub enum ImageError {
         size: u64,
         /// Size of the file, bytes.
         len: u64,
+    },
+    /// An x86_64 ELF file that is no kernel to start.
+    #[error("this is an ELF file for x86_64 that cannot be started: {cause}")]
+    BadElf {
+        /// What is wrong with it.
+        cause: String,
     },
     /// What is packed in a file is not an arm64 Image.
     #[error("the {outer} data holds {inner}; only an arm64 Image can be packed so")]
@@ -383,6 +391,8 @@ pub enum Header {
     Arm64(Arm64Image),
     /// For x86_64 guests.
     X86(X86BzImage),
+    /// For x86_64 guests, as an ELF file.
+    X86Elf(X86Elf),
 }
 
 impl Header {
@@ -397,6 +407,10 @@ impl Header {
                 found: "an x86_64 bzImage",
                 needed: WANTED,
             }),
+            Self::X86Elf(_) => Err(ImageError::Architecture {
+                found: "an ELF file for x86_64",
+                needed: WANTED,
+            }),
         }
     }
 
@@ -404,12 +418,13 @@ impl Header {
     ///
     /// # Errors
     /// It is an arm64 kernel.
-    pub fn x86_64(&self) -> Result<&X86BzImage, ImageError> {
+    pub fn x86_64(&self) -> Result<Kernel, ImageError> {
         match self {
-            Self::X86(image) => Ok(image),
+            Self::X86(image) => Ok(Kernel::Bz(image.clone())),
+            Self::X86Elf(elf) => Ok(Kernel::Elf(elf.clone())),
             Self::Arm64(_) => Err(ImageError::Architecture {
                 found: "an arm64 Image",
-                needed: "an x86_64 guest takes a bzImage",
+                needed: "an x86_64 guest takes a bzImage or an ELF vmlinux",
             }),
         }
     }
@@ -531,7 +546,6 @@ fn elf_machine(machine: u16) -> String {
 fn elf_remedy(machine: u16) -> &'static str {
     match machine {
         183 => "vmlinux is not bootable: use arch/arm64/boot/Image of the same build",
-        62 => "vmlinux is not bootable here: use arch/x86/boot/bzImage of the same build",
         _ => WANTED,
     }
 }

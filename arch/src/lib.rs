@@ -9,6 +9,7 @@ pub mod aarch64;
 pub mod backing;
 pub mod board;
 pub mod cores;
+pub mod elf;
 pub mod image;
 pub mod irq;
 pub mod plan;
@@ -17,8 +18,10 @@ pub mod size;
 pub mod width;
 pub mod x86_64;
 
-pub use board::{Architecture, Board};
-pub use plan::{Blob, DeviceKind, Layout, Payload, Placed, Plan, PlanError, Request, Seeds, plan};
+pub use board::{Architecture, Board, PortKind};
+pub use plan::{
+    Blob, DeviceKind, Layout, Payload, Placed, PlacedPorts, Plan, PlanError, Request, Seeds, plan,
+};
 pub use range::Range;
 pub use width::{Region, Width, WidthPolicy};
 
@@ -36,6 +39,10 @@ pub trait Arch: Sized + Clone + Debug + 'static {
     type Kernel: Clone + Debug + PartialEq;
     /// The interrupt controller with its windows placed.
     type Irqchip: Clone + Debug + PartialEq + Serialize;
+    /// What was asked for of the things that KVM offers beside a CPU.
+    type Wishes: Clone + Debug + PartialEq + Default;
+    /// What the guest gets of them.
+    type Features: Clone + Debug + PartialEq + Serialize;
     /// A vCPU before its first instruction.
     type Vcpu: Clone + Debug + PartialEq + Serialize;
 
@@ -83,8 +90,20 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         host: &Self::Host,
     ) -> Result<Payload, PlanError>;
 
+    /// Reads the options about what KVM offers beside a CPU: the values of `--pv` and `--exits`.
+    ///
+    /// # Errors
+    /// What is not known, or an architecture that has none.
+    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<Self::Wishes, String>;
+
+    /// What the guest gets of that on this host.
+    ///
+    /// # Errors
+    /// Something that has to be there, and that the host does not offer.
+    fn features(wishes: &Self::Wishes, host: &Self::Host) -> Result<Self::Features, PlanError>;
+
     /// The state of vCPU `index` at its start.
-    fn vcpu(index: u32, payload: &Payload) -> Self::Vcpu;
+    fn vcpu(index: u32, payload: &Payload, request: &Request<Self>) -> Self::Vcpu;
 
     /// What the guest reads at its start: the device tree, or the zero page.
     ///

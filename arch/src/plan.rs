@@ -1,6 +1,6 @@
 //! The plan of a machine, and the one function that makes it.
 
-use crate::board::{BoardDeviceKind, Share};
+use crate::board::{BoardDeviceKind, PortKind, Share};
 use crate::cores::Topology;
 use crate::irq::{GicChoice, Spi};
 use crate::range::Range;
@@ -13,10 +13,6 @@ use std::fmt;
 /// Guest memory and its banks are multiples of this many bytes: the largest host page, so that a
 /// plan holds on every host.
 pub const MEMORY_UNIT: u64 = 0x1_0000;
-
-/// SPIs of a machine: KVM takes at most 992 interrupts, 32 of them private
-/// (arch/arm64/kvm/vgic/vgic-kvm-device.c: vgic_set_common_attr).
-pub const SPIS: u32 = 960;
 
 /// Bytes of a PrimeCell device's register window: its last register is PCellID3 at 0xffc (Arm DDI
 /// 0183, section 3.2).
@@ -55,6 +51,8 @@ pub struct Request<A: Arch> {
     pub virtio: Vec<String>,
     /// Bytes of each persistent memory, in the order of their devices.
     pub pmem: Vec<u64>,
+    /// What is wanted of the things that KVM offers beside a CPU.
+    pub wishes: A::Wishes,
     /// What the guest is told of its cores.
     pub topology: Topology,
 }
@@ -84,6 +82,8 @@ pub struct Plan<A: Arch> {
     pub layout: Layout<A>,
     /// The address width, with its reason.
     pub width: Width,
+    /// What KVM offers the guest beside a CPU.
+    pub features: A::Features,
     /// The vCPUs, by index.
     pub vcpus: Vec<A::Vcpu>,
     /// What the VMM writes to guest memory beside kernel and initrd.
@@ -98,6 +98,9 @@ pub struct Layout<A: Arch> {
     pub ram: Vec<Range>,
     /// Devices with their windows and interrupts, in the board's order.
     pub devices: Vec<Placed>,
+    /// Devices at I/O ports, in the board's order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PlacedPorts>,
     /// The interrupt controller.
     pub irqchip: A::Irqchip,
     /// Persistent memory, in the order of its devices.
@@ -126,6 +129,17 @@ impl fmt::Display for Placed {
             None => write!(f, "{}", self.kind),
         }
     }
+}
+
+/// A device at its I/O ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PlacedPorts {
+    /// What it is.
+    pub kind: PortKind,
+    /// Its ports; none is above 0xffff.
+    pub ports: Range,
+    /// Its interrupt, if it has one.
+    pub irq: Option<Spi>,
 }
 
 /// Kinds of device that a machine can hold.
@@ -309,10 +323,12 @@ pub enum PlanError {
         advice: String,
     },
     /// Two devices on one interrupt.
-    #[error("{a} and {b} share SPI {spi} on board '{board}'; give each its own")]
+    #[error("{a} and {b} share {line} {spi} on board '{board}'; give each its own")]
     SharedInterrupt {
         /// The board.
         board: String,
+        /// What the architecture calls an interrupt ("SPI").
+        line: &'static str,
         /// One.
         a: String,
         /// The other.
@@ -321,10 +337,16 @@ pub enum PlanError {
         spi: u32,
     },
     /// An interrupt that no controller has.
-    #[error("{name} gets SPI {spi} on board '{board}'; SPIs are numbered 0 to {last}; change the board's file", last = SPIS - 1)]
+    #[error(
+        "{name} gets {line} {spi} on board '{board}'; {line}s are numbered 0 to {last}; change the board's file"
+    )]
     NoSuchInterrupt {
         /// The board.
         board: String,
+        /// What the architecture calls an interrupt ("SPI").
+        line: &'static str,
+        /// The highest that there is.
+        last: u32,
         /// The device.
         name: String,
         /// The SPI.
@@ -390,6 +412,14 @@ pub enum PlanError {
         /// What would work.
         advice: String,
     },
+    /// Something that KVM offers on other hosts.
+    #[error("{asked} is not offered by this host's KVM, which has {offered}; leave it out")]
+    FeatureNotOffered {
+        /// Asked for.
+        asked: String,
+        /// What the host has.
+        offered: String,
+    },
     /// A board that lacks what the plan needs.
     #[error("board '{board}' has no {what}; add it to the board's file")]
     BoardLacks {
@@ -453,20 +483,23 @@ pub fn plan<A: Arch>(
     let highest = check_overlaps::<A>(board, &map)?;
     let width = A::width(&highest, request.width, host)
         .map_err(|error| with_advice::<A>(error, board, request, host))?;
+    let features = A::features(&request.wishes, host)?;
     let Map {
         ram,
         devices,
+        ports,
         irqchip,
         pmem,
     } = map;
     let payload = A::payload(&ram, request, host)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
     let vcpus: Vec<_> = (0..request.cpus)
-        .map(|index| A::vcpu(index, &payload))
+        .map(|index| A::vcpu(index, &payload, request))
         .collect();
     let layout = Layout {
         ram,
         devices,
+        ports,
         irqchip,
         pmem,
         payload,
@@ -477,6 +510,7 @@ pub fn plan<A: Arch>(
         board: board.name.clone(),
         layout,
         width,
+        features,
         vcpus,
         blobs,
     })
@@ -510,6 +544,7 @@ fn check<A: Arch>(board: &Board, request: &Request<A>) -> Result<(), PlanError> 
 struct Map<A: Arch> {
     ram: Vec<Range>,
     devices: Vec<Placed>,
+    ports: Vec<PlacedPorts>,
     irqchip: A::Irqchip,
     pmem: Vec<Range>,
 }
@@ -530,6 +565,7 @@ fn map<A: Arch>(
     Ok(Map {
         ram,
         devices,
+        ports: place_ports(board)?,
         irqchip,
         pmem,
     })
@@ -655,14 +691,53 @@ fn place_devices(board: &Board, virtio: &[String]) -> Result<Vec<Placed>, PlanEr
             });
         }
     }
-    match devices.iter().find(|device| device.spi.0 >= SPIS) {
+    let (line, count) = board.arch.interrupts();
+    match devices.iter().find(|device| device.spi.0 >= count) {
         None => Ok(devices),
         Some(device) => Err(PlanError::NoSuchInterrupt {
             board: board.name.clone(),
+            line,
+            last: count - 1,
             name: device.kind.to_string(),
             spi: device.spi.0,
         }),
     }
+}
+
+/// Ports are a space of their own: nothing there can meet a window of memory.
+fn place_ports(board: &Board) -> Result<Vec<PlacedPorts>, PlanError> {
+    let mut placed = Vec::new();
+    for device in &board.ports {
+        let (start, size) = (u64::from(device.base), u64::from(device.kind.ports()));
+        placed.push(PlacedPorts {
+            kind: device.kind,
+            ports: Range::new(start, size).ok_or_else(|| PlanError::Wraps {
+                name: device.kind.to_string(),
+                start,
+                size,
+            })?,
+            irq: device.irq.map(Spi),
+        });
+    }
+    let mut by_port: Vec<&PlacedPorts> = placed.iter().collect();
+    by_port.sort_by_key(|device| device.ports);
+    for pair in by_port.windows(2) {
+        if pair[0].ports.overlaps(pair[1].ports) {
+            let region = |device: &PlacedPorts| {
+                Box::new(Region {
+                    name: device.kind.to_string(),
+                    range: device.ports,
+                })
+            };
+            return Err(PlanError::Overlap {
+                board: board.name.clone(),
+                a: region(pair[0]),
+                b: region(pair[1]),
+                advice: "change the board's file".to_owned(),
+            });
+        }
+    }
+    Ok(placed)
 }
 
 fn ram_regions(ram: &[Range]) -> Vec<Region> {
@@ -726,11 +801,14 @@ fn check_overlaps<A: Arch>(board: &Board, map: &Map<A>) -> Result<Region, PlanEr
         .iter()
         .map(|device| (device.spi.0, device.to_string()))
         .collect();
+    let ports = map.ports.iter();
+    lines.extend(ports.filter_map(|device| Some((device.irq?.0, device.kind.to_string()))));
     lines.sort();
     for pair in lines.windows(2) {
         if pair[0].0 == pair[1].0 {
             return Err(PlanError::SharedInterrupt {
                 board: board.name.clone(),
+                line: board.arch.interrupts().0,
                 a: pair[0].1.clone(),
                 b: pair[1].1.clone(),
                 spi: pair[0].0,

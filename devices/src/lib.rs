@@ -5,10 +5,15 @@
 //! [`IrqLine`]s and closures, so each one is built and tested on any host.
 
 pub mod bus;
+pub mod cmos;
+pub mod console;
+pub mod i8042;
 pub mod pl011;
 pub mod pl031;
 pub mod pl061;
+pub mod power;
 mod primecell;
+pub mod uart16550;
 pub mod virtio;
 
 /// A thing that answers reads and writes of the guest in one window of addresses.

@@ -19,22 +19,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+pub use crate::console::Output;
 use crate::primecell::{self, Line, PrimeCell};
 use crate::{Device, IrqLine};
-
-/// Where the guest's output goes.
-///
-/// Called with the device locked: it should not wait for long, as a vCPU waits with it.
-pub trait Output: Send {
-    /// Takes the next bytes of the output, all of them, in order.
-    fn write(&mut self, bytes: &[u8]);
-}
-
-impl<F: FnMut(&[u8]) + Send> Output for F {
-    fn write(&mut self, bytes: &[u8]) {
-        self(bytes);
-    }
-}
 
 /// What reads of all registers would give, at a time when no read changes anything.
 #[derive(Clone, Debug, PartialEq, Eq)]

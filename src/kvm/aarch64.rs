@@ -96,7 +96,7 @@ impl KvmArch for Aarch64 {
             .with_context(|| format!("cannot create a VM with {} IPA bits", width.bits))
     }
 
-    fn populate(vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, DeviceFd)> {
+    fn populate(_: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, DeviceFd)> {
         enable_syndrome_exits(vm);
         let chip = create_gic(vm, &plan.layout.irqchip)?;
         let vcpus = create_vcpus(vm, plan)?;

@@ -1,13 +1,15 @@
 //! The KVM half of an architecture: the one place that knows which machine this binary is for.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use armlet_arch::irq::Spi;
 use armlet_arch::{Arch, Plan, Request, Width};
+use armlet_devices::bus::Bus;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub mod burst;
 pub mod kick;
 pub mod page;
+pub mod stats;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -63,7 +65,7 @@ pub trait KvmArch: Arch {
     ///
     /// # Errors
     /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
-    fn populate(vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
+    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
 
     /// The number by which KVM_IRQ_LINE knows an interrupt.
     fn irq_number(spi: Spi) -> u32;
@@ -77,8 +79,27 @@ pub trait KvmArch: Arch {
     /// An exit that nothing is known of.
     fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit>;
 
+    /// Answers an exit for an access to I/O ports. Only x86_64 has any.
+    ///
+    /// # Errors
+    /// An architecture without ports.
+    fn answer_ports(_: &mut VcpuFd, _: &Bus) -> Result<PortAccess> {
+        bail!("KVM stopped it at an I/O port, which this architecture does not have")
+    }
+
     /// Where a vCPU stands, for reports about it ("PC 0xffff800080010000").
     fn position(vcpu: &VcpuFd) -> String;
+}
+
+/// An access to an I/O port that was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
+    /// Whether the guest wrote.
+    pub write: bool,
+    /// Whether a device stands there.
+    pub found: bool,
 }
 
 /// What an exit without a name in kvm-ioctls was.

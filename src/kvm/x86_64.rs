@@ -1,16 +1,27 @@
-//! KVM on x86_64: it can be probed and planned for; making guests run is not there yet.
+//! KVM on x86_64. The order of the calls is the kernel's wish (Documentation/virt/kvm/api.rst,
+//! 4.24, 4.36, 4.40).
 
-use super::{Depth, KvmArch, RawExit};
-use crate::probe::{Virtualization, X86Facts};
-use anyhow::{Context, Result, bail};
+mod cpuid;
+
+use super::{Depth, KvmArch, PortAccess, RawExit};
+use crate::probe::{ExitlessTimers, Virtualization, X86Facts};
+use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
-use armlet_arch::x86_64::{Host, X86_64};
+use armlet_arch::x86_64::boot::{BOOT_CS, BOOT_DS};
+use armlet_arch::x86_64::{Boot, Host, X86_64};
 use armlet_arch::{Plan, Request, Width};
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use armlet_devices::bus::Bus;
+use cpuid::Topology;
+use kvm_bindings::{
+    CpuId, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN, KVM_MAX_CPUID_ENTRIES, Msrs,
+    kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_segment,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-const NOT_YET: &str =
-    "armlet does not run x86_64 guests yet; 'armlet plan' works, and guests run on ARM64 hosts";
+/// MSRs that a guest expects its firmware to have set (Intel SDM volume 4): memory is cached where
+/// nothing else is said (IA32_MTRR_DEF_TYPE: on, write-back), string instructions are fast
+/// (IA32_MISC_ENABLE).
+const FIRMWARE_MSRS: [(u32, u64); 2] = [(0x2ff, 1 << 11 | 6), (0x1a0, 1)];
 
 impl KvmArch for X86_64 {
     type Chip = ();
@@ -20,24 +31,66 @@ impl KvmArch for X86_64 {
     }
 
     fn probe(kvm: &Kvm, _: Depth) -> Result<Host> {
+        let cpuid = supported_cpuid(kvm)?;
+        let exits_off = kvm.check_extension_raw(u64::from(KVM_CAP_X86_DISABLE_EXITS));
         Ok(Host {
-            phys_bits: physical_bits(kvm)?,
+            phys_bits: physical_bits(&cpuid),
             max_vcpus: kvm.get_max_vcpus() as u32,
+            paravirtual: leaf(&cpuid, 0x4000_0001).map_or(0, |leaf| leaf.eax),
+            tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            exits_off: u32::try_from(exits_off).unwrap_or(0),
         })
     }
 
     fn facts(kvm: &Kvm) -> Result<Virtualization> {
         Ok(Virtualization::X86(X86Facts {
             host: Self::probe(kvm, Depth::Full)?,
+            timers: ExitlessTimers::look(),
+            hardware: cpu_virtualizes(),
         }))
     }
 
-    fn create_vm(_: &Kvm, _: &Width) -> Result<VmFd> {
-        bail!(NOT_YET)
+    fn create_vm(kvm: &Kvm, _: &Width) -> Result<VmFd> {
+        // The width is what CPUID says; a VM has none here.
+        kvm.create_vm().context("cannot create a VM")
     }
 
-    fn populate(_: &VmFd, _: &Plan<Self>) -> Result<(Vec<VcpuFd>, ())> {
-        bail!(NOT_YET)
+    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, ())> {
+        let chip = &plan.layout.irqchip;
+        vm.set_identity_map_address(chip.identity_map.start())
+            .context("cannot place KVM's identity map")?;
+        vm.set_tss_address(chip.task_state.start() as usize)
+            .context("cannot place KVM's task state")?;
+        if plan.features.exits_off != 0 {
+            let mut cap = kvm_enable_cap {
+                cap: KVM_CAP_X86_DISABLE_EXITS,
+                ..Default::default()
+            };
+            cap.args[0] = u64::from(plan.features.exits_off);
+            vm.enable_cap(&cap)
+                .context("cannot let instructions be no exits")?;
+        }
+        vm.create_irq_chip()
+            .context("cannot create the interrupt controllers")?;
+        let vcpus = (0..plan.vcpus.len() as u64)
+            .map(|id| {
+                vm.create_vcpu(id)
+                    .with_context(|| format!("cannot create vCPU {id} of {}", plan.vcpus.len()))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let supported = supported_cpuid(kvm)?;
+        for (vcpu, planned) in vcpus.iter().zip(&plan.vcpus) {
+            let topology = Topology {
+                apic_id: planned.apic_id,
+                vcpus: plan.vcpus.len() as u32,
+                phys_bits: plan.width.bits,
+                features: plan.features,
+            };
+            let leaves = cpuid::fitted(supported.as_slice(), topology);
+            initialise(vcpu, &leaves, planned.boot.as_ref())
+                .with_context(|| format!("cannot initialise vCPU {}", planned.apic_id))?;
+        }
+        Ok((vcpus, ()))
     }
 
     fn irq_number(spi: Spi) -> u32 {
@@ -50,6 +103,45 @@ impl KvmArch for X86_64 {
 
     fn answer_raw(_: &mut VcpuFd, reason: u32) -> Result<RawExit> {
         bail!("KVM stopped it for a reason that armlet does not know (exit {reason})")
+    }
+
+    fn answer_ports(vcpu: &mut VcpuFd, ports: &Bus) -> Result<PortAccess> {
+        let run = vcpu.get_kvm_run();
+        let start: *mut u8 = std::ptr::from_mut(run).cast();
+        // SAFETY: this is called for exits of this kind only, for which the kernel fills in this
+        // member of the union.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let (size, bytes) = (
+            usize::from(io.size),
+            usize::from(io.size) * io.count as usize,
+        );
+        // SAFETY: the kernel puts so many bytes there, within the pages that are mapped for the
+        // vCPU (Documentation/virt/kvm/api.rst, KVM_EXIT_IO), and nobody else holds on to them.
+        let data =
+            unsafe { std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), bytes) };
+        let (port, write) = (
+            u64::from(io.port),
+            u32::from(io.direction) != KVM_EXIT_IO_IN,
+        );
+        let mut found = true;
+        // A string instruction accesses one port several times.
+        for unit in data.chunks_exact_mut(size.max(1)) {
+            found &= match write {
+                true => ports.write(port, unit),
+                false => {
+                    ports.read(port, unit) || {
+                        // Nobody drives the bus.
+                        unit.fill(0xff);
+                        false
+                    }
+                }
+            };
+        }
+        Ok(PortAccess {
+            port: io.port,
+            write,
+            found,
+        })
     }
 
     fn position(vcpu: &VcpuFd) -> String {
@@ -66,17 +158,102 @@ impl KvmArch for X86_64 {
 /// None; it has the shape of its twin.
 pub(super) unsafe fn clean_to_memory(_: *const u8) {}
 
+/// Whether the CPU has VMX or SVM.
+fn cpu_virtualizes() -> bool {
+    let about = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = about.lines().find(|line| line.starts_with("flags"));
+    let mut flags = flags.unwrap_or_default().split_whitespace();
+    flags.any(|flag| flag == "vmx" || flag == "svm")
+}
+
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .context("cannot ask KVM for its CPUID")
+}
+
+fn leaf(cpuid: &CpuId, function: u32) -> Option<&kvm_cpuid_entry2> {
+    let mut leaves = cpuid.as_slice().iter();
+    leaves.find(|leaf| leaf.function == function)
+}
+
 /// Physical address bits of guests: CPUID 0x8000_0008, EAX 23:16 where given, else 7:0.
-fn physical_bits(kvm: &Kvm) -> Result<u8> {
-    let cpuid = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .context("cannot ask KVM for its CPUID")?;
-    let leaf = cpuid
-        .as_slice()
-        .iter()
-        .find(|entry| entry.function == 0x8000_0008);
-    Ok(leaf.map_or(36, |entry| match (entry.eax >> 16) as u8 {
+fn physical_bits(cpuid: &CpuId) -> u8 {
+    leaf(cpuid, 0x8000_0008).map_or(36, |entry| match (entry.eax >> 16) as u8 {
         0 => entry.eax as u8,
         guest => guest,
-    }))
+    })
+}
+
+/// CPUID first: the other registers are checked against it.
+fn initialise(vcpu: &VcpuFd, leaves: &[kvm_cpuid_entry2], boot: Option<&Boot>) -> Result<()> {
+    let cpuid = CpuId::from_entries(leaves).context("CPUID has too many leaves")?;
+    vcpu.set_cpuid2(&cpuid).context("CPUID")?;
+    let entries = FIRMWARE_MSRS.map(|(index, data)| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    });
+    let msrs = Msrs::from_entries(&entries).context("too many MSRs")?;
+    let written = vcpu.set_msrs(&msrs).context("MSRs")?;
+    ensure!(
+        written == FIRMWARE_MSRS.len(),
+        "KVM does not take the MSR {:#x}",
+        FIRMWARE_MSRS[written].0
+    );
+    match boot {
+        Some(boot) => enter(vcpu, boot),
+        None => Ok(()),
+    }
+}
+
+/// Puts the boot CPU to its first instruction.
+fn enter(vcpu: &VcpuFd, boot: &Boot) -> Result<()> {
+    let mut system = vcpu.get_sregs().context("system registers")?;
+    system.cs = segment(BOOT_CS, boot.code);
+    for data in [
+        &mut system.ds,
+        &mut system.es,
+        &mut system.fs,
+        &mut system.gs,
+        &mut system.ss,
+    ] {
+        *data = segment(BOOT_DS, boot.data);
+    }
+    system.gdt.base = boot.gdt_base;
+    system.gdt.limit = boot.gdt_limit;
+    system.idt.base = 0;
+    system.idt.limit = 0;
+    system.cr0 = boot.cr0;
+    system.cr3 = boot.cr3;
+    system.cr4 = boot.cr4;
+    system.efer = boot.efer;
+    vcpu.set_sregs(&system).context("system registers")?;
+    vcpu.set_regs(&kvm_regs {
+        rip: boot.rip,
+        rsi: boot.rsi,
+        rbx: boot.rbx,
+        rflags: boot.rflags,
+        ..Default::default()
+    })
+    .context("registers")
+}
+
+/// A flat segment as its descriptor says (Intel SDM volume 3, section 3.4.5).
+fn segment(selector: u16, descriptor: u64) -> kvm_segment {
+    let bits = |shift: u32, count: u32| (descriptor >> shift & ((1 << count) - 1)) as u8;
+    kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_: bits(40, 4),
+        s: bits(44, 1),
+        dpl: bits(45, 2),
+        present: bits(47, 1),
+        avl: bits(52, 1),
+        l: bits(53, 1),
+        db: bits(54, 1),
+        g: bits(55, 1),
+        unusable: 0,
+        padding: 0,
+    }
 }

@@ -63,7 +63,10 @@ impl Slots {
         let call = Arc::new(event()?);
         self.vm
             .register_irqfd(&call, A::gsi(placed.spi))
-            .with_context(|| format!("KVM takes no irqfd for SPI {}", placed.spi.0))?;
+            .with_context(|| {
+                let (line, _) = A::ARCHITECTURE.interrupts();
+                format!("KVM takes no irqfd for {line} {}", placed.spi.0)
+            })?;
         let window = placed.window;
         let page: Arc<dyn RegisterPage> = match &self.pages {
             Some(pages) => Arc::new(SlotPage {

@@ -1,4 +1,4 @@
-use crate::rig::{Rig, Turn};
+use crate::rig::{CONSOLE, Rig, Turn};
 use crate::software::{Program, archive, initrd_with_script};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -136,7 +136,7 @@ impl Armlet {
 
     fn boot(&mut self, kernel: &Path, initrd: &Path, what: &str) {
         // The kernel's self-tests of its ciphers are half of its boot.
-        self.cmdline = format!("console=ttyAMA0 quiet cryptomgr.notests armlet.run={what}");
+        self.cmdline = format!("console={CONSOLE} quiet cryptomgr.notests armlet.run={what}");
         let words: [&OsStr; 4] = [
             "--kernel".as_ref(),
             kernel.as_ref(),
@@ -158,6 +158,11 @@ impl Armlet {
         self
     }
 
+    pub(crate) fn flag(mut self, name: &str) -> Armlet {
+        self.arguments.push(name.into());
+        self
+    }
+
     /// Adds `words` to the kernel's command line.
     pub(crate) fn cmdline(mut self, words: &str) -> Armlet {
         self.cmdline.push(' ');
@@ -165,9 +170,8 @@ impl Armlet {
         self
     }
 
-    pub(crate) fn verbose(mut self) -> Armlet {
-        self.arguments.push("--verbose".into());
-        self
+    pub(crate) fn verbose(self) -> Armlet {
+        self.flag("--verbose")
     }
 
     /// Gives the guest so much memory, not 256 MiB.

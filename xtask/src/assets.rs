@@ -8,8 +8,10 @@ use anyhow::{Context, Result, ensure};
 
 use crate::image::{self, search_path};
 use crate::initramfs::Archive;
+use crate::isa::Isa;
 use crate::packages::{Kernel, Module, Store};
 use crate::progress::say;
+use crate::vmlinux;
 
 /// The folder of the assets inside an emulated host.
 pub(crate) const FOLDER_IN_HOST: &str = "/assets";
@@ -91,8 +93,7 @@ poweroff -f
 "#;
 
 /// Waits for the power key and powers off, as a distribution's logind does.
-const POWER_KEY: &str = r#"insmod /modules/evdev.ko
-insmod /modules/gpio_keys.ko
+const POWER_KEY: &str = r#"for module in /modules/*; do insmod $module; done
 tries=0
 until [ -e /dev/input/event0 ]; do
     tries=$((tries + 1))
@@ -122,10 +123,9 @@ const DEVICES: [&str; 10] = [
 /// Which assets are wanted: an emulated host has to hold them in its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
-    /// The standard guest: `Image` and `initrd`.
+    /// The standard guest: [`kernel`] and `initrd`.
     Standard,
-    /// Also `Image-6.1`, `Image-16k`, `Image-generic`, `powerkey.cpio`, and archives that, appended
-    /// to the initramfs, give a guest drivers: `devices.cpio` for `Image`, `devices-16k.cpio`.
+    /// Also the other kernels and archives of [`names`].
     All,
 }
 
@@ -141,15 +141,48 @@ impl Choice {
 }
 
 /// Makes the folder of assets in the cache, fetching what is missing, and gives its path.
-pub(crate) fn prepare(store: &Store, choice: Choice) -> Result<PathBuf> {
-    let folder = store.assets();
-    let image = store.kernel(Kernel::V6_12Cloud)?.image;
-    link(&image, &folder.join("Image"))?;
-    replace(&folder.join("initrd"), &guest_initrd(&store.busybox()?)?)?;
-    if choice == Choice::Standard {
-        return Ok(folder);
+pub(crate) fn prepare(store: &Store, isa: Isa, choice: Choice) -> Result<PathBuf> {
+    let folder = match isa {
+        Isa::Arm64 => store.assets(),
+        Isa::X86 => store.assets().join(isa.name()),
+    };
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {folder:?}"))?;
+    let image = store.kernel(standard(isa))?.image;
+    link(&image, &folder.join(kernel(isa)))?;
+    replace(&folder.join("initrd"), &guest_initrd(&store.busybox(isa)?)?)?;
+    match (choice, isa) {
+        (Choice::Standard, _) => {}
+        (Choice::All, Isa::Arm64) => prepare_arm64(store, &folder)?,
+        (Choice::All, Isa::X86) => prepare_x86(store, &folder)?,
     }
+    Ok(folder)
+}
 
+fn prepare_x86(store: &Store, folder: &Path) -> Result<()> {
+    let old = store.kernel(Kernel::V6_1X86)?;
+    link(&old.image, &folder.join("bzImage-6.1"))?;
+    for (packed, name) in [("bzImage", "vmlinux"), ("bzImage-6.1", "vmlinux-6.1")] {
+        let (packed, to) = (folder.join(packed), folder.join(name));
+        // The link changes when another kernel is taken.
+        let made_of = folder.join(format!(".{name}-of"));
+        let now = fs::read_link(&packed).context("no kernel")?;
+        let now = now.to_string_lossy();
+        if to.is_file() && fs::read_to_string(&made_of).is_ok_and(|before| before == now) {
+            continue;
+        }
+        replace(&to, &vmlinux::unpack(&packed)?)?;
+        replace(&made_of, now.as_bytes())?;
+    }
+    let modules = old.modules(&["evdev", "button"])?;
+    replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
+    let usual = store.kernel(standard(Isa::X86))?;
+    for (kernel, name) in [(usual, "devices.cpio"), (old, "devices-6.1.cpio")] {
+        replace(&folder.join(name), &devices(&kernel.modules(&DEVICES)?)?)?;
+    }
+    Ok(())
+}
+
+fn prepare_arm64(store: &Store, folder: &Path) -> Result<()> {
     let generic = store.kernel(Kernel::V6_12)?;
     link(&generic.image, &folder.join("Image-generic"))?;
     let large = store.kernel(Kernel::V6_12Pages16K)?;
@@ -163,15 +196,41 @@ pub(crate) fn prepare(store: &Store, choice: Choice) -> Result<PathBuf> {
         &folder.join("Image-6.1"),
     )?;
     let modules = generic.modules(&["evdev", "gpio_keys"])?;
-    replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
-    Ok(folder)
+    replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)
+}
+
+/// The kernel that guests usually run.
+pub(crate) fn standard(isa: Isa) -> Kernel {
+    match isa {
+        Isa::Arm64 => Kernel::V6_12Cloud,
+        Isa::X86 => Kernel::V6_12X86,
+    }
+}
+
+/// The name of its file among the assets.
+pub(crate) fn kernel(isa: Isa) -> &'static str {
+    match isa {
+        Isa::Arm64 => "Image",
+        Isa::X86 => "bzImage",
+    }
 }
 
 /// The names of the assets that `choice` means.
-pub(crate) fn names(choice: Choice) -> &'static [&'static str] {
-    match choice {
-        Choice::Standard => &["Image", "initrd"],
-        Choice::All => &[
+pub(crate) fn names(isa: Isa, choice: Choice) -> &'static [&'static str] {
+    match (isa, choice) {
+        (Isa::Arm64, Choice::Standard) => &["Image", "initrd"],
+        (Isa::X86, Choice::Standard) => &["bzImage", "initrd"],
+        (Isa::X86, Choice::All) => &[
+            "bzImage",
+            "initrd",
+            "bzImage-6.1",
+            "vmlinux",
+            "vmlinux-6.1",
+            "powerkey.cpio",
+            "devices.cpio",
+            "devices-6.1.cpio",
+        ],
+        (Isa::Arm64, Choice::All) => &[
             "Image",
             "initrd",
             "Image-6.1",

@@ -17,6 +17,7 @@ use crate::boot;
 use crate::elf;
 use crate::figures::{self, Figures, Row};
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::isa::Isa;
 use crate::measure::Pass;
 use crate::packages::{Kernel, Store};
 use crate::progress::say;
@@ -41,13 +42,18 @@ const LIMIT: Duration = Duration::from_secs(1800);
 
 /// Measure what armlet costs, beside what other VMMs cost on the same rig (`bench io`: its devices).
 ///
-/// Everything runs in an emulated ARM64 host that counts instructions, also on an ARM64 machine:
-/// a virtual nanosecond is one instruction. Takes three to six minutes. After `--` another VMM may
+/// Everything runs in an emulated host that counts instructions, also on a machine that could run
+/// it: a virtual nanosecond is one instruction. Takes three to six minutes. After `--` another VMM may
 /// follow, a static ARM64 program with its arguments, to be measured in the same way: {kernel},
 /// {initrd} and {cmdline} stand for the guest's, of which the last names no console.
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "bench")]
 pub(crate) struct Bench {
+    /// measure guests of this architecture: aarch64 (the default) or x86_64, for which no peers
+    /// were measured
+    #[argh(option, default = "String::from(\"aarch64\")")]
+    arch: String,
+
     /// print every figure of every run as JSON
     #[argh(switch)]
     json: bool,
@@ -72,6 +78,9 @@ const HOSTS: [(&str, Kernel, bool); 2] = [
     ("16k", Kernel::V6_12Pages16K, false),
 ];
 
+/// The host of x86_64 guests; figures have the same names as on the first one above.
+const X86_HOSTS: [(&str, Kernel, bool); 1] = [("4k", Kernel::V6_1X86, true)];
+
 /// What shows how a host's page size matters.
 const PAGE_PASSES: [&str; 5] = [
     "timing",
@@ -93,15 +102,22 @@ impl Bench {
     pub(crate) fn run(&self) -> Result<i32> {
         ensure!(self.runs > 0, "--runs is at least 1");
         let passes = self.passes()?;
+        let isa = Isa::from_name(&self.arch)?;
+        let hosts = match isa {
+            Isa::Arm64 => HOSTS.to_vec(),
+            Isa::X86 => X86_HOSTS.to_vec(),
+        };
         let store = Store::open()?;
-        let folder = assets::prepare(&store, Choice::Standard)?;
-        let armlet = boot::build("armlet", true)?;
-        let measurer = boot::build("xtask", true)?;
+        let folder = assets::prepare(&store, isa, Choice::Standard)?;
+        let armlet = boot::build(isa, "armlet", true)?;
+        let measurer = boot::build(isa, "xtask", true)?;
 
         let mut vmms = vec![Vmm {
             name: "armlet".to_owned(),
             file: armlet,
-            arguments: ARMLET.map(str::to_owned).to_vec(),
+            arguments: ARMLET
+                .map(|word| word.replace("ttyAMA0", isa.console()))
+                .to_vec(),
         }];
         let other = self.other.iter().skip_while(|word| *word == "--");
         let other = other.cloned().collect::<Vec<_>>();
@@ -123,7 +139,7 @@ impl Bench {
         for vmm in &vmms {
             let mut figures = Figures::default();
             let size = binary(&vmm.file, &mut figures)?;
-            for (host, kernel, all) in HOSTS {
+            for &(host, kernel, all) in &hosts {
                 let here = passes
                     .iter()
                     .filter(|pass| all || PAGE_PASSES.contains(pass));
@@ -149,16 +165,24 @@ impl Bench {
                     json!({"figures": figures.json(), "sections": sections}),
                 )
             });
-            let rows = rows.iter().map(Row::json).collect::<Vec<_>>();
+            let mut rows = rows.iter().map(Row::json).collect::<Vec<_>>();
+            if isa != Isa::Arm64 {
+                // Peers, and what is asked beside them, are those of ARM64.
+                for key in ["peers", "reach", "met"] {
+                    for row in rows.iter_mut().filter_map(Value::as_object_mut) {
+                        row.remove(key);
+                    }
+                }
+            }
             let all = json!({
-                "peers": figures::SOURCE,
+                "peers": (isa == Isa::Arm64).then_some(figures::SOURCE),
                 "rows": rows,
                 "vmms": vmms.collect::<BTreeMap<_, _>>(),
                 "not_measured": figures::NOT_MEASURED,
             });
             println!("{all:#}");
         } else {
-            figures::print(&rows, other);
+            figures::print(&rows, other, isa == Isa::Arm64);
             if let Some(names) = ours.text("4k/marker/thread_names") {
                 println!("Threads: {names}.");
             }
@@ -209,7 +233,7 @@ impl Bench {
             to: to.to_owned(),
             mode: 0o755,
         };
-        let mut files = runner::asset_files(folder, Choice::Standard);
+        let mut files = runner::asset_files(folder, kernel.isa(), Choice::Standard);
         files.push(file(measurer, Path::new("/bin/xtask")));
         files.push(file(&vmm.file, &program));
 
@@ -218,7 +242,7 @@ impl Bench {
         for (option, value) in [
             ("--passes", passes.join(",")),
             ("--runs", self.runs.to_string()),
-            ("--kernel", path("Image")),
+            ("--kernel", path(assets::kernel(kernel.isa()))),
             ("--initrd", path("initrd")),
         ] {
             command.extend([option.to_owned(), value]);
@@ -236,7 +260,7 @@ impl Bench {
             kernel,
             smp: 1,
             icount: true,
-            ..HostSpec::default()
+            ..HostSpec::of(kernel.isa())
         };
 
         let mut output = Vec::new();

@@ -19,6 +19,7 @@ use crate::assets::{self, Choice};
 use crate::boot;
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
 use crate::initramfs::Archive;
+use crate::isa::Isa;
 use crate::measure_io::{GUEST_ADDRESS, HOST_ADDRESS, PORT, READY};
 use crate::packages::Store;
 use crate::progress::say;
@@ -245,9 +246,9 @@ impl BenchIo {
         ensure!(self.runs > 0, "--runs is at least 1");
         let works = self.works()?;
         let store = Store::open()?;
-        let folder = assets::prepare(&store, Choice::All)?;
-        let armlet = boot::build("armlet", true)?;
-        let measurer = boot::build("xtask", true)?;
+        let folder = assets::prepare(&store, Isa::Arm64, Choice::All)?;
+        let armlet = boot::build(Isa::Arm64, "armlet", true)?;
+        let measurer = boot::build(Isa::Arm64, "xtask", true)?;
         let file = |from: PathBuf, to: &str| HostFile {
             from,
             to: to.into(),
@@ -392,7 +393,7 @@ fn measure(store: &Store, job: &Job) -> Result<Vec<Value>> {
         smp: 1,
         icount: true,
         tools: true,
-        ..HostSpec::default()
+        ..HostSpec::of(Isa::Arm64)
     };
     let mut output = Vec::new();
     let mut lines = Vec::new();

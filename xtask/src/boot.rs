@@ -10,12 +10,11 @@ use argh::FromArgs;
 
 use crate::assets::{self, Choice};
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::isa::Isa;
 use crate::marker::Filter;
-use crate::packages::{Kernel, Store};
+use crate::packages::Store;
 use crate::progress::say;
-use crate::runner;
 use crate::terminal::RawTerminal;
-use crate::toolchain;
 
 /// What the emulated host needs besides the guest's memory: itself and the files put in.
 const HOST_MEMORY_MIB: u32 = 1536;
@@ -23,14 +22,18 @@ const HOST_MEMORY_MIB: u32 = 1536;
 /// How long a script may take, emulated CPUs included.
 const SCRIPT_LIMIT: Duration = Duration::from_secs(900);
 
-/// Boot Debian's ARM64 kernel under armlet to a shell prompt.
+/// Boot Debian's kernel under armlet to a shell prompt.
 ///
-/// Runs armlet itself on an ARM64 machine with KVM, and elsewhere inside an emulated one. Fetches
+/// Runs armlet itself on a machine of the guest's architecture with KVM, and elsewhere inside an emulated one. Fetches
 /// what is missing into the cache folder first. In the shell, Ctrl-A x leaves armlet and, where
 /// the host is emulated, Ctrl-] stops it at once.
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "boot")]
 pub(crate) struct Boot {
+    /// the guest's architecture: aarch64 (the default) or x86_64
+    #[argh(option, default = "String::from(\"aarch64\")")]
+    arch: String,
+
     /// run these shell commands in the guest, print what they print and exit with their status
     #[argh(option)]
     script: Option<String>,
@@ -62,23 +65,25 @@ impl Boot {
         let memory_mib = host::mebibytes(&self.memory).context("--memory")?;
         let terminal_wanted = self.script.is_none();
         let store = Store::open()?;
-        let armlet = build("armlet", self.release)?;
-        let folder = assets::prepare(&store, Choice::Standard)?;
+        let isa = Isa::from_name(&self.arch)?;
+        let armlet = build(isa, "armlet", self.release)?;
+        let folder = assets::prepare(&store, isa, Choice::Standard)?;
+        let image = assets::kernel(isa);
         let initrd = self.initrd(&folder)?;
 
         say(&format!(
             "guest: Debian's Linux {}",
-            store.kernel(Kernel::V6_12Cloud)?.version()
+            store.kernel(assets::standard(isa))?.version()
         ));
         if terminal_wanted {
             say("leave armlet with Ctrl-A x; stop an emulated host at once with Ctrl-]");
         }
-        if runner::native() {
-            return self.run_natively(&armlet, &folder, &initrd.path());
+        if isa.is_native() {
+            return self.run_natively(isa, &armlet, &folder, &initrd.path());
         }
         let spec = HostSpec {
-            memory_mib: (memory_mib + HOST_MEMORY_MIB).max(HostSpec::default().memory_mib),
-            ..HostSpec::from_environment()?
+            memory_mib: (memory_mib + HOST_MEMORY_MIB).max(HostSpec::of(isa).memory_mib),
+            ..HostSpec::from_variables(isa)?
         };
         let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
         let file = |from: &Path, to: PathBuf, mode| HostFile {
@@ -90,10 +95,10 @@ impl Boot {
         let job = Job {
             files: vec![
                 file(&armlet, program.into(), 0o755),
-                file(&folder.join("Image"), in_host.join("Image"), 0o644),
+                file(&folder.join(image), in_host.join(image), 0o644),
                 file(&initrd.path(), in_host.join("initrd"), 0o644),
             ],
-            command: self.command(program, &in_host.join("Image"), &in_host.join("initrd")),
+            command: self.command(isa, program, &in_host.join(image), &in_host.join("initrd")),
             environment: Vec::new(),
             folder: "/root".into(),
             limit: self.script.is_some().then_some(SCRIPT_LIMIT),
@@ -134,14 +139,15 @@ impl Boot {
         Ok(file)
     }
 
-    fn command(&self, armlet: &str, image: &Path, initrd: &Path) -> Vec<String> {
+    fn command(&self, isa: Isa, armlet: &str, image: &Path, initrd: &Path) -> Vec<String> {
         let run = if self.script.is_some() {
             "script"
         } else {
             "shell"
         };
         let cmdline = format!(
-            "console=ttyAMA0 quiet cryptomgr.notests armlet.run={run} {}",
+            "console={} quiet cryptomgr.notests armlet.run={run} {}",
+            isa.console(),
             self.cmdline
         );
         let mut command = vec![armlet.to_owned(), "run".to_owned()];
@@ -159,8 +165,9 @@ impl Boot {
         command
     }
 
-    fn run_natively(&self, armlet: &Path, folder: &Path, initrd: &Path) -> Result<i32> {
-        let words = self.command(&armlet.to_string_lossy(), &folder.join("Image"), initrd);
+    fn run_natively(&self, isa: Isa, armlet: &Path, folder: &Path, initrd: &Path) -> Result<i32> {
+        let kernel = folder.join(assets::kernel(isa));
+        let words = self.command(isa, &armlet.to_string_lossy(), &kernel, initrd);
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
         if self.script.is_none() {
@@ -189,9 +196,9 @@ impl Boot {
     }
 }
 
-/// Builds a program of ours, which is its package's name too, for ARM64 and gives its path.
-pub(crate) fn build(program: &str, release: bool) -> Result<PathBuf> {
-    let toolchain = toolchain::arm64()?;
+/// Builds a program of ours, which is its package's name too, and gives its path.
+pub(crate) fn build(isa: Isa, program: &str, release: bool) -> Result<PathBuf> {
+    let toolchain = isa.toolchain()?;
     say(&format!("building {program} for {}", toolchain.target));
     let started = Instant::now();
     let mut cargo = crate::cargo();

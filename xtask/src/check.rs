@@ -6,16 +6,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
 
-use crate::host::{HostSpec, Machine};
+use crate::host::{HostSpec, Machine, X86_CPU};
+use crate::isa::{self, Isa};
 use crate::packages::{self, Kernel};
 use crate::progress::say;
-use crate::runner;
-use crate::toolchain::{self, Toolchain};
+use crate::toolchain::Toolchain;
 
 /// Check formatting, lints and documents, and run every test, guests on real KVM included.
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "test")]
 pub(crate) struct Test {
+    /// run the rig for guests of this architecture: aarch64 (the default) or x86_64
+    #[argh(option, default = "String::from(\"aarch64\")")]
+    arch: String,
+
     /// run only these steps, separated by commas: fmt, clippy, doc, unit, rig
     #[argh(option)]
     only: Option<String>,
@@ -43,11 +47,11 @@ pub(crate) struct Test {
 
 const STEPS: [&str; 5] = ["fmt", "clippy", "doc", "unit", "rig"];
 
-/// A host of the matrix: its name, CPU, GIC and kernel.
+/// A host of the matrix: its name, CPU, GIC (of ARM64) and kernel.
 type NamedHost = (&'static str, &'static str, u8, Kernel);
 
 /// The IPA limits of these CPUs are 52, 48, 44 and 40 bits.
-const HOSTS: [NamedHost; 12] = [
+const ARM64_HOSTS: [NamedHost; 12] = [
     ("max-gic3", "max", 3, Kernel::V6_12),
     ("max-gic3-16k", "max", 3, Kernel::V6_12Pages16K),
     ("n1-gic3", "neoverse-n1", 3, Kernel::V6_12),
@@ -64,6 +68,7 @@ const HOSTS: [NamedHost; 12] = [
 
 /// The host that is QEMU's model of a board, and not its own machine.
 const RASPBERRY_PI_4: &str = "rpi4";
+const X86_HOSTS: [NamedHost; 1] = [("epyc", X86_CPU, 0, Kernel::V6_1X86)];
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
@@ -95,8 +100,15 @@ impl Test {
     /// Runs the steps and gives the exit status: 0 when all of them passed.
     pub(crate) fn run(&self) -> Result<i32> {
         let steps = chosen(self.only.as_deref(), &STEPS)?;
-        let names = HOSTS.map(|host| host.0);
-        let hosts = chosen(self.host.as_deref(), &names)?;
+        let isa = Isa::from_name(&self.arch)?;
+        let all: &[NamedHost] = match isa {
+            Isa::Arm64 => &ARM64_HOSTS,
+            Isa::X86 => &X86_HOSTS,
+        };
+        let names = all.iter().map(|host| host.0).collect::<Vec<_>>();
+        let names = chosen(self.host.as_deref(), &names)?;
+        let hosts = all.iter().filter(|host| names.contains(&host.0));
+        let hosts = hosts.copied().collect::<Vec<_>>();
         ensure!(self.jobs > 0, "--jobs is at least 1");
 
         let mut outcomes = Vec::new();
@@ -129,27 +141,29 @@ impl Test {
                     "unit",
                     &mut cargo(&["test", "--workspace", "--no-fail-fast"]),
                 )?),
-                _ => outcomes.extend(self.rig(&hosts)?),
+                _ => outcomes.extend(self.rig(isa, &hosts, all[0].0)?),
             }
         }
         Ok(summary(&outcomes))
     }
 
-    /// Builds the tests that need KVM and runs them on each of `hosts`.
-    fn rig(&self, hosts: &[&str]) -> Result<Vec<Outcome>> {
-        let toolchain = toolchain::arm64()?;
-        let mut build = rig_tests(&toolchain)?;
+    /// Builds the tests that need KVM and runs them on each of `hosts`, all of them on the host
+    /// `first`.
+    fn rig(&self, isa: Isa, hosts: &[NamedHost], first: &str) -> Result<Vec<Outcome>> {
+        let toolchain = isa.toolchain()?;
+        let mut build = rig_tests(isa, &toolchain)?;
         let built = one("rig: build", build.arg("--no-run"))?;
         if !built.passed {
             return Ok(vec![built]);
         }
         let mut outcomes = vec![built];
         let test = |name: &str, spec: Option<HostSpec>| -> Result<(String, Command)> {
-            let mut command = rig_tests(&toolchain)?;
+            let mut command = rig_tests(isa, &toolchain)?;
+            command.env(isa::VARIABLE, isa.name());
             command.args(["--quiet", "--"]);
             if !self.filter.is_empty() {
                 command.args(&self.filter);
-            } else if name != HOSTS[0].0 && spec.is_some() && !self.thorough {
+            } else if name != first && spec.is_some() && !self.thorough {
                 command.args(ELSEWHERE);
             }
             if let Some(spec) = spec {
@@ -163,7 +177,7 @@ impl Test {
                     command.env("ARMLET_RIG_MACHINE", "raspi4b");
                 }
             }
-            if name == HOSTS[0].0 && packages::can_make_systems() {
+            if name == ARM64_HOSTS[0].0 && packages::can_make_systems() {
                 // Passt and its like, for the tests that run on the first host only.
                 command.env("ARMLET_RIG_TOOLS", "1");
                 if self.system {
@@ -172,14 +186,14 @@ impl Test {
             }
             Ok((format!("rig: {name}"), command))
         };
-        if runner::native() {
+        if isa.is_native() {
             let (name, mut command) = test("this machine", None)?;
             outcomes.push(one(&name, &mut command)?);
             return Ok(outcomes);
         }
 
         let mut commands = Vec::new();
-        for (name, cpu, gic, kernel) in HOSTS.into_iter().filter(|host| hosts.contains(&host.0)) {
+        for &(name, cpu, gic, kernel) in hosts {
             let spec = HostSpec {
                 machine: match name {
                     RASPBERRY_PI_4 => Machine::RaspberryPi4,
@@ -188,7 +202,7 @@ impl Test {
                 cpu: cpu.to_owned(),
                 gic,
                 kernel,
-                ..HostSpec::default()
+                ..HostSpec::of(isa)
             };
             commands.push(test(name, Some(spec))?);
         }
@@ -230,14 +244,18 @@ fn cargo(arguments: &[&str]) -> Command {
 }
 
 /// The command that builds and runs the tests of guests, with this program as cargo's runner.
-fn rig_tests(toolchain: &Toolchain) -> Result<Command> {
-    let mut command = cargo(&["test", "--package", "armlet", "--test", "boot"]);
+fn rig_tests(isa: Isa, toolchain: &Toolchain) -> Result<Command> {
+    let tests = match isa {
+        Isa::Arm64 => "boot",
+        Isa::X86 => "pc",
+    };
+    let mut command = cargo(&["test", "--package", "armlet", "--test", tests]);
     command.args(["--profile", "rig"]);
     command
         .args(["--target", &toolchain.target])
         .args(&toolchain.args);
     command.envs(toolchain.env.iter().map(|(name, value)| (name, value)));
-    // Cargo would build xtask once more, with the compiler for ARM64, to find its runner.
+    // Cargo would build xtask once more, with the other compiler, to find its runner.
     let this = std::env::current_exe().context("cannot tell where xtask lies")?;
     let runner = format!(
         "CARGO_TARGET_{}_RUNNER",

@@ -553,26 +553,33 @@ impl Row {
     }
 }
 
-/// Prints the table, with another VMM's figures in a column of its own.
-pub(crate) fn print(rows: &[Row], other: Option<(&str, &Figures)>) {
+/// Prints the table, with another VMM's figures in a column of its own, and the `peers` of ARM64.
+pub(crate) fn print(rows: &[Row], other: Option<(&str, &Figures)>, peers: bool) {
     let theirs = |name: &str| match other {
         Some((_, figures)) => figures.median(name).map(figure).unwrap_or_default(),
         None => String::new(),
     };
     let other_name = other.map_or("", |(name, _)| name);
     let width = if other.is_some() { 12 } else { 0 };
-    println!(
-        "{:36} {:>10} {:4} {:>6} {other_name:>width$}  {:>9} {:4} best peer",
-        "", "armlet", "", "spread", "reach", ""
+    let heads = if peers {
+        ["reach", "best peer"]
+    } else {
+        [""; 2]
+    };
+    let head = format!(
+        "{:36} {:>10} {:4} {:>6} {other_name:>width$}  {:>9} {:4} {}",
+        "", "armlet", "", "spread", heads[0], "", heads[1]
     );
+    println!("{}", head.trim_end());
     for row in rows {
-        let met = match row.met() {
+        let met = match row.met().filter(|_| peers) {
             Some(true) => "yes",
             Some(false) => "NO",
             None => "",
         };
         let best = row
             .best()
+            .filter(|_| peers)
             .map(|(name, value)| format!("{} {name}", figure(value)));
         let line = format!(
             "{:36} {:>10} {:4} {:>5.1}% {:>width$}  {:>9} {met:4} {}",
@@ -581,12 +588,15 @@ pub(crate) fn print(rows: &[Row], other: Option<(&str, &Figures)>) {
             row.spec.unit,
             row.spread,
             theirs(row.spec.key),
-            row.reach(),
+            if peers { row.reach() } else { String::new() },
             best.unwrap_or_default()
         );
         println!("{}", line.trim_end());
     }
-    println!("\nA virtual ms is a million instructions. The peers: {SOURCE}.");
+    println!("\nA virtual ms is a million instructions.");
+    if peers {
+        println!("The peers: {SOURCE}.");
+    }
 }
 
 /// A number with as many digits as it deserves.

@@ -1,6 +1,6 @@
-//! The rig: an ARM64 machine with KVM, emulated where the computer at hand is none.
+//! The rig: a machine with KVM, ARM64 or x86_64, emulated where the computer at hand is none.
 //!
-//! QEMU emulates EL2 as well, so the Linux in it is a real KVM host, only slower. It boots from an
+//! QEMU emulates EL2, and on x86_64 SVM, as well, so the Linux in it is a real KVM host, only slower. It boots from an
 //! initramfs that holds everything a job needs, runs the job's program, and says its exit status
 //! on the console in a mark that programs do not print.
 
@@ -19,6 +19,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::assets;
 use crate::initramfs::Archive;
+use crate::isa::Isa;
 use crate::marker::Filter;
 use crate::packages::{Kernel, Module, Store};
 use crate::progress::say;
@@ -33,6 +34,11 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A kernel that boots says something more often than this.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// The model on whose emulated SVM Linux and its guests run without fail, less what QEMU cannot
+/// emulate of it and would say so.
+pub(crate) const X86_CPU: &str =
+    "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
 
 /// How much of a console is shown when its host does not come up.
 const LAST_LINES: usize = 25;
@@ -50,7 +56,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tracefs tracefs /sys/kernel/tracing
 mount -t debugfs debugfs /sys/kernel/debug
 ip link set lo up
-hostname armhost
+hostname host
 for module in /rig/modules/*.ko; do
     [ -e "$module" ] && insmod "$module"
 done
@@ -96,14 +102,16 @@ pub(crate) enum Machine {
     RaspberryPi4,
 }
 
-/// An ARM64 machine to emulate.
+/// A machine to emulate.
 #[derive(Clone, Debug)]
 pub(crate) struct HostSpec {
-    /// What it is. CPU, GIC and memory are those of [`Machine::Virt`].
+    /// Its instruction set.
+    pub(crate) isa: Isa,
+    /// What it is, for ARM64. CPU, GIC and memory are those of [`Machine::Virt`].
     pub(crate) machine: Machine,
     /// The CPU as QEMU calls it, such as `max` or `cortex-a53`.
     pub(crate) cpu: String,
-    /// The version of its interrupt controller, 2 or 3.
+    /// The version of an ARM64 machine's interrupt controller, 2 or 3.
     pub(crate) gic: u8,
     /// The kernel that is KVM's host.
     pub(crate) kernel: Kernel,
@@ -163,14 +171,21 @@ pub(crate) enum Ended {
     Signal(i32),
 }
 
-impl Default for HostSpec {
-    fn default() -> Self {
+impl HostSpec {
+    /// The usual host.
+    pub(crate) fn of(isa: Isa) -> Self {
+        let (cpu, kernel, smp) = match isa {
+            Isa::Arm64 => ("max", Kernel::V6_12, 2),
+            // Other models, and more CPUs, hang now and then.
+            Isa::X86 => (X86_CPU, Kernel::V6_1X86, 1),
+        };
         Self {
+            isa,
             machine: Machine::Virt,
-            cpu: "max".to_owned(),
+            cpu: cpu.to_owned(),
             gic: 3,
-            kernel: Kernel::V6_12,
-            smp: 2,
+            kernel,
+            smp,
             memory_mib: 3072,
             icount: false,
             append: String::new(),
@@ -179,12 +194,15 @@ impl Default for HostSpec {
             data: None,
         }
     }
-}
 
-impl HostSpec {
     /// The host that the variables `ARMLET_RIG_*` describe.
     pub(crate) fn from_environment() -> Result<Self> {
-        let mut spec = Self::default();
+        Self::from_variables(Isa::from_environment()?)
+    }
+
+    /// The host of this architecture that the other variables describe.
+    pub(crate) fn from_variables(isa: Isa) -> Result<Self> {
+        let mut spec = Self::of(isa);
         let variable = |name: &str| std::env::var(format!("ARMLET_RIG_{name}")).ok();
         spec.machine = match variable("MACHINE").as_deref() {
             None | Some("virt") => Machine::Virt,
@@ -194,7 +212,7 @@ impl HostSpec {
         if let Some(cpu) = variable("CPU") {
             spec.cpu = cpu;
         }
-        if let Some(gic) = variable("GIC") {
+        if let Some(gic) = variable("GIC").filter(|_| isa == Isa::Arm64) {
             spec.gic = gic
                 .parse()
                 .ok()
@@ -203,6 +221,11 @@ impl HostSpec {
         }
         if let Some(kernel) = variable("KERNEL") {
             spec.kernel = Kernel::from_name(&kernel).context("ARMLET_RIG_KERNEL")?;
+            ensure!(
+                spec.kernel.isa() == isa,
+                "ARMLET_RIG_KERNEL is {kernel:?}, which is no kernel for {}",
+                isa.name()
+            );
         }
         if let Some(smp) = variable("SMP") {
             spec.smp = smp.parse().context("ARMLET_RIG_SMP is no number of CPUs")?;
@@ -225,8 +248,12 @@ impl HostSpec {
         } else {
             ""
         };
+        let gic = match self.isa {
+            Isa::Arm64 => format!(", GICv{}", self.gic),
+            Isa::X86 => String::new(),
+        };
         let machine = match self.machine {
-            Machine::Virt => format!("{}, GICv{}", self.cpu, self.gic),
+            Machine::Virt => format!("{}{gic}", self.cpu),
             Machine::RaspberryPi4 => "Raspberry Pi 4".to_owned(),
         };
         format!("{machine}, Linux {}{counted}", self.kernel.name())
@@ -259,11 +286,15 @@ pub(crate) fn run(
     print: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Ended> {
     let kernel = store.kernel(spec.kernel)?;
-    let busybox = store.busybox()?;
-    let qemu = store.qemu()?;
+    let busybox = store.busybox(spec.isa)?;
+    let qemu = store.qemu(spec.isa)?;
 
     let disks = disks(store, spec, job)?;
-    let mut modules = Vec::new();
+    // KVM is built into ARM64 kernels.
+    let mut modules = match spec.isa {
+        Isa::Arm64 => Vec::new(),
+        Isa::X86 => vec!["kvm_amd"],
+    };
     if !disks.is_empty() {
         modules.extend(["virtio_pci", "virtio_blk", "ext4"]);
     }
@@ -301,7 +332,8 @@ pub(crate) fn run(
     let mut emulator = Emulator::start(command)?;
     let (events, _watch) = emulator.events(terminal)?;
     say(&format!(
-        "booting an emulated ARM64 host ({})",
+        "booting an emulated {} host ({})",
+        spec.isa.name(),
         spec.summary()
     ));
 
@@ -446,17 +478,22 @@ fn say_raw(terminal: Option<&RawTerminal>, line: &str) {
 
 /// Adds the options that make QEMU's own machine.
 fn virt(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Path) {
+    let machine = match spec.isa {
+        Isa::Arm64 => format!("virt,virtualization=on,gic-version={}", spec.gic),
+        Isa::X86 => "q35".to_owned(),
+    };
     command
-        .args([
-            "-machine",
-            &format!("virt,virtualization=on,gic-version={}", spec.gic),
-        ])
+        .args(["-machine", &machine])
         .args(["-cpu", &spec.cpu])
         .args(["-smp", &spec.smp.to_string()])
         .args(["-m", &spec.memory_mib.to_string()])
         .args(["-nodefaults", "-no-user-config"])
         .args(["-serial", "chardev:console"]);
-    software(command, spec, image, initramfs, "console=ttyAMA0");
+    let console = match spec.isa {
+        Isa::Arm64 => "console=ttyAMA0",
+        Isa::X86 => "console=ttyS0",
+    };
+    software(command, spec, image, initramfs, console);
 }
 
 /// Adds the options that make a Raspberry Pi 4, whose cores, GIC and memory are given.
@@ -492,8 +529,13 @@ fn software(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pa
     }
     // The kernel's log shows that it gets on, and what the matter is when it does not. Its
     // self-tests of ciphers would be half of its boot.
+    let usual = match spec.isa {
+        Isa::Arm64 => "loglevel=7",
+        // Each byte of the log takes long here.
+        Isa::X86 => "quiet loglevel=1 mitigations=off nokaslr",
+    };
     let append = format!(
-        "{append} rdinit=/init panic=-1 loglevel=7 cryptomgr.notests {}",
+        "{append} {usual} rdinit=/init panic=-1 cryptomgr.notests {}",
         spec.append
     );
     command

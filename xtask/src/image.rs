@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use argh::FromArgs;
 
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::isa::Isa;
 use crate::packages::{Kernel, Store, System, digest, uncompressed};
 use crate::progress::say;
 
@@ -360,7 +361,7 @@ fn install(
     let spec = HostSpec {
         kernel: Kernel::V6_12Cloud,
         memory_mib: 4096,
-        ..HostSpec::default()
+        ..HostSpec::of(Isa::Arm64)
     };
     let mut log = Log::new(count);
     let mut print = |bytes: &[u8]| {

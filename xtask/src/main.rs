@@ -13,6 +13,7 @@ mod help;
 mod host;
 mod image;
 mod initramfs;
+mod isa;
 mod load;
 mod marker;
 mod measure;
@@ -27,6 +28,7 @@ mod terminal;
 mod toolchain;
 mod trace;
 mod vm;
+mod vmlinux;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -38,6 +40,7 @@ use argh::FromArgs;
 use crate::assets::Choice;
 use crate::bench_io::BenchIo;
 use crate::host::{Ended, HostSpec, Job};
+use crate::isa::Isa;
 use crate::load::Load;
 use crate::measure::Measure;
 use crate::measure_io::MeasureIo;
@@ -78,12 +81,16 @@ struct Runner {
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "setup")]
 struct Setup {
+    /// for guests of this architecture: aarch64 (the default) or x86_64
+    #[argh(option, default = "String::from(\"aarch64\")")]
+    arch: String,
+
     /// look for newer versions of what is there already
     #[argh(switch)]
     refresh: bool,
 }
 
-/// Run a shell, or a command, in an emulated ARM64 host that the ARMLET_RIG_* variables describe.
+/// Run a shell, or a command, in an emulated host that the ARMLET_RIG_* variables describe.
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "host")]
 struct Host {
@@ -161,11 +168,12 @@ impl Setup {
         if self.refresh {
             store.forget()?;
         }
-        toolchain::arm64()?;
-        let folder = assets::prepare(&store, Choice::All)?;
-        if !runner::native() {
-            store.qemu()?;
-            if packages::can_make_systems() {
+        let isa = Isa::from_name(&self.arch)?;
+        isa.toolchain()?;
+        let folder = assets::prepare(&store, isa, Choice::All)?;
+        if !isa.is_native() {
+            store.qemu(isa)?;
+            if isa == Isa::Arm64 && packages::can_make_systems() {
                 assets::tools(&store)?;
             }
         }

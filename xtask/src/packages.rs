@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::isa::Isa;
 use crate::progress::say;
 
 pub(crate) use kernels::Module;
@@ -29,7 +30,7 @@ const GUEST_RELEASE: &str = "bookworm";
 /// The oldest QEMU on the machine's `PATH` that is used as it is: 9 has the boards we emulate.
 const QEMU_MAJOR: u32 = 9;
 
-/// A distribution kernel for ARM64.
+/// A distribution kernel, for ARM64 where its name says nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
     /// 6.12 with 4 KiB pages and every driver: the usual host.
@@ -40,15 +41,21 @@ pub(crate) enum Kernel {
     V6_12Cloud,
     /// 6.1 with 4 KiB pages.
     V6_1,
+    /// 6.1 for clouds on x86_64: the host there, as it is the fastest where it is emulated.
+    V6_1X86,
+    /// 6.12 for clouds on x86_64.
+    V6_12X86,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub(crate) const ALL: [Self; 4] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::V6_12,
         Self::V6_12Pages16K,
         Self::V6_12Cloud,
         Self::V6_1,
+        Self::V6_1X86,
+        Self::V6_12X86,
     ];
 
     /// The name by which options and stamps know it.
@@ -58,6 +65,16 @@ impl Kernel {
             Self::V6_12Pages16K => "6.12-16k",
             Self::V6_12Cloud => "6.12-cloud",
             Self::V6_1 => "6.1",
+            Self::V6_1X86 => "6.1-x86",
+            Self::V6_12X86 => "6.12-x86",
+        }
+    }
+
+    /// The machine that it is for.
+    pub(crate) fn isa(self) -> Isa {
+        match self {
+            Self::V6_1X86 | Self::V6_12X86 => Isa::X86,
+            _ => Isa::Arm64,
         }
     }
 
@@ -82,6 +99,10 @@ impl Kernel {
             (Distribution::Debian, Self::V6_1) => {
                 Ok(("linux-image-arm64", Some(GUEST_RELEASE.to_owned())))
             }
+            (Distribution::Debian, Self::V6_1X86) => {
+                Ok(("linux-image-cloud-amd64", Some(GUEST_RELEASE.to_owned())))
+            }
+            (Distribution::Debian, Self::V6_12X86) => Ok(("linux-image-cloud-amd64", backports())),
             // Ubuntu has one kernel a release; it stands in for both 4 KiB variants of 6.12.
             (Distribution::Ubuntu, Self::V6_12 | Self::V6_12Cloud) => {
                 Ok(("linux-image-virtual", None))
@@ -176,11 +197,12 @@ impl Store {
         Ok(())
     }
 
-    /// A statically linked ARM64 busybox.
-    pub(crate) fn busybox(&self) -> Result<PathBuf> {
-        let folder = self.stored("busybox", |apt, into| {
+    /// A statically linked busybox.
+    pub(crate) fn busybox(&self, isa: Isa) -> Result<PathBuf> {
+        let folder = self.stored(&item("busybox", isa), |apt, into| {
             let suite = apt.guest_suite();
-            let package = apt.candidate("busybox-static:arm64", suite.as_deref())?;
+            let name = format!("busybox-static:{}", isa.debian());
+            let package = apt.candidate(&name, suite.as_deref())?;
             for archive in apt.download(std::slice::from_ref(&package))? {
                 unpack(&archive, into)?;
             }
@@ -189,33 +211,34 @@ impl Store {
         find(&folder, &|name| name == "busybox")?.context("no busybox in busybox-static")
     }
 
-    /// The emulator of ARM64 machines: the machine's own when it is new enough, else a private one.
-    pub(crate) fn qemu(&self) -> Result<Qemu> {
+    /// The emulator of machines: the machine's own when it is new enough, else a private one.
+    pub(crate) fn qemu(&self, isa: Isa) -> Result<Qemu> {
         let installed = Qemu {
-            program: "qemu-system-aarch64".into(),
+            program: emulator(isa).0.into(),
             private_root: None,
         };
         if installed.major().is_ok_and(|major| major >= QEMU_MAJOR) {
             return Ok(installed);
         }
-        let private = self.private_qemu()?;
+        let private = self.private_qemu(isa)?;
         if private.major().is_ok() {
             return Ok(private);
         }
         // It was unpacked with the libraries that the machine lacked then; it may lack more now.
         say("the private QEMU does not start any more: fetching it again");
-        let stamp = self.stamp("qemu");
+        let stamp = self.stamp(&item("qemu", isa));
         let folder = self.root.join("packages").join(read(&stamp)?.trim());
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {folder:?}"))?;
-        let private = self.private_qemu()?;
+        let private = self.private_qemu(isa)?;
         private.major().context("the private QEMU does not start")?;
         Ok(private)
     }
 
-    fn private_qemu(&self) -> Result<Qemu> {
-        let root = self.private_program("qemu", "qemu-system-arm")?;
+    fn private_qemu(&self, isa: Isa) -> Result<Qemu> {
+        let (program, package) = emulator(isa);
+        let root = self.private_program(&item("qemu", isa), package)?;
         Ok(Qemu {
-            program: root.join("usr/bin/qemu-system-aarch64"),
+            program: root.join("usr/bin").join(program),
             private_root: Some(root),
         })
     }
@@ -300,6 +323,22 @@ impl Store {
     }
 }
 
+/// The name of a stamp: without the architecture for ARM64, which came first.
+fn item(name: &str, isa: Isa) -> String {
+    match isa {
+        Isa::Arm64 => name.to_owned(),
+        Isa::X86 => format!("{name}-{}", isa.name()),
+    }
+}
+
+/// The program that emulates such a machine, and its package.
+fn emulator(isa: Isa) -> (&'static str, &'static str) {
+    match isa {
+        Isa::Arm64 => ("qemu-system-aarch64", "qemu-system-arm"),
+        Isa::X86 => ("qemu-system-x86_64", "qemu-system-x86"),
+    }
+}
+
 impl Qemu {
     /// The command that starts it, to which a machine's options are added.
     ///
@@ -316,7 +355,10 @@ impl Qemu {
             if let Ok(path) = std::env::join_paths(libraries) {
                 command.env("LD_LIBRARY_PATH", path);
             }
-            command.arg("-L").arg(root.join("usr/share/qemu"));
+            // Debian links firmware of other packages into QEMU's folder by absolute paths.
+            for folder in ["usr/share/qemu", "usr/share/seabios"] {
+                command.arg("-L").arg(root.join(folder));
+            }
         }
         command
     }
@@ -471,15 +513,15 @@ impl Apt {
     }
 
     /// The kernel package that the package `meta` stands for.
-    fn dependency(&self, meta: &str, suite: Option<&str>) -> Result<Package> {
-        let record = self.record(meta, suite)?;
+    fn dependency(&self, meta: &str, architecture: &str, suite: Option<&str>) -> Result<Package> {
+        let record = self.record(&format!("{meta}:{architecture}"), suite)?;
         let depends = field(&record, "Depends").unwrap_or_default();
         let mut names = depends
             .split([',', '|'])
             .filter_map(|one| one.split_whitespace().next());
         let kernel = names.find(|name| name.starts_with("linux-image-"));
         let kernel = kernel.with_context(|| format!("{meta} depends on no kernel: {depends:?}"))?;
-        self.candidate(&format!("{kernel}:arm64"), suite)
+        self.candidate(&format!("{kernel}:{architecture}"), suite)
     }
 
     /// `name` and everything it needs that the machine does not have.

@@ -1,6 +1,7 @@
-//! Runs a program built for ARM64: what cargo calls for `cargo test --target aarch64-...`.
+//! Runs a program built for ARM64: what cargo calls for `cargo test --target aarch64-...`; or one
+//! for x86_64, where `ARMLET_RIG_ARCH` says so.
 //!
-//! An ARM64 machine with KVM runs it as it is. Any other boots an emulated host, puts the program
+//! A machine of that kind with KVM runs it as it is. Any other boots an emulated host, puts the program
 //! where it lies here, together with armlet, the repository's files and the test assets, and runs
 //! it there. The variables `ARMLET_RIG_*` choose the host; see [`HostSpec::from_environment`].
 
@@ -15,6 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::assets::{self, Choice};
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::isa::Isa;
 use crate::packages::Store;
 
 /// Files above this size are no sources or golden files, so the host does without them.
@@ -23,17 +25,13 @@ const LARGEST_REPOSITORY_FILE: u64 = 4 << 20;
 /// The variables that the program gets to see in an emulated host.
 const PASSED_ON: [&str; 3] = ["ARMLET_", "CARGO_", "RUST_"];
 
-/// Whether this machine can run ARM64 guests itself.
-pub(crate) fn native() -> bool {
-    std::env::consts::ARCH == "aarch64" && Path::new("/dev/kvm").exists()
-}
-
 /// Runs `binary` with `arguments` and gives its exit status.
 pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
     let store = Store::open()?;
     let choice = Choice::from_environment()?;
-    let prepared = assets::prepare(&store, choice)?;
-    if native() {
+    let isa = Isa::from_environment()?;
+    let prepared = assets::prepare(&store, isa, choice)?;
+    if isa.is_native() {
         let mut command = Command::new(binary);
         command.args(arguments).env(assets::VARIABLE, &prepared);
         return Err(command.exec()).with_context(|| format!("cannot run {binary:?}"));
@@ -48,7 +46,7 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
     }];
     files.extend(armlet_beside(&binary));
     files.extend(repository_files(&crate::repository())?);
-    files.extend(asset_files(&prepared, choice));
+    files.extend(asset_files(&prepared, isa, choice));
 
     let mut environment = std::env::vars()
         .filter(|(name, _)| PASSED_ON.iter().any(|start| name.starts_with(start)))
@@ -128,14 +126,14 @@ fn repository_files(root: &Path) -> Result<Vec<HostFile>> {
 }
 
 /// The assets in `folder`, as files of an emulated host.
-pub(crate) fn asset_files(folder: &Path, choice: Choice) -> Vec<HostFile> {
+pub(crate) fn asset_files(folder: &Path, isa: Isa, choice: Choice) -> Vec<HostFile> {
     let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
     let file = |name: &&str| HostFile {
         from: folder.join(name),
         to: in_host.join(name),
         mode: 0o644,
     };
-    assets::names(choice).iter().map(file).collect()
+    assets::names(isa, choice).iter().map(file).collect()
 }
 
 /// How long a program may run: `ARMLET_RIG_TIMEOUT` seconds, or 15 minutes.

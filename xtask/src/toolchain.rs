@@ -50,6 +50,17 @@ pub(crate) struct Toolchain {
     pub(crate) args: Vec<String>,
 }
 
+/// The compiler for x86_64, on such a machine: its own, with what is linked statically.
+pub(crate) fn x86_64() -> Result<Toolchain> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let active = Compiler::ask(Path::new(&rustc))?;
+    let musl = "x86_64-unknown-linux-musl";
+    match active.has_std(musl) {
+        true => Ok(Toolchain::new(musl, &active.linker())),
+        false => Ok(Toolchain::new("x86_64-unknown-linux-gnu", "cc").static_glibc()),
+    }
+}
+
 /// The compiler for ARM64, installed when it is missing.
 pub(crate) fn arm64() -> Result<Toolchain> {
     let cache = Cache::open()?;

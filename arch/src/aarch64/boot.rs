@@ -203,6 +203,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            wishes: Default::default(),
             topology: Default::default(),
         }
     }
@@ -343,6 +344,7 @@ mod tests {
         let layout = |info| Layout {
             ram: ram.to_vec(),
             devices: Vec::new(),
+            ports: Vec::new(),
             pmem: Vec::new(),
             irqchip: super::super::gic::Gic::V2 {
                 distributor: ram[0],

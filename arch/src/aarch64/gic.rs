@@ -287,6 +287,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            wishes: Default::default(),
             topology: Default::default(),
         }
     }

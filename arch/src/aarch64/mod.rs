@@ -66,6 +66,8 @@ impl Arch for Aarch64 {
     type Host = Host;
     type Kernel = Arm64Image;
     type Irqchip = Gic;
+    type Wishes = ();
+    type Features = ();
     type Vcpu = Vcpu;
 
     fn kernel(header: &Header) -> Result<Arm64Image, ImageError> {
@@ -141,7 +143,18 @@ impl Arch for Aarch64 {
         boot::place(ram, request, host)
     }
 
-    fn vcpu(index: u32, payload: &Payload) -> Vcpu {
+    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<(), String> {
+        match paravirtual.map(|_| "--pv").or(exits.map(|_| "--exits")) {
+            None => Ok(()),
+            Some(option) => Err(format!("{option} is for x86_64 guests; leave it out")),
+        }
+    }
+
+    fn features(_: &(), _: &Host) -> Result<(), PlanError> {
+        Ok(())
+    }
+
+    fn vcpu(index: u32, payload: &Payload, _request: &Request<Self>) -> Vcpu {
         Vcpu {
             mpidr: mpidr(index),
             boot: (index == 0).then_some(Boot {

@@ -406,6 +406,7 @@ mod tests {
             seeds: None,
             virtio: vec!["disk0".to_owned(), "rng".to_owned()],
             pmem: Vec::new(),
+            wishes: Default::default(),
             topology: Default::default(),
         }
     }

@@ -1,8 +1,8 @@
 //! The fields of one table of a board file, taken one by one, and the record of where each came
 //! from.
 
-use super::BoardError;
 use super::layers::{Entry, Item, Place, Tree};
+use super::{Architecture, BoardError};
 use crate::size::parse_size;
 use std::cell::RefCell;
 
@@ -191,12 +191,18 @@ impl<'a> Fields<'a> {
         u32::try_from(number).map_err(|_| self.wrong(key, format!("is {number}; that is too many")))
     }
 
-    pub(super) fn spi(&mut self, key: &'static str) -> Result<u32, BoardError> {
-        match self.number_u32(key, "spi = 1")? {
-            // KVM takes at most 992 interrupts, 32 of them private (arch/arm64/kvm/vgic/
-            // vgic-kvm-device.c: vgic_set_common_attr).
-            spi @ 0..960 => Ok(spi),
-            spi => Err(self.wrong(key, format!("is {spi}; SPIs are numbered 0 to 959"))),
+    pub(super) fn interrupt(
+        &mut self,
+        key: &'static str,
+        arch: Architecture,
+    ) -> Result<u32, BoardError> {
+        let (name, count) = arch.interrupts();
+        match self.number_u32(key, &format!("{key} = 1"))? {
+            irq if irq < count => Ok(irq),
+            irq => {
+                let cause = format!("is {irq}; {name}s are numbered 0 to {}", count - 1);
+                Err(self.wrong(key, cause))
+            }
         }
     }
 

@@ -18,6 +18,7 @@ fn request() -> Request<Aarch64> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
+        wishes: Default::default(),
         topology: Default::default(),
     }
 }
@@ -185,7 +186,7 @@ fn virtio_devices_take_the_slots_from_the_first() {
 
 #[test]
 fn a_board_of_another_architecture_is_refused() {
-    let pc = board(&VIRT.replace("\"aarch64\"", "\"x86_64\""));
+    let pc = board(include_str!("../../../boards/pc.toml"));
     assert!(matches!(
         with(&pc, |_| ()),
         Err(PlanError::WrongArchitecture { .. })

@@ -1,17 +1,20 @@
 //! Kernel, initrd and what the kernel reads at its start: zero page, command line, GDT and page
-//! tables (Documentation/arch/x86/boot.rst, section "64-bit Boot Protocol"; zero-page.rst).
+//! tables (Documentation/arch/x86/boot.rst, section "64-bit Boot Protocol"; zero-page.rst). An ELF
+//! kernel begins in 32-bit mode and reads a start info in place of the zero page.
 //!
 //! ```text
-//! 0x1000   zero page, 4 KiB
+//! 0x1000   zero page or start info, 4 KiB
 //! 0x2000   GDT
 //! 0x3000   page tables, 24 KiB
 //! 0x10000  command line, up to 0x90000
 //! 0xa0000  video memory and ROMs of a PC: never given to the guest as RAM
+//! 0xe0000  ACPI tables
 //! 1 MiB    kernel, mostly at 16 MiB; the initrd ends where the bank does
 //! ```
 
-use super::{Boot, X86_64};
+use super::{Boot, Kernel, Vcpu, X86_64, acpi, pvh};
 use crate::Range;
+use crate::elf::X86Elf;
 use crate::image::X86BzImage;
 use crate::plan::{Blob, Layout, Payload, PlanError, Request};
 use crate::range::align_up;
@@ -39,11 +42,15 @@ pub const BOOT_DS: u16 = 0x18;
 pub const GDT: [u64; 4] = [
     0,
     0,
-    // Execute and read, 64-bit code (L), 4 KiB units (G).
-    0x00af_9b00_0000_ffff,
+    CODE_64,
     // Read and write, 32-bit stack (B), 4 KiB units (G).
     0x00cf_9300_0000_ffff,
 ];
+
+/// Execute and read, 64-bit code (L), 4 KiB units (G).
+const CODE_64: u64 = 0x00af_9b00_0000_ffff;
+/// Execute and read, 32-bit code (D), 4 KiB units (G).
+const CODE_32: u64 = 0x00cf_9b00_0000_ffff;
 
 const PAGE: u64 = 0x1000;
 /// What the page tables map, one to one: the kernel, the zero page and the command line lie there.
@@ -58,6 +65,8 @@ const ENTRY: u64 = 0x200;
 
 /// Offsets in the zero page (arch/x86/include/uapi/asm/bootparam.h: struct boot_params).
 mod offset {
+    /// `acpi_rsdp_addr`, u64.
+    pub(super) const ACPI_RSDP: usize = 0x70;
     /// `e820_entries`, u8.
     pub(super) const E820_ENTRIES: usize = 0x1e8;
     /// `hdr`, the setup header.
@@ -93,7 +102,7 @@ pub(super) fn place(ram: &[Range], request: &Request<X86_64>) -> Result<Payload,
     let initrd_size = request.initrd.filter(|size| *size > 0);
     let floor = kernel.map_or(HIGH_RAM, Range::end);
     let limit = match (initrd_size, &request.kernel) {
-        (Some(_), Some(image)) => initrd_limit(image),
+        (Some(_), Some(Kernel::Bz(image))) => initrd_limit(image),
         _ => MAPPED,
     };
     // The arithmetic saturates: an initrd may claim any size.
@@ -108,17 +117,21 @@ pub(super) fn place(ram: &[Range], request: &Request<X86_64>) -> Result<Payload,
     });
     Ok(Payload {
         kernel,
-        entry: kernel.map_or(HIGH_RAM, Range::start) + ENTRY,
+        entry: match &request.kernel {
+            Some(Kernel::Elf(elf)) => elf.entry,
+            _ => kernel.map_or(HIGH_RAM, Range::start) + ENTRY,
+        },
         initrd,
         info: ZERO_PAGE,
     })
 }
 
 /// The registers of the boot CPU.
-pub(super) fn registers(payload: &Payload) -> Boot {
-    Boot {
+pub(super) fn registers(payload: &Payload, kernel: Option<&Kernel>) -> Boot {
+    let long_mode = Boot {
         rip: payload.entry,
         rsi: payload.info,
+        rbx: 0,
         rflags: 1 << 1,
         // PE, ET, PG; PAE; LME, LMA (Intel SDM volume 3, sections 2.2.1 and 2.5).
         cr0: 1 << 31 | 1 << 4 | 1,
@@ -127,12 +140,28 @@ pub(super) fn registers(payload: &Payload) -> Boot {
         efer: 1 << 10 | 1 << 8,
         gdt_base: GDT_BASE,
         gdt_limit: size_of_val(&GDT) as u16 - 1,
+        code: CODE_64,
+        data: GDT[usize::from(BOOT_DS / 8)],
+    };
+    match kernel {
+        Some(Kernel::Elf(_)) => Boot {
+            rsi: 0,
+            rbx: payload.info,
+            cr0: 1 << 4 | 1,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            code: CODE_32,
+            ..long_mode
+        },
+        _ => long_mode,
     }
 }
 
 /// The zero page and what it needs around it.
 pub(super) fn blobs(
     layout: &Layout<X86_64>,
+    vcpus: &[Vcpu],
     request: &Request<X86_64>,
 ) -> Result<Vec<Blob>, PlanError> {
     let blob = |name, address, bytes| Blob {
@@ -140,13 +169,28 @@ pub(super) fn blobs(
         address,
         bytes,
     };
-    let gdt = GDT.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-    Ok(vec![
-        blob("zero page", ZERO_PAGE, zero_page(layout, request)?),
-        blob("GDT", GDT_BASE, gdt),
-        blob("page tables", PAGE_TABLES, page_tables()),
-        blob("command line", CMDLINE, cmdline(request)?),
-    ])
+    let gdt = |code| {
+        let mut gdt = GDT;
+        gdt[usize::from(BOOT_CS / 8)] = code;
+        gdt.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+    };
+    let mut blobs = match &request.kernel {
+        Some(Kernel::Elf(_)) => {
+            let map = usable(&layout.ram, pvh::MAP_MAX)?;
+            vec![
+                blob("start info", ZERO_PAGE, pvh::start_info(layout, &map)),
+                blob("GDT", GDT_BASE, gdt(CODE_32)),
+            ]
+        }
+        _ => vec![
+            blob("zero page", ZERO_PAGE, zero_page(layout, request)?),
+            blob("GDT", GDT_BASE, gdt(CODE_64)),
+            blob("page tables", PAGE_TABLES, page_tables()),
+        ],
+    };
+    blobs.push(blob("command line", CMDLINE, cmdline(request)?));
+    blobs.push(acpi::tables(layout, vcpus)?);
+    Ok(blobs)
 }
 
 /// The bank that all is loaded to.
@@ -161,8 +205,29 @@ fn first_bank(ram: &[Range]) -> Result<Range, PlanError> {
     }
 }
 
+fn kernel_range(kernel: &Kernel) -> Result<Range, PlanError> {
+    match kernel {
+        Kernel::Bz(image) => bz_range(image),
+        Kernel::Elf(elf) => elf_range(elf),
+    }
+}
+
+/// An ELF kernel lies where its file says.
+fn elf_range(elf: &X86Elf) -> Result<Range, PlanError> {
+    let memory = elf.memory();
+    Range::new(memory.start, memory.end.saturating_sub(memory.start))
+        .filter(|range| range.start() >= HIGH_RAM && range.last() < MAPPED)
+        .ok_or_else(|| {
+            PlanError::BootProtocol(format!(
+                "the kernel lies at {:#x} to {:#x}, not between 1 MiB and 4 GiB; use another kernel",
+                memory.start,
+                memory.end.saturating_sub(1)
+            ))
+        })
+}
+
 /// What the kernel takes from its load address on (boot.rst: init_size).
-fn kernel_range(image: &X86BzImage) -> Result<Range, PlanError> {
+fn bz_range(image: &X86BzImage) -> Result<Range, PlanError> {
     let wanted = image.pref_address;
     let start = match image.relocatable {
         true => align_up(wanted.max(HIGH_RAM), image.kernel_alignment),
@@ -230,11 +295,12 @@ fn no_room(
 fn zero_page(layout: &Layout<X86_64>, request: &Request<X86_64>) -> Result<Vec<u8>, PlanError> {
     let mut page = vec![0; PAGE as usize];
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
-    if let Some(image) = &request.kernel {
+    if let Some(Kernel::Bz(image)) = &request.kernel {
         let room = offset::HEADER_END - offset::HEADER;
         let header = &image.setup_header;
         put(offset::HEADER, &header[..header.len().min(room)]);
     }
+    put(offset::ACPI_RSDP, &acpi::TABLES.to_le_bytes());
     put(offset::TYPE_OF_LOADER, &[LOADER_UNDEFINED]);
     put(offset::CMD_LINE_PTR, &(CMDLINE as u32).to_le_bytes());
     if let Some(initrd) = layout.payload.initrd {
@@ -243,13 +309,7 @@ fn zero_page(layout: &Layout<X86_64>, request: &Request<X86_64>) -> Result<Vec<u
         put(offset::RAMDISK_IMAGE, &start.to_le_bytes());
         put(offset::RAMDISK_SIZE, &size.to_le_bytes());
     }
-    let map = e820(&layout.ram);
-    if map.len() > E820_MAX {
-        return Err(PlanError::BootProtocol(format!(
-            "the zero page's memory map holds {E820_MAX} entries, this machine has {}; use a board with fewer banks",
-            map.len()
-        )));
-    }
+    let map = usable(&layout.ram, E820_MAX)?;
     put(offset::E820_ENTRIES, &[map.len() as u8]);
     let entries: Vec<u8> = map
         .iter()
@@ -265,6 +325,17 @@ fn zero_page(layout: &Layout<X86_64>, request: &Request<X86_64>) -> Result<Vec<u
     Ok(page)
 }
 
+/// The memory map, if it fits into so many entries.
+fn usable(ram: &[Range], most: usize) -> Result<Vec<Range>, PlanError> {
+    let map = e820(ram);
+    match map.len() {
+        entries if entries > most => Err(PlanError::BootProtocol(format!(
+            "the kernel's memory map holds {most} entries, this machine has {entries}; use a board with fewer banks"
+        ))),
+        _ => Ok(map),
+    }
+}
+
 /// The RAM that the guest may use: all of it but the legacy hole.
 fn e820(ram: &[Range]) -> Vec<Range> {
     ram.iter()
@@ -277,6 +348,10 @@ fn e820(ram: &[Range]) -> Vec<Range> {
         .filter_map(|(first, last)| Range::new(first, last.checked_sub(first)? + 1))
         .collect()
 }
+
+/// Bytes of command line that a kernel takes which does not say (arch/x86/include/asm/setup.h:
+/// COMMAND_LINE_SIZE, less the NUL).
+const ELF_CMDLINE: u64 = 2047;
 
 /// Four levels that map the first 4 GiB one to one by pages of 2 MiB, which every x86_64 CPU has
 /// (Intel SDM volume 3, section 4.5): a PML4, a page-directory-pointer table, four directories.
@@ -299,10 +374,11 @@ fn page_tables() -> Vec<u8> {
 }
 
 fn cmdline(request: &Request<X86_64>) -> Result<Vec<u8>, PlanError> {
-    let kernel = request
-        .kernel
-        .as_ref()
-        .map_or(u64::MAX, |image| u64::from(image.cmdline_size));
+    let kernel = match &request.kernel {
+        Some(Kernel::Bz(image)) => u64::from(image.cmdline_size),
+        Some(Kernel::Elf(_)) => ELF_CMDLINE,
+        None => u64::MAX,
+    };
     let (most, who) = match kernel {
         0..CMDLINE_ROOM => (kernel, "this kernel takes"),
         _ => (CMDLINE_ROOM - 1, "there is room for"),
@@ -360,12 +436,13 @@ mod tests {
             memory,
             width: WidthPolicy::Fit,
             gic: GicChoice::Auto,
-            kernel: Some(kernel()),
+            kernel: Some(Kernel::Bz(kernel())),
             initrd,
             cmdline: "console=ttyS0".to_owned(),
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            wishes: Default::default(),
             topology: Default::default(),
         }
     }
@@ -410,6 +487,7 @@ mod tests {
         put(0x21c, &[0x34, 0x12]);
         put(0x228, &[0x00, 0x00, 0x01, 0x00]);
         put(0x1e8, &[3]);
+        put(0x70, &0xe_0000_u64.to_le_bytes());
         for (index, (start, end)) in [(0, 0xa_0000), (MIB, 3 * GIB), (4 * GIB, 5 * GIB)]
             .into_iter()
             .enumerate()
@@ -430,8 +508,8 @@ mod tests {
     #[test]
     fn the_other_blobs() {
         let plan = plan(&request(64 * MIB, None)).expect("fits");
-        let [_, gdt, tables, cmdline] = plan.blobs.as_slice() else {
-            panic!("four blobs")
+        let [_, gdt, tables, cmdline, _] = plan.blobs.as_slice() else {
+            panic!("five blobs")
         };
         assert_eq!(
             (cmdline.address, cmdline.bytes.as_slice()),
@@ -470,10 +548,10 @@ mod tests {
         assert_eq!(placed.kernel, Some(range(16 * MIB, 48 * MIB)));
         assert_eq!((placed.entry, placed.info), (16 * MIB + 0x200, 0x1000));
         let mut low = request(512 * MIB, None);
-        low.kernel = Some(X86BzImage {
+        low.kernel = Some(Kernel::Bz(X86BzImage {
             pref_address: 0,
             ..kernel()
-        });
+        }));
         let placed = plan(&low).expect("fits").layout.payload;
         assert_eq!(
             placed.kernel,
@@ -486,11 +564,11 @@ mod tests {
     fn a_kernel_that_must_lie_elsewhere_is_refused() {
         for (pref_address, relocatable) in [(0x8_0000, false), (4 * GIB, false), (u64::MAX, true)] {
             let mut request = request(512 * MIB, None);
-            request.kernel = Some(X86BzImage {
+            request.kernel = Some(Kernel::Bz(X86BzImage {
                 pref_address,
                 relocatable,
                 ..kernel()
-            });
+            }));
             let error = plan(&request).expect_err("no place").to_string();
             assert!(
                 error.contains(&format!("33554432 bytes from {pref_address:#x}")),
@@ -586,8 +664,9 @@ mod tests {
                 ..request(512 * MIB, None)
             })
         };
-        assert!(with(2047, Some(kernel())).is_ok());
-        let error = with(2048, Some(kernel())).expect_err("long").to_string();
+        let kernel = || Some(Kernel::Bz(kernel()));
+        assert!(with(2047, kernel()).is_ok());
+        let error = with(2048, kernel()).expect_err("long").to_string();
         assert_eq!(
             error,
             "the command line of 2048 bytes is longer than the 2047 that this kernel takes; use a shorter one"
@@ -671,6 +750,7 @@ mod tests {
             cmdline in "[ -~]{0,40}",
         ) {
             let memory = if aligned { memory & !0xffff } else { memory };
+            let kernel = kernel.map(Kernel::Bz);
             let request = Request { cpus, kernel, cmdline, ..request(memory, initrd) };
             let plan = match plan(&request) {
                 Ok(plan) => plan,
@@ -693,7 +773,8 @@ mod tests {
                 .map(|blob| Range::new(blob.address, blob.bytes.len() as u64).expect("not empty"))
                 .collect();
             for blob in &ranges {
-                prop_assert!(blob.last() < CMDLINE + CMDLINE_ROOM);
+                let tables = range(acpi::TABLES, HIGH_RAM);
+                prop_assert!(blob.last() < CMDLINE + CMDLINE_ROOM || tables.contains(*blob));
             }
             ranges.extend(payload.kernel);
             ranges.extend(payload.initrd);
@@ -703,10 +784,12 @@ mod tests {
             }
             let usable = read_e820(&plan.blobs[0].bytes);
             for range in ranges {
-                prop_assert!(usable.iter().any(|ram| ram.contains(range)), "{range}");
+                // The ROM of a PC, where the tables lie, is no usable RAM, but there is memory.
+                let rom = range.start() == acpi::TABLES;
+                prop_assert!(rom || usable.iter().any(|ram| ram.contains(range)), "{range}");
                 prop_assert!(range.last() < MAPPED);
             }
-            if let (Some(initrd), Some(image)) = (payload.initrd, &request.kernel) {
+            if let (Some(initrd), Some(Kernel::Bz(image))) = (payload.initrd, &request.kernel) {
                 prop_assert_eq!(Some(initrd.size()), request.initrd);
                 prop_assert!(initrd.last() < initrd_limit(image));
             }

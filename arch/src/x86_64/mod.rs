@@ -1,8 +1,13 @@
 //! x86_64 guests.
 
+mod acpi;
 pub mod boot;
+pub mod features;
 pub mod phys;
+mod pvh;
 
+use self::features::{EXITS, Features, PARAVIRTUAL, Wishes};
+use crate::elf::X86Elf;
 use crate::image::{Header, ImageError, X86BzImage};
 use crate::plan::{Blob, Layout, Payload, PlanError, Request};
 use crate::width::{Region, Width, WidthPolicy};
@@ -22,6 +27,17 @@ const LAPIC: u64 = 0xfee0_0000;
 /// Bytes of each of the two windows.
 const APIC_SIZE: u64 = 0x1000;
 
+/// What KVM itself takes of the address space on Intel CPUs that cannot run real mode as it is: a
+/// page table of one page (its default, arch/x86/include/asm/vmx.h:
+/// VMX_EPT_IDENTITY_PAGETABLE_ADDR) and behind it three pages of task state
+/// (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TASK_STATE: u64 = IDENTITY_MAP + 0x1000;
+const TASK_STATE_SIZE: u64 = 0x3000;
+
+const KVM_TABLE: &str = "KVM's identity map";
+const KVM_TASK: &str = "KVM's task state";
+
 /// x86_64 as an [`Arch`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct X86_64;
@@ -34,6 +50,13 @@ pub struct Host {
     pub phys_bits: u8,
     /// Most vCPUs in one VM (KVM_CAP_MAX_VCPUS).
     pub max_vcpus: u32,
+    /// CPUID 0x4000_0001 EAX, as KVM_GET_SUPPORTED_CPUID gives it.
+    pub paravirtual: u32,
+    /// Whether the local APIC's timer can have a deadline in TSC ticks
+    /// (KVM_CAP_TSC_DEADLINE_TIMER).
+    pub tsc_deadline: bool,
+    /// Instructions that need not be exits (KVM_CAP_X86_DISABLE_EXITS).
+    pub exits_off: u32,
 }
 
 /// The interrupt controllers, at fixed places.
@@ -43,6 +66,19 @@ pub struct Irqchip {
     pub ioapic: Range,
     /// The local APICs, 4 KiB: each vCPU sees its own there.
     pub lapic: Range,
+    /// KVM's page table for real mode, 4 KiB.
+    pub identity_map: Range,
+    /// KVM's task state for real mode, 12 KiB.
+    pub task_state: Range,
+}
+
+/// A kernel in one of the forms that an x86_64 guest starts from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// A bzImage: its 64-bit entry, and a zero page.
+    Bz(X86BzImage),
+    /// An ELF file: its 32-bit entry, and a start info.
+    Elf(X86Elf),
 }
 
 /// A vCPU before its first instruction.
@@ -55,46 +91,68 @@ pub struct Vcpu {
 }
 
 /// Registers of the boot CPU: long mode with paging (Documentation/arch/x86/boot.rst, section
-/// "64-bit Boot Protocol"). Interrupts are off. CS is [`boot::BOOT_CS`], the other segments are
-/// [`boot::BOOT_DS`], both as [`boot::GDT`] describes them. Further registers are 0.
+/// "64-bit Boot Protocol"), or for an ELF kernel protected mode without. Interrupts are off. CS is
+/// [`boot::BOOT_CS`], the other segments are [`boot::BOOT_DS`]. Further registers are 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Boot {
-    /// The kernel's 64-bit entry.
+    /// The kernel's entry.
     pub rip: u64,
-    /// The zero page's address.
+    /// The zero page's address, for a bzImage.
     pub rsi: u64,
+    /// The start info's address, for an ELF kernel.
+    pub rbx: u64,
     /// Bit 1 reads as 1; IF is clear.
     pub rflags: u64,
-    /// PE, ET and PG.
+    /// PE and ET; in long mode PG.
     pub cr0: u64,
-    /// The first page table's address.
+    /// The first page table's address, in long mode.
     pub cr3: u64,
-    /// PAE.
+    /// In long mode PAE.
     pub cr4: u64,
-    /// LME and LMA.
+    /// In long mode LME and LMA.
     pub efer: u64,
     /// GDTR: the table's address.
     pub gdt_base: u64,
     /// GDTR: the table's last byte.
     pub gdt_limit: u16,
+    /// The code segment's descriptor.
+    pub code: u64,
+    /// The data segments' descriptor.
+    pub data: u64,
 }
 
 impl Arch for X86_64 {
     const ARCHITECTURE: Architecture = Architecture::X86_64;
     type Host = Host;
-    type Kernel = X86BzImage;
+    type Kernel = Kernel;
     type Irqchip = Irqchip;
+    type Wishes = Wishes;
+    type Features = Features;
     type Vcpu = Vcpu;
 
-    fn kernel(header: &Header) -> Result<X86BzImage, ImageError> {
-        header.x86_64().cloned()
+    fn kernel(header: &Header) -> Result<Kernel, ImageError> {
+        header.x86_64()
     }
 
     fn assumed_host(board: &Board) -> Host {
         Host {
             phys_bits: board.host.ipa_limit,
             max_vcpus: MAX_VCPUS,
+            // What Linux has had since 5.10.
+            paravirtual: PARAVIRTUAL
+                .iter()
+                .fold(0, |bits, feature| bits | feature.bits),
+            tsc_deadline: true,
+            exits_off: EXITS.iter().fold(0, |bits, (_, bit)| bits | bit),
         }
+    }
+
+    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<Wishes, String> {
+        Wishes::parse(paravirtual, exits)
+    }
+
+    fn features(wishes: &Wishes, host: &Host) -> Result<Features, PlanError> {
+        wishes.decide(host)
     }
 
     fn differences(_: &Board, _: &Host) -> Vec<String> {
@@ -109,26 +167,33 @@ impl Arch for X86_64 {
         _ram: &[Range],
     ) -> Result<Irqchip, PlanError> {
         check_vcpus(request.cpus, host)?;
-        let window = |name: &str, start| {
-            Range::new(start, APIC_SIZE).ok_or_else(|| PlanError::Wraps {
+        let window = |name: &str, start, size| {
+            Range::new(start, size).ok_or_else(|| PlanError::Wraps {
                 name: name.to_owned(),
                 start,
-                size: APIC_SIZE,
+                size,
             })
         };
         Ok(Irqchip {
-            ioapic: window("I/O APIC", IOAPIC)?,
-            lapic: window("local APICs", LAPIC)?,
+            ioapic: window("I/O APIC", IOAPIC, APIC_SIZE)?,
+            lapic: window("local APICs", LAPIC, APIC_SIZE)?,
+            identity_map: window(KVM_TABLE, IDENTITY_MAP, APIC_SIZE)?,
+            task_state: window(KVM_TASK, TASK_STATE, TASK_STATE_SIZE)?,
         })
     }
 
     fn irqchip_regions(irqchip: &Irqchip) -> Vec<Region> {
-        [("I/O APIC", irqchip.ioapic), ("local APICs", irqchip.lapic)]
-            .map(|(name, range)| Region {
-                name: name.to_owned(),
-                range,
-            })
-            .to_vec()
+        [
+            ("I/O APIC", irqchip.ioapic),
+            ("local APICs", irqchip.lapic),
+            (KVM_TABLE, irqchip.identity_map),
+            (KVM_TASK, irqchip.task_state),
+        ]
+        .map(|(name, range)| Region {
+            name: name.to_owned(),
+            range,
+        })
+        .to_vec()
     }
 
     fn width(highest: &Region, policy: WidthPolicy, host: &Host) -> Result<Width, PlanError> {
@@ -139,20 +204,20 @@ impl Arch for X86_64 {
         boot::place(ram, request)
     }
 
-    fn vcpu(index: u32, payload: &Payload) -> Vcpu {
+    fn vcpu(index: u32, payload: &Payload, request: &Request<Self>) -> Vcpu {
         Vcpu {
             apic_id: index,
-            boot: (index == 0).then(|| boot::registers(payload)),
+            boot: (index == 0).then(|| boot::registers(payload, request.kernel.as_ref())),
         }
     }
 
     fn blobs(
         _board: &Board,
         layout: &Layout<Self>,
-        _vcpus: &[Vcpu],
+        vcpus: &[Vcpu],
         request: &Request<Self>,
     ) -> Result<Vec<Blob>, PlanError> {
-        boot::blobs(layout, request)
+        boot::blobs(layout, vcpus, request)
     }
 }
 
@@ -191,6 +256,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            wishes: Default::default(),
             topology: Default::default(),
         }
     }
@@ -210,7 +276,7 @@ mod tests {
             [Range::new(0, 512 << 20).expect("not empty")]
         );
         assert_eq!(plan.width.bits, 32);
-        assert_eq!(plan.width.highest.name, "local APICs");
+        assert_eq!(plan.width.highest.name, "KVM's task state");
         assert_eq!(plan.width.limit, 46);
     }
 
@@ -225,7 +291,14 @@ mod tests {
         let names: Vec<_> = plan.layout.regions().into_iter().map(|r| r.name).collect();
         assert_eq!(
             names,
-            ["RAM bank 0", "I/O APIC", "local APICs", "RAM bank 1"]
+            [
+                "RAM bank 0",
+                "I/O APIC",
+                "local APICs",
+                "KVM's identity map",
+                "KVM's task state",
+                "RAM bank 1"
+            ]
         );
     }
 
@@ -234,6 +307,7 @@ mod tests {
         let host = Host {
             phys_bits: 36,
             max_vcpus: 8,
+            ..X86_64::assumed_host(&pc())
         };
         let error = plan(&pc(), &request(64 << 30), &host).expect_err("too wide");
         assert_eq!(
@@ -261,8 +335,8 @@ mod tests {
                 ..request(512 << 20)
             };
             let host = Host {
-                phys_bits: 46,
                 max_vcpus,
+                ..X86_64::assumed_host(&pc())
             };
             plan(&pc(), &request, &host)
                 .expect_err("too many")
@@ -294,6 +368,7 @@ mod tests {
             Some(Boot {
                 rip: 0x10_0200,
                 rsi: 0x1000,
+                rbx: 0,
                 rflags: 2,
                 cr0: 0x8000_0011,
                 cr3: 0x3000,
@@ -301,6 +376,8 @@ mod tests {
                 efer: 0x500,
                 gdt_base: 0x2000,
                 gdt_limit: 31,
+                code: 0x00af_9b00_0000_ffff,
+                data: 0x00cf_9300_0000_ffff,
             })
         );
     }

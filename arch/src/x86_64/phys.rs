@@ -47,6 +47,9 @@ mod tests {
         Host {
             phys_bits,
             max_vcpus: 1,
+            paravirtual: 0,
+            tsc_deadline: false,
+            exits_off: 0,
         }
     }
 

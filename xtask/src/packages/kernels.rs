@@ -14,9 +14,12 @@ use crate::elf;
 
 /// The drivers that are kept, as patterns below `kernel/`: those for guests and for hosts, and
 /// all that they depend on in any of our kernels.
-const DRIVERS: [&str; 23] = [
+const DRIVERS: [&str; 27] = [
     "arch/arm64/crypto/crc*",
+    "arch/x86/crypto/crc*",
+    "arch/x86/kvm/*",
     "crypto/crc*",
+    "drivers/acpi/button*",
     "drivers/block/loop*",
     "drivers/block/virtio_blk*",
     "drivers/char/hw_random/*",
@@ -38,6 +41,7 @@ const DRIVERS: [&str; 23] = [
     "lib/*",
     "net/core/failover*",
     "net/vmw_vsock/*",
+    "virt/lib/irqbypass*",
 ];
 
 /// The files of an unpacked kernel package.
@@ -58,13 +62,14 @@ pub(crate) struct Module {
 }
 
 impl Store {
-    /// An ARM64 kernel.
+    /// A kernel.
     pub(crate) fn kernel(&self, kernel: Kernel) -> Result<KernelFiles> {
         // The items called "kernel-..." of older caches lack most drivers.
         let item = format!("linux-{}", kernel.name());
         let folder = self.stored(&item, |apt, into| {
             let (meta, suite) = kernel.package(apt.distribution)?;
-            let package = apt.dependency(&format!("{meta}:arm64"), suite.as_deref())?;
+            let architecture = kernel.isa().debian();
+            let package = apt.dependency(meta, architecture, suite.as_deref())?;
             for archive in apt.download(std::slice::from_ref(&package))? {
                 unpack_kernel(&archive, into)?;
             }

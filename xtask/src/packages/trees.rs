@@ -13,7 +13,7 @@ impl Store {
         let item = format!("tree-{}-{name}", kernel.name());
         let folder = self.stored(&item, |apt, into| {
             let (meta, suite) = kernel.package(apt.distribution)?;
-            let package = apt.dependency(&format!("{meta}:arm64"), suite.as_deref())?;
+            let package = apt.dependency(meta, "arm64", suite.as_deref())?;
             for archive in apt.download(std::slice::from_ref(&package))? {
                 unpack_tree(&archive, name, into)?;
             }

@@ -1,0 +1,294 @@
+//! The clock of PCs with its battery-backed memory: an MC146818 behind an index and a data port
+//! (MC146818A datasheet; arch/x86/kernel/rtc.c for the century).
+//!
+//! It shows the host's time in UTC plus what the guest set, in BCD and 24 hours. It raises no
+//! interrupts: no alarm, no periodic tick.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::Device;
+
+/// An MC146818 with 128 bytes.
+pub struct Cmos {
+    index: u8,
+    memory: [u8; SIZE],
+    /// Seconds that the guest's clock is ahead of the host's.
+    ahead: i64,
+    /// The host's clock: seconds since 1970.
+    now: fn() -> i64,
+}
+
+const SIZE: usize = 128;
+
+/// Registers.
+mod register {
+    pub(super) const SECONDS: u8 = 0x00;
+    pub(super) const MINUTES: u8 = 0x02;
+    pub(super) const HOURS: u8 = 0x04;
+    pub(super) const WEEKDAY: u8 = 0x06;
+    pub(super) const DAY: u8 = 0x07;
+    pub(super) const MONTH: u8 = 0x08;
+    pub(super) const YEAR: u8 = 0x09;
+    pub(super) const A: u8 = 0x0a;
+    pub(super) const B: u8 = 0x0b;
+    pub(super) const C: u8 = 0x0c;
+    pub(super) const D: u8 = 0x0d;
+    pub(super) const CENTURY: u8 = 0x32;
+}
+
+/// Those of the time.
+const TIME: [u8; 8] = [
+    register::SECONDS,
+    register::MINUTES,
+    register::HOURS,
+    register::WEEKDAY,
+    register::DAY,
+    register::MONTH,
+    register::YEAR,
+    register::CENTURY,
+];
+
+/// A: oscillator at 32 kHz, 1024 Hz; never in update.
+const A_RUNNING: u8 = 0x26;
+/// B: 24 hours, BCD.
+const B_24_HOURS: u8 = 1 << 1;
+/// B: the time is being set, the clock stands.
+const B_SET: u8 = 1 << 7;
+/// D: the battery is good.
+const D_VALID: u8 = 1 << 7;
+
+impl Cmos {
+    /// A clock that shows the host's time.
+    #[must_use]
+    pub fn new() -> Cmos {
+        Cmos::with_clock(|| {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH);
+            since.map_or(0, |since| since.as_secs() as i64)
+        })
+    }
+
+    fn with_clock(now: fn() -> i64) -> Cmos {
+        let mut memory = [0; SIZE];
+        memory[usize::from(register::A)] = A_RUNNING;
+        memory[usize::from(register::B)] = B_24_HOURS;
+        Cmos {
+            index: 0,
+            memory,
+            ahead: 0,
+            now,
+        }
+    }
+
+    fn is_setting(&self) -> bool {
+        self.memory[usize::from(register::B)] & B_SET != 0
+    }
+
+    /// Writes the time to its registers.
+    fn show_time(&mut self) {
+        let seconds = (self.now)().saturating_add(self.ahead);
+        let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+        let (year, month, day) = date(days);
+        let fields = [
+            second % 60,
+            second / 60 % 60,
+            second / 3600,
+            // 1970 began on a Thursday; Sunday is 1.
+            (days + 4).rem_euclid(7) + 1,
+            day,
+            month,
+            year.rem_euclid(100),
+            year.div_euclid(100).rem_euclid(100),
+        ];
+        for (register, value) in TIME.into_iter().zip(fields) {
+            self.memory[usize::from(register)] = to_bcd(value);
+        }
+    }
+
+    /// Takes the time that stands in the registers.
+    fn set_time(&mut self) {
+        let field = |register: u8| from_bcd(self.memory[usize::from(register)]);
+        let year = field(register::CENTURY) * 100 + field(register::YEAR);
+        let days = day_number(year, field(register::MONTH), field(register::DAY));
+        let second = (field(register::HOURS) * 60 + field(register::MINUTES)) * 60
+            + field(register::SECONDS);
+        self.ahead = (days * 86_400 + second).saturating_sub((self.now)());
+    }
+
+    fn read_register(&mut self) -> u8 {
+        if TIME.contains(&self.index) && !self.is_setting() {
+            self.show_time();
+        }
+        match self.index {
+            register::C => 0,
+            register::D => D_VALID,
+            index => self.memory[usize::from(index)],
+        }
+    }
+
+    fn write_register(&mut self, value: u8) {
+        let setting = self.is_setting();
+        match self.index {
+            register::A | register::C | register::D => {}
+            register::B => {
+                if !setting && value & B_SET != 0 {
+                    self.show_time();
+                }
+                // No interrupts, no binary mode, no 12 hours.
+                self.memory[usize::from(register::B)] = value & B_SET | B_24_HOURS;
+                if setting && value & B_SET == 0 {
+                    self.set_time();
+                }
+            }
+            index if TIME.contains(&index) => {
+                // Without SET one field of a running clock is changed.
+                if !setting {
+                    self.show_time();
+                }
+                self.memory[usize::from(index)] = value;
+                if !setting {
+                    self.set_time();
+                }
+            }
+            index => self.memory[usize::from(index)] = value,
+        }
+    }
+}
+
+impl Default for Cmos {
+    fn default() -> Cmos {
+        Cmos::new()
+    }
+}
+
+impl Device for Cmos {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        // The index cannot be read back.
+        data.fill(0xff);
+        if let (1, Some(first)) = (offset, data.first_mut()) {
+            *first = self.read_register();
+        }
+    }
+
+    /// A write of two bytes sets the index and the register.
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for (port, value) in (offset..).zip(data) {
+            match port {
+                // Bit 7 masks the NMI.
+                0 => self.index = value & 0x7f,
+                1 => self.write_register(*value),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn to_bcd(value: i64) -> u8 {
+    ((value / 10) << 4 | (value % 10)) as u8
+}
+
+fn from_bcd(value: u8) -> i64 {
+    i64::from(value >> 4) * 10 + i64::from(value & 0xf)
+}
+
+/// Days of 400 years of the Gregorian calendar, and from the 1st of March of the year 0 to 1970.
+const ERA_DAYS: i64 = 146_097;
+const TO_1970: i64 = 719_468;
+
+/// Year, month and day of the day `days` after the 1st of January 1970. Years begin in March
+/// here, so that the leap day is the last.
+fn date(days: i64) -> (i64, i64, i64) {
+    let days = days + TO_1970;
+    let (era, day) = (days.div_euclid(ERA_DAYS), days.rem_euclid(ERA_DAYS));
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day_of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (era * 400 + year + i64::from(month <= 2), month, day)
+}
+
+/// The inverse of [`date`].
+fn day_number(year: i64, month: i64, day: i64) -> i64 {
+    let year = year - i64::from(month <= 2);
+    let (era, year) = (year.div_euclid(400), year.rem_euclid(400));
+    let month = if month > 2 { month - 3 } else { month + 9 };
+    let day_of_year = (153 * month + 2) / 5 + day - 1;
+    era * ERA_DAYS + 365 * year + year / 4 - year / 100 + day_of_year - TO_1970
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(cmos: &mut Cmos, register: u8) -> u8 {
+        cmos.write(0, &[register | 0x80]);
+        let mut data = [0];
+        cmos.read(1, &mut data);
+        data[0]
+    }
+
+    fn time(cmos: &mut Cmos) -> [u8; 8] {
+        TIME.map(|register| read(cmos, register))
+    }
+
+    #[test]
+    fn the_time_is_the_hosts_in_bcd() {
+        // 29th of February 2024, 23:59:58, a Thursday.
+        let mut cmos = Cmos::with_clock(|| 1_709_251_198);
+        assert_eq!(
+            time(&mut cmos),
+            [0x58, 0x59, 0x23, 5, 0x29, 0x02, 0x24, 0x20]
+        );
+        assert_eq!(
+            read(&mut cmos, register::A) & 0x80,
+            0,
+            "no update in progress"
+        );
+        assert_eq!(read(&mut cmos, register::B), B_24_HOURS);
+        assert_eq!(read(&mut cmos, register::C), 0);
+        assert_eq!(read(&mut cmos, register::D), D_VALID);
+    }
+
+    #[test]
+    fn the_guest_can_set_the_time() {
+        let mut cmos = Cmos::with_clock(|| 1_709_251_198);
+        cmos.write(0, &[register::B, B_SET]);
+        for (register, value) in TIME.into_iter().zip([0, 0, 0, 6, 1, 1, 0, 0x20]) {
+            cmos.write(0, &[register, value]);
+        }
+        cmos.write(0, &[register::B, 0]);
+        assert_eq!(time(&mut cmos), [0, 0, 0, 7, 1, 1, 0, 0x20]);
+    }
+
+    #[test]
+    fn memory_holds_what_is_written() {
+        let mut cmos = Cmos::new();
+        for register in 0x10..0x30 {
+            cmos.write(0, &[register]);
+            cmos.write(1, &[register ^ 0xff]);
+        }
+        for register in 0x10..0x30 {
+            assert_eq!(read(&mut cmos, register), register ^ 0xff);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn dates_read_back(days in -1_000_000_i64..1_000_000) {
+            let (year, month, day) = date(days);
+            prop_assert!((1..=12).contains(&month) && (1..=31).contains(&day));
+            prop_assert_eq!(day_number(year, month, day), days);
+        }
+
+        #[test]
+        fn nothing_written_panics(writes: Vec<(u8, u8)>) {
+            let mut cmos = Cmos::new();
+            for (register, value) in writes {
+                cmos.write(0, &[register, value]);
+                let _ = time(&mut cmos);
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The keyboard controller of PCs, an 8042, with nothing plugged in, and control port B of the
+//! PC/AT between its two ports (IBM PC/AT Technical Reference, "Keyboard Controller").
+//!
+//! It is there for its command that resets the machine, which is how Linux reboots where ACPI
+//! tells no other way, and so that a kernel that looks for it gets an answer and does not wait.
+
+use crate::Device;
+
+/// An 8042 and control port B.
+pub struct I8042 {
+    on_reset: Box<dyn Fn() + Send>,
+    /// A byte for the guest.
+    output: Option<u8>,
+    /// The command byte.
+    mode: u8,
+    /// The command whose data byte is to come.
+    awaits: Option<u8>,
+    /// Bits 0 and 1 of port B: the timer's gate, the speaker.
+    port_b: u8,
+    /// Bit 4 of port B, which changes with each refresh of the memory.
+    refresh: bool,
+}
+
+/// Offsets in ports from 0x60.
+mod offset {
+    pub(super) const DATA: u64 = 0;
+    pub(super) const PORT_B: u64 = 1;
+    pub(super) const COMMAND: u64 = 4;
+}
+
+/// Status: there is a byte for the guest.
+const STATUS_OUTPUT: u8 = 1 << 0;
+/// Status: the self-test has passed.
+const STATUS_SYSTEM: u8 = 1 << 2;
+/// Status: the keyboard is not locked.
+const STATUS_UNLOCKED: u8 = 1 << 4;
+/// Command byte after a reset: both interfaces off, self-test passed.
+const MODE: u8 = 0x34;
+/// Port B: timer channel 2 has run out, so that nobody waits for it.
+const PORT_B_OUT: u8 = 1 << 5;
+
+impl I8042 {
+    /// A controller as after power-on. `on_reset` is called when the guest asks for a reset.
+    pub fn new(on_reset: Box<dyn Fn() + Send>) -> I8042 {
+        I8042 {
+            on_reset,
+            output: None,
+            mode: MODE,
+            awaits: None,
+            port_b: 0,
+            refresh: false,
+        }
+    }
+
+    fn command(&mut self, command: u8) {
+        self.awaits = None;
+        match command {
+            0x20 => self.output = Some(self.mode),
+            // These take a data byte.
+            0x60 | 0xd1 | 0xd2 | 0xd3 | 0xd4 => self.awaits = Some(command),
+            // Tests: passed, and passed for either interface.
+            0xaa => self.output = Some(0x55),
+            0xa9 | 0xab => self.output = Some(0),
+            0xa7 => self.mode |= 0x20,
+            0xa8 => self.mode &= !0x20,
+            0xad => self.mode |= 0x10,
+            0xae => self.mode &= !0x10,
+            // The output port: not in reset, A20 on.
+            0xd0 => self.output = Some(0x03),
+            // Pulse of output bits that are 0 in the command; bit 0 is the CPU's reset.
+            0xf0..=0xff if command & 1 == 0 => (self.on_reset)(),
+            _ => {}
+        }
+    }
+
+    fn data(&mut self, value: u8) {
+        match self.awaits.take() {
+            Some(0x60) => self.mode = value,
+            // The output port with the reset bit clear.
+            Some(0xd1) if value & 1 == 0 => (self.on_reset)(),
+            // As if it came from a device.
+            Some(0xd2 | 0xd3) => self.output = Some(value),
+            // For a keyboard or a mouse: none is there to answer.
+            _ => {}
+        }
+    }
+}
+
+impl Device for I8042 {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let value = match offset {
+            offset::DATA => self.output.take().unwrap_or(0),
+            offset::PORT_B => {
+                self.refresh = !self.refresh;
+                self.port_b | PORT_B_OUT | u8::from(self.refresh) << 4
+            }
+            offset::COMMAND => {
+                let output = u8::from(self.output.is_some()) * STATUS_OUTPUT;
+                output | STATUS_SYSTEM | STATUS_UNLOCKED
+            }
+            _ => 0xff,
+        };
+        if let Some(first) = data.first_mut() {
+            *first = value;
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let Some(&value) = data.first() else { return };
+        match offset {
+            offset::DATA => self.data(value),
+            offset::PORT_B => self.port_b = value & 0x03,
+            offset::COMMAND => self.command(value),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn controller() -> (I8042, Arc<AtomicUsize>) {
+        let resets = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&resets);
+        let on_reset = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        };
+        (I8042::new(Box::new(on_reset)), resets)
+    }
+
+    fn read(controller: &mut I8042, offset: u64) -> u8 {
+        let mut data = [0xee];
+        controller.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn its_input_is_never_full_so_that_nobody_waits() {
+        let (mut controller, _) = controller();
+        controller.write(offset::DATA, &[0xed]);
+        assert_eq!(read(&mut controller, offset::COMMAND) & 0b11, 0);
+    }
+
+    #[test]
+    fn a_reset_is_asked_for_in_two_ways() {
+        let (mut controller, resets) = controller();
+        controller.write(offset::COMMAND, &[0xff]);
+        controller.write(offset::DATA, &[0xfe]);
+        assert_eq!(resets.load(Ordering::Relaxed), 0);
+        controller.write(offset::COMMAND, &[0xfe]);
+        assert_eq!(resets.load(Ordering::Relaxed), 1);
+        controller.write(offset::COMMAND, &[0xd1]);
+        controller.write(offset::DATA, &[0x03]);
+        assert_eq!(resets.load(Ordering::Relaxed), 1);
+        controller.write(offset::COMMAND, &[0xd1]);
+        controller.write(offset::DATA, &[0x02]);
+        assert_eq!(resets.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn what_a_driver_asks_first_is_answered() {
+        let (mut controller, _) = controller();
+        controller.write(offset::COMMAND, &[0xaa]);
+        assert_eq!(read(&mut controller, offset::COMMAND) & STATUS_OUTPUT, 1);
+        assert_eq!(read(&mut controller, offset::DATA), 0x55);
+        assert_eq!(read(&mut controller, offset::COMMAND) & STATUS_OUTPUT, 0);
+        controller.write(offset::COMMAND, &[0x60]);
+        controller.write(offset::DATA, &[0x47]);
+        controller.write(offset::COMMAND, &[0x20]);
+        assert_eq!(read(&mut controller, offset::DATA), 0x47);
+    }
+
+    #[test]
+    fn port_b_shows_time_passing() {
+        let (mut controller, _) = controller();
+        controller.write(offset::PORT_B, &[0xff]);
+        let (first, second) = (
+            read(&mut controller, offset::PORT_B),
+            read(&mut controller, offset::PORT_B),
+        );
+        assert_eq!((first ^ second, first & 0x23), (0x10, 0x23));
+    }
+}

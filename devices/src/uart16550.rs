@@ -1,0 +1,408 @@
+//! The serial console of PCs: a 16550A at eight I/O ports (PC16550D datasheet, section 8).
+//!
+//! The registers are those of [`vm_superio::Serial`], whose transmitter is always empty. What it
+//! lacks is added here: breaks, the receiver's reset by the FIFO control register, and knowing
+//! when the guest listens. Its interrupt is an edge, as on the ISA bus.
+
+use std::convert::Infallible;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+
+use crate::console::{Console, Output};
+use crate::{Device, IrqLine};
+
+/// A 16550A UART.
+pub struct Uart16550 {
+    registers: Serial<Edge, NoEvents, Printer>,
+    on_room: Box<dyn Fn() + Send>,
+    /// How many characters stand before each received break, counted from the one before it.
+    breaks: Vec<usize>,
+    /// Whether the guest takes input by interrupt, since it last emptied the receiver.
+    opened: bool,
+    /// Reads of the line status without a write between.
+    polls: u8,
+    /// How often the guest began to listen.
+    sessions: u64,
+}
+
+/// Offsets in ports.
+mod offset {
+    pub(super) const DATA: u64 = 0;
+    pub(super) const IER: u64 = 1;
+    pub(super) const FCR: u64 = 2;
+    pub(super) const LCR: u64 = 3;
+    pub(super) const LSR: u64 = 5;
+    pub(super) const LAST: u64 = 7;
+}
+
+/// IER: received data interrupt.
+const IER_RECEIVED: u8 = 1 << 0;
+/// FCR: reset the receiver's FIFO.
+const FCR_CLEAR_RECEIVER: u8 = 1 << 1;
+/// LCR: the first two ports are the baud rate's.
+const LCR_DIVISOR: u8 = 1 << 7;
+/// LSR: there is a character.
+const LSR_READY: u8 = 1 << 0;
+/// LSR: the character is a break.
+const LSR_BREAK: u8 = 1 << 4;
+
+/// So many reads of the line status without a write between are a guest that waits for input:
+/// the transmitter is always empty, so one that sends reads it once before each character and at
+/// most once after.
+const POLLS: u8 = 3;
+
+/// One rising edge an interrupt.
+struct Edge(Arc<dyn IrqLine>);
+
+impl Trigger for Edge {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.pulse();
+        Ok(())
+    }
+}
+
+struct Printer(Box<dyn Output>);
+
+impl Write for Printer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Uart16550 {
+    /// A UART as after a reset. `on_room` is called when the guest takes input again, with the
+    /// device locked: it may wake an event loop, but not come back into the device.
+    pub fn new(
+        line: Arc<dyn IrqLine>,
+        output: Box<dyn Output>,
+        on_room: Box<dyn Fn() + Send>,
+    ) -> Uart16550 {
+        Uart16550 {
+            registers: Serial::new(Edge(line), Printer(output)),
+            on_room,
+            breaks: Vec::new(),
+            opened: false,
+            polls: 0,
+            sessions: 0,
+        }
+    }
+
+    fn listens(&self) -> bool {
+        self.opened || self.polls >= POLLS
+    }
+
+    /// Bytes that the guest takes now.
+    fn wanted(&self) -> usize {
+        match self.listens() {
+            true => self.registers.fifo_capacity(),
+            false => 0,
+        }
+    }
+
+    fn divisor_shown(&mut self) -> bool {
+        self.registers.read(offset::LCR as u8) & LCR_DIVISOR != 0
+    }
+
+    fn is_empty(&mut self) -> bool {
+        self.registers.read(offset::LSR as u8) & LSR_READY == 0
+    }
+
+    fn read_register(&mut self, offset: u64) -> u8 {
+        let value = self.registers.read(offset as u8);
+        match offset {
+            offset::LSR => {
+                self.polls = self.polls.saturating_add(1);
+                match self.breaks.first() {
+                    Some(0) => value | LSR_BREAK,
+                    _ => value,
+                }
+            }
+            offset::DATA if !self.divisor_shown() => {
+                if self.polls < POLLS {
+                    self.polls = 0;
+                }
+                match self.breaks.first_mut() {
+                    Some(0) => {
+                        self.breaks.remove(0);
+                    }
+                    Some(before) => *before -= 1,
+                    None => {}
+                }
+                value
+            }
+            _ => value,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u8) {
+        self.polls = 0;
+        match offset {
+            offset::FCR if value & FCR_CLEAR_RECEIVER != 0 => {
+                while !self.is_empty() {
+                    self.registers.read(offset::DATA as u8);
+                }
+                self.breaks.clear();
+                // Linux does so when it opens and when it closes the port (drivers/tty/serial/
+                // 8250/8250_port.c: serial8250_clear_fifos). Between the two it masks the
+                // interrupt for each line of its log and goes on listening.
+                self.opened = false;
+            }
+            offset::IER if !self.divisor_shown() => self.opened |= value & IER_RECEIVED != 0,
+            _ => {}
+        }
+        // Neither the printer nor the line can fail.
+        let _ = self.registers.write(offset as u8, value);
+    }
+
+    /// Ends everything that the guest does to the device.
+    fn settle(&mut self, listened: bool, wanted: usize) {
+        if !listened && self.listens() {
+            self.sessions += 1;
+        }
+        if wanted == 0 && self.wanted() > 0 {
+            (self.on_room)();
+        }
+    }
+}
+
+impl Device for Uart16550 {
+    /// Wider accesses are those of neighbouring ports, as on the ISA bus.
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let (listened, wanted) = (self.listens(), self.wanted());
+        for (port, byte) in (offset..=offset::LAST).zip(data) {
+            *byte = self.read_register(port);
+        }
+        self.settle(listened, wanted);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let (listened, wanted) = (self.listens(), self.wanted());
+        for (port, byte) in (offset..=offset::LAST).zip(data) {
+            self.write_register(port, *byte);
+        }
+        self.settle(listened, wanted);
+    }
+}
+
+impl Console for Uart16550 {
+    fn listening(&self) -> Option<u64> {
+        self.listens().then_some(self.sessions)
+    }
+
+    fn receive(&mut self, input: &[u8]) -> (usize, bool) {
+        let wanted = self.wanted();
+        let count = wanted.min(input.len());
+        // In loopback mode it takes nothing.
+        let taken = self.registers.enqueue_raw_bytes(&input[..count]);
+        (taken.unwrap_or(0), wanted > count)
+    }
+
+    fn receive_break(&mut self) {
+        let before = self.registers.state().in_buffer.len();
+        if let Ok(1) = self.registers.enqueue_raw_bytes(&[0]) {
+            let counted: usize = self.breaks.iter().map(|ahead| ahead + 1).sum();
+            self.breaks.push(before - counted);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::fake::FakeLine;
+
+    struct Bench {
+        uart: Uart16550,
+        line: Arc<FakeLine>,
+        output: Arc<Mutex<Vec<u8>>>,
+        rooms: Arc<AtomicUsize>,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let line = FakeLine::new();
+            let output: Arc<Mutex<Vec<u8>>> = Arc::default();
+            let rooms = Arc::new(AtomicUsize::new(0));
+            let (sink, counted) = (Arc::clone(&output), Arc::clone(&rooms));
+            let write = move |bytes: &[u8]| sink.lock().expect("sound").extend(bytes);
+            let room = move || {
+                counted.fetch_add(1, Ordering::Relaxed);
+            };
+            Bench {
+                uart: Uart16550::new(line.clone(), Box::new(write), Box::new(room)),
+                line,
+                output,
+                rooms,
+            }
+        }
+
+        /// As Linux opens the port: FIFOs emptied, then the interrupt of received data.
+        fn opened() -> Bench {
+            let mut bench = Bench::new();
+            bench.write(offset::FCR, 0x07);
+            bench.write(offset::IER, 0x05);
+            bench
+        }
+
+        fn read(&mut self, offset: u64) -> u8 {
+            let mut data = [0xee];
+            self.uart.read(offset, &mut data);
+            data[0]
+        }
+
+        fn write(&mut self, offset: u64, value: u8) {
+            self.uart.write(offset, &[value]);
+        }
+
+        fn interrupts(&self) -> usize {
+            let edges = self.line.history();
+            edges.iter().filter(|high| **high).count()
+        }
+
+        fn received(&mut self) -> Vec<(u8, bool)> {
+            let mut characters = Vec::new();
+            loop {
+                let status = self.read(offset::LSR);
+                if status & LSR_READY == 0 {
+                    return characters;
+                }
+                characters.push((self.read(offset::DATA), status & LSR_BREAK != 0));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_printed_at_once() {
+        let mut bench = Bench::new();
+        assert_eq!(
+            bench.read(offset::LSR) & 0x60,
+            0x60,
+            "the transmitter is empty"
+        );
+        for byte in *b"hello" {
+            bench.write(offset::DATA, byte);
+        }
+        assert_eq!(*bench.output.lock().expect("sound"), b"hello");
+    }
+
+    #[test]
+    fn a_16550a_is_found_by_its_fifo_bits() {
+        let mut bench = Bench::new();
+        bench.write(offset::FCR, 1);
+        assert_eq!(bench.read(2) & 0xc0, 0xc0);
+        bench.write(7, 0x5a);
+        assert_eq!(bench.read(7), 0x5a);
+    }
+
+    #[test]
+    fn a_guest_that_does_not_listen_gets_nothing() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.uart.listening(), None);
+        assert_eq!(bench.uart.receive(b"early"), (0, false));
+        assert!(bench.received().is_empty());
+        assert_eq!(bench.rooms.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_guest_that_listens_gets_what_fits() {
+        let mut bench = Bench::opened();
+        assert_eq!(bench.uart.listening(), Some(1));
+        assert_eq!(bench.rooms.load(Ordering::Relaxed), 1);
+        assert_eq!(bench.uart.receive(b"ab"), (2, true));
+        assert_eq!(bench.interrupts(), 1);
+        let more = [b'x'; 100];
+        assert_eq!(bench.uart.receive(&more), (62, false));
+        assert_eq!(bench.uart.receive(&more), (0, false));
+        let received = bench.received();
+        assert_eq!(received.len(), 64);
+        assert_eq!(received[..3], [(b'a', false), (b'b', false), (b'x', false)]);
+        assert_eq!(bench.rooms.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_line_of_the_log_between_is_no_new_session() {
+        let mut bench = Bench::opened();
+        bench.write(offset::IER, 0);
+        assert_eq!(bench.uart.receive(b"q"), (1, true));
+        assert_eq!(bench.interrupts(), 0);
+        bench.write(offset::IER, 0x05);
+        assert_eq!(bench.uart.listening(), Some(1));
+        assert_eq!(bench.interrupts(), 1, "what came meanwhile is told");
+        assert_eq!(bench.received(), [(b'q', false)]);
+        bench.write(offset::FCR, 0x07);
+        assert_eq!(bench.uart.listening(), None);
+        bench.write(offset::IER, 0x05);
+        assert_eq!(bench.uart.listening(), Some(2));
+    }
+
+    #[test]
+    fn the_receivers_reset_throws_away_what_came() {
+        let mut bench = Bench::opened();
+        bench.uart.receive(b"old");
+        bench.uart.receive_break();
+        bench.write(offset::FCR, 0x07);
+        assert!(bench.received().is_empty());
+        bench.write(offset::IER, 0x05);
+        bench.uart.receive(b"n");
+        assert_eq!(bench.received(), [(b'n', false)]);
+    }
+
+    #[test]
+    fn breaks_stand_where_they_came() {
+        let mut bench = Bench::opened();
+        bench.uart.receive(b"a");
+        bench.uart.receive_break();
+        bench.uart.receive_break();
+        bench.uart.receive(b"b");
+        bench.uart.receive_break();
+        let expected = [
+            (b'a', false),
+            (0, true),
+            (0, true),
+            (b'b', false),
+            (0, true),
+        ];
+        assert_eq!(bench.received(), expected);
+        bench.uart.receive(b"c");
+        assert_eq!(bench.received(), [(b'c', false)]);
+    }
+
+    #[test]
+    fn a_guest_that_polls_listens_too() {
+        let mut bench = Bench::new();
+        for _ in 0..POLLS {
+            assert_eq!(bench.uart.listening(), None);
+            bench.read(offset::LSR);
+        }
+        assert_eq!(bench.uart.listening(), Some(1));
+        assert_eq!(bench.uart.receive(b"k"), (1, true));
+        assert_eq!(bench.read(offset::DATA), b'k');
+        bench.write(offset::DATA, b'!');
+        assert_eq!(bench.uart.listening(), None);
+    }
+
+    #[test]
+    fn the_divisor_is_no_data_and_no_interrupt_mask() {
+        let mut bench = Bench::new();
+        bench.write(offset::LCR, 0x83);
+        bench.uart.write(offset::DATA, &[1, 1]);
+        assert_eq!(bench.uart.listening(), None);
+        let mut divisor = [0; 2];
+        bench.uart.read(offset::DATA, &mut divisor);
+        assert_eq!(divisor, [1, 1]);
+        assert!(bench.output.lock().expect("sound").is_empty());
+    }
+}

@@ -1,0 +1,27 @@
+//! x86_64 guests on real KVM.
+//!
+//! Small guests, of a few instructions, run wherever there is `/dev/kvm`, also where it works
+//! without the CPU's help. Debian's kernels run in the rig: `cargo xtask test --arch x86_64`.
+
+/// Archives for a guest's initramfs.
+#[path = "boot/archive.rs"]
+mod archive;
+/// Running armlet: with pipes or on a terminal, with a deadline for everything.
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "boot/guest.rs"]
+mod guest;
+/// Debian's kernels, from boot to power-off.
+#[path = "pc/linux.rs"]
+mod linux;
+/// The host that the tests run on.
+#[path = "pc/rig.rs"]
+mod rig;
+/// Guests of a few instructions.
+#[path = "pc/small.rs"]
+mod small;
+/// What small guests are made of.
+#[path = "pc/software.rs"]
+mod software;
+/// Whose turn it is to load the host.
+#[path = "boot/turn.rs"]
+mod turn;

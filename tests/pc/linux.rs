@@ -1,0 +1,308 @@
+use crate::guest::{Armlet, Guest, Input, MARKER, Outcome, section};
+use crate::rig::{self, Rig};
+use crate::software::archive;
+use rustix::process::Signal;
+use std::fs;
+use std::path::PathBuf;
+
+/// What the guest says of its machine.
+const LOOK: &str = "
+echo '== release'; uname -r
+echo '== cpus'; nproc; cat /sys/devices/system/cpu/online
+echo '== dmesg'; dmesg -r
+echo '== clock'; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+echo '== end'
+";
+
+/// Lines of the kernel that a guest in an emulated host always gets; none is about what we tell it.
+const USUAL: &[&str] = &[
+    // What the emulated CPU lacks.
+    "Speculative Return Stack Overflow",
+    "hrtimer: interrupt took",
+    "Unstable clock detected",
+    // There is none.
+    "PCI: Fatal: No config space access function found",
+    "PCI: System does not support PCI",
+    // Eight vCPUs on one CPU that is emulated.
+    "clocksource: timekeeping watchdog",
+    "clocksource: Long readout interval",
+    "TSC synchronization",
+    "TSC warp",
+];
+
+/// Fails for each line of `dmesg -r` that is a warning or worse.
+fn assert_no_warnings(dmesg: &str) {
+    let level = |line: &str| {
+        let level = line.strip_prefix('<')?.split_once('>')?.0;
+        // The levels are the lower three bits (Linux, include/linux/kern_levels.h).
+        Some(level.parse::<u32>().ok()? & 7)
+    };
+    let bad: Vec<&str> = dmesg
+        .lines()
+        .filter(|line| level(line).is_some_and(|level| level <= 4) || line.contains("ACPI Error"))
+        .filter(|line| !USUAL.iter().any(|usual| line.contains(usual)))
+        .collect();
+    assert!(bad.is_empty(), "the kernel complains:\n{}", bad.join("\n"));
+}
+
+/// Boots `kernel` with so many vCPUs, and checks what it says.
+fn boots(kernel: &str, release: &str, cpus: usize) {
+    let Some(rig) = rig::linux() else { return };
+    let outcome = Armlet::script(rig, kernel, LOOK).cpus(cpus).run();
+    let script = outcome.script();
+    let found = section(&script, "release");
+    assert!(found.starts_with(release), "{found}");
+    let online = match cpus {
+        1 => "1\n0".to_owned(),
+        _ => format!("{cpus}\n0-{}", cpus - 1),
+    };
+    assert_eq!(
+        section(&script, "cpus"),
+        online,
+        "nproc and the CPUs online"
+    );
+    let dmesg = section(&script, "dmesg");
+    for line in [
+        "Hypervisor detected: KVM",
+        "kvm-clock: Using msrs",
+        "ARMLETPC",
+    ] {
+        assert!(dmesg.contains(line), "no {line:?} in\n{dmesg}");
+    }
+    assert_eq!(section(&script, "clock"), "kvm-clock");
+    assert_no_warnings(dmesg);
+    assert_eq!(outcome.errors, "");
+}
+
+#[test]
+fn debians_6_12_boots_from_a_bzimage() {
+    for cpus in [1, 2, 8] {
+        boots("bzImage", "6.12.", cpus);
+    }
+}
+
+#[test]
+fn debians_6_12_boots_from_elf() {
+    for cpus in [1, 2, 8] {
+        boots("vmlinux", "6.12.", cpus);
+    }
+}
+
+#[test]
+fn debians_6_1_boots_from_a_bzimage() {
+    for cpus in [1, 2, 8] {
+        boots("bzImage-6.1", "6.1.", cpus);
+    }
+}
+
+#[test]
+fn debians_6_1_boots_from_elf() {
+    for cpus in [1, 2, 8] {
+        boots("vmlinux-6.1", "6.1.", cpus);
+    }
+}
+
+#[test]
+fn what_kvm_offers_beside_a_cpu_is_switched_by_options() {
+    let Some(rig) = rig::linux() else { return };
+    let look = |options: &[(&str, &str)]| {
+        let mut armlet = Armlet::script(rig, "vmlinux-6.1", "dmesg").cpus(2);
+        for (option, value) in options {
+            armlet = armlet.option(option, value);
+        }
+        armlet.run().script()
+    };
+    let as_offered = look(&[]);
+    for line in ["setup PV IPIs", "PV spinlocks enabled", "stealtime: cpu 0"] {
+        assert!(as_offered.contains(line), "no {line:?} in\n{as_offered}");
+    }
+    let without = look(&[(
+        "--pv",
+        "send-ipi=off,unhalt=off,steal-time=off,tsc-deadline=off",
+    )]);
+    for line in [
+        "setup PV IPIs",
+        "stealtime: cpu",
+        "TSC deadline timer available",
+    ] {
+        assert!(!without.contains(line), "{line:?} in\n{without}");
+    }
+    assert!(
+        without.contains("PV spinlocks disabled, no host support"),
+        "{without}"
+    );
+    let pinned = look(&[("--pv", "realtime=on"), ("--exits", "hlt=off")]);
+    assert!(pinned.contains("PV spinlocks disabled"), "{pinned}");
+}
+
+#[test]
+fn memory_lies_on_both_sides_of_the_hole() {
+    let Some(rig) = rig::linux() else { return };
+    let script = "grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem";
+    let outcome = Armlet::script(rig, "vmlinux-6.1", script)
+        .memory("4G")
+        .run();
+    let script = outcome.script();
+    for bank in [
+        "00100000-bfffffff : System RAM",
+        "100000000-13fffffff : System RAM",
+    ] {
+        assert!(script.contains(bank), "no {bank} in\n{script}");
+    }
+    let total = script.split_whitespace().nth(1);
+    let total = total.and_then(|kib| kib.parse::<u64>().ok());
+    assert!(total.is_some_and(|kib| kib > 3 << 20), "{script}");
+}
+
+#[test]
+fn linux_reboots_in_place_three_times_and_powers_off() {
+    let Some(rig) = rig::linux() else { return };
+    let mut guest = Armlet::debian(rig, "vmlinux-6.1", "shell")
+        .input(Input::Pipe)
+        .start();
+    for _ in 0..3 {
+        guest.expect(MARKER);
+        guest.expect("guest# ");
+        guest.send(b"reboot -f\n");
+    }
+    guest.expect(MARKER);
+    guest.expect("guest# ");
+    guest.send(b"poweroff -f\n");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    assert_eq!(outcome.text().matches(MARKER).count(), 4);
+    assert_eq!(outcome.errors, "");
+}
+
+/// Waits for the power key as a distribution's logind does. It says so when it listens: Linux throws
+/// away what a key does while nobody has its device open.
+const LISTEN: &str = "for module in /modules/*; do insmod $module; done
+until [ -e /dev/input/event0 ]; do sleep 0.1; done
+exec 3</dev/input/event0
+echo POWERKEY-READY
+head -c 24 <&3 >/dev/null
+echo POWERKEY-PRESSED
+";
+
+/// A guest of 6.1 whose initramfs holds more archives.
+fn with_archives(rig: &Rig, archives: &[Vec<u8>], what: &str) -> Armlet {
+    let mut initrd = fs::read(rig.asset("initrd")).expect("the initramfs");
+    initrd.extend(archives.concat());
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path: PathBuf = folder.path().join("initrd");
+    fs::write(&path, initrd).expect("an initramfs");
+    // Armlet opens it when it starts.
+    let _kept = folder.keep();
+    Armlet::linux(&rig.asset("bzImage-6.1"), &path, what)
+}
+
+#[test]
+fn sigterm_presses_the_power_button_and_linux_powers_off() {
+    let Some(rig) = rig::linux() else { return };
+    let modules = fs::read(rig.asset("powerkey.cpio")).expect("the modules");
+    let archives = [modules, archive("powerkey.sh", LISTEN.as_bytes())];
+    let mut guest = with_archives(rig, &archives, "powerkey").start();
+    guest.expect("POWERKEY-READY");
+    guest.signal(Signal::TERM);
+    guest.expect("POWERKEY-PRESSED");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    assert_eq!(
+        outcome.errors,
+        "armlet: pressed the guest's power key; a second signal stops it at once\n"
+    );
+}
+
+/// Copies the first half of a disk to its second, and the start of persistent memory to the disk's
+/// end.
+const COPY: &str = "
+echo '== devices'; ls /sys/bus/acpi/devices | grep -c LNRO0005
+cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c
+echo '== interrupts'; grep virtio /proc/interrupts
+dd if=/dev/vda of=/dev/vda bs=64k count=16 seek=16
+dd if=/dev/pmem0 of=/dev/vda bs=64k count=1 seek=32
+sync
+echo '== end'
+";
+
+#[test]
+fn virtio_devices_are_found_by_acpi_and_work() {
+    let Some(rig) = rig::linux() else { return };
+    for (kernel, drivers) in [
+        ("vmlinux", "devices.cpio"),
+        ("bzImage-6.1", "devices-6.1.cpio"),
+    ] {
+        let armlet = Armlet::devices_on(rig, kernel, drivers, COPY);
+        let noise: Vec<u8> = (0..1 << 20).map(|at| (at * 31 + at / 997) as u8).collect();
+        let mut disk = noise.clone();
+        disk.resize((2 << 20) + (64 << 10), 0);
+        let memory: Vec<u8> = (0..2 << 20).map(|at| (at * 17 + at / 251) as u8).collect();
+        let disk = armlet.file("disk", &disk);
+        let pmem = armlet.file("pmem", &memory);
+        let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let armlet = armlet.option("--disk", path(&disk));
+        let guest = armlet
+            .option("--pmem", format!("path={}", path(&pmem)))
+            .option("--balloon", "on")
+            .start();
+        let kept = tempfile::NamedTempFile::new().expect("a file");
+        // The guest's folder is gone with it; the link stays.
+        fs::remove_file(kept.path()).expect("a file of ours");
+        fs::hard_link(&disk, kept.path()).expect("a link");
+        let outcome = guest.end();
+        let script = outcome.script();
+        println!("{script}");
+        assert_eq!(section(&script, "devices"), "4\nvirtio_rng.0\n64");
+        let lines = section(&script, "interrupts").lines().count();
+        assert!(lines >= 3, "{script}");
+        let disk = fs::read(kept.path()).expect("the disk");
+        assert!(disk[..1 << 20] == noise[..], "the first half changed");
+        assert!(
+            disk[1 << 20..2 << 20] == noise[..],
+            "the second half is no copy"
+        );
+        assert!(disk[2 << 20..] == memory[..64 << 10], "persistent memory");
+    }
+}
+
+#[test]
+fn a_panic_is_reported_and_may_end_armlet() {
+    let Some(rig) = rig::linux() else { return };
+    let armlet = Armlet::debian(rig, "vmlinux-6.1", "crash").cmdline("panic=-1");
+    let outcome: Outcome = armlet.option("--on-panic", "exit").run();
+    outcome.assert_status(4);
+    let start = "armlet: the guest's kernel panicked on vCPU 0 at RIP 0x";
+    assert!(outcome.errors.starts_with(start), "{}", outcome.errors);
+    assert!(
+        outcome.errors.contains("sysrq triggered crash"),
+        "{}",
+        outcome.errors
+    );
+}
+
+#[test]
+fn every_byte_arrives_in_order_both_ways() {
+    const BYTES: usize = 4 << 10;
+    let Some(rig) = rig::linux() else { return };
+    let sent: Vec<u8> = (0..BYTES).map(|at| (at * 7 + at / 256) as u8).collect();
+    let script = format!(
+        "exec </dev/console
+stty raw -echo
+echo READY
+head -c {BYTES} >/tmp/in
+printf BEGIN; cat /tmp/in; printf END"
+    );
+    let mut guest: Guest = Armlet::script(rig, "vmlinux-6.1", &script)
+        .input(Input::Pipe)
+        .start();
+    guest.expect("READY\n");
+    guest.send(&sent);
+    guest.expect("END");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    let start = outcome.bytes.windows(5).position(|part| part == b"BEGIN");
+    let start = start.expect("output") + 5;
+    let returned = &outcome.bytes[start..start + BYTES];
+    let wrong = returned.iter().zip(&sent).position(|(a, b)| a != b);
+    assert_eq!(wrong, None, "the first byte that differs");
+}

@@ -1,0 +1,52 @@
+pub(crate) use crate::turn::Turn;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// The serial console of guests.
+pub(crate) const CONSOLE: &str = "ttyS0";
+
+/// The variable that names the folder of kernels and initramfs.
+const ASSETS: &str = "ARMLET_TEST_ASSETS";
+
+/// A host with KVM on x86_64, and what guests boot there.
+pub(crate) struct Rig {
+    assets: PathBuf,
+}
+
+impl Rig {
+    /// One of the files to boot.
+    pub(crate) fn asset(&self, name: &str) -> PathBuf {
+        self.assets.join(name)
+    }
+}
+
+/// The host, for a test that boots Linux. `None` where there is none; this was said then.
+pub(crate) fn linux() -> Option<&'static Rig> {
+    static RIG: OnceLock<Option<Rig>> = OnceLock::new();
+    let rig = RIG.get_or_init(|| {
+        let assets = PathBuf::from(std::env::var_os(ASSETS)?);
+        // From here on nothing is skipped: who set the variable wants to see guests.
+        assert!(small(), "{ASSETS} is set, but this host runs no guests");
+        Some(Rig { assets })
+    });
+    if rig.is_none() {
+        println!("skipped: needs kernels; `cargo xtask test --arch x86_64` boots an emulated host");
+    }
+    rig.as_ref()
+}
+
+/// Whether a guest of a few instructions runs here; if not, this was said.
+pub(crate) fn small() -> bool {
+    if std::env::consts::ARCH != "x86_64" {
+        println!("skipped: needs an x86_64 host");
+        return false;
+    }
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) => {
+            println!("skipped: cannot open /dev/kvm ({error})");
+            false
+        }
+    }
+}

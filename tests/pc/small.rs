@@ -1,0 +1,417 @@
+use crate::guest::{Armlet, Guest, Input};
+use crate::rig;
+use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
+use rustix::process::Signal;
+use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
+
+/// A guest that says that it runs, and hears nothing.
+fn deaf() -> Program {
+    Program::default().print("up\n").stay()
+}
+
+/// Runs `program` to its end, which is to be a power-off without a word of armlet.
+fn printed(program: &Program) -> String {
+    let outcome = Armlet::program(program).run();
+    outcome.assert_status(0);
+    assert_eq!(outcome.errors, "");
+    outcome.text()
+}
+
+#[test]
+fn a_bzimage_starts_in_long_mode() {
+    if !rig::small() {
+        return;
+    }
+    // In 32-bit mode 0x48 is DEC EAX, in 64-bit mode a prefix: MOV EAX, 1; a prefix; NOP.
+    let yes = Program::default().print("64\n");
+    let program = Program::default().bytes(&[0xb8, 1, 0, 0, 0, 0x48, 0x90]);
+    let program = program.if_eax(1, &yes).print("end\n").power_off();
+    assert_eq!(printed(&program), "64\nend\n");
+}
+
+#[test]
+fn an_elf_kernel_starts_in_protected_mode() {
+    if !rig::small() {
+        return;
+    }
+    let yes = Program::default().print("32\n");
+    let program = Program::default().bytes(&[0xb8, 1, 0, 0, 0, 0x48, 0x90]);
+    let program = program.if_eax(0, &yes);
+    // MOV EAX, [EBX]: the magic number of the start info.
+    let magic = Program::default().print("info\n");
+    let program = program.bytes(&[0x8b, 0x03]).if_eax(0x336e_c578, &magic);
+    let outcome = Armlet::image(&program.power_off().elf()).run();
+    outcome.assert_status(0);
+    assert_eq!(outcome.text(), "32\ninfo\n");
+}
+
+#[test]
+fn a_second_vcpu_starts_in_real_mode() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().start_second("second\n").sleep();
+    let mut guest = Armlet::program(&program).cpus(2).start();
+    guest.expect("second\n");
+    guest.signal(Signal::INT);
+    guest.end().assert_status(6);
+}
+
+#[test]
+fn a_string_goes_to_one_port() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print_string("0123456789abcdef\n");
+    assert_eq!(printed(&program.power_off()), "0123456789abcdef\n");
+}
+
+#[test]
+fn ports_without_a_device_read_as_ones_and_are_no_fault() {
+    if !rig::small() {
+        return;
+    }
+    let yes = Program::default().print("ones\n");
+    let program = Program::default().out(0x80, 1).input(0x2fd);
+    assert_eq!(printed(&program.if_al(0xff, &yes).power_off()), "ones\n");
+}
+
+#[test]
+fn what_old_software_asks_is_answered_as_by_hardware() {
+    if !rig::small() {
+        return;
+    }
+    let say = |text| Program::default().print(text);
+    let program = Program::default()
+        // The keyboard controller's input is empty and its self-test passes.
+        .input(I8042_COMMAND)
+        .if_al(0x14, &say("idle\n"))
+        .out(I8042_COMMAND, 0xaa)
+        .input(0x60)
+        .if_al(0x55, &say("test\n"))
+        // The clock is not in update.
+        .out(0x70, 0x0a)
+        .input(0x71)
+        .if_al(0x26, &say("clock\n"))
+        .power_off();
+    assert_eq!(printed(&program), "idle\ntest\nclock\n");
+}
+
+#[test]
+fn accesses_to_nowhere_are_reported_and_the_guest_runs_on() {
+    if !rig::small() {
+        return;
+    }
+    let zero = Program::default().print("zero\n");
+    let program = Program::default()
+        .read(0xd010_0000)
+        .if_eax(0, &zero)
+        .write(0xd020_0000, 1)
+        .print("on\n")
+        .power_off();
+    let outcome = Armlet::program(&program).run();
+    outcome.assert_status(0);
+    assert_eq!(outcome.text(), "zero\non\n");
+    let reports: Vec<&str> = outcome.errors.lines().collect();
+    assert_eq!(reports.len(), 2, "{}", outcome.errors);
+    for (report, what) in reports.iter().zip([
+        "read 4 bytes at 0xd0100000, where nothing is",
+        "wrote 4 bytes at 0xd0200000, where nothing is",
+    ]) {
+        assert!(report.starts_with("armlet: vCPU 0 at RIP 0x"), "{report}");
+        assert!(report.contains(what), "{report}");
+    }
+}
+
+#[test]
+fn a_virtio_device_stands_in_its_slot() {
+    if !rig::small() {
+        return;
+    }
+    // Magic number and number of the device: entropy (virtio 1.2, section 4.2.2).
+    let say = |text| Program::default().print(text);
+    let program = Program::default()
+        .read(0xd000_0000)
+        .if_eax(0x7472_6976, &say("virt\n"))
+        .read(0xd000_0008)
+        .if_eax(4, &say("entropy\n"))
+        .power_off();
+    assert_eq!(printed(&program), "virt\nentropy\n");
+}
+
+#[test]
+fn the_local_timers_interrupt_wakes_a_vcpu() {
+    if !rig::small() {
+        return;
+    }
+    let handler = Program::default().print("tick\n").power_off();
+    let program = Program::default().on_interrupt(&handler);
+    let program = program.print("up\n").start_timer().wait();
+    assert_eq!(printed(&program), "up\ntick\n");
+}
+
+#[test]
+fn the_serial_ports_interrupt_comes_through_the_io_apic() {
+    if !rig::small() {
+        return;
+    }
+    let handler = Program::default().print("sent\n").power_off();
+    let program = Program::default().on_interrupt(&handler).route(4);
+    // The transmitter is empty, so allowing its interrupt raises it.
+    let program = program.print("up\n").out(UART + 1, 2).wait();
+    assert_eq!(printed(&program), "up\nsent\n");
+}
+
+#[test]
+fn sigterm_presses_the_power_button() {
+    if !rig::small() {
+        return;
+    }
+    let handler = Program::default().print("pressed\n").power_off();
+    let program = Program::default().on_interrupt(&handler).route(9);
+    let mut guest = Armlet::program(&program.print("up\n").wait()).start();
+    guest.expect("up\n");
+    guest.signal(Signal::TERM);
+    guest.expect("pressed\n");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    assert_eq!(
+        outcome.errors,
+        "armlet: pressed the guest's power key; a second signal stops it at once\n"
+    );
+}
+
+#[test]
+fn a_second_sigterm_stops_a_guest_that_does_not_listen() {
+    if !rig::small() {
+        return;
+    }
+    let mut guest = Armlet::program(&deaf()).start();
+    guest.expect("up\n");
+    guest.signal(Signal::TERM);
+    guest.expect_error("pressed the guest's power key");
+    assert!(guest.runs(), "one SIGTERM ended it");
+    guest.signal(Signal::TERM);
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    assert!(outcome.errors.ends_with("armlet: stopped by a signal\n"));
+}
+
+#[test]
+fn each_way_to_reset_is_a_reset() {
+    if !rig::small() {
+        return;
+    }
+    for (name, program) in [
+        (
+            "ACPI",
+            Program::default().print("once\n").out(RESET_CONTROL, 6),
+        ),
+        (
+            "i8042",
+            Program::default().print("once\n").out(I8042_COMMAND, 0xfe),
+        ),
+    ] {
+        let armlet = Armlet::program(&program.print("too late\n").stay());
+        let outcome = armlet.option("--on-reset", "exit").run();
+        println!("{name}");
+        outcome.assert_status(5);
+        assert_eq!(outcome.text(), "once\n");
+        assert_eq!(outcome.errors, "");
+    }
+    let program = Program::default().print("once\n").triple_fault();
+    let armlet = Armlet::program(&program).option("--on-reset", "exit");
+    let outcome = armlet.run();
+    outcome.assert_status(5);
+    assert_eq!(outcome.text(), "once\n");
+    let report = "faulted in the handler of a double fault: the machine resets";
+    assert!(outcome.errors.contains(report), "{}", outcome.errors);
+}
+
+#[test]
+fn exits_are_counted_and_told_at_the_end_and_when_asked() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print("up\n").read(0xd000_0000).echo();
+    let mut armlet = Armlet::program(&program.power_off());
+    armlet = armlet.input(Input::Pipe).flag("--stats");
+    let mut guest = armlet.start();
+    guest.expect("up\n");
+    guest.signal(Signal::USR1);
+    guest.expect_error("vCPU 0 left KVM for armlet: register reads ");
+    guest.send(b"q");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    let lines: Vec<&str> = outcome.errors.lines().collect();
+    let told = lines.iter().filter(|line| line.contains("left KVM"));
+    assert_eq!(told.count(), 2, "{}", outcome.errors);
+    let last = lines.iter().rfind(|line| line.contains("left KVM"));
+    // The guest polls for the `q`, so nobody knows how often.
+    let last = last.expect("a line").replace("register reads 0,", "");
+    assert!(!last.contains("port accesses 0"), "{last}");
+    assert!(outcome.errors.contains("KVM counted for all vCPUs: "));
+}
+
+#[test]
+fn what_the_host_does_not_offer_is_refused_with_what_it_does() {
+    if !rig::small() {
+        return;
+    }
+    for (option, value, status, what) in [
+        (
+            "--pv",
+            "spin=on",
+            2,
+            "--pv: 'spin' is not one of clock, async-pf,",
+        ),
+        (
+            "--pv",
+            "eoi=yes",
+            2,
+            "--pv: eoi: 'yes' is not known; use on, off or auto",
+        ),
+        (
+            "--exits",
+            "halt=off",
+            2,
+            "--exits: 'halt' is not one of mwait, hlt, pause, cstate",
+        ),
+    ] {
+        let armlet = Armlet::program(&Program::default().power_off());
+        let outcome = armlet.option(option, value).run();
+        outcome.assert_status(status);
+        assert!(outcome.errors.contains(what), "{}", outcome.errors);
+        assert_eq!(outcome.errors.lines().count(), 1, "{}", outcome.errors);
+    }
+}
+
+#[test]
+fn cpuid_tells_of_what_was_asked_for() {
+    if !rig::small() {
+        return;
+    }
+    // MOV EAX, 0x40000001; CPUID; and the bits of stolen time and of KVM's clock.
+    let look = |mask: u32, text: &str| {
+        let say = Program::default().print(text);
+        let leaf = Program::default().bytes(&[0xb8, 1, 0, 0, 0x40, 0x0f, 0xa2, 0x25]);
+        leaf.bytes(&mask.to_le_bytes()).if_eax(mask, &say)
+    };
+    let program = |mask, text| look(mask, text).print("end\n").power_off();
+    let run = |pv: &str, mask| {
+        let armlet = Armlet::program(&program(mask, "there\n"));
+        let outcome = armlet.option("--pv", pv).run();
+        outcome.assert_status(0);
+        outcome.text()
+    };
+    assert_eq!(run("clock=off", 1), "end\n");
+    assert_eq!(run("clock=on", 1), "there\nend\n");
+    assert_eq!(run("eoi=off", 1 << 6), "end\n");
+    assert_eq!(run("eoi=auto", 1 << 6), "there\nend\n");
+}
+
+/// Descriptors and threads of armlet's process.
+fn holdings(guest: &Guest) -> (usize, usize) {
+    let count = |what: &str| {
+        let folder = format!("/proc/{}/{what}", guest.pid());
+        fs::read_dir(folder).expect("a running process").count()
+    };
+    (count("fd"), count("task"))
+}
+
+#[test]
+fn a_reset_is_no_leak() {
+    if !rig::small() {
+        return;
+    }
+    let again = Program::default().print("again\n").out(RESET_CONTROL, 6);
+    let mut guest = Armlet::program(&again.stay()).start();
+    let after_30_lives = |guest: &mut Guest| {
+        for _ in 0..30 {
+            guest.expect("again\n");
+        }
+        holdings(guest)
+    };
+    let first = after_30_lives(&mut guest);
+    let second = after_30_lives(&mut guest);
+    // What a life holds comes and goes: a leak of one a life would be 30 more.
+    assert!(
+        second.0 < first.0 + 15 && second.1 < first.1 + 15,
+        "descriptors and threads: {first:?} after 30 lives, {second:?} after 60"
+    );
+    guest.signal(Signal::INT);
+    guest.end().assert_status(6);
+}
+
+#[test]
+fn what_is_typed_reaches_a_guest_that_polls() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print("type\n").echo().power_off();
+    let mut guest = Armlet::program(&program).input(Input::Pipe).start();
+    guest.expect("type\n");
+    // More than its FIFO holds.
+    let text: Vec<u8> = (0..300).map(|at| b'A' + at as u8 % 26).collect();
+    guest.send(&text);
+    guest.send(b"q");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    let wanted = [b"type\n", text.as_slice(), b"q"].concat();
+    assert_eq!(outcome.text().as_bytes(), wanted);
+}
+
+#[test]
+fn ctrl_a_x_leaves_and_the_terminal_is_as_before() {
+    if !rig::small() {
+        return;
+    }
+    let mut guest = Armlet::program(&deaf()).input(Input::Terminal).start();
+    let before = guest.modes();
+    guest.expect("up\n");
+    assert_ne!(before, guest.modes(), "the terminal was not raw");
+    guest.send(b"\x01");
+    sleep(Duration::from_millis(100));
+    assert!(guest.runs(), "Ctrl-A alone ended it");
+    guest.send(b"x");
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    assert_eq!(outcome.modes, Some(before));
+}
+
+#[test]
+fn kernels_for_other_machines_are_refused_as_on_arm64() {
+    if !rig::small() {
+        return;
+    }
+    let mut arm = vec![0; 4096];
+    arm[..4].copy_from_slice(b"MZ\x40\xfa");
+    arm[0x10..0x18].copy_from_slice(&0x10_0000_u64.to_le_bytes());
+    arm[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    let mut arm_elf = Program::default().elf();
+    arm_elf[18] = 183;
+    let mut no_note = Program::default().elf();
+    no_note[0x108] = 17;
+    for (kernel, what) in [
+        (
+            arm,
+            "this is an arm64 Image; an x86_64 guest takes a bzImage or an ELF vmlinux",
+        ),
+        (arm_elf, "this is an ELF file for arm64"),
+        (
+            no_note,
+            "this is an ELF file for x86_64 that cannot be started: no note names the entry",
+        ),
+        (
+            b"#!/bin/sh\n".to_vec(),
+            "no known kernel format begins with the bytes",
+        ),
+    ] {
+        let outcome = Armlet::image(&kernel).run();
+        outcome.assert_status(2);
+        assert!(outcome.errors.contains(what), "{}", outcome.errors);
+        assert_eq!(outcome.errors.lines().count(), 1, "{}", outcome.errors);
+    }
+}

@@ -1,0 +1,279 @@
+pub(crate) use crate::archive::{archive, initrd_with_script};
+
+/// Ports of the board `pc`.
+pub(crate) const UART: u16 = 0x3f8;
+const SLEEP_CONTROL: u16 = 0x600;
+pub(crate) const RESET_CONTROL: u16 = 0xcf9;
+pub(crate) const I8042_COMMAND: u16 = 0x64;
+
+/// Where the kernel is loaded, and where in it the 64-bit entry is (Linux,
+/// Documentation/arch/x86/boot.rst).
+const BASE: u64 = 0x100_0000;
+const ENTRY: usize = 0x200;
+/// Where in it lie the interrupt's handler, what LIDT reads, the table itself, and text.
+const HANDLER: usize = 0x2000;
+const IDTR: usize = 0x2ff0;
+const IDT: usize = 0x3000;
+const TEXT: usize = 0x3800;
+const SIZE: usize = 0x4000;
+/// The code segment that the guest starts with.
+const CODE_SELECTOR: u64 = 0x10;
+
+/// Registers of the local APIC and of the I/O APIC, all 32 bits (Intel SDM volume 3, section
+/// 11.4.1; 82093AA datasheet, section 3).
+const LAPIC: u64 = 0xfee0_0000;
+const IOAPIC: u64 = 0xfec0_0000;
+
+/// Where code for further vCPUs lies: they start in real mode in a page below 1 MiB.
+const REAL_MODE: u64 = 0x8000;
+
+/// The one interrupt that programs take.
+const VECTOR: u32 = 0x40;
+
+/// A kernel of a few instructions (Intel SDM volume 2). Those without an address in them mean the
+/// same in 32-bit and 64-bit mode.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Program {
+    code: Vec<u8>,
+    handler: Vec<u8>,
+    text: Vec<u8>,
+}
+
+impl Program {
+    /// Adds instructions as they are.
+    pub(crate) fn bytes(mut self, code: &[u8]) -> Program {
+        self.code.extend(code);
+        self
+    }
+
+    /// MOV DX, port.
+    fn port(self, port: u16) -> Program {
+        self.bytes(&[0x66, 0xba]).bytes(&port.to_le_bytes())
+    }
+
+    /// Writes a byte to a port: MOV AL, value; OUT DX, AL.
+    pub(crate) fn out(self, port: u16, value: u8) -> Program {
+        self.port(port).bytes(&[0xb0, value, 0xee])
+    }
+
+    /// Reads a byte from a port: IN AL, DX.
+    pub(crate) fn input(self, port: u16) -> Program {
+        self.port(port).bytes(&[0xec])
+    }
+
+    /// Prints `text` on the console.
+    pub(crate) fn print(mut self, text: &str) -> Program {
+        self = self.port(UART);
+        for byte in text.bytes() {
+            self = self.bytes(&[0xb0, byte, 0xee]);
+        }
+        self
+    }
+
+    /// Prints by one instruction: MOV ESI, address; MOV ECX, count; REP OUTSB.
+    pub(crate) fn print_string(mut self, text: &str) -> Program {
+        let address = BASE as u32 + (TEXT + self.text.len()) as u32;
+        self.text.extend(text.bytes());
+        let count = text.len() as u32;
+        self.port(UART)
+            .bytes(&[&[0xbe], &address.to_le_bytes()[..]].concat())
+            .bytes(&[&[0xb9], &count.to_le_bytes()[..]].concat())
+            .bytes(&[0xf3, 0x6e])
+    }
+
+    /// Goes on with `other` if AL has this value: CMP AL, value; JNE behind it.
+    pub(crate) fn if_al(self, value: u8, other: &Program) -> Program {
+        let length = u8::try_from(other.code.len()).expect("a short jump");
+        self.bytes(&[0x3c, value, 0x75, length]).bytes(&other.code)
+    }
+
+    /// Goes on with `other` if EAX has this value: CMP EAX, value; JNE behind it.
+    pub(crate) fn if_eax(self, value: u32, other: &Program) -> Program {
+        let length = u8::try_from(other.code.len()).expect("a short jump");
+        self.bytes(&[0x3d])
+            .bytes(&value.to_le_bytes())
+            .bytes(&[0x75, length])
+            .bytes(&other.code)
+    }
+
+    /// MOV R8, address.
+    fn address(self, address: u64) -> Program {
+        self.bytes(&[0x49, 0xb8]).bytes(&address.to_le_bytes())
+    }
+
+    /// Reads the word at `address`: MOV EAX, [R8].
+    pub(crate) fn read(self, address: u64) -> Program {
+        self.address(address).bytes(&[0x41, 0x8b, 0x00])
+    }
+
+    /// Writes `value` to the word at `address`: MOV EAX, value; MOV [R8], EAX.
+    pub(crate) fn write(self, address: u64, value: u32) -> Program {
+        self.address(address)
+            .bytes(&[0xb8])
+            .bytes(&value.to_le_bytes())
+            .bytes(&[0x41, 0x89, 0x00])
+    }
+
+    /// Echoes what comes in, up to a `q`.
+    pub(crate) fn echo(self) -> Program {
+        let test = Program::default().input(UART + 5).bytes(&[0xa8, 1]);
+        // JZ back to the start.
+        let wait = test.code.len() as i8 + 2;
+        let test = test.bytes(&[0x74, wait.wrapping_neg() as u8]);
+        let echo = test.input(UART).bytes(&[0xee, 0x3c, b'q']);
+        // JNE back to the start.
+        let all = echo.code.len() as i8 + 2;
+        let echo = echo.bytes(&[0x75, all.wrapping_neg() as u8]);
+        self.bytes(&echo.code)
+    }
+
+    /// Does what `handler` says when the one interrupt comes, and does not come back.
+    pub(crate) fn on_interrupt(mut self, handler: &Program) -> Program {
+        self.handler.clone_from(&handler.code);
+        // MOV ESP, the end of it all; LIDT [address], whose address is 32 bits here; the local APIC
+        // on.
+        let lidt = (BASE as u32 + IDTR as u32).to_le_bytes();
+        let stack = (BASE as u32 + SIZE as u32).to_le_bytes();
+        self.bytes(&[0xbc])
+            .bytes(&stack)
+            .bytes(&[0x0f, 0x01, 0x1c, 0x25])
+            .bytes(&lidt)
+            .write(LAPIC + 0xf0, 0x1ff)
+    }
+
+    /// Has the local APIC's timer raise the interrupt soon, once.
+    pub(crate) fn start_timer(self) -> Program {
+        self.write(LAPIC + 0x3e0, 0xb)
+            .write(LAPIC + 0x320, VECTOR)
+            .write(LAPIC + 0x380, 100_000)
+    }
+
+    /// Has the I/O APIC's pin `gsi` raise the interrupt at the first vCPU. The other controller that
+    /// the line leads to, the 8259, is masked: after a reset it would raise one of its own.
+    pub(crate) fn route(self, gsi: u32) -> Program {
+        let entry = 0x10 + 2 * gsi;
+        let program = self.out(0x21, 0xff).out(0xa1, 0xff);
+        program
+            .write(IOAPIC, entry + 1)
+            .write(IOAPIC + 0x10, 0)
+            .write(IOAPIC, entry)
+            .write(IOAPIC + 0x10, VECTOR)
+    }
+
+    /// Starts the second vCPU in real mode, where it prints `text`.
+    pub(crate) fn start_second(self, text: &str) -> Program {
+        let code = Program::default();
+        // In real mode the prefix 0x66 means 32 bits, so DX is set without.
+        let mut code = code.bytes(&[0xba]).bytes(&UART.to_le_bytes());
+        for byte in text.bytes() {
+            code = code.bytes(&[0xb0, byte, 0xee]);
+        }
+        let code = code.sleep();
+        let mut program = self.write(LAPIC + 0xf0, 0x1ff);
+        for (at, word) in (REAL_MODE..).step_by(4).zip(code.code.chunks(4)) {
+            let mut bytes = [0; 4];
+            bytes[..word.len()].copy_from_slice(word);
+            program = program.write(at, u32::from_le_bytes(bytes));
+        }
+        // To the APIC with number 1: INIT, then SIPI with the page's number.
+        program
+            .write(LAPIC + 0x310, 1 << 24)
+            .write(LAPIC + 0x300, 0x4500)
+            .write(LAPIC + 0x310, 1 << 24)
+            .write(LAPIC + 0x300, 0x4600 | (REAL_MODE >> 12) as u32)
+    }
+
+    /// Powers the machine off.
+    pub(crate) fn power_off(self) -> Program {
+        self.out(SLEEP_CONTROL, 5 << 2 | 1 << 5).stay()
+    }
+
+    /// Stays where it is, awake: JMP to itself.
+    pub(crate) fn stay(self) -> Program {
+        self.bytes(&[0xeb, 0xfe])
+    }
+
+    /// Stays where it is, asleep: HLT; JMP to it.
+    pub(crate) fn sleep(self) -> Program {
+        self.bytes(&[0xf4, 0xeb, 0xfd])
+    }
+
+    /// Sleeps until an interrupt comes: STI; HLT; JMP to it.
+    pub(crate) fn wait(self) -> Program {
+        self.bytes(&[0xfb]).sleep()
+    }
+
+    /// A fault without a handler, nor one for that: UD2.
+    pub(crate) fn triple_fault(self) -> Program {
+        self.bytes(&[0x0f, 0x0b])
+    }
+
+    /// What is loaded at [`BASE`].
+    fn memory(&self) -> Vec<u8> {
+        let mut memory = vec![0; SIZE];
+        let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
+        assert!(
+            ENTRY + self.code.len() <= HANDLER,
+            "the program is too long"
+        );
+        put(ENTRY, &self.code);
+        put(HANDLER, &self.handler);
+        put(TEXT, &self.text);
+        put(IDTR, &(0x7ff_u16).to_le_bytes());
+        put(IDTR + 2, &(BASE + IDT as u64).to_le_bytes());
+        // A gate (Intel SDM volume 3, section 6.14.1): present, 64-bit interrupt gate.
+        let handler = BASE + HANDLER as u64;
+        let gate = handler & 0xffff | CODE_SELECTOR << 16 | 0x8e << 40 | (handler >> 16) << 48;
+        put(IDT + VECTOR as usize * 16, &gate.to_le_bytes());
+        memory
+    }
+
+    /// The kernel's file, a bzImage, which starts in long mode.
+    pub(crate) fn image(&self) -> Vec<u8> {
+        let mut file = vec![0; 2 * 512];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[1]);
+        put(0x1f4, &(SIZE as u32 / 16).to_le_bytes());
+        put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+        put(0x202, b"HdrS\x0f\x02");
+        put(0x211, &[1]);
+        put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+        put(0x230, &0x20_0000_u32.to_le_bytes());
+        put(0x234, &[1, 0, 1]);
+        put(0x238, &2047_u32.to_le_bytes());
+        put(0x258, &BASE.to_le_bytes());
+        put(0x260, &(SIZE as u32).to_le_bytes());
+        file.extend(self.memory());
+        file
+    }
+
+    /// The kernel's file, an ELF file with the note of an entry, which starts in 32-bit mode.
+    pub(crate) fn elf(&self) -> Vec<u8> {
+        const NOTE: usize = 0x100;
+        let mut file = vec![0; 0x1000];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"\x7fELF\x02\x01\x01");
+        put(0x10, &[2, 0, 62, 0]);
+        put(0x20, &0x40_u64.to_le_bytes());
+        put(0x36, &[0x38, 0, 2, 0]);
+        // Type, offset, address, bytes in the file and in memory.
+        let segments = [
+            (1_u32, 0x1000_u64, BASE, SIZE as u64),
+            (4, NOTE as u64, 0, 20),
+        ];
+        for (index, (kind, offset, address, size)) in segments.into_iter().enumerate() {
+            let at = 0x40 + index * 0x38;
+            put(at, &kind.to_le_bytes());
+            for (field, value) in [(8, offset), (24, address), (32, size), (40, size)] {
+                put(at + field, &value.to_le_bytes());
+            }
+        }
+        for (at, word) in [4_u32, 4, 18].into_iter().enumerate() {
+            put(NOTE + 4 * at, &word.to_le_bytes());
+        }
+        put(NOTE + 12, b"Xen\0");
+        put(NOTE + 16, &(BASE as u32 + ENTRY as u32).to_le_bytes());
+        file.extend(self.memory());
+        file
+    }
+}
