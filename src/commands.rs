@@ -81,15 +81,11 @@ fn run(args: &RunArgs) -> Result<Status> {
     let files = host::this();
     let cores = files.cores(cores::names(board));
     let config = config::read::<HostArch>(&machine, chosen, &cores, &|cpus| files.caches(cpus))?;
-    for warning in &config.pinning.warnings {
-        log::warn!("{warning}");
-    }
     if !config.pinning.words.is_empty() {
         log::info!("vCPUs run on {}", config.pinning.words);
     }
     let kvm = probe::open_kvm().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
-    warn_of_another_host::<HostArch>(&config.board, &host);
     run::run(run::Orders {
         kvm,
         host,
@@ -168,21 +164,15 @@ fn make_plan<A: Arch>(
         false => Vec::new(),
     };
     let mut config = config::read::<A>(machine, chosen, &cores, &caches)?;
-    for warning in &config.pinning.warnings {
-        log::warn!("{warning}");
-    }
     let host = match assumed {
         Some(host) => host,
-        None => {
-            let host = this_host().fault(Status::Host)?;
-            warn_of_another_host::<A>(&config.board, &host);
-            host
-        }
+        None => this_host().fault(Status::Host)?,
     };
     if !machine.deterministic {
         config.request.seeds = Some(config::fresh_seeds()?);
     }
     let plan = decide(&config, &host)?;
+    warn_of_host(&config, is_this.then_some(&host));
     Ok((config, plan))
 }
 
@@ -208,10 +198,15 @@ fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
     Ok(board)
 }
 
-/// Says so if the board is for another host than this one, where the guest runs all the same.
-fn warn_of_another_host<A: Arch>(board: &Board, host: &A::Host) {
-    let differences = A::differences(board, host);
-    if !differences.is_empty() {
+/// Says what of a machine that can be made does not suit the host; `host` is this one, where the
+/// machine is for this one.
+pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
+    for warning in &config.pinning.warnings {
+        log::warn!("{warning}");
+    }
+    let board = &config.board;
+    let differences = host.map(|host| A::differences(board, host));
+    if let Some(differences) = differences.filter(|found| !found.is_empty()) {
         log::warn!(
             "board '{}' is for another host: {}; the guest gets what is here, and --board auto takes the board that this host is",
             board.name,

@@ -2,7 +2,7 @@
 //! queue, the terminal, and signals.
 
 use crate::affinity;
-use crate::commands::{decide, write_tree};
+use crate::commands::{decide, warn_of_host, write_tree};
 use crate::config::{Config, fresh_seeds};
 use crate::console::{
     self, ESCAPE_HELP, Escape, EscapeFilter, PanicWatch, RawTerminal, StandardOutput,
@@ -130,6 +130,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         let memory = match &memory {
             Some(memory) => memory,
             None => {
+                warn_of_host(&orders.config, Some(&orders.host));
                 memory::warn_if_scarce(orders.config.request.memory);
                 let sharing = match backends.iter().any(|backend| backend.shares_memory()) {
                     true => Sharing::Shared,
