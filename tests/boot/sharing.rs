@@ -99,7 +99,7 @@ fn guest_and_host_talk_over_vsock_through_unix_sockets() {
 socat -u VSOCK-CONNECT:2:5000 STDOUT | socat -u STDIN VSOCK-CONNECT:2:5001 || echo BAD
 echo SENT BACK
 socat VSOCK-CONNECT:2:5999 STDOUT </dev/null 2>&1 | grep -o 'Connection reset'
-socat VSOCK-LISTEN:6000 EXEC:/usr/bin/rev &
+socat VSOCK-LISTEN:6000 PIPE &
 echo LISTENS
 wait
 echo ANSWERED";
@@ -124,7 +124,7 @@ echo ANSWERED";
         if let Ok((mut reader, line)) = asked
             && line.starts_with("OK ")
         {
-            stream.write_all(b"desserts\n").expect("a guest");
+            stream.write_all(b"there and back\n").expect("a guest");
             stream.shutdown(std::net::Shutdown::Write).expect("a guest");
             let mut answer = String::new();
             reader.read_to_string(&mut answer).expect("an answer");
@@ -133,7 +133,7 @@ echo ANSWERED";
         assert!(guest.runs(), "armlet is gone");
         sleep(GLANCE);
     };
-    assert_eq!(answer, "stressed\n");
+    assert_eq!(answer, "there and back\n");
     guest.expect("ANSWERED");
     assert!(!guest.end().script().contains("BAD"));
     assert!(!path.exists(), "armlet left its socket");
@@ -150,7 +150,7 @@ fn guest_and_host_talk_over_vhost_vsock() {
         return;
     }
     let script = "
-socat VSOCK-LISTEN:6000 EXEC:/usr/bin/rev &
+socat VSOCK-LISTEN:6000 PIPE &
 echo LISTENS
 wait";
     let mut guest = with_tools(rig, tools, script)
@@ -167,7 +167,7 @@ wait";
             .expect("socat can be run");
         let mut input = child.stdin.take().expect("a pipe");
         // Where nobody listens yet, socat is gone already.
-        let _ = input.write_all(b"desserts\n");
+        let _ = input.write_all(b"there and back\n");
         drop(input);
         let output = child.wait_with_output().expect("socat ends");
         if !output.stdout.is_empty() {
@@ -176,7 +176,7 @@ wait";
         assert!(guest.runs(), "armlet is gone");
         sleep(GLANCE);
     };
-    assert_eq!(answer, b"stressed\n");
+    assert_eq!(answer, b"there and back\n");
     guest.end().assert_status(0);
 }
 
@@ -267,39 +267,49 @@ fn resident(pid: u32) -> usize {
 }
 
 /// A guest that fills 300 MiB and frees it; the host has at least 280 MiB of that back.
-fn gives_back(rig: &Rig, kernel: &str, drivers: &str) {
+///
+/// It does so twice, and the second time counts: the first time the guest's kernel takes memory of
+/// its own here and there, and each of these places costs the host a huge page for good.
+fn gives_back(rig: &Rig, kernel: &str, drivers: &str, memory: &'static str) {
     let script = "
-mount -t tmpfs -o size=400m tmpfs /mnt
-echo EMPTY; read -r line </dev/console
-dd if=/dev/zero of=/mnt/file bs=1M count=300 status=none
-echo FULL; read -r line </dev/console
-rm /mnt/file; echo FREED
+mkdir -p /mnt
+# In blocks of the size in which Linux reports free memory.
+mount -t tmpfs -o size=400m,huge=always tmpfs /mnt
+echo EMPTY
+for time in 1 2; do
+    read -r line </dev/console
+    dd if=/dev/zero of=/mnt/file bs=1M count=300 status=none
+    echo FULL
+    read -r line </dev/console
+    rm /mnt/file
+    echo FREED
+done
 read -r line </dev/console";
-    let script = format!("mkdir -p /mnt\n{script}");
-    let mut guest = Armlet::devices_on(rig, kernel, drivers, &script)
-        .memory("768M")
+    let mut guest = Armlet::devices_on(rig, kernel, drivers, script)
+        .memory(memory)
         .input(Input::Pipe)
         .option("--balloon", "reporting=on")
         .start();
     guest.expect("EMPTY");
-    guest.send(b"\n");
-    guest.expect("FULL");
-    let full = resident(guest.pid());
-    guest.send(b"\n");
-    guest.expect("FREED");
-    // Linux reports free pages some seconds after they are freed; the guest waits until then.
-    loop {
-        let now = resident(guest.pid());
-        if now + 280 <= full {
-            println!("{kernel}: {full} MiB when full, {now} MiB when free");
-            break;
+    let empty = resident(guest.pid());
+    for least in [200, 280] {
+        guest.send(b"\n");
+        guest.expect("FULL");
+        let full = resident(guest.pid());
+        guest.send(b"\n");
+        guest.expect("FREED");
+        // Linux reports free pages some seconds after they are freed; the guest waits until then.
+        let mut now = full;
+        while now + least > full {
+            assert!(guest.runs(), "armlet is gone");
+            assert!(
+                guest.age().as_secs() < 300,
+                "{empty} MiB when empty, {full} when full, still {now} when free again"
+            );
+            sleep(10 * GLANCE);
+            now = resident(guest.pid());
         }
-        assert!(guest.runs(), "armlet is gone");
-        assert!(
-            guest.age().as_secs() < 600,
-            "{full} MiB when full, still {now} MiB when free"
-        );
-        sleep(10 * GLANCE);
+        println!("{kernel}: {empty} MiB when empty, {full} when full, {now} when free again");
     }
     guest.send(b"\n");
     guest.end().assert_status(0);
@@ -308,14 +318,16 @@ read -r line </dev/console";
 #[test]
 fn a_guest_gives_free_memory_back() {
     let Some(rig) = rig::any() else { return };
-    gives_back(rig, "Image", "devices.cpio");
+    gives_back(rig, "Image", "devices.cpio", "768M");
 }
 
 #[test]
 fn a_guest_with_16_kib_pages_gives_free_memory_back() {
     let Some(rig) = rig::main() else { return };
     if rig.facts.guest_pages.contains(&0x4000) {
-        gives_back(rig, "Image-16k", "devices-16k.cpio");
+        // With less than 1 GiB of free memory, Linux with such pages reports nothing: its watermark
+        // is 32 blocks of 32 MiB (mm/page_reporting.c, `page_reporting_process_zone`).
+        gives_back(rig, "Image-16k", "devices-16k.cpio", "2G");
     }
 }
 

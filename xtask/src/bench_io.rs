@@ -34,8 +34,8 @@ const MEMORY_KIB: f64 = 2560.0;
 ///
 /// Everything runs in an emulated ARM64 host that counts instructions: a virtual nanosecond is one
 /// instruction. After `--` another VMM may follow, a static ARM64 program with its arguments, to be
-/// measured in the same way: {{kernel}}, {{initrd}} and {{cmdline}} stand for the guest's, {{disk}}
-/// for a disk image and {{tap}} for a network interface of the host.
+/// measured in the same way: {kernel}, {initrd} and {cmdline} stand for the guest's, {disk}
+/// for a disk image and {tap} for a network interface of the host.
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "io")]
 pub(crate) struct BenchIo {

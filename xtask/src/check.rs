@@ -72,9 +72,11 @@ const X86_HOSTS: [NamedHost; 1] = [("epyc", X86_CPU, 0, Kernel::V6_1X86)];
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
-const ELSEWHERE: [&str; 14] = [
+const ELSEWHERE: [&str; 19] = [
     "boards::",
     "console::every_byte",
+    "disk::a_guest_reads",
+    "disk::disks_work_on_after_reboots",
     "life::a_reset_is_no_leak",
     "life::linux_reboots",
     "linux::a_kernel_with_16_kib",
@@ -86,6 +88,9 @@ const ELSEWHERE: [&str; 14] = [
     "refusals::the_largest",
     "refusals::vcpus_beyond",
     "rig::",
+    "sharing::a_guest_gives",
+    "sharing::every_byte",
+    "sharing::the_host_gives",
     "width::",
 ];
 

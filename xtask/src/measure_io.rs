@@ -60,7 +60,7 @@ pub(crate) struct MeasureIo {
     #[argh(option)]
     initrd: String,
 
-    /// the VMM and its arguments, with {{kernel}}, {{initrd}}, {{cmdline}}, {{disk}} and {{tap}} in
+    /// the VMM and its arguments, with {kernel}, {initrd}, {cmdline}, {disk} and {tap} in
     /// the places of these
     #[argh(positional, greedy)]
     command: Vec<String>,

@@ -110,6 +110,10 @@ impl KernelFiles {
             return Ok(());
         }
         let Some(data) = self.module(name)? else {
+            // An algorithm is known by an alias (include/linux/crypto.h: `MODULE_ALIAS_CRYPTO`).
+            if let Some(algorithm) = name.strip_prefix("crypto_") {
+                return self.add_module(&format!("{algorithm}_generic"), seen, modules);
+            }
             // Names of what is built in are not told from misspelt ones here: the test of all names
             // that are asked for is a guest that uses the device.
             return Ok(());
