@@ -60,8 +60,17 @@ impl Signature {
     /// # Errors
     /// [`BoardError`].
     pub fn read(text: &str) -> Result<Option<Signature>, BoardError> {
+        // This is done for every board at each start, so only what matters is parsed: the top of the
+        // file, and the table.
+        let tables = || text.match_indices("\n[").map(|(at, _)| at + 1);
+        let Some(start) = tables().find(|&at| text[at..].starts_with("[match]")) else {
+            return Ok(None);
+        };
+        let top = tables().next().unwrap_or(start);
+        let end = tables().find(|&at| at > start).unwrap_or(text.len());
+        let part = format!("{}{}", &text[..top], &text[start..end]);
         let record = Record::default();
-        let mut root = Fields::top(layers::read_alone(text)?, &record);
+        let mut root = Fields::top(layers::read_alone(&part)?, &record);
         let arch = match root.has("arch") {
             true => architecture(&mut root)?,
             // All that inherit do so from boards for ARM64.
@@ -142,7 +151,8 @@ mod tests {
     use super::*;
 
     fn signature_of(text: &str) -> Option<Signature> {
-        Signature::read(&format!("[match]\n{text}")).expect("valid")
+        let text = format!("name = \"a\"\n\n[match]\n{text}\n\n[host]\nmidr = [1]\n");
+        Signature::read(&text).expect("valid")
     }
 
     fn host(compatible: &[&str], vendor: &str, product: &str, cores: &[u64]) -> Identity {
@@ -203,7 +213,10 @@ mod tests {
     #[test]
     fn a_board_without_a_signature_is_never_recognised() {
         assert_eq!(Signature::read("name = \"virt\""), Ok(None));
-        assert!(Signature::read("[match]\ndmi-product = [\"x\"]").is_err());
-        assert!(Signature::read("[match]\nmidr = [\"x\"]").is_err());
+        assert!(Signature::read("\n[match]\ndmi-product = [\"x\"]").is_err());
+        assert!(Signature::read("\n[match]\nmidr = [\"x\"]").is_err());
+        let pc = "arch = \"x86_64\"\n[match]\ndmi-vendor = [\"x\"]\n[host]\n";
+        let pc = Signature::read(pc).expect("valid");
+        assert_eq!(pc.map(|board| board.arch), Some(Architecture::X86_64));
     }
 }
