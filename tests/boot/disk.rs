@@ -233,7 +233,7 @@ mkdir -p /mnt
 mount -t ext4 -o ro /dev/vdb /mnt
 mount --bind /proc /mnt/proc; mount --bind /sys /mnt/sys; mount -t tmpfs tmpfs /mnt/tmp
 cat /dev/vdc >/mnt/tmp/kernel; cat /dev/vdd >/mnt/tmp/initrd
-chroot /mnt /usr/sbin/kexec -s -l /tmp/kernel --initrd=/tmp/initrd \\
+chroot /mnt /usr/sbin/kexec -l /tmp/kernel --initrd=/tmp/initrd \\
     --command-line=\"$(cat /proc/cmdline) second\" || exit 1
 chroot /mnt /usr/sbin/kexec -e";
     let armlet = Armlet::devices(rig, script).memory("512M");
@@ -446,7 +446,7 @@ fn fio_verifies_what_it_wrote() {
     let script = "
 mount -t ext4 -o ro /dev/vdb /mnt
 mount --bind /dev /mnt/dev; mount -t tmpfs tmpfs /mnt/tmp; mount --bind /proc /mnt/proc
-chroot /mnt /usr/bin/fio --name=verify --filename=/dev/vda --direct=1 --rw=randrw --bs=4k-64k \\
+chroot /mnt /usr/bin/fio --aux-path=/tmp --name=verify --filename=/dev/vda --direct=1 --rw=randrw --bs=4k-64k \\
     --bsrange=512-128k --ioengine=io_uring --iodepth=16 --size=24M --io_size=24M --randseed=7 \\
     --verify=crc32c --verify_fatal=1 --do_verify=1 --output-format=terse --terse-version=3 |
     awk -F';' '{ print \"error\", $5 }'";

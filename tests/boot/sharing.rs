@@ -266,11 +266,11 @@ fn resident(pid: u32) -> usize {
     kib >> 10
 }
 
-/// A guest that fills 300 MiB and frees it; the host has at least 280 MiB of that back.
+/// A guest that fills 300 MiB and frees it; the host has at least `least` MiB of that back.
 ///
 /// It does so twice, and the second time counts: the first time the guest's kernel takes memory of
 /// its own here and there, and each of these places costs the host a huge page for good.
-fn gives_back(rig: &Rig, kernel: &str, drivers: &str, memory: &'static str) {
+fn gives_back(rig: &Rig, kernel: &str, drivers: &str, memory: &'static str, least: usize) {
     let script = "
 mkdir -p /mnt
 # In blocks of the size in which Linux reports free memory.
@@ -292,7 +292,7 @@ read -r line </dev/console";
         .start();
     guest.expect("EMPTY");
     let empty = resident(guest.pid());
-    for least in [200, 280] {
+    for least in [least * 2 / 3, least] {
         guest.send(b"\n");
         guest.expect("FULL");
         let full = resident(guest.pid());
@@ -318,16 +318,17 @@ read -r line </dev/console";
 #[test]
 fn a_guest_gives_free_memory_back() {
     let Some(rig) = rig::any() else { return };
-    gives_back(rig, "Image", "devices.cpio", "768M");
+    gives_back(rig, "Image", "devices.cpio", "768M", 280);
 }
 
 #[test]
 fn a_guest_with_16_kib_pages_gives_free_memory_back() {
     let Some(rig) = rig::main() else { return };
     if rig.facts.guest_pages.contains(&0x4000) {
+        // It reports blocks of 32 MiB, so that several are lost where 300 MiB begin and end.
         // With less than 1 GiB of free memory, Linux with such pages reports nothing: its watermark
         // is 32 blocks of 32 MiB (mm/page_reporting.c, `page_reporting_process_zone`).
-        gives_back(rig, "Image-16k", "devices-16k.cpio", "2G");
+        gives_back(rig, "Image-16k", "devices-16k.cpio", "2G", 200);
     }
 }
 
