@@ -20,13 +20,12 @@ pub(crate) const FOLDER_IN_HOST: &str = "/assets";
 pub(crate) const VARIABLE: &str = "ARMLET_TEST_ASSETS";
 
 /// Debian's programs for the other ends of devices, for tests of them, and the peer to compare with.
-const TOOLS: [&str; 13] = [
+const TOOLS: [&str; 12] = [
     "e2fsprogs",
     "ethtool",
     "fio",
     "iperf3",
     "iproute2",
-    "kexec-tools",
     "openssh-client",
     "passt",
     "qemu-system-arm",
