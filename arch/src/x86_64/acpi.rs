@@ -24,7 +24,7 @@ use crate::plan::{Blob, DeviceKind, Layout, Placed, PlacedPorts, PlanError};
 /// Where the tables lie: the RSDP is looked for here (ACPI 6.5, section 5.2.5.1).
 pub(super) const TABLES: u64 = 0xe_0000;
 /// Where the place for them ends.
-const TABLES_END: u64 = 0x10_0000;
+const TABLES_END: u64 = super::boot::RESET_VECTOR;
 
 const OEM: [u8; 6] = *b"ARMLET";
 const OEM_TABLE: [u8; 8] = *b"ARMLETPC";
@@ -36,7 +36,7 @@ const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
 const NO_CMOS: u16 = 1 << 5;
 /// What the reset control register takes to reset the machine (82801 datasheets, RST_CNT).
-const RESET: u8 = 0x06;
+pub(super) const RESET: u8 = 0x06;
 /// `\_S5`: the type of sleep that is soft off. The registers take the same
 /// (`armlet_devices::power`).
 const SLEEP_TYPE_OFF: u8 = 5;
