@@ -221,6 +221,13 @@ fn each_way_to_reset_is_a_reset() {
         assert_eq!(outcome.text(), "once\n");
         assert_eq!(outcome.errors, "");
     }
+    // Linux goes to real mode and jumps to where firmware begins: JMP FFFF:0000.
+    let jump = Program::default().bytes(&[0xea, 0, 0, 0xff, 0xff]);
+    let program = Program::default().print("once\n").start_second_at(&jump);
+    let armlet = Armlet::program(&program.sleep()).cpus(2);
+    let outcome = armlet.option("--on-reset", "exit").run();
+    outcome.assert_status(5);
+    assert_eq!(outcome.text(), "once\n");
     let program = Program::default().print("once\n").triple_fault();
     let armlet = Armlet::program(&program).option("--on-reset", "exit");
     let outcome = armlet.run();

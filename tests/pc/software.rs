@@ -168,7 +168,11 @@ impl Program {
         for byte in text.bytes() {
             code = code.bytes(&[0xb0, byte, 0xee]);
         }
-        let code = code.sleep();
+        self.start_second_at(&code.sleep())
+    }
+
+    /// Starts the second vCPU in real mode, where it does what `code` says.
+    pub(crate) fn start_second_at(self, code: &Program) -> Program {
         let mut program = self.write(LAPIC + 0xf0, 0x1ff);
         for (at, word) in (REAL_MODE..).step_by(4).zip(code.code.chunks(4)) {
             let mut bytes = [0; 4];

@@ -24,7 +24,7 @@ use crate::plan::{Blob, DeviceKind, Layout, Placed, PlacedPorts, PlanError};
 /// Where the tables lie: the RSDP is looked for here (ACPI 6.5, section 5.2.5.1).
 pub(super) const TABLES: u64 = 0xe_0000;
 /// Where the place for them ends.
-const TABLES_END: u64 = 0x10_0000;
+const TABLES_END: u64 = super::boot::RESET_VECTOR;
 
 const OEM: [u8; 6] = *b"ARMLET";
 const OEM_TABLE: [u8; 8] = *b"ARMLETPC";
@@ -36,7 +36,7 @@ const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
 const NO_CMOS: u16 = 1 << 5;
 /// What the reset control register takes to reset the machine (82801 datasheets, RST_CNT).
-const RESET: u8 = 0x06;
+pub(super) const RESET: u8 = 0x06;
 /// `\_S5`: the type of sleep that is soft off. The registers take the same
 /// (`armlet_devices::power`).
 const SLEEP_TYPE_OFF: u8 = 5;
@@ -244,4 +244,147 @@ fn virtio(placed: &Placed, slot: u32) -> Vec<u8> {
             ),
         ],
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::GicChoice;
+    use crate::{Arch, Board, Request, WidthPolicy, plan};
+
+    const PC: &str = include_str!("../../../boards/pc.toml");
+
+    fn tables_of(board: &str, cpus: u32, virtio: &[&str]) -> Vec<u8> {
+        let board = Board::parse(board).expect("valid");
+        let request = Request::<X86_64> {
+            cpus,
+            memory: 512 << 20,
+            width: WidthPolicy::Fit,
+            gic: GicChoice::Auto,
+            kernel: None,
+            initrd: None,
+            cmdline: String::new(),
+            seeds: None,
+            virtio: virtio.iter().map(|name| (*name).to_owned()).collect(),
+            pmem: Vec::new(),
+            topology: Default::default(),
+            wishes: Default::default(),
+        };
+        let plan = plan(&board, &request, &X86_64::assumed_host(&board)).expect("fits");
+        let tables = plan.blobs.into_iter().find(|blob| blob.address == TABLES);
+        tables.expect("tables").bytes
+    }
+
+    fn number(bytes: &[u8], at: usize, size: usize) -> u64 {
+        let bytes = bytes[at..at + size].iter().rev();
+        bytes.fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// The table at an address, by its own length, checked.
+    fn table(all: &[u8], address: u64) -> &[u8] {
+        let at = (address - TABLES) as usize;
+        let length = number(all, at + 4, 4) as usize;
+        let table = &all[at..at + length];
+        assert_eq!(sum(table), 0, "{:?}", &table[..4]);
+        table
+    }
+
+    /// FADT, MADT and DSDT, found as a kernel finds them.
+    fn found(all: &[u8]) -> [&[u8]; 3] {
+        assert_eq!(&all[..8], b"RSD PTR ");
+        assert_eq!((sum(&all[..20]), sum(&all[..36])), (0, 0));
+        let root = table(all, number(all, 24, 8));
+        assert_eq!((&root[..4], root.len()), (&b"XSDT"[..], 36 + 16));
+        let fadt = table(all, number(root, 36, 8));
+        let madt = table(all, number(root, 44, 8));
+        let dsdt = table(all, number(fadt, 140, 8));
+        assert_eq!(
+            [&fadt[..4], &madt[..4], &dsdt[..4]],
+            [b"FACP", b"APIC", b"DSDT"]
+        );
+        [fadt, madt, dsdt]
+    }
+
+    #[test]
+    fn the_fadt_names_the_registers_that_switch_off_and_reset() {
+        let all = tables_of(PC, 1, &[]);
+        let [fadt, ..] = found(&all);
+        let flags = number(fadt, 112, 4);
+        assert_eq!(flags >> 20 & 1, 1, "hardware-reduced");
+        assert_eq!(flags >> 10 & 1, 1, "the reset register is there");
+        // In I/O space, 8 bits, by bytes.
+        let port = |at: usize| (number(fadt, at, 4), number(fadt, at + 4, 8));
+        assert_eq!(port(116), (0x0100_0801, 0xcf9));
+        assert_eq!(fadt[128], 0x06);
+        assert_eq!(port(244), (0x0100_0801, 0x600));
+        assert_eq!(port(256), (0x0100_0801, 0x601));
+        // Neither keyboard controller nor other legacy devices to look for; a clock.
+        assert_eq!(number(fadt, 109, 2) & 0b10_0011, 0);
+    }
+
+    #[test]
+    fn a_board_without_power_or_reset_promises_none() {
+        let cut = PC
+            .find("# The register by which")
+            .expect("the reset register");
+        let end = PC.find("# virtio devices get").expect("the slots");
+        let board = format!("{}{}", &PC[..cut], &PC[end..]);
+        let all = tables_of(&board, 1, &[]);
+        let [fadt, _, dsdt] = found(&all);
+        assert_eq!(number(fadt, 112, 4) >> 10 & 1, 0);
+        assert_eq!((number(fadt, 248, 8), number(fadt, 260, 8)), (0, 0));
+        assert!(!dsdt.windows(8).any(|part| part == b"ACPI0013"));
+    }
+
+    #[test]
+    fn the_madt_has_each_cpu_once_and_the_io_apic() {
+        let all = tables_of(PC, 255, &[]);
+        let [_, madt, _] = found(&all);
+        assert_eq!(number(madt, 36, 4), 0xfee0_0000);
+        let (mut at, mut cpus) = (44, Vec::new());
+        while at < madt.len() {
+            match madt[at] {
+                0 => {
+                    assert_eq!(number(madt, at + 4, 4), 1, "enabled");
+                    cpus.push(madt[at + 3]);
+                }
+                1 => assert_eq!(number(madt, at + 4, 8), 0xfec0_0000),
+                other => panic!("structure of type {other}"),
+            }
+            at += usize::from(madt[at + 1]);
+        }
+        assert_eq!(cpus, (0..255).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn the_dsdt_has_a_device_for_each_slot_in_use() {
+        let all = tables_of(PC, 1, &["disk0", "net0"]);
+        let [.., dsdt] = found(&all);
+        let count = |part: &[u8]| {
+            let windows = dsdt.windows(part.len());
+            windows.filter(|window| *window == part).count()
+        };
+        assert_eq!(count(b"LNRO0005"), 2);
+        // Memory32Fixed, writable, at the second slot, of 0x200 bytes.
+        assert_eq!(count(&[0x86, 9, 0, 1, 0, 2, 0, 0xd0, 0, 2, 0, 0]), 1);
+        // Extended interrupts: consumers of rising edges, on pins 10 and 11, 4 and 9.
+        for pin in [10, 11, 4, 9] {
+            assert_eq!(count(&[0x89, 6, 0, 3, 1, pin, 0, 0, 0]), 1, "pin {pin}");
+        }
+        // Soft off is sleep of type 5.
+        assert_eq!(count(b"_S5_\x12\x07\x04\x0a\x05"), 1);
+    }
+
+    #[test]
+    fn a_slot_above_4_gib_has_a_descriptor_that_reaches_it() {
+        let board = PC.replacen("base = 0xd000_0000", "base = 0x10_0000_0000", 1);
+        let all = tables_of(&board, 1, &["disk0"]);
+        let [.., dsdt] = found(&all);
+        let first = 0x10_0000_0000_u64.to_le_bytes();
+        assert!(dsdt.windows(8).any(|part| part == first));
+    }
 }

@@ -9,11 +9,13 @@
 //! 0x10000  command line, up to 0x90000
 //! 0xa0000  video memory and ROMs of a PC: never given to the guest as RAM
 //! 0xe0000  ACPI tables
+//! 0xffff0  code that resets
 //! 1 MiB    kernel, mostly at 16 MiB; the initrd ends where the bank does
 //! ```
 
 use super::{Boot, Kernel, Vcpu, X86_64, acpi, pvh};
 use crate::Range;
+use crate::board::PortKind;
 use crate::elf::X86Elf;
 use crate::image::X86BzImage;
 use crate::plan::{Blob, Layout, Payload, PlanError, Request};
@@ -57,6 +59,11 @@ const PAGE: u64 = 0x1000;
 const MAPPED: u64 = 4 << 30;
 /// Below it lies what the VMM writes, and the legacy hole; kernel and initrd lie above.
 const HIGH_RAM: u64 = 0x10_0000;
+/// Where a PC's firmware begins after a reset. Linux jumps there, in real mode, to reset a
+/// hardware-reduced machine, for it takes such a one to have EFI (arch/x86/kernel/reboot.c:
+/// reboot_init, machine_real_restart).
+pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
+
 /// Video memory and ROMs of a PC: Linux expects no RAM from here to [`HIGH_RAM`]
 /// (arch/x86/include/asm/e820/types.h: BIOS_BEGIN, BIOS_END).
 const LEGACY_HOLE: u64 = 0xa_0000;
@@ -190,7 +197,27 @@ pub(super) fn blobs(
     };
     blobs.push(blob("command line", CMDLINE, cmdline(request)?));
     blobs.push(acpi::tables(layout, vcpus)?);
+    blobs.extend(reset_code(layout).map(|code| blob("reset code", RESET_VECTOR, code)));
     Ok(blobs)
+}
+
+/// Instructions of real mode that reset the machine, where it has a register for that: MOV DX, port;
+/// MOV AL, value; OUT DX, AL; HLT; JMP to it.
+fn reset_code(layout: &Layout<X86_64>) -> Option<Vec<u8>> {
+    let mut ports = layout.ports.iter();
+    let register = ports.find(|device| device.kind == PortKind::Reset)?;
+    let [low, high, ..] = register.ports.start().to_le_bytes();
+    Some(vec![
+        0xba,
+        low,
+        high,
+        0xb0,
+        acpi::RESET,
+        0xee,
+        0xf4,
+        0xeb,
+        0xfd,
+    ])
 }
 
 /// The bank that all is loaded to.
@@ -508,9 +535,13 @@ mod tests {
     #[test]
     fn the_other_blobs() {
         let plan = plan(&request(64 * MIB, None)).expect("fits");
-        let [_, gdt, tables, cmdline, _] = plan.blobs.as_slice() else {
-            panic!("five blobs")
+        let [_, gdt, tables, cmdline, _, reset] = plan.blobs.as_slice() else {
+            panic!("six blobs")
         };
+        assert_eq!(
+            (reset.address, reset.bytes.as_slice()),
+            (0xf_fff0, b"\xba\xf9\x0c\xb0\x06\xee\xf4\xeb\xfd".as_slice())
+        );
         assert_eq!(
             (cmdline.address, cmdline.bytes.as_slice()),
             (0x1_0000, &b"console=ttyS0\0"[..])
@@ -785,7 +816,7 @@ mod tests {
             let usable = read_e820(&plan.blobs[0].bytes);
             for range in ranges {
                 // The ROM of a PC, where the tables lie, is no usable RAM, but there is memory.
-                let rom = range.start() == acpi::TABLES;
+                let rom = range.start() >= acpi::TABLES && range.last() < HIGH_RAM;
                 prop_assert!(rom || usable.iter().any(|ram| ram.contains(range)), "{range}");
                 prop_assert!(range.last() < MAPPED);
             }
