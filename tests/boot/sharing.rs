@@ -1,6 +1,6 @@
 use crate::disk::noise;
 use crate::guest::{Armlet, GLANCE, Input, section};
-use crate::net::{children, give, kill, take};
+use crate::net::{TRANSFER, children, give, kill, take};
 use crate::rig::{self, Rig};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -93,8 +93,8 @@ fn guest_and_host_talk_over_vsock_through_unix_sockets() {
         UnixListener::bind(on_port(5000)).expect("a socket"),
         UnixListener::bind(on_port(5001)).expect("a socket"),
     );
-    let giver = thread::spawn(move || give(out.accept().expect("a guest").0));
-    let taker = thread::spawn(move || take(back.accept().expect("a guest").0));
+    let giver = thread::spawn(move || give(out.accept().expect("a guest").0, TRANSFER));
+    let taker = thread::spawn(move || take(back.accept().expect("a guest").0, TRANSFER));
     let script = "
 socat -u VSOCK-CONNECT:2:5000 STDOUT | socat -u STDIN VSOCK-CONNECT:2:5001 || echo BAD
 echo SENT BACK
