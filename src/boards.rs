@@ -3,7 +3,7 @@
 use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::board::{self, Identity, Profile, Signature};
+use armlet_arch::board::{self, BoardError, Find, Identity, Profile, Signature};
 use armlet_arch::{Arch, Architecture, Board};
 use std::path::Path;
 
@@ -22,25 +22,47 @@ pub const fn fallback_of(guests: Architecture) -> &'static str {
     }
 }
 
-/// Built-in boards: name and file.
-pub const BUILT_IN: &[(&str, &str)] = &[
-    ("virt", include_str!("../boards/virt.toml")),
-    ("rpi3", include_str!("../boards/rpi3.toml")),
-    ("rpi4", include_str!("../boards/rpi4.toml")),
-    ("rpi5", include_str!("../boards/rpi5.toml")),
-    ("rk3588", include_str!("../boards/rk3588.toml")),
-    ("orin", include_str!("../boards/orin.toml")),
-    ("imx8mp", include_str!("../boards/imx8mp.toml")),
-    ("altra", include_str!("../boards/altra.toml")),
-    ("graviton2", include_str!("../boards/graviton2.toml")),
-    ("graviton3", include_str!("../boards/graviton3.toml")),
-    ("graviton4", include_str!("../boards/graviton4.toml")),
-    ("grace", include_str!("../boards/grace.toml")),
-    ("ampereone", include_str!("../boards/ampereone.toml")),
-    ("m1-asahi", include_str!("../boards/m1-asahi.toml")),
-    ("server52", include_str!("../boards/server52.toml")),
-    ("qemu-virt", include_str!("../boards/qemu-virt.toml")),
-    ("pc", include_str!("../boards/pc.toml")),
+/// What `build.rs` has made of files of `boards/`.
+macro_rules! built_in {
+    ($($name:literal),* $(,)?) => {
+        &[$(BuiltIn {
+            name: $name,
+            text: include_str!(concat!(env!("OUT_DIR"), "/", $name, ".toml")),
+            signature: include_str!(concat!(env!("OUT_DIR"), "/", $name, ".match")),
+        }),*]
+    };
+}
+
+/// A board that is part of the program.
+#[derive(Debug)]
+pub struct BuiltIn {
+    /// Its name.
+    pub name: &'static str,
+    /// Its file, without lines that are comments.
+    text: &'static str,
+    /// The part of the file for [`Signature::read`].
+    signature: &'static str,
+}
+
+/// Built-in boards.
+pub const BUILT_IN: &[BuiltIn] = built_in![
+    "virt",
+    "rpi3",
+    "rpi4",
+    "rpi5",
+    "rk3588",
+    "orin",
+    "imx8mp",
+    "altra",
+    "graviton2",
+    "graviton3",
+    "graviton4",
+    "grace",
+    "ampereone",
+    "m1-asahi",
+    "server52",
+    "qemu-virt",
+    "pc",
 ];
 
 /// A board file larger than this is no board file.
@@ -48,12 +70,12 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a board's file: a built-in one by its name, any other by its path.
 fn text(name: &str) -> Result<String> {
-    if let Some((_, text)) = BUILT_IN.iter().find(|(known, _)| *known == name) {
-        return Ok((*text).to_owned());
+    if let Some(board) = BUILT_IN.iter().find(|board| board.name == name) {
+        return Ok(board.text.to_owned());
     }
     let path = Path::new(name);
     if !looks_like_a_path(name) && !path.is_file() {
-        let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
+        let known: Vec<_> = BUILT_IN.iter().map(|board| board.name).collect();
         return Err(anyhow!(
             "board '{name}' is not known; built in: {}; or give the path of a TOML file",
             known.join(", ")
@@ -95,10 +117,7 @@ fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
 /// # Errors
 /// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
 pub fn profile(name: &str) -> Result<Profile> {
-    let read = || -> Result<Profile> {
-        Profile::read(name, &text(name)?, &parent).with_context(|| format!("board '{name}'"))
-    };
-    read().fault(Status::Usage)
+    read_as(name, Profile::read)
 }
 
 /// Finds and reads a board.
@@ -106,7 +125,14 @@ pub fn profile(name: &str) -> Result<Profile> {
 /// # Errors
 /// As [`profile`].
 pub fn find(name: &str) -> Result<Board> {
-    Ok(profile(name)?.board)
+    read_as(name, Board::read)
+}
+
+/// What `read` makes of the board's file.
+fn read_as<T>(name: &str, read: fn(&str, &str, Find<'_>) -> Result<T, BoardError>) -> Result<T> {
+    let board = text(name)
+        .and_then(|text| read(name, &text, &parent).with_context(|| format!("board '{name}'")));
+    board.fault(Status::Usage)
 }
 
 /// A board with the reason why it is taken.
@@ -148,13 +174,16 @@ pub fn choose(
 pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
     let signatures: Vec<_> = BUILT_IN
         .iter()
-        .map(|(_, text)| {
-            let signature = Signature::read(text).ok().flatten();
-            signature.filter(|signature| signature.arch == HostArch::ARCHITECTURE)
+        .map(|board| {
+            let known = Signature::is_worth_reading(board.signature, host);
+            let signature = known.then(|| Signature::read(board.signature).ok().flatten());
+            signature
+                .flatten()
+                .filter(|signature| signature.arch == HostArch::ARCHITECTURE)
         })
         .collect();
     let (index, why) = board::recognize(host, &signatures)?;
-    BUILT_IN.get(index).map(|(name, _)| (*name, why))
+    BUILT_IN.get(index).map(|board| (board.name, why))
 }
 
 #[cfg(test)]
@@ -165,8 +194,8 @@ mod tests {
 
     #[test]
     fn every_built_in_board_is_found_under_its_own_name() {
-        for (name, _) in BUILT_IN {
-            assert_eq!(find(name).expect("valid").name, *name);
+        for board in BUILT_IN {
+            assert_eq!(find(board.name).expect("valid").name, board.name);
         }
     }
 
@@ -186,7 +215,7 @@ mod tests {
         let (n1, v1, v2, ampere) = (0x413f_d0c1, 0x411f_d401, 0x410f_d4f1, 0xc00f_ac30);
         let signatures: Vec<_> = BUILT_IN
             .iter()
-            .map(|(name, text)| Signature::read(text).expect(name))
+            .map(|board| Signature::read(board.signature).expect(board.name))
             .collect();
         for (host, expected) in [
             (
@@ -218,8 +247,18 @@ mod tests {
             (Identity::default(), None),
         ] {
             let found = board::recognize(&host, &signatures);
-            let name = found.as_ref().map(|(index, _)| BUILT_IN[*index].0);
+            let name = found.as_ref().map(|(index, _)| BUILT_IN[*index].name);
             assert_eq!(name, expected, "{host:?}: {found:?}");
+            // Looking at the names first leaves out none that fits.
+            let named: Vec<_> = BUILT_IN
+                .iter()
+                .zip(&signatures)
+                .map(|(board, signature)| {
+                    let known = Signature::is_worth_reading(board.signature, &host);
+                    signature.clone().filter(|_| known)
+                })
+                .collect();
+            assert_eq!(board::recognize(&host, &named), found);
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
+use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
@@ -67,7 +68,9 @@ fn run(args: &RunArgs) -> Result<Status> {
     if machine.kernel.is_none() {
         return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
     }
-    let chosen = config::board(&machine, None, boards::fallback_of(HostArch::ARCHITECTURE))?;
+    let files = host::this();
+    let fallback = boards::fallback_of(HostArch::ARCHITECTURE);
+    let chosen = config::board(&machine, None, fallback, &files)?;
     let board = &chosen.board;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
@@ -78,13 +81,12 @@ fn run(args: &RunArgs) -> Result<Status> {
         ))
         .fault(Status::Host);
     }
-    let files = host::this();
     let cores = files.cores(cores::names(board));
     let config = config::read::<HostArch>(&machine, chosen, &cores, &|cpus| files.caches(cpus))?;
     if !config.pinning.words.is_empty() {
         log::info!("vCPUs run on {}", config.pinning.words);
     }
-    let kvm = probe::open_kvm().fault(Status::Host)?;
+    let kvm = kvm::open::open().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
     run::run(run::Orders {
         kvm,
@@ -105,11 +107,13 @@ fn plan(args: &PlanArgs) -> Result<Status> {
         return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);
     }
     let other = args.host.as_deref().filter(|host| *host != "this");
-    let chosen = config::board(&machine, other, boards::FALLBACK)?;
+    let files = host::this();
+    let chosen = config::board(&machine, other, boards::FALLBACK, &files)?;
     let board = &chosen.board;
     match board.arch {
         Architecture::Aarch64 => {
-            let (config, plan) = make_plan::<Aarch64>(args, &machine, chosen, kvm::aarch64_host)?;
+            let (config, plan) =
+                make_plan::<Aarch64>(args, &machine, chosen, &files, kvm::aarch64_host)?;
             if args.dts {
                 let tree = aarch64::device_tree(&config.board, &plan, &config.request);
                 print(&tree.to_dts())?;
@@ -128,7 +132,8 @@ fn plan(args: &PlanArgs) -> Result<Status> {
                 ))
                 .fault(Status::Usage);
             }
-            let (config, plan) = make_plan::<X86_64>(args, &machine, chosen, kvm::x86_64_host)?;
+            let (config, plan) =
+                make_plan::<X86_64>(args, &machine, chosen, &files, kvm::x86_64_host)?;
             print_plan(args, &config, &plan)?;
         }
     }
@@ -139,9 +144,9 @@ fn make_plan<A: Arch>(
     args: &PlanArgs,
     machine: &MachineArgs,
     chosen: Chosen,
+    files: &HostFiles,
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
-    let files = host::this();
     let names = cores::names(&chosen.board);
     let (assumed, cores) = match args.host.as_deref() {
         Some("this") if args.page_size.is_some() => {
@@ -288,8 +293,8 @@ fn boards(args: &BoardsArgs) -> Result<Status> {
         return Ok(Status::Success);
     }
     let mut known = Vec::new();
-    for (name, _) in boards::BUILT_IN {
-        known.push(boards::find(name)?);
+    for board in boards::BUILT_IN {
+        known.push(boards::find(board.name)?);
     }
     if args.json {
         let known: Vec<_> = known

@@ -3,7 +3,7 @@
 
 use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
-use crate::host;
+use crate::host::HostFiles;
 use crate::kernel::{Initrd, Kernel};
 use crate::memory::{Backing, Sharing};
 use crate::settings::{ChosenValues, Setting};
@@ -52,14 +52,19 @@ pub struct Config<A: Arch> {
 ///
 /// # Errors
 /// As [`boards::choose`].
-pub fn board(args: &MachineArgs, host: Option<&str>, fallback: &'static str) -> Result<Chosen> {
+pub fn board(
+    args: &MachineArgs,
+    host: Option<&str>,
+    fallback: &'static str,
+    files: &HostFiles,
+) -> Result<Chosen> {
     let named = args.board.as_deref().unwrap_or(boards::AUTO);
     let chosen = match host {
         Some(host) if named == boards::AUTO => Chosen {
             why: "--host".to_owned(),
-            ..boards::choose(host, fallback, || host::this().identity())?
+            ..boards::choose(host, fallback, || files.identity())?
         },
-        _ => boards::choose(named, fallback, || host::this().identity())?,
+        _ => boards::choose(named, fallback, || files.identity())?,
     };
     log::info!("board {}: {}", chosen.board.name, chosen.why);
     Ok(chosen)
@@ -276,6 +281,7 @@ pub fn fresh_seeds() -> Result<Seeds> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host;
     use armlet_arch::aarch64::Aarch64;
 
     fn read_here(args: &MachineArgs, chosen: Chosen) -> Result<Config<Aarch64>> {
@@ -284,7 +290,7 @@ mod tests {
     }
 
     fn refused(args: MachineArgs) -> String {
-        let board = board(&args, None, "virt").expect("the default board");
+        let board = board(&args, None, "virt", &host::this()).expect("the default board");
         let error = read_here(&args, board).expect_err("to be refused");
         assert_eq!(crate::status::status_of(&error), Status::Usage);
         let line = format!("{error:#}");
@@ -299,8 +305,11 @@ mod tests {
             cmdline: Some("quiet".to_owned()),
             ..MachineArgs::default()
         };
-        let config =
-            read_here(&args, board(&args, Some("rpi5"), "virt").expect("a board")).expect("valid");
+        let config = read_here(
+            &args,
+            board(&args, Some("rpi5"), "virt", &host::this()).expect("a board"),
+        )
+        .expect("valid");
         assert_eq!(config.request.cpus, 3);
         assert_eq!(config.request.cmdline, "quiet");
         assert_eq!(config.request.memory, 1 << 30);

@@ -3,26 +3,53 @@
 use armlet_arch::board::{FULL_CAPACITY, Identity, Midr};
 use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
 use armlet_arch::size::parse_size;
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+
+/// Most bytes of a file of sysfs, which is a page, and more than firmware says of a board.
+const MAX_BYTES: usize = 4096;
 
 /// The folder that /proc and /sys lie in.
 #[derive(Clone, Debug)]
 pub struct HostFiles {
     root: PathBuf,
+    /// The CPUs that this process may run on, each with what it is.
+    cpus: OnceCell<Vec<(u32, Option<Midr>)>>,
 }
 
 /// This host's files.
 #[must_use]
 pub fn this() -> HostFiles {
-    HostFiles { root: "/".into() }
+    HostFiles::below("/")
 }
 
 impl HostFiles {
+    fn below(root: impl Into<PathBuf>) -> HostFiles {
+        let root = root.into();
+        let cpus = OnceCell::new();
+        HostFiles { root, cpus }
+    }
+
+    /// The CPUs that this process may run on, each with what it is.
+    fn cpus(&self) -> &[(u32, Option<Midr>)] {
+        self.cpus.get_or_init(|| {
+            let mut told = true;
+            let kind = |cpu| {
+                // Where one CPU does not say what it is, none does.
+                let kind = if told { self.midr(cpu) } else { None };
+                told = kind.is_some();
+                (cpu, kind)
+            };
+            allowed_cpus().into_iter().map(kind).collect()
+        })
+    }
+
     /// What the host is, as far as it says so.
     #[must_use]
     pub fn identity(&self) -> Identity {
         let mut kinds: Vec<Midr> = Vec::new();
-        for kind in allowed_cpus().into_iter().filter_map(|cpu| self.midr(cpu)) {
+        for kind in self.cpus().iter().filter_map(|(_, kind)| *kind) {
             if !kinds.contains(&kind) {
                 kinds.push(kind);
             }
@@ -40,14 +67,12 @@ impl HostFiles {
     /// The CPUs that guests may run on; `names` are those of kinds of core.
     #[must_use]
     pub fn cores(&self, names: Vec<(Midr, String)>) -> HostCores {
-        let mut cores: Vec<Core> = allowed_cpus()
-            .into_iter()
-            .map(|number| Core {
-                number,
-                kind: self.midr(number),
-                capacity: FULL_CAPACITY,
-            })
-            .collect();
+        let core = |&(number, kind): &(u32, Option<Midr>)| Core {
+            number,
+            kind,
+            capacity: FULL_CAPACITY,
+        };
+        let mut cores: Vec<Core> = self.cpus().iter().map(core).collect();
         // Where all are alike none has more power than another, and a file each is left unread.
         if cores.windows(2).any(|pair| pair[0].kind != pair[1].kind) {
             for core in &mut cores {
@@ -70,17 +95,17 @@ impl HostFiles {
         for index in 0.. {
             let folder = format!("sys/devices/system/cpu/cpu{first}/cache/index{index}");
             let read = |file: &str| self.text(&format!("{folder}/{file}"));
-            let Some(kind) = read("type") else { break };
-            let kind = match kind.as_str() {
-                "Data" => CacheKind::Data,
-                "Instruction" => CacheKind::Instruction,
+            // Where one has no size, Linux was not told of any.
+            let size = read("size").and_then(|size| parse_size(&size).ok());
+            let Some(size) = size.and_then(|size| u32::try_from(size).ok()) else {
+                break;
+            };
+            let kind = match read("type").as_deref() {
+                Some("Data") => CacheKind::Data,
+                Some("Instruction") => CacheKind::Instruction,
                 _ => CacheKind::Unified,
             };
             let number = |file: &str| self.number(&format!("{folder}/{file}")).unwrap_or(0);
-            let size = read("size").and_then(|size| parse_size(&size).ok());
-            let Some(size) = size.and_then(|size| u32::try_from(size).ok()) else {
-                continue;
-            };
             let shared_by: PinPolicy = read("shared_cpu_list")
                 .and_then(|list| list.parse().ok())
                 .unwrap_or_default();
@@ -175,10 +200,14 @@ impl HostFiles {
     }
 
     fn text(&self, path: &str) -> Option<String> {
-        std::fs::read_to_string(self.root.join(path))
-            .ok()
-            .map(|text| text.trim_matches(['\0', '\n', ' ']).to_owned())
-            .filter(|text| !text.is_empty())
+        let mut buffer = [0; MAX_BYTES];
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = openat(CWD, self.root.join(path), flags, Mode::empty()).ok()?;
+        // sysfs, and what /proc shows of a device tree, give all at once.
+        let length = rustix::io::read(file, &mut buffer).ok()?;
+        let text = std::str::from_utf8(buffer.get(..length)?).ok()?;
+        let text = text.trim_matches(['\0', '\n', ' ']);
+        (!text.is_empty()).then(|| text.to_owned())
     }
 }
 
@@ -213,9 +242,7 @@ mod tests {
     #[test]
     fn a_host_is_read_from_its_files() {
         let folder = tempfile::tempdir().expect("a folder");
-        let files = HostFiles {
-            root: folder.path().to_owned(),
-        };
+        let files = HostFiles::below(folder.path());
         assert_eq!(files.identity(), Identity::default());
         assert_eq!(files.name(), None);
         let write = |path: &str, text: &str| {
@@ -234,6 +261,8 @@ mod tests {
         write("proc/device-tree/compatible", "maker,board\0maker,soc\0");
         write("proc/device-tree/model", "The Board\0");
         assert_eq!(files.name().as_deref(), Some("The Board"));
+        // What its CPUs are is read once.
+        let files = HostFiles::below(folder.path());
         let identity = files.identity();
         assert_eq!(identity.compatible, ["maker,board", "maker,soc"]);
         assert_eq!(identity.cores, [Midr::kind(0x410f_d0b0)]);
@@ -245,9 +274,7 @@ mod tests {
     #[test]
     fn the_window_for_guests_is_found_in_the_device_tree() {
         let folder = tempfile::tempdir().expect("a folder");
-        let files = HostFiles {
-            root: folder.path().to_owned(),
-        };
+        let files = HostFiles::below(folder.path());
         assert_eq!(files.gic_v2_cpu_interface(), None);
         let write = |path: &str, bytes: &[u8]| {
             let path = folder.path().join("proc/device-tree").join(path);
@@ -287,9 +314,7 @@ mod tests {
     #[test]
     fn caches_are_told_as_far_as_they_are_known() {
         let folder = tempfile::tempdir().expect("a folder");
-        let files = HostFiles {
-            root: folder.path().to_owned(),
-        };
+        let files = HostFiles::below(folder.path());
         let cache = |index: u32, values: [&str; 6]| {
             let path = format!("sys/devices/system/cpu/cpu4/cache/index{index}");
             let path = folder.path().join(path);

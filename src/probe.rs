@@ -1,60 +1,15 @@
 //! What this host offers, and what would stop or slow a guest on it, with the fix.
 
+use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch};
 use crate::{boards, host};
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
 use armlet_arch::x86_64::features::{EXITS, PARAVIRTUAL};
 use armlet_arch::{Arch, Architecture, Board, aarch64, x86_64};
-use kvm_ioctls::Kvm;
 use serde_json::{Value, json};
-use std::ffi::CString;
 use std::fmt::Write;
-
-/// The version of the KVM interface, the same since 2007 (Documentation/virt/kvm/api.rst, 4.1).
-const KVM_API: i32 = 12;
-
-/// Opens `/dev/kvm` and checks that it is what we know.
-///
-/// # Errors
-/// No KVM, or no permission: with the fix in words.
-pub fn open_kvm() -> Result<Kvm> {
-    let access = kvm_access();
-    match access {
-        KvmAccess::Open(kvm) => Ok(kvm),
-        KvmAccess::Missing => Err(anyhow!("cannot open /dev/kvm: {}", NO_KVM)),
-        KvmAccess::Denied => Err(anyhow!("cannot open /dev/kvm: {}", NO_PERMISSION)),
-        KvmAccess::Broken(cause) => Err(anyhow!("cannot use /dev/kvm: {cause}")),
-    }
-}
-
-const NO_KVM: &str = "this kernel has no KVM, or it did not start in a mode with virtualisation: it must enter at EL2 (see 'dmesg | grep -i kvm'; on a board, firmware or boot loader may drop to EL1), and on x86 VMX or SVM must be on in the firmware and the module kvm_intel or kvm_amd loaded";
-const NO_PERMISSION: &str = "permission denied: join the group that owns it ('sudo usermod -aG kvm $USER', then log in again), or run as root";
-
-/// What came of opening `/dev/kvm`.
-enum KvmAccess {
-    Open(Kvm),
-    Missing,
-    Denied,
-    Broken(String),
-}
-
-fn kvm_access() -> KvmAccess {
-    let opened = CString::new("/dev/kvm")
-        .map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))
-        .and_then(Kvm::new_with_path);
-    match opened.map_err(|error| (error.errno(), error)) {
-        Ok(kvm) if kvm.get_api_version() != KVM_API => KvmAccess::Broken(format!(
-            "its interface has version {}, armlet knows {KVM_API}",
-            kvm.get_api_version()
-        )),
-        Ok(kvm) => KvmAccess::Open(kvm),
-        Err((libc::ENOENT | libc::ENXIO | libc::ENODEV, _)) => KvmAccess::Missing,
-        Err((libc::EACCES | libc::EPERM, _)) => KvmAccess::Denied,
-        Err((_, error)) => KvmAccess::Broken(error.to_string()),
-    }
-}
 
 /// What KVM offers, by architecture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,13 +141,13 @@ pub struct Finding {
 /// Looks at this host.
 #[must_use]
 pub fn probe() -> Report {
-    let kvm = match kvm_access() {
-        KvmAccess::Open(kvm) => {
+    let kvm = match open::access() {
+        Access::Open(kvm) => {
             HostArch::facts(&kvm).map_err(|error| NoKvm::Broken(format!("{error:#}")))
         }
-        KvmAccess::Missing => Err(NoKvm::Missing),
-        KvmAccess::Denied => Err(NoKvm::Denied),
-        KvmAccess::Broken(cause) => Err(NoKvm::Broken(cause)),
+        Access::Missing => Err(NoKvm::Missing),
+        Access::Denied => Err(NoKvm::Denied),
+        Access::Broken(cause) => Err(NoKvm::Broken(cause)),
     };
     let system = rustix::system::sysinfo();
     let files = host::this();
@@ -236,11 +191,11 @@ impl Report {
             fix: fix.to_owned(),
         };
         let mut findings = match &self.kvm {
-            Err(NoKvm::Missing) => vec![finding(Severity::Stops, "no /dev/kvm", NO_KVM)],
+            Err(NoKvm::Missing) => vec![finding(Severity::Stops, "no /dev/kvm", open::NO_KVM)],
             Err(NoKvm::Denied) => vec![finding(
                 Severity::Stops,
                 "/dev/kvm may not be opened",
-                NO_PERMISSION,
+                open::NO_PERMISSION,
             )],
             Err(NoKvm::Broken(cause)) => vec![finding(
                 Severity::Stops,

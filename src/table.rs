@@ -19,8 +19,8 @@ pub fn of_boards() -> Result<String> {
         "| board | cores | GIC | vCPUs | host pages | IPA limit | widest guest | 512M | 4G | full RAM |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
     );
-    for (name, _) in boards::BUILT_IN {
-        let mut board = boards::find(name)?;
+    for board in boards::BUILT_IN {
+        let mut board = boards::find(board.name)?;
         if board.arch != Architecture::Aarch64 {
             continue;
         }
@@ -29,7 +29,7 @@ pub fn of_boards() -> Result<String> {
         pages.dedup();
         for page in pages {
             board.host.page_size = page;
-            let row = row(&board).with_context(|| format!("board '{name}'"));
+            let row = row(&board).with_context(|| format!("board '{}'", board.name));
             // Writing to a String cannot fail.
             let _ = writeln!(out, "| {} |", row.fault(Status::Failure)?.join(" | "));
         }

@@ -204,10 +204,9 @@ fn every_board_is_built_in_and_has_golden_files() {
     let built_in = Source::read("src/boards.rs").text;
     for path in files(&root().join("boards"), "toml") {
         let name = path.file_stem().expect("a name").to_string_lossy();
-        let file = format!("include_str!(\"../boards/{name}.toml\")");
         assert!(
-            built_in.contains(&file) && built_in.contains(&format!("\"{name}\"")),
-            "boards/{name}.toml: src/boards.rs: BUILT_IN lacks (\"{name}\", {file})"
+            built_in.contains(&format!("    \"{name}\",\n")),
+            "boards/{name}.toml: src/boards.rs: BUILT_IN lacks \"{name}\""
         );
         let board = fs::read_to_string(&path).expect("text");
         let has_tree = !board.contains("arch = \"x86_64\"");

@@ -13,7 +13,7 @@ use crate::irq::GicChoice;
 use crate::size::parse_size;
 use crate::width::{MAX_BITS, MIN_BITS, WidthPolicy};
 use fields::{Fields, Line, Record};
-use layers::Item;
+use layers::{Item, Keep};
 use serde::Serialize;
 use std::fmt;
 
@@ -351,7 +351,16 @@ impl Board {
     pub fn parse(text: &str) -> Result<Board, BoardError> {
         let alone =
             |_: &str, name: &str| Err(format!("is '{name}', and no other board is at hand"));
-        Profile::read("", text, &alone).map(|profile| profile.board)
+        Board::read("", text, &alone)
+    }
+
+    /// Reads a board file's text, without where its values come from.
+    ///
+    /// # Errors
+    /// As [`Profile::read`].
+    pub fn read(name: &str, text: &str, find: Find<'_>) -> Result<Board, BoardError> {
+        let tree = layers::read(name, text, find, Keep::Values)?;
+        board(Fields::top(tree, None))
     }
 }
 
@@ -371,9 +380,9 @@ impl Profile {
     /// [`BoardError`]: no TOML, unknown or missing keys, values out of range. Overlaps are found
     /// when a machine is planned, since they depend on the memory asked for.
     pub fn read(name: &str, text: &str, find: Find<'_>) -> Result<Profile, BoardError> {
-        let tree = layers::read(name, text, find)?;
+        let tree = layers::read(name, text, find, Keep::Words)?;
         let record = Record::default();
-        let board = board(Fields::top(tree, &record))?;
+        let board = board(Fields::top(tree, Some(&record)))?;
         Ok(Profile {
             board,
             lines: record.into_inner(),

@@ -8,6 +8,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub mod burst;
 pub mod kick;
+pub mod open;
 pub mod page;
 pub mod stats;
 
@@ -118,7 +119,7 @@ pub enum RawExit {
 /// A host of another architecture, or without KVM.
 #[cfg(target_arch = "aarch64")]
 pub fn aarch64_host() -> Result<<HostArch as Arch>::Host> {
-    HostArch::probe(&crate::probe::open_kvm()?, Depth::Full)
+    HostArch::probe(&open::open()?, Depth::Full)
 }
 
 /// This host, as a plan for an x86_64 guest wants to know it.
@@ -127,7 +128,7 @@ pub fn aarch64_host() -> Result<<HostArch as Arch>::Host> {
 /// A host of another architecture, or without KVM.
 #[cfg(target_arch = "x86_64")]
 pub fn x86_64_host() -> Result<<HostArch as Arch>::Host> {
-    HostArch::probe(&crate::probe::open_kvm()?, Depth::Full)
+    HostArch::probe(&open::open()?, Depth::Full)
 }
 
 /// This host, as a plan for an aarch64 guest wants to know it: it is none.

@@ -14,6 +14,7 @@ use crate::isa::Isa;
 use crate::marker::Filter;
 use crate::packages::Store;
 use crate::progress::say;
+use crate::small_std;
 use crate::terminal::RawTerminal;
 
 /// What the emulated host needs besides the guest's memory: itself and the files put in.
@@ -204,9 +205,20 @@ pub(crate) fn build(isa: Isa, program: &str, release: bool) -> Result<PathBuf> {
     let mut cargo = crate::cargo();
     cargo.args(["build", "--package", program, "--bin", program]);
     cargo.args(["--target", &toolchain.target]);
-    cargo.args(&toolchain.args).envs(toolchain.env);
+    cargo.args(&toolchain.args).envs(toolchain.env.clone());
     if release {
         cargo.arg("--release");
+        // Debian's compiler has a library that was compiled so already.
+        let shipped = program == "armlet" && toolchain.is_active();
+        let added = shipped.then(|| small_std::add(&mut cargo));
+        if let Some(Ok(())) = added {
+            cargo.env(toolchain.variable("RUSTFLAGS"), small_std::FLAGS.join(" "));
+        }
+        if let Some(Err(error)) = added {
+            say(&format!(
+                "the standard library as it comes makes {program} larger by a tenth: {error:#}"
+            ));
+        }
     }
     let status = cargo.status().context("cannot run cargo")?;
     ensure!(status.success(), "{program} does not build");

@@ -11,6 +11,7 @@ use argh::FromArgs;
 
 use crate::help::Program;
 use crate::progress::say;
+use crate::small_std;
 
 /// Make static binaries for ARM64 and x86_64, Debian packages, completions and a man page in
 /// target/dist.
@@ -130,8 +131,11 @@ fn build(sources: &Path, target: &Path, architecture: &Architecture) -> Result<P
     ]
     .iter()
     .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+    .chain(small_std::FLAGS.map(str::to_owned))
     .collect();
-    let status = crate::cargo()
+    let mut cargo = crate::cargo();
+    small_std::add(&mut cargo)?;
+    let status = cargo
         .current_dir(sources)
         .args(["build", "--release", "--locked", "--package", "armlet"])
         .args(["--target", architecture.target, "--target-dir"])

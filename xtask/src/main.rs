@@ -24,6 +24,7 @@ mod procfs;
 mod progress;
 mod runner;
 mod signals;
+mod small_std;
 mod terminal;
 mod toolchain;
 mod trace;

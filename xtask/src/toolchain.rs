@@ -92,13 +92,18 @@ impl Toolchain {
         self
     }
 
+    /// Whether it is the active compiler that compiles, for musl.
+    pub(crate) fn is_active(&self) -> bool {
+        self.target.ends_with("musl") && self.env.iter().all(|(name, _)| name != "RUSTC")
+    }
+
     fn static_glibc(self) -> Self {
         let name = self.variable("RUSTFLAGS");
         self.with(&name, "-Ctarget-feature=+crt-static")
     }
 
     /// The variable by which cargo takes `setting` for this target.
-    fn variable(&self, setting: &str) -> String {
+    pub(crate) fn variable(&self, setting: &str) -> String {
         let target = self.target.replace('-', "_").to_uppercase();
         format!("CARGO_TARGET_{target}_{setting}")
     }
@@ -106,16 +111,16 @@ impl Toolchain {
 
 /// A Rust compiler.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Compiler {
+pub(crate) struct Compiler {
     program: PathBuf,
-    sysroot: PathBuf,
+    pub(crate) sysroot: PathBuf,
     release: String,
     commit: String,
     host: String,
 }
 
 impl Compiler {
-    fn ask(program: &Path) -> Result<Self> {
+    pub(crate) fn ask(program: &Path) -> Result<Self> {
         let about = output_of(Command::new(program).arg("-vV"))?;
         let sysroot = output_of(Command::new(program).args(["--print", "sysroot"]))?;
         let value = |key: &str| {
@@ -279,7 +284,7 @@ fn add_target(cache: &Cache, active: &Compiler) -> Result<()> {
 
 /// Runs a command with its output in `log`, and ends it after `silence` without any progress:
 /// a longer log, or more in the `watched` folders.
-fn run_watched(
+pub(crate) fn run_watched(
     command: &mut Command,
     log: &Path,
     watched: &[PathBuf],
@@ -813,7 +818,7 @@ fn complaint(text: &str) -> &str {
     error.or_else(|| lines.next_back()).unwrap_or("it failed")
 }
 
-fn output_of(command: &mut Command) -> Result<String> {
+pub(crate) fn output_of(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output();
     let output = output.with_context(|| format!("cannot run {name}"))?;

@@ -34,13 +34,14 @@ pub(super) struct Fields<'a> {
     tree: Tree,
     /// Where the fields already taken stand, for errors about their values.
     taken: Vec<(&'static str, Place)>,
-    record: &'a Record,
+    /// Where what is taken is noted, where somebody wants to know.
+    record: Option<&'a Record>,
     /// Whether the record has the table's head.
     headed: bool,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn top(tree: Tree, record: &'a Record) -> Self {
+    pub(super) fn top(tree: Tree, record: Option<&'a Record>) -> Self {
         Fields {
             path: String::new(),
             listed: false,
@@ -85,13 +86,14 @@ impl<'a> Fields<'a> {
         })
     }
 
-    fn note(&mut self, line: Line) {
+    fn note(&mut self, line: impl FnOnce() -> Line) {
+        let Some(record) = self.record else { return };
         if !self.headed {
             self.headed = true;
             let head = Line::Table(self.name());
-            self.record.borrow_mut().push(head);
+            record.borrow_mut().push(head);
         }
-        self.record.borrow_mut().push(line);
+        record.borrow_mut().push(line());
     }
 
     fn take_silently(&mut self, key: &'static str) -> Option<Entry> {
@@ -102,7 +104,7 @@ impl<'a> Fields<'a> {
 
     fn take(&mut self, key: &'static str) -> Option<Item> {
         let entry = self.take_silently(key)?;
-        self.note(Line::Value {
+        self.note(|| Line::Value {
             key,
             written: entry.written,
             place: Some(entry.place),
@@ -112,10 +114,10 @@ impl<'a> Fields<'a> {
     }
 
     /// Records a value that the file does not give.
-    fn default(&mut self, key: &'static str, written: String) {
-        self.note(Line::Value {
+    fn default(&mut self, key: &'static str, value: &dyn std::fmt::Display) {
+        self.note(|| Line::Value {
             key,
-            written,
+            written: format!("\"{value}\""),
             place: None,
             note: String::new(),
         });
@@ -227,7 +229,7 @@ impl<'a> Fields<'a> {
     {
         if !self.has(key) {
             let value = T::default();
-            self.default(key, format!("\"{value}\""));
+            self.default(key, &value);
             return Ok(value);
         }
         let text = self.optional_string(key)?.unwrap_or_default();

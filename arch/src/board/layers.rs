@@ -2,8 +2,9 @@
 
 use super::BoardError;
 use std::fmt;
-use toml_span::Value;
+use std::sync::Arc;
 use toml_span::value::ValueInner;
+use toml_span::{Span, Value};
 
 /// Most board files between a board and the one that inherits from no other.
 const DEEPEST: usize = 8;
@@ -16,7 +17,7 @@ pub type Find<'a> = &'a dyn Fn(&str, &str) -> Result<(String, String), String>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The board file, if it is not the one that was asked for.
-    pub parent: Option<Box<str>>,
+    pub parent: Option<Arc<str>>,
     /// Its line, from 1.
     pub line: usize,
 }
@@ -35,10 +36,19 @@ impl fmt::Display for Place {
 pub(super) struct Entry {
     pub(super) item: Item,
     pub(super) place: Place,
-    /// The value as TOML, for what is no table.
+    /// The value as TOML, for what is no table, where [`Keep::Words`] asks for it.
     pub(super) written: String,
-    /// The comment behind it.
+    /// The comment behind it, likewise.
     pub(super) note: String,
+}
+
+/// What is kept of a file beside its values and their places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// Nothing: it is read at each start, and the words are a good part of the work.
+    Values,
+    /// How values are written, and the comments behind them.
+    Words,
 }
 
 /// What board files hold.
@@ -68,17 +78,23 @@ impl Tree {
 }
 
 /// The tree of the board file `text`, which is called `name`, with what it inherits.
-pub(super) fn read(name: &str, text: &str, find: Find<'_>) -> Result<Tree, BoardError> {
-    inherit(name, text, find, 0)
+pub(super) fn read(name: &str, text: &str, find: Find<'_>, keep: Keep) -> Result<Tree, BoardError> {
+    inherit(name, text, find, keep, 0)
 }
 
 /// The tree of one file alone.
 pub(super) fn read_alone(text: &str) -> Result<Tree, BoardError> {
-    parse(text, None)
+    parse(text, None, Keep::Values)
 }
 
-fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree, BoardError> {
-    let mut tree = parse(text, (depth > 0).then_some(name))?;
+fn inherit(
+    name: &str,
+    text: &str,
+    find: Find<'_>,
+    keep: Keep,
+    depth: usize,
+) -> Result<Tree, BoardError> {
+    let mut tree = parse(text, (depth > 0).then_some(name), keep)?;
     let Some(entry) = tree.remove("inherits") else {
         return Ok(tree);
     };
@@ -96,7 +112,7 @@ fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree,
         )));
     }
     let (parent, text) = find(name, wanted).map_err(refuse)?;
-    let mut inherited = inherit(&parent, &text, find, depth + 1)?;
+    let mut inherited = inherit(&parent, &text, find, keep, depth + 1)?;
     // What names one board and no other.
     for own in ["name", "description", "match"] {
         inherited.remove(own);
@@ -136,8 +152,13 @@ fn merge(tree: &mut Tree, over: Tree) {
     }
 }
 
-fn parse(text: &str, parent: Option<&str>) -> Result<Tree, BoardError> {
-    let file = File { text, parent };
+fn parse(text: &str, parent: Option<&str>, keep: Keep) -> Result<Tree, BoardError> {
+    let file = File {
+        text,
+        parent: parent.map(Arc::from),
+        ends: text.match_indices('\n').map(|(end, _)| end).collect(),
+        keep,
+    };
     let mut document = toml_span::parse(text).map_err(|error| BoardError::Syntax {
         place: file.place(error.span.start),
         cause: error.to_string(),
@@ -150,41 +171,32 @@ fn parse(text: &str, parent: Option<&str>) -> Result<Tree, BoardError> {
 
 struct File<'a> {
     text: &'a str,
-    parent: Option<&'a str>,
+    parent: Option<Arc<str>>,
+    /// Where its lines end.
+    ends: Vec<usize>,
+    keep: Keep,
 }
 
 impl File<'_> {
     fn place(&self, offset: usize) -> Place {
-        let before = self.text.bytes().take(offset);
         Place {
-            parent: self.parent.map(Box::from),
-            line: before.filter(|byte| *byte == b'\n').count() + 1,
+            parent: self.parent.clone(),
+            line: self.ends.partition_point(|end| *end < offset) + 1,
         }
     }
 
     /// A value whose key, or which itself, begins at `at`.
     fn entry(&self, value: &mut Value<'_>, at: usize) -> Entry {
         let span = value.span;
-        let (item, written) = match value.take() {
-            ValueInner::String(text) => {
-                let written = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
-                (Item::Text(text.into_owned()), written)
-            }
-            ValueInner::Integer(number) => {
-                let written = self.text.get(span.start..span.end).unwrap_or_default();
-                (Item::Number(number), written.to_owned())
-            }
+        let item = match value.take() {
+            ValueInner::String(text) => Item::Text(text.into_owned()),
+            ValueInner::Integer(number) => Item::Number(number),
             ValueInner::Array(items) => {
-                let items: Vec<Entry> = items
-                    .into_iter()
-                    .map(|mut item| {
-                        let at = item.span.start;
-                        self.entry(&mut item, at)
-                    })
-                    .collect();
-                let written: Vec<&str> = items.iter().map(|item| item.written.as_str()).collect();
-                let written = format!("[{}]", written.join(", "));
-                (Item::List(items), written)
+                let entries = items.into_iter().map(|mut item| {
+                    let at = item.span.start;
+                    self.entry(&mut item, at)
+                });
+                Item::List(entries.collect())
             }
             ValueInner::Table(table) => {
                 let mut tree = Tree::default();
@@ -192,15 +204,37 @@ impl File<'_> {
                     let entry = self.entry(&mut value, key.span.start);
                     tree.0.push((key.name.into_owned(), entry));
                 }
-                (Item::Table(tree), String::new())
+                Item::Table(tree)
             }
-            ValueInner::Float(_) | ValueInner::Boolean(_) => (Item::Other, String::new()),
+            ValueInner::Float(_) | ValueInner::Boolean(_) => Item::Other,
+        };
+        let (written, note) = match self.keep {
+            Keep::Values => (String::new(), String::new()),
+            Keep::Words => (self.written(&item, span), self.note(span.end)),
         };
         Entry {
             item,
             place: self.place(at),
             written,
-            note: self.note(span.end),
+            note,
+        }
+    }
+
+    /// A value as TOML, for what is no table.
+    fn written(&self, item: &Item, span: Span) -> String {
+        match item {
+            Item::Text(text) => {
+                format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+            }
+            Item::Number(_) => {
+                let digits = self.text.get(span.start..span.end);
+                digits.unwrap_or_default().to_owned()
+            }
+            Item::List(items) => {
+                let items: Vec<&str> = items.iter().map(|item| item.written.as_str()).collect();
+                format!("[{}]", items.join(", "))
+            }
+            Item::Table(_) | Item::Other => String::new(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! How a host is recognised as a board.
 
-use super::fields::{Fields, Record};
+use super::fields::Fields;
 use super::layers::{self, Item};
 use super::{Architecture, BoardError, architecture};
 use std::fmt;
@@ -54,23 +54,13 @@ pub struct Signature {
 }
 
 impl Signature {
-    /// Reads `[match]` of a board file, and nothing else of it: it is not inherited. `None` for a
-    /// board that no host is recognised as.
+    /// Reads the part of a board file by which hosts are recognised: `arch`, if it is there, and
+    /// `[match]`, which are not inherited. `None` for a board that no host is recognised as.
     ///
     /// # Errors
     /// [`BoardError`].
-    pub fn read(text: &str) -> Result<Option<Signature>, BoardError> {
-        // This is done for every board at each start, so only what matters is parsed: the top of the
-        // file, and the table.
-        let tables = || text.match_indices("\n[").map(|(at, _)| at + 1);
-        let Some(start) = tables().find(|&at| text[at..].starts_with("[match]")) else {
-            return Ok(None);
-        };
-        let top = tables().next().unwrap_or(start);
-        let end = tables().find(|&at| at > start).unwrap_or(text.len());
-        let part = format!("{}{}", &text[..top], &text[start..end]);
-        let record = Record::default();
-        let mut root = Fields::top(layers::read_alone(&part)?, &record);
+    pub fn read(part: &str) -> Result<Option<Signature>, BoardError> {
+        let mut root = Fields::top(layers::read_alone(part)?, None);
         let arch = match root.has("arch") {
             true => architecture(&mut root)?,
             // All that inherit do so from boards for ARM64.
@@ -79,6 +69,18 @@ impl Signature {
         let fields = root.optional_table("match")?;
         let signature = fields.map(signature).transpose()?;
         Ok(signature.map(|signature| Signature { arch, ..signature }))
+    }
+
+    /// Whether [`Self::read`] could give a signature that fits `host`: whether the part names
+    /// something that the host says of itself. To look is far less work than to read.
+    #[must_use]
+    pub fn is_worth_reading(part: &str, host: &Identity) -> bool {
+        let mut names = part.split('"').skip(1).step_by(2);
+        let is_said = |name: &str| {
+            host.vendor.starts_with(name) || host.compatible.iter().any(|own| own == name)
+        };
+        // One without names goes by the cores alone.
+        !part.contains('"') && !part.is_empty() || names.any(is_said)
     }
 
     /// How well it fits a host, more is better, and why.
@@ -151,7 +153,7 @@ mod tests {
     use super::*;
 
     fn signature_of(text: &str) -> Option<Signature> {
-        let text = format!("name = \"a\"\n\n[match]\n{text}\n\n[host]\nmidr = [1]\n");
+        let text = format!("[match]\n{text}\n");
         Signature::read(&text).expect("valid")
     }
 
@@ -212,10 +214,10 @@ mod tests {
 
     #[test]
     fn a_board_without_a_signature_is_never_recognised() {
-        assert_eq!(Signature::read("name = \"virt\""), Ok(None));
+        assert_eq!(Signature::read(""), Ok(None));
         assert!(Signature::read("\n[match]\ndmi-product = [\"x\"]").is_err());
         assert!(Signature::read("\n[match]\nmidr = [\"x\"]").is_err());
-        let pc = "arch = \"x86_64\"\n[match]\ndmi-vendor = [\"x\"]\n[host]\n";
+        let pc = "arch = \"x86_64\"\n[match]\ndmi-vendor = [\"x\"]\n";
         let pc = Signature::read(pc).expect("valid");
         assert_eq!(pc.map(|board| board.arch), Some(Architecture::X86_64));
     }
