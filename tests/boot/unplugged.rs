@@ -136,8 +136,10 @@ echo ALIVE";
     let outcome = guest.end();
     outcome.assert_status(0);
     let said = outcome.script();
-    let wanted = format!("READY\n{MIB}\n0\nI/O error\nALIVE");
-    assert_eq!(said.trim().replace('\r', ""), wanted, "{}", outcome.errors);
+    // What is typed at a terminal comes back.
+    let said: Vec<&str> = said.lines().filter(|line| !line.is_empty()).collect();
+    let wanted = ["READY", "1048576", "0", "I/O error", "ALIVE"];
+    assert_eq!(said, wanted, "{}", outcome.errors);
     let errors = &outcome.errors;
     let told = errors
         .lines()
@@ -218,7 +220,7 @@ fn devices_that_cannot_be_had_are_refused_in_one_line() {
         let card = format!("tap=armtap9,mac={mac}");
         refused(&[], &["--net", &card], 2, &[mac]);
     }
-    refused(&[], &["--net", "tap=armtap9"], 3, &["no interface armtap9"]);
+    refused(&[], &["--net", "tap=armtap9"], 2, &["no interface armtap9"]);
 }
 
 #[test]
@@ -255,7 +257,7 @@ fn a_tap_of_another_user_is_refused_in_one_line() {
     refused(
         &["unshare", "-U"],
         &["--net", "tap=armtap8"],
-        3,
+        2,
         &["armtap8"],
     );
     run("link del armtap8");

@@ -20,7 +20,8 @@ pub(crate) const FOLDER_IN_HOST: &str = "/assets";
 pub(crate) const VARIABLE: &str = "ARMLET_TEST_ASSETS";
 
 /// Debian's programs for the other ends of devices, for tests of them, and the peer to compare with.
-const TOOLS: [&str; 17] = [
+const TOOLS: [&str; 18] = [
+    "dash",
     "e2fsprogs",
     "ethtool",
     "fio",
