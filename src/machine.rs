@@ -11,6 +11,7 @@ use crate::stats::Counters;
 use crate::vcpu::{Buses, Told, note_end};
 use crate::virtio::Backend;
 use crate::virtio::console::HvcConsole;
+use crate::virtio::pmem::PmemImage;
 use crate::virtio::slots::{Slots, Workers};
 use anyhow::{Context, Result};
 use armlet_arch::irq::Spi;
@@ -124,12 +125,14 @@ pub fn assemble<A: KvmArch>(
     }
     let (vcpus, chip) = A::populate(kvm, &vm, plan)?;
     let mut slots = Slots::new(&vm, memory, plan)?;
-    let (buses, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
+    let (mut buses, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
         let backend = backends
             .get(slot as usize)
             .with_context(|| format!("{placed} has no backend"))?;
         Ok(slots.fill::<A>(placed, &**backend)?)
     })?;
+    let images = backends.iter().filter_map(|backend| backend.pmem());
+    buses.files = images.map(PmemImage::memory).collect();
     let (light, workers) = slots.finish();
     let counters = Counters {
         exits: vcpus.iter().map(|_| Arc::default()).collect(),
@@ -223,7 +226,11 @@ fn attach<A: KvmArch>(
         };
         ports.insert(placed.ports.start(), placed.ports.size(), device)?;
     }
-    let buses = Buses { memory: bus, ports };
+    let buses = Buses {
+        memory: bus,
+        ports,
+        files: Vec::new(),
+    };
     Ok((buses, devices))
 }
 

@@ -4,6 +4,7 @@ use crate::affinity;
 use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{KvmArch, RawExit};
 use crate::stats::{Exits, Reason};
+use crate::virtio::pmem::{FileMemory, Missing};
 use anyhow::{Context, Result};
 use armlet_devices::bus::Bus;
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -27,6 +28,23 @@ pub struct Buses {
     pub memory: Bus,
     /// At I/O ports; empty where the architecture has none.
     pub ports: Bus,
+    /// Files that are the guest's memory.
+    pub files: Vec<Arc<FileMemory>>,
+}
+
+impl Buses {
+    /// The host had no page for the guest's access; returns whether it has one now. `seen` is of
+    /// the files' own, each for one vCPU.
+    fn find_page(&self, seen: &mut Vec<u64>) -> bool {
+        seen.resize(self.files.len(), 0);
+        // KVM does not tell which of them it was. That one was cut is known for sure.
+        [Missing::End, Missing::Blocks].into_iter().any(|missing| {
+            let files = self.files.iter().zip(&mut *seen);
+            files.fold(false, |found, (file, seen)| {
+                file.detach_missing(missing, seen) || found
+            })
+        })
+    }
 }
 
 /// What a vCPU's exit means for the machine.
@@ -47,6 +65,8 @@ pub enum Next {
     Raw(u32),
     /// An access to an I/O port, yet to be answered: kvm-ioctls does not tell how wide it was.
     Port,
+    /// The host has no page of memory for the guest's access.
+    NoPage,
     /// A fault in the handler of a double fault, which resets a PC.
     TripleFault,
     /// The guest powered itself off.
@@ -86,6 +106,7 @@ pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
             "KVM reported a system event of unknown type {kind}"
         )),
         VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => Next::Port,
+        VcpuExit::MemoryFault { .. } => Next::NoPage,
         VcpuExit::Shutdown => Next::TripleFault,
         VcpuExit::Intr => Next::Run,
         VcpuExit::FailEntry(UNSUPPORTED_CPU, cpu) => Next::Failed(format!(
@@ -193,6 +214,7 @@ fn run<A: KvmArch>(
 ) -> Option<Told> {
     let mut faults = Faults { index, count: 0 };
     let mut empty_ports = Faults { index, count: 0 };
+    let mut seen = Vec::new();
     while !stopping.load(Ordering::Acquire) {
         let next = match vcpu.run() {
             Ok(exit) => {
@@ -208,6 +230,7 @@ fn run<A: KvmArch>(
             Err(error) if error.errno() == libc::ENOSYS => Next::Failed(
                 "the guest accessed a device by an instruction that KVM cannot take apart (a load or store pair, or one with writeback)".to_owned(),
             ),
+            Err(error) if error.errno() == libc::EFAULT => Next::NoPage,
             Err(error) => Next::Failed(format!("KVM cannot run it: {error}")),
         };
         let next = match next {
@@ -223,6 +246,10 @@ fn run<A: KvmArch>(
                 }
                 Err(error) => Next::Failed(format!("{error:#}")),
             },
+            Next::NoPage => match buses.find_page(&mut seen) {
+                true => Next::Run,
+                false => Next::Failed("the host has no page of memory for it".to_owned()),
+            },
             next => next,
         };
         if let Some(reason) = take_panic() {
@@ -235,7 +262,7 @@ fn run<A: KvmArch>(
             return Some(told);
         }
         match next {
-            Next::Run | Next::Port => {}
+            Next::Run | Next::Port | Next::NoPage => {}
             Next::TripleFault => {
                 let place = A::position(vcpu);
                 log::warn!(

@@ -55,6 +55,9 @@ mod system;
 /// Whose turn it is to load the host.
 #[path = "boot/turn.rs"]
 mod turn;
+/// Devices whose other end is gone, full, or was never there.
+#[path = "boot/unplugged.rs"]
+mod unplugged;
 /// The address width that KVM is asked for.
 #[path = "boot/width.rs"]
 mod width;

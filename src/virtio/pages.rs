@@ -9,6 +9,7 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -82,6 +83,69 @@ pub fn map_file(file: &File, size: usize, readonly: bool) -> Result<*mut u8> {
     // the file.
     let _ = unsafe { rustix::mm::madvise(base, size, Advice::LinuxDontDump) };
     Ok(base.cast())
+}
+
+/// The next page's start, unless `offset` is one.
+#[must_use]
+pub fn whole(offset: u64) -> u64 {
+    offset.next_multiple_of(rustix::param::page_size() as u64)
+}
+
+/// Whether the host has a page for what a mapping by [`map_file`] has at `offset`. It gets one by
+/// this question. Hosts before Linux 5.14 cannot be asked: they have none.
+#[must_use]
+pub fn has_page(address: usize, offset: u64, to_write: bool) -> bool {
+    let page = rustix::param::page_size();
+    let start = (address + offset as usize) / page * page;
+    let advice = match to_write {
+        true => Advice::LinuxPopulateWrite,
+        false => Advice::LinuxPopulateRead,
+    };
+    // SAFETY: the page lies in the mapping of a file, and keeps what it holds.
+    unsafe { rustix::mm::madvise(start as *mut c_void, page, advice) }.is_ok()
+}
+
+/// Puts memory in the place of what a mapping by [`map_file`] has from `start` to `end`, with what
+/// can be read of the file there: where the host has no page for it. What is written to it goes
+/// nowhere.
+///
+/// # Errors
+/// What the host says: no memory.
+pub fn detach(address: usize, file: &File, start: u64, end: u64, readonly: bool) -> io::Result<()> {
+    let page = rustix::param::page_size() as u64;
+    let (first, end) = (start - start % page, whole(end));
+    let size = (end - first) as usize;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses.
+    let new = unsafe {
+        rustix::mm::mmap_anonymous(
+            null_mut(),
+            size,
+            prot,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
+    }?;
+    // Only pages at either end can hold anything.
+    for at in [first, end - page] {
+        // SAFETY: the page lies in the mapping made above, which nobody else uses yet.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(
+                new.cast::<u8>().add((at - first) as usize),
+                page as usize,
+            )
+        };
+        let _ = file.read_at(bytes, at);
+    }
+    if readonly {
+        // SAFETY: as above.
+        unsafe { rustix::mm::mprotect(new, size, rustix::mm::MprotectFlags::READ) }?;
+    }
+    let to = (address + first as usize) as *mut c_void;
+    let flags = rustix::mm::MremapFlags::MAYMOVE;
+    // SAFETY: the range lies in a mapping of a file, in which nobody here holds a reference: it is
+    // the guest's memory.
+    unsafe { rustix::mm::mremap_fixed(new, size, size, flags, to) }?;
+    Ok(())
 }
 
 /// Locks the whole file for this opening of it: against all others where `alone`, else against

@@ -13,7 +13,7 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 const FLAG: &str = "--pmem";
 
@@ -24,7 +24,7 @@ pub const ALIGN: u64 = 2 << 20;
 /// A file as the guest's memory.
 pub struct PmemImage {
     name: String,
-    image: Arc<Image>,
+    image: Arc<FileMemory>,
     readonly: bool,
     address: usize,
     size: u64,
@@ -32,13 +32,36 @@ pub struct PmemImage {
     start: AtomicU64,
 }
 
-struct Image {
+/// A file that is the guest's memory, mapped until the process ends.
+pub struct FileMemory {
+    name: String,
     path: PathBuf,
     file: File,
     readonly: bool,
+    address: usize,
     size: u64,
     /// Whether writes were lost on their way to storage.
     lost: AtomicBool,
+    /// Where memory has taken the file's place.
+    detached: Mutex<Detached>,
+}
+
+/// What a file may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// Its end, which was cut off.
+    End,
+    /// Blocks for what was never written, on a disk that is full.
+    Blocks,
+}
+
+/// Parts of the mapping that are the file's no more.
+#[derive(Default)]
+struct Detached {
+    /// Where they begin and end.
+    parts: Vec<(u64, u64)>,
+    /// How often some were added.
+    times: u64,
 }
 
 impl PmemImage {
@@ -78,20 +101,30 @@ impl PmemImage {
             .and_then(|size| pages::map_file(&file, size, readonly))
             .with_context(|| format!("{FLAG}: cannot map {size} bytes of {shown}"))
             .fault(Status::Host)?;
+        let (name, address) = (format!("pmem{index}"), address as usize);
         Ok(PmemImage {
-            name: format!("pmem{index}"),
+            name: name.clone(),
             readonly,
-            address: address as usize,
+            address,
             size,
             start: AtomicU64::new(0),
-            image: Arc::new(Image {
+            image: Arc::new(FileMemory {
+                name,
                 path,
                 file,
                 readonly,
+                address,
                 size,
                 lost: AtomicBool::new(false),
+                detached: Mutex::default(),
             }),
         })
+    }
+
+    /// The mapping, for whoever hears that the host has no page for the guest.
+    #[must_use]
+    pub fn memory(&self) -> Arc<FileMemory> {
+        Arc::clone(&self.image)
     }
 
     /// Address of the mapping in this process, which stays until the process ends: what the
@@ -191,7 +224,84 @@ impl Backend for PmemImage {
     }
 }
 
-impl Image {
+impl FileMemory {
+    /// The host had no page for the guest's access. If it is this file that lacks it, memory takes
+    /// its place there: the guest goes on with that, and its flushes fail from then on.
+    ///
+    /// `seen` is how often that was done when the access was made. Returns whether to try again.
+    pub fn detach_missing(&self, missing: Missing, seen: &mut u64) -> bool {
+        let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(seen, detached.times);
+        if before < detached.times {
+            // Another vCPU met it first.
+            return true;
+        }
+        let size = size_of(&self.file).map_or(0, |size| size.min(self.size));
+        let (parts, why) = match missing {
+            Missing::End => (
+                // The page in which the file ends is still there.
+                vec![(pages::whole(size), self.size)],
+                format!("was cut to {size} of {} bytes", self.size),
+            ),
+            Missing::Blocks => (
+                self.holes(size),
+                "finds no room on the host for what was never written of it".to_owned(),
+            ),
+        };
+        let parts = parts.into_iter();
+        let added: u64 = parts.map(|part| self.detach(&mut detached, part)).sum();
+        if added == 0 {
+            return false;
+        }
+        detached.times += 1;
+        *seen = detached.times;
+        self.lost.store(true, Ordering::Relaxed);
+        log::error!(
+            "{}: {} {why}; the guest goes on with memory in place of {added} bytes, which is lost when armlet ends, and its flushes fail",
+            self.name,
+            self.path.display(),
+        );
+        true
+    }
+
+    /// Detaches a part unless it is so already; returns its bytes.
+    fn detach(&self, detached: &mut Detached, (start, end): (u64, u64)) -> u64 {
+        let mut parts = detached.parts.iter();
+        if start >= end || parts.any(|part| part.0 <= start && end <= part.1) {
+            return 0;
+        }
+        match pages::detach(self.address, &self.file, start, end, self.readonly) {
+            Ok(()) => {
+                detached.parts.push((start, end));
+                end - start
+            }
+            Err(error) => {
+                let (name, size) = (&self.name, end - start);
+                log::error!("{name}: no memory in place of {size} bytes: {error}");
+                0
+            }
+        }
+    }
+
+    /// Where the file has no blocks, if the host has none for it.
+    fn holes(&self, size: u64) -> Vec<(u64, u64)> {
+        use rustix::fs::SeekFrom;
+        let seek = |from| rustix::fs::seek(&self.file, from).ok();
+        let mut holes = Vec::new();
+        let mut at = 0;
+        while at < size
+            && let Some(start) = seek(SeekFrom::Hole(at)).filter(|start| *start < size)
+        {
+            // Another file may be what lacks pages: this one is if it gets none.
+            if holes.is_empty() && pages::has_page(self.address, start, !self.readonly) {
+                break;
+            }
+            at = seek(SeekFrom::Data(start)).map_or(size, |end| end.min(size));
+            holes.push((start, at));
+        }
+        holes
+    }
+
     fn flush(&self) -> Result<()> {
         if self.readonly {
             return Ok(());
@@ -217,6 +327,7 @@ impl Image {
 mod tests {
     use super::*;
     use std::fs;
+    use std::os::unix::fs::FileExt;
     use tempfile::TempDir;
 
     struct Folder(TempDir);
@@ -316,5 +427,57 @@ mod tests {
         image.image.flush().expect("nothing was lost");
         image.image.lost.store(true, Ordering::Relaxed);
         assert!(image.image.flush().is_err());
+    }
+
+    #[test]
+    fn memory_takes_the_place_of_what_was_cut_off() {
+        let folder = Folder::new();
+        let path = folder.path("image");
+        fs::write(&path, vec![7; 4 << 20]).expect("a file");
+        let image = PmemImage::open(&format!("path={path}"), 0).expect("an image");
+        let memory = image.memory();
+        let (mut first, mut second) = (0, 0);
+        assert!(
+            !memory.detach_missing(Missing::End, &mut first),
+            "all there"
+        );
+        let file = File::options().write(true).open(&path).expect("a file");
+        // In the middle of a page, of which the rest reads as zero.
+        file.set_len((3 << 20) - 100).expect("it is cut");
+        assert!(memory.detach_missing(Missing::End, &mut first));
+        assert!(
+            memory.detach_missing(Missing::End, &mut second),
+            "another saw it too"
+        );
+        for seen in [&mut first, &mut second] {
+            assert!(
+                !memory.detach_missing(Missing::End, seen),
+                "it is another's fault"
+            );
+        }
+        let mut data = vec![1; 4 << 20];
+        let all = File::open("/proc/self/mem").expect("our memory");
+        all.read_exact_at(&mut data, image.address() as u64)
+            .expect("no fault");
+        let wanted = |at: usize| if at < (3 << 20) - 100 { 7 } else { 0 };
+        assert!(
+            data.iter()
+                .enumerate()
+                .all(|(at, byte)| *byte == wanted(at))
+        );
+        file.set_len(4 << 20).expect("room");
+        let error = memory
+            .flush()
+            .expect_err("what was written there is nowhere");
+        assert!(error.to_string().contains("lost before"));
+    }
+
+    #[test]
+    fn holes_that_the_host_has_room_for_stay_the_files() {
+        let folder = Folder::new();
+        let path = folder.image(4 << 20);
+        let image = PmemImage::open(&format!("path={path}"), 0).expect("an image");
+        assert!(!image.memory().detach_missing(Missing::Blocks, &mut 0));
+        image.image.flush().expect("nothing was lost");
     }
 }

@@ -153,6 +153,11 @@ impl Armlet {
         path
     }
 
+    /// The initramfs of [`Self::devices`].
+    pub(crate) fn initrd(&self) -> PathBuf {
+        self.folder.path().join("initrd")
+    }
+
     pub(crate) fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Armlet {
         self.arguments.extend([name.into(), value.as_ref().into()]);
         self

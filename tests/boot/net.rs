@@ -382,7 +382,7 @@ pub(crate) fn children(parent: u32, name: &str) -> Vec<u32> {
 }
 
 /// Kills a process that armlet started.
-pub(crate) fn kill(pid: u32) {
+fn kill(pid: u32) {
     let pid = Pid::from_raw(pid.cast_signed()).expect("a process");
     kill_process(pid, Signal::KILL).expect("a process of ours");
 }

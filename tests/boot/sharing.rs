@@ -1,7 +1,8 @@
 use crate::disk::noise;
 use crate::guest::{Armlet, GLANCE, Input, section};
-use crate::net::{TRANSFER, children, give, kill, take};
+use crate::net::{TRANSFER, children, give, take};
 use crate::rig::{self, Rig};
+use rustix::process::{Pid, Signal, kill_process_group};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -226,6 +227,79 @@ umount /share && echo UNMOUNTED";
     );
 }
 
+/// A program of several files: what is compiled tells how often the sum was made, and of what.
+const MAKEFILE: &str = "OBJECTS = $(patsubst %.c,%.o,$(wildcard *.c))
+sum: $(OBJECTS)
+\t$(CC) -o $@ $^
+%.o: %.c parts.h
+\t$(CC) -c -o $@ $<
+";
+
+#[test]
+fn a_share_holds_a_git_checkout_that_builds() {
+    let Some(rig) = rig::main() else { return };
+    let (Some(tools), Some(_)) = (rig::tools_disk(), rig::program("virtiofsd")) else {
+        return;
+    };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("a folder");
+    let mut calls = String::new();
+    let mut parts = String::new();
+    for number in 0..40 {
+        let text = format!("int part{number}(void) {{ return {number}; }}\n");
+        fs::write(source.join(format!("part{number}.c")), text).expect("a file");
+        calls.push_str(&format!(" + part{number}()"));
+        parts.push_str(&format!("int part{number}(void);\n"));
+    }
+    let main = format!(
+        "#include <stdio.h>\n#include \"parts.h\"\nint main(void) {{ printf(\"sum %d\\n\", 0{calls}); return 0; }}\n"
+    );
+    fs::write(source.join("main.c"), main).expect("a file");
+    fs::write(source.join("parts.h"), parts).expect("a file");
+    fs::write(source.join("Makefile"), MAKEFILE).expect("a file");
+    let script = "
+mount -t tmpfs tmpfs /mnt/tmp; mount -t tmpfs tmpfs /mnt/home
+mkdir /mnt/home/share /mnt/tmp/bin
+mount -t virtiofs shared /mnt/home/share || echo BAD
+cp /bin/busybox /mnt/tmp/bin
+for name in sh rm wc; do ln -s busybox /mnt/tmp/bin/$name; done
+cat >/mnt/tmp/work <<'END'
+set -e
+export HOME=/tmp PATH=/tmp/bin:/usr/bin
+git config --global user.name Guest; git config --global user.email guest@example.org
+git config --global safe.directory '*'; git config --global init.defaultBranch main
+cd /home/share/source
+git init -q; git add .; git commit -q -m 'All of it'
+git clone -q /home/share/source ../checkout
+cd ../checkout
+git fsck --no-progress --strict
+make -s SHELL=/tmp/bin/sh CC=tcc
+./sum
+rm part7.o part7.c; git checkout -q .
+make -s SHELL=/tmp/bin/sh CC=tcc; ./sum; rm *.o sum
+git status --porcelain | wc -l
+END
+chroot /mnt /tmp/bin/sh /tmp/work 2>&1 || echo BAD
+umount /mnt/home/share && echo UNMOUNTED";
+    let outcome = with_tools(rig, tools, script)
+        .memory("512M")
+        .option(
+            "--share",
+            format!("tag=shared,path={}", folder.path().display()),
+        )
+        .run();
+    let said = outcome.script();
+    let wanted = "sum 780\nsum 780\n0\nUNMOUNTED";
+    assert_eq!(said.trim(), wanted, "{}", outcome.errors);
+    for name in ["part39.c", "Makefile", ".git/HEAD"] {
+        assert!(
+            folder.path().join("checkout").join(name).is_file(),
+            "{name}"
+        );
+    }
+}
+
 #[test]
 fn a_share_whose_daemon_is_killed_harms_nothing_else() {
     let Some(rig) = rig::main() else { return };
@@ -237,7 +311,7 @@ fn a_share_whose_daemon_is_killed_harms_nothing_else() {
 mkdir /share
 mount -t virtiofs shared /share && echo MOUNTED
 read -r line </dev/console
-ls /share >/dev/null 2>&1 &
+cat /share/file 2>&1 | sed -n 's,.*\\(I/O\\|Input/output\\) error.*,I/O error,p'
 echo ALIVE";
     let mut guest = Armlet::devices(rig, script)
         .input(Input::Pipe)
@@ -249,9 +323,14 @@ echo ALIVE";
     guest.expect("MOUNTED");
     let started = children(guest.pid(), "virtiofsd");
     assert!(!started.is_empty(), "armlet runs no virtiofsd");
-    started.into_iter().for_each(kill);
+    for pid in started {
+        // The first process waits in its sandbox for the one that does the work.
+        let pid = Pid::from_raw(pid.cast_signed()).expect("a process");
+        kill_process_group(pid, Signal::KILL).expect("processes of ours");
+    }
     guest.expect_error("virtiofsd");
     guest.send(b"\n");
+    guest.expect("I/O error");
     guest.expect("ALIVE");
     guest.end().assert_status(0);
 }

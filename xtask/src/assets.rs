@@ -20,18 +20,24 @@ pub(crate) const FOLDER_IN_HOST: &str = "/assets";
 pub(crate) const VARIABLE: &str = "ARMLET_TEST_ASSETS";
 
 /// Debian's programs for the other ends of devices, for tests of them, and the peer to compare with.
-const TOOLS: [&str; 12] = [
+const TOOLS: [&str; 18] = [
+    "dash",
     "e2fsprogs",
     "ethtool",
     "fio",
+    "git",
     "iperf3",
     "iproute2",
+    "kexec-tools",
+    "libc6-dev",
+    "make",
     "openssh-client",
     "passt",
     "qemu-system-arm",
     "qemu-utils",
     "socat",
     "strace",
+    "tcc",
     "virtiofsd",
 ];
 

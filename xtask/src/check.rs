@@ -165,11 +165,14 @@ impl Test {
         let test = |name: &str, spec: Option<HostSpec>| -> Result<(String, Command)> {
             let mut command = rig_tests(isa, &toolchain)?;
             command.env(isa::VARIABLE, isa.name());
-            command.args(["--quiet", "--"]);
             if !self.filter.is_empty() {
-                command.args(&self.filter);
-            } else if name != first && spec.is_some() && !self.thorough {
-                command.args(ELSEWHERE);
+                // Who asks for some tests is told of each.
+                command.arg("--").args(&self.filter);
+            } else {
+                command.args(["--quiet", "--"]);
+                if name != first && spec.is_some() && !self.thorough {
+                    command.args(ELSEWHERE);
+                }
             }
             if let Some(spec) = spec {
                 let variables = [

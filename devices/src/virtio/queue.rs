@@ -3,8 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory,
+    VolatileSlice,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Link;
@@ -15,6 +19,9 @@ const MOST_SEGMENTS: usize = 4096;
 /// The most requests that [`Virtqueue::serve`] takes in one go, so that a driver that makes them as
 /// fast as they are served does not keep the thread, and with it the device's lock, for ever.
 const MOST_AT_ONCE: usize = 256;
+
+/// Bytes of a descriptor (virtio 1.2, section 2.7.5).
+const DESCRIPTOR: u32 = 16;
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -164,15 +171,16 @@ impl Virtqueue {
                 return None;
             }
         };
-        let descriptors = popped?;
+        let head = popped?.head_index();
         let mut chain = self.spare.pop().unwrap_or_default();
-        chain.head = descriptors.head_index();
+        chain.head = head;
         chain.readable.clear();
         chain.writable.clear();
-        match chain.fill(descriptors, &self.memory) {
+        let table = GuestAddress(self.queue.desc_table());
+        let table = Table::new(&self.memory, table, self.queue.size());
+        match chain.fill(&self.memory, table, head) {
             Ok(()) => Some(chain),
             Err(what) => {
-                let head = chain.head;
                 self.break_ring(format_args!("the request at descriptor {head} {what}"));
                 None
             }
@@ -393,38 +401,105 @@ impl Chain {
         done
     }
 
-    fn fill(
+    /// Takes the request apart whose first descriptor is `head` of `table`.
+    ///
+    /// This is what `virtio_queue::DescriptorChain` does, which looks each descriptor's memory up
+    /// by itself; that would be most of what a request costs us.
+    fn fill<'a>(
         &mut self,
-        mut descriptors: virtio_queue::DescriptorChain<&GuestMemoryMmap>,
-        memory: &GuestMemoryMmap,
+        memory: &'a GuestMemoryMmap,
+        mut table: Table<'a>,
+        head: u16,
     ) -> Result<(), &'static str> {
-        let mut goes_on = true;
-        for descriptor in descriptors.by_ref() {
-            goes_on = descriptor.has_next();
-            let len = descriptor.len() as usize;
-            let segments = match descriptor.is_write_only() {
-                true => &mut self.writable,
-                false if !self.writable.is_empty() => {
-                    return Err("has a readable buffer behind a writable one");
+        const ASTRAY: &str = "does not end, or leads out of its table";
+        let mut index = head;
+        let mut left = table.entries;
+        let mut is_indirect = false;
+        // No request is longer than u32 can tell (virtio 1.2, section 2.7.5.2).
+        let mut bytes = 0_u32;
+        while left > 0 {
+            left -= 1;
+            let descriptor = table.get(index).ok_or(ASTRAY)?;
+            let len = descriptor.len();
+            if descriptor.refers_to_indirect_table() {
+                let entries = u16::try_from(len / DESCRIPTOR).map_err(|_| ASTRAY)?;
+                if is_indirect || len % DESCRIPTOR != 0 {
+                    return Err(ASTRAY);
                 }
-                false => &mut self.readable,
-            };
-            if len == 0 {
+                table = Table::new(memory, descriptor.addr(), entries);
+                (index, left, is_indirect) = (0, entries, true);
                 continue;
             }
-            if segments.len() == MOST_SEGMENTS {
-                return Err("has too many buffers");
+            bytes = bytes.checked_add(len).ok_or(ASTRAY)?;
+            self.add(memory, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
             }
-            let address = descriptor.addr();
-            if !memory.check_range(address, len) {
-                return Err("has a buffer that is not in memory");
-            }
-            segments.push(Segment { address, len });
+            index = descriptor.next();
         }
-        // The iterator ends early at whatever is wrong.
-        match goes_on {
-            true => Err("does not end, or leads out of its table"),
-            false => Ok(()),
+        Err(ASTRAY)
+    }
+
+    fn add(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        descriptor: &Descriptor,
+    ) -> Result<(), &'static str> {
+        let (address, len) = (descriptor.addr(), descriptor.len() as usize);
+        let segments = match descriptor.is_write_only() {
+            true => &mut self.writable,
+            false if !self.writable.is_empty() => {
+                return Err("has a readable buffer behind a writable one");
+            }
+            false => &mut self.readable,
+        };
+        if len == 0 {
+            return Ok(());
+        }
+        if segments.len() == MOST_SEGMENTS {
+            return Err("has too many buffers");
+        }
+        // Most lie in one region, which is the cheaper question.
+        if memory.get_slice(address, len).is_err() && !memory.check_range(address, len) {
+            return Err("has a buffer that is not in memory");
+        }
+        segments.push(Segment { address, len });
+        Ok(())
+    }
+}
+
+/// A table of descriptors, where it is looked up once.
+struct Table<'a> {
+    memory: &'a GuestMemoryMmap,
+    address: GuestAddress,
+    entries: u16,
+    /// All of it, where it lies in one region.
+    whole: Option<VolatileSlice<'a>>,
+}
+
+impl<'a> Table<'a> {
+    fn new(memory: &'a GuestMemoryMmap, address: GuestAddress, entries: u16) -> Table<'a> {
+        let bytes = usize::from(entries) * DESCRIPTOR as usize;
+        Table {
+            memory,
+            address,
+            entries,
+            whole: memory.get_slice(address, bytes).ok(),
+        }
+    }
+
+    /// A descriptor; `None` where the table ends before, or is not in memory.
+    fn get(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.entries {
+            return None;
+        }
+        let offset = usize::from(index) * DESCRIPTOR as usize;
+        match &self.whole {
+            Some(whole) => Some(whole.get_ref(offset).ok()?.load()),
+            None => {
+                let address = self.address.checked_add(offset as u64)?;
+                self.memory.read_obj(address).ok()
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::virtio::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder};
 use std::io::Read;
@@ -15,7 +15,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
 /// Its name.
@@ -124,14 +124,15 @@ impl Launch {
             Err(error) => error,
         };
         // It may have said why, and will say no more.
-        let ended = wait(&mut child);
-        let _ = child.kill();
-        let _ = child.wait();
+        let by_itself = wait(&child);
+        kill(&child);
+        wait(&child);
+        let ended = child.try_wait().ok().flatten();
         let said = words.hear_all().join("; ");
         let why = match (said.is_empty(), ended) {
             (false, _) => anyhow!("{said}"),
-            (true, Some(status)) => anyhow!("it ended at once ({status})"),
-            (true, None) => failed,
+            (true, Some(status)) if by_itself => anyhow!("it ended at once ({status})"),
+            (true, _) => failed,
         };
         Err(why.context(format!("cannot start {shown}{}", self.advice(&said))))
     }
@@ -276,10 +277,12 @@ impl Daemon {
     /// Ends it, and says how it ended.
     pub(super) fn end(&mut self) -> String {
         self.connection.hang_up();
-        let ended = wait(&mut self.child).or_else(|| {
-            let _ = self.child.kill();
-            wait(&mut self.child)
-        });
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            wait(&self.child);
+            kill(&self.child);
+            wait(&self.child);
+        }
+        let ended = self.child.try_wait().ok().flatten();
         ended.map_or_else(|| "it does not end".to_owned(), |status| status.to_string())
     }
 }
@@ -294,15 +297,28 @@ impl Drop for Daemon {
     }
 }
 
-/// Waits a while for the end of a process.
-fn wait(child: &mut Child) -> Option<ExitStatus> {
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw)?;
-    if let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) {
-        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-        // A signal makes the wait shorter, and the end is seen all the same.
-        let _ = poll(&mut fds, Some(&FAREWELL));
+/// Waits a while for the end of a process, which leaves its number taken. Returns whether it has
+/// ended.
+fn wait(child: &Child) -> bool {
+    let pidfd = pid_of(child).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+    let Some(Ok(pidfd)) = pidfd else {
+        return false;
+    };
+    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    // A signal makes the wait shorter.
+    poll(&mut fds, Some(&FAREWELL)).is_ok_and(|ready| ready > 0)
+}
+
+/// Kills what is left of a process that nobody has asked yet how it ended: in namespaces the work is
+/// another's, which the end of the first one need not end.
+fn kill(child: &Child) {
+    if let Some(pid) = pid_of(child) {
+        let _ = kill_process_group(pid, Signal::KILL);
     }
-    child.try_wait().ok().flatten()
+}
+
+fn pid_of(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
 }
 
 /// What it says on its standard error.
