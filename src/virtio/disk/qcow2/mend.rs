@@ -32,7 +32,7 @@ const COMPRESSED: u64 = 1 << 62;
 const OTHER_LAYOUTS: u64 = 1 << 2 | 1 << 4;
 
 /// What the header says.
-pub(super) struct Header {
+pub struct Header {
     /// Log2 of the bytes of a cluster: 9 to 21.
     pub(super) cluster_bits: u32,
     l1_offset: u64,
@@ -48,7 +48,7 @@ impl Header {
     ///
     /// # Errors
     /// A version, a feature or a size that is not supported.
-    pub(super) fn read(file: &File) -> Result<Header> {
+    pub fn read(file: &File) -> Result<Header> {
         let mut bytes = [0; HEADER];
         let there = read_up_to(file, &mut bytes, 0)?;
         let (features, refcount_order) = match word(&bytes, 4) {
@@ -135,7 +135,7 @@ impl InUse {
 ///
 /// # Errors
 /// An image that is damaged in other ways.
-pub(super) fn mend(file: &File, header: &Header) -> Result<u64> {
+pub fn mend(file: &File, header: &Header) -> Result<u64> {
     let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
     let mut in_use = InUse {
         cluster_bits: header.cluster_bits,
