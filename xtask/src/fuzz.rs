@@ -197,6 +197,8 @@ fn run(tool: &Path, target: &str) -> Command {
     command.current_dir(crate::repository());
     // Both are options of nightly compilers, which a stable one has as well.
     command.env("RUSTC_BOOTSTRAP", "1");
+    // Errors are no news here, and where they arise is costly to tell.
+    command.env("RUST_LIB_BACKTRACE", "0");
     command.args(["fuzz", "run", "--sanitizer", sanitizer(), target]);
     command
 }
