@@ -265,7 +265,7 @@ fn links_between_documents_lead_somewhere() {
 // ----------------------------------------------------------------------------- the source tree
 
 /// Folders with Rust in them.
-const ALL: &[&str] = &["src", "arch", "fdt", "devices", "tests", "xtask"];
+const ALL: &[&str] = &["src", "arch", "fdt", "devices", "tests", "xtask", "fuzz"];
 
 /// This file, which names all that it forbids.
 const THIS: &str = "tests/tidy.rs";

@@ -6,7 +6,7 @@
 mod complaints;
 mod image;
 #[cfg(feature = "qcow2")]
-mod qcow2;
+pub mod qcow2;
 mod sys;
 mod uring;
 

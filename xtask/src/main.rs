@@ -9,6 +9,7 @@ mod check;
 mod dist;
 mod elf;
 mod figures;
+mod fuzz;
 mod help;
 mod host;
 mod image;
@@ -67,6 +68,7 @@ enum Task {
     Setup(Setup),
     Host(Host),
     Dist(dist::Dist),
+    Fuzz(fuzz::Fuzz),
 }
 
 /// Run a program built for ARM64, with its arguments: what cargo calls for the aarch64 targets.
@@ -150,6 +152,7 @@ fn run() -> Result<i32> {
         Task::Setup(setup) => setup.run(),
         Task::Host(host) => host.run(),
         Task::Dist(dist) => dist.run(),
+        Task::Fuzz(fuzz) => fuzz.run(),
     }
 }
 

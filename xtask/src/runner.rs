@@ -45,7 +45,12 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
         mode: 0o755,
     }];
     files.extend(armlet_beside(&binary));
-    files.extend(repository_files(&crate::repository())?);
+    let repository = crate::repository();
+    files.extend(repository_files(&repository)?);
+    // Hundreds of small files, which one test reads and each host would have to unpack.
+    let corpus = repository.join("fuzz/corpus");
+    let name = binary.file_name().unwrap_or_default().to_string_lossy();
+    files.retain(|file| name.starts_with("corpus-") || !file.to.starts_with(&corpus));
     files.extend(asset_files(&prepared, isa, choice));
 
     let mut environment = std::env::vars()

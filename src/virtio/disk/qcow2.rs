@@ -1,6 +1,6 @@
 //! Images in QEMU's qcow2 format, by the library imago. One request at a time.
 
-mod mend;
+pub mod mend;
 
 use super::QCOW2;
 use super::complaints::Complaints;

@@ -10,6 +10,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 /// Bytes of the header that are of interest here, as far as version 3 has it.
@@ -32,7 +33,7 @@ const COMPRESSED: u64 = 1 << 62;
 const OTHER_LAYOUTS: u64 = 1 << 2 | 1 << 4;
 
 /// What the header says.
-pub(super) struct Header {
+pub struct Header {
     /// Log2 of the bytes of a cluster: 9 to 21.
     pub(super) cluster_bits: u32,
     l1_offset: u64,
@@ -48,7 +49,7 @@ impl Header {
     ///
     /// # Errors
     /// A version, a feature or a size that is not supported.
-    pub(super) fn read(file: &File) -> Result<Header> {
+    pub fn read(file: &File) -> Result<Header> {
         let mut bytes = [0; HEADER];
         let there = read_up_to(file, &mut bytes, 0)?;
         let (features, refcount_order) = match word(&bytes, 4) {
@@ -125,9 +126,19 @@ impl InUse {
         }
     }
 
-    fn has(&self, cluster: u64) -> bool {
-        let word = self.bits.get((cluster / 64) as usize);
-        word.is_some_and(|word| word & 1 << (cluster % 64) != 0)
+    /// Those of a range, in order. An image that points far has few of many, so it is words that are
+    /// looked through, not clusters.
+    fn within(&self, clusters: Range<u64>) -> impl Iterator<Item = u64> + '_ {
+        let words = clusters.start / 64..clusters.end.div_ceil(64);
+        let all = words.flat_map(|word| {
+            let mut left = self.bits.get(word as usize).copied().unwrap_or(0);
+            std::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros())?;
+                left &= left - 1;
+                Some(64 * word + u64::from(bit))
+            })
+        });
+        all.filter(move |cluster| clusters.contains(cluster))
     }
 }
 
@@ -135,7 +146,7 @@ impl InUse {
 ///
 /// # Errors
 /// An image that is damaged in other ways.
-pub(super) fn mend(file: &File, header: &Header) -> Result<u64> {
+pub fn mend(file: &File, header: &Header) -> Result<u64> {
     let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
     let mut in_use = InUse {
         cluster_bits: header.cluster_bits,
@@ -193,14 +204,14 @@ fn mend_block(
     file: &File,
     header: &Header,
     offset: u64,
-    clusters: std::ops::Range<u64>,
+    clusters: Range<u64>,
     in_use: &InUse,
 ) -> Result<u64> {
-    let used = clusters.clone().filter(|cluster| in_use.has(*cluster));
+    let mut used = in_use.within(clusters.clone());
     if offset == 0 {
-        return match used.count() {
-            0 => Ok(0),
-            _ => bail!("it lacks a table of reference counts"),
+        return match used.next() {
+            None => Ok(0),
+            Some(_) => bail!("it lacks a table of reference counts"),
         };
     }
     let mut block = vec![0; header.cluster_size() as usize];
@@ -265,4 +276,28 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from(word(bytes, at)) << 32 | u64::from(word(bytes, at + 4))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_in_use_are_found_however_far_apart() {
+        let mut in_use = InUse {
+            cluster_bits: 9,
+            bits: Vec::new(),
+        };
+        let last = MOST_CLUSTERS - 1;
+        for cluster in [0, 63, 64, 1000, last] {
+            in_use.add(cluster << 9, 512).expect("near enough");
+        }
+        let found = |range| in_use.within(range).collect::<Vec<_>>();
+        // Each cluster of these looked at by itself took a second and more.
+        assert_eq!(found(0..MOST_CLUSTERS), [0, 63, 64, 1000, last]);
+        assert_eq!(found(1..64), [63]);
+        assert_eq!(found(64..1000), [64]);
+        assert!(found(1001..last).is_empty());
+        assert!(in_use.add(MOST_CLUSTERS << 9, 1).is_err());
+    }
 }

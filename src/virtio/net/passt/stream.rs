@@ -10,13 +10,13 @@ use vm_memory::VolatileSlice;
 /// Bytes of the length before each frame, which has the most significant one first.
 const LENGTH: usize = 4;
 /// Bytes of the longest frame that passt takes and gives (passt's tap.h: L2_MAX_LEN_PASST).
-pub(super) const LONGEST: usize = 65535;
+pub const LONGEST: usize = 65535;
 /// Bytes for what was read: a frame in parts, and another one.
 const INPUT_BYTES: usize = 2 * (LENGTH + LONGEST);
 
 /// Why a frame was not moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Broken {
+pub enum Broken {
     /// Not now.
     Wait,
     /// The other end is closed.
@@ -26,7 +26,7 @@ pub(super) enum Broken {
 }
 
 /// A socket with frames, and those that are under way.
-pub(super) struct Stream {
+pub struct Stream {
     pub(super) socket: OwnedFd,
     input: Input,
     /// The end of a frame of which a part was sent.
@@ -35,7 +35,7 @@ pub(super) struct Stream {
 
 impl Stream {
     /// The frames of a stream socket that does not block.
-    pub(super) fn new(socket: OwnedFd) -> Stream {
+    pub fn new(socket: OwnedFd) -> Stream {
         Stream {
             socket,
             input: Input::new(),
@@ -44,7 +44,7 @@ impl Stream {
     }
 
     /// Sends the rest of a frame of which a part was sent.
-    pub(super) fn flush(&mut self) -> Result<(), Broken> {
+    pub fn flush(&mut self) -> Result<(), Broken> {
         while !self.output.is_empty() {
             match rustix::io::write(&self.socket, &self.output) {
                 Ok(size) => drop(self.output.drain(..size)),
@@ -57,7 +57,7 @@ impl Stream {
 
     /// Sends a frame of `size` bytes, up to [`LONGEST`]. If only a part goes out now, the rest
     /// does at the next call or by [`Self::flush`].
-    pub(super) fn send<'a, P: Iterator<Item = VolatileSlice<'a>>>(
+    pub fn send<'a, P: Iterator<Item = VolatileSlice<'a>>>(
         &mut self,
         size: usize,
         pieces: impl Fn() -> P,
@@ -86,7 +86,7 @@ impl Stream {
     }
 
     /// Hands the next frame to `take`.
-    pub(super) fn receive<T>(&mut self, take: impl FnOnce(&[u8]) -> T) -> Result<T, Broken> {
+    pub fn receive<T>(&mut self, take: impl FnOnce(&[u8]) -> T) -> Result<T, Broken> {
         loop {
             match self.input.next() {
                 Err(size) => return Err(Broken::Wrong(size)),

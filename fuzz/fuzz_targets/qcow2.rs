@@ -1,0 +1,3 @@
+//! Target qcow2.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| armlet_fuzz::run("qcow2", data));

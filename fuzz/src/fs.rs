@@ -1,0 +1,134 @@
+//! The file system device, whose server ends at any time and leaves the rings as it likes.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use armlet_devices::virtio::fs::{Fs, Server};
+use armlet_devices::virtio::mmio::Mmio;
+use armlet_devices::virtio::{Link, StartError, VirtioDevice, Virtqueue};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::guest::{Guest, Subject, lock};
+use super::input::Input;
+
+#[derive(Default)]
+struct State {
+    /// Whether the server works on the rings, and whether it did and the device goes on alone.
+    works: bool,
+    is_orphan: bool,
+    dead: bool,
+    refuses: bool,
+}
+
+struct Fake {
+    state: Arc<Mutex<State>>,
+    bell: EventFd,
+}
+
+impl Server for Fake {
+    fn start(
+        &mut self,
+        _features: u64,
+        queues: &[Virtqueue],
+        _link: &Link,
+    ) -> Result<(), StartError> {
+        let mut state = lock(&self.state);
+        assert!(!state.works && !queues.is_empty());
+        state.dead = state.refuses;
+        state.is_orphan = state.refuses;
+        match state.refuses {
+            true => Err(StartError("not today".to_owned())),
+            false => {
+                state.works = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        let mut state = lock(&self.state);
+        (state.works, state.is_orphan) = (false, false);
+    }
+
+    fn fd(&self) -> RawFd {
+        self.bell.as_raw_fd()
+    }
+
+    fn look(&mut self) -> Result<(), String> {
+        let mut state = lock(&self.state);
+        if state.dead {
+            state.is_orphan |= std::mem::take(&mut state.works);
+            return Err("it was killed".to_owned());
+        }
+        Ok(())
+    }
+}
+
+struct World(Arc<Mutex<State>>);
+
+impl Subject for World {
+    type Device = Fs;
+
+    fn payload(&mut self, _queue: usize, input: &mut Input<'_>) -> Vec<u8> {
+        let len = if input.rarely(4) { input.below(64) } else { 40 };
+        let fill = input.u8();
+        vec![fill; len]
+    }
+
+    fn event(&mut self, device: &Mutex<Fs>, input: &mut Input<'_>) {
+        match input.u8() {
+            0..=95 => {
+                lock(&self.0).dead = true;
+                lock(device).ready(0);
+            }
+            96..=127 => lock(&self.0).refuses = input.flag(),
+            128..=191 => lock(device).ready(1),
+            _ => lock(device).ready(0),
+        }
+    }
+
+    fn kicks(&mut self, guest: &mut Mmio, device: &Mutex<Fs>) -> bool {
+        let is_orphan = lock(&self.0).is_orphan;
+        let mut any = false;
+        for kick in guest.kicks() {
+            // Who does not wait for them leaves them; the server's are lost here.
+            if let Ok(count) = kick.read()
+                && is_orphan
+            {
+                kick.write(count).expect("room");
+                any = true;
+            }
+        }
+        if any {
+            lock(device).ready(1);
+        }
+        any
+    }
+
+    fn finish(&mut self, device: &Mutex<Fs>) {
+        lock(device).ready(0);
+        lock(device).ready(1);
+    }
+
+    fn is_drained(&self, _queue: usize) -> bool {
+        true
+    }
+
+    fn has_other_worker(&self) -> bool {
+        lock(&self.0).works
+    }
+}
+
+/// The file system device.
+pub fn fs(data: &[u8]) {
+    let mut input = Input::new(data);
+    let state = Arc::new(Mutex::new(State::default()));
+    let server = Fake {
+        state: Arc::clone(&state),
+        bell: EventFd::new(EFD_NONBLOCK).expect("a descriptor"),
+    };
+    let requests = 1 + u16::from(input.u8() & 3);
+    let tag = ["", "home", "a tag that has thirty-six bytes, all"][input.below(3)];
+    let device = Fs::new(tag, requests, Box::new(server)).expect("descriptors");
+    Guest::new(World(state), Arc::new(Mutex::new(device))).run(&mut input);
+}
