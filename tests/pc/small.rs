@@ -68,6 +68,45 @@ fn a_string_goes_to_one_port() {
     assert_eq!(printed(&program.power_off()), "0123456789abcdef\n");
 }
 
+/// How often vCPU 0 accessed a port that armlet answers, by what `--stats` said last.
+fn port_accesses(errors: &str) -> usize {
+    let line = errors
+        .lines()
+        .rfind(|line| line.contains("vCPU 0 left KVM"));
+    let count = line.and_then(|line| line.split_once("port accesses "));
+    let digits = count.expect("a line of statistics").1;
+    let digits = digits.split(|c: char| !c.is_ascii_digit()).next();
+    digits
+        .and_then(|digits| digits.parse().ok())
+        .expect("a number")
+}
+
+#[test]
+fn output_of_those_who_look_before_they_send_is_collected() {
+    if !rig::small() {
+        return;
+    }
+    let text = |length: usize| -> String { ('a'..='z').cycle().take(length).collect() };
+    let run = |program: Program| {
+        let outcome = Armlet::program(&program.power_off()).flag("--stats").run();
+        outcome.assert_status(0);
+        (outcome.text(), port_accesses(&outcome.errors))
+    };
+    // A look before each byte: the bytes are collected, the looks are not.
+    let (output, exits) = run(Program::default().print_looking(&text(480), 1));
+    assert_eq!(output, text(480));
+    assert!((480..700).contains(&exits), "{exits} exits");
+    // A look for each 16 bytes, as Linux does once the port is open.
+    let (output, exits) = run(Program::default().print_looking(&text(1600), 16));
+    assert_eq!(output, text(1600));
+    assert!((100..500).contains(&exits), "{exits} exits");
+    // KVM would drop what a string instruction writes beyond its room.
+    let (output, _) = run(Program::default()
+        .print_looking(&text(32), 64)
+        .print_string(&text(1500)));
+    assert_eq!(output, text(32) + &text(1500));
+}
+
 #[test]
 fn ports_without_a_device_read_as_ones_and_are_no_fault() {
     if !rig::small() {

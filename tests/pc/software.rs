@@ -70,6 +70,17 @@ impl Program {
         self
     }
 
+    /// Prints `text` with a look at the line status before each `count` bytes.
+    pub(crate) fn print_looking(mut self, text: &str, count: usize) -> Program {
+        for part in text.as_bytes().chunks(count) {
+            self = self.input(UART + 5).port(UART);
+            for byte in part {
+                self = self.bytes(&[0xb0, *byte, 0xee]);
+            }
+        }
+        self
+    }
+
     /// Prints by one instruction: MOV ESI, address; MOV ECX, count; REP OUTSB.
     pub(crate) fn print_string(mut self, text: &str) -> Program {
         let address = BASE as u32 + (TEXT + self.text.len()) as u32;
