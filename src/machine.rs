@@ -196,8 +196,15 @@ fn attach<A: KvmArch>(
         };
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }
+    if let Some((window, device)) = A::chip_device(vm, plan) {
+        bus.insert(window.start(), window.size(), device)?;
+    }
     let mut ports = Bus::new();
-    for placed in &plan.layout.ports {
+    let placed_ports = match A::PORTS {
+        true => plan.layout.ports.as_slice(),
+        false => &[],
+    };
+    for placed in placed_ports {
         let PlacedPorts { kind, irq, .. } = *placed;
         let line = || {
             irq.map(line)
