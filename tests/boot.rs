@@ -34,6 +34,9 @@ mod life;
 /// Debian's kernels, from boot to power-off, and what they say about the machine.
 #[path = "boot/linux.rs"]
 mod linux;
+/// What holds of a guest's life and its end on every architecture.
+#[path = "boot/lives.rs"]
+mod lives;
 /// Threads, huge pages, memory banks.
 #[path = "boot/machine.rs"]
 mod machine;

@@ -16,6 +16,9 @@ mod guest;
 /// Debian's kernels, from boot to power-off.
 #[path = "pc/linux.rs"]
 mod linux;
+/// What holds of a guest's life and its end on every architecture.
+#[path = "boot/lives.rs"]
+mod lives;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;

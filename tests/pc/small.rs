@@ -1,10 +1,7 @@
-use crate::guest::{Armlet, Guest, Input};
-use crate::rig;
+use crate::guest::{Armlet, Input};
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
+use crate::{lives, rig};
 use rustix::process::Signal;
-use std::fs;
-use std::thread::sleep;
-use std::time::Duration;
 
 /// A guest that says that it runs, and hears nothing.
 fn deaf() -> Program {
@@ -243,10 +240,7 @@ fn sigterm_presses_the_power_button() {
     guest.expect("pressed\n");
     let outcome = guest.end();
     outcome.assert_status(0);
-    assert_eq!(
-        outcome.errors,
-        "armlet: pressed the guest's power key; a second signal stops it at once\n"
-    );
+    assert_eq!(outcome.errors, lives::PRESSED);
 }
 
 #[test]
@@ -254,15 +248,7 @@ fn a_second_sigterm_stops_a_guest_that_does_not_listen() {
     if !rig::small() {
         return;
     }
-    let mut guest = Armlet::program(&deaf()).start();
-    guest.expect("up\n");
-    guest.signal(Signal::TERM);
-    guest.expect_error("pressed the guest's power key");
-    assert!(guest.runs(), "one SIGTERM ended it");
-    guest.signal(Signal::TERM);
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert!(outcome.errors.ends_with("armlet: stopped by a signal\n"));
+    lives::is_stopped_by_a_second_signal(Armlet::program(&deaf()), Signal::TERM);
 }
 
 #[test]
@@ -405,37 +391,13 @@ fn cpuid_tells_of_what_was_asked_for() {
     }
 }
 
-/// Descriptors and threads of armlet's process.
-fn holdings(guest: &Guest) -> (usize, usize) {
-    let count = |what: &str| {
-        let folder = format!("/proc/{}/{what}", guest.pid());
-        fs::read_dir(folder).expect("a running process").count()
-    };
-    (count("fd"), count("task"))
-}
-
 #[test]
 fn a_reset_is_no_leak() {
     if !rig::small() {
         return;
     }
     let again = Program::default().print("again\n").out(RESET_CONTROL, 6);
-    let mut guest = Armlet::program(&again.stay()).start();
-    let after_30_lives = |guest: &mut Guest| {
-        for _ in 0..30 {
-            guest.expect("again\n");
-        }
-        holdings(guest)
-    };
-    let first = after_30_lives(&mut guest);
-    let second = after_30_lives(&mut guest);
-    // What a life holds comes and goes: a leak of one a life would be 30 more.
-    assert!(
-        second.0 < first.0 + 15 && second.1 < first.1 + 15,
-        "descriptors and threads: {first:?} after 30 lives, {second:?} after 60"
-    );
-    guest.signal(Signal::INT);
-    guest.end().assert_status(6);
+    lives::resets_without_a_leak(Armlet::program(&again.stay()));
 }
 
 #[test]
@@ -461,17 +423,7 @@ fn ctrl_a_x_leaves_and_the_terminal_is_as_before() {
     if !rig::small() {
         return;
     }
-    let mut guest = Armlet::program(&deaf()).input(Input::Terminal).start();
-    let before = guest.modes();
-    guest.expect("up\n");
-    assert_ne!(before, guest.modes(), "the terminal was not raw");
-    guest.send(b"\x01");
-    sleep(Duration::from_millis(100));
-    assert!(guest.runs(), "Ctrl-A alone ended it");
-    guest.send(b"x");
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert_eq!(outcome.modes, Some(before));
+    lives::is_left_by_ctrl_a_x(Armlet::program(&deaf()));
 }
 
 #[test]
