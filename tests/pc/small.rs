@@ -17,6 +17,29 @@ fn printed(program: &Program) -> String {
 }
 
 #[test]
+fn the_probe_names_the_board_and_what_kvm_offers() {
+    if !rig::small() {
+        return;
+    }
+    let mut probe = std::process::Command::new(env!("CARGO_BIN_EXE_armlet"));
+    let output = probe.args(["probe", "--json"]).output();
+    let text = output.expect("armlet can be run").stdout;
+    let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let facts = &report["facts"];
+    assert_eq!(report["runs_guests"], true, "{report:#}");
+    assert_eq!(facts["profile"], "pc");
+    for switch in [
+        "clock",
+        "async-pf",
+        "steal-time",
+        "tlb-flush",
+        "poll-control",
+    ] {
+        assert!(facts[switch].is_boolean(), "{switch}: {facts:#}");
+    }
+}
+
+#[test]
 fn a_bzimage_starts_in_long_mode() {
     if !rig::small() {
         return;
