@@ -46,6 +46,17 @@ const LAST_LINES: usize = 25;
 const HOST_INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox --install -s /bin
+# Nobody can pivot away from the kernel's first mount (pivot_root(2)), which sandboxes of daemons
+# want to. The same files, mounted once more on top of it, are a root like any other.
+if [ -z "$ARMLET_RIG_ROOT" ]; then
+    export ARMLET_RIG_ROOT=1
+    umount /proc
+    mkdir /mnt
+    mount --bind / /mnt
+    cd /mnt
+    mount --move . /
+    exec chroot . /init
+fi
 export PATH=/bin HOME=/root TERM=linux
 dmesg -n 1
 mount -t sysfs sysfs /sys
