@@ -445,6 +445,14 @@ impl Outcome {
         self
     }
 
+    /// What armlet said on standard error, but for the note that vCPUs share the host's CPUs: an
+    /// emulated host may have one.
+    pub(crate) fn complaints(&self) -> String {
+        let lines = self.errors.lines();
+        let lines = lines.filter(|line| !line.contains("vCPUs share CPUs"));
+        lines.map(|line| format!("{line}\n")).collect()
+    }
+
     /// What the script printed; fails unless it ran to its end, and the guest powered off.
     pub(crate) fn script(&self) -> String {
         self.assert_status(0);

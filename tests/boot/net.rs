@@ -191,7 +191,7 @@ echo SENT BACK",
     mirror.finish();
     let outcome = guest.end();
     assert!(!outcome.script().contains("BAD"));
-    assert_eq!(outcome.errors, "");
+    assert_eq!(outcome.complaints(), "");
 }
 
 #[test]
