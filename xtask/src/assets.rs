@@ -35,8 +35,8 @@ const TOOLS: [&str; 12] = [
     "virtiofsd",
 ];
 
-/// Those of them that guests on x86_64 need: nothing is measured there.
-const X86_TOOLS: [&str; 4] = ["iproute2", "passt", "socat", "virtiofsd"];
+/// The peer, which is for ARM64 alone.
+const PEER: &str = "qemu-system-arm";
 
 /// The size of the disk that they lie on.
 const TOOLS_MIB: u32 = 1024;
@@ -259,7 +259,11 @@ pub(crate) fn script(script: &str) -> Result<Vec<u8>> {
 pub(crate) fn tools(store: &Store, isa: Isa) -> Result<PathBuf> {
     let folder = match isa {
         Isa::Arm64 => store.programs(isa, "tools", &TOOLS)?,
-        Isa::X86 => store.programs(isa, "tools-x86_64", &X86_TOOLS)?,
+        Isa::X86 => {
+            let names = TOOLS.iter().filter(|name| **name != PEER);
+            let names = names.copied().collect::<Vec<_>>();
+            store.programs(isa, "tools-x86_64", &names)?
+        }
     };
     let name = folder.file_name().context("a folder has a name")?;
     let image = store.assets().join(name).with_extension("img");
