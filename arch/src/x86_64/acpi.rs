@@ -266,26 +266,16 @@ fn virtio(placed: &Placed, slot: u32) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::GicChoice;
-    use crate::{Arch, Board, Request, WidthPolicy, plan};
+    use crate::{Arch, Board, Request, plan};
 
     const PC: &str = include_str!("../../../boards/pc.toml");
 
     fn tables_of(board: &str, cpus: u32, virtio: &[&str]) -> Vec<u8> {
         let board = Board::parse(board).expect("valid");
-        let request = Request::<X86_64> {
+        let request = Request {
             cpus,
-            memory: 512 << 20,
-            width: WidthPolicy::Fit,
-            gic: GicChoice::Auto,
-            kernel: None,
-            initrd: None,
-            cmdline: String::new(),
-            seeds: None,
             virtio: virtio.iter().map(|name| (*name).to_owned()).collect(),
-            pmem: Vec::new(),
-            topology: Default::default(),
-            wishes: Default::default(),
+            ..crate::x86_64::tests::request(512 << 20)
         };
         let plan = plan(&board, &request, &X86_64::assumed_host(&board)).expect("fits");
         let tables = plan.blobs.into_iter().find(|blob| blob.address == TABLES);

@@ -259,7 +259,7 @@ mod tests {
         Board::parse(PC).expect("valid")
     }
 
-    fn request(memory: u64) -> Request<X86_64> {
+    pub(super) fn request(memory: u64) -> Request<X86_64> {
         Request {
             cpus: 1,
             memory,
