@@ -137,7 +137,9 @@ fn output_of_those_who_look_before_they_send_is_collected() {
     let run = |program: Program| {
         let outcome = Armlet::program(&program.power_off()).flag("--stats").run();
         outcome.assert_status(0);
-        (outcome.text(), port_accesses(&outcome.errors))
+        let exits = port_accesses(&outcome.errors);
+        println!("{} bytes of output: {exits} exits", outcome.bytes.len());
+        (outcome.text(), exits)
     };
     // A look before each byte: the bytes are collected, the looks are not.
     let (output, exits) = run(Program::default().print_looking(&text(480), 1));
