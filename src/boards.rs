@@ -39,9 +39,9 @@ pub struct BuiltIn {
     /// Its name.
     pub name: &'static str,
     /// Its file, without lines that are comments.
-    text: &'static str,
+    pub text: &'static str,
     /// The part of the file for [`Signature::read`].
-    signature: &'static str,
+    pub signature: &'static str,
 }
 
 /// Built-in boards.

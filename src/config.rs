@@ -14,8 +14,9 @@ use crate::virtio::{self, Wanted};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::cores::{self, Cache, HostCores, PinPolicy, Pinning, Topology};
 use armlet_arch::image::Header;
+use armlet_arch::irq::GicChoice;
 use armlet_arch::size::parse_size;
-use armlet_arch::{Arch, Board, Request, Seeds};
+use armlet_arch::{Arch, Architecture, Board, Request, Seeds};
 use linux_loader::cmdline::Cmdline;
 use std::path::Path;
 
@@ -113,6 +114,9 @@ fn read_checked<A: Arch>(
         None => defaults.gic,
         Some(text) => text.parse().map_err(|cause| anyhow!("--gic: {cause}"))?,
     };
+    if A::ARCHITECTURE != Architecture::Aarch64 && gic != GicChoice::Auto {
+        return Err(anyhow!("--gic is for aarch64 guests; leave it out"));
+    }
     let policy = match &args.pin {
         None => defaults.pin.clone(),
         Some(text) => text.parse().map_err(|cause| anyhow!("--pin: {cause}"))?,

@@ -199,8 +199,15 @@ fn attach<A: KvmArch>(
         };
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }
+    if let Some((window, device)) = A::chip_device(vm, plan) {
+        bus.insert(window.start(), window.size(), device)?;
+    }
     let mut ports = Bus::new();
-    for placed in &plan.layout.ports {
+    let placed_ports = match A::PORTS {
+        true => plan.layout.ports.as_slice(),
+        false => &[],
+    };
+    for placed in placed_ports {
         let PlacedPorts { kind, irq, .. } = *placed;
         let line = || {
             irq.map(line)
@@ -209,8 +216,12 @@ fn attach<A: KvmArch>(
         let on_reset = || Box::new(|| note_end(Told::Reset));
         let device: Arc<Mutex<dyn Device>> = match kind {
             PortKind::Uart16550 => {
-                let (output, on_room, _) = console.take().context(TWO_CONSOLES)?;
-                let serial = Arc::new(Mutex::new(Uart16550::new(line()?, output, on_room)));
+                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
+                let window = vcpu
+                    .map(|vcpu| BurstWindow::at_ports(Arc::clone(vm), vcpu, placed.ports.start()));
+                let uart = Uart16550::new(line()?, output, on_room);
+                let serial = Serial::new(uart, window.and_then(collecting), on_burst);
+                let serial = Arc::new(Mutex::new(serial));
                 devices.serial = Some(Arc::clone(&serial) as _);
                 serial
             }
@@ -248,7 +259,14 @@ fn burst_window<A: KvmArch>(
     if regions.any(|other| other.range != device.window && other.range.overlaps(page)) {
         return None;
     }
-    let window = BurstWindow::new(Arc::clone(vm), vcpu?, device.window.start());
+    collecting(BurstWindow::new(
+        Arc::clone(vm),
+        vcpu?,
+        device.window.start(),
+    ))
+}
+
+fn collecting(window: Result<BurstWindow>) -> Option<BurstWindow> {
     window
         .inspect_err(|error| log::info!("each byte of output is an exit: {error:#}"))
         .ok()

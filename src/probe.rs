@@ -271,7 +271,9 @@ impl Report {
                 json!(
                     self.profile
                         .as_ref()
-                        .map_or("virt", |known| &known.board.name)
+                        .map_or(boards::fallback_of(HostArch::ARCHITECTURE), |known| {
+                            &known.board.name
+                        })
                 ),
             ),
             ("kernel", "Kernel", json!(self.kernel)),

@@ -1,15 +1,14 @@
-//! The serial console on the bus: a PL011 whose output leaves the guest in bursts.
+//! The serial console on the bus: a UART whose output leaves the guest in bursts.
 //!
-//! A kernel that prints reads the flag register and writes the data register for each byte: two
-//! exits. While a burst lasts the guest reads the registers from memory and KVM collects what it
-//! writes to the data register ([`BurstWindow`]); each exit for another register, or a tick of the
-//! event loop, takes the bytes out in order. No byte waits longer than a tick, and a guest that
-//! is quiet costs nothing.
+//! A kernel that prints reads a status register and writes the data register for each byte: two
+//! exits. While a burst lasts KVM collects what the guest writes to the data register, and the
+//! guest reads the registers from memory where they are in memory ([`BurstWindow`]); each exit for
+//! another register, or a tick of the event loop, takes the bytes out in order. No byte waits longer
+//! than a tick, and a guest that is quiet costs nothing.
 
 use crate::kvm::burst::BurstWindow;
 use armlet_devices::Device;
-use armlet_devices::console::Console;
-use armlet_devices::pl011::{Pl011, Snapshot};
+use armlet_devices::console::{Console, Uart};
 use std::time::{Duration, Instant};
 
 /// How often a burst is looked after: the longest that a byte waits.
@@ -21,18 +20,18 @@ const BURST_TIME: Duration = Duration::from_millis(100);
 /// The most bytes that it takes to begin one, where bursts have been short of late.
 const BURST_BYTES_MOST: u32 = 1 << 16;
 
-/// The data register, UARTDR.
+/// The data register.
 const DATA: u64 = 0;
 
-/// A PL011 behind a window for bursts.
-pub struct Serial {
-    uart: Pl011,
+/// A UART behind a window for bursts.
+pub struct Serial<U: Uart> {
+    uart: U,
     /// `None` where KVM or the board's map has no room for it: then each access is an exit.
     window: Option<BurstWindow>,
     /// Called when a burst begins: from then on [`tick`](Self::tick) wants to be called.
     on_burst: Box<dyn Fn() + Send>,
     /// What the guest reads while the window is open.
-    shown: Option<Snapshot>,
+    shown: Option<U::Snapshot>,
     /// Bytes written since `since`, outside a burst; or in it.
     count: u32,
     since: Instant,
@@ -44,10 +43,10 @@ pub struct Serial {
     taken: Vec<u8>,
 }
 
-impl Serial {
+impl<U: Uart> Serial<U> {
     /// A console on `uart`.
     #[must_use]
-    pub fn new(uart: Pl011, window: Option<BurstWindow>, on_burst: Box<dyn Fn() + Send>) -> Serial {
+    pub fn new(uart: U, window: Option<BurstWindow>, on_burst: Box<dyn Fn() + Send>) -> Serial<U> {
         Serial {
             uart,
             window,
@@ -80,7 +79,7 @@ impl Serial {
 
     /// What the guest may read from memory. A guest that waits for the transmit interrupt before
     /// it sends on would wait for a tick each time: that interrupt comes with the bytes.
-    fn snapshot(&self) -> Option<Snapshot> {
+    fn snapshot(&self) -> Option<U::Snapshot> {
         match self.uart.sends_by_interrupt() {
             true => None,
             false => self.uart.snapshot(),
@@ -92,7 +91,7 @@ impl Serial {
         let (Some(window), Some(snapshot)) = (&mut self.window, snapshot) else {
             return;
         };
-        if window.open(snapshot.words()).is_ok() {
+        if window.open(U::words(&snapshot)).is_ok() {
             self.shown = Some(snapshot);
             self.written = true;
             (self.on_burst)();
@@ -109,7 +108,7 @@ impl Serial {
         match snapshot {
             Some(now) if now == *shown => {}
             Some(now) => {
-                window.update(now.words());
+                window.update(U::words(&now));
                 *shown = now;
             }
             None => self.end_burst(),
@@ -133,7 +132,7 @@ impl Serial {
     }
 }
 
-impl Console for Serial {
+impl<U: Uart> Console for Serial<U> {
     fn flush(&mut self) {
         if let Some(window) = self.window.as_mut().filter(|_| self.shown.is_some()) {
             self.taken.clear();
@@ -175,7 +174,7 @@ impl Console for Serial {
     }
 }
 
-impl Device for Serial {
+impl<U: Uart> Device for Serial<U> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         self.flush();
         self.uart.read(offset, data);
@@ -198,6 +197,7 @@ mod tests {
 
     use super::*;
     use armlet_devices::IrqLine;
+    use armlet_devices::pl011::Pl011;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::{Arc, Mutex};
 
@@ -224,7 +224,7 @@ mod tests {
 
     /// A console without a window, and what it tells.
     struct Bench {
-        serial: Serial,
+        serial: Serial<Pl011>,
         /// One entry a call of the output.
         output: Arc<Mutex<Vec<Vec<u8>>>>,
         rooms: Arc<AtomicUsize>,

@@ -10,6 +10,9 @@
 /// Archives for a guest's initramfs.
 #[path = "boot/archive.rs"]
 mod archive;
+/// What is no good anywhere, and how it is refused.
+#[path = "boot/bad.rs"]
+mod bad;
 /// Boards: recognised, planned for, refused.
 #[path = "boot/boards.rs"]
 mod boards;
@@ -31,6 +34,9 @@ mod life;
 /// Debian's kernels, from boot to power-off, and what they say about the machine.
 #[path = "boot/linux.rs"]
 mod linux;
+/// What holds of a guest's life and its end on every architecture.
+#[path = "boot/lives.rs"]
+mod lives;
 /// Threads, huge pages, memory banks.
 #[path = "boot/machine.rs"]
 mod machine;
@@ -52,6 +58,9 @@ mod software;
 /// A whole Debian system on a disk, from power-on to a login over ssh and a clean end.
 #[path = "boot/system.rs"]
 mod system;
+/// What a host has beside armlet.
+#[path = "boot/tools.rs"]
+mod tools;
 /// Whose turn it is to load the host.
 #[path = "boot/turn.rs"]
 mod turn;

@@ -6,6 +6,9 @@
 /// Archives for a guest's initramfs.
 #[path = "boot/archive.rs"]
 mod archive;
+/// What is no good anywhere, and how it is refused.
+#[path = "boot/bad.rs"]
+mod bad;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "boot/guest.rs"]
@@ -13,15 +16,30 @@ mod guest;
 /// Debian's kernels, from boot to power-off.
 #[path = "pc/linux.rs"]
 mod linux;
+/// What holds of a guest's life and its end on every architecture.
+#[path = "boot/lives.rs"]
+mod lives;
+/// Networks over TAP, with the kernel's help and without, and through passt.
+#[path = "boot/net.rs"]
+mod net;
+/// What armlet says to input that is no good.
+#[path = "pc/refusals.rs"]
+mod refusals;
 /// The host that the tests run on.
 #[path = "pc/rig.rs"]
 mod rig;
+/// Consoles, sockets between guest and host, folders of the host, balloons, persistent memory.
+#[path = "boot/sharing.rs"]
+mod sharing;
 /// Guests of a few instructions.
 #[path = "pc/small.rs"]
 mod small;
 /// What small guests are made of.
 #[path = "pc/software.rs"]
 mod software;
+/// What a host has beside armlet.
+#[path = "boot/tools.rs"]
+mod tools;
 /// Whose turn it is to load the host.
 #[path = "boot/turn.rs"]
 mod turn;

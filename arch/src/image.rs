@@ -27,11 +27,13 @@ const OLD_TEXT_OFFSET: u64 = 0x8_0000;
 const WANTED: &str = "an arm64 guest takes an arm64 Image: plain, compressed with gzip, zstd, \
                       lz4, xz or lzma, or as an EFI zboot file";
 
+const X86_WANTED: &str = "an x86_64 guest takes a bzImage or an ELF vmlinux";
+
 /// Why bytes are not a kernel that can be started.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ImageError {
     /// Nothing that is known begins like this.
-    #[error("no known kernel format begins with the bytes {start:02x?}; {WANTED}")]
+    #[error("no known kernel format begins with the bytes {start:02x?}; {WANTED}; {X86_WANTED}")]
     Unknown {
         /// The first bytes, at most eight.
         start: Vec<u8>,
@@ -424,7 +426,7 @@ impl Header {
             Self::X86Elf(elf) => Ok(Kernel::Elf(elf.clone())),
             Self::Arm64(_) => Err(ImageError::Architecture {
                 found: "an arm64 Image",
-                needed: "an x86_64 guest takes a bzImage or an ELF vmlinux",
+                needed: X86_WANTED,
             }),
         }
     }

@@ -16,6 +16,45 @@ impl<F: FnMut(&[u8]) + Send> Output for F {
     }
 }
 
+/// A UART whose output may be collected before it reaches the device: its data register stands first
+/// in its window, and its transmitter is always empty.
+pub trait Uart: Device {
+    /// What the guest may read from memory while its output is collected, where it may.
+    type Snapshot: PartialEq + Send;
+
+    /// What the guest reads from the registers for as long as it only sends; `None` while a read
+    /// could change something.
+    fn snapshot(&self) -> Option<Self::Snapshot>;
+
+    /// Each word of a snapshot: its offset in bytes, and its value. There are none where the guest
+    /// cannot read registers from memory.
+    fn words(snapshot: &Self::Snapshot) -> impl Iterator<Item = (usize, u32)> + '_;
+
+    /// Whether the guest waits for an interrupt before it sends on, as drivers do; consoles of
+    /// kernels poll instead.
+    fn sends_by_interrupt(&self) -> bool;
+
+    /// Does what writing each of `bytes` to the data register would do, with one call of the
+    /// output: for writes that were collected before they reached the device.
+    fn write_data(&mut self, bytes: &[u8]);
+
+    /// The number of the time that the guest listens; `None` while it does not. A caller that
+    /// waits a moment and finds the same number knows that the guest has gone on listening.
+    fn listening(&self) -> Option<u64>;
+
+    /// How many bytes the caller should hand to [`receive`](Self::receive) now: as many as fit
+    /// while the guest listens, else 0.
+    fn wanted(&self) -> usize;
+
+    /// Takes as many of `bytes` as fit and returns how many. The caller hands over what is
+    /// [`wanted`](Self::wanted) and keeps the rest.
+    fn receive(&mut self, bytes: &[u8]) -> usize;
+
+    /// Receives a break, the condition that Linux answers as SysRq on its console.
+    /// False, and nothing happened, when there is no room.
+    fn receive_break(&mut self) -> bool;
+}
+
 /// A serial console, as the one who feeds it sees it.
 pub trait Console: Device {
     /// The number of the time of the guest's listening, `None` while it does not listen. Who
@@ -30,15 +69,11 @@ pub trait Console: Device {
     fn receive_break(&mut self);
 
     /// Hands on output that was collected.
-    fn flush(&mut self) {}
+    fn flush(&mut self);
 
     /// Looks after collected output; false when no further tick is wanted.
-    fn tick(&mut self) -> bool {
-        false
-    }
+    fn tick(&mut self) -> bool;
 
     /// Whether there may be output to hand on.
-    fn in_burst(&self) -> bool {
-        false
-    }
+    fn in_burst(&self) -> bool;
 }

@@ -8,6 +8,7 @@ pub mod bus;
 pub mod cmos;
 pub mod console;
 pub mod i8042;
+pub mod ioapic;
 pub mod pl011;
 pub mod pl031;
 pub mod pl061;

@@ -9,7 +9,7 @@
 //!   level (section 2.8, UARTTXINTR). Enabling alone raises nothing; Linux writes first.
 //! * Whatever is received raises the receive timeout interrupt at once, beside the
 //!   receive interrupt when the trigger level is reached.
-//! * Bytes wait with the caller until the guest listens and they fit ([`Pl011::wanted`]),
+//! * Bytes wait with the caller until the guest listens and they fit ([`Uart::wanted`]),
 //!   so input is never overrun, and a change of FIFO depth keeps what is in it.
 //!
 //! The enable bits of UARTCR are kept but gate nothing: firmware prints without them.
@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 pub use crate::console::Output;
+use crate::console::Uart;
 use crate::primecell::{self, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
@@ -197,7 +198,7 @@ impl Pl011 {
     /// A UART as after power-on, its line low.
     ///
     /// `on_room` is called each time something that the guest did makes
-    /// [`wanted`](Self::wanted) more than 0 where it was 0, with the device locked: it may wake
+    /// [`wanted`](Uart::wanted) more than 0 where it was 0, with the device locked: it may wake
     /// an event loop, but not come back into the device.
     pub fn new(
         line: Arc<dyn IrqLine>,
@@ -217,31 +218,11 @@ impl Pl011 {
         }
     }
 
-    /// How many bytes the caller should hand to [`receive`](Self::receive) now: as many as fit
-    /// while the guest listens, else 0.
-    ///
-    /// It listens while the receive or the receive timeout interrupt is unmasked, or while it
-    /// polls UARTFR. A guest that does not listen may throw away what it finds in the FIFO, as
-    /// Linux's driver does when it opens the port; what waits with the caller is not lost.
-    ///
-    /// Linux's driver also unmasks receiving for a moment before that (`pl011_hwinit` to
-    /// `pl011_allocate_irq`), which looks the same: bytes handed over in between are lost. A caller
-    /// that waits a millisecond after [`listening`](Self::listening) changed steps over it.
-    pub fn wanted(&self) -> usize {
-        if self.listens() { self.room() } else { 0 }
-    }
-
-    /// The number of the time that the guest listens; `None` while it does not. A caller that
-    /// waits a moment and finds the same number knows that the guest has gone on listening.
-    pub fn listening(&self) -> Option<u64> {
-        self.listens().then_some(self.sessions)
-    }
-
     fn listens(&self) -> bool {
         self.registers.imsc & (interrupt::RX | interrupt::RT) != 0 || self.polls >= POLLS
     }
 
-    /// How many bytes [`receive`](Self::receive) would take now, whether the guest listens or
+    /// How many bytes [`receive`](Uart::receive) would take now, whether the guest listens or
     /// not. None while the guest has the receiver looped back to the transmitter.
     pub fn room(&self) -> usize {
         if self.is_looped_back() {
@@ -249,58 +230,6 @@ impl Pl011 {
         } else {
             self.depth().saturating_sub(self.rx.len())
         }
-    }
-
-    /// Takes as many of `bytes` as fit and returns how many. The caller hands over what is
-    /// [`wanted`](Self::wanted), keeps the rest and comes back when `on_room` was called.
-    pub fn receive(&mut self, bytes: &[u8]) -> usize {
-        let taken = bytes.len().min(self.room());
-        for &byte in bytes.iter().take(taken) {
-            self.take_in(u16::from(byte));
-        }
-        self.update_line();
-        taken
-    }
-
-    /// Receives a break, the condition that Linux answers as SysRq on its console.
-    /// False, and nothing happened, when there is no room.
-    pub fn receive_break(&mut self) -> bool {
-        let fits = self.room() > 0;
-        if fits {
-            self.take_in_break();
-            self.update_line();
-        }
-        fits
-    }
-
-    /// Does what writing each of `bytes` to UARTDR would do, with one call of the
-    /// output: for writes that were collected before they reached the device.
-    pub fn write_data(&mut self, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        self.polls = 0;
-        self.transmit(bytes);
-        self.update_line();
-    }
-
-    /// What the guest reads from the registers for as long as it only sends; `None` while a read
-    /// could change something, because a character or an error waits to be read.
-    pub fn snapshot(&self) -> Option<Snapshot> {
-        if !self.rx.is_empty() || self.overrun || self.registers.rsr != 0 {
-            return None;
-        }
-        let mut registers = [0; SNAPSHOT_WORDS];
-        for (index, word) in registers.iter_mut().enumerate().skip(1) {
-            *word = self.register(index as u64 * 4).unwrap_or(0);
-        }
-        Some(Snapshot { registers })
-    }
-
-    /// Whether the guest waits for an interrupt before it sends on, as drivers do; consoles of
-    /// kernels look at UARTFR instead.
-    pub fn sends_by_interrupt(&self) -> bool {
-        self.registers.imsc & interrupt::TX != 0
     }
 
     /// Accesses so far at offsets, of widths or in directions that no register answers.
@@ -544,6 +473,72 @@ impl PrimeCell for Pl011 {
             _ => return None,
         }
         Some(())
+    }
+}
+
+impl Uart for Pl011 {
+    type Snapshot = Snapshot;
+
+    /// The guest listens while the receive or the receive timeout interrupt is unmasked, or while it
+    /// polls UARTFR. A guest that does not listen may throw away what it finds in the FIFO, as
+    /// Linux's driver does when it opens the port; what waits with the caller is not lost.
+    ///
+    /// Linux's driver also unmasks receiving for a moment before that (`pl011_hwinit` to
+    /// `pl011_allocate_irq`), which looks the same: bytes handed over in between are lost. A caller
+    /// that waits a millisecond after [`listening`](Self::listening) changed steps over it.
+    fn wanted(&self) -> usize {
+        if self.listens() { self.room() } else { 0 }
+    }
+
+    fn listening(&self) -> Option<u64> {
+        self.listens().then_some(self.sessions)
+    }
+
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(self.room());
+        for &byte in bytes.iter().take(taken) {
+            self.take_in(u16::from(byte));
+        }
+        self.update_line();
+        taken
+    }
+
+    fn receive_break(&mut self) -> bool {
+        let fits = self.room() > 0;
+        if fits {
+            self.take_in_break();
+            self.update_line();
+        }
+        fits
+    }
+
+    fn write_data(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.polls = 0;
+        self.transmit(bytes);
+        self.update_line();
+    }
+
+    /// A read changes something while a character or an error waits to be read.
+    fn snapshot(&self) -> Option<Snapshot> {
+        if !self.rx.is_empty() || self.overrun || self.registers.rsr != 0 {
+            return None;
+        }
+        let mut registers = [0; SNAPSHOT_WORDS];
+        for (index, word) in registers.iter_mut().enumerate().skip(1) {
+            *word = self.register(index as u64 * 4).unwrap_or(0);
+        }
+        Some(Snapshot { registers })
+    }
+
+    fn sends_by_interrupt(&self) -> bool {
+        self.registers.imsc & interrupt::TX != 0
+    }
+
+    fn words(snapshot: &Snapshot) -> impl Iterator<Item = (usize, u32)> + '_ {
+        snapshot.words()
     }
 }
 

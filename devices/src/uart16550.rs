@@ -11,7 +11,7 @@ use std::sync::Arc;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
-use crate::console::{Console, Output};
+use crate::console::{Output, Uart};
 use crate::{Device, IrqLine};
 
 /// A 16550A UART.
@@ -22,6 +22,10 @@ pub struct Uart16550 {
     breaks: Vec<usize>,
     /// Whether the guest takes input by interrupt, since it last emptied the receiver.
     opened: bool,
+    /// Whether the guest takes an interrupt when it may send on.
+    waits_for_room: bool,
+    /// Characters sent since the guest last looked at the line status.
+    unasked: usize,
     /// Reads of the line status without a write between.
     polls: u8,
     /// How often the guest began to listen.
@@ -34,16 +38,21 @@ mod offset {
     pub(super) const IER: u64 = 1;
     pub(super) const FCR: u64 = 2;
     pub(super) const LCR: u64 = 3;
+    pub(super) const MCR: u64 = 4;
     pub(super) const LSR: u64 = 5;
     pub(super) const LAST: u64 = 7;
 }
 
 /// IER: received data interrupt.
 const IER_RECEIVED: u8 = 1 << 0;
+/// IER: transmitter empty interrupt.
+const IER_EMPTY: u8 = 1 << 1;
 /// FCR: reset the receiver's FIFO.
 const FCR_CLEAR_RECEIVER: u8 = 1 << 1;
 /// LCR: the first two ports are the baud rate's.
 const LCR_DIVISOR: u8 = 1 << 7;
+/// MCR: what is sent is received, and goes nowhere else.
+const MCR_LOOP: u8 = 1 << 4;
 /// LSR: there is a character.
 const LSR_READY: u8 = 1 << 0;
 /// LSR: the character is a break.
@@ -53,6 +62,9 @@ const LSR_BREAK: u8 = 1 << 4;
 /// the transmitter is always empty, so one that sends reads it once before each character and at
 /// most once after.
 const POLLS: u8 = 3;
+
+/// Characters that the transmitter holds (section 8.4).
+const FIFO_DEPTH: usize = 16;
 
 /// One rising edge an interrupt.
 struct Edge(Arc<dyn IrqLine>);
@@ -92,6 +104,8 @@ impl Uart16550 {
             on_room,
             breaks: Vec::new(),
             opened: false,
+            waits_for_room: false,
+            unasked: 0,
             polls: 0,
             sessions: 0,
         }
@@ -101,16 +115,12 @@ impl Uart16550 {
         self.opened || self.polls >= POLLS
     }
 
-    /// Bytes that the guest takes now.
-    fn wanted(&self) -> usize {
-        match self.listens() {
-            true => self.registers.fifo_capacity(),
-            false => 0,
-        }
-    }
-
     fn divisor_shown(&mut self) -> bool {
         self.registers.read(offset::LCR as u8) & LCR_DIVISOR != 0
+    }
+
+    fn is_looped_back(&mut self) -> bool {
+        self.registers.read(offset::MCR as u8) & MCR_LOOP != 0
     }
 
     fn is_empty(&mut self) -> bool {
@@ -121,6 +131,7 @@ impl Uart16550 {
         let value = self.registers.read(offset as u8);
         match offset {
             offset::LSR => {
+                self.unasked = 0;
                 self.polls = self.polls.saturating_add(1);
                 match self.breaks.first() {
                     Some(0) => value | LSR_BREAK,
@@ -157,7 +168,11 @@ impl Uart16550 {
                 // interrupt for each line of its log and goes on listening.
                 self.opened = false;
             }
-            offset::IER if !self.divisor_shown() => self.opened |= value & IER_RECEIVED != 0,
+            offset::IER if !self.divisor_shown() => {
+                self.opened |= value & IER_RECEIVED != 0;
+                self.waits_for_room = value & IER_EMPTY != 0;
+            }
+            offset::DATA => self.unasked = self.unasked.saturating_add(1),
             _ => {}
         }
         // Neither the printer nor the line can fail.
@@ -194,25 +209,65 @@ impl Device for Uart16550 {
     }
 }
 
-impl Console for Uart16550 {
+impl Uart for Uart16550 {
+    /// Ports cannot be read from memory.
+    type Snapshot = ();
+
+    /// Each read is an exit, so it may change what it likes. But KVM drops what a string instruction
+    /// writes beyond the room that is left for collected writes (arch/x86/kvm/x86.c:
+    /// emulator_pio_in_out), so only those are collected who do as the hardware wants it: they look
+    /// at the line status before they write more than the FIFO holds. Each look makes room.
+    fn snapshot(&self) -> Option<()> {
+        (self.unasked <= FIFO_DEPTH).then_some(())
+    }
+
+    fn words((): &()) -> impl Iterator<Item = (usize, u32)> + '_ {
+        std::iter::empty()
+    }
+
+    fn sends_by_interrupt(&self) -> bool {
+        self.waits_for_room
+    }
+
+    fn write_data(&mut self, bytes: &[u8]) {
+        let plain = !self.divisor_shown() && !self.is_looped_back() && !self.waits_for_room;
+        if plain && !bytes.is_empty() {
+            self.polls = 0;
+            self.unasked = self.unasked.saturating_add(bytes.len());
+            self.registers.writer_mut().0.write(bytes);
+            return;
+        }
+        for byte in bytes {
+            self.write(offset::DATA, &[*byte]);
+        }
+    }
+
     fn listening(&self) -> Option<u64> {
         self.listens().then_some(self.sessions)
     }
 
-    fn receive(&mut self, input: &[u8]) -> (usize, bool) {
-        let wanted = self.wanted();
-        let count = wanted.min(input.len());
-        // In loopback mode it takes nothing.
-        let taken = self.registers.enqueue_raw_bytes(&input[..count]);
-        (taken.unwrap_or(0), wanted > count)
+    fn wanted(&self) -> usize {
+        match self.listens() {
+            true => self.registers.fifo_capacity(),
+            false => 0,
+        }
     }
 
-    fn receive_break(&mut self) {
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        let count = bytes.len().min(self.registers.fifo_capacity());
+        // In loopback mode it takes nothing.
+        let taken = self.registers.enqueue_raw_bytes(&bytes[..count]);
+        taken.unwrap_or(0)
+    }
+
+    fn receive_break(&mut self) -> bool {
         let before = self.registers.state().in_buffer.len();
-        if let Ok(1) = self.registers.enqueue_raw_bytes(&[0]) {
+        let fits = matches!(self.registers.enqueue_raw_bytes(&[0]), Ok(1));
+        if fits {
             let counted: usize = self.breaks.iter().map(|ahead| ahead + 1).sum();
             self.breaks.push(before - counted);
         }
+        fits
     }
 }
 
@@ -311,7 +366,7 @@ mod tests {
     fn a_guest_that_does_not_listen_gets_nothing() {
         let mut bench = Bench::new();
         assert_eq!(bench.uart.listening(), None);
-        assert_eq!(bench.uart.receive(b"early"), (0, false));
+        assert_eq!((bench.uart.wanted(), bench.uart.receive(b"")), (0, 0));
         assert!(bench.received().is_empty());
         assert_eq!(bench.rooms.load(Ordering::Relaxed), 0);
     }
@@ -321,11 +376,11 @@ mod tests {
         let mut bench = Bench::opened();
         assert_eq!(bench.uart.listening(), Some(1));
         assert_eq!(bench.rooms.load(Ordering::Relaxed), 1);
-        assert_eq!(bench.uart.receive(b"ab"), (2, true));
+        assert_eq!(bench.uart.receive(b"ab"), 2);
         assert_eq!(bench.interrupts(), 1);
         let more = [b'x'; 100];
-        assert_eq!(bench.uart.receive(&more), (62, false));
-        assert_eq!(bench.uart.receive(&more), (0, false));
+        assert_eq!((bench.uart.wanted(), bench.uart.receive(&more)), (62, 62));
+        assert_eq!((bench.uart.wanted(), bench.uart.receive(&more)), (0, 0));
         let received = bench.received();
         assert_eq!(received.len(), 64);
         assert_eq!(received[..3], [(b'a', false), (b'b', false), (b'x', false)]);
@@ -336,7 +391,7 @@ mod tests {
     fn a_line_of_the_log_between_is_no_new_session() {
         let mut bench = Bench::opened();
         bench.write(offset::IER, 0);
-        assert_eq!(bench.uart.receive(b"q"), (1, true));
+        assert_eq!(bench.uart.receive(b"q"), 1);
         assert_eq!(bench.interrupts(), 0);
         bench.write(offset::IER, 0x05);
         assert_eq!(bench.uart.listening(), Some(1));
@@ -388,10 +443,61 @@ mod tests {
             bench.read(offset::LSR);
         }
         assert_eq!(bench.uart.listening(), Some(1));
-        assert_eq!(bench.uart.receive(b"k"), (1, true));
+        assert_eq!(bench.uart.receive(b"k"), 1);
         assert_eq!(bench.read(offset::DATA), b'k');
         bench.write(offset::DATA, b'!');
         assert_eq!(bench.uart.listening(), None);
+    }
+
+    #[test]
+    fn what_was_collected_is_as_if_it_had_been_written() {
+        let mut bench = Bench::new();
+        bench.uart.write_data(b"one call");
+        assert_eq!(*bench.output.lock().expect("sound"), b"one call");
+        // The divisor, and what comes back at once, are no output.
+        bench.write(offset::LCR, 0x83);
+        bench.uart.write_data(&[12]);
+        assert_eq!(bench.read(offset::DATA), 12);
+        bench.write(offset::LCR, 0x03);
+        bench.write(offset::MCR, MCR_LOOP);
+        bench.uart.write_data(b"back");
+        let back: Vec<u8> = bench.received().into_iter().map(|pair| pair.0).collect();
+        assert_eq!(back, b"back");
+        bench.write(offset::MCR, 0);
+        assert_eq!(*bench.output.lock().expect("sound"), b"one call");
+    }
+
+    #[test]
+    fn output_is_collected_of_those_who_look_before_they_send() {
+        let mut bench = Bench::new();
+        bench.uart.write_data(&[b'x'; 16]);
+        assert_eq!(bench.uart.snapshot(), Some(()));
+        bench.write(offset::DATA, b'x');
+        assert_eq!(bench.uart.snapshot(), None);
+        bench.read(offset::LSR);
+        assert_eq!(bench.uart.snapshot(), Some(()));
+        bench.uart.write_data(&[b'x'; 17]);
+        assert_eq!(bench.uart.snapshot(), None);
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_the_interrupt_gets_it_with_each_byte() {
+        let mut bench = Bench::opened();
+        assert!(!bench.uart.sends_by_interrupt());
+        bench.write(offset::IER, IER_RECEIVED | IER_EMPTY);
+        assert!(bench.uart.sends_by_interrupt());
+        // It has been told that there is room, and takes note.
+        bench.read(2);
+        let before = bench.interrupts();
+        bench.uart.write_data(b"x");
+        assert_eq!(bench.interrupts(), before + 1);
+        // The divisor's high byte is no mask.
+        bench.write(offset::LCR, 0x83);
+        bench.write(offset::IER, 0);
+        assert!(bench.uart.sends_by_interrupt());
+        bench.write(offset::LCR, 0x03);
+        bench.write(offset::IER, IER_RECEIVED);
+        assert!(!bench.uart.sends_by_interrupt());
     }
 
     #[test]

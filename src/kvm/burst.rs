@@ -1,7 +1,8 @@
 //! A device window that hardly ever makes the guest exit: KVM collects the writes to one register
-//! in a ring, and the guest reads all registers from a page of memory.
+//! in a ring, and the guest reads all registers from a page of memory. Of a device at I/O ports, which
+//! are no memory, each read is an exit still.
 //!
-//! Both are KVM's own: coalesced MMIO (Documentation/virt/kvm/api.rst,
+//! Both are KVM's own: coalesced MMIO and port I/O (Documentation/virt/kvm/api.rst,
 //! KVM_REGISTER_COALESCED_MMIO), and [`ReadOnlyPages`].
 
 use super::page::{Mapping, ReadOnlyPages};
@@ -15,16 +16,19 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The memslot of the page, behind those of RAM.
 const SLOT: u32 = 1000;
 
-/// Bytes of the register whose writes are collected; it stands first in the window.
-const REGISTER_BYTES: u32 = 4;
+/// Bytes of a register in memory, or at a port.
+const WORD: u32 = 4;
+const PORT: u32 = 1;
 
 /// The window of one device.
 pub struct BurstWindow {
     vm: Arc<VmFd>,
     /// The ring, in a page that all vCPUs of the VM share.
     ring: Mapping,
+    /// The register whose writes are collected, and its bytes; it stands first in the window.
+    register: (IoEventAddress, u32),
     /// What the guest reads while the window is open.
-    page: ReadOnlyPages,
+    page: Option<ReadOnlyPages>,
 }
 
 impl BurstWindow {
@@ -34,15 +38,35 @@ impl BurstWindow {
     /// # Errors
     /// A window that does not begin at a page of the host, or a KVM without the ring.
     pub fn new(vm: Arc<VmFd>, vcpu: &VcpuFd, address: u64) -> Result<BurstWindow> {
-        let size = rustix::param::page_size();
-        let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * size as u64;
+        let page = ReadOnlyPages::new(SLOT, address, rustix::param::page_size())?;
+        let register = (IoEventAddress::Mmio(address), WORD);
+        BurstWindow::on(vm, vcpu, register, Some(page))
+    }
+
+    /// The window of a device at I/O ports from `port` on, closed.
+    ///
+    /// # Errors
+    /// A KVM without the ring.
+    pub fn at_ports(vm: Arc<VmFd>, vcpu: &VcpuFd, port: u64) -> Result<BurstWindow> {
+        BurstWindow::on(vm, vcpu, (IoEventAddress::Pio(port), PORT), None)
+    }
+
+    fn on(
+        vm: Arc<VmFd>,
+        vcpu: &VcpuFd,
+        register: (IoEventAddress, u32),
+        page: Option<ReadOnlyPages>,
+    ) -> Result<BurstWindow> {
+        let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * rustix::param::page_size() as u64;
         // SAFETY: the descriptor is the vCPU's, which is borrowed for the time of the call.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        let ring =
+            Mapping::of_file(fd, offset).context("cannot map KVM's ring of collected writes")?;
         Ok(BurstWindow {
             vm,
-            ring: Mapping::of_file(fd, offset)
-                .context("cannot map KVM's ring of collected writes")?,
-            page: ReadOnlyPages::new(SLOT, address, size)?,
+            ring,
+            register,
+            page,
         })
     }
 
@@ -54,36 +78,35 @@ impl BurstWindow {
     pub fn open(&mut self, words: impl Iterator<Item = (usize, u32)>) -> Result<()> {
         self.update(words);
         self.collect().context("cannot have KVM collect writes")?;
-        self.page.show(&self.vm).inspect_err(|_| self.close_zone())
+        let shown = self.page.as_ref().map(|page| page.show(&self.vm));
+        shown.unwrap_or(Ok(())).inspect_err(|_| self.close_zone())
     }
 
     /// Changes what the guest reads.
     pub fn update(&mut self, words: impl Iterator<Item = (usize, u32)>) {
+        let Some(page) = &self.page else { return };
         for (offset, value) in words {
-            self.page.store(offset, value);
+            page.store(offset, value);
         }
     }
 
     /// Closes the window. What was collected stays to be drained.
     pub fn close(&mut self) {
-        self.page.hide(&self.vm);
+        if let Some(page) = &self.page {
+            page.hide(&self.vm);
+        }
         self.close_zone();
     }
 
-    fn zone(&self) -> IoEventAddress {
-        IoEventAddress::Mmio(self.page.address())
-    }
-
     fn collect(&self) -> Result<()> {
-        let vm = &self.vm;
-        Ok(vm.register_coalesced_mmio(self.zone(), REGISTER_BYTES)?)
+        let (address, bytes) = self.register;
+        Ok(self.vm.register_coalesced_mmio(address, bytes)?)
     }
 
     fn close_zone(&self) {
+        let (address, bytes) = self.register;
         // It does not fail for what `collect` has made.
-        let _ = self
-            .vm
-            .unregister_coalesced_mmio(self.zone(), REGISTER_BYTES);
+        let _ = self.vm.unregister_coalesced_mmio(address, bytes);
     }
 
     /// Takes the low byte of each collected write, oldest first.

@@ -2,9 +2,11 @@
 
 use anyhow::{Result, bail};
 use armlet_arch::irq::Spi;
-use armlet_arch::{Arch, Plan, Request, Width};
+use armlet_arch::{Arch, Plan, Range, Request, Width};
+use armlet_devices::Device;
 use armlet_devices::bus::Bus;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::{Arc, Mutex};
 
 pub mod burst;
 pub mod kick;
@@ -40,6 +42,9 @@ pub trait KvmArch: Arch {
     /// What must live as long as the machine: the interrupt controller's handle.
     type Chip: Send;
 
+    /// Whether there are I/O ports. Where there are none, a binary has no devices that stand there.
+    const PORTS: bool = false;
+
     /// How closely the host must be looked at for this request.
     fn depth(request: &Request<Self>) -> Depth;
 
@@ -67,6 +72,12 @@ pub trait KvmArch: Arch {
     /// # Errors
     /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
     fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
+
+    /// The part of the interrupt controller that is a device of ours, and where it stands. Mostly
+    /// KVM has all of it.
+    fn chip_device(_: &Arc<VmFd>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+        None
+    }
 
     /// The number by which KVM_IRQ_LINE knows an interrupt.
     fn irq_number(spi: Spi) -> u32;

@@ -9,14 +9,19 @@ use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
 use armlet_arch::x86_64::boot::{BOOT_CS, BOOT_DS};
 use armlet_arch::x86_64::{Boot, Host, X86_64};
-use armlet_arch::{Plan, Request, Width};
+use armlet_arch::{Plan, Range, Request, Width};
+use armlet_devices::Device;
 use armlet_devices::bus::Bus;
+use armlet_devices::ioapic::{IoApic, Messages, PINS};
 use cpuid::Topology;
 use kvm_bindings::{
-    CpuId, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN, KVM_MAX_CPUID_ENTRIES, Msrs,
-    kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_segment,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN,
+    KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, Msrs, kvm_cpuid_entry2, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::sync::{Arc, Mutex};
 
 /// MSRs that a guest expects its firmware to have set (Intel SDM volume 4): memory is cached where
 /// nothing else is said (IA32_MTRR_DEF_TYPE: on, write-back), string instructions are fast
@@ -26,19 +31,23 @@ const FIRMWARE_MSRS: [(u32, u64); 2] = [(0x2ff, 1 << 11 | 6), (0x1a0, 1)];
 impl KvmArch for X86_64 {
     type Chip = ();
 
+    const PORTS: bool = true;
+
     fn depth(_: &Request<Self>) -> Depth {
         Depth::Quick
     }
 
     fn probe(kvm: &Kvm, _: Depth) -> Result<Host> {
         let cpuid = supported_cpuid(kvm)?;
-        let exits_off = kvm.check_extension_raw(u64::from(KVM_CAP_X86_DISABLE_EXITS));
+        let offers = |cap: u32| u32::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0);
         Ok(Host {
             phys_bits: physical_bits(&cpuid),
             max_vcpus: kvm.get_max_vcpus() as u32,
             paravirtual: leaf(&cpuid, 0x4000_0001).map_or(0, |leaf| leaf.eax),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
-            exits_off: u32::try_from(exits_off).unwrap_or(0),
+            wide_apic_ids: offers(KVM_CAP_SPLIT_IRQCHIP) != 0
+                && offers(KVM_CAP_X2APIC_API) & WIDE_APIC_IDS == WIDE_APIC_IDS,
+            exits_off: offers(KVM_CAP_X86_DISABLE_EXITS),
         })
     }
 
@@ -62,16 +71,20 @@ impl KvmArch for X86_64 {
         vm.set_tss_address(chip.task_state.start() as usize)
             .context("cannot place KVM's task state")?;
         if plan.features.exits_off != 0 {
-            let mut cap = kvm_enable_cap {
-                cap: KVM_CAP_X86_DISABLE_EXITS,
-                ..Default::default()
-            };
-            cap.args[0] = u64::from(plan.features.exits_off);
-            vm.enable_cap(&cap)
+            enable(vm, KVM_CAP_X86_DISABLE_EXITS, plan.features.exits_off)
                 .context("cannot let instructions be no exits")?;
         }
-        vm.create_irq_chip()
-            .context("cannot create the interrupt controllers")?;
+        match chip.messages {
+            false => vm
+                .create_irq_chip()
+                .context("cannot create the interrupt controllers")?,
+            true => {
+                enable(vm, KVM_CAP_X2APIC_API, WIDE_APIC_IDS)
+                    .context("cannot have local APICs with numbers of 32 bits")?;
+                enable(vm, KVM_CAP_SPLIT_IRQCHIP, PINS as u32)
+                    .context("cannot create local APICs alone")?;
+            }
+        }
         let vcpus = (0..plan.vcpus.len() as u64)
             .map(|id| {
                 vm.create_vcpu(id)
@@ -85,12 +98,26 @@ impl KvmArch for X86_64 {
                 vcpus: plan.vcpus.len() as u32,
                 phys_bits: plan.width.bits,
                 features: plan.features,
+                messages: chip.messages,
             };
             let leaves = cpuid::fitted(supported.as_slice(), topology);
             initialise(vcpu, &leaves, planned.boot.as_ref())
                 .with_context(|| format!("cannot initialise vCPU {}", planned.apic_id))?;
         }
         Ok((vcpus, ()))
+    }
+
+    fn chip_device(vm: &Arc<VmFd>, plan: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+        let chip = &plan.layout.irqchip;
+        chip.messages.then(|| {
+            let vm = Arc::clone(vm);
+            let apic = IoApic::new(Box::new(move |messages| {
+                if let Err(error) = route(&vm, messages) {
+                    log::error!("cannot route interrupts: {error:#}");
+                }
+            }));
+            (chip.ioapic, Arc::new(Mutex::new(apic)) as _)
+        })
     }
 
     fn irq_number(spi: Spi) -> u32 {
@@ -150,6 +177,39 @@ impl KvmArch for X86_64 {
             Err(_) => "RIP unknown".to_owned(),
         }
     }
+}
+
+/// Numbers of local APICs have 32 bits, and 255 is one of them (Documentation/virt/kvm/api.rst,
+/// KVM_CAP_X2APIC_API).
+const WIDE_APIC_IDS: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+
+fn enable(vm: &VmFd, cap: u32, argument: u32) -> Result<()> {
+    let mut wanted = kvm_enable_cap {
+        cap,
+        ..Default::default()
+    };
+    wanted.args[0] = u64::from(argument);
+    Ok(vm.enable_cap(&wanted)?)
+}
+
+/// Has KVM send these messages for interrupts, and nothing for the others.
+fn route(vm: &VmFd, messages: &Messages) -> Result<()> {
+    let pins = (0..).zip(messages);
+    let routes = pins.filter_map(|(gsi, message)| {
+        let message = (*message)?;
+        let mut route = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_MSI,
+            ..Default::default()
+        };
+        route.u.msi.address_lo = message.address as u32;
+        route.u.msi.address_hi = (message.address >> 32) as u32;
+        route.u.msi.data = message.data;
+        Some(route)
+    });
+    let routes: Vec<_> = routes.collect();
+    let routes = KvmIrqRouting::from_entries(&routes).context("too many pins")?;
+    Ok(vm.set_gsi_routing(&routes)?)
 }
 
 /// Nothing to do: caches are coherent with every kind of memory.

@@ -1,3 +1,4 @@
+pub(crate) use crate::guest::noise;
 use crate::guest::{Armlet, GLANCE, Guest, Input, Outcome, section};
 use crate::rig::{self, Rig};
 use rustix::process::Signal;
@@ -13,20 +14,6 @@ const MIB: usize = 1 << 20;
 
 /// The first half of a disk, before a guest copies it to the second.
 const HALF: usize = 4 * MIB;
-
-/// Bytes without a pattern, always the same for one `seed`: xorshift64.
-pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
-}
 
 /// A disk image: noise, and behind it as many zeros.
 fn half_full(seed: u64) -> Vec<u8> {

@@ -1,4 +1,4 @@
-use crate::rig::{CONSOLE, Rig, Turn};
+use crate::rig::{CONSOLE, Rig, Turn, WITH_DEVICES};
 use crate::software::{Program, archive, initrd_with_script};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -98,7 +98,8 @@ impl Armlet {
     /// Debian's usual kernel with the drivers of virtio devices, whose init runs `script` and powers
     /// off.
     pub(crate) fn devices(rig: &Rig, script: &str) -> Armlet {
-        Armlet::devices_on(rig, "Image", "devices.cpio", script)
+        let [kernel, drivers] = WITH_DEVICES;
+        Armlet::devices_on(rig, kernel, drivers, script)
     }
 
     /// As [`Self::devices`], with this kernel and the drivers in this archive.
@@ -449,6 +450,14 @@ impl Outcome {
         self
     }
 
+    /// What armlet said on standard error, but for the note that vCPUs share the host's CPUs: an
+    /// emulated host may have one.
+    pub(crate) fn complaints(&self) -> String {
+        let lines = self.errors.lines();
+        let lines = lines.filter(|line| !line.contains("vCPUs share CPUs"));
+        lines.map(|line| format!("{line}\n")).collect()
+    }
+
     /// What the script printed; fails unless it ran to its end, and the guest powered off.
     pub(crate) fn script(&self) -> String {
         self.assert_status(0);
@@ -477,6 +486,20 @@ pub(crate) fn section<'a>(script: &'a str, name: &str) -> &'a str {
         .unwrap_or_else(|| panic!("the script printed no {head:?}:\n{script}"));
     let rest = &script[start + head.len()..];
     rest.split("\n== ").next().unwrap_or(rest)
+}
+
+/// Bytes without a pattern, always the same for one `seed`: xorshift64.
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
 }
 
 /// What a process printed so far.

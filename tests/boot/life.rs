@@ -1,6 +1,6 @@
-use crate::guest::{Armlet, Guest, Input, MARKER};
-use crate::rig;
+use crate::guest::{Armlet, Input};
 use crate::software::{Program, archive};
+use crate::{lives, rig};
 use rustix::process::Signal;
 use std::fs;
 use std::thread::sleep;
@@ -11,64 +11,17 @@ fn deaf() -> Program {
     Program::default().print("up\n").stay()
 }
 
-/// Descriptors and threads of armlet's process.
-fn holdings(guest: &Guest) -> (usize, usize) {
-    let count = |what: &str| {
-        let folder = format!("/proc/{}/{what}", guest.pid());
-        fs::read_dir(folder).expect("a running process").count()
-    };
-    (count("fd"), count("task"))
-}
-
 #[test]
 fn linux_reboots_in_place_three_times_and_powers_off() {
     let Some(rig) = rig::any() else { return };
-    let mut guest = Armlet::debian(rig, "Image", "shell")
-        .input(Input::Pipe)
-        .start();
-    let mut held = Vec::new();
-    for _ in 0..3 {
-        guest.expect(MARKER);
-        guest.expect("guest# ");
-        held.push(holdings(&guest));
-        guest.send(b"reboot -f\n");
-    }
-    guest.expect(MARKER);
-    guest.expect("guest# ");
-    held.push(holdings(&guest));
-    guest.send(b"poweroff -f\n");
-    let outcome = guest.end();
-    outcome.assert_status(0);
-    assert_eq!(outcome.text().matches(MARKER).count(), 4);
-    held.dedup();
-    assert_eq!(
-        held.len(),
-        1,
-        "descriptors and threads of each life: {held:?}"
-    );
+    lives::reboots_three_times(Armlet::debian(rig, "Image", "shell"));
 }
 
 #[test]
 fn a_reset_is_no_leak() {
     let Some(_) = rig::any() else { return };
     let again = Program::default().print("again\n").reset();
-    let mut guest = Armlet::program(&again).start();
-    let after_30_lives = |guest: &mut Guest| {
-        for _ in 0..30 {
-            guest.expect("again\n");
-        }
-        holdings(guest)
-    };
-    let first = after_30_lives(&mut guest);
-    let second = after_30_lives(&mut guest);
-    println!("{first:?}, then {second:?}");
-    // What a life holds comes and goes: a leak of one a life would be 30 more.
-    assert!(
-        second.0 < first.0 + 15 && second.1 < first.1 + 15,
-        "descriptors and threads: {first:?} after 30 lives, {second:?} after 60"
-    );
-    guest.signal(Signal::INT);
-    guest.end().assert_status(6);
+    lives::resets_without_a_leak(Armlet::program(&again));
 }
 
 #[test]
@@ -98,21 +51,11 @@ fn a_panic_is_reported_and_may_end_armlet() {
         ([("--on-reset", "exit"), ("--on-panic", "report")], 5),
         ([("--on-reset", "restart"), ("--on-panic", "exit")], 4),
     ] {
-        let mut armlet = Armlet::debian(rig, "Image", "crash").cmdline("panic=-1");
+        let mut armlet = Armlet::debian(rig, "Image", "crash");
         for (option, value) in options {
             armlet = armlet.option(option, value);
         }
-        let outcome = armlet.run();
-        outcome.assert_status(status);
-        println!("{}", outcome.errors);
-        let (text, errors) = (outcome.text(), &outcome.errors);
-        let reason = "sysrq triggered crash";
-        let console = format!("Kernel panic - not syncing: {reason}");
-        assert!(text.contains(&console), "{text}");
-        assert!(errors.contains(reason), "{errors}");
-        let start = "armlet: the guest's kernel panicked on vCPU 0 at PC 0x";
-        assert!(errors.starts_with(start), "{errors}");
-        assert_eq!(errors.lines().count(), 1, "{errors}");
+        lives::panics(armlet, status, "PC 0x");
     }
 }
 
@@ -136,37 +79,15 @@ fn sigterm_presses_the_power_key_and_linux_powers_off() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("initrd");
     fs::write(&path, initrd).expect("an initramfs");
-    let mut guest = Armlet::linux(&rig.asset("Image-generic"), &path, "powerkey").start();
-    guest.expect("POWERKEY-READY");
-    guest.signal(Signal::TERM);
-    guest.expect("POWERKEY-PRESSED");
-    let outcome = guest.end();
-    outcome.assert_status(0);
-    assert_eq!(
-        outcome.errors,
-        "armlet: pressed the guest's power key; a second signal stops it at once\n"
-    );
+    let guest = Armlet::linux(&rig.asset("Image-generic"), &path, "powerkey").start();
+    lives::powers_off_by_sigterm(guest);
 }
 
 #[test]
 fn a_second_sigterm_stops_a_guest_that_does_not_listen() {
     let Some(_) = rig::any() else { return };
     for signal in [Signal::TERM, Signal::HUP] {
-        let mut guest = Armlet::program(&deaf()).start();
-        guest.expect("up\n");
-        guest.signal(signal);
-        guest.expect_error("pressed the guest's power key");
-        // Longer than the key is held.
-        sleep(Duration::from_millis(300));
-        assert!(guest.runs(), "one {signal:?} ended it");
-        guest.signal(Signal::TERM);
-        let outcome = guest.end();
-        outcome.assert_status(6);
-        assert!(
-            outcome.errors.ends_with("armlet: stopped by a signal\n"),
-            "{}",
-            outcome.errors
-        );
+        lives::is_stopped_by_a_second_signal(Armlet::program(&deaf()), signal);
     }
 }
 
@@ -196,20 +117,7 @@ fn a_guest_gone_wild_can_be_stopped() {
 #[test]
 fn ctrl_a_x_leaves_and_the_terminal_is_as_before() {
     let Some(_) = rig::any() else { return };
-    let mut guest = Armlet::program(&deaf()).input(Input::Terminal).start();
-    let before = guest.modes();
-    guest.expect("up\n");
-    let during = guest.modes();
-    assert_ne!(before, during, "the terminal was not raw");
-    guest.send(b"\x01h");
-    guest.expect_error("Ctrl-A x: stop the guest and leave;");
-    guest.send(b"\x01");
-    sleep(Duration::from_millis(100));
-    assert!(guest.runs(), "Ctrl-A alone ended it");
-    guest.send(b"x");
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert_eq!(outcome.modes, Some(before));
+    lives::is_left_by_ctrl_a_x(Armlet::program(&deaf()));
 }
 
 #[test]

@@ -1,15 +1,12 @@
-use crate::disk::noise;
-use crate::guest::{Armlet, GLANCE, Guest, Input};
+use crate::guest::{Armlet, GLANCE, Guest, Input, noise};
 use crate::rig;
+pub(crate) use crate::rig::TRANSFER;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle, sleep};
-
-/// How much is sent each way where every byte is looked at.
-pub(crate) const TRANSFER: usize = 100 << 20;
 
 /// Data is made and looked at in pieces of this size.
 const PIECE: usize = 1 << 16;
@@ -194,7 +191,7 @@ echo SENT BACK",
     mirror.finish();
     let outcome = guest.end();
     assert!(!outcome.script().contains("BAD"));
-    assert_eq!(outcome.errors, "");
+    assert_eq!(outcome.complaints(), "");
 }
 
 #[test]

@@ -1,57 +1,15 @@
+use crate::bad::{Bad, armlet, assert_refused};
 use crate::guest::Armlet;
 use crate::kernels::gzip;
 use crate::rig;
 use crate::software::{Image, Program, bz_image};
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-use tempfile::TempDir;
+use std::process::{Command, Stdio};
 
 const VIRT: &str = include_str!("../../boards/virt.toml");
-
-fn armlet(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
-    let output = command.args(arguments).stdin(Stdio::null()).output();
-    output.expect("armlet can be run")
-}
-
-/// The line on standard error with which armlet ends with `status`, if it is one line that has all
-/// `words`; else what is wrong.
-fn refusal(arguments: &[&str], status: i32, words: &[&str]) -> Result<String, String> {
-    let output = armlet(arguments);
-    let line = String::from_utf8_lossy(&output.stderr).into_owned();
-    print!("{line}");
-    let mut wrong = Vec::new();
-    if output.status.code() != Some(status) {
-        wrong.push(format!(
-            "it ended with {}, not with {status}",
-            output.status
-        ));
-    }
-    if !line.starts_with("armlet: ") || line.lines().count() != 1 {
-        wrong.push("this is not one line of armlet's".to_owned());
-    }
-    if !output.stdout.is_empty() {
-        wrong.push("there was output".to_owned());
-    }
-    let missing = words.iter().filter(|word| !line.contains(**word));
-    wrong.extend(missing.map(|word| format!("no {word:?}")));
-    match wrong.is_empty() {
-        true => Ok(line),
-        false => Err(format!(
-            "armlet {arguments:?} said\n{line}{}\n",
-            wrong.join("; ")
-        )),
-    }
-}
-
-/// Fails unless armlet ends with `status` and one line on standard error that has all `words`.
-/// Gives the line.
-fn assert_refused(arguments: &[&str], status: i32, words: &[&str]) -> String {
-    refusal(arguments, status, words).unwrap_or_else(|wrong| panic!("{wrong}"))
-}
 
 fn assert_accepted(arguments: &[&str]) {
     let output = armlet(arguments);
@@ -68,308 +26,132 @@ fn advised<'a>(line: &'a str, option: &str) -> &'a str {
     value.unwrap_or_else(|| panic!("no advice about {option} in {line}"))
 }
 
-/// What is wrong with a command line, for `plan` on any computer and for `run` with KVM.
-struct Case {
-    arguments: Vec<String>,
-    status: i32,
-    words: Vec<&'static str>,
+fn kernels() -> Bad {
+    let image = Program::default().print("up\n").power_off().image();
+    let mut bad = Bad::kernels(&image);
+    let header = bad.file("header.gz", &gzip(&image)[..15]);
+    bad.case(&["--kernel", &header], 2, &[]);
+    let other = bad.file("bzImage", &bz_image());
+    bad.case(
+        &["--kernel", &other],
+        2,
+        &["this is an x86_64 bzImage", "arm64 Image"],
+    );
+    let elf = bad.file(
+        "vmlinux",
+        b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\0\0\0\0",
+    );
+    bad.case(&["--kernel", &elf], 2, &["this is an ELF file for x86_64"]);
+    let damaged = Image {
+        memory: 1 << 40,
+        ..Image::default()
+    };
+    let damaged = bad.file("damaged", &damaged.holding(&Program::default()));
+    bad.case(
+        &["--kernel", &damaged],
+        2,
+        &["0x10000000000 bytes", "damaged header"],
+    );
+    bad
 }
 
-/// Files that are no good, and the cases about them.
-struct Bad {
-    folder: TempDir,
-    cases: Vec<Case>,
+fn options() -> Bad {
+    Bad::options(&Program::default().power_off().image())
 }
 
-impl Bad {
-    fn new() -> Bad {
-        Bad {
-            folder: tempfile::tempdir().expect("a temporary folder"),
-            cases: Vec::new(),
-        }
-    }
+fn unknown_boards() -> Bad {
+    Bad::unknown_boards(&Program::default().power_off().image())
+}
 
-    fn path(&self, name: &str) -> String {
-        let path = self.folder.path().join(name);
-        path.into_os_string()
-            .into_string()
-            .expect("a path in UTF-8")
-    }
-
-    fn file(&self, name: &str, data: &[u8]) -> String {
-        let path = self.path(name);
-        fs::write(&path, data).expect("a file");
-        path
-    }
-
-    /// A file of `size` bytes that takes no room.
-    fn sparse(&self, name: &str, start: &[u8], size: u64) -> String {
-        let path = self.file(name, start);
-        let file = File::options().write(true).open(&path);
-        file.and_then(|file| file.set_len(size))
-            .expect("a large file");
-        path
-    }
-
-    fn case(&mut self, arguments: &[&str], status: i32, words: &[&'static str]) {
-        self.cases.push(Case {
-            arguments: arguments.iter().map(|word| (*word).to_owned()).collect(),
-            status,
-            words: words.to_vec(),
-        });
-    }
-
-    fn kernels() -> Bad {
-        let mut bad = Bad::new();
-        let image = Program::default().print("up\n").power_off().image();
-        let good = bad.file("good", &image);
-
-        bad.case(
-            &["--kernel", "/nonexistent/Image"],
-            2,
-            &["kernel /nonexistent/Image: No such file"],
-        );
-        let folder = bad.path("");
-        bad.case(&["--kernel", &folder], 2, &["it is a directory"]);
-        let empty = bad.file("empty", b"");
-        bad.case(&["--kernel", &empty], 2, &["it is empty"]);
-        let text = bad.file("text", b"This is a text, and no kernel at all.\n");
-        bad.case(
-            &["--kernel", &text],
-            2,
-            &["no known kernel format", "arm64 Image"],
-        );
-        let short = bad.file("short", &image[..48]);
-        bad.case(&["--kernel", &short], 2, &[]);
-        let cut = bad.file("cut", &image[..image.len() - 4]);
-        bad.case(&["--kernel", &cut], 2, &["truncated: there are", "need"]);
-        let header = bad.file("header.gz", &gzip(&image)[..15]);
-        bad.case(&["--kernel", &header], 2, &[]);
-        let other = bad.file("bzImage", &bz_image());
-        bad.case(
-            &["--kernel", &other],
-            2,
-            &["this is an x86_64 bzImage", "arm64 Image"],
-        );
-        let elf = bad.file(
-            "vmlinux",
-            b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\0\0\0\0",
-        );
-        bad.case(&["--kernel", &elf], 2, &["this is an ELF file for x86_64"]);
-        let damaged = Image {
-            memory: 1 << 40,
-            ..Image::default()
-        };
-        let damaged = bad.file("damaged", &damaged.holding(&Program::default()));
-        bad.case(
-            &["--kernel", &damaged],
-            2,
-            &["0x10000000000 bytes", "damaged header"],
-        );
-        let huge = bad.sparse("huge", &image, (1 << 30) + 1);
-        bad.case(
-            &["--kernel", &huge],
-            2,
-            &["it has 1073741825 bytes", "at most 1073741824"],
-        );
-
-        bad.case(
-            &["--kernel", &good, "--initrd", "/nonexistent/initrd"],
-            2,
-            &["/nonexistent/initrd"],
-        );
-        bad.case(
-            &["--kernel", &good, "--initrd", &empty],
-            2,
-            &["initrd", "it is empty"],
-        );
-
-        let initrd = bad.sparse("initrd", b"", 1 << 30);
-        bad.case(
-            &["--kernel", &good, "--initrd", &initrd, "--memory", "512M"],
-            2,
-            &[
-                "guest memory of 512M is too small",
-                "the initrd 1073741824",
-                "use --memory ",
-            ],
-        );
-        bad
-    }
-
-    fn options() -> Bad {
-        let mut bad = Bad::new();
-        let good = bad.file("good", &Program::default().power_off().image());
-        let mut case = |arguments: &[&str], status, words: &[&'static str]| {
-            let all = [&["--kernel", &good], arguments].concat();
-            bad.case(&all, status, words);
-        };
-        case(&["--memory", "0"], 2, &["0 bytes of memory"]);
-        case(
-            &["--memory", "1"],
-            2,
-            &[
-                "memory of 1 bytes is not a multiple of 64 KiB",
-                "--memory 64K",
-            ],
-        );
-        case(
-            &["--memory", "1000000001"],
-            2,
-            &["1000000001", "--memory 976576K"],
-        );
-        case(&["--memory", "512X"], 2, &["--memory", "'512X'", "512M"]);
-        case(&["--memory", "-1"], 2, &[]);
-        case(&["--memory", ""], 2, &["--memory"]);
-        case(
-            &["--memory", "99999999999999999999"],
-            2,
-            &["more than 64 bits hold"],
-        );
-        case(
-            &["--memory", "16777215T"],
-            3,
-            &["needs 64 address bits", "use --memory "],
-        );
-        case(
-            &["--memory", "64K"],
-            2,
-            &["guest memory of 64K is too small", "use --memory "],
-        );
-        case(&["--cpus", "0"], 2, &["0 vCPUs", "--cpus 1 or more"]);
-        case(&["--cpus", "two"], 2, &["--cpus 'two'"]);
-        case(&["--cpus", "-1"], 2, &["--cpus"]);
-        case(&["--ipa-bits", "31"], 2, &["--ipa-bits", "32 to 52"]);
-        case(&["--ipa-bits", "53"], 2, &["--ipa-bits", "32 to 52"]);
-        case(&["--ipa-bits", "wide"], 2, &["--ipa-bits", "'wide'"]);
-        case(
-            &["--ipa-bits", "32", "--memory", "4G"],
-            2,
-            &["--ipa-bits 32 is too few", "needs 33 bits"],
-        );
-        case(&["--gic", "4"], 2, &["--gic"]);
-        case(&["--cmdline", "a\nb"], 2, &["--cmdline", "printable"]);
-        case(&["--kernle", "x"], 2, &["--kernle", "--kernel"]);
-        case(&["--memory"], 2, &["--memory"]);
-        case(&["--memory", "1G", "--memory", "2G"], 2, &["--memory"]);
-        case(&["stray"], 2, &["stray"]);
-        case(
-            &["--board", "pi9"],
-            2,
-            &["board 'pi9' is not known; built in: virt"],
-        );
-        case(
-            &["--board", "/nonexistent.toml"],
-            2,
-            &["/nonexistent.toml", "No such file"],
-        );
-        bad
-    }
-
-    fn boards() -> Bad {
-        let mut bad = Bad::new();
-        let mut case = |name: &str, from: &str, to: &str, words: &[&'static str]| {
-            let text = VIRT.replacen(from, to, 1);
-            assert_ne!(text, VIRT, "{name}: {from:?} is not in boards/virt.toml");
-            let path = bad.file(&format!("{name}.toml"), text.as_bytes());
-            bad.case(&["--board", &path], 2, words);
-        };
-        case(
-            "unknown-key",
-            "[guest]",
-            "[guest]\ncpu = 1",
-            &["unknown key 'cpu' in", "did you mean 'cpus'"],
-        );
-        case(
-            "unknown-table",
-            "[gic]",
-            "[gicc]",
-            &["unknown key 'gicc'", "did you mean 'gic'"],
-        );
-        case("missing", "arch = \"aarch64\"", "", &["lacks 'arch'"]);
-        case(
-            "missing-in-table",
-            "redistributors = 0x080a_0000",
-            "",
-            &["lacks 'redistributors'"],
-        );
-        case("type", "cpus = 1", "cpus = \"one\"", &["'cpus'"]);
-        case(
-            "syntax",
-            "[guest]",
-            "[guest",
-            &["line 20: expected", "found"],
-        );
-        case(
-            "unknown-device",
-            "kind = \"pl031\"",
-            "kind = \"pl030\"",
-            &["pl030", "pl031"],
-        );
-        case(
+fn boards() -> Bad {
+    let mut bad = Bad::new();
+    let mut case = |name: &str, from: &str, to: &str, words: &[&'static str]| {
+        let text = VIRT.replacen(from, to, 1);
+        assert_ne!(text, VIRT, "{name}: {from:?} is not in boards/virt.toml");
+        let path = bad.file(&format!("{name}.toml"), text.as_bytes());
+        bad.case(&["--board", &path], 2, words);
+    };
+    case(
+        "unknown-key",
+        "[guest]",
+        "[guest]\ncpu = 1",
+        &["unknown key 'cpu' in", "did you mean 'cpus'"],
+    );
+    case(
+        "unknown-table",
+        "[gic]",
+        "[gicc]",
+        &["unknown key 'gicc'", "did you mean 'gic'"],
+    );
+    case("missing", "arch = \"aarch64\"", "", &["lacks 'arch'"]);
+    case(
+        "missing-in-table",
+        "redistributors = 0x080a_0000",
+        "",
+        &["lacks 'redistributors'"],
+    );
+    case("type", "cpus = 1", "cpus = \"one\"", &["'cpus'"]);
+    case(
+        "syntax",
+        "[guest]",
+        "[guest",
+        &["line 20: expected", "found"],
+    );
+    case(
+        "unknown-device",
+        "kind = \"pl031\"",
+        "kind = \"pl030\"",
+        &["pl030", "pl031"],
+    );
+    case(
+        "overlap",
+        "base = 0x0901_0000",
+        "base = 0x0900_0000",
+        &[
+            "PL011 serial console (0x9000000",
+            "PL031 real-time clock (0x9000000",
             "overlap",
-            "base = 0x0901_0000",
-            "base = 0x0900_0000",
-            &[
-                "PL011 serial console (0x9000000",
-                "PL031 real-time clock (0x9000000",
-                "overlap",
-            ],
-        );
-        case(
-            "in-ram",
-            "base = 0x0901_0000",
-            "base = 0x4000_1000",
-            &["guest RAM", "overlap"],
-        );
-        case("shared", "spi = 2", "spi = 1", &["share SPI 1"]);
-        case(
-            "no-such-interrupt",
-            "spi = 2",
-            "spi = 2000",
-            &["SPI", "2000"],
-        );
-        bad
-    }
-
-    /// Fails for each case that `armlet COMMAND` does not refuse as it should.
-    fn assert_refused_by(&self, command: &[&str]) {
-        let refusals = self.cases.iter().map(|case| {
-            let mut arguments = command.to_vec();
-            arguments.extend(case.arguments.iter().map(String::as_str));
-            refusal(&arguments, case.status, &case.words)
-        });
-        let wrong: Vec<String> = refusals.filter_map(Result::err).collect();
-        assert!(
-            wrong.is_empty(),
-            "{} cases:\n{}",
-            wrong.len(),
-            wrong.join("\n")
-        );
-    }
+        ],
+    );
+    case(
+        "in-ram",
+        "base = 0x0901_0000",
+        "base = 0x4000_1000",
+        &["guest RAM", "overlap"],
+    );
+    case("shared", "spi = 2", "spi = 1", &["share SPI 1"]);
+    case(
+        "no-such-interrupt",
+        "spi = 2",
+        "spi = 2000",
+        &["SPI", "2000"],
+    );
+    bad
 }
 
 #[test]
 fn plan_refuses_bad_kernels_and_initrds() {
-    Bad::kernels().assert_refused_by(&["plan", "--host", "virt"]);
+    kernels().assert_refused_by(&["plan", "--host", "virt"]);
 }
 
 #[test]
 fn plan_refuses_bad_options() {
-    Bad::options().assert_refused_by(&["plan", "--host", "virt"]);
+    options().assert_refused_by(&["plan", "--host", "virt"]);
+    unknown_boards().assert_refused_by(&["plan", "--host", "virt"]);
 }
 
 #[test]
 fn plan_refuses_bad_boards() {
-    Bad::boards().assert_refused_by(&["plan", "--host", "virt"]);
+    boards().assert_refused_by(&["plan", "--host", "virt"]);
 }
 
 #[test]
 fn run_refuses_what_plan_refuses() {
     let Some(_) = rig::any() else { return };
-    Bad::kernels().assert_refused_by(&["run"]);
-    Bad::options().assert_refused_by(&["run"]);
-    let bad = Bad::boards();
+    kernels().assert_refused_by(&["run"]);
+    options().assert_refused_by(&["run"]);
+    unknown_boards().assert_refused_by(&["run"]);
+    let bad = boards();
     let kernel = bad.file("kernel", &Program::default().power_off().image());
     bad.assert_refused_by(&["run", "--kernel", &kernel]);
 }

@@ -1,3 +1,4 @@
+pub(crate) use crate::tools::{program, tools_disk};
 pub(crate) use crate::turn::Turn;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -6,6 +7,12 @@ use std::sync::OnceLock;
 
 /// The serial console of guests.
 pub(crate) const CONSOLE: &str = "ttyAMA0";
+
+/// The kernel that guests with devices run, and the archive of its drivers.
+pub(crate) const WITH_DEVICES: [&str; 2] = ["Image", "devices.cpio"];
+
+/// How many bytes are sent each way where every one is looked at.
+pub(crate) const TRANSFER: usize = 100 << 20;
 
 /// The variable that names the folder of kernels and initramfs.
 const ASSETS: &str = "ARMLET_TEST_ASSETS";
@@ -41,6 +48,11 @@ impl Rig {
         self.assets.join(name)
     }
 
+    /// Whether guests may have pages of so many bytes.
+    pub(crate) fn has_guest_pages(&self, size: u64) -> bool {
+        self.facts.guest_pages.contains(&size)
+    }
+
     /// Whether guests get a GICv3.
     pub(crate) fn has_gic_v3(&self) -> bool {
         self.facts.gics.iter().any(|gic| gic == "3")
@@ -68,39 +80,6 @@ pub(crate) fn main() -> Option<&'static Rig> {
         return Some(rig);
     }
     println!("skipped: runs on the main host of the rig only (max-gic3)");
-    None
-}
-
-/// The path of a program that a test needs beside armlet. `None` where it is missing; this was said
-/// then.
-///
-/// The rig's hosts have Debian's programs with ARMLET_RIG_TOOLS=1, which `cargo xtask test` sets for
-/// the main one.
-pub(crate) fn program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).map(|folder| folder.join(name));
-    let others = ["/tools/usr/sbin", "/usr/sbin", "/sbin", "/usr/libexec"];
-    let others = others.map(|folder| Path::new(folder).join(name));
-    // Busybox has programs of the same names that can do less.
-    let is_it = |path: &PathBuf| {
-        let real = path.canonicalize();
-        real.is_ok_and(|real| real.file_name() != Some("busybox".as_ref()))
-    };
-    let found = others.into_iter().chain(folders).find(is_it);
-    if found.is_none() {
-        println!("skipped: this host has no {name}; ARMLET_RIG_TOOLS=1 gives it to the rig's");
-    }
-    found
-}
-
-/// The block device that holds Debian's programs, which a guest may mount read-only. `None` where
-/// there is none; this was said then.
-pub(crate) fn tools_disk() -> Option<&'static Path> {
-    let disk = Path::new("/dev/tools");
-    if disk.exists() {
-        return Some(disk);
-    }
-    println!("skipped: needs the rig's disk of programs (ARMLET_RIG_TOOLS=1)");
     None
 }
 

@@ -1,7 +1,6 @@
-use crate::disk::noise;
-use crate::guest::{Armlet, GLANCE, Input, section};
+use crate::guest::{Armlet, GLANCE, Input, noise, section};
 use crate::net::{TRANSFER, children, give, take};
-use crate::rig::{self, Rig};
+use crate::rig::{self, Rig, WITH_DEVICES};
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -397,13 +396,14 @@ read -r line </dev/console";
 #[test]
 fn a_guest_gives_free_memory_back() {
     let Some(rig) = rig::any() else { return };
-    gives_back(rig, "Image", "devices.cpio", "768M", 280);
+    let [kernel, drivers] = WITH_DEVICES;
+    gives_back(rig, kernel, drivers, "768M", 280);
 }
 
 #[test]
 fn a_guest_with_16_kib_pages_gives_free_memory_back() {
     let Some(rig) = rig::main() else { return };
-    if rig.facts.guest_pages.contains(&0x4000) {
+    if rig.has_guest_pages(0x4000) {
         // It reports blocks of 32 MiB, so that several are lost where 300 MiB begin and end.
         // With less than 1 GiB of free memory, Linux with such pages reports nothing: its watermark
         // is 32 blocks of 32 MiB (mm/page_reporting.c, `page_reporting_process_zone`).

@@ -1,7 +1,7 @@
-use crate::guest::{Armlet, Guest, Input, MARKER, Outcome, section};
+use crate::guest::{Armlet, Guest, Input, section};
+use crate::lives;
 use crate::rig::{self, Rig};
 use crate::software::archive;
-use rustix::process::Signal;
 use std::fs;
 use std::path::PathBuf;
 
@@ -71,7 +71,7 @@ fn boots(kernel: &str, release: &str, cpus: usize) {
     }
     assert_eq!(section(&script, "clock"), "kvm-clock");
     assert_no_warnings(dmesg);
-    assert_eq!(outcome.errors, "");
+    assert_eq!(outcome.complaints(), "");
 }
 
 #[test]
@@ -102,37 +102,83 @@ fn debians_6_1_boots_from_elf() {
     }
 }
 
+/// Keeps two vCPUs busy, and tells how many ticks of theirs others had.
+const SHARE_A_CPU: &str = "dmesg
+burn() { count=0; while [ $count -lt 100000 ]; do count=$((count + 1)); done; }
+burn & burn & wait
+echo '== stolen'
+while read -r name user nice system idle iowait irq softirq steal rest; do
+    [ $name = cpu ] && echo $steal
+done </proc/stat
+echo '== end'
+";
+
 #[test]
 fn what_kvm_offers_beside_a_cpu_is_switched_by_options() {
     let Some(rig) = rig::linux() else { return };
     let look = |options: &[(&str, &str)]| {
-        let mut armlet = Armlet::script(rig, "vmlinux-6.1", "dmesg").cpus(2);
+        let mut armlet = Armlet::script(rig, "vmlinux-6.1", SHARE_A_CPU).cpus(2);
         for (option, value) in options {
             armlet = armlet.option(option, value);
         }
         armlet.run().script()
     };
     let as_offered = look(&[]);
-    for line in ["setup PV IPIs", "PV spinlocks enabled", "stealtime: cpu 0"] {
+    const LINES: [&str; 4] = [
+        "setup PV IPIs",
+        "PV spinlocks enabled",
+        "KVM setup pv remote TLB flush",
+        "setup PV sched yield",
+    ];
+    for line in LINES {
         assert!(as_offered.contains(line), "no {line:?} in\n{as_offered}");
     }
+    // Two vCPUs want the CPU of the emulated host.
+    assert_ne!(section(&as_offered, "stolen"), "0");
     let without = look(&[(
         "--pv",
-        "send-ipi=off,unhalt=off,steal-time=off,tsc-deadline=off",
+        "send-ipi=off,unhalt=off,steal-time=off,tlb-flush=off,sched-yield=off,tsc-deadline=off",
     )]);
-    for line in [
-        "setup PV IPIs",
-        "stealtime: cpu",
-        "TSC deadline timer available",
-    ] {
+    for line in LINES.into_iter().chain(["TSC deadline timer available"]) {
         assert!(!without.contains(line), "{line:?} in\n{without}");
     }
+    assert_eq!(section(&without, "stolen"), "0");
     assert!(
         without.contains("PV spinlocks disabled, no host support"),
         "{without}"
     );
     let pinned = look(&[("--pv", "realtime=on"), ("--exits", "hlt=off")]);
     assert!(pinned.contains("PV spinlocks disabled"), "{pinned}");
+    // Vcpus that always run need no help of the host.
+    assert!(!pinned.contains("pv remote TLB flush"), "{pinned}");
+}
+
+/// Brings one CPU beyond 255 online, and gives it the console's interrupt.
+const FAR_CPU: &str = "
+echo 1 >/sys/devices/system/cpu/cpu257/online
+irq=$(awk -F: '/ttyS0/ { print $1 + 0 }' /proc/interrupts)
+echo 257 >/proc/irq/$irq/smp_affinity_list
+# The first of these moves it, the others come to its new place.
+for line in 1 2 3 4 5 6 7 8; do echo $line; sleep 0.1; done
+echo '== present'; cat /sys/devices/system/cpu/present
+echo '== online'; cat /sys/devices/system/cpu/online
+echo '== affinity'; cat /proc/irq/$irq/effective_affinity_list
+echo '== count'; awk '/ttyS0/ { print $3 }' /proc/interrupts
+echo '== end'
+";
+
+#[test]
+fn a_cpu_beyond_255_comes_online_and_takes_a_devices_interrupt() {
+    let Some(rig) = rig::linux() else { return };
+    // All 260 would take an emulated CPU minutes to start.
+    let armlet = Armlet::script(rig, "vmlinux-6.1", FAR_CPU)
+        .cpus(260)
+        .memory("512M");
+    let script = armlet.cmdline("maxcpus=1").run().script();
+    assert_eq!(section(&script, "present"), "0-259");
+    assert_eq!(section(&script, "online"), "0,257");
+    assert_eq!(section(&script, "affinity"), "257");
+    assert_ne!(section(&script, "count"), "0", "interrupts at CPU 257");
 }
 
 #[test]
@@ -157,21 +203,7 @@ fn memory_lies_on_both_sides_of_the_hole() {
 #[test]
 fn linux_reboots_in_place_three_times_and_powers_off() {
     let Some(rig) = rig::linux() else { return };
-    let mut guest = Armlet::debian(rig, "vmlinux-6.1", "shell")
-        .input(Input::Pipe)
-        .start();
-    for _ in 0..3 {
-        guest.expect(MARKER);
-        guest.expect("guest# ");
-        guest.send(b"reboot -f\n");
-    }
-    guest.expect(MARKER);
-    guest.expect("guest# ");
-    guest.send(b"poweroff -f\n");
-    let outcome = guest.end();
-    outcome.assert_status(0);
-    assert_eq!(outcome.text().matches(MARKER).count(), 4);
-    assert_eq!(outcome.errors, "");
+    lives::reboots_three_times(Armlet::debian(rig, "vmlinux-6.1", "shell"));
 }
 
 /// Waits for the power key as a distribution's logind does. It says so when it listens: Linux throws
@@ -201,16 +233,7 @@ fn sigterm_presses_the_power_button_and_linux_powers_off() {
     let Some(rig) = rig::linux() else { return };
     let modules = fs::read(rig.asset("powerkey.cpio")).expect("the modules");
     let archives = [modules, archive("powerkey.sh", LISTEN.as_bytes())];
-    let mut guest = with_archives(rig, &archives, "powerkey").start();
-    guest.expect("POWERKEY-READY");
-    guest.signal(Signal::TERM);
-    guest.expect("POWERKEY-PRESSED");
-    let outcome = guest.end();
-    outcome.assert_status(0);
-    assert_eq!(
-        outcome.errors,
-        "armlet: pressed the guest's power key; a second signal stops it at once\n"
-    );
+    lives::powers_off_by_sigterm(with_archives(rig, &archives, "powerkey").start());
 }
 
 /// Copies the first half of a disk to its second, and the start of persistent memory to the disk's
@@ -268,16 +291,8 @@ fn virtio_devices_are_found_by_acpi_and_work() {
 #[test]
 fn a_panic_is_reported_and_may_end_armlet() {
     let Some(rig) = rig::linux() else { return };
-    let armlet = Armlet::debian(rig, "vmlinux-6.1", "crash").cmdline("panic=-1");
-    let outcome: Outcome = armlet.option("--on-panic", "exit").run();
-    outcome.assert_status(4);
-    let start = "armlet: the guest's kernel panicked on vCPU 0 at RIP 0x";
-    assert!(outcome.errors.starts_with(start), "{}", outcome.errors);
-    assert!(
-        outcome.errors.contains("sysrq triggered crash"),
-        "{}",
-        outcome.errors
-    );
+    let armlet = Armlet::debian(rig, "vmlinux-6.1", "crash");
+    lives::panics(armlet.option("--on-panic", "exit"), 4, "RIP 0x");
 }
 
 #[test]

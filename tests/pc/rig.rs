@@ -1,3 +1,4 @@
+pub(crate) use crate::tools::{program, tools_disk};
 pub(crate) use crate::turn::Turn;
 use std::fs::File;
 use std::path::PathBuf;
@@ -5,6 +6,13 @@ use std::sync::OnceLock;
 
 /// The serial console of guests.
 pub(crate) const CONSOLE: &str = "ttyS0";
+
+/// The kernel that guests with devices run, the one that boots fastest here, and its drivers.
+pub(crate) const WITH_DEVICES: [&str; 2] = ["vmlinux-6.1", "devices-6.1.cpio"];
+
+/// How many bytes are sent each way where every one is looked at: fewer than on ARM64, for guests
+/// are slower here.
+pub(crate) const TRANSFER: usize = 16 << 20;
 
 /// The variable that names the folder of kernels and initramfs.
 const ASSETS: &str = "ARMLET_TEST_ASSETS";
@@ -18,6 +26,11 @@ impl Rig {
     /// One of the files to boot.
     pub(crate) fn asset(&self, name: &str) -> PathBuf {
         self.assets.join(name)
+    }
+
+    /// Whether guests may have pages of so many bytes.
+    pub(crate) fn has_guest_pages(&self, size: u64) -> bool {
+        size == 0x1000
     }
 }
 
@@ -35,6 +48,9 @@ pub(crate) fn linux() -> Option<&'static Rig> {
     }
     rig.as_ref()
 }
+
+/// The same, for tests that run on several hosts or one: there is one here.
+pub(crate) use {linux as any, linux as main};
 
 /// Whether a guest of a few instructions runs here; if not, this was said.
 pub(crate) fn small() -> bool {

@@ -1,10 +1,7 @@
-use crate::guest::{Armlet, Guest, Input};
-use crate::rig;
+use crate::guest::{Armlet, Input};
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
+use crate::{lives, rig};
 use rustix::process::Signal;
-use std::fs;
-use std::thread::sleep;
-use std::time::Duration;
 
 /// A guest that says that it runs, and hears nothing.
 fn deaf() -> Program {
@@ -17,6 +14,29 @@ fn printed(program: &Program) -> String {
     outcome.assert_status(0);
     assert_eq!(outcome.errors, "");
     outcome.text()
+}
+
+#[test]
+fn the_probe_names_the_board_and_what_kvm_offers() {
+    if !rig::small() {
+        return;
+    }
+    let mut probe = std::process::Command::new(env!("CARGO_BIN_EXE_armlet"));
+    let output = probe.args(["probe", "--json"]).output();
+    let text = output.expect("armlet can be run").stdout;
+    let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let facts = &report["facts"];
+    assert_eq!(report["runs_guests"], true, "{report:#}");
+    assert_eq!(facts["profile"], "pc");
+    for switch in [
+        "clock",
+        "async-pf",
+        "steal-time",
+        "tlb-flush",
+        "poll-control",
+    ] {
+        assert!(facts[switch].is_boolean(), "{switch}: {facts:#}");
+    }
 }
 
 #[test]
@@ -60,12 +80,80 @@ fn a_second_vcpu_starts_in_real_mode() {
 }
 
 #[test]
+fn vcpus_beyond_255_start_and_take_interrupts() {
+    if !rig::small() {
+        return;
+    }
+    for id in [255, 256, 299] {
+        let program = Program::default().route_to(4, id);
+        let program = program.start_far(id, "far\n", "interrupted\n").sleep();
+        let outcome = Armlet::program(&program).cpus(300).run();
+        outcome.assert_status(0);
+        assert_eq!(outcome.text(), "far\ninterrupted\n", "vCPU {id}");
+    }
+}
+
+#[test]
+fn with_300_vcpus_devices_interrupt_the_first_as_ever() {
+    if !rig::small() {
+        return;
+    }
+    let handler = Program::default().print("sent\n").power_off();
+    let program = Program::default().on_interrupt(&handler).route(4);
+    let program = program.print("up\n").out(UART + 1, 2).wait();
+    let outcome = Armlet::program(&program).cpus(300).run();
+    outcome.assert_status(0);
+    assert_eq!(outcome.text(), "up\nsent\n");
+}
+
+#[test]
 fn a_string_goes_to_one_port() {
     if !rig::small() {
         return;
     }
     let program = Program::default().print_string("0123456789abcdef\n");
     assert_eq!(printed(&program.power_off()), "0123456789abcdef\n");
+}
+
+/// How often vCPU 0 accessed a port that armlet answers, by what `--stats` said last.
+fn port_accesses(errors: &str) -> usize {
+    let line = errors
+        .lines()
+        .rfind(|line| line.contains("vCPU 0 left KVM"));
+    let count = line.and_then(|line| line.split_once("port accesses "));
+    let digits = count.expect("a line of statistics").1;
+    let digits = digits.split(|c: char| !c.is_ascii_digit()).next();
+    digits
+        .and_then(|digits| digits.parse().ok())
+        .expect("a number")
+}
+
+#[test]
+fn output_of_those_who_look_before_they_send_is_collected() {
+    if !rig::small() {
+        return;
+    }
+    let text = |length: usize| -> String { ('a'..='z').cycle().take(length).collect() };
+    let run = |program: Program| {
+        let outcome = Armlet::program(&program.power_off()).flag("--stats").run();
+        outcome.assert_status(0);
+        let exits = port_accesses(&outcome.errors);
+        println!("{} bytes of output: {exits} exits", outcome.bytes.len());
+        (outcome.text(), exits)
+    };
+    // A look before each byte: the bytes are collected, the looks are not.
+    let (output, exits) = run(Program::default().print_looking(&text(480), 1));
+    assert_eq!(output, text(480));
+    assert!((480..700).contains(&exits), "{exits} exits");
+    // A look for each 16 bytes, as Linux does once the port is open.
+    let (output, exits) = run(Program::default().print_looking(&text(1600), 16));
+    assert_eq!(output, text(1600));
+    assert!((100..500).contains(&exits), "{exits} exits");
+    // KVM would drop what a string instruction writes beyond its room.
+    let (output, _) = run(Program::default()
+        .print_looking(&text(32), 64)
+        .print_string(&text(1500)));
+    assert_eq!(output, text(32) + &text(1500));
 }
 
 #[test]
@@ -177,10 +265,7 @@ fn sigterm_presses_the_power_button() {
     guest.expect("pressed\n");
     let outcome = guest.end();
     outcome.assert_status(0);
-    assert_eq!(
-        outcome.errors,
-        "armlet: pressed the guest's power key; a second signal stops it at once\n"
-    );
+    assert_eq!(outcome.errors, lives::PRESSED);
 }
 
 #[test]
@@ -188,15 +273,7 @@ fn a_second_sigterm_stops_a_guest_that_does_not_listen() {
     if !rig::small() {
         return;
     }
-    let mut guest = Armlet::program(&deaf()).start();
-    guest.expect("up\n");
-    guest.signal(Signal::TERM);
-    guest.expect_error("pressed the guest's power key");
-    assert!(guest.runs(), "one SIGTERM ended it");
-    guest.signal(Signal::TERM);
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert!(outcome.errors.ends_with("armlet: stopped by a signal\n"));
+    lives::is_stopped_by_a_second_signal(Armlet::program(&deaf()), Signal::TERM);
 }
 
 #[test]
@@ -307,25 +384,36 @@ fn cpuid_tells_of_what_was_asked_for() {
         leaf.bytes(&mask.to_le_bytes()).if_eax(mask, &say)
     };
     let program = |mask, text| look(mask, text).print("end\n").power_off();
-    let run = |pv: &str, mask| {
-        let armlet = Armlet::program(&program(mask, "there\n"));
-        let outcome = armlet.option("--pv", pv).run();
-        outcome.assert_status(0);
-        outcome.text()
-    };
-    assert_eq!(run("clock=off", 1), "end\n");
-    assert_eq!(run("clock=on", 1), "there\nend\n");
-    assert_eq!(run("eoi=off", 1 << 6), "end\n");
-    assert_eq!(run("eoi=auto", 1 << 6), "there\nend\n");
-}
-
-/// Descriptors and threads of armlet's process.
-fn holdings(guest: &Guest) -> (usize, usize) {
-    let count = |what: &str| {
-        let folder = format!("/proc/{}/{what}", guest.pid());
-        fs::read_dir(folder).expect("a running process").count()
-    };
-    (count("fd"), count("task"))
+    // Bits of CPUID 0x40000001, EAX (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+    for (name, bit) in [
+        ("clock", 0),
+        ("async-pf", 4),
+        ("steal-time", 5),
+        ("eoi", 6),
+        ("unhalt", 7),
+        ("tlb-flush", 9),
+        ("send-ipi", 11),
+        ("poll-control", 12),
+        ("sched-yield", 13),
+        // The interrupt of asynchronous page faults goes with these.
+        ("async-pf", 14),
+    ] {
+        let program = program(1 << bit, "there\n");
+        for (value, text) in [
+            ("off", "end\n"),
+            ("on", "there\nend\n"),
+            ("auto", "there\nend\n"),
+        ] {
+            let armlet = Armlet::program(&program);
+            let outcome = armlet.option("--pv", format!("{name}={value}")).run();
+            if value == "on" && outcome.errors.contains("is not offered by this host's KVM") {
+                println!("{name}: this host has it not");
+                break;
+            }
+            outcome.assert_status(0);
+            assert_eq!(outcome.text(), text, "{name}={value}");
+        }
+    }
 }
 
 #[test]
@@ -334,22 +422,7 @@ fn a_reset_is_no_leak() {
         return;
     }
     let again = Program::default().print("again\n").out(RESET_CONTROL, 6);
-    let mut guest = Armlet::program(&again.stay()).start();
-    let after_30_lives = |guest: &mut Guest| {
-        for _ in 0..30 {
-            guest.expect("again\n");
-        }
-        holdings(guest)
-    };
-    let first = after_30_lives(&mut guest);
-    let second = after_30_lives(&mut guest);
-    // What a life holds comes and goes: a leak of one a life would be 30 more.
-    assert!(
-        second.0 < first.0 + 15 && second.1 < first.1 + 15,
-        "descriptors and threads: {first:?} after 30 lives, {second:?} after 60"
-    );
-    guest.signal(Signal::INT);
-    guest.end().assert_status(6);
+    lives::resets_without_a_leak(Armlet::program(&again.stay()));
 }
 
 #[test]
@@ -375,17 +448,7 @@ fn ctrl_a_x_leaves_and_the_terminal_is_as_before() {
     if !rig::small() {
         return;
     }
-    let mut guest = Armlet::program(&deaf()).input(Input::Terminal).start();
-    let before = guest.modes();
-    guest.expect("up\n");
-    assert_ne!(before, guest.modes(), "the terminal was not raw");
-    guest.send(b"\x01");
-    sleep(Duration::from_millis(100));
-    assert!(guest.runs(), "Ctrl-A alone ended it");
-    guest.send(b"x");
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert_eq!(outcome.modes, Some(before));
+    lives::is_left_by_ctrl_a_x(Armlet::program(&deaf()));
 }
 
 #[test]

@@ -3,6 +3,7 @@ pub(crate) use crate::archive::{archive, initrd_with_script};
 /// Ports of the board `pc`.
 pub(crate) const UART: u16 = 0x3f8;
 const SLEEP_CONTROL: u16 = 0x600;
+const POWER_OFF: u8 = 5 << 2 | 1 << 5;
 pub(crate) const RESET_CONTROL: u16 = 0xcf9;
 pub(crate) const I8042_COMMAND: u16 = 0x64;
 
@@ -23,6 +24,11 @@ const CODE_SELECTOR: u64 = 0x10;
 /// 11.4.1; 82093AA datasheet, section 3).
 const LAPIC: u64 = 0xfee0_0000;
 const IOAPIC: u64 = 0xfec0_0000;
+
+/// Where a CPU keeps its local APIC's address and mode, and the first of the APIC's registers in
+/// x2APIC mode (Intel SDM volume 3, section 11.12.1).
+const APIC_BASE: u32 = 0x1b;
+const X2APIC: u32 = 0x800;
 
 /// Where code for further vCPUs lies: they start in real mode in a page below 1 MiB.
 const REAL_MODE: u64 = 0x8000;
@@ -66,6 +72,17 @@ impl Program {
         self = self.port(UART);
         for byte in text.bytes() {
             self = self.bytes(&[0xb0, byte, 0xee]);
+        }
+        self
+    }
+
+    /// Prints `text` with a look at the line status before each `count` bytes.
+    pub(crate) fn print_looking(mut self, text: &str, count: usize) -> Program {
+        for part in text.as_bytes().chunks(count) {
+            self = self.input(UART + 5).port(UART);
+            for byte in part {
+                self = self.bytes(&[0xb0, *byte, 0xee]);
+            }
         }
         self
     }
@@ -151,11 +168,16 @@ impl Program {
     /// Has the I/O APIC's pin `gsi` raise the interrupt at the first vCPU. The other controller that
     /// the line leads to, the 8259, is masked: after a reset it would raise one of its own.
     pub(crate) fn route(self, gsi: u32) -> Program {
+        self.route_to(gsi, 0)
+    }
+
+    /// As [`Self::route`], at the vCPU with this number of up to 15 bits.
+    pub(crate) fn route_to(self, gsi: u32, id: u32) -> Program {
         let entry = 0x10 + 2 * gsi;
         let program = self.out(0x21, 0xff).out(0xa1, 0xff);
         program
             .write(IOAPIC, entry + 1)
-            .write(IOAPIC + 0x10, 0)
+            .write(IOAPIC + 0x10, id << 24 | id >> 8 << 17)
             .write(IOAPIC, entry)
             .write(IOAPIC + 0x10, VECTOR)
     }
@@ -173,23 +195,74 @@ impl Program {
 
     /// Starts the second vCPU in real mode, where it does what `code` says.
     pub(crate) fn start_second_at(self, code: &Program) -> Program {
-        let mut program = self.write(LAPIC + 0xf0, 0x1ff);
-        for (at, word) in (REAL_MODE..).step_by(4).zip(code.code.chunks(4)) {
-            let mut bytes = [0; 4];
-            bytes[..word.len()].copy_from_slice(word);
-            program = program.write(at, u32::from_le_bytes(bytes));
-        }
         // To the APIC with number 1: INIT, then SIPI with the page's number.
-        program
+        self.write(LAPIC + 0xf0, 0x1ff)
+            .place(&code.code)
             .write(LAPIC + 0x310, 1 << 24)
             .write(LAPIC + 0x300, 0x4500)
             .write(LAPIC + 0x310, 1 << 24)
             .write(LAPIC + 0x300, 0x4600 | (REAL_MODE >> 12) as u32)
     }
 
+    /// Writes a register of the CPU: MOV ECX, number; MOV EAX, low; MOV EDX, high; WRMSR.
+    fn write_msr(self, number: u32, high: u32, low: u32) -> Program {
+        let load = |opcode: u8, value: u32| [&[opcode][..], &value.to_le_bytes()].concat();
+        self.bytes(&load(0xb9, number))
+            .bytes(&load(0xb8, low))
+            .bytes(&load(0xba, high))
+            .bytes(&[0x0f, 0x30])
+    }
+
+    /// Starts the vCPU with this number, which may need more than 8 bits, in real mode. There it
+    /// prints `text` and takes the serial port's interrupt, prints `interrupted` and powers off.
+    pub(crate) fn start_far(self, id: u32, text: &str, interrupted: &str) -> Program {
+        // In real mode immediate values of 32 bits, and the ports' 16, need a prefix or none.
+        let msr = |number: u32, low: u32| {
+            let load =
+                |opcode: u8, value: u32| [&[0x66, opcode], &value.to_le_bytes()[..]].concat();
+            let loads = [load(0xb9, number), load(0xb8, low), load(0xba, 0)].concat();
+            Program::default().bytes(&loads).bytes(&[0x0f, 0x30])
+        };
+        let out = |port: u16, bytes: &[u8]| {
+            let code = Program::default().bytes(&[0xba]).bytes(&port.to_le_bytes());
+            bytes
+                .iter()
+                .fold(code, |code, byte| code.bytes(&[0xb0, *byte, 0xee]))
+        };
+        // x2APIC on, and the local APIC.
+        let mut code = msr(APIC_BASE, LAPIC as u32 | 0xc00).code;
+        code.extend(msr(X2APIC + 0xf, 0x1ff).code);
+        code.extend(out(UART, text.as_bytes()).code);
+        // The transmitter is empty, so allowing its interrupt raises it. STI; HLT; JMP to it.
+        code.extend(out(UART + 1, &[2]).code);
+        code.extend([0xfb, 0xf4, 0xeb, 0xfd]);
+        let handler = code.len() as u32;
+        code.extend(out(UART, interrupted.as_bytes()).code);
+        code.extend(out(SLEEP_CONTROL, &[POWER_OFF]).code);
+        code.extend([0xeb, 0xfe]);
+        // The interrupt's place among real mode's: offset and segment.
+        let segment = (REAL_MODE >> 4) as u32;
+        self.write(u64::from(VECTOR) * 4, segment << 16 | handler)
+            .place(&code)
+            .write_msr(APIC_BASE, 0, LAPIC as u32 | 0xd00)
+            .write_msr(X2APIC + 0xf, 0, 0x1ff)
+            .write_msr(X2APIC + 0x30, id, 0x4500)
+            .write_msr(X2APIC + 0x30, id, 0x4600 | (REAL_MODE >> 12) as u32)
+    }
+
+    /// Puts code where further vCPUs start.
+    fn place(mut self, code: &[u8]) -> Program {
+        for (at, word) in (REAL_MODE..).step_by(4).zip(code.chunks(4)) {
+            let mut bytes = [0; 4];
+            bytes[..word.len()].copy_from_slice(word);
+            self = self.write(at, u32::from_le_bytes(bytes));
+        }
+        self
+    }
+
     /// Powers the machine off.
     pub(crate) fn power_off(self) -> Program {
-        self.out(SLEEP_CONTROL, 5 << 2 | 1 << 5).stay()
+        self.out(SLEEP_CONTROL, POWER_OFF).stay()
     }
 
     /// Stays where it is, awake: JMP to itself.

@@ -41,6 +41,9 @@ const TOOLS: [&str; 18] = [
     "virtiofsd",
 ];
 
+/// The peer, which is for ARM64 alone.
+const PEER: &str = "qemu-system-arm";
+
 /// The size of the disk that they lie on.
 const TOOLS_MIB: u32 = 1024;
 
@@ -183,7 +186,9 @@ fn prepare_x86(store: &Store, folder: &Path) -> Result<()> {
     replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
     let usual = store.kernel(standard(Isa::X86))?;
     for (kernel, name) in [(usual, "devices.cpio"), (old, "devices-6.1.cpio")] {
-        replace(&folder.join(name), &devices(&kernel.modules(&DEVICES)?)?)?;
+        // No cloud kernel of x86_64 has a file system for disks in it.
+        let drivers = [&DEVICES as &[&str], &["ext4"]].concat();
+        replace(&folder.join(name), &devices(&kernel.modules(&drivers)?)?)?;
     }
     Ok(())
 }
@@ -257,8 +262,15 @@ pub(crate) fn script(script: &str) -> Result<Vec<u8>> {
 }
 
 /// The image of a read-only file system with Debian's programs for devices, for hosts and guests.
-pub(crate) fn tools(store: &Store) -> Result<PathBuf> {
-    let folder = store.programs("tools", &TOOLS)?;
+pub(crate) fn tools(store: &Store, isa: Isa) -> Result<PathBuf> {
+    let folder = match isa {
+        Isa::Arm64 => store.programs(isa, "tools", &TOOLS)?,
+        Isa::X86 => {
+            let names = TOOLS.iter().filter(|name| **name != PEER);
+            let names = names.copied().collect::<Vec<_>>();
+            store.programs(isa, "tools-x86_64", &names)?
+        }
+    };
     let name = folder.file_name().context("a folder has a name")?;
     let image = store.assets().join(name).with_extension("img");
     if image.is_file() {

@@ -185,7 +185,7 @@ impl Test {
                     command.env("ARMLET_RIG_MACHINE", "raspi4b");
                 }
             }
-            if name == ARM64_HOSTS[0].0 && packages::can_make_systems() {
+            if name == first && packages::can_make_systems() {
                 // Passt and its like, for the tests that run on the first host only.
                 command.env("ARMLET_RIG_TOOLS", "1");
                 if self.system {

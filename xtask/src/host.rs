@@ -80,6 +80,7 @@ for disk in /sys/block/vd*; do
             mount -t ext4 -o ro "/dev/${disk##*/}" /tools
             # Programs find their libraries and data where they were made for.
             ln -s /tools/usr/lib /lib
+            ln -s /tools/usr/lib64 /lib64
             for folder in lib libexec sbin share; do ln -s "/tools/usr/$folder" "/usr/$folder"; done
             export PATH=/bin:/tools/usr/bin:/tools/usr/sbin
             ;;
@@ -450,7 +451,7 @@ fn disks(store: &Store, spec: &HostSpec, job: &Job) -> Result<Vec<Disk>> {
         });
     };
     if spec.tools {
-        add(&assets::tools(store)?, "tools", Access::Refused);
+        add(&assets::tools(store, spec.isa)?, "tools", Access::Refused);
     }
     if spec.system {
         add(&assets::system(store)?, "data", Access::Forgotten);

@@ -177,8 +177,8 @@ impl Setup {
         let folder = assets::prepare(&store, isa, Choice::All)?;
         if !isa.is_native() {
             store.qemu(isa)?;
-            if isa == Isa::Arm64 && packages::can_make_systems() {
-                assets::tools(&store)?;
+            if packages::can_make_systems() {
+                assets::tools(&store, isa)?;
             }
         }
         say(&format!(

@@ -10,9 +10,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -119,15 +117,34 @@ fn fadt(ports: &[PlacedPorts], dsdt: u64) -> Vec<u8> {
 fn madt(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Vec<u8> {
     // Both lie below 4 GiB.
     let address = |range: crate::Range| range.start() as u32;
-    let lapic = LocalInterruptController::Address(address(layout.irqchip.lapic));
-    let mut table = MADT::new(OEM, OEM_TABLE, REVISION, lapic);
+    let mut body = Vec::new();
+    body.extend(address(layout.irqchip.lapic).to_le_bytes());
+    // No 8259 that has to be looked after.
+    body.extend([0; 4]);
     for vcpu in vcpus {
-        // At most 255 of them.
-        let id = vcpu.apic_id as u8;
-        table.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+        match u8::try_from(vcpu.apic_id) {
+            Ok(id) if id < u8::MAX => {
+                ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
+            }
+            _ => body.extend(local_x2apic(vcpu.apic_id)),
+        }
     }
-    table.add_structure(IoApic::new(0, address(layout.irqchip.ioapic), 0));
-    to_bytes(&table)
+    IoApic::new(0, address(layout.irqchip.ioapic), 0).to_aml_bytes(&mut body);
+    let mut table = Sdt::new(*b"APIC", 36, 1, OEM, OEM_TABLE, REVISION);
+    table.append_slice(&body);
+    table.as_slice().to_vec()
+}
+
+/// A CPU whose number needs more than 8 bits (section 5.2.12.12).
+fn local_x2apic(id: u32) -> [u8; 16] {
+    const KIND: u8 = 9;
+    const ENABLED: u8 = 1;
+    let mut bytes = [0; 16];
+    bytes[..2].copy_from_slice(&[KIND, 16]);
+    bytes[4..8].copy_from_slice(&id.to_le_bytes());
+    bytes[8] = ENABLED;
+    bytes[12..].copy_from_slice(&id.to_le_bytes());
+    bytes
 }
 
 fn dsdt(layout: &Layout<X86_64>) -> Vec<u8> {
@@ -249,26 +266,16 @@ fn virtio(placed: &Placed, slot: u32) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::GicChoice;
-    use crate::{Arch, Board, Request, WidthPolicy, plan};
+    use crate::{Arch, Board, Request, plan};
 
     const PC: &str = include_str!("../../../boards/pc.toml");
 
     fn tables_of(board: &str, cpus: u32, virtio: &[&str]) -> Vec<u8> {
         let board = Board::parse(board).expect("valid");
-        let request = Request::<X86_64> {
+        let request = Request {
             cpus,
-            memory: 512 << 20,
-            width: WidthPolicy::Fit,
-            gic: GicChoice::Auto,
-            kernel: None,
-            initrd: None,
-            cmdline: String::new(),
-            seeds: None,
             virtio: virtio.iter().map(|name| (*name).to_owned()).collect(),
-            pmem: Vec::new(),
-            topology: Default::default(),
-            wishes: Default::default(),
+            ..crate::x86_64::tests::request(512 << 20)
         };
         let plan = plan(&board, &request, &X86_64::assumed_host(&board)).expect("fits");
         let tables = plan.blobs.into_iter().find(|blob| blob.address == TABLES);
@@ -342,22 +349,28 @@ mod tests {
 
     #[test]
     fn the_madt_has_each_cpu_once_and_the_io_apic() {
-        let all = tables_of(PC, 255, &[]);
+        let all = tables_of(PC, 1024, &[]);
         let [_, madt, _] = found(&all);
-        assert_eq!(number(madt, 36, 4), 0xfee0_0000);
+        assert_eq!((number(madt, 36, 4), number(madt, 40, 4)), (0xfee0_0000, 0));
         let (mut at, mut cpus) = (44, Vec::new());
         while at < madt.len() {
             match madt[at] {
                 0 => {
                     assert_eq!(number(madt, at + 4, 4), 1, "enabled");
-                    cpus.push(madt[at + 3]);
+                    cpus.push(u64::from(madt[at + 3]));
+                    assert!(madt[at + 3] < 255, "255 means all");
+                }
+                9 => {
+                    assert_eq!(number(madt, at + 8, 4), 1, "enabled");
+                    assert_eq!(number(madt, at + 4, 4), number(madt, at + 12, 4));
+                    cpus.push(number(madt, at + 4, 4));
                 }
                 1 => assert_eq!(number(madt, at + 4, 8), 0xfec0_0000),
                 other => panic!("structure of type {other}"),
             }
             at += usize::from(madt[at + 1]);
         }
-        assert_eq!(cpus, (0..255).collect::<Vec<u8>>());
+        assert_eq!(cpus, (0..1024).collect::<Vec<u64>>());
     }
 
     #[test]

@@ -424,9 +424,8 @@ fn cmdline(request: &Request<X86_64>) -> Result<Vec<u8>, PlanError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irq::GicChoice;
     use crate::size::parse_size;
-    use crate::{Arch, Board, Plan, WidthPolicy};
+    use crate::{Arch, Board, Plan};
     use proptest::prelude::*;
 
     const PC: &str = include_str!("../../../boards/pc.toml");
@@ -459,18 +458,9 @@ mod tests {
 
     fn request(memory: u64, initrd: Option<u64>) -> Request<X86_64> {
         Request {
-            cpus: 1,
-            memory,
-            width: WidthPolicy::Fit,
-            gic: GicChoice::Auto,
             kernel: Some(Kernel::Bz(kernel())),
             initrd,
-            cmdline: "console=ttyS0".to_owned(),
-            seeds: None,
-            virtio: Vec::new(),
-            pmem: Vec::new(),
-            wishes: Default::default(),
-            topology: Default::default(),
+            ..crate::x86_64::tests::request(memory)
         }
     }
 

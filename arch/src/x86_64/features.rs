@@ -227,6 +227,7 @@ mod tests {
             max_vcpus: 8,
             paravirtual: 1 << 0 | 1 << 5 | UNHALT | 1 << 11,
             tsc_deadline: true,
+            wide_apic_ids: false,
             exits_off: 2 | 4,
         }
     }

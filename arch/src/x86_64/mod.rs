@@ -14,9 +14,13 @@ use crate::width::{Region, Width, WidthPolicy};
 use crate::{Arch, Architecture, Board, Range};
 use serde::Serialize;
 
-/// Most vCPUs: an I/O APIC names its target by 8 bits, of which 255 means all
+/// Most vCPUs with KVM's own I/O APIC, which names its target by 8 bits, of which 255 means all
 /// (82093AA datasheet, section 3.2.4, IOREDTBL bits 63:56).
-pub const MAX_VCPUS: u32 = 255;
+pub const IOAPIC_VCPUS: u32 = 255;
+/// Most vCPUs that KVM can be built for (arch/x86/kvm/Kconfig: KVM_MAX_NR_VCPUS).
+pub const MAX_VCPUS: u32 = 4096;
+/// Most vCPUs of KVM as it is usually built (arch/x86/include/asm/kvm_host.h: KVM_MAX_VCPUS).
+const USUAL_VCPUS: u32 = 1024;
 
 /// The I/O APIC's registers: where every PC has them (82093AA datasheet, section 3.0), and KVM's
 /// default (arch/x86/kvm/ioapic.h: IOAPIC_DEFAULT_BASE_ADDRESS).
@@ -55,6 +59,9 @@ pub struct Host {
     /// Whether the local APIC's timer can have a deadline in TSC ticks
     /// (KVM_CAP_TSC_DEADLINE_TIMER).
     pub tsc_deadline: bool,
+    /// Whether the I/O APIC may be ours, and local APICs have numbers of 32 bits
+    /// (KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API).
+    pub wide_apic_ids: bool,
     /// Instructions that need not be exits (KVM_CAP_X86_DISABLE_EXITS).
     pub exits_off: u32,
 }
@@ -66,6 +73,8 @@ pub struct Irqchip {
     pub ioapic: Range,
     /// The local APICs, 4 KiB: each vCPU sees its own there.
     pub lapic: Range,
+    /// Whether the I/O APIC is ours and not KVM's: it sends messages, whose targets have more bits.
+    pub messages: bool,
     /// KVM's page table for real mode, 4 KiB.
     pub identity_map: Range,
     /// KVM's task state for real mode, 12 KiB.
@@ -137,12 +146,13 @@ impl Arch for X86_64 {
     fn assumed_host(board: &Board) -> Host {
         Host {
             phys_bits: board.host.ipa_limit,
-            max_vcpus: MAX_VCPUS,
+            max_vcpus: USUAL_VCPUS,
             // What Linux has had since 5.10.
             paravirtual: PARAVIRTUAL
                 .iter()
                 .fold(0, |bits, feature| bits | feature.bits),
             tsc_deadline: true,
+            wide_apic_ids: true,
             exits_off: EXITS.iter().fold(0, |bits, (_, bit)| bits | bit),
         }
     }
@@ -177,6 +187,7 @@ impl Arch for X86_64 {
         Ok(Irqchip {
             ioapic: window("I/O APIC", IOAPIC, APIC_SIZE)?,
             lapic: window("local APICs", LAPIC, APIC_SIZE)?,
+            messages: request.cpus > IOAPIC_VCPUS,
             identity_map: window(KVM_TABLE, IDENTITY_MAP, APIC_SIZE)?,
             task_state: window(KVM_TASK, TASK_STATE, TASK_STATE_SIZE)?,
         })
@@ -223,8 +234,12 @@ impl Arch for X86_64 {
 
 fn check_vcpus(asked: u32, host: &Host) -> Result<(), PlanError> {
     let (most, why) = match host.max_vcpus {
+        most if most > IOAPIC_VCPUS && !host.wide_apic_ids => (
+            IOAPIC_VCPUS,
+            format!("the I/O APIC of this host's KVM serves {IOAPIC_VCPUS}"),
+        ),
         most @ 0..MAX_VCPUS => (most, format!("this host's KVM offers {most}")),
-        _ => (MAX_VCPUS, format!("an I/O APIC serves {MAX_VCPUS}")),
+        _ => (MAX_VCPUS, format!("KVM serves {MAX_VCPUS}")),
     };
     if asked > most {
         return Err(PlanError::TooManyCpus { asked, most, why });
@@ -244,7 +259,7 @@ mod tests {
         Board::parse(PC).expect("valid")
     }
 
-    fn request(memory: u64) -> Request<X86_64> {
+    pub(super) fn request(memory: u64) -> Request<X86_64> {
         Request {
             cpus: 1,
             memory,
@@ -328,14 +343,15 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_are_limited_by_the_host_and_by_the_io_apic() {
-        let error = |cpus, max_vcpus| {
+    fn vcpus_are_limited_by_the_host_and_by_kvms_io_apic() {
+        let error = |cpus, max_vcpus, wide_apic_ids| {
             let request = Request {
                 cpus,
                 ..request(512 << 20)
             };
             let host = Host {
                 max_vcpus,
+                wide_apic_ids,
                 ..X86_64::assumed_host(&pc())
             };
             plan(&pc(), &request, &host)
@@ -343,13 +359,29 @@ mod tests {
                 .to_string()
         };
         assert_eq!(
-            error(9, 8),
+            error(9, 8, true),
             "9 vCPUs were asked for; this host's KVM offers 8; use --cpus 8 or fewer"
         );
         assert_eq!(
-            error(256, 4096),
-            "256 vCPUs were asked for; an I/O APIC serves 255; use --cpus 255 or fewer"
+            error(256, 4096, false),
+            "256 vCPUs were asked for; the I/O APIC of this host's KVM serves 255; use --cpus 255 or fewer"
         );
+        assert_eq!(
+            error(4097, 5000, true),
+            "4097 vCPUs were asked for; KVM serves 4096; use --cpus 4096 or fewer"
+        );
+    }
+
+    #[test]
+    fn beyond_255_vcpus_the_io_apic_is_ours() {
+        for (cpus, messages) in [(255, false), (256, true), (1024, true)] {
+            let request = Request {
+                cpus,
+                ..request(512 << 20)
+            };
+            let plan = planned(&pc(), &request).expect("fits");
+            assert_eq!(plan.layout.irqchip.messages, messages, "{cpus} vCPUs");
+        }
     }
 
     #[test]

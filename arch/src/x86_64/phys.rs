@@ -49,6 +49,7 @@ mod tests {
             max_vcpus: 1,
             paravirtual: 0,
             tsc_deadline: false,
+            wide_apic_ids: false,
             exits_off: 0,
         }
     }

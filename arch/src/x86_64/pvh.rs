@@ -52,9 +52,8 @@ pub(super) fn start_info(layout: &Layout<X86_64>, map: &[Range]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use crate::irq::GicChoice;
     use crate::x86_64::{Boot, Kernel, X86_64};
-    use crate::{Arch, Board, Plan, PlanError, Range, Request, WidthPolicy, plan};
+    use crate::{Arch, Board, Plan, PlanError, Range, Request, plan};
 
     const PC: &str = include_str!("../../../boards/pc.toml");
 
@@ -65,18 +64,10 @@ mod tests {
         elf.find_entry(&file[notes]).expect("an entry");
         let board = Board::parse(PC).expect("valid");
         let request = Request {
-            cpus: 1,
-            memory,
-            width: WidthPolicy::Fit,
-            gic: GicChoice::Auto,
             kernel: Some(Kernel::Elf(elf)),
             initrd,
             cmdline: "quiet".to_owned(),
-            seeds: None,
-            virtio: Vec::new(),
-            pmem: Vec::new(),
-            topology: Default::default(),
-            wishes: Default::default(),
+            ..crate::x86_64::tests::request(memory)
         };
         plan(&board, &request, &X86_64::assumed_host(&board))
     }

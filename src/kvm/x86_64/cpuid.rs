@@ -15,7 +15,13 @@ pub(super) struct Topology {
     pub(super) phys_bits: u8,
     /// What KVM offers beside a CPU.
     pub(super) features: Features,
+    /// Whether targets of messages have 15 bits.
+    pub(super) messages: bool,
 }
+
+/// CPUID 0x4000_0001 EAX: targets of messages and of I/O APICs have 15 bits
+/// (KVM_FEATURE_MSI_EXT_DEST_ID). It is for who makes the messages to say; KVM does not know.
+const EXTENDED_TARGETS: u32 = 15;
 
 /// Leaves that are made anew: extended topology, both generations of it.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
@@ -48,6 +54,7 @@ fn fit(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
         vcpus,
         phys_bits,
         features,
+        messages,
     } = topology;
     match leaf.function {
         0x1 => {
@@ -68,13 +75,15 @@ fn fit(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
         }
         0x4000_0001 => {
             leaf.eax = features.paravirtual;
+            set(&mut leaf.eax, EXTENDED_TARGETS, messages);
             leaf.edx = features.hints;
         }
         0x8000_0008 => {
             // No separate guest width in bits 23:16.
             leaf.eax = leaf.eax & 0xff00_ff00 | u32::from(phys_bits);
             let bits = apic_id_bits(vcpus);
-            leaf.ecx = leaf.ecx & !0xf0ff | (vcpus - 1) & 0xff | bits << 12;
+            // Where the bits are given, the number of CPUs, which has 8 bits, counts for nothing.
+            leaf.ecx = leaf.ecx & !0xf0ff | (vcpus - 1).min(0xff) | bits << 12;
         }
         0x8000_001d if leaf.eax & 0x1f != 0 => {
             let sharing = sharing_cache(leaf.eax >> 5 & 7, vcpus);
@@ -160,6 +169,7 @@ mod tests {
             tsc_deadline: true,
             exits_off: 0,
         },
+        messages: false,
     };
 
     #[test]
@@ -187,6 +197,31 @@ mod tests {
     }
 
     #[test]
+    fn the_last_of_300_knows_its_whole_number() {
+        let last = Topology {
+            apic_id: 299,
+            vcpus: 300,
+            messages: true,
+            ..SIX
+        };
+        let supported = [
+            leaf(0, [0xb, 0, 0, 0]),
+            leaf(1, [0; 4]),
+            leaf(0xb, [0; 4]),
+            leaf(0x4000_0001, [0; 4]),
+            leaf(0x8000_0008, [0; 4]),
+            leaf(0x8000_001e, [0; 4]),
+        ];
+        let leaves = fitted(&supported, last);
+        // 8 bits of it, and of how many there are, are all that fit here.
+        assert_eq!(registers(&leaves, 1, 0)[1], 0x2bff_0000);
+        assert_eq!(registers(&leaves, 0xb, 1), [9, 300, 0x201, 299]);
+        assert_eq!(registers(&leaves, 0x4000_0001, 0)[0], 0x8021);
+        assert_eq!(registers(&leaves, 0x8000_0008, 0)[2], 0x90ff);
+        assert_eq!(registers(&leaves, 0x8000_001e, 0), [299, 0x2b, 0, 0]);
+    }
+
+    #[test]
     fn one_vcpu_shares_nothing() {
         let alone = Topology {
             apic_id: 0,
@@ -196,6 +231,7 @@ mod tests {
                 tsc_deadline: false,
                 ..SIX.features
             },
+            messages: false,
         };
         let l3 = 0x3 << 5 | 3;
         let supported = [

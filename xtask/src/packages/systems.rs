@@ -1,6 +1,6 @@
-//! Sets of ARM64 packages with everything that they need, for systems that are not this machine.
+//! Sets of packages with everything that they need, for systems that are not this machine.
 //!
-//! A second private apt resolves them: it knows ARM64 alone, believes that nothing is installed,
+//! A second private apt resolves them: it knows one architecture alone, believes that nothing is installed,
 //! and looks into one release, so that the set is the same whatever the machine runs.
 
 use std::fs;
@@ -14,6 +14,7 @@ use super::{
     Apt, Distribution, Package, Store, configuration, empty_folder, output_of, run_silently,
     simulated_installs, unpack,
 };
+use crate::isa::Isa;
 use crate::progress::say;
 
 /// The Debian release of whole systems: of the root disk and of the programs in the rig's host.
@@ -44,7 +45,7 @@ impl Store {
     pub(crate) fn system(&self, item: &str, names: &[&str]) -> Result<System> {
         let item = format!("{item}-{:08x}", digest(names));
         let folder = self.stored(&item, |_, into| {
-            let apt = self.system_apt()?;
+            let apt = self.system_apt(Isa::Arm64)?;
             let base = apt.resolve(&["?essential", "?priority(required)"])?;
             let mut all = vec!["?essential", "?priority(required)"];
             all.extend(names);
@@ -74,10 +75,10 @@ impl Store {
 
     /// The folder into which `names` and all that they need are unpacked, without being installed:
     /// programs and their libraries, not a system.
-    pub(crate) fn programs(&self, item: &str, names: &[&str]) -> Result<PathBuf> {
+    pub(crate) fn programs(&self, isa: Isa, item: &str, names: &[&str]) -> Result<PathBuf> {
         let item = format!("{item}-{:08x}", digest(names));
         self.stored(&item, |_, into| {
-            let apt = self.system_apt()?;
+            let apt = self.system_apt(isa)?;
             // Essential packages are needed without anybody saying so.
             let mut all = vec!["libc6", "base-files"];
             all.extend(names);
@@ -105,19 +106,26 @@ impl Store {
         })
     }
 
-    fn system_apt(&self) -> Result<SystemApt> {
-        SystemApt::prepare(self.apt()?, &self.root.join("apt-system"))
+    fn system_apt(&self, isa: Isa) -> Result<SystemApt> {
+        let folder = match isa {
+            Isa::Arm64 => "apt-system",
+            Isa::X86 => "apt-system-x86_64",
+        };
+        SystemApt::prepare(self.apt()?, isa, &self.root.join(folder))
     }
 }
 
 /// apt for a machine on which nothing is installed.
 struct SystemApt {
     folder: PathBuf,
+    /// As Debian calls it.
+    architecture: &'static str,
 }
 
 impl SystemApt {
     /// Writes the configuration beside that of `machine`, and fetches the lists of packages.
-    fn prepare(machine: &Apt, folder: &Path) -> Result<Self> {
+    fn prepare(machine: &Apt, isa: Isa, folder: &Path) -> Result<Self> {
+        let architecture = isa.debian();
         if machine.distribution != Distribution::Debian {
             bail!(
                 "whole systems are made of Debian's packages, and this machine's apt knows \
@@ -138,14 +146,14 @@ impl SystemApt {
         let sources = read(machine.folder.join("private.sources"))?;
         write(
             "private.sources",
-            &system_sources(&sources, &machine.release.codename),
+            &system_sources(&sources, &machine.release.codename, architecture),
         )?;
         write("status", "")?;
         let dump = output_of(Command::new("apt-config").arg("dump"))?;
-        let mut text = configuration(folder, "arm64", &dump);
+        let mut text = configuration(folder, architecture, &dump);
         text.push_str(&format!(
             "Dir::State::status \"{}\";\n\
-             APT::Architecture \"arm64\";\n\
+             APT::Architecture \"{architecture}\";\n\
              APT::Install-Recommends \"false\";\n\
              Debug::NoLocking \"true\";\n",
             folder.join("status").display()
@@ -153,6 +161,7 @@ impl SystemApt {
         write("apt.conf", &text)?;
         let apt = Self {
             folder: folder.to_owned(),
+            architecture,
         };
         say(&format!("fetching the lists of Debian {SYSTEM_RELEASE}"));
         run_silently(apt.command().args(["update", "-q"]))?;
@@ -175,8 +184,9 @@ impl SystemApt {
             .with_context(|| format!("cannot resolve {}", names.join(" ")))?;
         let mut packages = simulated_installs(&text);
         ensure!(!packages.is_empty(), "apt would install nothing");
+        let ending = format!(":{}", self.architecture);
         for package in &mut packages {
-            package.name = package.name.trim_end_matches(":arm64").to_owned();
+            package.name = package.name.trim_end_matches(&ending).to_owned();
         }
         packages.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(packages)
@@ -209,8 +219,8 @@ impl SystemApt {
     }
 }
 
-/// The machine's private sources, turned to [`SYSTEM_RELEASE`] and ARM64 alone.
-fn system_sources(machine: &str, codename: &str) -> String {
+/// The machine's private sources, turned to [`SYSTEM_RELEASE`] and one architecture.
+fn system_sources(machine: &str, codename: &str, architecture: &str) -> String {
     let turn = |line: &str| {
         if let Some(suites) = line.strip_prefix("Suites: ") {
             let security = suites.contains("-security");
@@ -221,7 +231,7 @@ fn system_sources(machine: &str, codename: &str) -> String {
             return format!("Suites: {suites}");
         }
         match line.starts_with("Architectures: ") {
-            true => "Architectures: arm64".to_owned(),
+            true => format!("Architectures: {architecture}"),
             false => line.to_owned(),
         }
     };
@@ -302,7 +312,7 @@ mod tests {
             Types: deb\nURIs: http://s.example/\nSuites: bookworm-security\nComponents: main\n\
             Architectures: amd64 arm64\n\n";
         assert_eq!(
-            system_sources(machine, "bookworm"),
+            system_sources(machine, "bookworm", "arm64"),
             "Types: deb\nURIs: http://a.example/\nSuites: trixie trixie-updates\n\
              Components: main\nArchitectures: arm64\nSigned-By: /k\n\nTypes: deb\n\
              URIs: http://s.example/\nSuites: trixie-security\nComponents: main\n\

@@ -1,0 +1,265 @@
+//! An I/O APIC whose interrupts leave it as messages (82093AA datasheet; Intel SDM volume 3, section
+//! 11.11): for machines with more CPUs than the 8 bits of its targets tell apart. Seven more bits
+//! are where hypervisors have them (Linux, arch/x86/include/asm/io_apic.h: virt_destid_8_14).
+//!
+//! Every interrupt is an edge, as all devices here make them: a pin that the guest takes for a level
+//! sends one message for each. What comes at a masked pin is lost, as with the hardware.
+
+use crate::Device;
+
+/// Pins, as many as the hardware has.
+pub const PINS: usize = 24;
+
+/// What is sent for an interrupt: where it is written to, and what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Bits 63:40 are those of the target above the lowest 8.
+    pub address: u64,
+    /// Vector and mode of delivery.
+    pub data: u32,
+}
+
+/// By pin; none for a masked one.
+pub type Messages = [Option<Message>; PINS];
+
+/// The registers.
+pub struct IoApic {
+    selected: u8,
+    id: u32,
+    entries: [u64; PINS],
+    on_change: Box<dyn Fn(&Messages) + Send>,
+}
+
+/// The window's two registers (section 3.1): which one, and its value.
+const IOREGSEL: u64 = 0x00;
+const IOWIN: u64 = 0x10;
+
+/// Registers behind them (section 3.2).
+const ID: u8 = 0;
+const VERSION: u8 = 1;
+const ARBITRATION: u8 = 2;
+const FIRST_ENTRY: u8 = 0x10;
+
+/// The first version that is an APIC of its own chip, and the number of the last pin.
+const IS_VERSION: u32 = 0x11 | (PINS as u32 - 1) << 16;
+/// The bits of an identity.
+const ID_BITS: u32 = 0xf << 24;
+
+/// A redirection entry (section 3.2.4).
+mod entry {
+    pub(super) const VECTOR_AND_MODE: u64 = 0x7ff;
+    pub(super) const LOGICAL: u32 = 11;
+    /// Delivery status and remote IRR, which are not the guest's to write.
+    pub(super) const READ_ONLY: u64 = 1 << 12 | 1 << 14;
+    pub(super) const MASKED: u64 = 1 << 16;
+    pub(super) const TARGET: u32 = 56;
+    /// More bits of the target, 7 of them.
+    pub(super) const MORE_TARGET: u32 = 49;
+    pub(super) const LOWEST_PRIORITY: u64 = 1;
+}
+
+/// A message's address (Intel SDM volume 3, section 11.11.1).
+mod address {
+    pub(super) const BASE: u64 = 0xfee0_0000;
+    pub(super) const LOGICAL: u32 = 2;
+    pub(super) const REDIRECT: u64 = 1 << 3;
+    pub(super) const TARGET: u32 = 12;
+    pub(super) const MORE_TARGET: u32 = 40;
+}
+
+impl IoApic {
+    /// As after a reset: all pins masked. `on_change` is told what pins send whenever that changes.
+    pub fn new(on_change: Box<dyn Fn(&Messages) + Send>) -> IoApic {
+        IoApic {
+            selected: 0,
+            id: 0,
+            entries: [entry::MASKED; PINS],
+            on_change,
+        }
+    }
+
+    /// The entry that the selected register is half of, and the half's lowest bit.
+    fn half(&self) -> Option<(usize, u32)> {
+        let index = usize::from(self.selected.checked_sub(FIRST_ENTRY)?);
+        (index / 2 < PINS).then_some((index / 2, index as u32 % 2 * 32))
+    }
+
+    fn register(&self) -> u32 {
+        match (self.selected, self.half()) {
+            (ID | ARBITRATION, _) => self.id,
+            (VERSION, _) => IS_VERSION,
+            (_, Some((pin, shift))) => (self.entries[pin] >> shift) as u32,
+            (_, None) => 0,
+        }
+    }
+
+    fn set_register(&mut self, value: u32) {
+        match (self.selected, self.half()) {
+            (ID, _) => self.id = value & ID_BITS,
+            (_, Some((pin, shift))) => {
+                let before = self.entries[pin];
+                let kept = before & !(u64::from(u32::MAX) << shift);
+                let written = (kept | u64::from(value) << shift) & !entry::READ_ONLY;
+                self.entries[pin] = written;
+                if message(before) != message(written) {
+                    (self.on_change)(&self.entries.map(message));
+                }
+            }
+            (_, None) => {}
+        }
+    }
+}
+
+fn message(entry: u64) -> Option<Message> {
+    if entry & entry::MASKED != 0 {
+        return None;
+    }
+    let logical = entry >> entry::LOGICAL & 1;
+    let target = entry >> entry::TARGET & 0xff;
+    let more = entry >> entry::MORE_TARGET & 0x7f;
+    let redirect = match entry >> 8 & 7 {
+        entry::LOWEST_PRIORITY => address::REDIRECT,
+        _ => 0,
+    };
+    Some(Message {
+        address: address::BASE
+            | target << address::TARGET
+            | more << address::MORE_TARGET
+            | logical << address::LOGICAL
+            | redirect,
+        data: (entry & entry::VECTOR_AND_MODE) as u32,
+    })
+}
+
+impl Device for IoApic {
+    /// Words; what is narrower reads their lowest bytes.
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let value = match offset {
+            IOREGSEL => u32::from(self.selected),
+            IOWIN => self.register(),
+            _ => 0,
+        };
+        data.fill(0);
+        for (byte, of) in data.iter_mut().zip(value.to_le_bytes()) {
+            *byte = of;
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let mut bytes = [0; 4];
+        for (byte, of) in bytes.iter_mut().zip(data) {
+            *byte = *of;
+        }
+        match offset {
+            IOREGSEL => self.selected = bytes[0],
+            IOWIN => self.set_register(u32::from_le_bytes(bytes)),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    struct Bench {
+        apic: IoApic,
+        told: Arc<Mutex<Vec<Messages>>>,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let told: Arc<Mutex<Vec<Messages>>> = Arc::default();
+            let list = Arc::clone(&told);
+            let apic = IoApic::new(Box::new(move |messages| {
+                list.lock().expect("sound").push(*messages);
+            }));
+            Bench { apic, told }
+        }
+
+        fn get(&mut self, register: u8) -> u32 {
+            self.apic
+                .write(IOREGSEL, &u32::from(register).to_le_bytes());
+            let mut data = [0xee; 4];
+            self.apic.read(IOWIN, &mut data);
+            u32::from_le_bytes(data)
+        }
+
+        fn set(&mut self, register: u8, value: u32) {
+            self.apic
+                .write(IOREGSEL, &u32::from(register).to_le_bytes());
+            self.apic.write(IOWIN, &value.to_le_bytes());
+        }
+
+        fn last(&self) -> Messages {
+            *self.told.lock().expect("sound").last().expect("a change")
+        }
+
+        fn changes(&self) -> usize {
+            self.told.lock().expect("sound").len()
+        }
+    }
+
+    #[test]
+    fn after_a_reset_all_24_pins_are_masked() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.get(VERSION), 0x0017_0011);
+        for pin in 0..24 {
+            assert_eq!(bench.get(0x10 + 2 * pin), 1 << 16);
+            assert_eq!(bench.get(0x11 + 2 * pin), 0);
+        }
+        assert_eq!(bench.get(0x40), 0);
+        assert_eq!(bench.changes(), 0);
+    }
+
+    #[test]
+    fn an_unmasked_pin_sends_its_vector_to_its_target() {
+        let mut bench = Bench::new();
+        bench.set(0x19, 0x2a00_0000);
+        assert_eq!(bench.changes(), 0, "it is masked still");
+        bench.set(0x18, 0x40);
+        let message = bench.last()[4].expect("unmasked");
+        assert_eq!((message.address, message.data), (0xfee2_a000, 0x40));
+        assert_eq!(bench.last().iter().flatten().count(), 1);
+        bench.set(0x18, 0x1_0040);
+        assert_eq!(bench.last(), [None; PINS]);
+    }
+
+    #[test]
+    fn targets_have_15_bits() {
+        let mut bench = Bench::new();
+        // 299 is 0x12b: 0x2b, and one more bit.
+        bench.set(0x13, 0x2b << 24 | 1 << 17);
+        bench.set(0x12, 0x31);
+        let message = bench.last()[1].expect("unmasked");
+        assert_eq!(message.address, 1 << 40 | 0xfee2_b000);
+        bench.set(0x13, u32::MAX);
+        let message = bench.last()[1].expect("unmasked");
+        assert_eq!(message.address, 0x7f << 40 | 0xfeef_f000);
+    }
+
+    #[test]
+    fn logical_targets_and_lowest_priority_are_in_the_address() {
+        let mut bench = Bench::new();
+        bench.set(0x10, 1 << 11 | 1 << 8 | 0x50);
+        let message = bench.last()[0].expect("unmasked");
+        assert_eq!((message.address, message.data), (0xfee0_000c, 0x150));
+    }
+
+    #[test]
+    fn who_writes_the_same_changes_nothing_and_status_is_not_written() {
+        let mut bench = Bench::new();
+        bench.set(0x10, 0x50);
+        bench.set(0x10, 0x50 | 1 << 12 | 1 << 14);
+        // Polarity and trigger mode are kept, and mean nothing to a message.
+        bench.set(0x10, 0x50 | 1 << 13 | 1 << 15);
+        assert_eq!(bench.get(0x10), 0x50 | 1 << 13 | 1 << 15);
+        assert_eq!(bench.changes(), 1);
+        bench.set(ID, 0xffff_ffff);
+        assert_eq!(bench.get(ID), 0x0f00_0000);
+        bench.set(VERSION, 0);
+        assert_eq!(bench.get(VERSION), IS_VERSION);
+    }
+}
