@@ -68,6 +68,12 @@ pub struct MachineArgs {
     pub pv: Option<String>,
     /// `--exits`.
     pub exits: Option<String>,
+    /// `--pmu`.
+    pub pmu: Option<String>,
+    /// `--sve`.
+    pub sve: Option<String>,
+    /// `--pauth`.
+    pub pauth: Option<String>,
     /// `--pin`.
     pub pin: Option<String>,
     /// `--pin-io`.
@@ -148,6 +154,18 @@ macro_rules! machine_command {
             /// off, for vCPUs with a CPU of their own: mwait, hlt, pause, cstate
             #[argh(option, arg_name = "NAME=on|off,..")]
             pub exits: Option<String>,
+            /// aarch64: performance counters for the guest: on, off or auto (as the host has them,
+            /// the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub pmu: Option<String>,
+            /// aarch64: scalable vectors (SVE) for the guest: on, off or auto (as the host has
+            /// them, the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub sve: Option<String>,
+            /// aarch64: pointer authentication for the guest: on, off or auto (as the host has it,
+            /// the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub pauth: Option<String>,
             /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
             /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
             #[argh(option, arg_name = "auto|none|LIST")]
@@ -221,6 +239,9 @@ macro_rules! machine_command {
                     gic: self.gic.clone(),
                     pv: self.pv.clone(),
                     exits: self.exits.clone(),
+                    pmu: self.pmu.clone(),
+                    sve: self.sve.clone(),
+                    pauth: self.pauth.clone(),
                     pin: self.pin.clone(),
                     pin_io: self.pin_io.clone(),
                     hugepages: self.hugepages.clone(),

@@ -46,9 +46,14 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
         let (first, last) = (device.ports.start(), device.ports.last());
         let _ = writeln!(out, "  {first:>#6x} {last:>#6x}  {}", device.kind);
     }
+    let private = A::private_interrupts(&plan.features);
     let interrupts = interrupts(plan);
-    if !interrupts.is_empty() {
+    if !interrupts.is_empty() || !private.is_empty() {
         let _ = writeln!(out, "\nInterrupts");
+    }
+    for (intid, what) in private {
+        // PPIs are the 16 from INTID 16 on (Arm IHI 0069, section 2.2).
+        let _ = writeln!(out, "  PPI {:<4} INTID {intid:<4} {what}", intid - 16);
     }
     for (spi, what) in interrupts {
         let _ = match A::ARCHITECTURE {

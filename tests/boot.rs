@@ -19,6 +19,9 @@ mod console;
 /// Disks: data, identity, and what is left after armlet is killed.
 #[path = "boot/disk.rs"]
 mod disk;
+/// What vCPUs have beside the base architecture.
+#[path = "boot/features.rs"]
+mod features;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;

@@ -278,6 +278,9 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
         row(range, &format!("in RAM: {}", blob.name));
     }
     let _ = writeln!(text, "\nentry {:#x}", payload.entry);
+    for (intid, what) in A::private_interrupts(&plan.features) {
+        let _ = writeln!(text, "PPI {:3} {what}", intid - 16);
+    }
     let (line, _) = A::ARCHITECTURE.interrupts();
     for device in &plan.layout.devices {
         let _ = writeln!(text, "{line} {:3} {}", device.spi.0, device.kind);

@@ -298,7 +298,7 @@ impl Bad {
             "syntax",
             "[guest]",
             "[guest",
-            &["line 20: expected", "found"],
+            &["line 21: expected", "found"],
         );
         case(
             "unknown-device",

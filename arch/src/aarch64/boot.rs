@@ -177,6 +177,7 @@ mod tests {
             gic_v3: true,
             max_vcpus: 512,
             guest_pages: vec![0x1000, 0x1_0000],
+            offered: Default::default(),
         }
     }
 

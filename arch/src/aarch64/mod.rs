@@ -1,6 +1,7 @@
 //! ARM64 guests.
 
 pub mod boot;
+pub mod features;
 pub mod gic;
 pub mod ipa;
 mod tree;
@@ -8,7 +9,8 @@ mod tree;
 use crate::image::{Arm64Image, Header, ImageError};
 use crate::plan::{Blob, Layout, Payload, PlanError, Request};
 use crate::width::{Region, Width, WidthPolicy};
-use crate::{Arch, Architecture, Board, Range};
+use crate::{Arch, Architecture, Board, FeatureWords, Range};
+use features::{Features, Offered, Wishes};
 use gic::Gic;
 use serde::Serialize;
 
@@ -33,6 +35,8 @@ pub struct Host {
     /// Page sizes in bytes that the CPUs translate for guests
     /// (ID_AA64MMFR0_EL1.TGRAN4, TGRAN16, TGRAN64).
     pub guest_pages: Vec<u64>,
+    /// What it offers beside the base architecture.
+    pub offered: Offered,
 }
 
 /// A vCPU before its first instruction.
@@ -66,8 +70,8 @@ impl Arch for Aarch64 {
     type Host = Host;
     type Kernel = Arm64Image;
     type Irqchip = Gic;
-    type Wishes = ();
-    type Features = ();
+    type Wishes = Wishes;
+    type Features = Features;
     type Vcpu = Vcpu;
 
     fn kernel(header: &Header) -> Result<Arm64Image, ImageError> {
@@ -88,6 +92,7 @@ impl Arch for Aarch64 {
                 gic::V2_MAX_VCPUS
             },
             guest_pages: host.guest_pages.clone(),
+            offered: host.offered,
         }
     }
 
@@ -143,15 +148,25 @@ impl Arch for Aarch64 {
         boot::place(ram, request, host)
     }
 
-    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<(), String> {
-        match paravirtual.map(|_| "--pv").or(exits.map(|_| "--exits")) {
-            None => Ok(()),
+    fn wishes(words: &FeatureWords<'_>) -> Result<Wishes, String> {
+        let paravirtual = words.paravirtual.map(|_| "--pv");
+        match paravirtual.or(words.exits.map(|_| "--exits")) {
+            None => Ok(Wishes {
+                pmu: words.pmu,
+                sve: words.sve,
+                pauth: words.pauth,
+            }),
             Some(option) => Err(format!("{option} is for x86_64 guests; leave it out")),
         }
     }
 
-    fn features(_: &(), _: &Host) -> Result<(), PlanError> {
-        Ok(())
+    fn features(request: &Request<Self>, host: &Host) -> Result<Features, PlanError> {
+        features::decide(request, host)
+    }
+
+    fn private_interrupts(features: &Features) -> Vec<(u32, &'static str)> {
+        let pmu = features.pmu.iter();
+        pmu.map(|pmu| (pmu.intid, "performance counters")).collect()
     }
 
     fn vcpu(index: u32, payload: &Payload, _request: &Request<Self>) -> Vcpu {
@@ -168,9 +183,10 @@ impl Arch for Aarch64 {
         board: &Board,
         layout: &Layout<Self>,
         vcpus: &[Vcpu],
+        features: &Features,
         request: &Request<Self>,
     ) -> Result<Vec<Blob>, PlanError> {
-        let bytes = tree::build(board, layout, vcpus, request).to_dtb()?;
+        let bytes = tree::build(board, layout, vcpus, features, request).to_dtb()?;
         boot::check_tree(layout, request, bytes.len() as u64)?;
         Ok(vec![Blob {
             name: DEVICE_TREE,
@@ -190,7 +206,7 @@ pub fn device_tree(
     plan: &crate::Plan<Aarch64>,
     request: &Request<Aarch64>,
 ) -> armlet_fdt::Node {
-    tree::build(board, &plan.layout, &plan.vcpus, request)
+    tree::build(board, &plan.layout, &plan.vcpus, &plan.features, request)
 }
 
 #[cfg(test)]

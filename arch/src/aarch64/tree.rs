@@ -1,6 +1,7 @@
 //! The device tree of an ARM64 machine. Each function cites the binding that it follows, below
 //! Documentation/devicetree/bindings/ of Linux or in dt-schema.
 
+use super::features::{Features, Pmu};
 use super::gic::Gic;
 use super::{Aarch64, Vcpu};
 use crate::cores::{Cache, CacheKind, Topology};
@@ -26,6 +27,7 @@ pub(super) fn build(
     board: &Board,
     layout: &Layout<Aarch64>,
     vcpus: &[Vcpu],
+    features: &Features,
     request: &Request<Aarch64>,
 ) -> Node {
     let mut root = Node::new("");
@@ -45,6 +47,9 @@ pub(super) fn build(
     }
     psci(&mut root);
     timer(&mut root, &layout.irqchip, vcpus.len());
+    if let Some(counters) = &features.pmu {
+        pmu(&mut root, &layout.irqchip, vcpus.len(), counters);
+    }
     gic(&mut root, &layout.irqchip);
     clock(&mut root);
     for device in &layout.devices {
@@ -251,18 +256,29 @@ fn psci(root: &mut Node) {
         .prop("method", "hvc");
 }
 
-/// timer/arm,arch_timer.yaml: secure, non-secure, virtual and hypervisor timers, which KVM raises
-/// as PPIs 13, 14, 11 and 10 (arch/arm64/kvm/arch_timer.c: default_ppi). On a GICv2 bits 15:8
-/// hold the mask of CPUs (interrupt-controller/arm,gic.yaml).
-fn timer(root: &mut Node, gic: &Gic, vcpus: usize) {
+/// A private interrupt of each vCPU, level-triggered. On a GICv2 bits 15:8 hold the mask of CPUs
+/// (interrupt-controller/arm,gic.yaml).
+fn ppi(number: u32, gic: &Gic, vcpus: usize) -> [u32; 3] {
     let mask = match gic {
         Gic::V2 { .. } => (1_u32 << vcpus.min(8)) - 1,
         Gic::V3 { .. } => 0,
     };
-    let flags = mask << 8 | LEVEL_HIGH;
+    [1, number, mask << 8 | LEVEL_HIGH]
+}
+
+/// arm/pmu.yaml. PPIs are counted from INTID 16 on.
+fn pmu(root: &mut Node, gic: &Gic, vcpus: usize, counters: &Pmu) {
+    root.child("pmu")
+        .prop("compatible", "arm,armv8-pmuv3")
+        .prop("interrupts", ppi(counters.intid - 16, gic, vcpus));
+}
+
+/// timer/arm,arch_timer.yaml: secure, non-secure, virtual and hypervisor timers, which KVM raises
+/// as PPIs 13, 14, 11 and 10 (arch/arm64/kvm/arch_timer.c: default_ppi).
+fn timer(root: &mut Node, gic: &Gic, vcpus: usize) {
     let cells: Vec<u32> = [13, 14, 11, 10]
         .into_iter()
-        .flat_map(|ppi| [1, ppi, flags])
+        .flat_map(|number| ppi(number, gic, vcpus))
         .collect();
     root.child("timer")
         .prop("compatible", "arm,armv8-timer")
@@ -418,7 +434,7 @@ mod tests {
             ..Aarch64::assumed_host(&board)
         };
         let plan: Plan<Aarch64> = plan(&board, request, &host).expect("a plan");
-        let tree = build(&board, &plan.layout, &plan.vcpus, request);
+        let tree = build(&board, &plan.layout, &plan.vcpus, &plan.features, request);
         assert_eq!(tree.to_dtb(), Ok(plan.blobs[0].bytes.clone()));
         tree
     }
@@ -455,6 +471,16 @@ mod tests {
         );
         assert_eq!(flags(4, GicChoice::V2)[..3], [1, 13, 0xf04]);
         assert_eq!(flags(8, GicChoice::V2)[9..], [1, 10, 0xff04]);
+    }
+
+    #[test]
+    fn performance_counters_raise_ppi_7_where_they_are_given() {
+        let flags = |cpus, gic| cells(get(&tree(cpus, gic), &["pmu"], "interrupts"));
+        assert_eq!(flags(2, GicChoice::V3), [1, 7, 4]);
+        assert_eq!(flags(2, GicChoice::V2), [1, 7, 0x304]);
+        let mut without = request(1, GicChoice::V3);
+        without.wishes.pmu = crate::switch::Switch::Off;
+        assert!(tree_of(VIRT, &without).at(&["pmu"]).is_none());
     }
 
     #[test]
