@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 const LOOK: &str = "
 echo '== release'; uname -r
 echo '== cpus'; nproc; cat /sys/devices/system/cpu/online
+echo '== pages'; grep -m 1 KernelPageSize /proc/self/smaps
 echo '== dmesg'; dmesg -r
 echo '== iomem'; cat /proc/iomem
 echo '== interrupts'; cat /proc/interrupts
@@ -58,6 +59,11 @@ fn debian_boots_to_user_space_and_powers_off() {
     standard.outcome.assert_status(0);
     assert!(section(&standard.script, "release").starts_with("6.12."));
     assert_eq!(section(&standard.script, "cpus"), "1\n0");
+    // Whatever the host's are.
+    let pages: Vec<&str> = section(&standard.script, "pages")
+        .split_whitespace()
+        .collect();
+    assert_eq!(pages[1..], ["4", "kB"], "the guest's pages");
 }
 
 #[test]
