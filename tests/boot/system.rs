@@ -1,8 +1,9 @@
 use crate::guest::{Armlet, GLANCE, Guest, Input};
 use crate::rig::{self, program};
 use rustix::process::Signal;
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 
 /// The folder of the system that `cargo xtask image` makes. `None` where there is none; this was
@@ -25,6 +26,11 @@ struct Login<'a> {
 impl Login<'_> {
     /// Runs `command` over ssh.
     fn ssh(&self, command: &str) -> Output {
+        self.ssh_with(Stdio::null(), command)
+    }
+
+    /// Runs `command` over ssh with this input.
+    fn ssh_with(&self, input: impl Into<Stdio>, command: &str) -> Output {
         let ssh = program("ssh").expect("ssh");
         let known = self.folder.join("known_hosts");
         Command::new(ssh)
@@ -40,6 +46,7 @@ impl Login<'_> {
             .arg("-o")
             .arg(format!("UserKnownHostsFile={}", known.display()))
             .args(["-p", &self.port.to_string(), "armlet@127.0.0.1", command])
+            .stdin(input)
             .output()
             .expect("ssh can be run")
     }
@@ -61,9 +68,51 @@ impl Login<'_> {
     }
 }
 
+/// Installs the package of a release, uses what is in it, and removes it.
+fn installs(login: &Login<'_>, package: &Path) {
+    let file = File::open(package).expect("a package");
+    let copied = login.ssh_with(file, "cat >armlet.deb");
+    assert!(copied.status.success(), "{copied:?}");
+    println!(
+        "{}",
+        login.says("dpkg-deb --info armlet.deb; sudo dpkg -i armlet.deb")
+    );
+    // Nothing that it holds differs from what its list says; all that it needs is there.
+    assert_eq!(login.says("dpkg --verify armlet; sudo dpkg --audit"), "");
+    assert!(login.says("armlet --version").starts_with("armlet "));
+    // Guests have no KVM.
+    let probe = login.ssh("armlet probe");
+    let said = String::from_utf8_lossy(&probe.stdout).into_owned();
+    println!("{said}");
+    assert_eq!(probe.status.code(), Some(3), "{said}");
+    assert!(said.contains("no /dev/kvm"), "{said}");
+    login.says("armlet plan --board rpi5 --dtb /tmp/tree.dtb && test -s /tmp/tree.dtb");
+    let unit = "armlet@web.service";
+    // It says nothing of a unit with which all is well.
+    assert_eq!(
+        login.says(&format!("systemd-analyze verify --man=no {unit} 2>&1")),
+        ""
+    );
+    assert!(
+        login
+            .says(&format!("systemctl cat {unit}"))
+            .contains("ExecStart=/usr/bin/armlet run")
+    );
+    // A unit without its file, and one whose guest cannot run, fail and say why.
+    login.says("sudo mkdir -p /etc/armlet; echo OPTIONS=--kernel /boot/vmlinuz | sudo tee /etc/armlet/web.conf");
+    login.says(&format!(
+        "sudo systemctl start {unit}; sleep 1; sudo systemctl stop {unit}"
+    ));
+    let journal = login.says(&format!("sudo journalctl --no-pager -u {unit}"));
+    assert!(journal.contains("armlet: "), "{journal}");
+    login.says("sudo dpkg --purge armlet; sudo rm -r /etc/armlet; sudo systemctl reset-failed");
+    let left = login.ssh("command -v armlet || ls /usr/share/doc/armlet");
+    assert!(!left.status.success(), "{left:?}");
+}
+
 /// Boots the system on `disk` to a login, works there, and ends it by SIGTERM.
 fn boots(name: &str, options: &str, port: u16) {
-    let Some(_) = rig::main() else { return };
+    let Some(rig) = rig::main() else { return };
     let Some(folder) = system() else { return };
     if ["ssh", "passt"].iter().any(|name| program(name).is_none()) {
         return;
@@ -91,6 +140,11 @@ fn boots(name: &str, options: &str, port: u16) {
          diff -r /usr/share/bash-completion copy3; rm -r copy1 copy2; \
          sudo dpkg-reconfigure -f noninteractive openssh-server; sudo dpkg --verify; sync",
     );
+    let package = rig.asset("armlet.deb");
+    match package.is_file() {
+        true => installs(&login, &package),
+        false => println!("no package is installed: `cargo xtask dist` makes it"),
+    }
     assert_eq!(login.says("findmnt -no OPTIONS / | cut -d, -f1"), "rw");
     guest.signal(Signal::TERM);
     guest.expect("Power down");
@@ -104,6 +158,33 @@ fn boots(name: &str, options: &str, port: u16) {
         assert_eq!(output.status.code(), Some(0), "{said}");
         assert!(!said.contains("recovering journal"), "{said}");
     }
+}
+
+#[test]
+fn the_program_of_the_package_finds_kvm_on_its_host() {
+    let Some(rig) = rig::any() else { return };
+    let package = rig.asset("armlet.deb");
+    if !package.is_file() {
+        println!("skipped: needs the package that `cargo xtask dist` makes");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    // Debian's own tool where it is, else busybox's.
+    let unpacked = Command::new("dpkg-deb")
+        .arg("-x")
+        .arg(&package)
+        .arg(folder.path())
+        .status();
+    assert!(unpacked.is_ok_and(|status| status.success()));
+    let armlet = folder.path().join("usr/bin/armlet");
+    let probe = Command::new(&armlet).arg("probe").output();
+    let probe = probe.expect("the package's armlet");
+    let said = String::from_utf8_lossy(&probe.stdout);
+    println!("{said}");
+    assert_eq!(probe.status.code(), Some(0), "{said}");
+    assert!(said.contains("KVM                          yes"), "{said}");
+    let unit = folder.path().join("usr/lib/systemd/system/armlet@.service");
+    assert!(unit.is_file());
 }
 
 #[test]
