@@ -144,10 +144,10 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
-            /// x86_64: what KVM offers beside a CPU, each on, off or auto (as the host has it, the
-            /// default): clock, async-pf, steal-time, eoi, unhalt (spinlocks), tlb-flush, send-ipi,
-            /// poll-control, sched-yield, tsc-deadline; realtime (vCPUs that are never descheduled)
-            /// is off by default
+            /// what KVM offers beside a CPU, each on, off or auto (as the host has it, the
+            /// default): steal-time; x86_64 also: clock, async-pf, eoi, unhalt (spinlocks),
+            /// tlb-flush, send-ipi, poll-control, sched-yield, tsc-deadline; realtime (vCPUs that
+            /// are never descheduled) is off by default
             #[argh(option, arg_name = "NAME=on|off|auto,..")]
             pub pv: Option<String>,
             /// x86_64: the instructions at which a vCPU leaves the guest, each on (the default) or

@@ -76,8 +76,6 @@ pub struct ArmFacts {
     pub pa_range: Option<u8>,
     /// Memory tagging.
     pub mte: bool,
-    /// Stolen time.
-    pub steal_time: bool,
     /// Guests with their own EL2.
     pub nested: bool,
     /// Whether feature ID registers can be written, so that guests see fewer features.
@@ -417,7 +415,7 @@ fn arm_facts(arm: &ArmFacts) -> Vec<(&'static str, &'static str, Value)> {
         ("sve", "SVE", json!(host.offered.sve)),
         ("pauth", "Pointer authentication", json!(host.offered.pauth)),
         ("mte", "MTE", json!(arm.mte)),
-        ("steal_time", "Steal time", json!(arm.steal_time)),
+        ("steal_time", "Steal time", json!(host.offered.steal_time)),
         ("nested", "Nested virtualisation", json!(arm.nested)),
     ]
 }
@@ -551,7 +549,6 @@ mod tests {
             its: false,
             pa_range: Some(40),
             mte: false,
-            steal_time: true,
             nested: false,
             writable_id_registers: true,
             pa_range_writable: true,

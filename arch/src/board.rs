@@ -540,8 +540,9 @@ fn assumed_host(mut fields: Fields<'_>) -> Result<AssumedHost, BoardError> {
             "pmu" => offered.pmu = true,
             "sve" => offered.sve = true,
             "pauth" => offered.pauth = true,
+            "steal-time" => offered.steal_time = true,
             other => {
-                let cause = format!("holds '{other}'; use pmu, sve and pauth");
+                let cause = format!("holds '{other}'; use pmu, sve, pauth and steal-time");
                 return Err(fields.wrong("features", cause));
             }
         }
@@ -831,7 +832,7 @@ mod tests {
             ("ipa-limit = 48", "ipa-limit = 56"),
             ("page-size = \"4K\"", "page-size = \"8K\""),
             ("gic = [3]", "gic = [4]"),
-            ("features = [\"pmu\"]", "features = [\"fpu\"]"),
+            ("features = [\"pmu\"", "features = [\"fpu\""),
             ("cpus = 1", "cpus = 1\npmu = \"yes\""),
             ("memory = \"512M\"", "memory = \"many\""),
             ("memory = \"512M\"", "memory = 512"),

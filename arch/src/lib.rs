@@ -111,7 +111,12 @@ pub trait Arch: Sized + Clone + Debug + 'static {
     }
 
     /// The state of vCPU `index` at its start.
-    fn vcpu(index: u32, payload: &Payload, request: &Request<Self>) -> Self::Vcpu;
+    fn vcpu(
+        index: u32,
+        payload: &Payload,
+        features: &Self::Features,
+        request: &Request<Self>,
+    ) -> Self::Vcpu;
 
     /// What the guest reads at its start: the device tree, or the zero page.
     ///
@@ -129,7 +134,7 @@ pub trait Arch: Sized + Clone + Debug + 'static {
 /// What options and board say of the things that KVM offers beside a CPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FeatureWords<'a> {
-    /// `--pv`, for x86_64.
+    /// `--pv`; each architecture has features of its own.
     pub paravirtual: Option<&'a str>,
     /// `--exits`, for x86_64.
     pub exits: Option<&'a str>,

@@ -497,7 +497,7 @@ pub fn plan<A: Arch>(
     let payload = A::payload(&ram, request, host)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
     let vcpus: Vec<_> = (0..request.cpus)
-        .map(|index| A::vcpu(index, &payload, request))
+        .map(|index| A::vcpu(index, &payload, &features, request))
         .collect();
     let layout = Layout {
         ram,

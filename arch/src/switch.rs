@@ -37,3 +37,23 @@ impl fmt::Display for Switch {
         })
     }
 }
+
+/// `name=switch` pairs of an option's value.
+pub(crate) fn pairs<'a>(
+    option: &str,
+    text: Option<&'a str>,
+) -> Result<Vec<(&'a str, Switch)>, String> {
+    let items = text.unwrap_or_default().split(',');
+    items
+        .filter(|item| !item.is_empty())
+        .map(|item| {
+            let (name, switch) = item
+                .split_once('=')
+                .ok_or_else(|| format!("{option}: '{item}' has no value; write {item}=off, say"))?;
+            let switch = switch
+                .parse()
+                .map_err(|cause| format!("{option}: {name}: {cause}"))?;
+            Ok((name, switch))
+        })
+        .collect()
+}

@@ -14,13 +14,13 @@ use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
     KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
-    KVM_ARM_VCPU_SVE, KVM_CAP_ARM_NISV_TO_USER, KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT,
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-    KVM_EXIT_ARM_NISV, KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device,
-    kvm_device_attr, kvm_device_type, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
-    kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
+    KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA, KVM_ARM_VCPU_SVE, KVM_CAP_ARM_NISV_TO_USER,
+    KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
+    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_EXIT_ARM_NISV,
+    KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device, kvm_device_attr, kvm_device_type,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
 
@@ -77,7 +77,6 @@ impl KvmArch for Aarch64 {
             its: offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS),
             pa_range: pa_range_bits(mmfr0 & 0xf),
             mte: kvm.check_extension_raw(205) > 0,
-            steal_time: kvm.check_extension_raw(187) > 0,
             nested: kvm.check_extension_raw(240) > 0,
             writable_id_registers: masks & 1 != 0,
             pa_range_writable: lower_pa_range(&vcpu, mmfr0, 32),
@@ -111,6 +110,9 @@ impl KvmArch for Aarch64 {
             init_counters(&vcpus, pmu)?;
         }
         for (vcpu, planned) in vcpus.iter().zip(&plan.vcpus) {
+            if let Some(address) = &planned.stolen_time {
+                tell_stolen_time(vcpu, address)?;
+            }
             if let Some(boot) = planned.boot {
                 write_register(vcpu, PC, boot.pc)?;
                 write_register(vcpu, X0, boot.x0)?;
@@ -186,6 +188,8 @@ fn quick_facts(kvm: &Kvm) -> Host {
             sve: kvm.check_extension(Cap::ArmSve),
             pauth: kvm.check_extension(Cap::ArmPtrAuthAddress)
                 && kvm.check_extension(Cap::ArmPtrAuthGeneric),
+            // KVM_CAP_STEAL_TIME, which kvm-ioctls has no name for.
+            steal_time: kvm.check_extension_raw(187) > 0,
         },
     }
 }
@@ -348,6 +352,19 @@ fn init_counters(vcpus: &[VcpuFd], pmu: &Pmu) -> Result<()> {
             })?;
     }
     Ok(())
+}
+
+/// Lets KVM tell the guest at this address of RAM how long the vCPU does not run.
+fn tell_stolen_time(vcpu: &VcpuFd, address: &u64) -> Result<()> {
+    let attribute = kvm_device_attr {
+        flags: 0,
+        group: KVM_ARM_VCPU_PVTIME_CTRL,
+        attr: u64::from(KVM_ARM_VCPU_PVTIME_IPA),
+        addr: std::ptr::from_ref(address) as u64,
+    };
+    vcpu.set_device_attr(&attribute).with_context(|| {
+        format!("cannot tell of stolen time at {address:#x}; --pv steal-time=off does without")
+    })
 }
 
 fn init_gic(chip: &DeviceFd, gic: &Gic) -> Result<()> {

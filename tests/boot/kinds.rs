@@ -177,7 +177,7 @@ fn vcpus_run_on_one_kind_of_core_where_there_are_two() {
         cpus => format!("1-{}", cpus - 1),
     };
     let mut guest = host.start(idle_guest().verbose()).start();
-    guest.expect_error(&format!("vCPUs run on CPUs {fast} (0x"));
+    guest.expect_error(&format!("vCPUs run on CPUs {fast} (MIDR 0x410fd0b0)"));
     guest.expect_error("this host has 2 kinds of core");
     guest.expect("up\n");
     assert_pinned(&guest, &[&fast]);

@@ -1,15 +1,19 @@
 //! What a vCPU can have beside the base architecture: performance counters, scalable vectors,
-//! pointer authentication (Documentation/virt/kvm/api.rst, KVM_ARM_VCPU_INIT).
+//! pointer authentication (Documentation/virt/kvm/api.rst, KVM_ARM_VCPU_INIT), and a clock of the
+//! time that it does not run (Documentation/virt/kvm/arm/pvtime.rst).
 
 use super::{Aarch64, Host};
 use crate::cores::Counters;
 use crate::plan::{PlanError, Request};
-use crate::switch::Switch;
+use crate::switch::{Switch, pairs};
 use serde::Serialize;
 
 /// The interrupt of performance counters: PPI 7, as on QEMU's virt machine. KVM raises what it is
 /// told to (Documentation/virt/kvm/devices/vcpu.rst, KVM_ARM_VCPU_PMU_V3_IRQ).
 const PMU_INTID: u32 = 23;
+
+/// The name that `--pv` takes.
+const STEAL_TIME: &str = "steal-time";
 
 /// What KVM offers on a host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -20,9 +24,11 @@ pub struct Offered {
     pub sve: bool,
     /// Pointer authentication, of addresses and generic (KVM_CAP_ARM_PTRAUTH_ADDRESS, _GENERIC).
     pub pauth: bool,
+    /// Stolen time (KVM_CAP_STEAL_TIME).
+    pub steal_time: bool,
 }
 
-/// What was asked for by `--pmu`, `--sve` and `--pauth`.
+/// What was asked for by `--pmu`, `--sve`, `--pauth` and `--pv`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
     /// Performance counters.
@@ -31,6 +37,8 @@ pub struct Wishes {
     pub sve: Switch,
     /// Pointer authentication.
     pub pauth: Switch,
+    /// Stolen time.
+    pub steal_time: Switch,
 }
 
 /// What each vCPU gets.
@@ -42,6 +50,8 @@ pub struct Features {
     pub sve: bool,
     /// Pointer authentication.
     pub pauth: bool,
+    /// Stolen time.
+    pub steal_time: bool,
 }
 
 /// Performance counters of a vCPU.
@@ -60,13 +70,33 @@ pub(super) fn decide(request: &Request<Aarch64>, host: &Host) -> Result<Features
     let offered = host.offered;
     Ok(Features {
         pmu: pmu(wishes.pmu, &request.topology.counters, offered)?,
-        sve: switched(wishes.sve, "--sve", offered.sve, offered)?,
-        pauth: switched(wishes.pauth, "--pauth", offered.pauth, offered)?,
+        sve: switched(wishes.sve, "--sve on", offered.sve, offered)?,
+        pauth: switched(wishes.pauth, "--pauth on", offered.pauth, offered)?,
+        steal_time: switched(
+            wishes.steal_time,
+            "--pv steal-time=on",
+            offered.steal_time,
+            offered,
+        )?,
     })
 }
 
+/// Reads the value of `--pv`.
+pub(super) fn steal_time(paravirtual: Option<&str>) -> Result<Switch, String> {
+    let mut wish = Switch::Auto;
+    for (name, switch) in pairs("--pv", paravirtual)? {
+        if name != STEAL_TIME {
+            return Err(format!(
+                "--pv: '{name}' is not {STEAL_TIME}, which is all that ARM64 guests can have"
+            ));
+        }
+        wish = switch;
+    }
+    Ok(wish)
+}
+
 fn pmu(wish: Switch, counters: &Counters, offered: Offered) -> Result<Option<Pmu>, PlanError> {
-    if !switched(wish, "--pmu", offered.pmu, offered)? {
+    if !switched(wish, "--pmu on", offered.pmu, offered)? {
         return Ok(None);
     }
     let perf_type = match counters {
@@ -81,13 +111,13 @@ fn pmu(wish: Switch, counters: &Counters, offered: Offered) -> Result<Option<Pmu
     }))
 }
 
-fn switched(wish: Switch, option: &str, has: bool, offered: Offered) -> Result<bool, PlanError> {
+fn switched(wish: Switch, asked: &str, has: bool, offered: Offered) -> Result<bool, PlanError> {
     match wish {
         Switch::Off => Ok(false),
         Switch::Auto => Ok(has),
         Switch::On if has => Ok(true),
         Switch::On => Err(PlanError::FeatureNotOffered {
-            asked: format!("{option} on"),
+            asked: asked.to_owned(),
             offered: names(offered),
         }),
     }
@@ -99,10 +129,11 @@ fn names(offered: Offered) -> String {
         (offered.pmu, "pmu"),
         (offered.sve, "sve"),
         (offered.pauth, "pauth"),
+        (offered.steal_time, "steal-time"),
     ];
     let names: Vec<_> = names.iter().filter(|(has, _)| *has).collect();
     match names.is_empty() {
-        true => "none of pmu, sve, pauth".to_owned(),
+        true => "none of pmu, sve, pauth, steal-time".to_owned(),
         false => {
             let names: Vec<_> = names.iter().map(|(_, name)| *name).collect();
             names.join(", ")
@@ -118,6 +149,7 @@ mod tests {
         pmu: true,
         sve: true,
         pauth: true,
+        steal_time: true,
     };
 
     #[test]
@@ -129,7 +161,7 @@ mod tests {
             perf_type: None,
         };
         assert_eq!(got(true), Ok(Some(only)));
-        assert_eq!(switched(Switch::Auto, "--sve", true, ALL), Ok(true));
+        assert_eq!(switched(Switch::Auto, "--sve on", true, ALL), Ok(true));
         assert_eq!(pmu(Switch::Off, &Counters::Only, ALL), Ok(None));
     }
 
@@ -150,16 +182,32 @@ mod tests {
     #[test]
     fn what_the_host_lacks_is_refused_with_what_it_has() {
         let some = Offered { sve: false, ..ALL };
-        let error = switched(Switch::On, "--sve", some.sve, some).expect_err("lacking");
+        let error = switched(Switch::On, "--sve on", some.sve, some).expect_err("lacking");
         assert_eq!(
             error.to_string(),
-            "--sve on is not offered by this host's KVM, which has pmu, pauth; leave it out"
+            "--sve on is not offered by this host's KVM, which has pmu, pauth, steal-time; leave it out"
         );
         let none = Offered::default();
         let error = pmu(Switch::On, &Counters::Only, none).expect_err("lacking");
         assert!(
-            error.to_string().contains("none of pmu, sve, pauth"),
+            error
+                .to_string()
+                .contains("none of pmu, sve, pauth, steal-time"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn stolen_time_is_the_only_thing_that_pv_takes() {
+        assert_eq!(steal_time(None), Ok(Switch::Auto));
+        assert_eq!(steal_time(Some("steal-time=off")), Ok(Switch::Off));
+        for (value, part) in [
+            ("eoi=on", "'eoi' is not steal-time"),
+            ("steal-time", "write steal-time=off"),
+            ("steal-time=yes", "use on, off or auto"),
+        ] {
+            let error = steal_time(Some(value)).expect_err(value);
+            assert!(error.contains(part), "{error}");
+        }
     }
 }

@@ -46,6 +46,8 @@ pub struct Vcpu {
     pub mpidr: u64,
     /// Where the boot CPU begins; the others wait for PSCI CPU_ON.
     pub boot: Option<Boot>,
+    /// Where KVM tells the guest how long the vCPU did not run, if it does.
+    pub stolen_time: Option<u64>,
 }
 
 /// Registers of the boot CPU (Documentation/arch/arm64/booting.rst, section 4).
@@ -149,15 +151,15 @@ impl Arch for Aarch64 {
     }
 
     fn wishes(words: &FeatureWords<'_>) -> Result<Wishes, String> {
-        let paravirtual = words.paravirtual.map(|_| "--pv");
-        match paravirtual.or(words.exits.map(|_| "--exits")) {
-            None => Ok(Wishes {
-                pmu: words.pmu,
-                sve: words.sve,
-                pauth: words.pauth,
-            }),
-            Some(option) => Err(format!("{option} is for x86_64 guests; leave it out")),
+        if words.exits.is_some() {
+            return Err("--exits is for x86_64 guests; leave it out".to_owned());
         }
+        Ok(Wishes {
+            pmu: words.pmu,
+            sve: words.sve,
+            pauth: words.pauth,
+            steal_time: features::steal_time(words.paravirtual)?,
+        })
     }
 
     fn features(request: &Request<Self>, host: &Host) -> Result<Features, PlanError> {
@@ -169,8 +171,11 @@ impl Arch for Aarch64 {
         pmu.map(|pmu| (pmu.intid, "performance counters")).collect()
     }
 
-    fn vcpu(index: u32, payload: &Payload, _request: &Request<Self>) -> Vcpu {
+    fn vcpu(index: u32, payload: &Payload, features: &Features, request: &Request<Self>) -> Vcpu {
+        let clocks = boot::stolen_time(payload, request).filter(|_| features.steal_time);
+        let clock = |clocks: Range| clocks.start() + u64::from(index) * boot::STOLEN_TIME_SIZE;
         Vcpu {
+            stolen_time: clocks.map(clock),
             mpidr: mpidr(index),
             boot: (index == 0).then_some(Boot {
                 pc: payload.entry,

@@ -3,7 +3,7 @@
 
 use super::features::{Features, Pmu};
 use super::gic::Gic;
-use super::{Aarch64, Vcpu};
+use super::{Aarch64, Vcpu, boot};
 use crate::cores::{Cache, CacheKind, Topology};
 use crate::irq::Spi;
 use crate::plan::{DeviceKind, Layout, POWER_KEY_LINE, Placed, Request};
@@ -44,6 +44,9 @@ pub(super) fn build(
     cpus(&mut root, vcpus, &request.topology);
     for bank in &layout.ram {
         memory(&mut root, *bank);
+    }
+    if features.steal_time {
+        stolen_time(&mut root, boot::stolen_time(&layout.payload, request));
     }
     psci(&mut root);
     timer(&mut root, &layout.irqchip, vcpus.len());
@@ -247,6 +250,19 @@ fn memory(root: &mut Node, bank: Range) {
     root.child(format!("memory@{:x}", bank.start()))
         .prop("device_type", "memory")
         .prop("reg", reg([bank]));
+}
+
+/// dt-schema reserved-memory.yaml: KVM writes there what the guest maps by itself
+/// (arch/arm64/kernel/paravirt.c: init_stolen_time_cpu).
+fn stolen_time(root: &mut Node, clocks: Option<Range>) {
+    let Some(clocks) = clocks else { return };
+    root.child("reserved-memory")
+        .prop("#address-cells", 2_u32)
+        .prop("#size-cells", 2_u32)
+        .prop("ranges", ())
+        .child(format!("stolen-time@{:x}", clocks.start()))
+        .prop("reg", reg([clocks]))
+        .prop("no-map", ());
 }
 
 /// arm/psci.yaml.
@@ -484,6 +500,18 @@ mod tests {
     }
 
     #[test]
+    fn stolen_time_lies_behind_the_tree_and_out_of_what_linux_maps() {
+        let clocks = ["reserved-memory", "stolen-time@40010000"];
+        let tree = tree(3, GicChoice::V3);
+        let reg = vec![0x4001_0000_u64, 0x1_0000];
+        assert_eq!(get(&tree, &clocks, "reg"), Some(&Value::from(reg)));
+        assert!(get(&tree, &clocks, "no-map").is_some());
+        let mut without = request(3, GicChoice::V3);
+        without.wishes.steal_time = crate::switch::Switch::Off;
+        assert!(tree_of(VIRT, &without).at(&clocks[..1]).is_none());
+    }
+
+    #[test]
     fn redistributor_regions_are_counted_where_there_is_more_than_one() {
         let gic = ["interrupt-controller@8000000"];
         let property = |cpus| {
@@ -582,9 +610,9 @@ mod tests {
         });
         let full = chosen(&request);
         let number = |number: u64| Some(Value::from(number));
-        assert_eq!(full.get("linux,initrd-start"), number(0x4001_0000).as_ref());
+        assert_eq!(full.get("linux,initrd-start"), number(0x4002_0000).as_ref());
         // Exclusive.
-        assert_eq!(full.get("linux,initrd-end"), number(0x4001_1234).as_ref());
+        assert_eq!(full.get("linux,initrd-end"), number(0x4002_1234).as_ref());
         assert_eq!(
             full.get("kaslr-seed"),
             number(0x1122_3344_5566_7788).as_ref()

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::Host;
 use crate::plan::PlanError;
-use crate::switch::Switch;
+use crate::switch::{Switch, pairs};
 
 /// A feature, by the name that options use and the bits of CPUID 0x4000_0001 EAX that stand for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,23 +141,6 @@ impl Wishes {
             exits_off,
         })
     }
-}
-
-/// `name=switch` pairs of an option's value.
-fn pairs<'a>(option: &str, text: Option<&'a str>) -> Result<Vec<(&'a str, Switch)>, String> {
-    let items = text.unwrap_or_default().split(',');
-    items
-        .filter(|item| !item.is_empty())
-        .map(|item| {
-            let (name, switch) = item
-                .split_once('=')
-                .ok_or_else(|| format!("{option}: '{item}' has no value; write {item}=off, say"))?;
-            let switch = switch
-                .parse()
-                .map_err(|cause| format!("{option}: {name}: {cause}"))?;
-            Ok((name, switch))
-        })
-        .collect()
 }
 
 fn lacks(option: &str, name: &str, value: &str, offered: &str) -> PlanError {

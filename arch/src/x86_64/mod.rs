@@ -213,7 +213,7 @@ impl Arch for X86_64 {
         boot::place(ram, request)
     }
 
-    fn vcpu(index: u32, payload: &Payload, request: &Request<Self>) -> Vcpu {
+    fn vcpu(index: u32, payload: &Payload, _features: &Features, request: &Request<Self>) -> Vcpu {
         Vcpu {
             apic_id: index,
             boot: (index == 0).then(|| boot::registers(payload, request.kernel.as_ref())),
