@@ -1,7 +1,8 @@
 use crate::guest::{Armlet, GLANCE, Guest, Input};
 use crate::rig::{self, program};
 use rustix::process::Signal;
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
@@ -161,30 +162,56 @@ fn boots(name: &str, options: &str, port: u16) {
 }
 
 #[test]
-fn the_program_of_the_package_finds_kvm_on_its_host() {
+fn debians_dpkg_installs_the_package_and_its_armlet_finds_kvm() {
     let Some(rig) = rig::any() else { return };
     let package = rig.asset("armlet.deb");
     if !package.is_file() {
         println!("skipped: needs the package that `cargo xtask dist` makes");
         return;
     }
+    let Some(dpkg) = program("dpkg") else { return };
     let folder = tempfile::tempdir().expect("a temporary folder");
-    // Debian's own tool where it is, else busybox's.
-    let unpacked = Command::new("dpkg-deb")
-        .arg("-x")
-        .arg(&package)
-        .arg(folder.path())
-        .status();
-    assert!(unpacked.is_ok_and(|status| status.success()));
-    let armlet = folder.path().join("usr/bin/armlet");
+    let root = folder.path();
+    let lists = root.join("var/lib/dpkg");
+    for name in ["info", "updates", "triggers"] {
+        fs::create_dir_all(lists.join(name)).expect("a folder");
+    }
+    File::create(lists.join("status")).expect("a file");
+    // It has no scripts, so nothing of the new root is run.
+    let dpkg = |words: &[&OsStr]| {
+        let output = Command::new(&dpkg)
+            .arg(format!("--root={}", root.display()))
+            .arg("--force-bad-path")
+            .args(words)
+            .output()
+            .expect("dpkg can be run");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        assert!(output.status.success(), "dpkg {words:?}: {said}");
+        said
+    };
+    println!("{}", dpkg(&["--install".as_ref(), package.as_ref()]));
+    let status = dpkg(&["--status".as_ref(), "armlet".as_ref()]);
+    assert!(status.contains("Status: install ok installed"), "{status}");
+    assert_eq!(dpkg(&["--verify".as_ref(), "armlet".as_ref()]), "");
+    assert_eq!(dpkg(&["--audit".as_ref()]), "");
+    for file in [
+        "usr/lib/systemd/system/armlet@.service",
+        "usr/share/man/man1/armlet.1.gz",
+        "usr/share/bash-completion/completions/armlet",
+        "usr/share/doc/armlet/copyright",
+    ] {
+        assert!(root.join(file).is_file(), "{file}");
+    }
+    let armlet = root.join("usr/bin/armlet");
     let probe = Command::new(&armlet).arg("probe").output();
     let probe = probe.expect("the package's armlet");
     let said = String::from_utf8_lossy(&probe.stdout);
     println!("{said}");
     assert_eq!(probe.status.code(), Some(0), "{said}");
     assert!(said.contains("KVM                          yes"), "{said}");
-    let unit = folder.path().join("usr/lib/systemd/system/armlet@.service");
-    assert!(unit.is_file());
+    dpkg(&["--purge".as_ref(), "armlet".as_ref()]);
+    assert!(!armlet.exists() && !root.join("usr/share/doc/armlet").exists());
 }
 
 #[test]
