@@ -278,6 +278,9 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
         let range = Range::new(blob.address, blob.bytes.len() as u64).expect("a blob's range");
         row(range, &format!("in RAM: {}", blob.name));
     }
+    if let Some(reserved) = A::reserved(&plan.vcpus) {
+        row(reserved.range, &format!("in RAM: {}", reserved.name));
+    }
     let _ = writeln!(text, "\nentry {:#x}", payload.entry);
     for (intid, what) in A::private_interrupts(&plan.features) {
         let _ = writeln!(text, "PPI {:3} {what}", intid - 16);

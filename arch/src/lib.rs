@@ -118,6 +118,11 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         request: &Request<Self>,
     ) -> Self::Vcpu;
 
+    /// What the guest's RAM holds that is neither loaded there nor the guest's to use.
+    fn reserved(_: &[Self::Vcpu]) -> Option<Region> {
+        None
+    }
+
     /// What the guest reads at its start: the device tree, or the zero page.
     ///
     /// # Errors

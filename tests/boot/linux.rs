@@ -145,7 +145,10 @@ fn is_warning(line: &str) -> bool {
     };
     // The levels are the lower three bits (Linux, include/linux/kern_levels.h).
     let severe = level.parse::<u32>().is_ok_and(|level| level & 7 <= 4);
-    let about_tree = text.contains("OF: ") && !text.contains("No reserved-memory node in the DT");
+    // Whether there is any or not, the kernel tells of memory that it must leave alone.
+    let about_tree = text.contains("OF: ")
+        && !text.contains("No reserved-memory node in the DT")
+        && !text.contains("OF: reserved mem: 0x");
     let words = [
         "Firmware Bug",
         "Firmware Warn",

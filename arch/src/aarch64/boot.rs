@@ -138,8 +138,13 @@ fn tree_room(request: &Request<Aarch64>) -> u64 {
 fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
     match request.wishes.steal_time {
         Switch::Off => 0,
-        _ => (STOLEN_TIME_SIZE * u64::from(request.cpus)).next_multiple_of(ALIGN),
+        _ => stolen_time_bytes(request.cpus),
     }
+}
+
+/// The bytes of so many vCPUs' clocks, up to the next page of any size.
+pub(super) fn stolen_time_bytes(cpus: u32) -> u64 {
+    (STOLEN_TIME_SIZE * u64::from(cpus)).next_multiple_of(ALIGN)
 }
 
 /// Where KVM tells of stolen time, each vCPU's behind the one before; of no use where it does not.

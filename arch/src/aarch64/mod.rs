@@ -184,6 +184,15 @@ impl Arch for Aarch64 {
         }
     }
 
+    fn reserved(vcpus: &[Vcpu]) -> Option<Region> {
+        let start = vcpus.first()?.stolen_time?;
+        let range = Range::new(start, boot::stolen_time_bytes(vcpus.len() as u32))?;
+        Some(Region {
+            name: "stolen time".to_owned(),
+            range,
+        })
+    }
+
     fn blobs(
         board: &Board,
         layout: &Layout<Self>,
