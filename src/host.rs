@@ -119,10 +119,8 @@ impl HostFiles {
         for entry in std::fs::read_dir(self.root.join(FOLDER)).ok()?.flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            // Others, of caches and memory controllers, have CPUs too (drivers/perf/arm_pmuv3.c).
-            if !name.starts_with("armv8_") {
-                continue;
-            }
+            // Those of cores have this file, those of caches and memory controllers another
+            // (drivers/perf/arm_pmu.c: armpmu_common_attrs).
             let counted: Option<PinPolicy> = self
                 .text(&format!("{FOLDER}/{name}/cpus"))
                 .and_then(|list| list.parse().ok());
@@ -331,7 +329,10 @@ mod tests {
         // As on an RK3588; the last one counts what its memory controller does.
         device("armv8_cortex_a55", "0-3", "8");
         device("armv8_cortex_a76", "4-5,6-7", "9");
-        device("arm_dmc_0", "0-7", "10");
+        let memory = folder.path().join("sys/bus/event_source/devices/arm_dmc_0");
+        std::fs::create_dir_all(&memory).expect("a folder");
+        std::fs::write(memory.join("cpumask"), "0-7\n").expect("a file");
+        std::fs::write(memory.join("type"), "10\n").expect("a file");
         assert_eq!(files.counters(&[0, 1, 2, 3]), Some(8));
         assert_eq!(files.counters(&[4, 7]), Some(9));
         assert_eq!(files.counters(&[3, 4]), None);
