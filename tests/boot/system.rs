@@ -177,11 +177,17 @@ fn debians_dpkg_installs_the_package_and_its_armlet_finds_kvm() {
         fs::create_dir_all(lists.join(name)).expect("a folder");
     }
     File::create(lists.join("status")).expect("a file");
+    // Its other programs, not busybox's of the same names.
+    let mut folders = vec![dpkg.parent().expect("a folder").to_owned()];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    folders.extend(std::env::split_paths(&path));
+    let path = std::env::join_paths(folders).expect("a path");
     // It has no scripts, so nothing of the new root is run.
     let dpkg = |words: &[&OsStr]| {
         let output = Command::new(&dpkg)
             .arg(format!("--root={}", root.display()))
             .arg("--force-bad-path")
+            .env("PATH", &path)
             .args(words)
             .output()
             .expect("dpkg can be run");
