@@ -68,6 +68,12 @@ pub struct MachineArgs {
     pub pv: Option<String>,
     /// `--exits`.
     pub exits: Option<String>,
+    /// `--pmu`.
+    pub pmu: Option<String>,
+    /// `--sve`.
+    pub sve: Option<String>,
+    /// `--pauth`.
+    pub pauth: Option<String>,
     /// `--pin`.
     pub pin: Option<String>,
     /// `--pin-io`.
@@ -138,16 +144,28 @@ macro_rules! machine_command {
             /// interrupt controller version (default: auto, GICv3 where the host has it)
             #[argh(option, arg_name = "auto|2|3")]
             pub gic: Option<String>,
-            /// x86_64: what KVM offers beside a CPU, each on, off or auto (as the host has it, the
-            /// default): clock, async-pf, steal-time, eoi, unhalt (spinlocks), tlb-flush, send-ipi,
-            /// poll-control, sched-yield, tsc-deadline; realtime (vCPUs that are never descheduled)
-            /// is off by default
+            /// what KVM offers beside a CPU, each on, off or auto (as the host has it, the
+            /// default): steal-time; x86_64 also: clock, async-pf, eoi, unhalt (spinlocks),
+            /// tlb-flush, send-ipi, poll-control, sched-yield, tsc-deadline; realtime (vCPUs that
+            /// are never descheduled) is off by default
             #[argh(option, arg_name = "NAME=on|off|auto,..")]
             pub pv: Option<String>,
             /// x86_64: the instructions at which a vCPU leaves the guest, each on (the default) or
             /// off, for vCPUs with a CPU of their own: mwait, hlt, pause, cstate
             #[argh(option, arg_name = "NAME=on|off,..")]
             pub exits: Option<String>,
+            /// aarch64: performance counters for the guest: on, off or auto (as the host has them,
+            /// the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub pmu: Option<String>,
+            /// aarch64: scalable vectors (SVE) for the guest: on, off or auto (as the host has
+            /// them, the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub sve: Option<String>,
+            /// aarch64: pointer authentication for the guest: on, off or auto (as the host has it,
+            /// the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub pauth: Option<String>,
             /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
             /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
             #[argh(option, arg_name = "auto|none|LIST")]
@@ -221,6 +239,9 @@ macro_rules! machine_command {
                     gic: self.gic.clone(),
                     pv: self.pv.clone(),
                     exits: self.exits.clone(),
+                    pmu: self.pmu.clone(),
+                    sve: self.sve.clone(),
+                    pauth: self.pauth.clone(),
                     pin: self.pin.clone(),
                     pin_io: self.pin_io.clone(),
                     hugepages: self.hugepages.clone(),

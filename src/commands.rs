@@ -82,7 +82,7 @@ fn run(args: &RunArgs) -> Result<Status> {
         .fault(Status::Host);
     }
     let cores = files.cores(cores::names(board));
-    let config = config::read::<HostArch>(&machine, chosen, &cores, &|cpus| files.caches(cpus))?;
+    let config = config::read::<HostArch>(&machine, chosen, &cores, Some(&files))?;
     if !config.pinning.words.is_empty() {
         log::info!("vCPUs run on {}", config.pinning.words);
     }
@@ -163,12 +163,7 @@ fn make_plan<A: Arch>(
         }
     };
     let is_this = assumed.is_none();
-    let caches = |cpus: &[u32]| match is_this {
-        true => files.caches(cpus),
-        // A board does not say.
-        false => Vec::new(),
-    };
-    let mut config = config::read::<A>(machine, chosen, &cores, &caches)?;
+    let mut config = config::read::<A>(machine, chosen, &cores, is_this.then_some(files))?;
     let host = match assumed {
         Some(host) => host,
         None => this_host().fault(Status::Host)?,

@@ -12,11 +12,12 @@ use crate::virtio::console::ConsoleKind;
 use crate::virtio::pmem::planned_size;
 use crate::virtio::{self, Wanted};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::cores::{self, Cache, HostCores, PinPolicy, Pinning, Topology};
+use armlet_arch::cores::{self, Counters, HostCores, PinPolicy, Pinning, Topology};
 use armlet_arch::image::Header;
 use armlet_arch::irq::GicChoice;
 use armlet_arch::size::parse_size;
-use armlet_arch::{Arch, Architecture, Board, Request, Seeds};
+use armlet_arch::switch::Switch;
+use armlet_arch::{Arch, Architecture, Board, FeatureWords, Request, Seeds};
 use linux_loader::cmdline::Cmdline;
 use std::path::Path;
 
@@ -72,7 +73,7 @@ pub fn board(
 }
 
 /// Reads the arguments for a guest of architecture `A` on the board, and on these CPUs of the
-/// host. `caches` tells those of some of them.
+/// host. `files` are those of the host, where it is this one.
 ///
 /// # Errors
 /// A value that cannot be read, or a file that cannot be opened or used; status
@@ -81,16 +82,16 @@ pub fn read<A: Arch>(
     args: &MachineArgs,
     chosen: Chosen,
     host: &HostCores,
-    caches: &dyn Fn(&[u32]) -> Vec<Cache>,
+    files: Option<&HostFiles>,
 ) -> Result<Config<A>> {
-    read_checked(args, chosen, host, caches).fault(Status::Usage)
+    read_checked(args, chosen, host, files).fault(Status::Usage)
 }
 
 fn read_checked<A: Arch>(
     args: &MachineArgs,
     chosen: Chosen,
     host: &HostCores,
-    caches: &dyn Fn(&[u32]) -> Vec<Cache>,
+    files: Option<&HostFiles>,
 ) -> Result<Config<A>> {
     let Chosen { board, why } = chosen;
     let defaults = &board.guest;
@@ -167,8 +168,19 @@ fn read_checked<A: Arch>(
         .as_ref()
         .map(|path| Initrd::open(Path::new(path)))
         .transpose()?;
-    let wishes =
-        A::wishes(args.pv.as_deref(), args.exits.as_deref()).map_err(|cause| anyhow!("{cause}"))?;
+    let words = FeatureWords {
+        paravirtual: args.pv.as_deref(),
+        exits: args.exits.as_deref(),
+        pmu: switch("--pmu", args.pmu.as_deref(), defaults.pmu)?,
+        sve: switch("--sve", args.sve.as_deref(), defaults.sve)?,
+        pauth: switch("--pauth", args.pauth.as_deref(), defaults.pauth)?,
+    };
+    let wishes = A::wishes(&words).map_err(|cause| anyhow!("{cause}"))?;
+    let counters = match files {
+        Some(files) if words.pmu != Switch::Off => pinning.counters(|cpus| files.counters(cpus)),
+        // A board does not say.
+        _ => Counters::Only,
+    };
     let wanted = virtio::wanted(args)?;
     let pmem = args.pmem.iter().map(|text| planned_size(text));
     let request = Request {
@@ -184,7 +196,8 @@ fn read_checked<A: Arch>(
         pmem: pmem.collect::<Result<_>>()?,
         topology: Topology {
             cores: pinning.told.clone(),
-            caches: caches(&pinning.alike),
+            caches: files.map_or_else(Vec::new, |files| files.caches(&pinning.alike)),
+            counters,
         },
         wishes,
     };
@@ -199,6 +212,7 @@ fn read_checked<A: Arch>(
         pin: &policy,
         pinning: &pinning,
         pages,
+        features: &words,
         cmdline: &request.cmdline,
     };
     let settings = chosen.settings();
@@ -214,6 +228,14 @@ fn read_checked<A: Arch>(
         io_cpus,
         backing,
     })
+}
+
+/// What an option says, else the board.
+fn switch(option: &str, text: Option<&str>, board: Switch) -> Result<Switch> {
+    match text {
+        None => Ok(board),
+        Some(text) => text.parse().map_err(|cause| anyhow!("{option}: {cause}")),
+    }
 }
 
 /// All the CPUs of a list, each of which is one of the host's.
@@ -290,7 +312,7 @@ mod tests {
 
     fn read_here(args: &MachineArgs, chosen: Chosen) -> Result<Config<Aarch64>> {
         let cores = cores::assumed(&chosen.board);
-        read::<Aarch64>(args, chosen, &cores, &|_| Vec::new())
+        read::<Aarch64>(args, chosen, &cores, None)
     }
 
     fn refused(args: MachineArgs) -> String {
@@ -339,6 +361,7 @@ mod tests {
         assert!(with(|args| args.memory = Some("lots".into())).contains("--memory"));
         assert!(with(|args| args.ipa_bits = Some("53".into())).contains("32 to 52"));
         assert!(with(|args| args.gic = Some("4".into())).contains("--gic"));
+        assert!(with(|args| args.pmu = Some("yes".into())).contains("--pmu: 'yes'"));
         assert!(with(|args| args.pin = Some("all".into())).contains("--pin"));
         assert!(with(|args| args.pin = Some("1,2".into())).contains("1 vCPU"));
         assert!(with(|args| args.pin_io = Some("auto".into())).contains("--pin-io"));

@@ -135,6 +135,34 @@ impl HostFiles {
         caches
     }
 
+    /// The type of the perf events that all of these CPUs count by performance counters of their own
+    /// (Documentation/ABI/testing/sysfs-bus-event_source-devices; Documentation/arch/arm64/perf.rst).
+    #[must_use]
+    pub fn counters(&self, cpus: &[u32]) -> Option<u32> {
+        const FOLDER: &str = "sys/bus/event_source/devices";
+        let mut found: Vec<u32> = Vec::new();
+        for entry in std::fs::read_dir(self.root.join(FOLDER)).ok()?.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            // Those of cores have this file, those of caches and memory controllers another
+            // (drivers/perf/arm_pmu.c: armpmu_common_attrs).
+            let counted: Option<PinPolicy> = self
+                .text(&format!("{FOLDER}/{name}/cpus"))
+                .and_then(|list| list.parse().ok());
+            let Some(PinPolicy::List(counted)) = counted else {
+                continue;
+            };
+            let has = |cpu: &u32| {
+                let mut runs = counted.iter();
+                runs.any(|run| (run.first..=run.last).contains(cpu))
+            };
+            if cpus.iter().all(has) {
+                found.extend(self.number(&format!("{FOLDER}/{name}/type")));
+            }
+        }
+        found.first().copied()
+    }
+
     /// Bytes of a GICv2's window for guests (GICV), where the device tree has one: the fourth range
     /// of its `reg` (Documentation/devicetree/bindings/interrupt-controller/arm,gic.yaml).
     #[must_use]
@@ -309,6 +337,31 @@ mod tests {
         // Two ranges: no window for guests.
         assert_eq!(fourth_size(&reg[..16], 1, 1), None);
         assert_eq!(fourth_size(&[0; 64], 2, 2), Some(0));
+    }
+
+    #[test]
+    fn counters_are_those_that_all_the_cpus_have() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles::below(folder.path());
+        assert_eq!(files.counters(&[0]), None);
+        let device = |name: &str, cpus: &str, number: &str| {
+            let path = format!("sys/bus/event_source/devices/{name}");
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(&path).expect("a folder");
+            std::fs::write(path.join("cpus"), format!("{cpus}\n")).expect("a file");
+            std::fs::write(path.join("type"), format!("{number}\n")).expect("a file");
+        };
+        // As on an RK3588; the last one counts what its memory controller does.
+        device("armv8_cortex_a55", "0-3", "8");
+        device("armv8_cortex_a76", "4-5,6-7", "9");
+        let memory = folder.path().join("sys/bus/event_source/devices/arm_dmc_0");
+        std::fs::create_dir_all(&memory).expect("a folder");
+        std::fs::write(memory.join("cpumask"), "0-7\n").expect("a file");
+        std::fs::write(memory.join("type"), "10\n").expect("a file");
+        assert_eq!(files.counters(&[0, 1, 2, 3]), Some(8));
+        assert_eq!(files.counters(&[4, 7]), Some(9));
+        assert_eq!(files.counters(&[3, 4]), None);
+        assert_eq!(files.counters(&[8]), None);
     }
 
     #[test]

@@ -29,16 +29,8 @@ pub struct ArmFacts {
     pub its: bool,
     /// Address bits of ID_AA64MMFR0_EL1.PARange as guests see it.
     pub pa_range: Option<u8>,
-    /// Performance counters for guests (PMUv3).
-    pub pmu: bool,
-    /// Scalable vectors.
-    pub sve: bool,
-    /// Pointer authentication.
-    pub pauth: bool,
     /// Memory tagging.
     pub mte: bool,
-    /// Stolen time.
-    pub steal_time: bool,
     /// Guests with their own EL2.
     pub nested: bool,
     /// Whether feature ID registers can be written, so that guests see fewer features.
@@ -376,11 +368,11 @@ fn arm_facts(arm: &ArmFacts) -> Vec<(&'static str, &'static str, Value)> {
             "Guest page sizes, bytes",
             json!(host.guest_pages),
         ),
-        ("pmu", "PMU", json!(arm.pmu)),
-        ("sve", "SVE", json!(arm.sve)),
-        ("pauth", "Pointer authentication", json!(arm.pauth)),
+        ("pmu", "PMU", json!(host.offered.pmu)),
+        ("sve", "SVE", json!(host.offered.sve)),
+        ("pauth", "Pointer authentication", json!(host.offered.pauth)),
         ("mte", "MTE", json!(arm.mte)),
-        ("steal_time", "Steal time", json!(arm.steal_time)),
+        ("steal_time", "Steal time", json!(host.offered.steal_time)),
         ("nested", "Nested virtualisation", json!(arm.nested)),
     ]
 }
@@ -476,6 +468,13 @@ fn diagnose_arm(facts: &ArmFacts, cpus: usize, cpu_interface: Option<u64>) -> Ve
             "nothing to do: guests see the host's value, and run",
         );
     }
+    if !host.offered.pmu {
+        add(
+            Severity::Note,
+            "KVM has no performance counters for guests".to_owned(),
+            "perf counts no hardware events in guests; the host's kernel needs the driver of its own counters ('dmesg | grep -i pmu'), and they in its device tree or ACPI tables",
+        );
+    }
     if cpus == 1 {
         add(
             Severity::Note,
@@ -499,14 +498,14 @@ mod tests {
                 gic_v3: false,
                 max_vcpus: 8,
                 guest_pages: vec![0x1000, 0x4000, 0x1_0000],
+                offered: aarch64::features::Offered {
+                    pmu: true,
+                    ..Default::default()
+                },
             },
             its: false,
             pa_range: Some(40),
-            pmu: true,
-            sve: false,
-            pauth: false,
             mte: false,
-            steal_time: true,
             nested: false,
             writable_id_registers: true,
             pa_range_writable: true,
@@ -586,5 +585,14 @@ mod tests {
         let mut narrow = pi5();
         narrow.host.ipa_limit = Some(36);
         assert!(said(narrow).contains("36 bits"));
+    }
+
+    #[test]
+    fn a_host_without_counters_for_guests_says_so() {
+        let counters = "no performance counters";
+        assert!(!said(pi5()).contains(counters));
+        let mut without = pi5();
+        without.host.offered.pmu = false;
+        assert!(said(without).contains(counters));
     }
 }

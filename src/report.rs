@@ -2,9 +2,9 @@
 
 use crate::settings::Setting;
 use armlet_arch::irq::Spi;
-use armlet_arch::plan::{Payload, Plan};
+use armlet_arch::plan::Plan;
 use armlet_arch::size::show_size;
-use armlet_arch::{Arch, Architecture, Blob, Range, Region, Width};
+use armlet_arch::{Arch, Architecture, Range, Region, Width};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -32,10 +32,7 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
     let _ = writeln!(out, "\nAddress map");
     table(&mut out, &map_rows(plan));
     let _ = writeln!(out, "\nIn RAM");
-    table(
-        &mut out,
-        &payload_rows(&plan.layout.payload, &plan.blobs, kernel),
-    );
+    table(&mut out, &payload_rows(plan, kernel));
     if plan.layout.payload.kernel.is_some() {
         let _ = writeln!(out, "  entry  {:#x}", plan.layout.payload.entry);
     }
@@ -46,9 +43,14 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
         let (first, last) = (device.ports.start(), device.ports.last());
         let _ = writeln!(out, "  {first:>#6x} {last:>#6x}  {}", device.kind);
     }
+    let private = A::private_interrupts(&plan.features);
     let interrupts = interrupts(plan);
-    if !interrupts.is_empty() {
+    if !interrupts.is_empty() || !private.is_empty() {
         let _ = writeln!(out, "\nInterrupts");
+    }
+    for (intid, what) in private {
+        // PPIs are the 16 from INTID 16 on (Arm IHI 0069, section 2.2).
+        let _ = writeln!(out, "  PPI {:<4} INTID {intid:<4} {what}", intid - 16);
     }
     for (spi, what) in interrupts {
         let _ = match A::ARCHITECTURE {
@@ -114,7 +116,8 @@ fn map_rows<A: Arch>(plan: &Plan<A>) -> Vec<Row> {
         .collect()
 }
 
-fn payload_rows(payload: &Payload, blobs: &[Blob], kernel: Option<&str>) -> Vec<Row> {
+fn payload_rows<A: Arch>(plan: &Plan<A>, kernel: Option<&str>) -> Vec<Row> {
+    let payload = &plan.layout.payload;
     let row = |range: Option<Range>, what: String| range.map(|range| Row { range, what });
     let mut rows = vec![
         row(
@@ -123,9 +126,12 @@ fn payload_rows(payload: &Payload, blobs: &[Blob], kernel: Option<&str>) -> Vec<
         ),
         row(payload.initrd, "initrd".to_owned()),
     ];
-    for blob in blobs {
+    for blob in &plan.blobs {
         let range = Range::new(blob.address, blob.bytes.len() as u64);
         rows.push(row(range, blob.name.to_owned()));
+    }
+    if let Some(Region { name, range }) = A::reserved(&plan.vcpus) {
+        rows.push(row(Some(range), name));
     }
     let mut rows: Vec<Row> = rows.into_iter().flatten().collect();
     rows.sort_by_key(|row| row.range);
@@ -176,7 +182,7 @@ pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Val
             "host_page_size": plan.width.host_page,
         },
         "map": rows(map_rows(plan)),
-        "payload": rows(payload_rows(&plan.layout.payload, &plan.blobs, None)),
+        "payload": rows(payload_rows(plan, None)),
         "entry": plan.layout.payload.entry,
         "irqchip": plan.layout.irqchip,
         "devices": plan.layout.devices,

@@ -5,7 +5,7 @@ use armlet_arch::backing::HugePages;
 use armlet_arch::cores::{PinPolicy, Pinning};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::size::show_size;
-use armlet_arch::{Board, WidthPolicy};
+use armlet_arch::{Architecture, Board, FeatureWords, WidthPolicy};
 
 /// A value of the machine and who chose it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub struct ChosenValues<'a> {
     pub pinning: &'a Pinning,
     /// The host's pages.
     pub pages: HugePages,
+    /// What a vCPU has.
+    pub features: &'a FeatureWords<'a>,
     /// The kernel's command line.
     pub cmdline: &'a str,
 }
@@ -98,6 +100,27 @@ impl ChosenValues<'_> {
                 guest.huge_pages == Default::default(),
             ),
             (
+                "PMU",
+                self.features.pmu.to_string(),
+                "--pmu",
+                args.pmu.is_some(),
+                guest.pmu == Default::default(),
+            ),
+            (
+                "SVE",
+                self.features.sve.to_string(),
+                "--sve",
+                args.sve.is_some(),
+                guest.sve == Default::default(),
+            ),
+            (
+                "pointer authentication",
+                self.features.pauth.to_string(),
+                "--pauth",
+                args.pauth.is_some(),
+                guest.pauth == Default::default(),
+            ),
+            (
                 "command line",
                 self.cmdline.to_owned(),
                 "--cmdline",
@@ -110,6 +133,10 @@ impl ChosenValues<'_> {
             value: self.board.name.clone(),
             from: self.why.to_owned(),
         }];
+        let is_arm = self.board.arch == Architecture::Aarch64;
+        let of_arm = ["--gic", "--pmu", "--sve", "--pauth"];
+        let rows = rows.into_iter();
+        let rows = rows.filter(|(_, _, option, ..)| is_arm || !of_arm.contains(option));
         settings.extend(rows.map(|(name, value, option, given, default)| Setting {
             name,
             value,

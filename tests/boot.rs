@@ -22,12 +22,18 @@ mod console;
 /// Disks: data, identity, and what is left after armlet is killed.
 #[path = "boot/disk.rs"]
 mod disk;
+/// What vCPUs have beside the base architecture.
+#[path = "boot/features.rs"]
+mod features;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;
 /// Kernels in every form that distributions ship.
 #[path = "boot/kernels.rs"]
 mod kernels;
+/// Hosts of two kinds of core, as their files describe them.
+#[path = "boot/kinds.rs"]
+mod kinds;
 /// Reset, power key, signals, terminal: how a guest's life goes on and ends.
 #[path = "boot/life.rs"]
 mod life;
@@ -40,6 +46,9 @@ mod lives;
 /// Threads, huge pages, memory banks.
 #[path = "boot/machine.rs"]
 mod machine;
+/// What guest memory is made of: pages of a pool, locked, merged, taken beforehand.
+#[path = "boot/memory.rs"]
+mod memory;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;

@@ -11,6 +11,7 @@ use armlet_arch::image::{Arm64Image, Placement};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::plan::MEMORY_UNIT;
 use armlet_arch::size::{parse_size, show_size};
+use armlet_arch::switch::Switch;
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{
     Arch, Architecture, Board, Plan, PlanError, Range, Request, Seeds, WidthPolicy, plan,
@@ -277,7 +278,13 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
         let range = Range::new(blob.address, blob.bytes.len() as u64).expect("a blob's range");
         row(range, &format!("in RAM: {}", blob.name));
     }
+    if let Some(reserved) = A::reserved(&plan.vcpus) {
+        row(reserved.range, &format!("in RAM: {}", reserved.name));
+    }
     let _ = writeln!(text, "\nentry {:#x}", payload.entry);
+    for (intid, what) in A::private_interrupts(&plan.features) {
+        let _ = writeln!(text, "PPI {:3} {what}", intid - 16);
+    }
     let (line, _) = A::ARCHITECTURE.interrupts();
     for device in &plan.layout.devices {
         let _ = writeln!(text, "{line} {:3} {}", device.spi.0, device.kind);
@@ -696,8 +703,30 @@ fn memory_that_is_no_memory_is_refused() {
         &["536870913 bytes", "--memory 524352K"],
     );
     assert_says(&line(100 * KIB), &["--memory 128K"]);
-    // The least there is holds a device tree.
-    assert!(ask(VIRT, &host(48), memory(64 * KIB)).is_ok());
+    // The least there is holds a device tree and, where it is wanted, stolen time.
+    assert!(ask(VIRT, &host(48), memory(128 * KIB)).is_ok());
+    let without = ask(VIRT, &host(48), |request| {
+        request.memory = 64 * KIB;
+        request.wishes.steal_time = Switch::Off;
+    });
+    assert!(without.is_ok());
+}
+
+#[test]
+fn each_vcpu_has_a_clock_of_stolen_time_of_its_own() {
+    let mut host = host(48);
+    host.offered.steal_time = true;
+    let clocks = |host: &aarch64::Host| -> Vec<Option<u64>> {
+        let plan = ask(VIRT, host, cpus(3)).expect("fits");
+        plan.vcpus.iter().map(|vcpu| vcpu.stolen_time).collect()
+    };
+    let first = 0x4001_0000;
+    assert_eq!(
+        clocks(&host),
+        [Some(first), Some(first + 64), Some(first + 128)]
+    );
+    host.offered.steal_time = false;
+    assert_eq!(clocks(&host), [None; 3]);
 }
 
 #[test]

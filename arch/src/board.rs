@@ -7,10 +7,12 @@ mod signature;
 pub use layers::{Find, Place};
 pub use signature::{Identity, Midr, Signature, recognize};
 
+use crate::aarch64::features::Offered;
 use crate::backing::HugePages;
 use crate::cores::PinPolicy;
 use crate::irq::GicChoice;
 use crate::size::parse_size;
+use crate::switch::Switch;
 use crate::width::{MAX_BITS, MIN_BITS, WidthPolicy};
 use fields::{Fields, Line, Record};
 use layers::{Item, Keep};
@@ -85,6 +87,8 @@ pub struct AssumedHost {
     pub gic: Vec<u8>,
     /// Page sizes in bytes that guest kernels may use, and host kernels too.
     pub guest_pages: Vec<u64>,
+    /// What KVM offers on its cores beside the base architecture.
+    pub offered: Offered,
     /// Bytes of memory that such hosts are sold with, fewest first.
     pub ram: Vec<u64>,
     /// Its cores by kind, in the order of their numbers. A board without any is generic: nothing
@@ -146,6 +150,12 @@ pub struct GuestDefaults {
     pub pin: PinPolicy,
     /// What pages its memory is made of.
     pub huge_pages: HugePages,
+    /// Performance counters.
+    pub pmu: Switch,
+    /// Scalable vectors.
+    pub sve: Switch,
+    /// Pointer authentication.
+    pub pauth: Switch,
 }
 
 /// A bank of RAM.
@@ -533,6 +543,19 @@ fn assumed_host(mut fields: Fields<'_>) -> Result<AssumedHost, BoardError> {
     if !guest_pages.contains(&page_size) {
         return Err(fields.wrong("page-size", "must be among the guest-pages"));
     }
+    let mut offered = Offered::default();
+    for name in fields.texts("features")? {
+        match name.as_str() {
+            "pmu" => offered.pmu = true,
+            "sve" => offered.sve = true,
+            "pauth" => offered.pauth = true,
+            "steal-time" => offered.steal_time = true,
+            other => {
+                let cause = format!("holds '{other}'; use pmu, sve, pauth and steal-time");
+                return Err(fields.wrong("features", cause));
+            }
+        }
+    }
     let ram = fields.list("ram", "sizes such as \"8G\", fewest first", |item| {
         size_item(item, |bytes| *bytes > 0)
     })?;
@@ -543,6 +566,7 @@ fn assumed_host(mut fields: Fields<'_>) -> Result<AssumedHost, BoardError> {
         "page-size",
         "gic",
         "guest-pages",
+        "features",
         "ram",
         "cluster",
         "note",
@@ -552,6 +576,7 @@ fn assumed_host(mut fields: Fields<'_>) -> Result<AssumedHost, BoardError> {
         page_size,
         gic,
         guest_pages,
+        offered,
         ram,
         clusters,
         notes,
@@ -610,6 +635,9 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
     let width = fields.parsed("ipa-bits")?;
     let pin = fields.parsed("pin")?;
     let huge_pages = fields.parsed("hugepages")?;
+    let pmu = fields.parsed("pmu")?;
+    let sve = fields.parsed("sve")?;
+    let pauth = fields.parsed("pauth")?;
     fields.finish(&[
         "cpus",
         "memory",
@@ -618,6 +646,9 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
         "ipa-bits",
         "pin",
         "hugepages",
+        "pmu",
+        "sve",
+        "pauth",
     ])?;
     Ok(GuestDefaults {
         cpus,
@@ -627,6 +658,9 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
         width,
         pin,
         huge_pages,
+        pmu,
+        sve,
+        pauth,
     })
 }
 
@@ -807,6 +841,8 @@ mod tests {
             ("ipa-limit = 48", "ipa-limit = 56"),
             ("page-size = \"4K\"", "page-size = \"8K\""),
             ("gic = [3]", "gic = [4]"),
+            ("features = [\"pmu\"", "features = [\"fpu\""),
+            ("cpus = 1", "cpus = 1\npmu = \"yes\""),
             ("memory = \"512M\"", "memory = \"many\""),
             ("memory = \"512M\"", "memory = 512"),
             ("cpus = 1", "cpus = -1"),

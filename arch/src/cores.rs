@@ -146,6 +146,8 @@ pub struct Pinning {
     /// The CPUs that all vCPUs run on, where these are of one kind: what is true of their caches
     /// is true of the guest's.
     pub alike: Vec<u32>,
+    /// How many kinds of core the host has, as far as it is known.
+    pub kinds: usize,
 }
 
 /// What a guest is told of a vCPU's core.
@@ -179,6 +181,7 @@ pub fn pin(policy: &PinPolicy, vcpus: u32, host: &HostCores) -> Result<Pinning, 
             ..Pinning::default()
         },
     };
+    pinning.kinds = kinds.len();
     let is_used = |core: &&Core| {
         let mut cpus = pinning.cpus.iter();
         cpus.any(|numbers| numbers.contains(&core.number))
@@ -296,6 +299,7 @@ fn by_list(list: &[Cpus], vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Resul
     Ok(Pinning {
         words: "those CPUs".to_owned(),
         alike: if alike { used } else { Vec::new() },
+        kinds: kinds.len(),
         cpus,
         warnings,
         told,
@@ -361,6 +365,42 @@ pub struct Topology {
     pub cores: Vec<ToldCore>,
     /// The caches of all cores, by level; empty where they are not known or not alike.
     pub caches: Vec<Cache>,
+    /// What can count what its vCPUs do.
+    pub counters: Counters,
+}
+
+/// The host's performance counters for a guest: each kind of core has its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Counters {
+    /// The only ones, since its cores are of one kind.
+    #[default]
+    Only,
+    /// Those whose perf events have this type, since its vCPUs run on cores that these are of.
+    Type(u32),
+    /// None: why, in words.
+    None(String),
+}
+
+impl Pinning {
+    /// The counters of the CPUs that the vCPUs run on; `type_of` tells of some CPUs the type of the
+    /// counters that all of them have, and is asked on hosts with several kinds of core alone.
+    pub fn counters(&self, type_of: impl FnOnce(&[u32]) -> Option<u32>) -> Counters {
+        if self.kinds < 2 {
+            return Counters::Only;
+        }
+        if self.alike.is_empty() {
+            return Counters::None(
+                "the vCPUs run on several kinds of core, each with counters of its own".to_owned(),
+            );
+        }
+        type_of(&self.alike).map_or_else(
+            || {
+                let cpus = runs(&self.alike);
+                Counters::None(format!("this host's kernel has no counters of CPUs {cpus}"))
+            },
+            Counters::Type,
+        )
+    }
 }
 
 #[cfg(test)]
@@ -431,6 +471,34 @@ mod tests {
         assert_eq!(unknown, Ok(Pinning::default()));
         let list = pin(&"9".parse().expect("a list"), 1, &HostCores::default());
         assert_eq!(list.map(|pinning| pinning.cpus), Ok(vec![vec![9]]));
+    }
+
+    #[test]
+    fn counters_are_those_of_the_kind_that_vcpus_are_pinned_to() {
+        let of = |policy, found: Option<u32>| {
+            let pinning = pinned(policy, 2).expect("valid");
+            pinning.counters(|cpus| {
+                assert!(cpus == [4, 5, 6, 7] || cpus == [0, 1], "{cpus:?}");
+                found
+            })
+        };
+        assert_eq!(of("auto", Some(8)), Counters::Type(8));
+        assert_eq!(of("0,1", Some(9)), Counters::Type(9));
+        let Counters::None(why) = of("auto", None) else {
+            panic!("there are none");
+        };
+        assert!(why.contains("CPUs 4-7"), "{why}");
+        for policy in ["none", "0,4", "3-4"] {
+            let Counters::None(why) = of(policy, Some(8)) else {
+                panic!("{policy}: two kinds have no counters in common");
+            };
+            assert!(why.contains("several kinds"), "{why}");
+        }
+        let mut host = rk3588();
+        host.cores.truncate(4);
+        let pinning = pin(&PinPolicy::None, 2, &host).expect("valid");
+        let unasked = |_: &[u32]| panic!("one kind: there is nothing to look for");
+        assert_eq!(pinning.counters(unasked), Counters::Only);
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod irq;
 pub mod plan;
 pub mod range;
 pub mod size;
+pub mod switch;
 pub mod width;
 pub mod x86_64;
 
@@ -27,6 +28,7 @@ pub use width::{Region, Width, WidthPolicy};
 
 use serde::Serialize;
 use std::fmt::Debug;
+use switch::Switch;
 
 /// What planning must know of an instruction set. [`plan()`] calls the functions in the order in
 /// which they stand here.
@@ -90,20 +92,36 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         host: &Self::Host,
     ) -> Result<Payload, PlanError>;
 
-    /// Reads the options about what KVM offers beside a CPU: the values of `--pv` and `--exits`.
+    /// Reads the options about what KVM offers beside a CPU.
     ///
     /// # Errors
-    /// What is not known, or an architecture that has none.
-    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<Self::Wishes, String>;
+    /// What is not known, or an option for another architecture.
+    fn wishes(words: &FeatureWords<'_>) -> Result<Self::Wishes, String>;
 
     /// What the guest gets of that on this host.
     ///
     /// # Errors
     /// Something that has to be there, and that the host does not offer.
-    fn features(wishes: &Self::Wishes, host: &Self::Host) -> Result<Self::Features, PlanError>;
+    fn features(request: &Request<Self>, host: &Self::Host) -> Result<Self::Features, PlanError>;
+
+    /// Interrupts that each vCPU has for itself and that the plan numbers: by INTID, with who raises
+    /// them.
+    fn private_interrupts(_: &Self::Features) -> Vec<(u32, &'static str)> {
+        Vec::new()
+    }
 
     /// The state of vCPU `index` at its start.
-    fn vcpu(index: u32, payload: &Payload, request: &Request<Self>) -> Self::Vcpu;
+    fn vcpu(
+        index: u32,
+        payload: &Payload,
+        features: &Self::Features,
+        request: &Request<Self>,
+    ) -> Self::Vcpu;
+
+    /// What the guest's RAM holds that is neither loaded there nor the guest's to use.
+    fn reserved(_: &[Self::Vcpu]) -> Option<Region> {
+        None
+    }
 
     /// What the guest reads at its start: the device tree, or the zero page.
     ///
@@ -113,6 +131,22 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         board: &Board,
         layout: &Layout<Self>,
         vcpus: &[Self::Vcpu],
+        features: &Self::Features,
         request: &Request<Self>,
     ) -> Result<Vec<Blob>, PlanError>;
+}
+
+/// What options and board say of the things that KVM offers beside a CPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FeatureWords<'a> {
+    /// `--pv`; each architecture has features of its own.
+    pub paravirtual: Option<&'a str>,
+    /// `--exits`, for x86_64.
+    pub exits: Option<&'a str>,
+    /// `--pmu`, for aarch64, as the other two.
+    pub pmu: Switch,
+    /// `--sve`.
+    pub sve: Switch,
+    /// `--pauth`.
+    pub pauth: Switch,
 }

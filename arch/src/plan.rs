@@ -420,6 +420,9 @@ pub enum PlanError {
         /// What the host has.
         offered: String,
     },
+    /// Performance counters for vCPUs on cores that have none in common.
+    #[error("--pmu on: {0}; pin the vCPUs to CPUs of one kind (--pin), or leave it out")]
+    NoCounters(String),
     /// A board that lacks what the plan needs.
     #[error("board '{board}' has no {what}; add it to the board's file")]
     BoardLacks {
@@ -483,7 +486,7 @@ pub fn plan<A: Arch>(
     let highest = check_overlaps::<A>(board, &map)?;
     let width = A::width(&highest, request.width, host)
         .map_err(|error| with_advice::<A>(error, board, request, host))?;
-    let features = A::features(&request.wishes, host)?;
+    let features = A::features(request, host)?;
     let Map {
         ram,
         devices,
@@ -494,7 +497,7 @@ pub fn plan<A: Arch>(
     let payload = A::payload(&ram, request, host)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
     let vcpus: Vec<_> = (0..request.cpus)
-        .map(|index| A::vcpu(index, &payload, request))
+        .map(|index| A::vcpu(index, &payload, &features, request))
         .collect();
     let layout = Layout {
         ram,
@@ -504,7 +507,7 @@ pub fn plan<A: Arch>(
         pmem,
         payload,
     };
-    let blobs = A::blobs(board, &layout, &vcpus, request)
+    let blobs = A::blobs(board, &layout, &vcpus, &features, request)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
     Ok(Plan {
         board: board.name.clone(),

@@ -4,13 +4,17 @@
 use super::{Depth, KvmArch, RawExit};
 use crate::probe::{ArmFacts, Virtualization};
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use armlet_arch::aarch64::features::{Features, Offered, Pmu};
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::ipa::{LEGACY_BITS, pa_range, pa_range_bits};
 use armlet_arch::aarch64::{Aarch64, Host};
 use armlet_arch::irq::{GicChoice, Spi};
 use armlet_arch::{Plan, Request, Width};
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_ARM_NISV_TO_USER,
+    KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
+    KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,
+    KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
+    KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA, KVM_ARM_VCPU_SVE, KVM_CAP_ARM_NISV_TO_USER,
     KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
     KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_EXIT_ARM_NISV,
     KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST,
@@ -62,7 +66,6 @@ impl KvmArch for Aarch64 {
 
     fn facts(kvm: &Kvm) -> Result<Virtualization> {
         let mut host = quick_facts(kvm);
-        let cap = |cap: Cap| kvm.check_extension(cap);
         let (vm, vcpu) = scratch_vm(kvm, &host)?;
         host.gic_v2 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2);
         host.gic_v3 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3);
@@ -73,11 +76,7 @@ impl KvmArch for Aarch64 {
         Ok(Virtualization::Arm(ArmFacts {
             its: offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS),
             pa_range: pa_range_bits(mmfr0 & 0xf),
-            pmu: cap(Cap::ArmPmuV3),
-            sve: cap(Cap::ArmSve),
-            pauth: cap(Cap::ArmPtrAuthAddress) && cap(Cap::ArmPtrAuthGeneric),
             mte: kvm.check_extension_raw(205) > 0,
-            steal_time: kvm.check_extension_raw(187) > 0,
             nested: kvm.check_extension_raw(240) > 0,
             writable_id_registers: masks & 1 != 0,
             pa_range_writable: lower_pa_range(&vcpu, mmfr0, 32),
@@ -107,7 +106,13 @@ impl KvmArch for Aarch64 {
             }
         }
         init_gic(&chip, &plan.layout.irqchip)?;
+        if let Some(pmu) = &plan.features.pmu {
+            init_counters(&vcpus, pmu)?;
+        }
         for (vcpu, planned) in vcpus.iter().zip(&plan.vcpus) {
+            if let Some(address) = &planned.stolen_time {
+                tell_stolen_time(vcpu, address)?;
+            }
             if let Some(boot) = planned.boot {
                 write_register(vcpu, PC, boot.pc)?;
                 write_register(vcpu, X0, boot.x0)?;
@@ -178,6 +183,14 @@ fn quick_facts(kvm: &Kvm) -> Host {
         max_vcpus,
         // KVM itself needs the host's page size at stage 2, so every guest has it too.
         guest_pages: vec![host_page()],
+        offered: Offered {
+            pmu: kvm.check_extension(Cap::ArmPmuV3),
+            sve: kvm.check_extension(Cap::ArmSve),
+            pauth: kvm.check_extension(Cap::ArmPtrAuthAddress)
+                && kvm.check_extension(Cap::ArmPtrAuthGeneric),
+            // KVM_CAP_STEAL_TIME, which kvm-ioctls has no name for.
+            steal_time: kvm.check_extension_raw(187) > 0,
+        },
     }
 }
 
@@ -280,7 +293,9 @@ fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
                 .with_context(|| format!("cannot create vCPU {id} of {}", plan.vcpus.len()))
         })
         .collect::<Result<Vec<_>>>()?;
-    let target = preferred_target(vm)?;
+    let mut target = preferred_target(vm)?;
+    let features = &plan.features;
+    target.features[0] |= feature_bits(features);
     for (index, (vcpu, planned)) in vcpus.iter().zip(&plan.vcpus).enumerate() {
         let mut init = target;
         if planned.boot.is_none() {
@@ -288,6 +303,10 @@ fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
         }
         vcpu.vcpu_init(&init)
             .with_context(|| format!("cannot initialise vCPU {index}"))?;
+        if features.sve {
+            vcpu.vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
+                .with_context(|| format!("cannot give vCPU {index} scalable vectors"))?;
+        }
         let mpidr = read_register(vcpu, MPIDR_EL1)? & AFFINITY;
         ensure!(
             mpidr == planned.mpidr,
@@ -296,6 +315,56 @@ fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
         );
     }
     Ok(vcpus)
+}
+
+fn feature_bits(features: &Features) -> u32 {
+    let bit = |has: bool, number: u32| u32::from(has) << number;
+    bit(features.pmu.is_some(), KVM_ARM_VCPU_PMU_V3)
+        | bit(features.sve, KVM_ARM_VCPU_SVE)
+        | bit(features.pauth, KVM_ARM_VCPU_PTRAUTH_ADDRESS)
+        | bit(features.pauth, KVM_ARM_VCPU_PTRAUTH_GENERIC)
+}
+
+/// Gives each vCPU its performance counters, once there is a GIC for their interrupt.
+fn init_counters(vcpus: &[VcpuFd], pmu: &Pmu) -> Result<()> {
+    let attribute = |attr: u32, addr: u64| kvm_device_attr {
+        flags: 0,
+        group: KVM_ARM_VCPU_PMU_V3_CTRL,
+        attr: u64::from(attr),
+        addr,
+    };
+    if let (Some(number), Some(first)) = (pmu.perf_type, vcpus.first()) {
+        // The choice is the VM's, made by any vCPU (arch/arm64/kvm/pmu-emul.c:
+        // kvm_arm_pmu_v3_set_pmu).
+        let address = std::ptr::from_ref(&number) as u64;
+        first
+            .set_device_attr(&attribute(KVM_ARM_VCPU_PMU_V3_SET_PMU, address))
+            .with_context(|| {
+                format!("cannot take the performance counters of perf type {number}; --pmu off does without")
+            })?;
+    }
+    for (index, vcpu) in vcpus.iter().enumerate() {
+        let interrupt = std::ptr::from_ref(&pmu.intid) as u64;
+        vcpu.set_device_attr(&attribute(KVM_ARM_VCPU_PMU_V3_IRQ, interrupt))
+            .and_then(|()| vcpu.set_device_attr(&attribute(KVM_ARM_VCPU_PMU_V3_INIT, 0)))
+            .with_context(|| {
+                format!("cannot give vCPU {index} performance counters; --pmu off does without")
+            })?;
+    }
+    Ok(())
+}
+
+/// Lets KVM tell the guest at this address of RAM how long the vCPU does not run.
+fn tell_stolen_time(vcpu: &VcpuFd, address: &u64) -> Result<()> {
+    let attribute = kvm_device_attr {
+        flags: 0,
+        group: KVM_ARM_VCPU_PVTIME_CTRL,
+        attr: u64::from(KVM_ARM_VCPU_PVTIME_IPA),
+        addr: std::ptr::from_ref(address) as u64,
+    };
+    vcpu.set_device_attr(&attribute).with_context(|| {
+        format!("cannot tell of stolen time at {address:#x}; --pv steal-time=off does without")
+    })
 }
 
 fn init_gic(chip: &DeviceFd, gic: &Gic) -> Result<()> {

@@ -47,6 +47,8 @@ pub(crate) struct Armlet {
     memory: &'static str,
     cpus: usize,
     alone: bool,
+    /// A command that becomes armlet.
+    through: Vec<OsString>,
     folder: TempDir,
 }
 
@@ -60,6 +62,7 @@ impl Armlet {
             memory: "256M",
             cpus: 1,
             alone: false,
+            through: Vec::new(),
             folder: tempfile::tempdir().expect("a temporary folder"),
         }
     }
@@ -197,6 +200,12 @@ impl Armlet {
         self
     }
 
+    /// Starts armlet by a command that takes armlet's own behind its words, and becomes it.
+    pub(crate) fn through(mut self, words: &[&OsStr]) -> Armlet {
+        self.through = words.iter().map(OsString::from).collect();
+        self
+    }
+
     /// Runs while no other guest does.
     pub(crate) fn alone(mut self) -> Armlet {
         self.alone = true;
@@ -227,8 +236,11 @@ impl Armlet {
         } else {
             Turn::of(self.cpus)
         };
-        let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
-        command.args(&self.arguments).stderr(Stdio::piped());
+        let mut words = self.through.clone();
+        words.push(env!("CARGO_BIN_EXE_armlet").into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).args(&self.arguments);
+        command.stderr(Stdio::piped());
         let terminal = match &self.input {
             Input::Terminal => Some(Terminal::open()),
             _ => None,

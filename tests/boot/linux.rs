@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 const LOOK: &str = "
 echo '== release'; uname -r
 echo '== cpus'; nproc; cat /sys/devices/system/cpu/online
+echo '== pages'; grep -m 1 KernelPageSize /proc/self/smaps
 echo '== dmesg'; dmesg -r
 echo '== iomem'; cat /proc/iomem
 echo '== interrupts'; cat /proc/interrupts
@@ -58,6 +59,11 @@ fn debian_boots_to_user_space_and_powers_off() {
     standard.outcome.assert_status(0);
     assert!(section(&standard.script, "release").starts_with("6.12."));
     assert_eq!(section(&standard.script, "cpus"), "1\n0");
+    // Whatever the host's are.
+    let pages: Vec<&str> = section(&standard.script, "pages")
+        .split_whitespace()
+        .collect();
+    assert_eq!(pages[1..], ["4", "kB"], "the guest's pages");
 }
 
 #[test]
@@ -139,7 +145,10 @@ fn is_warning(line: &str) -> bool {
     };
     // The levels are the lower three bits (Linux, include/linux/kern_levels.h).
     let severe = level.parse::<u32>().is_ok_and(|level| level & 7 <= 4);
-    let about_tree = text.contains("OF: ") && !text.contains("No reserved-memory node in the DT");
+    // Whether there is any or not, the kernel tells of memory that it must leave alone.
+    let about_tree = text.contains("OF: ")
+        && !text.contains("No reserved-memory node in the DT")
+        && !text.contains("OF: reserved mem: 0x");
     let words = [
         "Firmware Bug",
         "Firmware Warn",

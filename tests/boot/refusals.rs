@@ -95,7 +95,7 @@ fn boards() -> Bad {
         "syntax",
         "[guest]",
         "[guest",
-        &["line 20: expected", "found"],
+        &["line 21: expected", "found"],
     );
     case(
         "unknown-device",

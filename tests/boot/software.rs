@@ -82,6 +82,30 @@ impl Program {
         Program { handler, ..self }
     }
 
+    /// Goes on with `other` if the counter of CPU cycles counts: 1,000 turns of a loop lie between
+    /// two looks at it (Arm DDI 0487, section D24.5: PMCR_EL0, PMCNTENSET_EL0, PMCCNTR_EL0).
+    pub(crate) fn if_cycles_count(self, other: &Program) -> Program {
+        // PMCR_EL0.{LC, C, E}: 64 bits, reset, enable; PMCNTENSET_EL0.C.
+        let enabled = self.load(2, 1 << 6 | 1 << 2 | 1).instruction(0xd51b_9c02);
+        let counting = enabled.load(2, 1 << 31).instruction(0xd51b_9c22);
+        // ISB; MRS X6, PMCCNTR_EL0; SUBS X2, X2, #1; B.NE to it; ISB; MRS X7, PMCCNTR_EL0;
+        // SUBS X7, X7, X6
+        let first = counting.instruction(0xd503_3fdf).instruction(0xd53b_9d06);
+        let turned = first
+            .load(2, 1000)
+            .instruction(0xf100_0442)
+            .instruction(0x54ff_ffe1);
+        let mut program = turned
+            .instruction(0xd503_3fdf)
+            .instruction(0xd53b_9d07)
+            .instruction(0xeb06_00e7);
+        // B.LS behind the other: no more cycles than before.
+        let skip = other.code.len() as u32 + 1;
+        program = program.instruction(0x5400_0009 | skip << 5);
+        program.code.extend(&other.code);
+        program
+    }
+
     /// Powers the machine off.
     pub(crate) fn power_off(self) -> Program {
         // HVC #0

@@ -1,8 +1,10 @@
 use crate::guest::{Armlet, GLANCE, Guest, Input};
 use crate::rig::{self, program};
 use rustix::process::Signal;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 
 /// The folder of the system that `cargo xtask image` makes. `None` where there is none; this was
@@ -25,6 +27,11 @@ struct Login<'a> {
 impl Login<'_> {
     /// Runs `command` over ssh.
     fn ssh(&self, command: &str) -> Output {
+        self.ssh_with(Stdio::null(), command)
+    }
+
+    /// Runs `command` over ssh with this input.
+    fn ssh_with(&self, input: impl Into<Stdio>, command: &str) -> Output {
         let ssh = program("ssh").expect("ssh");
         let known = self.folder.join("known_hosts");
         Command::new(ssh)
@@ -40,6 +47,7 @@ impl Login<'_> {
             .arg("-o")
             .arg(format!("UserKnownHostsFile={}", known.display()))
             .args(["-p", &self.port.to_string(), "armlet@127.0.0.1", command])
+            .stdin(input)
             .output()
             .expect("ssh can be run")
     }
@@ -61,9 +69,51 @@ impl Login<'_> {
     }
 }
 
+/// Installs the package of a release, uses what is in it, and removes it.
+fn installs(login: &Login<'_>, package: &Path) {
+    let file = File::open(package).expect("a package");
+    let copied = login.ssh_with(file, "cat >armlet.deb");
+    assert!(copied.status.success(), "{copied:?}");
+    println!(
+        "{}",
+        login.says("dpkg-deb --info armlet.deb; sudo dpkg -i armlet.deb")
+    );
+    // Nothing that it holds differs from what its list says; all that it needs is there.
+    assert_eq!(login.says("dpkg --verify armlet; sudo dpkg --audit"), "");
+    assert!(login.says("armlet --version").starts_with("armlet "));
+    // Guests have no KVM.
+    let probe = login.ssh("armlet probe");
+    let said = String::from_utf8_lossy(&probe.stdout).into_owned();
+    println!("{said}");
+    assert_eq!(probe.status.code(), Some(3), "{said}");
+    assert!(said.contains("no /dev/kvm"), "{said}");
+    login.says("armlet plan --board rpi5 --dtb /tmp/tree.dtb && test -s /tmp/tree.dtb");
+    let unit = "armlet@web.service";
+    // It says nothing of a unit with which all is well.
+    assert_eq!(
+        login.says(&format!("systemd-analyze verify --man=no {unit} 2>&1")),
+        ""
+    );
+    assert!(
+        login
+            .says(&format!("systemctl cat {unit}"))
+            .contains("ExecStart=/usr/bin/armlet run")
+    );
+    // A unit without its file, and one whose guest cannot run, fail and say why.
+    login.says("sudo mkdir -p /etc/armlet; echo OPTIONS=--kernel /boot/vmlinuz | sudo tee /etc/armlet/web.conf");
+    login.says(&format!(
+        "sudo systemctl start {unit}; sleep 1; sudo systemctl stop {unit}"
+    ));
+    let journal = login.says(&format!("sudo journalctl --no-pager -u {unit}"));
+    assert!(journal.contains("armlet: "), "{journal}");
+    login.says("sudo dpkg --purge armlet; sudo rm -r /etc/armlet; sudo systemctl reset-failed");
+    let left = login.ssh("command -v armlet || ls /usr/share/doc/armlet");
+    assert!(!left.status.success(), "{left:?}");
+}
+
 /// Boots the system on `disk` to a login, works there, and ends it by SIGTERM.
 fn boots(name: &str, options: &str, port: u16) {
-    let Some(_) = rig::main() else { return };
+    let Some(rig) = rig::main() else { return };
     let Some(folder) = system() else { return };
     if ["ssh", "passt"].iter().any(|name| program(name).is_none()) {
         return;
@@ -91,6 +141,11 @@ fn boots(name: &str, options: &str, port: u16) {
          diff -r /usr/share/bash-completion copy3; rm -r copy1 copy2; \
          sudo dpkg-reconfigure -f noninteractive openssh-server; sudo dpkg --verify; sync",
     );
+    let package = rig.asset("armlet.deb");
+    match package.is_file() {
+        true => installs(&login, &package),
+        false => println!("no package is installed: `cargo xtask dist` makes it"),
+    }
     assert_eq!(login.says("findmnt -no OPTIONS / | cut -d, -f1"), "rw");
     guest.signal(Signal::TERM);
     guest.expect("Power down");
@@ -104,6 +159,65 @@ fn boots(name: &str, options: &str, port: u16) {
         assert_eq!(output.status.code(), Some(0), "{said}");
         assert!(!said.contains("recovering journal"), "{said}");
     }
+}
+
+#[test]
+fn debians_dpkg_installs_the_package_and_its_armlet_finds_kvm() {
+    let Some(rig) = rig::any() else { return };
+    let package = rig.asset("armlet.deb");
+    if !package.is_file() {
+        println!("skipped: needs the package that `cargo xtask dist` makes");
+        return;
+    }
+    let Some(dpkg) = program("dpkg") else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let root = folder.path();
+    let lists = root.join("var/lib/dpkg");
+    for name in ["info", "updates", "triggers"] {
+        fs::create_dir_all(lists.join(name)).expect("a folder");
+    }
+    File::create(lists.join("status")).expect("a file");
+    // Its other programs, not busybox's of the same names.
+    let mut folders = vec![dpkg.parent().expect("a folder").to_owned()];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    folders.extend(std::env::split_paths(&path));
+    let path = std::env::join_paths(folders).expect("a path");
+    // It has no scripts, so nothing of the new root is run.
+    let dpkg = |words: &[&OsStr]| {
+        let output = Command::new(&dpkg)
+            .arg(format!("--root={}", root.display()))
+            .arg("--force-bad-path")
+            .env("PATH", &path)
+            .args(words)
+            .output()
+            .expect("dpkg can be run");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        assert!(output.status.success(), "dpkg {words:?}: {said}");
+        said
+    };
+    println!("{}", dpkg(&["--install".as_ref(), package.as_ref()]));
+    let status = dpkg(&["--status".as_ref(), "armlet".as_ref()]);
+    assert!(status.contains("Status: install ok installed"), "{status}");
+    assert_eq!(dpkg(&["--verify".as_ref(), "armlet".as_ref()]), "");
+    assert_eq!(dpkg(&["--audit".as_ref()]), "");
+    for file in [
+        "usr/lib/systemd/system/armlet@.service",
+        "usr/share/man/man1/armlet.1.gz",
+        "usr/share/bash-completion/completions/armlet",
+        "usr/share/doc/armlet/copyright",
+    ] {
+        assert!(root.join(file).is_file(), "{file}");
+    }
+    let armlet = root.join("usr/bin/armlet");
+    let probe = Command::new(&armlet).arg("probe").output();
+    let probe = probe.expect("the package's armlet");
+    let said = String::from_utf8_lossy(&probe.stdout);
+    println!("{said}");
+    assert_eq!(probe.status.code(), Some(0), "{said}");
+    assert!(said.contains("KVM                          yes"), "{said}");
+    dpkg(&["--purge".as_ref(), "armlet".as_ref()]);
+    assert!(!armlet.exists() && !root.join("usr/share/doc/armlet").exists());
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub(crate) fn program(name: &str) -> Option<PathBuf> {
     // Busybox has programs of the same names that can do less.
     let is_it = |path: &PathBuf| {
         let real = path.canonicalize();
-        real.is_ok_and(|real| real.file_name() != Some("busybox".as_ref()))
+        real.is_ok_and(|real| real.is_file() && real.file_name() != Some("busybox".as_ref()))
     };
     let found = others.into_iter().chain(folders).find(is_it);
     if found.is_none() {

@@ -72,11 +72,13 @@ const X86_HOSTS: [NamedHost; 1] = [("epyc", X86_CPU, 0, Kernel::V6_1X86)];
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
-const ELSEWHERE: [&str; 19] = [
+const ELSEWHERE: [&str; 22] = [
     "boards::",
     "console::every_byte",
     "disk::a_guest_reads",
     "disk::disks_work_on_after_reboots",
+    "features::",
+    "kinds::",
     "life::a_reset_is_no_leak",
     "life::linux_reboots",
     "linux::a_kernel_with_16_kib",
@@ -85,6 +87,7 @@ const ELSEWHERE: [&str; 19] = [
     "linux::eight_vcpus",
     "linux::the_kernel_finds",
     "machine::",
+    "memory::",
     "refusals::the_largest",
     "refusals::vcpus_beyond",
     "rig::",

@@ -364,3 +364,32 @@ fn folders_for_all(folder: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systemd_finds_no_fault_in_the_unit() {
+        let unit = fs::read_to_string(crate::repository().join(UNIT)).unwrap();
+        let program = "/usr/bin/armlet";
+        assert!(unit.contains(&format!("ExecStart={program} run ")));
+        let folder = std::env::temp_dir().join(format!("armlet-unit-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("armlet@web.service");
+        // One that is there: that is looked at as well.
+        fs::write(&path, unit.replace(program, "/bin/sh")).unwrap();
+        let checked = Command::new("systemd-analyze")
+            .args(["verify", "--man=no"])
+            .arg(&path)
+            .output();
+        fs::remove_dir_all(&folder).unwrap();
+        let Ok(checked) = checked else {
+            println!("skipped: there is no systemd-analyze here");
+            return;
+        };
+        let said = String::from_utf8_lossy(&checked.stderr);
+        assert!(checked.status.success() && said.is_empty(), "{said}");
+    }
+}

@@ -52,6 +52,7 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
     let name = binary.file_name().unwrap_or_default().to_string_lossy();
     files.retain(|file| name.starts_with("corpus-") || !file.to.starts_with(&corpus));
     files.extend(asset_files(&prepared, isa, choice));
+    files.extend(released(&crate::target_folder()?, isa));
 
     let mut environment = std::env::vars()
         .filter(|(name, _)| PASSED_ON.iter().any(|start| name.starts_with(start)))
@@ -139,6 +140,21 @@ pub(crate) fn asset_files(folder: &Path, isa: Isa, choice: Choice) -> Vec<HostFi
         mode: 0o644,
     };
     assets::names(isa, choice).iter().map(file).collect()
+}
+
+/// The Debian package of `cargo xtask dist`, where there is one, for the tests that install it.
+fn released(target: &Path, isa: Isa) -> Option<HostFile> {
+    let ending = match isa {
+        Isa::Arm64 => "_arm64.deb",
+        Isa::X86 => "_amd64.deb",
+    };
+    let mut entries = fs::read_dir(target.join("dist")).ok()?.flatten();
+    let entry = entries.find(|entry| entry.file_name().to_string_lossy().ends_with(ending))?;
+    Some(HostFile {
+        from: entry.path(),
+        to: PathBuf::from(assets::FOLDER_IN_HOST).join("armlet.deb"),
+        mode: 0o644,
+    })
 }
 
 /// How long a program may run: `ARMLET_RIG_TIMEOUT` seconds, or 15 minutes.

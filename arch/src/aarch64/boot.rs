@@ -5,6 +5,7 @@ use crate::Range;
 use crate::plan::{Layout, Payload, PlanError, Request};
 use crate::range::align_up;
 use crate::size::show_size;
+use crate::switch::Switch;
 
 /// Kernels lie at a multiple of 2 MiB, plus their text offset (booting.rst, section 3).
 const KERNEL_ALIGN: u64 = 2 << 20;
@@ -17,6 +18,8 @@ pub const TREE_MAX: u64 = 2 << 20;
 /// section 3).
 const INITRD_WINDOW: u64 = 32 << 30;
 const GIB: u64 = 1 << 30;
+/// Bytes between the clocks of stolen time of two vCPUs (Documentation/virt/kvm/arm/pvtime.rst).
+pub(super) const STOLEN_TIME_SIZE: u64 = 64;
 
 /// Kernel at the start of the first bank, device tree and initrd directly behind it: close
 /// together they share huge pages, each of which costs its clearing, and low they keep clear of
@@ -54,7 +57,9 @@ pub(super) fn place(
         kernel = Some(range);
     }
     let info = align_up(next, ALIGN).unwrap_or(u64::MAX);
-    next = info.saturating_add(tree_room(request));
+    next = info
+        .saturating_add(tree_room(request))
+        .saturating_add(stolen_time_room(request));
     let mut initrd = None;
     if let Some(size) = request.initrd.filter(|size| *size > 0) {
         let start = align_up(next, ALIGN).unwrap_or(u64::MAX);
@@ -128,6 +133,25 @@ fn tree_room(request: &Request<Aarch64>) -> u64 {
     bytes.next_multiple_of(ALIGN)
 }
 
+/// The bytes behind the device tree in which KVM tells of stolen time, a multiple of the largest
+/// page, since the guest takes them out of its RAM. None where that is not wanted.
+fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
+    match request.wishes.steal_time {
+        Switch::Off => 0,
+        _ => stolen_time_bytes(request.cpus),
+    }
+}
+
+/// The bytes of so many vCPUs' clocks, up to the next page of any size.
+pub(super) fn stolen_time_bytes(cpus: u32) -> u64 {
+    (STOLEN_TIME_SIZE * u64::from(cpus)).next_multiple_of(ALIGN)
+}
+
+/// Where KVM tells of stolen time, each vCPU's behind the one before; of no use where it does not.
+pub(super) fn stolen_time(payload: &Payload, request: &Request<Aarch64>) -> Option<Range> {
+    Range::new(payload.info + tree_room(request), stolen_time_room(request))
+}
+
 fn too_small(bank: Range, request: &Request<Aarch64>, tree: u64) -> PlanError {
     let mut parts = Vec::new();
     // The arithmetic saturates: an initrd may claim any size.
@@ -148,7 +172,8 @@ fn too_small(bank: Range, request: &Request<Aarch64>, tree: u64) -> PlanError {
     parts.push(format!("the device tree {tree}"));
     need = align_up(need, ALIGN)
         .unwrap_or(u64::MAX)
-        .saturating_add(tree);
+        .saturating_add(tree)
+        .saturating_add(stolen_time_room(request));
     let unit = 1 << 20;
     let other_banks = request.memory.saturating_sub(bank.size());
     PlanError::TooSmall {
@@ -177,6 +202,7 @@ mod tests {
             gic_v3: true,
             max_vcpus: 512,
             guest_pages: vec![0x1000, 0x1_0000],
+            offered: Default::default(),
         }
     }
 
@@ -255,8 +281,13 @@ mod tests {
     fn tree_and_initrd_follow_what_the_kernel_takes_with_its_bss() {
         let payload = placed(0x4000_0000, image(), Some(0x12_3456));
         assert_eq!(payload.info, 0x42b2_0000);
-        let initrd = Range::new(0x42b3_0000, 0x12_3456);
+        // Behind 64 KiB for the tree and as much for stolen time.
+        let initrd = Range::new(0x42b4_0000, 0x12_3456);
         assert_eq!(payload.initrd, initrd);
+        let mut without = request(Some(image()), Some(0x12_3456));
+        without.wishes.steal_time = Switch::Off;
+        let payload = place(&bank(0x4000_0000, 512 * MIB), &without, &host()).expect("room");
+        assert_eq!(payload.initrd, Range::new(0x42b3_0000, 0x12_3456));
         let odd = Arm64Image {
             image_size: 0x2b2_0001,
             ..image()

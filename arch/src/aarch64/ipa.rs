@@ -77,6 +77,7 @@ mod tests {
             gic_v3: true,
             max_vcpus: 512,
             guest_pages: vec![4096],
+            offered: Default::default(),
         }
     }
 

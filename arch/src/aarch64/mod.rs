@@ -1,6 +1,7 @@
 //! ARM64 guests.
 
 pub mod boot;
+pub mod features;
 pub mod gic;
 pub mod ipa;
 mod tree;
@@ -8,7 +9,8 @@ mod tree;
 use crate::image::{Arm64Image, Header, ImageError};
 use crate::plan::{Blob, Layout, Payload, PlanError, Request};
 use crate::width::{Region, Width, WidthPolicy};
-use crate::{Arch, Architecture, Board, Range};
+use crate::{Arch, Architecture, Board, FeatureWords, Range};
+use features::{Features, Offered, Wishes};
 use gic::Gic;
 use serde::Serialize;
 
@@ -33,6 +35,8 @@ pub struct Host {
     /// Page sizes in bytes that the CPUs translate for guests
     /// (ID_AA64MMFR0_EL1.TGRAN4, TGRAN16, TGRAN64).
     pub guest_pages: Vec<u64>,
+    /// What it offers beside the base architecture.
+    pub offered: Offered,
 }
 
 /// A vCPU before its first instruction.
@@ -42,6 +46,8 @@ pub struct Vcpu {
     pub mpidr: u64,
     /// Where the boot CPU begins; the others wait for PSCI CPU_ON.
     pub boot: Option<Boot>,
+    /// Where KVM tells the guest how long the vCPU did not run, if it does.
+    pub stolen_time: Option<u64>,
 }
 
 /// Registers of the boot CPU (Documentation/arch/arm64/booting.rst, section 4).
@@ -66,8 +72,8 @@ impl Arch for Aarch64 {
     type Host = Host;
     type Kernel = Arm64Image;
     type Irqchip = Gic;
-    type Wishes = ();
-    type Features = ();
+    type Wishes = Wishes;
+    type Features = Features;
     type Vcpu = Vcpu;
 
     fn kernel(header: &Header) -> Result<Arm64Image, ImageError> {
@@ -88,6 +94,7 @@ impl Arch for Aarch64 {
                 gic::V2_MAX_VCPUS
             },
             guest_pages: host.guest_pages.clone(),
+            offered: host.offered,
         }
     }
 
@@ -143,19 +150,32 @@ impl Arch for Aarch64 {
         boot::place(ram, request, host)
     }
 
-    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<(), String> {
-        match paravirtual.map(|_| "--pv").or(exits.map(|_| "--exits")) {
-            None => Ok(()),
-            Some(option) => Err(format!("{option} is for x86_64 guests; leave it out")),
+    fn wishes(words: &FeatureWords<'_>) -> Result<Wishes, String> {
+        if words.exits.is_some() {
+            return Err("--exits is for x86_64 guests; leave it out".to_owned());
         }
+        Ok(Wishes {
+            pmu: words.pmu,
+            sve: words.sve,
+            pauth: words.pauth,
+            steal_time: features::steal_time(words.paravirtual)?,
+        })
     }
 
-    fn features(_: &(), _: &Host) -> Result<(), PlanError> {
-        Ok(())
+    fn features(request: &Request<Self>, host: &Host) -> Result<Features, PlanError> {
+        features::decide(request, host)
     }
 
-    fn vcpu(index: u32, payload: &Payload, _request: &Request<Self>) -> Vcpu {
+    fn private_interrupts(features: &Features) -> Vec<(u32, &'static str)> {
+        let pmu = features.pmu.iter();
+        pmu.map(|pmu| (pmu.intid, "performance counters")).collect()
+    }
+
+    fn vcpu(index: u32, payload: &Payload, features: &Features, request: &Request<Self>) -> Vcpu {
+        let clocks = boot::stolen_time(payload, request).filter(|_| features.steal_time);
+        let clock = |clocks: Range| clocks.start() + u64::from(index) * boot::STOLEN_TIME_SIZE;
         Vcpu {
+            stolen_time: clocks.map(clock),
             mpidr: mpidr(index),
             boot: (index == 0).then_some(Boot {
                 pc: payload.entry,
@@ -164,13 +184,23 @@ impl Arch for Aarch64 {
         }
     }
 
+    fn reserved(vcpus: &[Vcpu]) -> Option<Region> {
+        let start = vcpus.first()?.stolen_time?;
+        let range = Range::new(start, boot::stolen_time_bytes(vcpus.len() as u32))?;
+        Some(Region {
+            name: "stolen time".to_owned(),
+            range,
+        })
+    }
+
     fn blobs(
         board: &Board,
         layout: &Layout<Self>,
         vcpus: &[Vcpu],
+        features: &Features,
         request: &Request<Self>,
     ) -> Result<Vec<Blob>, PlanError> {
-        let bytes = tree::build(board, layout, vcpus, request).to_dtb()?;
+        let bytes = tree::build(board, layout, vcpus, features, request).to_dtb()?;
         boot::check_tree(layout, request, bytes.len() as u64)?;
         Ok(vec![Blob {
             name: DEVICE_TREE,
@@ -190,7 +220,7 @@ pub fn device_tree(
     plan: &crate::Plan<Aarch64>,
     request: &Request<Aarch64>,
 ) -> armlet_fdt::Node {
-    tree::build(board, &plan.layout, &plan.vcpus, request)
+    tree::build(board, &plan.layout, &plan.vcpus, &plan.features, request)
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The device tree of an ARM64 machine. Each function cites the binding that it follows, below
 //! Documentation/devicetree/bindings/ of Linux or in dt-schema.
 
+use super::features::{Features, Pmu};
 use super::gic::Gic;
-use super::{Aarch64, Vcpu};
+use super::{Aarch64, Vcpu, boot};
 use crate::cores::{Cache, CacheKind, Topology};
 use crate::irq::Spi;
 use crate::plan::{DeviceKind, Layout, POWER_KEY_LINE, Placed, Request};
@@ -26,6 +27,7 @@ pub(super) fn build(
     board: &Board,
     layout: &Layout<Aarch64>,
     vcpus: &[Vcpu],
+    features: &Features,
     request: &Request<Aarch64>,
 ) -> Node {
     let mut root = Node::new("");
@@ -43,8 +45,14 @@ pub(super) fn build(
     for bank in &layout.ram {
         memory(&mut root, *bank);
     }
+    if features.steal_time {
+        stolen_time(&mut root, boot::stolen_time(&layout.payload, request));
+    }
     psci(&mut root);
     timer(&mut root, &layout.irqchip, vcpus.len());
+    if let Some(counters) = &features.pmu {
+        pmu(&mut root, &layout.irqchip, vcpus.len(), counters);
+    }
     gic(&mut root, &layout.irqchip);
     clock(&mut root);
     for device in &layout.devices {
@@ -244,6 +252,19 @@ fn memory(root: &mut Node, bank: Range) {
         .prop("reg", reg([bank]));
 }
 
+/// dt-schema reserved-memory.yaml: KVM writes there what the guest maps by itself
+/// (arch/arm64/kernel/paravirt.c: init_stolen_time_cpu).
+fn stolen_time(root: &mut Node, clocks: Option<Range>) {
+    let Some(clocks) = clocks else { return };
+    root.child("reserved-memory")
+        .prop("#address-cells", 2_u32)
+        .prop("#size-cells", 2_u32)
+        .prop("ranges", ())
+        .child(format!("stolen-time@{:x}", clocks.start()))
+        .prop("reg", reg([clocks]))
+        .prop("no-map", ());
+}
+
 /// arm/psci.yaml.
 fn psci(root: &mut Node) {
     root.child("psci")
@@ -251,18 +272,29 @@ fn psci(root: &mut Node) {
         .prop("method", "hvc");
 }
 
-/// timer/arm,arch_timer.yaml: secure, non-secure, virtual and hypervisor timers, which KVM raises
-/// as PPIs 13, 14, 11 and 10 (arch/arm64/kvm/arch_timer.c: default_ppi). On a GICv2 bits 15:8
-/// hold the mask of CPUs (interrupt-controller/arm,gic.yaml).
-fn timer(root: &mut Node, gic: &Gic, vcpus: usize) {
+/// A private interrupt of each vCPU, level-triggered. On a GICv2 bits 15:8 hold the mask of CPUs
+/// (interrupt-controller/arm,gic.yaml).
+fn ppi(number: u32, gic: &Gic, vcpus: usize) -> [u32; 3] {
     let mask = match gic {
         Gic::V2 { .. } => (1_u32 << vcpus.min(8)) - 1,
         Gic::V3 { .. } => 0,
     };
-    let flags = mask << 8 | LEVEL_HIGH;
+    [1, number, mask << 8 | LEVEL_HIGH]
+}
+
+/// arm/pmu.yaml. PPIs are counted from INTID 16 on.
+fn pmu(root: &mut Node, gic: &Gic, vcpus: usize, counters: &Pmu) {
+    root.child("pmu")
+        .prop("compatible", "arm,armv8-pmuv3")
+        .prop("interrupts", ppi(counters.intid - 16, gic, vcpus));
+}
+
+/// timer/arm,arch_timer.yaml: secure, non-secure, virtual and hypervisor timers, which KVM raises
+/// as PPIs 13, 14, 11 and 10 (arch/arm64/kvm/arch_timer.c: default_ppi).
+fn timer(root: &mut Node, gic: &Gic, vcpus: usize) {
     let cells: Vec<u32> = [13, 14, 11, 10]
         .into_iter()
-        .flat_map(|ppi| [1, ppi, flags])
+        .flat_map(|number| ppi(number, gic, vcpus))
         .collect();
     root.child("timer")
         .prop("compatible", "arm,armv8-timer")
@@ -418,7 +450,7 @@ mod tests {
             ..Aarch64::assumed_host(&board)
         };
         let plan: Plan<Aarch64> = plan(&board, request, &host).expect("a plan");
-        let tree = build(&board, &plan.layout, &plan.vcpus, request);
+        let tree = build(&board, &plan.layout, &plan.vcpus, &plan.features, request);
         assert_eq!(tree.to_dtb(), Ok(plan.blobs[0].bytes.clone()));
         tree
     }
@@ -455,6 +487,28 @@ mod tests {
         );
         assert_eq!(flags(4, GicChoice::V2)[..3], [1, 13, 0xf04]);
         assert_eq!(flags(8, GicChoice::V2)[9..], [1, 10, 0xff04]);
+    }
+
+    #[test]
+    fn performance_counters_raise_ppi_7_where_they_are_given() {
+        let flags = |cpus, gic| cells(get(&tree(cpus, gic), &["pmu"], "interrupts"));
+        assert_eq!(flags(2, GicChoice::V3), [1, 7, 4]);
+        assert_eq!(flags(2, GicChoice::V2), [1, 7, 0x304]);
+        let mut without = request(1, GicChoice::V3);
+        without.wishes.pmu = crate::switch::Switch::Off;
+        assert!(tree_of(VIRT, &without).at(&["pmu"]).is_none());
+    }
+
+    #[test]
+    fn stolen_time_lies_behind_the_tree_and_out_of_what_linux_maps() {
+        let clocks = ["reserved-memory", "stolen-time@40010000"];
+        let tree = tree(3, GicChoice::V3);
+        let reg = vec![0x4001_0000_u64, 0x1_0000];
+        assert_eq!(get(&tree, &clocks, "reg"), Some(&Value::from(reg)));
+        assert!(get(&tree, &clocks, "no-map").is_some());
+        let mut without = request(3, GicChoice::V3);
+        without.wishes.steal_time = crate::switch::Switch::Off;
+        assert!(tree_of(VIRT, &without).at(&clocks[..1]).is_none());
     }
 
     #[test]
@@ -556,9 +610,9 @@ mod tests {
         });
         let full = chosen(&request);
         let number = |number: u64| Some(Value::from(number));
-        assert_eq!(full.get("linux,initrd-start"), number(0x4001_0000).as_ref());
+        assert_eq!(full.get("linux,initrd-start"), number(0x4002_0000).as_ref());
         // Exclusive.
-        assert_eq!(full.get("linux,initrd-end"), number(0x4001_1234).as_ref());
+        assert_eq!(full.get("linux,initrd-end"), number(0x4002_1234).as_ref());
         assert_eq!(
             full.get("kaslr-seed"),
             number(0x1122_3344_5566_7788).as_ref()

@@ -2,37 +2,12 @@
 //! instructions a vCPU leaves the guest: each can be had, or not, or as the host has it.
 
 use std::fmt::Write;
-use std::str::FromStr;
 
 use serde::Serialize;
 
 use super::Host;
 use crate::plan::PlanError;
-
-/// What was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Switch {
-    /// As the host offers it and as is best for most guests.
-    #[default]
-    Auto,
-    /// It has to be there.
-    On,
-    /// It is not there.
-    Off,
-}
-
-impl FromStr for Switch {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Switch::Auto),
-            "on" => Ok(Switch::On),
-            "off" => Ok(Switch::Off),
-            other => Err(format!("'{other}' is not known; use on, off or auto")),
-        }
-    }
-}
+use crate::switch::{Switch, pairs};
 
 /// A feature, by the name that options use and the bits of CPUID 0x4000_0001 EAX that stand for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,23 +141,6 @@ impl Wishes {
             exits_off,
         })
     }
-}
-
-/// `name=switch` pairs of an option's value.
-fn pairs<'a>(option: &str, text: Option<&'a str>) -> Result<Vec<(&'a str, Switch)>, String> {
-    let items = text.unwrap_or_default().split(',');
-    items
-        .filter(|item| !item.is_empty())
-        .map(|item| {
-            let (name, switch) = item
-                .split_once('=')
-                .ok_or_else(|| format!("{option}: '{item}' has no value; write {item}=off, say"))?;
-            let switch = switch
-                .parse()
-                .map_err(|cause| format!("{option}: {name}: {cause}"))?;
-            Ok((name, switch))
-        })
-        .collect()
 }
 
 fn lacks(option: &str, name: &str, value: &str, offered: &str) -> PlanError {

@@ -10,8 +10,9 @@ use self::features::{EXITS, Features, PARAVIRTUAL, Wishes};
 use crate::elf::X86Elf;
 use crate::image::{Header, ImageError, X86BzImage};
 use crate::plan::{Blob, Layout, Payload, PlanError, Request};
+use crate::switch::Switch;
 use crate::width::{Region, Width, WidthPolicy};
-use crate::{Arch, Architecture, Board, Range};
+use crate::{Arch, Architecture, Board, FeatureWords, Range};
 use serde::Serialize;
 
 /// Most vCPUs with KVM's own I/O APIC, which names its target by 8 bits, of which 255 means all
@@ -157,12 +158,20 @@ impl Arch for X86_64 {
         }
     }
 
-    fn wishes(paravirtual: Option<&str>, exits: Option<&str>) -> Result<Wishes, String> {
-        Wishes::parse(paravirtual, exits)
+    fn wishes(words: &FeatureWords<'_>) -> Result<Wishes, String> {
+        let arm = [
+            ("--pmu", words.pmu),
+            ("--sve", words.sve),
+            ("--pauth", words.pauth),
+        ];
+        match arm.iter().find(|(_, switch)| *switch != Switch::Auto) {
+            None => Wishes::parse(words.paravirtual, words.exits),
+            Some((option, _)) => Err(format!("{option} is for aarch64 guests; leave it out")),
+        }
     }
 
-    fn features(wishes: &Wishes, host: &Host) -> Result<Features, PlanError> {
-        wishes.decide(host)
+    fn features(request: &Request<Self>, host: &Host) -> Result<Features, PlanError> {
+        request.wishes.decide(host)
     }
 
     fn differences(_: &Board, _: &Host) -> Vec<String> {
@@ -215,7 +224,7 @@ impl Arch for X86_64 {
         boot::place(ram, request)
     }
 
-    fn vcpu(index: u32, payload: &Payload, request: &Request<Self>) -> Vcpu {
+    fn vcpu(index: u32, payload: &Payload, _features: &Features, request: &Request<Self>) -> Vcpu {
         Vcpu {
             apic_id: index,
             boot: (index == 0).then(|| boot::registers(payload, request.kernel.as_ref())),
@@ -226,6 +235,7 @@ impl Arch for X86_64 {
         _board: &Board,
         layout: &Layout<Self>,
         vcpus: &[Vcpu],
+        _features: &Features,
         request: &Request<Self>,
     ) -> Result<Vec<Blob>, PlanError> {
         boot::blobs(layout, vcpus, request)
