@@ -17,6 +17,7 @@
 
 mod dts;
 
+use std::borrow::Cow;
 use vm_fdt::FdtWriter;
 
 /// The value of one property, in the forms that the devicetree specification (v0.4, section
@@ -126,8 +127,9 @@ impl From<&[u8]> for Value {
 /// One node: a name (with its unit address), properties and children, all in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    name: String,
-    properties: Vec<(String, Value)>,
+    // Nearly all names are literals.
+    name: Cow<'static, str>,
+    properties: Vec<(Cow<'static, str>, Value)>,
     children: Vec<Node>,
 }
 
@@ -142,7 +144,7 @@ pub struct EncodeError {
 impl Node {
     /// A node without properties or children; the root's name is empty.
     #[must_use]
-    pub fn new(name: impl Into<String>) -> Self {
+    pub fn new(name: impl Into<Cow<'static, str>>) -> Self {
         Node {
             name: name.into(),
             properties: Vec::new(),
@@ -157,17 +159,21 @@ impl Node {
     }
 
     /// Sets a property; one of the same name is replaced where it stands.
-    pub fn prop(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
-        let value = value.into();
-        match self.properties.iter_mut().find(|(known, _)| known == name) {
+    pub fn prop(
+        &mut self,
+        name: impl Into<Cow<'static, str>>,
+        value: impl Into<Value>,
+    ) -> &mut Self {
+        let (name, value) = (name.into(), value.into());
+        match self.properties.iter_mut().find(|(known, _)| *known == name) {
             Some((_, old)) => *old = value,
-            None => self.properties.push((name.to_owned(), value)),
+            None => self.properties.push((name, value)),
         }
         self
     }
 
     /// The child of this name, added at the end if there is none.
-    pub fn child(&mut self, name: impl Into<String>) -> &mut Node {
+    pub fn child(&mut self, name: impl Into<Cow<'static, str>>) -> &mut Node {
         let name = name.into();
         let index = self
             .children
@@ -255,6 +261,7 @@ fn encode_property(writer: &mut FdtWriter, name: &str, value: &Value) -> Result<
             writer.property_array_u32(name, &numbers)
         }
         Value::U64s(numbers) => writer.property_array_u64(name, numbers),
+        Value::Strings(texts) if texts.len() == 1 => writer.property_string(name, &texts[0]),
         Value::Strings(texts) => writer.property_string_list(name, texts.clone()),
         Value::Bytes(bytes) => writer.property(name, bytes),
     }
@@ -292,7 +299,7 @@ mod tests {
     #[test]
     fn a_name_too_long_is_an_error_that_names_it() {
         let mut root = Node::new("");
-        root.child("n").prop(&"p".repeat(32), 1_u32);
+        root.child("n").prop("p".repeat(32), 1_u32);
         let error = root.to_dtb().expect_err("32 bytes are one too many");
         assert!(error.to_string().contains("pppp"), "{error}");
     }

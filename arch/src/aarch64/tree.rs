@@ -240,7 +240,7 @@ fn sizes(node: &mut Node, prefix: &str, cache: &Cache) {
         ("sets", cache.sets),
     ] {
         if value > 0 {
-            node.prop(&format!("{prefix}-{name}"), value);
+            node.prop(format!("{prefix}-{name}"), value);
         }
     }
 }
