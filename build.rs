@@ -9,8 +9,12 @@ fn main() -> io::Result<()> {
     let (root, out) = (variable("CARGO_MANIFEST_DIR")?, variable("OUT_DIR")?);
     boards(Path::new(&root), Path::new(&out))?;
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
     let musl = variable("CARGO_CFG_TARGET_ENV")? == "musl";
-    if musl && variable("PROFILE")? == "release" {
+    // GNU ld does not leave out what the compiler's own objects refer to, and lays sections out by
+    // its own script first.
+    let lld = env::var("RUSTC_LINKER").is_ok_and(|linker| linker.ends_with("lld"));
+    if musl && lld && variable("PROFILE")? == "release" {
         println!("cargo::rerun-if-changed=packaging/release.ld");
         println!("cargo::rustc-link-arg-bins=-T{root}/packaging/release.ld");
     }
