@@ -83,12 +83,7 @@ fn counters_count_where_they_are_given_and_are_undefined_where_not() {
         println!("skipped: this host's KVM has no counters for guests");
         return;
     }
-    let counted = Program::default().print("it counts\n").power_off();
-    let program = Program::default()
-        .if_cycles_count(&counted)
-        .print("it stands still\n")
-        .power_off()
-        .on_exception(Program::default().print("undefined\n").power_off());
+    let program = Program::says_whether_cycles_count();
     for (option, text) in [("on", "it counts\n"), ("off", "undefined\n")] {
         let guest = Armlet::program(&program).option("--pmu", option).run();
         assert_eq!(guest.assert_status(0).text(), text, "--pmu {option}");

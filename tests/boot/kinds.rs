@@ -202,12 +202,7 @@ fn counters_are_those_of_the_kind_that_vcpus_run_on() {
         println!("skipped: this host's KVM has no counters for guests");
         return;
     };
-    let counted = Program::default().print("it counts\n").power_off();
-    let program = Program::default()
-        .if_cycles_count(&counted)
-        .print("it stands still\n")
-        .power_off()
-        .on_exception(Program::default().print("undefined\n").power_off());
+    let program = Program::says_whether_cycles_count();
     let Some(host) = TwoKinds::with_counters(&real) else {
         return;
     };

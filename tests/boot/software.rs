@@ -23,6 +23,17 @@ pub(crate) struct Program {
 }
 
 impl Program {
+    /// One that prints "it counts" where the counter of cycles runs, "it stands still" where it does
+    /// not, and "undefined" where there is none.
+    pub(crate) fn says_whether_cycles_count() -> Program {
+        let counted = Program::default().print("it counts\n").power_off();
+        Program::default()
+            .if_cycles_count(&counted)
+            .print("it stands still\n")
+            .power_off()
+            .on_exception(Program::default().print("undefined\n").power_off())
+    }
+
     /// Sets register `Xd` to `value`: MOVZ and MOVK.
     fn load(mut self, d: u32, value: u64) -> Program {
         for part in 0..4 {

@@ -284,7 +284,7 @@ fn add_target(cache: &Cache, active: &Compiler) -> Result<()> {
 
 /// Runs a command with its output in `log`, and ends it after `silence` without any progress:
 /// a longer log, or more in the `watched` folders.
-pub(crate) fn run_watched(
+fn run_watched(
     command: &mut Command,
     log: &Path,
     watched: &[PathBuf],
