@@ -3,7 +3,7 @@
 use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::board::{self, BoardError, Find, Identity, Profile, Signature};
+use armlet_arch::board::{self, Identity, Profile, Signature};
 use armlet_arch::{Arch, Architecture, Board};
 use std::path::Path;
 
@@ -22,13 +22,14 @@ pub const fn fallback_of(guests: Architecture) -> &'static str {
     }
 }
 
-/// What `build.rs` has made of files of `boards/`.
+/// Files of `boards/`, and what `build.rs` has made of them.
 macro_rules! built_in {
     ($($name:literal),* $(,)?) => {
         &[$(BuiltIn {
             name: $name,
-            text: include_str!(concat!(env!("OUT_DIR"), "/", $name, ".toml")),
-            signature: include_str!(concat!(env!("OUT_DIR"), "/", $name, ".match")),
+            text: include_str!(concat!("../boards/", $name, ".toml")),
+            packed: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".board")),
+            packed_signature: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".match")),
         }),*]
     };
 }
@@ -38,10 +39,26 @@ macro_rules! built_in {
 pub struct BuiltIn {
     /// Its name.
     pub name: &'static str,
-    /// Its file, without lines that are comments.
+    /// Its file.
     pub text: &'static str,
-    /// The part of the file for [`Signature::read`].
-    pub signature: &'static str,
+    /// What the file and those that it inherits from say: a [`Board`] in postcard's format.
+    packed: &'static [u8],
+    /// What its hosts are recognised by: an `Option` of [`Signature`], likewise.
+    packed_signature: &'static [u8],
+}
+
+impl BuiltIn {
+    fn named(name: &str) -> Option<&'static BuiltIn> {
+        BUILT_IN.iter().find(|board| board.name == name)
+    }
+
+    fn board(&self) -> Result<Board> {
+        postcard::from_bytes(self.packed).context("it was built in as it cannot be read")
+    }
+
+    fn signature(&self) -> Option<Signature> {
+        postcard::from_bytes(self.packed_signature).ok().flatten()
+    }
 }
 
 /// Built-in boards.
@@ -70,7 +87,7 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a board's file: a built-in one by its name, any other by its path.
 fn text(name: &str) -> Result<String> {
-    if let Some(board) = BUILT_IN.iter().find(|board| board.name == name) {
+    if let Some(board) = BuiltIn::named(name) {
         return Ok(board.text.to_owned());
     }
     let path = Path::new(name);
@@ -117,22 +134,21 @@ fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
 /// # Errors
 /// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
 pub fn profile(name: &str) -> Result<Profile> {
-    read_as(name, Profile::read)
+    let read = |text: String| Profile::read(name, &text, &parent);
+    let profile = text(name)
+        .and_then(|text| read(text).with_context(|| format!("board '{name}'")));
+    profile.fault(Status::Usage)
 }
 
-/// Finds and reads a board.
+/// Finds a board, without the places that its values come from.
 ///
 /// # Errors
 /// As [`profile`].
 pub fn find(name: &str) -> Result<Board> {
-    read_as(name, Board::read)
-}
-
-/// What `read` makes of the board's file.
-fn read_as<T>(name: &str, read: fn(&str, &str, Find<'_>) -> Result<T, BoardError>) -> Result<T> {
-    let board = text(name)
-        .and_then(|text| read(name, &text, &parent).with_context(|| format!("board '{name}'")));
-    board.fault(Status::Usage)
+    match BuiltIn::named(name) {
+        Some(built_in) => built_in.board().with_context(|| format!("board '{name}'")),
+        None => Ok(profile(name)?.board),
+    }
 }
 
 /// A board with the reason why it is taken.
@@ -175,11 +191,8 @@ pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
     let signatures: Vec<_> = BUILT_IN
         .iter()
         .map(|board| {
-            let known = Signature::is_worth_reading(board.signature, host);
-            let signature = known.then(|| Signature::read(board.signature).ok().flatten());
-            signature
-                .flatten()
-                .filter(|signature| signature.arch == HostArch::ARCHITECTURE)
+            let own = |signature: &Signature| signature.arch == HostArch::ARCHITECTURE;
+            board.signature().filter(own)
         })
         .collect();
     let (index, why) = board::recognize(host, &signatures)?;
@@ -193,9 +206,12 @@ mod tests {
     use armlet_arch::board::Midr;
 
     #[test]
-    fn every_built_in_board_is_found_under_its_own_name() {
+    fn every_built_in_board_is_what_its_file_says() {
         for board in BUILT_IN {
-            assert_eq!(find(board.name).expect("valid").name, board.name);
+            let found = find(board.name).expect(board.name);
+            assert_eq!(found.name, board.name);
+            assert_eq!(found, profile(board.name).expect(board.name).board);
+            assert_eq!(Ok(board.signature()), Signature::read(board.text));
         }
     }
 
@@ -215,7 +231,7 @@ mod tests {
         let (n1, v1, v2, ampere) = (0x413f_d0c1, 0x411f_d401, 0x410f_d4f1, 0xc00f_ac30);
         let signatures: Vec<_> = BUILT_IN
             .iter()
-            .map(|board| Signature::read(board.signature).expect(board.name))
+            .map(BuiltIn::signature)
             .collect();
         for (host, expected) in [
             (
@@ -249,16 +265,6 @@ mod tests {
             let found = board::recognize(&host, &signatures);
             let name = found.as_ref().map(|(index, _)| BUILT_IN[*index].name);
             assert_eq!(name, expected, "{host:?}: {found:?}");
-            // Looking at the names first leaves out none that fits.
-            let named: Vec<_> = BUILT_IN
-                .iter()
-                .zip(&signatures)
-                .map(|(board, signature)| {
-                    let known = Signature::is_worth_reading(board.signature, &host);
-                    signature.clone().filter(|_| known)
-                })
-                .collect();
-            assert_eq!(board::recognize(&host, &named), found);
         }
     }
 

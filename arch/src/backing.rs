@@ -1,11 +1,12 @@
 //! What pages of the host a guest's memory is made of.
 
 use crate::size::{parse_size, show_size};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 /// What was asked for by `--hugepages`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
     /// Transparent ones, as far as the host finds some.
     #[default]

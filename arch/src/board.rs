@@ -15,12 +15,12 @@ use crate::size::parse_size;
 use crate::switch::Switch;
 use crate::width::{MAX_BITS, MIN_BITS, WidthPolicy};
 use fields::{Fields, Line, Record};
-use layers::{Item, Keep};
-use serde::Serialize;
+use layers::Item;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// An instruction set that guests run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Architecture {
     /// ARM, 64 bits.
@@ -52,7 +52,7 @@ impl fmt::Display for Architecture {
 }
 
 /// A board: the machine that a guest gets and the host that it is meant for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Board {
     /// The name that `--board` takes.
     pub name: String,
@@ -77,7 +77,7 @@ pub struct Board {
 }
 
 /// Facts about a host that a plan made elsewhere starts from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AssumedHost {
     /// Most guest-physical address bits.
     pub ipa_limit: u8,
@@ -99,7 +99,7 @@ pub struct AssumedHost {
 }
 
 /// Cores of one kind with successive numbers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cluster {
     /// Their name ("Cortex-A76").
     pub core: String,
@@ -112,7 +112,7 @@ pub struct Cluster {
 }
 
 /// How much a fact about a host matters, most first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Severity {
     /// No guest runs.
     Stops,
@@ -123,7 +123,7 @@ pub enum Severity {
 }
 
 /// What to know of a host.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostNote {
     /// How much it matters.
     pub severity: Severity,
@@ -134,7 +134,7 @@ pub struct HostNote {
 }
 
 /// Values for flags that were not given.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestDefaults {
     /// Number of vCPUs.
     pub cpus: u32,
@@ -159,7 +159,7 @@ pub struct GuestDefaults {
 }
 
 /// A bank of RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bank {
     /// Its first guest-physical address.
     pub base: u64,
@@ -168,7 +168,7 @@ pub struct Bank {
 }
 
 /// How much of the guest's memory a bank takes, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Share {
     /// Just so much.
     Exactly(u64),
@@ -179,7 +179,7 @@ pub enum Share {
 }
 
 /// Where the interrupt controller's frames lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GicWindows {
     /// GICD: 64 KiB (GICv3) or 4 KiB (GICv2).
     pub distributor: u64,
@@ -192,7 +192,7 @@ pub struct GicWindows {
 }
 
 /// A device at a fixed place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoardDevice {
     /// What it is.
     pub kind: BoardDeviceKind,
@@ -203,7 +203,7 @@ pub struct BoardDevice {
 }
 
 /// Kinds of device that a board file can name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BoardDeviceKind {
     /// ARM PrimeCell UART.
     Pl011,
@@ -214,7 +214,7 @@ pub enum BoardDeviceKind {
 }
 
 /// A device at I/O ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortDevice {
     /// What it is.
     pub kind: PortKind,
@@ -225,7 +225,7 @@ pub struct PortDevice {
 }
 
 /// Kinds of device that stand at I/O ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PortKind {
     /// 16550A UART: the serial console.
@@ -294,7 +294,7 @@ impl fmt::Display for PortKind {
 }
 
 /// Slots for virtio devices over MMIO, 0x200 bytes each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioSlots {
     /// The first slot's address.
     pub base: u64,
@@ -361,16 +361,7 @@ impl Board {
     pub fn parse(text: &str) -> Result<Board, BoardError> {
         let alone =
             |_: &str, name: &str| Err(format!("is '{name}', and no other board is at hand"));
-        Board::read("", text, &alone)
-    }
-
-    /// Reads a board file's text, without where its values come from.
-    ///
-    /// # Errors
-    /// As [`Profile::read`].
-    pub fn read(name: &str, text: &str, find: Find<'_>) -> Result<Board, BoardError> {
-        let tree = layers::read(name, text, find, Keep::Values)?;
-        board(Fields::top(tree, None))
+        Ok(Profile::read("", text, &alone)?.board)
     }
 }
 
@@ -390,7 +381,7 @@ impl Profile {
     /// [`BoardError`]: no TOML, unknown or missing keys, values out of range. Overlaps are found
     /// when a machine is planned, since they depend on the memory asked for.
     pub fn read(name: &str, text: &str, find: Find<'_>) -> Result<Profile, BoardError> {
-        let tree = layers::read(name, text, find, Keep::Words)?;
+        let tree = layers::read(name, text, find)?;
         let record = Record::default();
         let board = board(Fields::top(tree, Some(&record)))?;
         Ok(Profile {

@@ -1,6 +1,7 @@
 //! Which of the host's CPUs each vCPU may run on, and what the guest is told of them.
 
 use crate::board::{Board, Midr};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -16,7 +17,7 @@ pub struct Core {
 }
 
 /// What `--pin` asks for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PinPolicy {
     /// On hosts with several kinds of core, to those of one kind; else not.
     #[default]
@@ -28,7 +29,7 @@ pub enum PinPolicy {
 }
 
 /// CPUs with successive numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cpus {
     /// The first.
     pub first: u32,

@@ -1,6 +1,6 @@
 //! Interrupts in the three numberings that meet here.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -18,7 +18,7 @@ impl Spi {
 }
 
 /// What was asked for by `--gic`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum GicChoice {
     /// GICv3 where the host emulates it, else GICv2.
     #[default]

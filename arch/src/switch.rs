@@ -1,10 +1,11 @@
 //! Something that a guest can have, or not, or as the host offers it.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 /// What was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Switch {
     /// As the host offers it and as is best for most guests.
     #[default]

@@ -2,7 +2,7 @@
 
 use crate::plan::PlanError;
 use crate::range::Range;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -13,7 +13,7 @@ pub const MIN_BITS: u8 = 32;
 pub const MAX_BITS: u8 = 52;
 
 /// What was asked for by `--ipa-bits`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum WidthPolicy {
     /// As few bits as the machine's highest address needs.
     #[default]

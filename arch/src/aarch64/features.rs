@@ -6,7 +6,7 @@ use super::{Aarch64, Host};
 use crate::cores::Counters;
 use crate::plan::{PlanError, Request};
 use crate::switch::{Switch, pairs};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The interrupt of performance counters: PPI 7, as on QEMU's virt machine. KVM raises what it is
 /// told to (Documentation/virt/kvm/devices/vcpu.rst, KVM_ARM_VCPU_PMU_V3_IRQ).
@@ -16,7 +16,7 @@ const PMU_INTID: u32 = 23;
 const STEAL_TIME: &str = "steal-time";
 
 /// What KVM offers on a host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offered {
     /// Performance counters: PMUv3 (KVM_CAP_ARM_PMU_V3).
     pub pmu: bool,

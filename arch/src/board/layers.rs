@@ -36,19 +36,10 @@ impl fmt::Display for Place {
 pub(super) struct Entry {
     pub(super) item: Item,
     pub(super) place: Place,
-    /// The value as TOML, for what is no table, where [`Keep::Words`] asks for it.
+    /// The value as TOML, for what is no table.
     pub(super) written: String,
-    /// The comment behind it, likewise.
+    /// The comment behind it.
     pub(super) note: String,
-}
-
-/// What is kept of a file beside its values and their places.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Keep {
-    /// Nothing: it is read at each start, and the words are a good part of the work.
-    Values,
-    /// How values are written, and the comments behind them.
-    Words,
 }
 
 /// What board files hold.
@@ -78,23 +69,22 @@ impl Tree {
 }
 
 /// The tree of the board file `text`, which is called `name`, with what it inherits.
-pub(super) fn read(name: &str, text: &str, find: Find<'_>, keep: Keep) -> Result<Tree, BoardError> {
-    inherit(name, text, find, keep, 0)
+pub(super) fn read(name: &str, text: &str, find: Find<'_>) -> Result<Tree, BoardError> {
+    inherit(name, text, find, 0)
 }
 
 /// The tree of one file alone.
 pub(super) fn read_alone(text: &str) -> Result<Tree, BoardError> {
-    parse(text, None, Keep::Values)
+    parse(text, None)
 }
 
 fn inherit(
     name: &str,
     text: &str,
     find: Find<'_>,
-    keep: Keep,
     depth: usize,
 ) -> Result<Tree, BoardError> {
-    let mut tree = parse(text, (depth > 0).then_some(name), keep)?;
+    let mut tree = parse(text, (depth > 0).then_some(name))?;
     let Some(entry) = tree.remove("inherits") else {
         return Ok(tree);
     };
@@ -112,7 +102,7 @@ fn inherit(
         )));
     }
     let (parent, text) = find(name, wanted).map_err(refuse)?;
-    let mut inherited = inherit(&parent, &text, find, keep, depth + 1)?;
+    let mut inherited = inherit(&parent, &text, find, depth + 1)?;
     // What names one board and no other.
     for own in ["name", "description", "match"] {
         inherited.remove(own);
@@ -152,12 +142,11 @@ fn merge(tree: &mut Tree, over: Tree) {
     }
 }
 
-fn parse(text: &str, parent: Option<&str>, keep: Keep) -> Result<Tree, BoardError> {
+fn parse(text: &str, parent: Option<&str>) -> Result<Tree, BoardError> {
     let file = File {
         text,
         parent: parent.map(Arc::from),
         ends: text.match_indices('\n').map(|(end, _)| end).collect(),
-        keep,
     };
     let mut document = toml_span::parse(text).map_err(|error| BoardError::Syntax {
         place: file.place(error.span.start),
@@ -174,7 +163,6 @@ struct File<'a> {
     parent: Option<Arc<str>>,
     /// Where its lines end.
     ends: Vec<usize>,
-    keep: Keep,
 }
 
 impl File<'_> {
@@ -208,15 +196,11 @@ impl File<'_> {
             }
             ValueInner::Float(_) | ValueInner::Boolean(_) => Item::Other,
         };
-        let (written, note) = match self.keep {
-            Keep::Values => (String::new(), String::new()),
-            Keep::Words => (self.written(&item, span), self.note(span.end)),
-        };
         Entry {
+            written: self.written(&item, span),
+            note: self.note(span.end),
             item,
             place: self.place(at),
-            written,
-            note,
         }
     }
 

@@ -3,11 +3,12 @@
 use super::fields::Fields;
 use super::layers::{self, Item};
 use super::{Architecture, BoardError, architecture};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// A kind of core: MIDR_EL1 without the revision of the chip, which is the variant in bits 23:20
 /// and the revision in bits 3:0 (Arm DDI 0487, D23.2.122).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Midr(u32);
 
 impl Midr {
@@ -39,7 +40,7 @@ pub struct Identity {
 }
 
 /// How a host is recognised as a board: `[match]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Signature {
     /// The architecture of the hosts.
     pub arch: Architecture,
@@ -54,13 +55,13 @@ pub struct Signature {
 }
 
 impl Signature {
-    /// Reads the part of a board file by which hosts are recognised: `arch`, if it is there, and
-    /// `[match]`, which are not inherited. `None` for a board that no host is recognised as.
+    /// Reads the keys of a board file's text by which hosts are recognised: `arch`, if it is there,
+    /// and `[match]`, which are not inherited. `None` for a board that no host is recognised as.
     ///
     /// # Errors
     /// [`BoardError`].
-    pub fn read(part: &str) -> Result<Option<Signature>, BoardError> {
-        let mut root = Fields::top(layers::read_alone(part)?, None);
+    pub fn read(text: &str) -> Result<Option<Signature>, BoardError> {
+        let mut root = Fields::top(layers::read_alone(text)?, None);
         let arch = match root.has("arch") {
             true => architecture(&mut root)?,
             // All that inherit do so from boards for ARM64.
@@ -69,18 +70,6 @@ impl Signature {
         let fields = root.optional_table("match")?;
         let signature = fields.map(signature).transpose()?;
         Ok(signature.map(|signature| Signature { arch, ..signature }))
-    }
-
-    /// Whether [`Self::read`] could give a signature that fits `host`: whether the part names
-    /// something that the host says of itself. To look is far less work than to read.
-    #[must_use]
-    pub fn is_worth_reading(part: &str, host: &Identity) -> bool {
-        let mut names = part.split('"').skip(1).step_by(2);
-        let is_said = |name: &str| {
-            host.vendor.starts_with(name) || host.compatible.iter().any(|own| own == name)
-        };
-        // One without names goes by the cores alone.
-        !part.contains('"') && !part.is_empty() || names.any(is_said)
     }
 
     /// How well it fits a host, more is better, and why.
