@@ -219,7 +219,7 @@ impl Node {
             cause: cause.to_string(),
         };
         let mut writer = FdtWriter::new().map_err(error)?;
-        self.encode(&mut writer)?;
+        self.encode(&mut writer, &mut Vec::new())?;
         writer.finish().map_err(error)
     }
 
@@ -229,42 +229,59 @@ impl Node {
         dts::print(self)
     }
 
-    fn encode(&self, writer: &mut FdtWriter) -> Result<(), EncodeError> {
+    /// `bytes` is room for the value of a property, which the writer's own functions would allocate
+    /// for each.
+    fn encode(&self, writer: &mut FdtWriter, bytes: &mut Vec<u8>) -> Result<(), EncodeError> {
         let error = |cause: vm_fdt::Error| EncodeError {
             place: format!("node '{}'", self.name),
             cause: cause.to_string(),
         };
         let open = writer.begin_node(&self.name).map_err(error)?;
         for (name, value) in &self.properties {
-            encode_property(writer, name, value).map_err(|cause| EncodeError {
+            bytes.clear();
+            encode_property(writer, name, value, bytes).map_err(|cause| EncodeError {
                 place: format!("property '{name}' of node '{}'", self.name),
                 cause: cause.to_string(),
             })?;
         }
         for child in &self.children {
-            child.encode(writer)?;
+            child.encode(writer, bytes)?;
         }
         writer.end_node(open).map_err(error)
     }
 }
 
-fn encode_property(writer: &mut FdtWriter, name: &str, value: &Value) -> Result<(), vm_fdt::Error> {
+fn encode_property(
+    writer: &mut FdtWriter,
+    name: &str,
+    value: &Value,
+    bytes: &mut Vec<u8>,
+) -> Result<(), vm_fdt::Error> {
     match value {
         // property_phandle is the writer's check that no phandle is given twice.
         Value::Cells(cells) if name == "phandle" && cells.len() == 1 => {
-            writer.property_phandle(cells[0])
+            return writer.property_phandle(cells[0]);
         }
-        Value::Empty => writer.property_null(name),
-        Value::Cells(cells) => writer.property_array_u32(name, cells),
+        Value::Empty => {}
+        Value::Cells(cells) => bytes.extend(cells.iter().flat_map(|cell| cell.to_be_bytes())),
         Value::References(cells) => {
-            let numbers: Vec<_> = cells.iter().map(|cell| cell.number()).collect();
-            writer.property_array_u32(name, &numbers)
+            bytes.extend(cells.iter().flat_map(|cell| cell.number().to_be_bytes()));
         }
-        Value::U64s(numbers) => writer.property_array_u64(name, numbers),
-        Value::Strings(texts) if texts.len() == 1 => writer.property_string(name, &texts[0]),
-        Value::Strings(texts) => writer.property_string_list(name, texts.clone()),
-        Value::Bytes(bytes) => writer.property(name, bytes),
+        Value::U64s(numbers) => {
+            bytes.extend(numbers.iter().flat_map(|number| number.to_be_bytes()));
+        }
+        Value::Strings(texts) => {
+            for text in texts {
+                if text.contains('\0') {
+                    return Err(vm_fdt::Error::InvalidString);
+                }
+                bytes.extend_from_slice(text.as_bytes());
+                bytes.push(0);
+            }
+        }
+        Value::Bytes(raw) => return writer.property(name, raw),
     }
+    writer.property(name, bytes)
 }
 
 #[cfg(test)]
