@@ -135,8 +135,7 @@ fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
 /// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
 pub fn profile(name: &str) -> Result<Profile> {
     let read = |text: String| Profile::read(name, &text, &parent);
-    let profile = text(name)
-        .and_then(|text| read(text).with_context(|| format!("board '{name}'")));
+    let profile = text(name).and_then(|text| read(text).with_context(|| format!("board '{name}'")));
     profile.fault(Status::Usage)
 }
 
@@ -229,10 +228,7 @@ mod tests {
             ..Identity::default()
         };
         let (n1, v1, v2, ampere) = (0x413f_d0c1, 0x411f_d401, 0x410f_d4f1, 0xc00f_ac30);
-        let signatures: Vec<_> = BUILT_IN
-            .iter()
-            .map(BuiltIn::signature)
-            .collect();
+        let signatures: Vec<_> = BUILT_IN.iter().map(BuiltIn::signature).collect();
         for (host, expected) in [
             (
                 tree("raspberrypi,3-model-b-plus brcm,bcm2837"),

@@ -102,6 +102,10 @@ impl KvmArch for X86_64 {
             };
             let leaves = cpuid::fitted(supported.as_slice(), topology);
             initialise(vcpu, &leaves, planned.boot.as_ref())
+                .and_then(|()| match chip.messages {
+                    true => widen_apic(vcpu),
+                    false => Ok(()),
+                })
                 .with_context(|| format!("cannot initialise vCPU {}", planned.apic_id))?;
         }
         Ok((vcpus, ()))
@@ -264,6 +268,16 @@ fn initialise(vcpu: &VcpuFd, leaves: &[kvm_cpuid_entry2], boot: Option<&Boot>) -
         Some(boot) => enter(vcpu, boot),
         None => Ok(()),
     }
+}
+
+/// Switches a local APIC to numbers of 32 bits, as firmware does where CPUs have such numbers. An
+/// operating system that starts with 8 bits takes CPUs beyond them for none (arch/x86/kernel/acpi:
+/// acpi_parse_x2apic; Intel SDM volume 3, section 11.12.1, IA32_APIC_BASE.EXTD).
+fn widen_apic(vcpu: &VcpuFd) -> Result<()> {
+    const EXTENDED: u64 = 1 << 10;
+    let mut system = vcpu.get_sregs().context("system registers")?;
+    system.apic_base |= EXTENDED;
+    vcpu.set_sregs(&system).context("the mode of its APIC")
 }
 
 /// Puts the boot CPU to its first instruction.

@@ -397,7 +397,7 @@ read -r line </dev/console";
 fn a_guest_gives_free_memory_back() {
     let Some(rig) = rig::any() else { return };
     let [kernel, drivers] = WITH_DEVICES;
-    gives_back(rig, kernel, drivers, "768M", 280);
+    gives_back(rig, kernel, drivers, "768M", rig::GIVEN_BACK);
 }
 
 #[test]

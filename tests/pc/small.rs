@@ -94,12 +94,12 @@ fn vcpus_beyond_255_start_and_take_interrupts() {
 }
 
 #[test]
-fn with_300_vcpus_devices_interrupt_the_first_as_ever() {
+fn with_300_vcpus_devices_interrupt_the_first() {
     if !rig::small() {
         return;
     }
     let handler = Program::default().print("sent\n").power_off();
-    let program = Program::default().on_interrupt(&handler).route(4);
+    let program = Program::default().on_interrupt_by_x2apic(&handler).route(4);
     let program = program.print("up\n").out(UART + 1, 2).wait();
     let outcome = Armlet::program(&program).cpus(300).run();
     outcome.assert_status(0);

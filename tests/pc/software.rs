@@ -145,17 +145,24 @@ impl Program {
     }
 
     /// Does what `handler` says when the one interrupt comes, and does not come back.
-    pub(crate) fn on_interrupt(mut self, handler: &Program) -> Program {
+    pub(crate) fn on_interrupt(self, handler: &Program) -> Program {
+        self.handle_by(handler).write(LAPIC + 0xf0, 0x1ff)
+    }
+
+    /// As [`Self::on_interrupt`], where the local APIC is in x2APIC mode.
+    pub(crate) fn on_interrupt_by_x2apic(self, handler: &Program) -> Program {
+        self.handle_by(handler).write_msr(X2APIC + 0xf, 0, 0x1ff)
+    }
+
+    fn handle_by(mut self, handler: &Program) -> Program {
         self.handler.clone_from(&handler.code);
-        // MOV ESP, the end of it all; LIDT [address], whose address is 32 bits here; the local APIC
-        // on.
+        // MOV ESP, the end of it all; LIDT [address], whose address is 32 bits here.
         let lidt = (BASE as u32 + IDTR as u32).to_le_bytes();
         let stack = (BASE as u32 + SIZE as u32).to_le_bytes();
         self.bytes(&[0xbc])
             .bytes(&stack)
             .bytes(&[0x0f, 0x01, 0x1c, 0x25])
             .bytes(&lidt)
-            .write(LAPIC + 0xf0, 0x1ff)
     }
 
     /// Has the local APIC's timer raise the interrupt soon, once.

@@ -78,12 +78,7 @@ pub(super) fn read_alone(text: &str) -> Result<Tree, BoardError> {
     parse(text, None)
 }
 
-fn inherit(
-    name: &str,
-    text: &str,
-    find: Find<'_>,
-    depth: usize,
-) -> Result<Tree, BoardError> {
+fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree, BoardError> {
     let mut tree = parse(text, (depth > 0).then_some(name))?;
     let Some(entry) = tree.remove("inherits") else {
         return Ok(tree);
