@@ -177,7 +177,7 @@ const SPECS: [Spec; 38] = [
         &[],
     ),
     spec(
-        "4k/verbose/verbose_mmio_exit_user",
+        "4k/verbose/verbose_user_exits",
         "  exits to user space",
         "",
         Reach::Nothing,
@@ -226,7 +226,7 @@ const SPECS: [Spec; 38] = [
         &[],
     ),
     spec(
-        "4k/idle/idle_mmio_exit_user",
+        "4k/idle/idle_user_exits",
         "  exits to user space",
         "",
         Reach::AtMost(0.0),
@@ -404,8 +404,8 @@ impl Figures {
             .zip(median("4k/timing/console_bytes"))
             .map(|(verbose, quiet)| verbose - quiet);
         if let Some(bytes) = bytes {
-            let exits = median("4k/verbose/verbose_mmio_exit_user");
-            let exits = exits.zip(median("4k/marker/kvm_mmio_exit_user"));
+            let exits = median("4k/verbose/verbose_user_exits");
+            let exits = exits.zip(median("4k/marker/user_exits"));
             derived.extend(
                 exits.map(|(verbose, quiet)| ("exits_per_byte", (verbose - quiet) / bytes)),
             );

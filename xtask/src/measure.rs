@@ -268,14 +268,20 @@ fn timing(command: &[String]) -> Result<Values> {
     Ok(values)
 }
 
-fn marker(command: &[String]) -> Result<Values> {
+/// Counts the exits that user space answers, by their reasons.
+fn user_exits() -> Result<Trace> {
     let mut trace = Trace::new(4096)?;
-    trace.histogram("kvm/kvm_userspace_exit", "reason")?;
+    trace.histogram(USER_EXIT, "reason")?;
     trace.start()?;
+    Ok(trace)
+}
+
+fn marker(command: &[String]) -> Result<Values> {
+    let trace = user_exits()?;
     let mut vm = Vm::start(command)?;
     vm.until_marker(None, &mut |_| {})?;
     let statistics = statistics();
-    let exits = trace.counts("kvm/kvm_userspace_exit")?;
+    let exits = trace.counts(USER_EXIT)?;
     let mappings = Mappings::of(vm.child.id())?;
     let threads = procfs::threads(vm.child.id())?;
     vm.until_end()?;
@@ -341,20 +347,21 @@ fn calls(command: &[String]) -> Result<Values> {
 }
 
 fn verbose(command: &[String]) -> Result<Values> {
+    let trace = user_exits()?;
     let mut vm = Vm::start(command)?;
     let marker = vm.until_marker(None, &mut |_| {})?;
+    let exits = trace.counts(USER_EXIT)?.values().sum::<u64>();
     let statistics = statistics();
     let bytes = vm.output.len();
     vm.until_end()?;
     let mut values = Values::default();
     values.add("verbose_marker_ms", marker.as_secs_f64() * 1e3);
     values.add("verbose_bytes", bytes);
-    for name in ["exits", "mmio_exit_user"] {
-        values.add(
-            &format!("verbose_{name}"),
-            statistics.get(name).copied().unwrap_or(0),
-        );
-    }
+    values.add(
+        "verbose_exits",
+        statistics.get("exits").copied().unwrap_or(0),
+    );
+    values.add("verbose_user_exits", exits);
     Ok(values)
 }
 
@@ -392,12 +399,15 @@ fn host_time(command: &[String]) -> Result<Values> {
 }
 
 fn idle(command: &[String]) -> Result<Values> {
+    let trace = user_exits()?;
+    let answered = || -> Result<u64> { Ok(trace.counts(USER_EXIT)?.values().sum()) };
+    let all = || statistics().get("exits").copied().unwrap_or(0);
     let mut vm = Vm::start(command)?;
     vm.until_marker(None, &mut |_| {})?;
     sleep(SETTLE);
-    let (threads, exits) = (procfs::threads(vm.child.id())?, statistics());
+    let (threads, before, answered_before) = (procfs::threads(vm.child.id())?, all(), answered()?);
     sleep(WATCH);
-    let (later, more) = (procfs::threads(vm.child.id())?, statistics());
+    let (later, exits, answered) = (procfs::threads(vm.child.id())?, all(), answered()?);
 
     let mut values = Values::default();
     let (mut vcpus, mut others) = (0, 0);
@@ -415,10 +425,8 @@ fn idle(command: &[String]) -> Result<Values> {
     }
     values.add("idle_vcpus_ms", vcpus as f64 / 1e6);
     values.add("idle_others_ms", others as f64 / 1e6);
-    for name in ["exits", "mmio_exit_user"] {
-        let count = |all: &BTreeMap<String, u64>| all.get(name).copied().unwrap_or(0);
-        values.add(&format!("idle_{name}"), count(&more) - count(&exits));
-    }
+    values.add("idle_exits", exits - before);
+    values.add("idle_user_exits", answered - answered_before);
     Ok(values)
 }
 
@@ -467,16 +475,11 @@ pub(crate) fn statistics() -> BTreeMap<String, u64> {
             counts.insert(entry.file_name().to_string_lossy().into_owned(), count);
         }
     }
-    // KVM on x86 counts what user space answers by other names, each with what it answers itself.
-    let elsewhere = ["mmio_exits", "io_exits"].map(|name| counts.get(name).copied().unwrap_or(0));
-    if let count @ 1.. = elsewhere.iter().sum() {
-        counts.entry(ANSWERED.to_owned()).or_insert(count);
-    }
     counts
 }
 
-/// Exits that user space answers, as KVM on ARM64 calls them.
-const ANSWERED: &str = "mmio_exit_user";
+/// The trace event of an exit that user space answers.
+const USER_EXIT: &str = "kvm/kvm_userspace_exit";
 
 /// The trace event of a page that the guest touches first.
 const FAULT: &str = match std::env::consts::ARCH.as_bytes() {
