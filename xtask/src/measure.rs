@@ -269,19 +269,33 @@ fn timing(command: &[String]) -> Result<Values> {
 }
 
 /// Counts the exits that user space answers, by their reasons.
-fn user_exits() -> Result<Trace> {
-    let mut trace = Trace::new(4096)?;
-    trace.histogram(USER_EXIT, "reason")?;
-    trace.start()?;
-    Ok(trace)
+pub(crate) struct UserExits(Trace);
+
+impl UserExits {
+    /// From now on.
+    pub(crate) fn start() -> Result<Self> {
+        let mut trace = Trace::new(1024)?;
+        trace.histogram(USER_EXIT, "reason")?;
+        trace.start()?;
+        Ok(UserExits(trace))
+    }
+
+    fn by_reason(&self) -> Result<BTreeMap<u64, u64>> {
+        self.0.counts(USER_EXIT)
+    }
+
+    /// How many there were.
+    pub(crate) fn count(&self) -> Result<u64> {
+        Ok(self.by_reason()?.values().sum())
+    }
 }
 
 fn marker(command: &[String]) -> Result<Values> {
-    let trace = user_exits()?;
+    let user_exits = UserExits::start()?;
     let mut vm = Vm::start(command)?;
     vm.until_marker(None, &mut |_| {})?;
     let statistics = statistics();
-    let exits = trace.counts(USER_EXIT)?;
+    let exits = user_exits.by_reason()?;
     let mappings = Mappings::of(vm.child.id())?;
     let threads = procfs::threads(vm.child.id())?;
     vm.until_end()?;
@@ -347,21 +361,17 @@ fn calls(command: &[String]) -> Result<Values> {
 }
 
 fn verbose(command: &[String]) -> Result<Values> {
-    let trace = user_exits()?;
+    let user_exits = UserExits::start()?;
     let mut vm = Vm::start(command)?;
     let marker = vm.until_marker(None, &mut |_| {})?;
-    let exits = trace.counts(USER_EXIT)?.values().sum::<u64>();
-    let statistics = statistics();
+    let (exits, answered) = (exits(), user_exits.count()?);
     let bytes = vm.output.len();
     vm.until_end()?;
     let mut values = Values::default();
     values.add("verbose_marker_ms", marker.as_secs_f64() * 1e3);
     values.add("verbose_bytes", bytes);
-    values.add(
-        "verbose_exits",
-        statistics.get("exits").copied().unwrap_or(0),
-    );
-    values.add("verbose_user_exits", exits);
+    values.add("verbose_exits", exits);
+    values.add("verbose_user_exits", answered);
     Ok(values)
 }
 
@@ -399,15 +409,17 @@ fn host_time(command: &[String]) -> Result<Values> {
 }
 
 fn idle(command: &[String]) -> Result<Values> {
-    let trace = user_exits()?;
-    let answered = || -> Result<u64> { Ok(trace.counts(USER_EXIT)?.values().sum()) };
-    let all = || statistics().get("exits").copied().unwrap_or(0);
+    let user_exits = UserExits::start()?;
+    let look = |vm: &Vm| -> Result<_> {
+        let threads = procfs::threads(vm.child.id())?;
+        Ok((threads, exits(), user_exits.count()?))
+    };
     let mut vm = Vm::start(command)?;
     vm.until_marker(None, &mut |_| {})?;
     sleep(SETTLE);
-    let (threads, before, answered_before) = (procfs::threads(vm.child.id())?, all(), answered()?);
+    let (threads, exits_before, answered_before) = look(&vm)?;
     sleep(WATCH);
-    let (later, exits, answered) = (procfs::threads(vm.child.id())?, all(), answered()?);
+    let (later, exits, answered) = look(&vm)?;
 
     let mut values = Values::default();
     let (mut vcpus, mut others) = (0, 0);
@@ -425,7 +437,7 @@ fn idle(command: &[String]) -> Result<Values> {
     }
     values.add("idle_vcpus_ms", vcpus as f64 / 1e6);
     values.add("idle_others_ms", others as f64 / 1e6);
-    values.add("idle_exits", exits - before);
+    values.add("idle_exits", exits - exits_before);
     values.add("idle_user_exits", answered - answered_before);
     Ok(values)
 }
@@ -467,7 +479,7 @@ fn before_entry<'a>(events: impl Iterator<Item = trace::Event<'a>>) -> Vec<trace
 }
 
 /// KVM's counters over all VMs, of which there is one.
-pub(crate) fn statistics() -> BTreeMap<String, u64> {
+fn statistics() -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for entry in fs::read_dir(DEBUGFS).into_iter().flatten().flatten() {
         let text = fs::read_to_string(entry.path()).unwrap_or_default();
@@ -476,6 +488,11 @@ pub(crate) fn statistics() -> BTreeMap<String, u64> {
         }
     }
     counts
+}
+
+/// All exits of guests so far.
+pub(crate) fn exits() -> u64 {
+    statistics().get("exits").copied().unwrap_or(0)
 }
 
 /// The trace event of an exit that user space answers.

@@ -15,10 +15,9 @@ use argh::FromArgs;
 use serde_json::{Value, json};
 
 use crate::load::{self, END, START};
-use crate::measure::{print, statistics};
+use crate::measure::{UserExits, exits, print};
 use crate::perf::Counters;
 use crate::procfs::{self, Mappings};
-use crate::trace::Trace;
 use crate::vm::Vm;
 
 /// What the guest prints when all of its work is done, before it powers off.
@@ -108,9 +107,7 @@ impl MeasureIo {
         let words = self.command.iter().skip_while(|word| *word == "--");
         let command = words.map(fill).collect::<Vec<_>>();
 
-        let mut trace = Trace::new(1024)?;
-        trace.histogram("kvm/kvm_userspace_exit", "reason")?;
-        trace.start()?;
+        let user_exits = UserExits::start()?;
         let mut vm = Vm::start(&command)?;
         let mut counters = None;
         loop {
@@ -127,13 +124,11 @@ impl MeasureIo {
                 // All threads are there once the guest's drivers are.
                 none => none.insert(Counters::start(vm.child.id())?),
             };
-            let user_exits =
-                || -> Result<u64> { Ok(trace.counts("kvm/kvm_userspace_exit")?.values().sum()) };
-            let exits = || statistics().get("exits").copied().unwrap_or(0);
-            let (before, user_before, all_before) = (counters.read()?, user_exits()?, exits());
+            let (before, user_before, all_before) =
+                (counters.read()?, user_exits.count()?, exits());
             let line = vm.line(END)?;
             let counts = counters.read()?.since(&before);
-            let (user_exits, exits) = (user_exits()? - user_before, exits() - all_before);
+            let (answered, exits) = (user_exits.count()? - user_before, exits() - all_before);
             let mut numbers = line.split_whitespace().skip(2);
             let mut number = || numbers.next().and_then(|number| number.parse::<u64>().ok());
             let (operations, nanos) = number()
@@ -144,7 +139,7 @@ impl MeasureIo {
                 "operations": operations, "nanos": nanos,
                 "user": counts.user, "kernel": counts.kernel,
                 "kernel_all": counts.kernel_all, "guest": counts.guest,
-                "user_exits": user_exits, "exits": exits,
+                "user_exits": answered, "exits": exits,
             }))?;
         }
         print(&self.memory(run, &vm)?)?;
