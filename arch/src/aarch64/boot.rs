@@ -9,9 +9,8 @@ use crate::switch::Switch;
 
 /// Kernels lie at a multiple of 2 MiB, plus their text offset (booting.rst, section 3).
 const KERNEL_ALIGN: u64 = 2 << 20;
-/// Initrd and device tree lie at multiples of the largest page, so that a guest of any page size
-/// can reserve and free them without touching a neighbour.
-const ALIGN: u64 = 0x1_0000;
+/// The largest page of a guest.
+const LARGEST_PAGE: u64 = 0x1_0000;
 /// The most that a device tree may take (booting.rst, section 2).
 pub const TREE_MAX: u64 = 2 << 20;
 /// Kernel and initrd lie within one window of this size, aligned to 1 GiB (booting.rst,
@@ -21,9 +20,9 @@ const GIB: u64 = 1 << 30;
 /// Bytes between the clocks of stolen time of two vCPUs (Documentation/virt/kvm/arm/pvtime.rst).
 pub(super) const STOLEN_TIME_SIZE: u64 = 64;
 
-/// Kernel at the start of the first bank, device tree and initrd directly behind it: close
+/// Kernel at the start of the first bank, initrd and device tree directly behind it: close
 /// together they share huge pages, each of which costs its clearing, and low they keep clear of
-/// the rest of RAM. The tree stands before the initrd, in the huge page of the kernel's end.
+/// the rest of RAM. The tree stands last, since it takes much less than its room.
 pub(super) fn place(
     ram: &[Range],
     request: &Request<Aarch64>,
@@ -56,17 +55,18 @@ pub(super) fn place(
         next = range.end();
         kernel = Some(range);
     }
-    let info = align_up(next, ALIGN).unwrap_or(u64::MAX);
-    next = info
-        .saturating_add(tree_room(request))
-        .saturating_add(stolen_time_room(request));
+    let page = page_size(request);
     let mut initrd = None;
     if let Some(size) = request.initrd.filter(|size| *size > 0) {
-        let start = align_up(next, ALIGN).unwrap_or(u64::MAX);
+        let start = align_up(next, page).unwrap_or(u64::MAX);
         let range = Range::new(start, size).ok_or_else(|| too_small(bank, request, 0))?;
         next = range.end();
         initrd = Some(range);
     }
+    let info = align_up(next, page).unwrap_or(u64::MAX);
+    next = info
+        .saturating_add(tree_room(request))
+        .saturating_add(stolen_time_room(request));
     let payload = Payload {
         kernel,
         entry,
@@ -121,6 +121,14 @@ fn check_window(payload: &Payload) -> Result<(), PlanError> {
     Ok(())
 }
 
+/// Bytes of the guest's page, of which initrd, device tree and stolen time lie at multiples, so
+/// that it can reserve and free them without touching a neighbour. The largest there is, where the
+/// kernel does not say.
+fn page_size(request: &Request<Aarch64>) -> u64 {
+    let said = request.kernel.as_ref().and_then(|image| image.page_size);
+    said.unwrap_or(LARGEST_PAGE)
+}
+
 /// At least the bytes that the device tree takes, before there is one.
 fn tree_room(request: &Request<Aarch64>) -> u64 {
     // A cpu node and its entry in cpu-map take 160 bytes, with six numbers of its caches and a node
@@ -130,21 +138,17 @@ fn tree_room(request: &Request<Aarch64>) -> u64 {
         false => 1024,
     };
     let bytes = 0x4000 + cpu * u64::from(request.cpus) + request.cmdline.len() as u64;
-    bytes.next_multiple_of(ALIGN)
+    bytes.next_multiple_of(page_size(request))
 }
 
-/// The bytes behind the device tree in which KVM tells of stolen time, a multiple of the largest
-/// page, since the guest takes them out of its RAM. None where that is not wanted.
+/// The bytes behind the device tree in which KVM tells of stolen time. None where that is not
+/// wanted.
 fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
     match request.wishes.steal_time {
         Switch::Off => 0,
-        _ => stolen_time_bytes(request.cpus),
+        // Whole pages, since the guest takes them out of its RAM.
+        _ => (STOLEN_TIME_SIZE * u64::from(request.cpus)).next_multiple_of(page_size(request)),
     }
-}
-
-/// The bytes of so many vCPUs' clocks, up to the next page of any size.
-pub(super) fn stolen_time_bytes(cpus: u32) -> u64 {
-    (STOLEN_TIME_SIZE * u64::from(cpus)).next_multiple_of(ALIGN)
 }
 
 /// Where KVM tells of stolen time, each vCPU's behind the one before; of no use where it does not.
@@ -164,13 +168,13 @@ fn too_small(bank: Range, request: &Request<Aarch64>, tree: u64) -> PlanError {
     }
     if let Some(size) = request.initrd {
         parts.push(format!("the initrd {size}"));
-        need = align_up(need, ALIGN)
+        need = align_up(need, page_size(request))
             .unwrap_or(u64::MAX)
             .saturating_add(size);
     }
     let tree = tree.max(tree_room(request));
     parts.push(format!("the device tree {tree}"));
-    need = align_up(need, ALIGN)
+    need = align_up(need, page_size(request))
         .unwrap_or(u64::MAX)
         .saturating_add(tree)
         .saturating_add(stolen_time_room(request));
@@ -278,21 +282,38 @@ mod tests {
     }
 
     #[test]
-    fn tree_and_initrd_follow_what_the_kernel_takes_with_its_bss() {
+    fn initrd_and_tree_follow_what_the_kernel_takes_with_its_bss() {
         let payload = placed(0x4000_0000, image(), Some(0x12_3456));
-        assert_eq!(payload.info, 0x42b2_0000);
-        // Behind 64 KiB for the tree and as much for stolen time.
-        let initrd = Range::new(0x42b4_0000, 0x12_3456);
-        assert_eq!(payload.initrd, initrd);
-        let mut without = request(Some(image()), Some(0x12_3456));
-        without.wishes.steal_time = Switch::Off;
-        let payload = place(&bank(0x4000_0000, 512 * MIB), &without, &host()).expect("room");
-        assert_eq!(payload.initrd, Range::new(0x42b3_0000, 0x12_3456));
+        assert_eq!(payload.initrd, Range::new(0x42b2_0000, 0x12_3456));
+        assert_eq!(payload.info, 0x42c4_4000);
         let odd = Arm64Image {
             image_size: 0x2b2_0001,
             ..image()
         };
-        assert_eq!(placed(0x4000_0000, odd, Some(1)).info, 0x42b3_0000);
+        assert_eq!(placed(0x4000_0000, odd.clone(), Some(1)).info, 0x42b2_2000);
+        let large_pages = Arm64Image {
+            page_size: Some(0x1_0000),
+            ..odd
+        };
+        assert_eq!(placed(0x4000_0000, large_pages, Some(1)).info, 0x42b4_0000);
+    }
+
+    #[test]
+    fn a_machine_of_just_the_memory_that_the_plan_names_is_enough() {
+        for (page_size, steal_time) in [(0x1000, Switch::On), (0x1_0000, Switch::Off)] {
+            let kernel = Arm64Image {
+                page_size: Some(page_size),
+                ..image()
+            };
+            let mut request = request(Some(kernel), Some(0x12_3456));
+            request.wishes.steal_time = steal_time;
+            let ram = |size| bank(0x4000_0000, size);
+            let payload = place(&ram(512 * MIB), &request, &host()).expect("room");
+            let clocks = stolen_time_room(&request);
+            let end = payload.info + tree_room(&request) + clocks - 0x4000_0000;
+            assert!(place(&ram(end), &request, &host()).is_ok());
+            assert!(place(&ram(end - page_size), &request, &host()).is_err());
+        }
     }
 
     #[test]
@@ -343,7 +364,7 @@ mod tests {
         assert_eq!(memory, "32M");
         assert_eq!(
             needs,
-            "the kernel takes 45219840 bytes, the initrd 16777216, the device tree 65536"
+            "the kernel takes 45219840 bytes, the initrd 16777216, the device tree 20480"
         );
         let enough = crate::size::parse_size(&advice).expect("a size");
         assert!(place(&bank(0x4000_0000, enough), &request, &host()).is_ok());

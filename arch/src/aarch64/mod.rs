@@ -186,9 +186,9 @@ impl Arch for Aarch64 {
 
     fn reserved(vcpus: &[Vcpu]) -> Option<Region> {
         let start = vcpus.first()?.stolen_time?;
-        let range = Range::new(start, boot::stolen_time_bytes(vcpus.len() as u32))?;
+        let range = Range::new(start, boot::STOLEN_TIME_SIZE * vcpus.len() as u64)?;
         Some(Region {
-            name: "stolen time".to_owned(),
+            name: "stolen time".into(),
             range,
         })
     }

@@ -610,9 +610,9 @@ mod tests {
         });
         let full = chosen(&request);
         let number = |number: u64| Some(Value::from(number));
-        assert_eq!(full.get("linux,initrd-start"), number(0x4002_0000).as_ref());
+        assert_eq!(full.get("linux,initrd-start"), number(0x4000_0000).as_ref());
         // Exclusive.
-        assert_eq!(full.get("linux,initrd-end"), number(0x4002_1234).as_ref());
+        assert_eq!(full.get("linux,initrd-end"), number(0x4000_1234).as_ref());
         assert_eq!(
             full.get("kaslr-seed"),
             number(0x1122_3344_5566_7788).as_ref()
