@@ -256,11 +256,10 @@ pub fn allowed_cpus() -> Vec<u32> {
     let Ok(set) = rustix::thread::sched_getaffinity(None) else {
         return Vec::new();
     };
-    let most = rustix::thread::CpuSet::MAX_CPU;
-    (0..most)
-        .filter(|cpu| set.is_set(*cpu))
-        .map(|cpu| cpu as u32)
-        .collect()
+    let cpus = (0..).filter(|cpu| set.is_set(*cpu));
+    // Most hosts have far fewer than the set can hold.
+    let count = set.count() as usize;
+    cpus.take(count).map(|cpu| cpu as u32).collect()
 }
 
 #[cfg(test)]
