@@ -143,27 +143,38 @@ fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
         HugePages::Of(huge) => usize::try_from(huge)?,
         _ => page / 8 * page,
     };
+    let wanted = bank.start() as usize % block;
+    let lead = |start: usize| (wanted + block - start % block) % block;
+    let start = map_anywhere(size)?;
+    // Linux gives memory of whole huge pages an address that suits them, since 6.7 (mm/mmap.c:
+    // __get_unmapped_area).
+    if lead(start) == 0 {
+        return Ok(start as *mut u8);
+    }
+    // SAFETY: it was mapped just now, and nobody knows of it.
+    unsafe { unmap(start, size) }?;
     let reserved = size
         .checked_add(block)
         .ok_or_else(|| anyhow!("it does not fit the address space"))?;
-    // SAFETY: a new anonymous mapping at an address that the kernel chooses.
-    let start = unsafe {
-        rustix::mm::mmap_anonymous(
-            null_mut(),
-            reserved,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )
-    }? as usize;
-    let wanted = bank.start() as usize % block;
-    let lead = (wanted + block - start % block) % block;
-    let base = (start + lead) as *mut u8;
+    let start = map_anywhere(reserved)?;
+    let lead = lead(start);
+    let base = start + lead;
     // SAFETY: both ranges lie in the mapping made above, outside the `size` bytes from `base`.
     unsafe {
         unmap(start, lead)?;
-        unmap(start + lead + size, block - lead)?;
+        unmap(base + size, block - lead)?;
     }
-    Ok(base)
+    Ok(base as *mut u8)
+}
+
+/// The address of new memory of `size` bytes.
+fn map_anywhere(size: usize) -> Result<usize> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses.
+    let start = unsafe {
+        rustix::mm::mmap_anonymous(null_mut(), size, ProtFlags::READ | ProtFlags::WRITE, flags)
+    }?;
+    Ok(start as usize)
 }
 
 /// Puts the memory that is wanted in the place of the `size` bytes at `base`, which are a mapping
