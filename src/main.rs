@@ -2,14 +2,12 @@
 
 use armlet::cli::{self, Parsed};
 use armlet::commands;
+use armlet::heap::Heap;
 use armlet::status::{Status, status_of};
-use dlmalloc::GlobalDlmalloc;
 use std::process::ExitCode;
 
-/// musl's own allocator maps and unmaps a page for nearly every small thing that comes and goes: a
-/// third of the time from exec to the guest's first instruction.
 #[global_allocator]
-static ALLOCATOR: GlobalDlmalloc = GlobalDlmalloc;
+static ALLOCATOR: Heap = Heap::new();
 
 fn main() -> ExitCode {
     armlet::console::install_log();
