@@ -1,6 +1,7 @@
 //! Prepares the built-in boards, and tells the linker what a release does without.
 
-use armlet_arch::board::{Profile, Signature};
+use armlet_arch::board::{Midr, Profile, Signature};
+use std::borrow::Cow;
 use std::error::Error;
 use std::ffi::OsStr;
 use std::path::Path;
@@ -23,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Makes of each board file what the program starts from: the board and what its hosts are recognised
-/// by, as values. To read the files at each start would take longer than all else does.
+/// by, as values, the one in postcard's format and the other as an expression. To read the files at each start would take longer than all else does.
 fn boards(root: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=boards");
     let folder = root.join("boards");
@@ -46,10 +47,34 @@ fn boards(root: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
         let signature = Signature::read(&text).map_err(refused)?;
         let file = out.join(name);
         fs::write(file.with_extension("board"), postcard::to_allocvec(&board)?)?;
-        fs::write(
-            file.with_extension("match"),
-            postcard::to_allocvec(&signature)?,
-        )?;
+        let signature = signature.map(|signature| expression(&signature));
+        let signature = signature.map_or("None".into(), |value| format!("Some({value})"));
+        fs::write(file.with_extension("match"), signature)?;
     }
     Ok(())
+}
+
+/// A value as Rust has it in its source: all boards' are looked at in each start, so that they need
+/// not be read.
+fn expression(signature: &Signature) -> String {
+    let Signature {
+        arch,
+        compatible,
+        vendors,
+        products,
+        cores,
+    } = signature;
+    let list = |items: Vec<String>| format!("Cow::Borrowed(&[{}])", items.join(", "));
+    let names = |names: &[Cow<'_, str>]| {
+        let names = names.iter().map(|name| format!("Cow::Borrowed({name:?})"));
+        list(names.collect())
+    };
+    let kind = |core: &Midr| format!("Midr::kind({:#x})", core.register());
+    format!(
+        "Signature {{ arch: Architecture::{arch:?}, compatible: {}, vendors: {}, products: {}, cores: {} }}",
+        names(compatible),
+        names(vendors),
+        names(products),
+        list(cores.iter().map(kind).collect()),
+    )
 }

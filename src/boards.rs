@@ -3,8 +3,9 @@
 use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::board::{self, Identity, Profile, Signature};
+use armlet_arch::board::{self, Identity, Midr, Profile, Signature};
 use armlet_arch::{Arch, Architecture, Board};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// What `--board` is when it is not given: the board that this host is.
@@ -29,7 +30,7 @@ macro_rules! built_in {
             name: $name,
             text: include_str!(concat!("../boards/", $name, ".toml")),
             packed: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".board")),
-            packed_signature: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".match")),
+            signature: include!(concat!(env!("OUT_DIR"), "/", $name, ".match")),
         }),*]
     };
 }
@@ -43,8 +44,8 @@ pub struct BuiltIn {
     pub text: &'static str,
     /// What the file and those that it inherits from say: a [`Board`] in postcard's format.
     packed: &'static [u8],
-    /// What its hosts are recognised by: an `Option` of [`Signature`], likewise.
-    packed_signature: &'static [u8],
+    /// What its hosts are recognised by.
+    signature: Option<Signature>,
 }
 
 impl BuiltIn {
@@ -55,14 +56,10 @@ impl BuiltIn {
     fn board(&self) -> Result<Board> {
         postcard::from_bytes(self.packed).context("it was built in as it cannot be read")
     }
-
-    fn signature(&self) -> Option<Signature> {
-        postcard::from_bytes(self.packed_signature).ok().flatten()
-    }
 }
 
 /// Built-in boards.
-pub const BUILT_IN: &[BuiltIn] = built_in![
+pub static BUILT_IN: &[BuiltIn] = built_in![
     "virt",
     "rpi3",
     "rpi4",
@@ -187,14 +184,11 @@ pub fn choose(
 /// The built-in board that a host of this program's architecture is, and why.
 #[must_use]
 pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
-    let signatures: Vec<_> = BUILT_IN
-        .iter()
-        .map(|board| {
-            let own = |signature: &Signature| signature.arch == HostArch::ARCHITECTURE;
-            board.signature().filter(own)
-        })
-        .collect();
-    let (index, why) = board::recognize(host, &signatures)?;
+    let signatures = BUILT_IN.iter().map(|board| {
+        let signature = board.signature.as_ref();
+        signature.filter(|signature| signature.arch == HostArch::ARCHITECTURE)
+    });
+    let (index, why) = board::recognize(host, signatures)?;
     BUILT_IN.get(index).map(|board| (board.name, why))
 }
 
@@ -210,7 +204,7 @@ mod tests {
             let found = find(board.name).expect(board.name);
             assert_eq!(found.name, board.name);
             assert_eq!(found, profile(board.name).expect(board.name).board);
-            assert_eq!(Ok(board.signature()), Signature::read(board.text));
+            assert_eq!(Ok(board.signature.clone()), Signature::read(board.text));
         }
     }
 
@@ -228,7 +222,6 @@ mod tests {
             ..Identity::default()
         };
         let (n1, v1, v2, ampere) = (0x413f_d0c1, 0x411f_d401, 0x410f_d4f1, 0xc00f_ac30);
-        let signatures: Vec<_> = BUILT_IN.iter().map(BuiltIn::signature).collect();
         for (host, expected) in [
             (
                 tree("raspberrypi,3-model-b-plus brcm,bcm2837"),
@@ -258,7 +251,8 @@ mod tests {
             (firmware("Some maker", 0x480f_d010), None),
             (Identity::default(), None),
         ] {
-            let found = board::recognize(&host, &signatures);
+            let found =
+                board::recognize(&host, BUILT_IN.iter().map(|board| board.signature.as_ref()));
             let name = found.as_ref().map(|(index, _)| BUILT_IN[*index].name);
             assert_eq!(name, expected, "{host:?}: {found:?}");
         }

@@ -4,6 +4,7 @@ use super::fields::Fields;
 use super::layers::{self, Item};
 use super::{Architecture, BoardError, architecture};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::fmt;
 
 /// A kind of core: MIDR_EL1 without the revision of the chip, which is the variant in bits 23:20
@@ -16,6 +17,12 @@ impl Midr {
     #[must_use]
     pub const fn kind(register: u64) -> Midr {
         Midr(register as u32 & 0xff0f_fff0)
+    }
+
+    /// What the register of such a core holds, with zeros for the revision.
+    #[must_use]
+    pub const fn register(self) -> u64 {
+        self.0 as u64
     }
 }
 
@@ -39,19 +46,19 @@ pub struct Identity {
     pub cores: Vec<Midr>,
 }
 
-/// How a host is recognised as a board: `[match]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How a host is recognised as a board: `[match]`. It borrows where it is part of a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signature {
     /// The architecture of the hosts.
     pub arch: Architecture,
     /// Any of these stands in `/compatible`.
-    compatible: Vec<String>,
+    pub compatible: Cow<'static, [Cow<'static, str>]>,
     /// DMI's maker begins with any of these.
-    vendors: Vec<String>,
+    pub vendors: Cow<'static, [Cow<'static, str>]>,
     /// DMI's product begins with any of these; empty for any product.
-    products: Vec<String>,
+    pub products: Cow<'static, [Cow<'static, str>]>,
     /// The host has any of these cores.
-    cores: Vec<Midr>,
+    pub cores: Cow<'static, [Midr]>,
 }
 
 impl Signature {
@@ -79,13 +86,16 @@ impl Signature {
             .compatible
             .iter()
             .enumerate()
-            .find(|(_, name)| self.compatible.contains(name));
+            .find(|(_, name)| self.compatible.iter().any(|known| known == *name));
         if let Some((index, name)) = by_tree {
             // The first names of the list are the most specific.
             let score = 1000_usize.saturating_sub(index);
             return Some((score, format!("its device tree says '{name}'")));
         }
-        let begins = |names: &[String], text: &str| names.iter().any(|name| text.starts_with(name));
+        let begins = |names: &[Cow<'_, str>], text: &str| {
+            let mut names = names.iter();
+            names.any(|name| text.starts_with(&**name))
+        };
         if !self.vendors.is_empty() {
             let product = self.products.is_empty() || begins(&self.products, &host.product);
             let cores = self.cores.is_empty() || core.is_some();
@@ -105,10 +115,13 @@ impl Signature {
 
 /// The one of `boards` that the host is, by index, and why.
 #[must_use]
-pub fn recognize(host: &Identity, boards: &[Option<Signature>]) -> Option<(usize, String)> {
+pub fn recognize<'a>(
+    host: &Identity,
+    boards: impl IntoIterator<Item = Option<&'a Signature>>,
+) -> Option<(usize, String)> {
     let mut best: Option<(usize, usize, String)> = None;
-    for (index, signature) in boards.iter().enumerate() {
-        let Some((score, why)) = signature.as_ref().and_then(|board| board.fits(host)) else {
+    for (index, signature) in boards.into_iter().enumerate() {
+        let Some((score, why)) = signature.and_then(|board| board.fits(host)) else {
             continue;
         };
         if best.as_ref().is_none_or(|(most, _, _)| score > *most) {
@@ -120,15 +133,21 @@ pub fn recognize(host: &Identity, boards: &[Option<Signature>]) -> Option<(usize
 
 /// Reads `[match]`. The architecture is the caller's to fill in.
 pub(super) fn signature(mut fields: Fields<'_>) -> Result<Signature, BoardError> {
+    let mut names = |key| -> Result<_, BoardError> {
+        let names = fields.texts(key)?;
+        Ok(names.into_iter().map(Cow::Owned).collect())
+    };
     let signature = Signature {
         arch: Architecture::Aarch64,
-        compatible: fields.texts("compatible")?,
-        vendors: fields.texts("dmi-vendor")?,
-        products: fields.texts("dmi-product")?,
-        cores: fields.list("midr", "numbers such as 0x410f_d0b0", |item| match item {
-            Item::Number(number) => u64::try_from(*number).ok().map(Midr::kind),
-            _ => None,
-        })?,
+        compatible: names("compatible")?,
+        vendors: names("dmi-vendor")?,
+        products: names("dmi-product")?,
+        cores: fields
+            .list("midr", "numbers such as 0x410f_d0b0", |item| match item {
+                Item::Number(number) => u64::try_from(*number).ok().map(Midr::kind),
+                _ => None,
+            })?
+            .into(),
     };
     if signature.vendors.is_empty() && !signature.products.is_empty() {
         return Err(fields.wrong("dmi-product", "needs a dmi-vendor beside it"));
@@ -144,6 +163,10 @@ mod tests {
     fn signature_of(text: &str) -> Option<Signature> {
         let text = format!("[match]\n{text}\n");
         Signature::read(&text).expect("valid")
+    }
+
+    fn refs(boards: &[Option<Signature>]) -> impl Iterator<Item = Option<&Signature>> {
+        boards.iter().map(Option::as_ref)
     }
 
     fn host(compatible: &[&str], vendor: &str, product: &str, cores: &[u64]) -> Identity {
@@ -170,7 +193,7 @@ mod tests {
             &[0x411f_d0b0],
         );
         for expected in [3, 2, 1, 0] {
-            let (index, why) = recognize(&host, &boards).expect("a board");
+            let (index, why) = recognize(&host, refs(&boards)).expect("a board");
             assert_eq!(index, expected, "{why}");
             match expected {
                 3 => drop(host.compatible.remove(0)),
@@ -179,7 +202,7 @@ mod tests {
             }
         }
         host.cores.clear();
-        assert_eq!(recognize(&host, &boards), None);
+        assert_eq!(recognize(&host, refs(&boards)), None);
     }
 
     #[test]
@@ -189,9 +212,12 @@ mod tests {
             signature_of("dmi-vendor = [\"Cloud\"]\nmidr = [0x410f_d400]"),
         ];
         let second = host(&[], "Cloud", "v1.metal", &[0x411f_d401]);
-        assert_eq!(recognize(&second, &boards).map(|(index, _)| index), Some(1));
+        assert_eq!(
+            recognize(&second, refs(&boards)).map(|(index, _)| index),
+            Some(1)
+        );
         let other = host(&[], "Other", "v1.metal", &[0x411f_d401]);
-        assert_eq!(recognize(&other, &boards), None);
+        assert_eq!(recognize(&other, refs(&boards)), None);
     }
 
     #[test]
