@@ -112,7 +112,10 @@ fn interrupts<A: Arch>(plan: &Plan<A>) -> Vec<(Spi, String)> {
 fn map_rows<A: Arch>(plan: &Plan<A>) -> Vec<Row> {
     let regions = plan.layout.regions().into_iter();
     regions
-        .map(|Region { name, range }| Row { range, what: name })
+        .map(|Region { name, range }| Row {
+            range,
+            what: name.into_owned(),
+        })
         .collect()
 }
 
@@ -131,7 +134,7 @@ fn payload_rows<A: Arch>(plan: &Plan<A>, kernel: Option<&str>) -> Vec<Row> {
         rows.push(row(range, blob.name.to_owned()));
     }
     if let Some(Region { name, range }) = A::reserved(&plan.vcpus) {
-        rows.push(row(Some(range), name));
+        rows.push(row(Some(range), name.into_owned()));
     }
     let mut rows: Vec<Row> = rows.into_iter().flatten().collect();
     rows.sort_by_key(|row| row.range);

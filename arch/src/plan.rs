@@ -8,6 +8,7 @@ use crate::size::{parse_size, show_size};
 use crate::width::{MAX_BITS, Region, Width, WidthPolicy};
 use crate::{Arch, Architecture, Board};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::fmt;
 
 /// Guest memory and its banks are multiples of this many bytes: the largest host page, so that a
@@ -122,12 +123,18 @@ pub struct Placed {
     pub name: Option<String>,
 }
 
+impl Placed {
+    fn title(&self) -> Cow<'static, str> {
+        match &self.name {
+            Some(name) => format!("{}: {name}", self.kind).into(),
+            None => self.kind.title(),
+        }
+    }
+}
+
 impl fmt::Display for Placed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.name {
-            Some(name) => write!(f, "{}: {name}", self.kind),
-            None => write!(f, "{}", self.kind),
-        }
+        f.write_str(&self.title())
     }
 }
 
@@ -159,14 +166,20 @@ pub enum DeviceKind {
     },
 }
 
+impl DeviceKind {
+    fn title(self) -> Cow<'static, str> {
+        match self {
+            DeviceKind::Pl011 => "PL011 serial console".into(),
+            DeviceKind::Pl031 => "PL031 real-time clock".into(),
+            DeviceKind::Pl061 => "PL061 GPIO, power key".into(),
+            DeviceKind::VirtioMmio { slot } => format!("virtio-mmio slot {slot}").into(),
+        }
+    }
+}
+
 impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DeviceKind::Pl011 => f.write_str("PL011 serial console"),
-            DeviceKind::Pl031 => f.write_str("PL031 real-time clock"),
-            DeviceKind::Pl061 => f.write_str("PL061 GPIO, power key"),
-            DeviceKind::VirtioMmio { slot } => write!(f, "virtio-mmio slot {slot}"),
-        }
+        f.write_str(&self.title())
     }
 }
 
@@ -728,7 +741,7 @@ fn place_ports(board: &Board) -> Result<Vec<PlacedPorts>, PlanError> {
         if pair[0].ports.overlaps(pair[1].ports) {
             let region = |device: &PlacedPorts| {
                 Box::new(Region {
-                    name: device.kind.to_string(),
+                    name: device.kind.to_string().into(),
                     range: device.ports,
                 })
             };
@@ -748,8 +761,8 @@ fn ram_regions(ram: &[Range]) -> Vec<Region> {
         .enumerate()
         .map(|(index, range)| Region {
             name: match ram.len() {
-                1 => "guest RAM".to_owned(),
-                _ => format!("RAM bank {index}"),
+                1 => "guest RAM".into(),
+                _ => format!("RAM bank {index}").into(),
             },
             range: *range,
         })
@@ -765,12 +778,12 @@ fn regions<A: Arch>(
 ) -> Vec<Region> {
     let mut regions = ram_regions(ram);
     regions.extend(devices.iter().map(|device| Region {
-        name: device.to_string(),
+        name: device.title(),
         range: device.window,
     }));
     regions.extend(A::irqchip_regions(irqchip));
     regions.extend(pmem.iter().enumerate().map(|(index, range)| Region {
-        name: format!("persistent memory {index}"),
+        name: format!("persistent memory {index}").into(),
         range: *range,
     }));
     regions.sort_by_key(|region| region.range);
@@ -800,20 +813,20 @@ fn check_overlaps<A: Arch>(board: &Board, map: &Map<A>) -> Result<Region, PlanEr
             });
         }
     }
-    let mut lines: Vec<(u32, String)> = devices
+    let mut lines: Vec<(u32, Cow<'static, str>)> = devices
         .iter()
-        .map(|device| (device.spi.0, device.to_string()))
+        .map(|device| (device.spi.0, device.title()))
         .collect();
     let ports = map.ports.iter();
-    lines.extend(ports.filter_map(|device| Some((device.irq?.0, device.kind.to_string()))));
+    lines.extend(ports.filter_map(|device| Some((device.irq?.0, device.kind.to_string().into()))));
     lines.sort();
     for pair in lines.windows(2) {
         if pair[0].0 == pair[1].0 {
             return Err(PlanError::SharedInterrupt {
                 board: board.name.clone(),
                 line: board.arch.interrupts().0,
-                a: pair[0].1.clone(),
-                b: pair[1].1.clone(),
+                a: pair[0].1.to_string(),
+                b: pair[1].1.to_string(),
                 spi: pair[0].0,
             });
         }
@@ -834,7 +847,7 @@ fn with_memory_limit<A: Arch>(
     let bank = board.memory.iter().find(|bank| bank.base == start);
     let end = Range::new(u64::MAX, 1).filter(|_| bank.is_some());
     let too_wide = end.map(|range| {
-        let name = "guest RAM".to_owned();
+        let name = "guest RAM".into();
         A::width(&Region { name, range }, WidthPolicy::Fit, host)
     });
     match too_wide {

@@ -3,6 +3,7 @@
 use crate::plan::PlanError;
 use crate::range::Range;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -55,7 +56,7 @@ impl fmt::Display for WidthPolicy {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Region {
     /// What lies there ("RAM bank 0", "GIC distributor").
-    pub name: String,
+    pub name: Cow<'static, str>,
     /// Where.
     pub range: Range,
 }
@@ -116,7 +117,7 @@ impl Offer {
         }
         if need > limit {
             return Err(PlanError::TooWide {
-                name: highest.name.clone(),
+                name: highest.name.to_string(),
                 last: highest.range.last(),
                 need,
                 limit,
@@ -131,7 +132,7 @@ impl Offer {
             WidthPolicy::Exact(asked) if asked < need => {
                 return Err(PlanError::TooNarrow {
                     asked,
-                    name: highest.name.clone(),
+                    name: highest.name.to_string(),
                     last: highest.range.last(),
                     need,
                     advice: String::new(),

@@ -228,7 +228,7 @@ fn check_plan(
         .layout
         .regions()
         .into_iter()
-        .map(|region| (region.name, region.range))
+        .map(|region| (region.name.into_owned(), region.range))
         .collect();
     disjoint(&regions);
     for (name, range) in &regions {

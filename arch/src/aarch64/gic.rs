@@ -73,8 +73,8 @@ impl Gic {
     }
 
     pub(super) fn regions(&self) -> Vec<Region> {
-        let region = |name: &str, range: &Range| Region {
-            name: name.to_owned(),
+        let region = |name: &'static str, range: &Range| Region {
+            name: name.into(),
             range: *range,
         };
         match self {
@@ -94,8 +94,8 @@ impl Gic {
                 let mut regions = vec![region("GICv3 distributor", distributor)];
                 regions.extend(redistributors.iter().map(|run| Region {
                     name: match run.frames {
-                        1 => "GICv3 redistributor (1 vCPU)".to_owned(),
-                        frames => format!("GICv3 redistributors ({frames} vCPUs)"),
+                        1 => "GICv3 redistributor (1 vCPU)".into(),
+                        frames => format!("GICv3 redistributors ({frames} vCPUs)").into(),
                     },
                     range: run.range,
                 }));

@@ -210,7 +210,7 @@ impl Arch for X86_64 {
             (KVM_TASK, irqchip.task_state),
         ]
         .map(|(name, range)| Region {
-            name: name.to_owned(),
+            name: name.into(),
             range,
         })
         .to_vec()
