@@ -83,7 +83,7 @@ mod tests {
 
     fn ending_at(end: u64) -> Region {
         Region {
-            name: "guest RAM".to_owned(),
+            name: "guest RAM".into(),
             range: Range::new(0x4000_0000, end - 0x4000_0000).expect("above its base"),
         }
     }

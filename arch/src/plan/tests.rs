@@ -103,7 +103,7 @@ fn overlaps_are_refused_by_both_names() {
     let PlanError::Overlap { a, b, .. } = with(&device, |_| ()).expect_err("one place") else {
         panic!("another error");
     };
-    let names = [a.name.as_str(), b.name.as_str()];
+    let names = [&*a.name, &*b.name];
     assert!(names.contains(&"PL011 serial console") && names.contains(&"PL031 real-time clock"));
     let error = with(&board(&VIRT.replace("0x0901_0000", "0x5000_0000")), |_| ())
         .expect_err("a device in RAM");

@@ -38,7 +38,7 @@ mod tests {
 
     fn ending_at(end: u64) -> Region {
         Region {
-            name: "guest RAM".to_owned(),
+            name: "guest RAM".into(),
             range: Range::new(0, end).expect("not empty"),
         }
     }
