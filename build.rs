@@ -17,8 +17,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     // its own script first.
     let lld = env::var("RUSTC_LINKER").is_ok_and(|linker| linker.ends_with("lld"));
     if musl && lld && env::var("PROFILE")? == "release" {
-        println!("cargo::rerun-if-changed=packaging/release.ld");
-        println!("cargo::rustc-link-arg-bins=-T{root}/packaging/release.ld");
+        // What the first one names is not there for the second.
+        for script in ["order.ld", "release.ld"] {
+            println!("cargo::rerun-if-changed=packaging/{script}");
+            println!("cargo::rustc-link-arg-bins=-T{root}/packaging/{script}");
+        }
     }
     Ok(())
 }

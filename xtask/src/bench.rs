@@ -24,7 +24,7 @@ use crate::progress::say;
 use crate::runner;
 
 /// How armlet is started. The guest's memory is that with which the peers were measured.
-const ARMLET: [&str; 10] = [
+pub(crate) const ARMLET: [&str; 10] = [
     "run",
     "--kernel",
     "{kernel}",

@@ -199,6 +199,16 @@ impl Boot {
 
 /// Builds a program of ours, which is its package's name too, and gives its path.
 pub(crate) fn build(isa: Isa, program: &str, release: bool) -> Result<PathBuf> {
+    build_with(isa, program, release, &[])
+}
+
+/// Does so with more flags for the compiler, which only the active one takes.
+pub(crate) fn build_with(
+    isa: Isa,
+    program: &str,
+    release: bool,
+    flags: &[String],
+) -> Result<PathBuf> {
     let toolchain = isa.toolchain()?;
     say(&format!("building {program} for {}", toolchain.target));
     let started = Instant::now();
@@ -212,7 +222,11 @@ pub(crate) fn build(isa: Isa, program: &str, release: bool) -> Result<PathBuf> {
         let shipped = program == "armlet" && toolchain.is_active();
         let added = shipped.then(|| small_std::add(&mut cargo));
         if let Some(Ok(())) = added {
-            cargo.env(toolchain.variable("RUSTFLAGS"), small_std::FLAGS.join(" "));
+            let flags = small_std::FLAGS
+                .into_iter()
+                .chain(flags.iter().map(String::as_str));
+            let flags = flags.collect::<Vec<_>>().join("\x1f");
+            cargo.env("CARGO_ENCODED_RUSTFLAGS", flags);
         }
         if let Some(Err(error)) = added {
             say(&format!(

@@ -104,6 +104,9 @@ poweroff -f
 /// The second one is who programs become that need no rights.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n";
 
+/// Addresses at which no program is that is not put there on purpose.
+pub(crate) const TRACED: std::ops::Range<u64> = 0x1000_0000..0x2000_0000;
+
 /// The machines that are emulated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Machine {
@@ -133,6 +136,9 @@ pub(crate) struct HostSpec {
     pub(crate) memory_mib: u32,
     /// Whether to count instructions: one virtual nanosecond is then one instruction.
     pub(crate) icount: bool,
+    /// Where to write the instructions of programs at addresses in [`TRACED`] that were executed, as
+    /// they first were.
+    pub(crate) executed: Option<PathBuf>,
     /// More for the kernel's command line.
     pub(crate) append: String,
     /// Whether it has Debian's programs for devices, such as passt, at `/tools`.
@@ -200,6 +206,7 @@ impl HostSpec {
             smp,
             memory_mib: 3072,
             icount: false,
+            executed: None,
             append: String::new(),
             tools: false,
             system: false,
@@ -538,6 +545,11 @@ fn software(command: &mut Command, spec: &HostSpec, image: &Path, initramfs: &Pa
         .args(["-seed", "1"]);
     if spec.icount {
         command.args(["-icount", "shift=0,sleep=off"]);
+    }
+    if let Some(log) = &spec.executed {
+        let range = format!("{:#x}+{:#x}", TRACED.start, TRACED.end - TRACED.start);
+        command.args(["-d", "in_asm", "-dfilter", &range, "-D"]);
+        command.arg(log);
     }
     // The kernel's log shows that it gets on, and what the matter is when it does not. Its
     // self-tests of ciphers would be half of its boot.

@@ -19,6 +19,7 @@ mod load;
 mod marker;
 mod measure;
 mod measure_io;
+mod order;
 mod packages;
 mod perf;
 mod procfs;
@@ -69,6 +70,7 @@ enum Task {
     Host(Host),
     Dist(dist::Dist),
     Fuzz(fuzz::Fuzz),
+    Order(order::Order),
 }
 
 /// Run a program built for ARM64, with its arguments: what cargo calls for the aarch64 targets.
@@ -147,6 +149,7 @@ fn run() -> Result<i32> {
         Task::Boot(boot) => boot.run(),
         Task::Test(test) => test.run(),
         Task::Bench(bench) => bench.run(),
+        Task::Order(order) => order.run(),
         Task::Image(image) => image.run(),
         Task::Runner(runner) => runner.run(),
         Task::Setup(setup) => setup.run(),

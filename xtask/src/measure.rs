@@ -108,7 +108,7 @@ impl Pass {
     }
 
     /// The guest's command line, apart from its console.
-    fn cmdline(self) -> &'static str {
+    pub(crate) fn cmdline(self) -> &'static str {
         match self {
             Self::Verbose | Self::HostVerbose => "loglevel=8 cryptomgr.notests armlet.run=poweroff",
             Self::Idle => "quiet cryptomgr.notests armlet.run=hold",

@@ -1,0 +1,289 @@
+//! `cargo xtask order`: which code runs in every guest, for the linker to put together.
+//!
+//! Linux maps a program's pages 16 at a time where one is touched, so what is strewn over the file
+//! is all in memory. A release is traced through the life of a guest, and the sections of code that
+//! ran are named in `packaging/order.ld`, in the order in which they first ran.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use argh::FromArgs;
+
+use crate::assets::{self, Choice};
+use crate::bench::ARMLET;
+use crate::host::{self, Ended, HostFile, HostSpec, Job, TRACED};
+use crate::isa::Isa;
+use crate::measure::Pass;
+use crate::packages::Store;
+use crate::progress::say;
+use crate::{boot, runner};
+
+/// What is written, below the workspace's folder.
+const FILE: &str = "packaging/order.ld";
+
+/// How long the guest may take.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Find out what code of armlet runs in every guest, for releases to have it in one place
+/// (packaging/order.ld).
+///
+/// A guest boots in an emulated host, which writes down each piece of code that it comes by. Takes
+/// two minutes. Run it after large changes; what the file does not name, or names in vain, costs
+/// memory and nothing else ('cargo xtask bench --only peak' shows it).
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "order")]
+pub(crate) struct Order {}
+
+impl Order {
+    /// Traces armlet and writes the file.
+    pub(crate) fn run(&self) -> Result<i32> {
+        let isa = Isa::Arm64;
+        ensure!(
+            isa.toolchain()?.is_active(),
+            "releases are laid out with rustup's compiler, which is not the one in use"
+        );
+        let store = Store::open()?;
+        let assets = assets::prepare(&store, isa, Choice::Standard)?;
+        let target = crate::target_folder()?;
+        let (map, log) = (target.join("order.map"), target.join("order.log"));
+        let flags = [
+            format!("-Clink-arg=-Map={}", map.display()),
+            format!("-Clink-arg=--image-base={:#x}", TRACED.start),
+        ];
+        let armlet = boot::build_with(isa, "armlet", true, &flags)?;
+        trace(&store, &assets, &armlet, &log)?;
+
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {path:?}"))
+        };
+        let sections = sections(&read(&map)?);
+        ensure!(
+            !sections.is_empty(),
+            "the linker's map {map:?} names no code"
+        );
+        let ran = ran(&sections, addresses(&read(&log)?));
+        ensure!(!ran.is_empty(), "no code of armlet's is in {log:?}");
+        let bytes: u64 = ran.iter().map(|section| section.size).sum();
+        say(&format!(
+            "{} of {} sections of code ran, {} of {} KiB",
+            ran.len(),
+            sections.len(),
+            bytes >> 10,
+            sections.values().map(|section| section.size).sum::<u64>() >> 10,
+        ));
+        let path = crate::repository().join(FILE);
+        std::fs::write(&path, script(&ran)).with_context(|| format!("cannot write {path:?}"))?;
+        say(&format!("written: {}", path.display()));
+        Ok(0)
+    }
+}
+
+/// Boots a guest, and lets it power off, where what runs is written to `log`.
+fn trace(store: &Store, assets: &Path, armlet: &Path, log: &Path) -> Result<()> {
+    let isa = Isa::Arm64;
+    let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
+    let path = |name| in_host.join(name).to_string_lossy().into_owned();
+    let fill = |word: &str| {
+        word.replace("{kernel}", &path(assets::kernel(isa)))
+            .replace("{initrd}", &path("initrd"))
+            .replace("{cmdline}", Pass::Timing.cmdline())
+    };
+    let program = "/bin/armlet".to_owned();
+    let mut files = runner::asset_files(assets, isa, Choice::Standard);
+    files.push(HostFile {
+        from: armlet.to_owned(),
+        to: PathBuf::from(&program),
+        mode: 0o755,
+    });
+    let mut command = vec![program];
+    command.extend(ARMLET.map(fill));
+    let job = Job {
+        files,
+        command,
+        folder: "/root".into(),
+        limit: Some(LIMIT),
+        ..Job::default()
+    };
+    let spec = HostSpec {
+        executed: Some(log.to_owned()),
+        ..HostSpec::of(isa)
+    };
+    let mut said = Vec::new();
+    let mut print = |bytes: &[u8]| {
+        said.extend_from_slice(bytes);
+        Ok(())
+    };
+    match host::run(store, &spec, &job, None, &mut print)? {
+        Ended::Exit(0) => Ok(()),
+        ended => bail!(
+            "the guest failed ({ended:?})\n{}",
+            String::from_utf8_lossy(&said)
+        ),
+    }
+}
+
+/// A section of code that the linker put into the program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Section {
+    size: u64,
+    /// The file that it comes from, with the archive around it: `libc.a(memcpy.lo)`.
+    file: String,
+    /// Such as `.text.memcpy`.
+    name: String,
+}
+
+/// The sections of code in a map of lld's, by address.
+fn sections(map: &str) -> BTreeMap<u64, Section> {
+    let section = |line: &str| {
+        // VMA, LMA, size, alignment, and what it is: an input section has its file before it.
+        let mut words = line.split_whitespace();
+        let mut number = |radix| u64::from_str_radix(words.next()?, radix).ok();
+        let (start, _, size, _) = (number(16)?, number(16)?, number(16)?, number(10)?);
+        let (path, name) = words.next()?.strip_suffix(')')?.split_once(":(")?;
+        let (file, name) = (path.rsplit('/').next()?.to_owned(), name.to_owned());
+        (size > 0 && name.starts_with(".text")).then_some((start, Section { size, file, name }))
+    };
+    map.lines().filter_map(section).collect()
+}
+
+/// The addresses of the instructions in a log of QEMU's (`-d in_asm`), in its order.
+fn addresses(log: &str) -> impl Iterator<Item = u64> {
+    log.lines().filter_map(|line| {
+        let (address, _) = line.strip_prefix("0x")?.split_once(':')?;
+        u64::from_str_radix(address, 16).ok()
+    })
+}
+
+/// The sections in which these addresses lie, each once.
+fn ran(sections: &BTreeMap<u64, Section>, addresses: impl Iterator<Item = u64>) -> Vec<&Section> {
+    let mut ran: Vec<&Section> = Vec::new();
+    let mut known = std::collections::BTreeSet::new();
+    for address in addresses {
+        let Some((start, section)) = sections.range(..=address).next_back() else {
+            continue;
+        };
+        if address - start < section.size && known.insert(*start) {
+            ran.push(section);
+        }
+    }
+    ran
+}
+
+/// The linker's script.
+fn script(ran: &[&Section]) -> String {
+    let mut patterns: Vec<String> = Vec::new();
+    for pattern in ran.iter().filter_map(|section| pattern(section)) {
+        if !patterns.contains(&pattern) {
+            patterns.push(pattern);
+        }
+    }
+    let list: String = patterns.iter().map(|one| format!("    {one}\n")).collect();
+    format!(
+        "/* Code that runs in every guest, in the order in which it first does: \
+         written by `cargo xtask order`. */\n\
+         SECTIONS\n{{\n  .text.first :\n  {{\n{list}    *({OUTLINED}*)\n  }}\n}}\nINSERT BEFORE .text;\n"
+    )
+}
+
+/// What the compiler has found in several functions and made one. It numbers them anew each time.
+const OUTLINED: &str = ".text.OUTLINED_FUNCTION_";
+
+/// How the linker knows a section whatever the versions of compiler and crates.
+fn pattern(section: &Section) -> Option<String> {
+    if section.name.starts_with(OUTLINED) {
+        return None;
+    }
+    if section.name == ".text" {
+        // Of a library of C's, whose files hold a function or two.
+        let (archive, member) = section.file.strip_suffix(')')?.split_once('(')?;
+        return Some(format!("*{archive}:{member}(.text)"));
+    }
+    Some(format!("*({})", without_hashes(&section.name)))
+}
+
+/// A mangled name with `*` for each number that stands for a version of a crate: `Cs`, digits in base
+/// 62, `_` (Rust RFC 2603, "crate-root"), and for one that LLVM added.
+fn without_hashes(name: &str) -> String {
+    let name = match name.split_once(".llvm.") {
+        Some((name, _)) => format!("{name}.llvm.*"),
+        None => name.to_owned(),
+    };
+    let mut parts = name.split("Cs");
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        kept.push_str("Cs");
+        match part.split_once('_') {
+            Some((hash, rest))
+                if !hash.is_empty() && hash.bytes().all(|byte| byte.is_ascii_alphanumeric()) =>
+            {
+                kept.push_str("*_");
+                kept.push_str(rest);
+            }
+            _ => kept.push_str(part),
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAP: &str = "\
+             VMA              LMA     Size Align Out     In      Symbol
+        100411d0         100411d0    8d3b8     8 .text
+        100411d0         100411d0       1c     4         /lib/self-contained/crt1.o:(.text)
+        100411d0         100411d0        0     1                 $x
+        100411ec         100411ec      100     4         /deps/a.rcgu.o:(.text._RNvNtCsc8dZ_6armlet8commands7execute)
+        100412ec         100412ec        8     4         /deps/a.rcgu.o:(.text.OUTLINED_FUNCTION_7)
+        10041300         10041300       40    16         /lib/libc.a(memcpy.lo):(.text)
+        10050000         10050000       40    16         /deps/a.rcgu.o:(.rodata.x)
+";
+    const LOG: &str = "\
+----------------
+IN: memcpy
+0x10041304:  d503245f  bti      c
+
+----------------
+IN: 
+0x100412f0:  d280001e  movz     x30, #0
+0x100411ec:  d280001e  movz     x30, #0
+0x100411f0:  d280001e  movz     x30, #0
+0x10050000:  d280001e  movz     x30, #0
+";
+
+    #[test]
+    fn what_ran_is_named_in_the_order_in_which_it_ran() {
+        let sections = sections(MAP);
+        assert_eq!(sections.len(), 4);
+        let script = script(&ran(&sections, addresses(LOG)));
+        let lines: Vec<&str> = script.lines().map(str::trim).collect();
+        assert_eq!(
+            lines[5..8],
+            [
+                "*libc.a:memcpy.lo(.text)",
+                "*(.text._RNvNtCs*_6armlet8commands7execute)",
+                "*(.text.OUTLINED_FUNCTION_*)",
+            ],
+            "{script}"
+        );
+    }
+
+    #[test]
+    fn names_are_kept_but_for_what_changes_with_versions() {
+        for (name, kept) in [
+            ("memcpy", "memcpy"),
+            (
+                "_RNvXNtCs1_4core3fmtNtCsAbC9_6armlet5Width",
+                "_RNvXNtCs*_4core3fmtNtCs*_6armlet5Width",
+            ),
+            ("_RNvMNtB2_10Csomething", "_RNvMNtB2_10Csomething"),
+            ("Cs.x", "Cs.x"),
+            ("start.llvm.1234", "start.llvm.*"),
+        ] {
+            assert_eq!(without_hashes(name), kept);
+        }
+    }
+}
