@@ -11,7 +11,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// Gives `len` bytes of guest memory from `address` back to the host: they read as zero from then
 /// on, also for processes that share them. Parts of the host's pages at either end stay.
@@ -46,6 +48,7 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
                     // SAFETY: the range lies in the region's mapping. It is the guest's memory, of
                     // which nobody here relies on what is in it.
                     unsafe { rustix::mm::madvise(start.cast::<c_void>(), whole as usize, advice) }?;
+                    keep_small(region, first, whole);
                 }
             }
         }
@@ -53,6 +56,35 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
         at = GuestAddress(at.0.wrapping_add(count));
     }
     Ok(())
+}
+
+/// Has the kernel make no huge page of those of which `len` bytes from `offset` are a part: within
+/// seconds it would fill up what was given back (mm/khugepaged.c: max_ptes_none).
+///
+/// On hosts with 4 KiB pages guests report whole huge pages, and what a balloon takes piece by piece
+/// stays as Linux has it: such pages never became huge again when the balloon shrinks.
+fn keep_small(region: &GuestRegionMmap, offset: u64, len: u64) {
+    const REPORTED: u64 = 2 << 20;
+    let page = rustix::param::page_size() as u64;
+    let block = page / 8 * page;
+    if block <= REPORTED {
+        return;
+    }
+    let base = region.as_ptr() as u64;
+    let (start, end) = (base + offset, base + offset + len);
+    for edge in [start, end] {
+        if edge.is_multiple_of(block) {
+            continue;
+        }
+        let first = (edge - edge % block).max(base);
+        let last = (edge - edge % block + block).min(base + region.len());
+        // SAFETY: the range lies in the region's mapping, and what is in it stays. Without huge pages
+        // in the kernel there is nothing to do.
+        let _ = unsafe {
+            let (start, len) = (first as *mut c_void, (last - first) as usize);
+            rustix::mm::madvise(start, len, Advice::LinuxNoHugepage)
+        };
+    }
 }
 
 /// Maps the first `size` bytes of a file, shared, and for reading only where `readonly`. The

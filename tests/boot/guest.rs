@@ -626,3 +626,31 @@ impl Terminal {
         format!("{:?}", tcgetattr(&self.slave).expect("a terminal's modes"))
     }
 }
+
+/// Values of files in sysfs, set for a while.
+pub(crate) struct Tuned {
+    before: Vec<(PathBuf, String)>,
+}
+
+impl Tuned {
+    /// Sets values by file of a folder. `None` where this user cannot.
+    pub(crate) fn set(folder: &str, values: &[(&str, &str)]) -> Option<Tuned> {
+        let mut tuned = Tuned { before: Vec::new() };
+        for (file, value) in values {
+            let path = Path::new(folder).join(file);
+            let before = fs::read_to_string(&path).ok()?;
+            fs::write(&path, value).ok()?;
+            tuned.before.push((path, before));
+        }
+        Some(tuned)
+    }
+}
+
+impl Drop for Tuned {
+    fn drop(&mut self) {
+        for (path, value) in self.before.iter().rev() {
+            // The host's other users see to it.
+            let _ = fs::write(path, value);
+        }
+    }
+}

@@ -1,4 +1,4 @@
-use crate::guest::{Armlet, GLANCE, Guest};
+use crate::guest::{Armlet, GLANCE, Guest, Tuned};
 use crate::rig::{self, Rig};
 use crate::software::Program;
 use rustix::process::Signal;
@@ -190,43 +190,15 @@ fn memory_taken_beforehand_is_there_before_the_guest_touches_it() {
     stop(guest);
 }
 
-/// KSM, scanning without a pause for a while.
-struct Merging {
-    before: Vec<(&'static str, String)>,
-}
-
-impl Merging {
-    const FOLDER: &str = "/sys/kernel/mm/ksm";
-
-    /// `None` where this user cannot, or this kernel has none; this was said then.
-    fn on() -> Option<Merging> {
-        let mut merging = Merging { before: Vec::new() };
-        for (file, value) in [
-            ("pages_to_scan", "20000"),
-            ("sleep_millisecs", "20"),
-            ("run", "1"),
-        ] {
-            let path = format!("{}/{file}", Merging::FOLDER);
-            let before = fs::read_to_string(&path);
-            match (before, fs::write(&path, value)) {
-                (Ok(before), Ok(())) => merging.before.push((file, before)),
-                _ => {
-                    println!("skipped: this user cannot set {path}");
-                    return None;
-                }
-            }
-        }
-        Some(merging)
-    }
-}
-
-impl Drop for Merging {
-    fn drop(&mut self) {
-        for (file, value) in self.before.iter().rev() {
-            // The host's other users see to it.
-            let _ = fs::write(format!("{}/{file}", Merging::FOLDER), value);
-        }
-    }
+/// KSM, scanning without a pause for a while. `None` where this user cannot set it, or this kernel
+/// has none.
+fn merging() -> Option<Tuned> {
+    let values = [
+        ("pages_to_scan", "20000"),
+        ("sleep_millisecs", "20"),
+        ("run", "1"),
+    ];
+    Tuned::set("/sys/kernel/mm/ksm", &values)
 }
 
 #[test]
@@ -244,7 +216,8 @@ fn equal_pages_are_merged_where_that_is_asked_for_alone() {
             .flag("--prefault")
     };
     let (armlet, other) = (guest().alone(), guest());
-    let Some(_merging) = Merging::on() else {
+    let Some(_merging) = merging() else {
+        println!("skipped: this user cannot set KSM");
         return;
     };
     let (guest, pages) = (
