@@ -246,9 +246,26 @@ fn check_plan(
         let range = Range::new(blob.address, blob.bytes.len() as u64).expect("a blob");
         parts.push((blob.name.to_owned(), range));
     }
+    let page = request.kernel.as_ref().and_then(|kernel| kernel.page_size);
+    let page = page.unwrap_or(64 * KIB);
+    let clocks = || {
+        Some((
+            plan.vcpus.first()?.stolen_time?,
+            plan.vcpus.last()?.stolen_time?,
+        ))
+    };
+    if let Some((first, last)) = clocks() {
+        let size = (last + 64 - first).next_multiple_of(page);
+        let range = Range::new(first, size).expect("clocks");
+        parts.push(("stolen time".to_owned(), range));
+    }
     disjoint(&parts);
     for (name, range) in &parts {
         assert!(plan.layout.ram[0].contains(*range), "{name} {range}");
+        assert!(
+            name == "kernel" || range.start().is_multiple_of(page),
+            "{name} {range}: a guest of {page} bytes a page shares one with another"
+        );
     }
     if let (Some(kernel), Some(range)) = (&request.kernel, payload.kernel) {
         assert_eq!(range.size(), kernel.image_size);
