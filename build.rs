@@ -27,7 +27,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Makes of each board file what the program starts from: the board and what its hosts are recognised
-/// by, as values, the one in postcard's format and the other as an expression. To read the files at each start would take longer than all else does.
+/// by, as values, the one in postcard's format and the other as an expression. To read the files at
+/// each start would take longer than all else does.
 fn boards(root: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=boards");
     let folder = root.join("boards");

@@ -133,15 +133,20 @@ fn map_bank(bank: Range, sharing: Sharing, backing: Backing) -> Result<GuestRegi
         .ok_or_else(|| anyhow!("it ends past 2^64"))
 }
 
+/// Bytes of a huge page of anonymous memory on a host with pages of `page` bytes: what one page of
+/// page tables maps. 2 MiB on 4 KiB pages, 32 MiB on 16 KiB, 512 MiB on 64 KiB.
+#[must_use]
+pub const fn huge_page(page: usize) -> usize {
+    page / 8 * page
+}
+
 /// A mapping of `size` bytes of ours at an address that suits huge pages.
 fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     // A huge block needs guest-physical and host-virtual address to agree modulo its size
-    // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping); anonymous memory comes in blocks
-    // of one page-table page: 2 MiB on 4 KiB pages, 32 MiB on 16 KiB, 512 MiB on 64 KiB.
-    let page = rustix::param::page_size();
+    // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping).
     let block = match pages {
         HugePages::Of(huge) => usize::try_from(huge)?,
-        _ => page / 8 * page,
+        _ => huge_page(rustix::param::page_size()),
     };
     let wanted = bank.start() as usize % block;
     let lead = |start: usize| (wanted + block - start % block) % block;

@@ -2,6 +2,7 @@
 
 use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch};
+use crate::memory::huge_page;
 use crate::{boards, host};
 use anyhow::Result;
 use armlet_arch::board::Severity;
@@ -427,7 +428,7 @@ fn diagnose_arm(facts: &ArmFacts, cpus: usize, cpu_interface: Option<u64>) -> Ve
         Some(_) => {}
     }
     if host.page_size > 0x1000 {
-        let block = host.page_size / 8 * host.page_size;
+        let block = huge_page(host.page_size as usize) as u64;
         add(
             Severity::Note,
             format!(

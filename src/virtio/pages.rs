@@ -1,6 +1,7 @@
 //! Pages of the host beneath the guest's memory: giving them back, having those of a file in their
 //! place, and locks on such files.
 
+use crate::memory::huge_page;
 use anyhow::{Context, Result};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -65,8 +66,7 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
 /// stays as Linux has it: such pages never became huge again when the balloon shrinks.
 fn keep_small(region: &GuestRegionMmap, offset: u64, len: u64) {
     const REPORTED: u64 = 2 << 20;
-    let page = rustix::param::page_size() as u64;
-    let block = page / 8 * page;
+    let block = huge_page(rustix::param::page_size()) as u64;
     if block <= REPORTED {
         return;
     }
@@ -94,9 +94,7 @@ fn keep_small(region: &GuestRegionMmap, offset: u64, len: u64) {
 /// # Errors
 /// What the host says: no room in the address space, a file system without mappings.
 pub fn map_file(file: &File, size: usize, readonly: bool) -> Result<*mut u8> {
-    let page = rustix::param::page_size();
-    // As much as one page of page tables maps (as for other guest memory).
-    let block = page / 8 * page;
+    let block = huge_page(rustix::param::page_size());
     let reserved = size.checked_add(block).context("it is too large")?;
     let nothing = ProtFlags::empty();
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;

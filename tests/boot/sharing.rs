@@ -273,10 +273,10 @@ git init -q; git add .; git commit -q -m 'All of it'
 git clone -q /home/share/source ../checkout
 cd ../checkout
 git fsck --no-progress --strict
-make -s SHELL=/tmp/bin/sh CC=tcc 2>/dev/null
+make -s SHELL=/tmp/bin/sh CC=tcc
 ./sum
 rm part7.o part7.c; git checkout -q .
-make -s SHELL=/tmp/bin/sh CC=tcc 2>/dev/null; ./sum; rm *.o sum
+make -s SHELL=/tmp/bin/sh CC=tcc; ./sum; rm *.o sum
 git status --porcelain | wc -l
 END
 chroot /mnt /tmp/bin/sh /tmp/work 2>&1 || echo BAD
@@ -289,8 +289,14 @@ umount /mnt/home/share && echo UNMOUNTED";
         )
         .run();
     let said = outcome.script();
+    // The guest's clock may be behind the host's, which sets the files' times.
+    let of_clocks = |line: &str| {
+        line.starts_with("make: Warning: File") && line.ends_with("in the future")
+            || line.starts_with("make: warning:  Clock skew detected.")
+    };
+    let said: Vec<&str> = said.lines().filter(|line| !of_clocks(line)).collect();
     let wanted = "sum 780\nsum 780\n0\nUNMOUNTED";
-    assert_eq!(said.trim(), wanted, "{}", outcome.errors);
+    assert_eq!(said.join("\n").trim(), wanted, "{}", outcome.errors);
     for name in ["part39.c", "Makefile", ".git/HEAD"] {
         assert!(
             folder.path().join("checkout").join(name).is_file(),

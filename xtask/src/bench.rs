@@ -235,14 +235,9 @@ impl Bench {
     ) -> Result<Vec<Value>> {
         let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
         let program = Path::new("/bin").join(vmm.file.file_name().context("no file")?);
-        let file = |from: &Path, to: &Path| HostFile {
-            from: from.to_owned(),
-            to: to.to_owned(),
-            mode: 0o755,
-        };
         let mut files = runner::asset_files(folder, kernel.isa(), Choice::Standard);
-        files.push(file(measurer, Path::new("/bin/xtask")));
-        files.push(file(&vmm.file, &program));
+        files.push(HostFile::program(measurer, "/bin/xtask"));
+        files.push(HostFile::program(&vmm.file, &program));
 
         let path = |name| in_host.join(name).to_string_lossy().into_owned();
         let mut command = vec!["/bin/xtask".to_owned(), "measure".to_owned()];

@@ -160,6 +160,17 @@ pub(crate) struct HostFile {
     pub(crate) mode: u32,
 }
 
+impl HostFile {
+    /// A program, which `from` is here and `to` shall be there.
+    pub(crate) fn program(from: &Path, to: impl Into<PathBuf>) -> Self {
+        Self {
+            from: from.to_owned(),
+            to: to.into(),
+            mode: 0o755,
+        }
+    }
+}
+
 /// What an emulated host shall run.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Job {

@@ -201,11 +201,7 @@ impl Host {
                 .file_name()
                 .with_context(|| format!("{path:?} names no file"))?;
             let to = Path::new("/root").join(name);
-            files.push(host::HostFile {
-                from: path.clone(),
-                to,
-                mode: 0o755,
-            });
+            files.push(host::HostFile::program(path, to));
         }
         let terminal = if self.command.is_empty() {
             RawTerminal::take()?

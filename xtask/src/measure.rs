@@ -172,13 +172,10 @@ impl Measure {
     fn command(&self, cmdline: &str) -> Vec<String> {
         let kernel = self.kernel.to_string_lossy();
         let initrd = self.initrd.to_string_lossy();
-        let fill = |word: &String| {
-            word.replace("{kernel}", &kernel)
-                .replace("{initrd}", &initrd)
-                .replace("{cmdline}", cmdline)
-        };
         let words = self.command.iter().skip_while(|word| *word == "--");
-        words.map(fill).collect()
+        words
+            .map(|word| fill(word, &kernel, &initrd, cmdline))
+            .collect()
     }
 
     /// Reads that the VMM does before it enters the guest. One that reads with several threads
@@ -231,6 +228,13 @@ impl Measure {
         }
         Ok(values)
     }
+}
+
+/// A word of a VMM's command with what belongs in its places.
+pub(crate) fn fill(word: &str, kernel: &str, initrd: &str, cmdline: &str) -> String {
+    word.replace("{kernel}", kernel)
+        .replace("{initrd}", initrd)
+        .replace("{cmdline}", cmdline)
 }
 
 /// What a VM gave, by name.

@@ -15,7 +15,7 @@ use argh::FromArgs;
 use serde_json::{Value, json};
 
 use crate::load::{self, END, START};
-use crate::measure::{UserExits, exits, print};
+use crate::measure::{self, UserExits, exits, print};
 use crate::perf::Counters;
 use crate::procfs::{self, Mappings};
 use crate::vm::Vm;
@@ -98,9 +98,7 @@ impl MeasureIo {
             self.work
         );
         let fill = |word: &String| {
-            word.replace("{kernel}", &self.kernel)
-                .replace("{initrd}", &self.initrd)
-                .replace("{cmdline}", &cmdline)
+            measure::fill(word, &self.kernel, &self.initrd, &cmdline)
                 .replace("{disk}", DISK)
                 .replace("{tap}", TAP)
         };

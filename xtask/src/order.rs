@@ -4,7 +4,7 @@
 //! is all in memory. A release is traced through the life of a guest, and the sections of code that
 //! ran are named in `packaging/order.ld`, in the order in which they first ran.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::assets::{self, Choice};
 use crate::bench::ARMLET;
 use crate::host::{self, Ended, HostFile, HostSpec, Job, TRACED};
 use crate::isa::Isa;
-use crate::measure::Pass;
+use crate::measure::{self, Pass};
 use crate::packages::Store;
 use crate::progress::say;
 use crate::{boot, runner};
@@ -85,18 +85,11 @@ fn trace(store: &Store, assets: &Path, armlet: &Path, log: &Path) -> Result<()> 
     let isa = Isa::Arm64;
     let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
     let path = |name| in_host.join(name).to_string_lossy().into_owned();
-    let fill = |word: &str| {
-        word.replace("{kernel}", &path(assets::kernel(isa)))
-            .replace("{initrd}", &path("initrd"))
-            .replace("{cmdline}", Pass::Timing.cmdline())
-    };
+    let (kernel, initrd) = (path(assets::kernel(isa)), path("initrd"));
+    let fill = |word| measure::fill(word, &kernel, &initrd, Pass::Timing.cmdline());
     let program = "/bin/armlet".to_owned();
     let mut files = runner::asset_files(assets, isa, Choice::Standard);
-    files.push(HostFile {
-        from: armlet.to_owned(),
-        to: PathBuf::from(&program),
-        mode: 0o755,
-    });
+    files.push(HostFile::program(armlet, &program));
     let mut command = vec![program];
     command.extend(ARMLET.map(fill));
     let job = Job {
@@ -159,7 +152,7 @@ fn addresses(log: &str) -> impl Iterator<Item = u64> {
 /// The sections in which these addresses lie, each once.
 fn ran(sections: &BTreeMap<u64, Section>, addresses: impl Iterator<Item = u64>) -> Vec<&Section> {
     let mut ran: Vec<&Section> = Vec::new();
-    let mut known = std::collections::BTreeSet::new();
+    let mut known = BTreeSet::new();
     for address in addresses {
         let Some((start, section)) = sections.range(..=address).next_back() else {
             continue;
