@@ -46,7 +46,7 @@ pub(crate) struct Armlet {
     input: Input,
     memory: &'static str,
     cpus: usize,
-    alone: bool,
+    turn: Option<Turn>,
     /// A command that becomes armlet.
     through: Vec<OsString>,
     folder: TempDir,
@@ -61,7 +61,7 @@ impl Armlet {
             input: Input::Nothing,
             memory: "256M",
             cpus: 1,
-            alone: false,
+            turn: None,
             through: Vec::new(),
             folder: tempfile::tempdir().expect("a temporary folder"),
         }
@@ -206,9 +206,10 @@ impl Armlet {
         self
     }
 
-    /// Runs while no other guest does.
+    /// Waits until no guest runs; none starts before this one has ended. Who changes the host for
+    /// it does so after this.
     pub(crate) fn alone(mut self) -> Armlet {
-        self.alone = true;
+        self.turn = Some(Turn::alone());
         self
     }
 
@@ -231,11 +232,7 @@ impl Armlet {
     }
 
     fn spawn(self, output: Option<OwnedFd>) -> Guest {
-        let turn = if self.alone {
-            Turn::alone()
-        } else {
-            Turn::of(self.cpus)
-        };
+        let turn = self.turn.unwrap_or_else(|| Turn::of(self.cpus));
         let mut words = self.through.clone();
         words.push(env!("CARGO_BIN_EXE_armlet").into());
         let mut command = Command::new(&words[0]);

@@ -38,7 +38,8 @@ fn kib(pid: u32, file: &str, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("no {name} in\n{text}"))
 }
 
-/// The pool of the host's smallest huge pages, with so many pages in it for a while.
+/// The pool of the host's smallest huge pages, with so many pages in it for a while. Only a test
+/// whose guest is alone has one: small hosts have no memory for another guest beside it.
 struct Pool {
     folder: PathBuf,
     /// "2M".
@@ -47,7 +48,8 @@ struct Pool {
     _lock: MutexGuard<'static, ()>,
 }
 
-/// One test at a time has the pool.
+/// One test at a time has the pool: it is put back after its guest's turn. Who has it must not wait
+/// for another turn.
 static POOL: Mutex<()> = Mutex::new(());
 
 impl Pool {
@@ -120,9 +122,18 @@ fn guest_memory_comes_from_the_pool_and_goes_back_to_it() {
     assert!(from_pool > 0);
     stop(guest);
     assert_eq!(pool.free(), all);
+}
 
-    let guest = idle_guest().option("--hugepages", &pool.size);
-    let guest = up(guest.flag("--prefault"));
+#[test]
+fn memory_taken_beforehand_empties_the_pool() {
+    let Some(rig) = rig::any() else { return };
+    let armlet = idle_guest().alone();
+    let Some(pool) = Pool::with(rig, GUEST_KIB << 10) else {
+        return;
+    };
+    let all = pool.free();
+    let armlet = armlet.option("--hugepages", &pool.size);
+    let guest = up(armlet.flag("--prefault"));
     assert_eq!(pool.free(), 0, "of {all} pages");
     assert_eq!(kib(guest.pid(), "status", "HugetlbPages:"), GUEST_KIB);
     // The pool is empty now. No guest runs, so none waits for its turn.

@@ -357,8 +357,6 @@ fn resident(pid: u32) -> usize {
 ///
 /// The host's kernel puts huge pages together again all the while, which would undo it.
 fn gives_back(rig: &Rig, kernel: &str, drivers: &str, memory: &'static str, least: usize) {
-    let values = [("pages_to_scan", "65536"), ("scan_sleep_millisecs", "100")];
-    let _eager = Tuned::set("/sys/kernel/mm/transparent_hugepage/khugepaged", &values);
     let script = "
 mkdir -p /mnt
 # In blocks of the size in which Linux reports free memory.
@@ -373,12 +371,14 @@ for time in 1 2; do
     echo FREED
 done
 read -r line </dev/console";
-    let mut guest = Armlet::devices_on(rig, kernel, drivers, script)
+    let armlet = Armlet::devices_on(rig, kernel, drivers, script)
         .memory(memory)
         .input(Input::Pipe)
         .option("--balloon", "reporting=on")
-        .alone()
-        .start();
+        .alone();
+    let values = [("pages_to_scan", "65536"), ("scan_sleep_millisecs", "100")];
+    let _eager = Tuned::set("/sys/kernel/mm/transparent_hugepage/khugepaged", &values);
+    let mut guest = armlet.start();
     guest.expect("EMPTY");
     let empty = resident(guest.pid());
     for least in [least * 2 / 3, least] {
