@@ -32,7 +32,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.
 const KEY_HELD: Duration = Duration::from_millis(100);
-/// How often vCPUs are told to stop until they have.
+/// How soon vCPUs that were told to stop are told again; each time it takes twice as long.
+const FIRST_KICK: Duration = Duration::from_micros(50);
+/// The longest that it takes.
 const KICK_EVERY: Duration = Duration::from_millis(10);
 /// How long a guest listens before it gets input: Linux's driver listens for a moment before it
 /// throws away what came and begins in earnest (`pl011_hwinit`).
@@ -229,9 +231,10 @@ fn status(ending: Ending) -> Status {
 }
 
 /// Makes all vCPUs leave the guest. A kick may come just before a thread begins to wait, so it
-/// is repeated.
+/// is repeated, at first soon: most threads end at once.
 fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool) {
     stopping.store(true, Ordering::Release);
+    let mut pause = FIRST_KICK;
     loop {
         let running: Vec<_> = vcpus.iter().filter(|vcpu| !vcpu.is_finished()).collect();
         if running.is_empty() {
@@ -240,7 +243,8 @@ fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool) {
         for vcpu in running {
             vcpu.kick();
         }
-        std::thread::sleep(KICK_EVERY);
+        std::thread::sleep(pause);
+        pause = (2 * pause).min(KICK_EVERY);
     }
 }
 
