@@ -6,9 +6,10 @@ use crate::probe::{ArmFacts, Virtualization};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::aarch64::features::{Features, Offered, Pmu};
 use armlet_arch::aarch64::gic::Gic;
-use armlet_arch::aarch64::ipa::{LEGACY_BITS, pa_range, pa_range_bits};
+use armlet_arch::aarch64::ipa::{pa_range, pa_range_bits};
 use armlet_arch::aarch64::{Aarch64, Host};
 use armlet_arch::irq::{GicChoice, Spi};
+use armlet_arch::width::MIN_BITS;
 use armlet_arch::{Plan, Request, Width};
 use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
@@ -196,7 +197,9 @@ fn quick_facts(kvm: &Kvm) -> Host {
 
 /// A VM with one vCPU, to ask questions of.
 fn scratch_vm(kvm: &Kvm, host: &Host) -> Result<(VmFd, VcpuFd)> {
-    let bits = host.ipa_limit.map_or(0, |limit| limit.min(LEGACY_BITS));
+    // KVM fills and walks the tables of the whole width: with 16 KiB pages those of 40 bits take
+    // 2 million instructions.
+    let bits = host.ipa_limit.map_or(0, |_| MIN_BITS);
     let vm = kvm
         .create_vm_with_type(u64::from(bits))
         .context("cannot create a VM")?;
