@@ -24,6 +24,7 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use std::sync::Once;
 
 /// Most vCPUs that a host with GICv2 alone reports (KVM_CAP_MAX_VCPUS).
 const GIC_V2_VCPUS: u32 = 8;
@@ -109,6 +110,7 @@ impl KvmArch for Aarch64 {
         init_gic(&chip, &plan.layout.irqchip)?;
         if let Some(pmu) = &plan.features.pmu {
             init_counters(&vcpus, pmu)?;
+            wake_perf();
         }
         for (vcpu, planned) in vcpus.iter().zip(&plan.vcpus) {
             if let Some(address) = &planned.stolen_time {
@@ -355,6 +357,37 @@ fn init_counters(vcpus: &[VcpuFd], pmu: &Pmu) -> Result<()> {
             })?;
     }
     Ok(())
+}
+
+/// Has the host's perf switched on while the kernel is read. KVM counts for guests by perf events,
+/// and the first on a host waits until all CPUs have passed through the scheduler, 10 ms and more
+/// (kernel/events/core.c: account_event), in which a vCPU would stand still. An event of ours, which
+/// counts nothing, takes that wait, and stays so that none comes after it. Where users may not use
+/// perf (`kernel.perf_event_paranoid`) the guest waits.
+fn wake_perf() {
+    /// `PERF_TYPE_SOFTWARE`, `PERF_ATTR_SIZE_VER0` in the upper half (include/uapi/linux/perf_event.h).
+    const TYPE_AND_SIZE: u64 = 1 | 64 << 32;
+    /// `PERF_COUNT_SW_DUMMY`.
+    const DUMMY: u64 = 9;
+    /// `disabled`, `exclude_kernel` and `exclude_hv`.
+    const FLAGS: u64 = 1 | 1 << 5 | 1 << 6;
+    /// `PERF_FLAG_FD_CLOEXEC`.
+    const CLOEXEC: u64 = 8;
+    static AWAKE: Once = Once::new();
+    AWAKE.call_once(|| {
+        let wait = || {
+            let attributes = [TYPE_AND_SIZE, DUMMY, 0, 0, 0, FLAGS, 0, 0];
+            // SAFETY: the kernel reads 64 bytes of attributes, which are there, and makes a descriptor
+            // that is nobody else's.
+            unsafe {
+                libc::syscall(libc::SYS_perf_event_open, &attributes, 0, -1, -1, CLOEXEC);
+            }
+        };
+        let _ = std::thread::Builder::new()
+            .name("perf".to_owned())
+            .stack_size(16 << 10)
+            .spawn(wait);
+    });
 }
 
 /// Lets KVM tell the guest at this address of RAM how long the vCPU does not run.
