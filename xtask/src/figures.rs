@@ -16,9 +16,11 @@ pub(crate) const NOT_MEASURED: [&str; 5] = [
      from the host kernel's, more than one CPU, devices other than the console.",
     "The host's time for a byte of console is that between guest exits and entries, with the cost \
      of tracing taken off; the peers' was counted by perf for each exit.",
-    "Exec to exit has no peers beside it: our guest's init does more between marker and power-off.",
-    "The peers' reading of the kernel is the difference of their first two rows, and what they did \
-     with the initramfs is not known; ours is told apart.",
+    "The peers' guest came to its init some 30 ms later than ours: alioth 0.12.0 with ours takes \
+     489.0 ms to the init and 502.5 to the exit.",
+    "The peers' reading is the difference of their first two rows: of kernel and initramfs, to judge \
+     by alioth 0.12.0, which takes 2.7 ms here without both and 3.7 without the kernel alone, where \
+     its row says 2.5.",
     "The binary is armlet's release build as it is, static and stripped.",
 ];
 
@@ -69,7 +71,7 @@ const fn spec(
 }
 
 /// The sources of the limits are the issue that asked for the bench, and the best peer.
-const SPECS: [Spec; 38] = [
+const SPECS: [Spec; 39] = [
     spec(
         "4k/timing/exec_to_entry_ms",
         "exec to first KVM_RUN",
@@ -81,15 +83,15 @@ const SPECS: [Spec; 38] = [
         "entry_less_kernel_ms",
         "  less reading the kernel",
         "ms",
-        Reach::Below(1.9),
-        &[1.9, 2.5, 3.5, 13.4, 10.7, 153.0],
+        Reach::Nothing,
+        &[],
     ),
     spec(
         "4k/reading/reading_kernel_ms",
         "  reading the kernel",
         "ms",
         Reach::Below(20.0),
-        &[20.7, 20.7, 20.6, 22.0, 21.3],
+        &[],
     ),
     spec(
         "4k/reading/reading_initrd_ms",
@@ -99,11 +101,18 @@ const SPECS: [Spec; 38] = [
         &[],
     ),
     spec(
-        "entry_less_reading_ms",
-        "  less reading either",
+        "4k/reading/reading_ms",
+        "  reading both",
         "ms",
         Reach::Nothing,
-        &[],
+        &[20.7, 20.7, 20.6, 22.0, 21.3],
+    ),
+    spec(
+        "entry_less_reading_ms",
+        "  less reading both",
+        "ms",
+        Reach::Below(1.9),
+        &[1.9, 2.5, 3.5, 13.4, 10.7, 153.0],
     ),
     spec(
         "4k/timing/exec_to_marker_ms",
