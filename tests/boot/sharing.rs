@@ -47,7 +47,11 @@ printf DONE >&3"
 #[test]
 fn a_virtio_console_has_the_terminals_size() {
     let Some(rig) = rig::main() else { return };
-    let mut guest = Armlet::devices(rig, "echo \"SIZE $(stty -F /dev/hvc0 size)\"; sleep 1")
+    // Linux hears of it as it starts and when a program writes, and sets it a moment later.
+    let script = "size() { stty -F /dev/hvc0 size; }
+until [ \"$(size)\" != '0 0' ]; do sleep 1; done
+echo \"SIZE $(size)\"; sleep 1";
+    let mut guest = Armlet::devices(rig, script)
         .option("--console", "virtio")
         .input(Input::Terminal)
         .start();
