@@ -34,8 +34,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 const KEY_HELD: Duration = Duration::from_millis(100);
 /// How soon vCPUs that were told to stop are told again; each time it takes twice as long.
 const FIRST_KICK: Duration = Duration::from_micros(50);
-/// The longest that it takes.
-const KICK_EVERY: Duration = Duration::from_millis(10);
+/// The longest that it takes then.
+const LONGEST_TO_KICK: Duration = Duration::from_millis(10);
 /// How long a guest listens before it gets input: Linux's driver listens for a moment before it
 /// throws away what came and begins in earnest (`pl011_hwinit`).
 const SETTLE: Duration = Duration::from_millis(1);
@@ -244,7 +244,7 @@ fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool) {
             vcpu.kick();
         }
         std::thread::sleep(pause);
-        pause = (2 * pause).min(KICK_EVERY);
+        pause = (2 * pause).min(LONGEST_TO_KICK);
     }
 }
 

@@ -373,6 +373,8 @@ fn wake_perf() {
     const FLAGS: u64 = 1 | 1 << 5 | 1 << 6;
     /// `PERF_FLAG_FD_CLOEXEC`.
     const CLOEXEC: u64 = 8;
+    /// Enough for one system call.
+    const STACK_BYTES: usize = 16 << 10;
     static AWAKE: Once = Once::new();
     AWAKE.call_once(|| {
         let wait = || {
@@ -385,7 +387,7 @@ fn wake_perf() {
         };
         let _ = std::thread::Builder::new()
             .name("perf".to_owned())
-            .stack_size(16 << 10)
+            .stack_size(STACK_BYTES)
             .spawn(wait);
     });
 }

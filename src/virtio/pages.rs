@@ -72,12 +72,12 @@ fn keep_small(region: &GuestRegionMmap, offset: u64, len: u64) {
     }
     let base = region.as_ptr() as u64;
     let (start, end) = (base + offset, base + offset + len);
-    for edge in [start, end] {
-        if edge.is_multiple_of(block) {
-            continue;
-        }
-        let first = (edge - edge % block).max(base);
-        let last = (edge - edge % block + block).min(base + region.len());
+    let cut = |edge: u64| (!edge.is_multiple_of(block)).then_some(edge - edge % block);
+    let (at_start, at_end) = (cut(start), cut(end));
+    let at_end = at_end.filter(|_| at_end != at_start);
+    for huge in [at_start, at_end].into_iter().flatten() {
+        let first = huge.max(base);
+        let last = (huge + block).min(base + region.len());
         // SAFETY: the range lies in the region's mapping, and what is in it stays. Without huge pages
         // in the kernel there is nothing to do.
         let _ = unsafe {
