@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use armlet::boards::BUILT_IN;
 use armlet::kernel::Kernel;
-use armlet::virtio::disk::qcow2::mend::{Header, mend};
+use armlet::virtio::disk::qcow2::header::Header;
+use armlet::virtio::disk::qcow2::mend::survey;
 use armlet_arch::aarch64::Aarch64;
 use armlet_arch::board::{Architecture, Profile, Signature};
 use armlet_arch::image::{HEAD, recognise};
@@ -172,10 +173,11 @@ pub fn qcow2(data: &[u8]) {
     }
     let size = image.metadata().expect("a file").len();
     if let Ok(header) = Header::read(&image)
-        && mend(&image, &header).is_ok()
+        && let Ok(repair) = survey(&image, &header)
+        && repair.apply(&image, &header).is_ok()
     {
-        let again = mend(&image, &header);
-        assert_eq!(again.expect("it was good"), 0, "it is not mended at once");
+        let again = survey(&image, &header).expect("it was good");
+        assert_eq!(again.count(), 0, "it is not mended at once");
     }
     let now = image.metadata().expect("a file").len();
     assert!(now <= size.next_multiple_of(1 << 21), "it grew to {now}");

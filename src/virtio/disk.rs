@@ -298,18 +298,13 @@ impl DiskOptions {
             chain.push((path.as_path(), open_image(path, true)?.file));
         }
         let complaints = Complaints::new(name.to_owned(), path.clone());
-        let cluster_bits = qcow2::prepare(path, &opened.file, self.readonly)?;
+        let found = qcow2::look(path, &opened.file, self.readonly)?;
+        found.repair(path, &opened.file)?;
         if self.cache == Cache::None {
             self.bypass_cache(&opened, 0)?;
         }
-        let image = qcow2::Image::open(
-            path,
-            opened.file,
-            cluster_bits,
-            self.readonly,
-            chain,
-            complaints,
-        )?;
+        let image =
+            qcow2::Image::open(path, opened.file, &found, self.readonly, chain, complaints)?;
         let mut shape = self.shape(image.size());
         shape.physical_block_size = 4096;
         shape.discard_granularity = 4096;

@@ -1,17 +1,19 @@
 //! Images in QEMU's qcow2 format, by the library imago. One request at a time.
 
+pub mod header;
 pub mod mend;
 
 use super::QCOW2;
 use super::complaints::Complaints;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
+use header::Header;
 use imago::FormatAccess;
 use imago::file::File as Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use mend::{Header, mend};
+use mend::{Repair, survey};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -45,21 +47,20 @@ struct Access {
 
 impl Image {
     /// The image in `file`, which is open and locked, as are those that stand behind it in this
-    /// order; [`prepare`] gave its `cluster_bits`.
+    /// order; [`look`] found it in order.
     ///
     /// # Errors
     /// No image, or one that names other files than the user did.
     pub(super) fn open(
         path: &Path,
         file: File,
-        cluster_bits: u32,
+        found: &Found,
         readonly: bool,
         backing: Vec<(&Path, File)>,
         complaints: Complaints,
     ) -> Result<Image> {
         let disk = open_chain(path, file, readonly, &mut backing.into_iter())?;
-        // A table is a cluster of entries of 8 bytes.
-        let span = 1_u64 << (2 * cluster_bits - 3);
+        let span = found.header.span();
         let size = disk.size();
         let access = Access {
             disk,
@@ -174,24 +175,54 @@ fn or_else_unsupported(
     }
 }
 
-/// Looks at an image before it is opened, and makes one good that is to be written to and was not
-/// closed in order. Returns log2 of the bytes of its clusters.
+/// An image that was looked at before it is opened.
+pub(super) struct Found {
+    header: Header,
+    repair: Repair,
+}
+
+/// Looks at an image before it is opened. Nothing is written.
 ///
 /// # Errors
-/// One that is damaged.
-pub(super) fn prepare(path: &Path, file: &File, readonly: bool) -> Result<u32> {
-    let path = path.display();
-    let header = Header::read(file).with_context(|| format!("cannot open qcow2 image {path}"))?;
-    if readonly {
-        return Ok(header.cluster_bits);
+/// One that is damaged, or that armlet cannot work with.
+pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
+    let header = look_at_header(path, file, readonly)?;
+    let repair = match readonly {
+        true => Repair::default(),
+        false => survey(file, &header).with_context(|| {
+            let path = path.display();
+            format!(
+                "qcow2 image {path} is damaged ('qemu-img check -r all {path}' may repair it; 'qemu-img convert -O qcow2 {path} NEW' saves what can be read)"
+            )
+        })?,
+    };
+    Ok(Found { header, repair })
+}
+
+fn look_at_header(path: &Path, file: &File, readonly: bool) -> Result<Header> {
+    let shown = path.display().to_string();
+    let header = Header::read(file).and_then(|header| {
+        header.check_features(&shown, readonly)?;
+        Ok(header)
+    });
+    header.with_context(|| format!("cannot open qcow2 image {shown}"))
+}
+
+impl Found {
+    /// Makes good an image that is to be written to and was not closed in order.
+    ///
+    /// # Errors
+    /// One that cannot be written.
+    pub(super) fn repair(&self, path: &Path, file: &File) -> Result<()> {
+        let path = path.display();
+        let repaired = self.repair.apply(file, &self.header);
+        repaired.with_context(|| format!("cannot repair qcow2 image {path}"))?;
+        if self.repair.count() > 0 {
+            let count = self.repair.count();
+            log::info!("{path} was not closed in order; {count} clusters of it are counted again");
+        }
+        Ok(())
     }
-    let mended = mend(file, &header).with_context(|| {
-        format!("qcow2 image {path} is damaged ('qemu-img check -r all {path}' may repair it)")
-    })?;
-    if mended > 0 {
-        log::info!("{path} was not closed in order; {mended} clusters of it are counted again");
-    }
-    Ok(header.cluster_bits)
 }
 
 /// Opens an image with all that stands behind it.
@@ -222,7 +253,10 @@ fn open_chain(
         ),
         (Some(_), Some((other, file))) => {
             let behind = match format.as_deref() {
-                Some("qcow2") => open_chain(other, file, true, backing)?,
+                Some("qcow2") => {
+                    look_at_header(other, &file, true)?;
+                    open_chain(other, file, true, backing)?
+                }
                 Some("raw") => open_raw(other, file, backing)?,
                 None if !begins_like_qcow2(&file) => open_raw(other, file, backing)?,
                 _ => bail!(

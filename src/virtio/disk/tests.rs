@@ -574,6 +574,9 @@ fn blocks_of_a_file_are_told() {
 }
 
 #[cfg(feature = "qcow2")]
+mod features;
+
+#[cfg(feature = "qcow2")]
 mod qcow2 {
     use super::*;
     use imago::file::File as Storage;
@@ -775,7 +778,7 @@ mod qcow2 {
             "{twice}"
         );
         assert!(message(&|bytes| bytes[l1 + 6] = 2).contains("middle of a cluster"));
-        assert!(message(&|bytes| bytes[l1 + 1] = 0x40).contains("points too far"));
+        assert!(message(&|bytes| bytes[l1 + 1] = 0x40).contains("points behind its end"));
         // Read only, it is the guest's affair.
         let damaged = folder.path("damaged.qcow2");
         let text = format!("{damaged},format=qcow2,readonly");
@@ -796,7 +799,8 @@ mod qcow2 {
                 file.write_all_at(&[byte], (4 + at as u64) % size).expect("room");
             }
             // It can be mended or it cannot.
-            let _ = super::super::qcow2::prepare(Path::new(&image), &file, false);
+            let found = super::super::qcow2::look(Path::new(&image), &file, false);
+            let _ = found.and_then(|found| found.repair(Path::new(&image), &file));
             prop_assert!(file.metadata().expect("a size").len() <= size.max(1 << 20));
         }
     }

@@ -8,86 +8,31 @@
 //!
 //! The format: QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 
+use super::header::{Header, long, read_up_to};
 use anyhow::{Context, Result, bail};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
-/// Bytes of the header that are of interest here, as far as version 3 has it.
-const HEADER: usize = 104;
-/// Bytes of a header of version 2.
-const HEADER_2: usize = 72;
-/// The most bytes of an L1 table and of a reference count table (QEMU's block/qcow2.h:
-/// QCOW_MAX_L1_SIZE, QCOW_MAX_REFTABLE_SIZE).
-const MOST_L1: u64 = 32 << 20;
-const MOST_REFCOUNT_TABLE: u64 = 8 << 20;
 /// The most clusters that are looked after: 32 TiB of 64 KiB each, in 64 MiB of memory.
 const MOST_CLUSTERS: u64 = 1 << 29;
+/// Bytes of tables that are read without a look whether the file has them at all.
+const FEW: u64 = 16 << 20;
+/// Holes of the file that are shorter than this many bytes are not told from data.
+const SHORT_HOLE: u64 = 64 << 10;
 
 /// The part of an L1 or L2 entry that is an offset in the file.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The flag of an L2 entry whose cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
-/// Incompatible features that change what is read here: an external data file, and L2 entries of
-/// twice the size.
-const OTHER_LAYOUTS: u64 = 1 << 2 | 1 << 4;
-
-/// What the header says.
-pub struct Header {
-    /// Log2 of the bytes of a cluster: 9 to 21.
-    pub(super) cluster_bits: u32,
-    l1_offset: u64,
-    l1_bytes: u64,
-    refcounts_offset: u64,
-    refcounts_bytes: u64,
-    /// Log2 of the bits of a reference count.
-    refcount_order: u32,
-}
-
-impl Header {
-    /// Reads it.
-    ///
-    /// # Errors
-    /// A version, a feature or a size that is not supported.
-    pub fn read(file: &File) -> Result<Header> {
-        let mut bytes = [0; HEADER];
-        let there = read_up_to(file, &mut bytes, 0)?;
-        let (features, refcount_order) = match word(&bytes, 4) {
-            2 if there >= HEADER_2 => (0, 4),
-            3 if there == HEADER => (long(&bytes, 72), word(&bytes, 96)),
-            version => bail!("version {version} of the format is not supported"),
-        };
-        if features & OTHER_LAYOUTS != 0 {
-            bail!("it has its data in another file, or extended L2 entries: not supported");
-        }
-        let cluster_bits = word(&bytes, 20);
-        if !(9..=21).contains(&cluster_bits) || refcount_order > 6 {
-            bail!(
-                "clusters of 2^{cluster_bits} bytes, counted with 2^{refcount_order} bits, are not supported"
-            );
-        }
-        let header = Header {
-            cluster_bits,
-            l1_offset: long(&bytes, 40),
-            l1_bytes: 8 * u64::from(word(&bytes, 36)),
-            refcounts_offset: long(&bytes, 48),
-            refcounts_bytes: u64::from(word(&bytes, 56)) << cluster_bits,
-            refcount_order,
-        };
-        if header.l1_bytes > MOST_L1 || header.refcounts_bytes > MOST_REFCOUNT_TABLE {
-            bail!("its tables are too large");
-        }
-        Ok(header)
-    }
-
-    fn cluster_size(&self) -> u64 {
-        1 << self.cluster_bits
-    }
-}
 
 /// Clusters of the file that are in use.
 struct InUse {
     cluster_bits: u32,
+    /// Clusters of the file.
+    count: u64,
     bits: Vec<u64>,
 }
 
@@ -99,8 +44,8 @@ impl InUse {
         }
         let first = offset >> self.cluster_bits;
         let last = offset.saturating_add(bytes - 1) >> self.cluster_bits;
-        if last >= MOST_CLUSTERS {
-            bail!("it points too far");
+        if last >= self.count {
+            bail!("it points behind its end, to byte {offset}");
         }
         let words = (last / 64 + 1) as usize;
         if words > self.bits.len() {
@@ -142,33 +87,148 @@ impl InUse {
     }
 }
 
-/// Counts the clusters of the image that are in use and not counted; returns how many there were.
+/// Where a file has data; elsewhere it reads as zeros.
+struct Extents(Vec<Range<u64>>);
+
+impl Extents {
+    /// Those of a file, where it is worth to look: where there are more bytes of tables to read than
+    /// the file has. Who makes a file can have it tell any length, for nothing.
+    fn find(file: &File, tables: u64) -> Result<Extents> {
+        let allocated = file.metadata().context("cannot look at it")?.blocks() * 512;
+        let mut extents = Vec::<Range<u64>>::new();
+        if tables <= allocated.saturating_add(FEW) {
+            extents.push(0..u64::MAX);
+            return Ok(Extents(extents));
+        }
+        let mut at = 0;
+        loop {
+            let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                Err(Errno::NXIO) => return Ok(Extents(extents)),
+                Err(error) => return Err(error).context("cannot look where it has data"),
+            };
+            let hole = rustix::fs::seek(file, SeekFrom::Hole(data));
+            at = hole.context("cannot look where it has data")?;
+            match extents.last_mut() {
+                Some(last) if data - last.end < SHORT_HOLE => last.end = at,
+                _ => extents.push(data..at),
+            }
+        }
+    }
+
+    /// Whether there may be something else than zeros in this range.
+    fn meet(&self, offset: u64, bytes: u64) -> bool {
+        let next = self.0.partition_point(|extent| extent.end <= offset);
+        let next = self.0.get(next);
+        next.is_some_and(|extent| extent.start < offset.saturating_add(bytes))
+    }
+}
+
+/// What is to be mended.
+#[derive(Debug, Default)]
+pub struct Repair {
+    /// Clusters that are in use and not counted, in order.
+    uncounted: Vec<u64>,
+}
+
+impl Repair {
+    /// How many clusters are not counted.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.uncounted.len()
+    }
+
+    /// Writes it to the file.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn apply(&self, file: &File, header: &Header) -> Result<()> {
+        if self.uncounted.is_empty() {
+            return Ok(());
+        }
+        let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
+        let per_block = per_block(header);
+        let mut block = vec![0; header.cluster_size() as usize];
+        for clusters in self
+            .uncounted
+            .chunk_by(|one, other| one / per_block == other / per_block)
+        {
+            let number = clusters[0] / per_block;
+            let offset = refcounts.get(number as usize).copied().unwrap_or(0) & !0x1ff;
+            block.fill(0);
+            read_up_to(file, &mut block, offset)?;
+            for cluster in clusters {
+                let index = (cluster % per_block) as usize;
+                count_once(&mut block, header.refcount_order, index);
+            }
+            file.write_all_at(&block, offset)
+                .context("cannot write reference counts")?;
+        }
+        file.sync_data().context("cannot write it")
+    }
+}
+
+/// Looks for clusters of the image that are in use and not counted. Nothing is written.
 ///
 /// # Errors
 /// An image that is damaged in other ways.
-pub fn mend(file: &File, header: &Header) -> Result<u64> {
+pub fn survey(file: &File, header: &Header) -> Result<Repair> {
+    let count = header.len.div_ceil(header.cluster_size());
+    if count > MOST_CLUSTERS {
+        bail!("it has {count} clusters; armlet looks after {MOST_CLUSTERS}");
+    }
     let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
+    let l1 = table(file, header.l1_offset, header.l1_bytes)?;
+    let entries = refcounts.iter().chain(&l1);
+    let tables = entries.filter(|entry| **entry & OFFSET != 0).count() as u64;
+    let extents = Extents::find(file, tables.saturating_mul(header.cluster_size()))?;
     let mut in_use = InUse {
         cluster_bits: header.cluster_bits,
+        count,
         bits: Vec::new(),
     };
-    find(file, header, &refcounts, &mut in_use)?;
+    find(file, header, &refcounts, &l1, &extents, &mut in_use)?;
     let count = 64 * in_use.bits.len() as u64;
-    let mut mended = 0;
-    let per_block = (8 * header.cluster_size()) >> header.refcount_order;
+    let per_block = per_block(header);
+    let mut uncounted = Vec::new();
     for (first, block) in (0..count).step_by(per_block as usize).zip(0..) {
         let entry = refcounts.get(block).copied().unwrap_or(0) & !0x1ff;
         let clusters = first..count.min(first + per_block);
-        mended += mend_block(file, header, entry, clusters, &in_use)?;
+        let mut used = in_use.within(clusters).peekable();
+        if used.peek().is_none() {
+            continue;
+        }
+        if entry == 0 {
+            bail!("it lacks a table of reference counts");
+        }
+        if !extents.meet(entry, header.cluster_size()) {
+            uncounted.extend(used);
+            continue;
+        }
+        let mut block = vec![0; header.cluster_size() as usize];
+        read_up_to(file, &mut block, entry)?;
+        uncounted.extend(used.filter(|cluster| {
+            let index = (cluster - first) as usize;
+            !count_once(&mut block, header.refcount_order, index)
+        }));
     }
-    if mended > 0 {
-        file.sync_data().context("cannot write it")?;
-    }
-    Ok(mended)
+    Ok(Repair { uncounted })
+}
+
+/// Clusters whose counts are in one block.
+fn per_block(header: &Header) -> u64 {
+    (8 * header.cluster_size()) >> header.refcount_order
 }
 
 /// Notes all clusters that are in use.
-fn find(file: &File, header: &Header, refcounts: &[u64], in_use: &mut InUse) -> Result<()> {
+fn find(
+    file: &File,
+    header: &Header,
+    refcounts: &[u64],
+    l1: &[u64],
+    extents: &Extents,
+    in_use: &mut InUse,
+) -> Result<()> {
     let cluster = header.cluster_size();
     in_use.add_once(0, cluster)?;
     in_use.add_once(header.refcounts_offset, header.refcounts_bytes)?;
@@ -178,12 +238,15 @@ fn find(file: &File, header: &Header, refcounts: &[u64], in_use: &mut InUse) -> 
     for block in refcounts.iter().filter(|entry| **entry & !0x1ff != 0) {
         in_use.add_once(block & !0x1ff, cluster)?;
     }
-    for l2 in table(file, header.l1_offset, header.l1_bytes)? {
+    for l2 in l1 {
         let l2 = l2 & OFFSET;
         if l2 == 0 {
             continue;
         }
         in_use.add_once(l2, cluster)?;
+        if !extents.meet(l2, cluster) {
+            continue;
+        }
         for entry in table(file, l2, cluster)? {
             if entry & COMPRESSED != 0 {
                 // It lies where it does, several in one cluster.
@@ -199,54 +262,27 @@ fn find(file: &File, header: &Header, refcounts: &[u64], in_use: &mut InUse) -> 
     Ok(())
 }
 
-/// Counts the clusters in use of those whose counts are in the block at `offset`.
-fn mend_block(
-    file: &File,
-    header: &Header,
-    offset: u64,
-    clusters: Range<u64>,
-    in_use: &InUse,
-) -> Result<u64> {
-    let mut used = in_use.within(clusters.clone());
-    if offset == 0 {
-        return match used.next() {
-            None => Ok(0),
-            Some(_) => bail!("it lacks a table of reference counts"),
-        };
-    }
-    let mut block = vec![0; header.cluster_size() as usize];
-    if read_up_to(file, &mut block, offset)? == 0 {
-        bail!("its reference counts lie behind its end");
-    }
-    let mut mended = 0;
-    for cluster in used {
-        let index = (cluster - clusters.start) as usize;
-        // Counts of less than a byte begin at its lowest bit; others are big-endian.
-        let is_counted = match header.refcount_order {
-            order @ 0..3 => {
-                let bits = 1_usize << order;
-                let (byte, shift) = (index * bits / 8, index * bits % 8);
-                let count = block[byte] >> shift & ((1 << bits) - 1) as u8;
-                block[byte] |= u8::from(count == 0) << shift;
-                count != 0
+/// Counts a cluster once if it is not counted in this block; returns whether it was.
+fn count_once(block: &mut [u8], refcount_order: u32, index: usize) -> bool {
+    // Counts of less than a byte begin at its lowest bit; others are big-endian.
+    match refcount_order {
+        order @ 0..3 => {
+            let bits = 1_usize << order;
+            let (byte, shift) = (index * bits / 8, index * bits % 8);
+            let count = block[byte] >> shift & ((1 << bits) - 1) as u8;
+            block[byte] |= u8::from(count == 0) << shift;
+            count != 0
+        }
+        order => {
+            let bytes = 1_usize << (order - 3);
+            let count = &mut block[index * bytes..(index + 1) * bytes];
+            let is_counted = count.iter().any(|byte| *byte != 0);
+            if !is_counted {
+                count[bytes - 1] = 1;
             }
-            order => {
-                let bytes = 1_usize << (order - 3);
-                let count = &mut block[index * bytes..(index + 1) * bytes];
-                let is_counted = count.iter().any(|byte| *byte != 0);
-                if !is_counted {
-                    count[bytes - 1] = 1;
-                }
-                is_counted
-            }
-        };
-        mended += u64::from(!is_counted);
+            is_counted
+        }
     }
-    if mended > 0 {
-        file.write_all_at(&block, offset)
-            .context("cannot write reference counts")?;
-    }
-    Ok(mended)
 }
 
 /// A table of big-endian numbers; what lies behind the file's end is 0.
@@ -254,28 +290,6 @@ fn table(file: &File, offset: u64, bytes: u64) -> Result<Vec<u64>> {
     let mut data = vec![0; bytes as usize];
     read_up_to(file, &mut data, offset)?;
     Ok(data.chunks_exact(8).map(|entry| long(entry, 0)).collect())
-}
-
-/// Reads as much as there is; returns how many bytes that was.
-fn read_up_to(file: &File, data: &mut [u8], offset: u64) -> Result<usize> {
-    let mut done = 0;
-    while done < data.len() {
-        match file.read_at(&mut data[done..], offset.saturating_add(done as u64)) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error).context("cannot read its tables"),
-        }
-    }
-    Ok(done)
-}
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    (0..4).fold(0, |value, index| value << 8 | u32::from(bytes[at + index]))
-}
-
-fn long(bytes: &[u8], at: usize) -> u64 {
-    u64::from(word(bytes, at)) << 32 | u64::from(word(bytes, at + 4))
 }
 
 #[cfg(test)]
@@ -286,6 +300,7 @@ mod tests {
     fn clusters_in_use_are_found_however_far_apart() {
         let mut in_use = InUse {
             cluster_bits: 9,
+            count: MOST_CLUSTERS,
             bits: Vec::new(),
         };
         let last = MOST_CLUSTERS - 1;
