@@ -1,5 +1,7 @@
 //! The command line: argh structs, and what argh lacks (`--option=value`, one-line errors).
 
+mod unknown;
+
 use argh::{EarlyExit, FromArgs};
 
 /// A small virtual machine monitor for ARM64 Linux hosts with KVM.
@@ -421,7 +423,7 @@ fn split_assignments(arguments: &[String]) -> Vec<String> {
         .collect()
 }
 
-/// argh's message in one line, with the options that are valid where one was not.
+/// argh's message in one line, with the option that is meant where one is not known.
 fn one_line(output: &str, words: &[&str]) -> String {
     let message = output
         .lines()
@@ -429,36 +431,10 @@ fn one_line(output: &str, words: &[&str]) -> String {
         .filter(|line| !line.is_empty())
         .collect::<Vec<_>>()
         .join(" ");
-    let command: Vec<&str> = words
-        .iter()
-        .take(1)
-        .copied()
-        .filter(|word| !word.starts_with('-'))
-        .chain(["--help"])
-        .collect();
-    let help = match Cli::from_args(&["armlet"], &command) {
-        Err(EarlyExit { output, .. }) => output,
-        Ok(_) => String::new(),
-    };
-    let valid = names_in_help(&help);
-    match valid.is_empty() {
-        true => format!("{message} (commands: run, plan, probe, boards; see 'armlet --help')"),
-        false => format!("{message} (valid here: {})", valid.join(", ")),
+    match message.strip_prefix("Unrecognized argument: ") {
+        Some(word) => unknown::explain(word, words),
+        None => message,
     }
-}
-
-fn names_in_help(help: &str) -> Vec<&str> {
-    help.lines()
-        .filter_map(|line| {
-            let line = line.strip_prefix("  ")?;
-            let mut words = line.split_whitespace();
-            let name = words.find(|word| word.starts_with("--"));
-            match name.map(|name| name.trim_end_matches(',')) {
-                Some(name) if line.starts_with('-') => Some(name),
-                _ => None,
-            }
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -497,6 +473,46 @@ mod tests {
     }
 
     #[test]
+    fn options_of_other_vmms_are_answered_with_the_one_that_is_meant() {
+        for (words, meant) in [
+            ("run -kernel Image", "use --kernel"),
+            ("run -append quiet", "use --cmdline"),
+            ("run --append=quiet", "use --cmdline"),
+            ("run -smp 4", "use --cpus"),
+            ("run -drive file=x,format=qcow2", "use --disk path=IMG"),
+            ("run -nographic", "leave it out: the guest's console"),
+            ("run -net user", "use --net"),
+            ("run -cpu host", "--pmu"),
+            ("plan --mem 1G", "use --memory"),
+            ("plan --ram=1G", "use --memory"),
+            ("run --params quiet", "use --cmdline"),
+            ("run --network mode=user", "use --net user"),
+            ("run --api-sock /tmp/s", "no API"),
+            ("run -m1G", "use -m 1G"),
+            ("run -m=1G", "use -m 1G"),
+            ("run --cpu 4", "use --cpus"),
+            ("run --memroy 1G", "use --memory"),
+            ("run vmlinuz", "a kernel is named by --kernel"),
+            ("-kernel Image", "armlet run -kernel"),
+            ("--kernel Image", "armlet run --kernel"),
+            ("-m 1G", "armlet run -m"),
+            ("probe --kernel Image", "an option of 'armlet run'"),
+            ("--versoin", "(valid here: --version, --help)"),
+        ] {
+            let line = wrong(words);
+            assert!(!line.contains('\n') && line.len() < 260, "{line}");
+            assert!(line.contains(meant), "{words}: {line}");
+        }
+        // What is advised is there.
+        let Parsed::Help(help) = parse_words("run --help") else {
+            panic!("no help");
+        };
+        for word in unknown::advised() {
+            assert!(help.contains(&format!("{word} ")), "{word}");
+        }
+    }
+
+    #[test]
     fn an_unknown_option_is_refused_in_one_line_with_the_valid_ones() {
         let line = wrong("run --kernle Image");
         assert!(!line.contains('\n'));
@@ -505,7 +521,9 @@ mod tests {
             "{line}"
         );
         let line = wrong("plan --on-reset exit");
-        assert!(line.contains("--dts"), "{line}");
+        assert!(line.contains("an option of 'armlet run'"), "{line}");
+        let line = wrong("run --frobnicate");
+        assert!(line.contains("--kernel, --initrd"), "{line}");
     }
 
     #[test]

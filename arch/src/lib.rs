@@ -17,6 +17,7 @@ pub mod range;
 pub mod size;
 pub mod switch;
 pub mod width;
+pub mod words;
 pub mod x86_64;
 
 pub use board::{Architecture, Board, PortKind};

@@ -4,6 +4,7 @@
 use super::layers::{Entry, Item, Place, Tree};
 use super::{Architecture, BoardError};
 use crate::size::parse_size;
+use crate::words::nearest;
 use std::cell::RefCell;
 
 /// One line of a resolved board.
@@ -306,33 +307,13 @@ impl<'a> Fields<'a> {
         let Some((key, entry)) = self.tree.0.first() else {
             return Ok(());
         };
-        let nearest = known
-            .iter()
-            .min_by_key(|name| distance(name, key))
-            .copied()
-            .unwrap_or_default();
+        let nearest = nearest(key, known.iter().copied());
         Err(BoardError::UnknownKey {
             place: entry.place.clone(),
             key: key.escape_debug().to_string(),
             table: self.name(),
-            nearest: nearest.to_owned(),
+            nearest: nearest.map_or_else(String::new, |(name, _)| name.to_owned()),
             known: known.join(", "),
         })
     }
-}
-
-/// The Levenshtein distance of two words.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
