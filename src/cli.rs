@@ -197,7 +197,7 @@ macro_rules! machine_command {
             /// tap=NAME|fd=N[,queues=N][,vhost=auto|on|off]; each with [,mac=MAC]; may be repeated
             #[argh(option, short = 'n', arg_name = "NET")]
             pub net: Vec<String>,
-            /// persistent memory: path=IMG[,readonly]; may be repeated
+            /// persistent memory: PATH, or path=IMG[,readonly]; may be repeated
             #[argh(option, arg_name = "PMEM")]
             pub pmem: Vec<String>,
             /// folder of the host: tag=T,path=DIR[,readonly][,sandbox=namespace|chroot|none]

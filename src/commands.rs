@@ -74,12 +74,15 @@ fn run(args: &RunArgs) -> Result<Status> {
     let board = &chosen.board;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
-            "board '{}' is for {} guests, this is an {} host; 'armlet plan' works here",
+            "board '{}' is for {} guests, this is an {} host; 'armlet plan --board {0}' shows it",
             board.name,
             board.arch,
             HostArch::ARCHITECTURE
         ))
         .fault(Status::Host);
+    }
+    if args.dump_dtb.is_some() && board.arch != Architecture::Aarch64 {
+        return Err(no_tree(board, "--dump-dtb")).fault(Status::Usage);
     }
     let cores = files.cores(cores::names(board));
     let config = config::read::<HostArch>(&machine, chosen, &cores, Some(&files))?;
@@ -126,11 +129,7 @@ fn plan(args: &PlanArgs) -> Result<Status> {
         }
         Architecture::X86_64 => {
             if args.dts || args.dtb.is_some() {
-                return Err(anyhow!(
-                    "board '{}' is for x86_64 guests, which have no device tree; leave out --dts and --dtb",
-                    board.name
-                ))
-                .fault(Status::Usage);
+                return Err(no_tree(board, "--dts and --dtb")).fault(Status::Usage);
             }
             let (config, plan) =
                 make_plan::<X86_64>(args, &machine, chosen, &files, kvm::x86_64_host)?;
@@ -138,6 +137,14 @@ fn plan(args: &PlanArgs) -> Result<Status> {
         }
     }
     Ok(Status::Success)
+}
+
+fn no_tree(board: &Board, options: &str) -> anyhow::Error {
+    anyhow!(
+        "board '{}' is for {} guests, which have no device tree; leave out {options}",
+        board.name,
+        board.arch
+    )
 }
 
 fn make_plan<A: Arch>(
@@ -148,18 +155,19 @@ fn make_plan<A: Arch>(
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
     let names = cores::names(&chosen.board);
-    let (assumed, cores) = match args.host.as_deref() {
+    let (assumed, cores, known) = match args.host.as_deref() {
         Some("this") if args.page_size.is_some() => {
             return Err(anyhow!(
                 "--page-size: this host has its own pages; name a board by --host"
             ))
             .fault(Status::Usage);
         }
-        Some("this") => (None, files.cores(names)),
+        Some("this") => (None, files.cores(names), None),
         named => {
             let board = named.map(boards::find).transpose()?;
             let board = with_pages(args, board.unwrap_or_else(|| chosen.board.clone()))?;
-            (Some(A::assumed_host(&board)), cores::assumed(&board))
+            let host = A::assumed_host(&board);
+            (Some(host), cores::assumed(&board), Some(board))
         }
     };
     let is_this = assumed.is_none();
@@ -171,7 +179,7 @@ fn make_plan<A: Arch>(
     if !machine.deterministic {
         config.request.seeds = Some(config::fresh_seeds()?);
     }
-    let plan = decide(&config, &host)?;
+    let plan = decide(&config, &host, known.as_ref().unwrap_or(&config.board))?;
     warn_of_host(&config, is_this.then_some(&host));
     Ok((config, plan))
 }
@@ -215,13 +223,13 @@ pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
     }
 }
 
-/// Plans the machine. What cannot be planned is a wrong request, unless the host is what limits.
+/// Plans the machine for a host that is, or is taken for, the board `known`. What cannot be planned is a wrong request, unless the host is what limits.
 ///
 /// # Errors
-/// [`armlet_arch::PlanError`].
-pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host) -> Result<Plan<A>> {
+/// [`armlet_arch::PlanError`], and pages that the plan's memory cannot be made of.
+pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host, known: &Board) -> Result<Plan<A>> {
     use armlet_arch::PlanError;
-    armlet_arch::plan(&config.board, &config.request, host).or_else(|error| {
+    let plan = armlet_arch::plan(&config.board, &config.request, host).or_else(|error| {
         let status = match error {
             PlanError::TooWide { .. }
             | PlanError::WidthNotOffered { .. }
@@ -231,15 +239,27 @@ pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host) -> Result<Plan<A>> {
             _ => Status::Usage,
         };
         let no_irqchip = matches!(error, PlanError::IrqchipNotOffered { .. });
-        let mut notes = config.board.host.notes.iter();
+        let mut notes = known.host.notes.iter();
         let stops = notes.find(|note| no_irqchip && note.severity == Severity::Stops);
         let result = Err(error);
         match stops {
-            Some(note) => result.with_context(|| format!("{}; {}", note.what, note.fix)),
+            // The reason is the board's; that of the plan would say the same in general words.
+            Some(note) => Err(anyhow!(
+                "no guest runs on a host like board '{}': {}; {}",
+                known.name,
+                note.what,
+                note.fix
+            )),
             None => result.map_err(Into::into),
         }
         .fault(status)
-    })
+    })?;
+    let pages = config.backing.pages;
+    pages
+        .check(A::ARCHITECTURE, plan.width.host_page, &plan.layout.ram)
+        .map_err(|cause| anyhow!("--hugepages {pages}: {cause}"))
+        .fault(Status::Usage)?;
+    Ok(plan)
 }
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {

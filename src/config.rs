@@ -15,7 +15,7 @@ use anyhow::{Context, Result, anyhow};
 use armlet_arch::cores::{self, Counters, HostCores, PinPolicy, Pinning, Topology};
 use armlet_arch::image::Header;
 use armlet_arch::irq::GicChoice;
-use armlet_arch::size::parse_size;
+use armlet_arch::size::parse_memory;
 use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, FeatureWords, Request, Seeds};
 use linux_loader::cmdline::Cmdline;
@@ -103,7 +103,7 @@ fn read_checked<A: Arch>(
     };
     let memory = match &args.memory {
         None => defaults.memory,
-        Some(text) => parse_size(text).map_err(|cause| anyhow!("--memory: {cause}"))?,
+        Some(text) => parse_memory(text).map_err(|cause| anyhow!("--memory: {cause}"))?,
     };
     let width = match &args.ipa_bits {
         None => defaults.width,
@@ -139,7 +139,11 @@ fn read_checked<A: Arch>(
         mergeable: args.mergeable,
         locked: args.mlock,
     };
-    backing.check(Sharing::Private)?;
+    let wanted = virtio::wanted(args, memory)?;
+    backing.check(match wanted.iter().any(Wanted::shares_memory) {
+        true => Sharing::Shared,
+        false => Sharing::Private,
+    })?;
     let console = virtio::console(args)?;
     let cmdline = match &args.cmdline {
         Some(cmdline) => cmdline.clone(),
@@ -181,7 +185,6 @@ fn read_checked<A: Arch>(
         // A board does not say.
         _ => Counters::Only,
     };
-    let wanted = virtio::wanted(args)?;
     let pmem = args.pmem.iter().map(|text| planned_size(text));
     let request = Request {
         cpus,
@@ -366,6 +369,20 @@ mod tests {
         assert!(with(|args| args.pin = Some("1,2".into())).contains("1 vCPU"));
         assert!(with(|args| args.pin_io = Some("auto".into())).contains("--pin-io"));
         assert!(with(|args| args.hugepages = Some("3M".into())).contains("--hugepages"));
+        assert!(with(|args| args.memory = Some("1536".into())).contains("1536M"));
+        assert!(with(|args| args.balloon = Some("size=9G".into())).contains("--balloon"));
+        assert!(with(|args| args.balloon = Some("big".into())).contains("--balloon"));
+        assert!(with(|args| args.net = vec!["tap=a-name-of-16-bytes".into()]).contains("--net"));
+        let long = |args: &mut MachineArgs| {
+            args.vsock = Some(format!("cid=3,uds=/{}", "v".repeat(100)));
+        };
+        assert!(with(long).contains("--vsock"));
+        let same = |args: &mut MachineArgs| args.disk = vec!["a,id=x".into(), "b,id=x".into()];
+        assert!(with(same).contains("have one id=x"));
+        let merged = |args: &mut MachineArgs| {
+            (args.mergeable, args.share) = (true, vec!["tag=a,path=/".into()]);
+        };
+        assert!(with(merged).contains("--mergeable"));
         assert!(with(|args| args.cmdline = Some("\u{1}".into())).contains("--cmdline"));
         assert!(with(|args| args.cmdline = Some("x".repeat(2048))).contains("--cmdline"));
         assert!(with(|args| args.initrd = Some("/dev/null".into())).contains("--kernel"));

@@ -111,14 +111,12 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         ConsoleKind::Serial => None,
         ConsoleKind::Virtio => Some(events.open_hvc()?),
     };
-    let memory_size = orders.config.request.memory;
-    let backends =
-        virtio::open(&orders.config.virtio, memory_size, hvc.as_ref()).fault(Status::Usage)?;
+    let backends = virtio::open(&orders.config.virtio, hvc.as_ref()).fault(Status::Usage)?;
     loop {
         if orders.seeded {
             orders.config.request.seeds = Some(fresh_seeds()?);
         }
-        let plan = decide(&orders.config, &orders.host)?;
+        let plan = decide(&orders.config, &orders.host, &orders.config.board)?;
         log::info!(
             "{} IPA bits for {} ending at {:#x}, {} levels of stage 2",
             plan.width.bits,

@@ -1,7 +1,7 @@
 //! Sizes as people write them: `512M`, `4G`.
 
 /// The bytes that `text` means: a whole number and K, M, G or T (powers of 1024), upper or lower
-/// case, with an optional `iB` or `B` behind it (`4GiB`); no letter means bytes.
+/// case, with an optional `i`, `iB` or `B` behind it (`4Gi`, `4GiB`); no letter means bytes.
 ///
 /// # Errors
 /// One sentence that says what is wrong and shows what is valid.
@@ -18,10 +18,10 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     }
     let shift = match unit.to_ascii_lowercase().as_str() {
         "" | "b" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
+        "k" | "ki" | "kb" | "kib" => 10,
+        "m" | "mi" | "mb" | "mib" => 20,
+        "g" | "gi" | "gb" | "gib" => 30,
+        "t" | "ti" | "tb" | "tib" => 40,
         _ => return Err(refuse("has an unknown unit")),
     };
     number
@@ -29,6 +29,21 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok()
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| refuse("is more than 64 bits hold"))
+}
+
+/// As [`parse_size`], for an amount of a guest's memory: a number without a unit that is less than
+/// 1 MiB is refused, since other VMMs count it in MiB.
+///
+/// # Errors
+/// As [`parse_size`], and with the unit that is most likely meant.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    match text.parse::<u64>() {
+        Ok(number) if (1..1 << 20).contains(&number) => Err(format!(
+            "'{text}' has no unit and means {text} bytes; for MiB write {number}M"
+        )),
+        _ => Ok(bytes),
+    }
 }
 
 /// `bytes` in the largest unit that divides it: `512M`, `1536K`, `7` (bytes).
@@ -52,8 +67,25 @@ mod tests {
         assert_eq!(parse_size("512M"), Ok(512 << 20));
         assert_eq!(parse_size("4g"), Ok(4 << 30));
         assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_size("1Gi"), Ok(1 << 30));
+        assert_eq!(parse_size("512mi"), Ok(512 << 20));
         assert_eq!(parse_size("4096"), Ok(4096));
         assert_eq!(parse_size("2T"), Ok(2 << 40));
+    }
+
+    #[test]
+    fn memory_without_a_unit_is_asked_about() {
+        for (text, meant) in [
+            ("512", "write 512M"),
+            ("1536", "write 1536M"),
+            ("1", "write 1M"),
+        ] {
+            let error = parse_memory(text).expect_err(text);
+            assert!(error.contains(meant), "{error}");
+        }
+        assert_eq!(parse_memory("0"), Ok(0));
+        assert_eq!(parse_memory("64K"), Ok(64 << 10));
+        assert_eq!(parse_memory("1073741824"), Ok(1 << 30));
     }
 
     #[test]

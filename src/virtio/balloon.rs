@@ -4,7 +4,7 @@ use super::Backend;
 use super::options::Options;
 use super::pages;
 use anyhow::{Result, bail};
-use armlet_arch::size::{parse_size, show_size};
+use armlet_arch::size::{parse_memory, show_size};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,12 +24,22 @@ pub struct GuestBalloon {
     current: Mutex<Option<Arc<Mutex<Balloon>>>>,
 }
 
-impl GuestBalloon {
-    /// The balloon that the value of `--balloon` asks for, of a guest with `memory` bytes.
+/// A balloon as the user asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonOptions {
+    offer: Offer,
+    /// Bytes that it should hold at first.
+    target: u64,
+    /// Bytes of the guest's memory.
+    memory: u64,
+}
+
+impl BalloonOptions {
+    /// Reads the value of `--balloon`, for a guest with `memory` bytes.
     ///
     /// # Errors
     /// A value that makes no sense, or asks for more than there is.
-    pub fn open(text: &str, memory: u64) -> Result<GuestBalloon> {
+    pub fn parse(text: &str, memory: u64) -> Result<BalloonOptions> {
         let mut options = Options::parse(FLAG, text, &[])?;
         // For a balloon with nothing to say of it.
         let _ = options.switch("on")?;
@@ -40,32 +50,49 @@ impl GuestBalloon {
             deflate_on_oom: options.toggle("deflate-on-oom")?.unwrap_or(true),
         };
         options.finish()?;
-        let target = match parse_size(&size) {
+        let target = match parse_memory(&size) {
             Ok(target) => target,
             Err(what) => bail!("{FLAG} '{text}': {what}"),
         };
-        let balloon = GuestBalloon {
+        check_target(target, memory)?;
+        Ok(BalloonOptions {
             offer,
-            target: AtomicU64::new(0),
+            target,
             memory,
-            current: Mutex::default(),
-        };
-        balloon.set_target(target)?;
-        Ok(balloon)
+        })
     }
 
+    /// The balloon.
+    #[must_use]
+    pub fn open(&self) -> GuestBalloon {
+        GuestBalloon {
+            offer: self.offer,
+            target: AtomicU64::new(self.target),
+            memory: self.memory,
+            current: Mutex::default(),
+        }
+    }
+}
+
+/// Refuses a balloon of `bytes` that takes all of `memory`.
+fn check_target(bytes: u64, memory: u64) -> Result<()> {
+    if bytes >= memory {
+        bail!(
+            "{FLAG}: a balloon of {} leaves nothing of the guest's {}; use less, and leave it what it needs to run",
+            show_size(bytes),
+            show_size(memory)
+        );
+    }
+    Ok(())
+}
+
+impl GuestBalloon {
     /// The balloon should hold this many bytes from now on, in this guest and those after it.
     ///
     /// # Errors
     /// As much as the guest has, or more.
     pub fn set_target(&self, bytes: u64) -> Result<()> {
-        if bytes >= self.memory {
-            bail!(
-                "a balloon of {} leaves nothing of the guest's {}; use less, and leave it what it needs to run",
-                show_size(bytes),
-                show_size(self.memory)
-            );
-        }
+        check_target(bytes, self.memory)?;
         self.target.store(bytes, Ordering::Relaxed);
         if let Some(balloon) = self.current() {
             lock(&balloon).set_target(bytes);
@@ -134,7 +161,7 @@ mod tests {
     use super::*;
 
     fn open(text: &str) -> Result<GuestBalloon> {
-        GuestBalloon::open(text, 1 << 30)
+        BalloonOptions::parse(text, 1 << 30).map(|options| options.open())
     }
 
     #[test]
@@ -161,6 +188,7 @@ mod tests {
     fn what_is_wrong_is_said_with_what_would_work() {
         let wrong = |text| open(text).map(|_| ()).expect_err(text).to_string();
         assert!(wrong("size=1G").contains("leaves nothing of the guest's 1G"));
+        assert!(wrong("size=512").contains("write 512M"));
         assert!(wrong("size=lots").contains("'size=lots'"));
         assert!(wrong("reporting=perhaps").contains("use on or off"));
         assert!(wrong("bigger").contains("use on, size, reporting, hinting, deflate-on-oom"));

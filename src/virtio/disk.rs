@@ -11,7 +11,7 @@ mod sys;
 mod uring;
 
 use super::Backend;
-use super::options::Options;
+use super::options::{Options, path_first};
 use super::pages;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::VirtioDevice;
@@ -90,13 +90,10 @@ impl DiskOptions {
     /// # Errors
     /// What is not known or does not go together.
     pub fn parse(text: &str) -> Result<DiskOptions> {
-        let first = text.split(',').next().unwrap_or_default();
-        let named = format!("path={text}");
-        let text = match first.contains('=') || first == "readonly" {
-            true => text,
-            false => &named,
-        };
+        let text = &path_first(text, &["readonly"]);
         let mut options = Options::parse(FLAG, text, &["backing"])?;
+        options.refuse("file", "path=")?;
+        options.refuse("serial", "id=")?;
         let parsed = DiskOptions {
             path: options.require("path")?.into(),
             readonly: options.switch("readonly")?,
@@ -338,6 +335,18 @@ impl DiskOptions {
 /// # Errors
 /// Two disks with one id, else as [`DiskOptions::open`].
 pub fn open_all(disks: &[DiskOptions]) -> Result<Vec<Disk>> {
+    disks
+        .iter()
+        .enumerate()
+        .map(|(number, disk)| disk.open(number))
+        .collect()
+}
+
+/// Refuses disks that a guest cannot tell apart.
+///
+/// # Errors
+/// Two with one serial number.
+pub fn check_ids(disks: &[DiskOptions]) -> Result<()> {
     for (index, disk) in disks.iter().enumerate() {
         let same = |other: &&DiskOptions| other.id.is_some() && other.id == disk.id;
         if let Some(other) = disks[..index].iter().find(same) {
@@ -349,11 +358,7 @@ pub fn open_all(disks: &[DiskOptions]) -> Result<Vec<Disk>> {
             );
         }
     }
-    disks
-        .iter()
-        .enumerate()
-        .map(|(number, disk)| disk.open(number))
-        .collect()
+    Ok(())
 }
 
 /// A file or block device that is open and locked.

@@ -7,7 +7,7 @@
 use crate::cli::MachineArgs;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
-use balloon::GuestBalloon;
+use balloon::BalloonOptions;
 use console::{ConsoleKind, HvcConsole};
 use disk::DiskOptions;
 use net::NetOptions;
@@ -91,26 +91,37 @@ enum What {
     Net(NetOptions),
     Share(ShareOptions),
     Vsock(VsockOptions),
-    /// The value of its option, as of those below.
+    /// The value of its option.
     Pmem(String),
-    Balloon(String),
+    Balloon(BalloonOptions),
     Console,
     Rng,
 }
 
-/// The devices that the options ask for, in the order of their slots.
+impl Wanted {
+    /// Whether another process works in guest memory for it.
+    #[must_use]
+    pub fn shares_memory(&self) -> bool {
+        matches!(self.what, What::Share(_))
+    }
+}
+
+/// The devices that the options of a guest with `memory` bytes ask for, in the order of their slots.
+/// Whatever of them is wrong on any host is found here, before anything is opened.
 ///
 /// # Errors
-/// An option that cannot be read.
-pub fn wanted(args: &MachineArgs) -> Result<Vec<Wanted>> {
+/// An option that cannot be read, or that does not go with another.
+pub fn wanted(args: &MachineArgs, memory: u64) -> Result<Vec<Wanted>> {
     let mut wanted = Vec::new();
     let mut tags = HashSet::new();
     let mut add = |name: &str, what| {
         let name = name.to_owned();
         wanted.push(Wanted { name, what });
     };
-    for (number, text) in args.disk.iter().enumerate() {
-        let disk = DiskOptions::parse(text)?;
+    let disks = args.disk.iter().map(|text| DiskOptions::parse(text));
+    let disks = disks.collect::<Result<Vec<_>>>()?;
+    disk::check_ids(&disks)?;
+    for (number, disk) in disks.into_iter().enumerate() {
         add(&format!("disk{number}"), What::Disk(disk));
     }
     for (number, text) in args.net.iter().enumerate() {
@@ -134,7 +145,10 @@ pub fn wanted(args: &MachineArgs) -> Result<Vec<Wanted>> {
         add(&format!("pmem{number}"), What::Pmem(text.clone()));
     }
     if let Some(text) = &args.balloon {
-        add("balloon", What::Balloon(text.clone()));
+        add(
+            "balloon",
+            What::Balloon(BalloonOptions::parse(text, memory)?),
+        );
     }
     if console(args)? == ConsoleKind::Virtio {
         add("console", What::Console);
@@ -163,16 +177,12 @@ pub fn root(args: &MachineArgs) -> Option<&'static str> {
     root::words(disk.path())
 }
 
-/// Opens what stands behind the devices of a guest with `memory` bytes, in their order; `console`
-/// stands behind the console.
+/// Opens what stands behind the devices of a guest, in their order; `console` stands behind the
+/// console.
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
-pub fn open(
-    wanted: &[Wanted],
-    memory: u64,
-    console: Option<&Arc<HvcConsole>>,
-) -> Result<Vec<Box<dyn Backend>>> {
+pub fn open(wanted: &[Wanted], console: Option<&Arc<HvcConsole>>) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
     let disks: Vec<DiskOptions> = wanted
         .iter()
@@ -201,7 +211,7 @@ pub fn open(
                 let number = pmems.next().unwrap_or_default();
                 Some(Box::new(PmemImage::open(text, number)?))
             }
-            What::Balloon(text) => Some(Box::new(GuestBalloon::open(text, memory)?)),
+            What::Balloon(balloon) => Some(Box::new(balloon.open())),
             What::Console => console.map(|console| Box::new(Arc::clone(console)) as _),
             What::Rng => Some(Box::new(rng::HostEntropy)),
         };

@@ -74,11 +74,14 @@ impl NetOptions {
         let (tap, descriptors) = (options.take("tap")?, options.take_all("fd")?);
         let user = options.switch("user")?;
         let network = match (tap, descriptors.is_empty(), user) {
-            (Some(name), true, false) => Choice::Tap {
-                name,
-                queues: options.number("queues", 1..=MOST_QUEUES)?.unwrap_or(1) as u16,
-                vhost: wish(&mut options)?,
-            },
+            (Some(name), true, false) => {
+                tap::check_name(&name).map_err(say)?;
+                Choice::Tap {
+                    name,
+                    queues: options.number("queues", 1..=MOST_QUEUES)?.unwrap_or(1) as u16,
+                    vhost: wish(&mut options)?,
+                }
+            }
             (None, false, false) => Choice::Inherited {
                 descriptors: parse_descriptors(&descriptors).map_err(say)?,
                 vhost: wish(&mut options)?,

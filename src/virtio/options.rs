@@ -1,6 +1,7 @@
 //! Values like `path=disk.img,readonly,id=root`: what `--disk` and its like take.
 
 use anyhow::{Result, bail};
+use std::borrow::Cow;
 
 /// The parts of one value, to be taken by name; what is left over at the end is an error.
 #[derive(Debug)]
@@ -147,20 +148,54 @@ impl<'a> Options<'a> {
         }
     }
 
+    /// Refuses a name that others use for what is called `ours` here.
+    ///
+    /// # Errors
+    /// That it is there.
+    pub fn refuse(&self, theirs: &str, ours: &str) -> Result<()> {
+        match self.parts.iter().any(|(name, _)| *name == theirs) {
+            true => bail!(
+                "{} '{}': {theirs}= is not known; use {ours}",
+                self.flag,
+                self.text
+            ),
+            false => Ok(()),
+        }
+    }
+
     /// Refuses what nobody took.
     ///
     /// # Errors
     /// The first part left over, with the names that are known.
     pub fn finish(self) -> Result<()> {
-        match self.parts.first() {
-            None => Ok(()),
-            Some((name, _)) => bail!(
-                "{} '{}': {name} is not known; use {}",
-                self.flag,
-                self.text,
-                self.known.join(", ")
+        let Some((name, _)) = self.parts.first() else {
+            return Ok(());
+        };
+        let known = self.known.join(", ");
+        let (flag, text) = (self.flag, self.text);
+        // A dot or a slash: this is the rest of a file's name.
+        match name.contains(['.', '/']) {
+            true => bail!(
+                "{flag} '{text}': {name} is not known; use {known}, or write a comma in a name twice"
             ),
+            false => bail!("{flag} '{text}': {name} is not known; use {known}"),
         }
+    }
+}
+
+/// `text` with `path=` in front where it begins with a path and not with a name and a value, nor with
+/// one of the `switches`. A path has something in it before its first "=", if it has one, that no
+/// name has: a slash or a dot, say.
+pub fn path_first<'a>(text: &'a str, switches: &[&str]) -> Cow<'a, str> {
+    let first = text.split(',').next().unwrap_or_default();
+    let is_name = |name: &str| {
+        name.bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'-' | b'_'))
+    };
+    let named = first.split_once('=').is_some_and(|(name, _)| is_name(name));
+    match named || switches.contains(&first) {
+        true => Cow::Borrowed(text),
+        false => Cow::Owned(format!("path={text}")),
     }
 }
 
@@ -210,6 +245,29 @@ mod tests {
     }
 
     #[test]
+    fn a_path_may_stand_first_with_an_equals_sign_in_it() {
+        for (text, path) in [
+            ("disks/a=b.raw", "disks/a=b.raw"),
+            ("./a=b.raw,readonly", "./a=b.raw"),
+            ("/srv/x=1/disk", "/srv/x=1/disk"),
+            ("disk.img", "disk.img"),
+            ("path=a=b.raw", "a=b.raw"),
+        ] {
+            let text = path_first(text, &["readonly"]);
+            let mut options = Options::parse("--disk", &text, &[]).expect("valid");
+            assert_eq!(options.require("path").expect("a path"), path);
+        }
+        assert_eq!(
+            path_first("readonly,path=a", &["readonly"]),
+            "readonly,path=a"
+        );
+        assert_eq!(path_first("file=a.raw", &["readonly"]), "file=a.raw");
+        let options = Options::parse("--disk", "file=a.raw", &[]).expect("valid");
+        let error = options.refuse("file", "path=").expect_err("not ours");
+        assert!(error.to_string().contains("use path="), "{error}");
+    }
+
+    #[test]
     fn what_is_wrong_is_said_with_what_would_work() {
         let wrong = |text: &str| {
             let read = || -> Result<()> {
@@ -229,6 +287,7 @@ mod tests {
         assert!(wrong("path=a,queues=9").contains("from 1 to 8"));
         assert!(wrong("path=a,format=vmdk").contains("use raw or qcow2"));
         assert!(wrong("path=a,sice=1").contains("use path, readonly, queues, format"));
+        assert!(wrong("path=a,b.raw").contains("a comma in a name twice"));
         assert!(wrong("path=a,").contains("an empty part"));
     }
 }

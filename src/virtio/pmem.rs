@@ -2,7 +2,7 @@
 //! cache of its own.
 
 use super::Backend;
-use super::options::Options;
+use super::options::{Options, path_first};
 use super::pages;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, bail};
@@ -167,7 +167,9 @@ pub fn planned_size(text: &str) -> Result<u64> {
 
 /// The image's path, and whether it is for reading only.
 fn read_options(text: &str) -> Result<(PathBuf, bool)> {
+    let text = &path_first(text, &["readonly"]);
     let mut options = Options::parse(FLAG, text, &[])?;
+    options.refuse("file", "path=")?;
     let path = PathBuf::from(options.require("path")?);
     let readonly = options.switch("readonly")?;
     options.finish()?;

@@ -52,6 +52,10 @@ impl VsockOptions {
                 "{FLAG} '{text}': vhost=on and uds= are two ways to do the same; use one of them"
             ),
             (None, Some(false)) => bail!("{FLAG} '{text}': vhost=off needs uds=PATH"),
+            (Some(path), _) if path.as_os_str().len() > LONGEST_PATH => bail!(
+                "{FLAG} '{text}': the path has {} bytes; use up to {LONGEST_PATH}",
+                path.as_os_str().len()
+            ),
             _ => {}
         }
         Ok(VsockOptions {
@@ -86,13 +90,6 @@ struct UnixVsock {
 
 impl UnixVsock {
     fn open(cid: u32, path: &Path) -> Result<UnixVsock> {
-        let length = path.as_os_str().len();
-        if length > LONGEST_PATH {
-            bail!(
-                "cannot listen at {}: the path has {length} bytes; use up to {LONGEST_PATH}",
-                path.display()
-            );
-        }
         let listener =
             listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
         Ok(UnixVsock {
@@ -243,8 +240,8 @@ mod tests {
         assert_eq!(fs::read(&path).expect("the file"), b"dear");
         let error = UnixVsock::open(3, &folder.path().join("none/v")).expect_err("no folder");
         assert!(format!("{error:#}").contains("cannot listen at"));
-        let long = folder.path().join("v".repeat(LONGEST_PATH));
-        let error = UnixVsock::open(3, &long).expect_err("a long path");
+        let long = "v".repeat(LONGEST_PATH + 1);
+        let error = VsockOptions::parse(&format!("cid=3,uds={long}")).expect_err("a long path");
         assert!(error.to_string().contains("use up to 96"), "{error}");
     }
 

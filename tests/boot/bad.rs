@@ -175,13 +175,14 @@ impl Bad {
         };
         case(&["--memory", "0"], 2, &["0 bytes of memory"]);
         case(
-            &["--memory", "1"],
+            &["--memory", "1K"],
             2,
             &[
-                "memory of 1 bytes is not a multiple of 64 KiB",
+                "memory of 1024 bytes is not a multiple of 64 KiB",
                 "--memory 64K",
             ],
         );
+        case(&["--memory", "1536"], 2, &["means 1536 bytes", "1536M"]);
         case(
             &["--memory", "1000000001"],
             2,
@@ -222,6 +223,41 @@ impl Bad {
         case(&["--memory"], 2, &["--memory"]);
         case(&["--memory", "1G", "--memory", "2G"], 2, &["--memory"]);
         case(&["stray"], 2, &["stray"]);
+        // What only opening a device or mapping memory would stumble over.
+        case(
+            &["--balloon", "size=9G", "--memory", "512M"],
+            2,
+            &["--balloon", "leaves nothing of the guest's 512M"],
+        );
+        case(&["--balloon", "big"], 2, &["--balloon", "use on, size"]);
+        case(
+            &["--hugepages", "128K"],
+            2,
+            &["--hugepages 128K", "no huge pages of that size; use "],
+        );
+        case(
+            &["--hugepages", "2M", "--memory", "257M"],
+            2,
+            &["--hugepages 2M", "use --memory 258M"],
+        );
+        case(
+            &["--mergeable", "--share", "tag=a,path=/"],
+            2,
+            &["--mergeable", "another process"],
+        );
+        case(
+            &["--net", "tap=a-name-of-16-bytes"],
+            2,
+            &["--net", "1 to 15 characters"],
+        );
+        let uds = format!("cid=3,uds=/{}", "v".repeat(100));
+        case(&["--vsock", &uds], 2, &["--vsock", "use up to 96"]);
+        case(
+            &["--disk", "a.img,id=x", "--disk", "b.img,id=x"],
+            2,
+            &["--disk", "have one id=x"],
+        );
+        case(&["--disk", "file=a.img"], 2, &["--disk", "use path="]);
         bad
     }
 

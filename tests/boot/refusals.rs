@@ -177,6 +177,9 @@ fn contradictions_and_unknown_words_are_refused() {
     );
     assert_refused(&["start"], 2, &["run, plan, probe, boards"]);
     assert_refused(&[], 2, &["no command given"]);
+    assert_refused(&["run", "-append", "quiet"], 2, &["use --cmdline"]);
+    let line = assert_refused(&["plan", "-smp", "4"], 2, &["use --cpus"]);
+    assert!(!line.contains("--hugepages"), "{line}");
     assert_refused(
         &["boards", "--show", "moon"],
         2,
@@ -192,6 +195,21 @@ fn contradictions_and_unknown_words_are_refused() {
 }
 
 #[test]
+fn a_board_that_runs_no_guests_is_no_host_to_plan_for() {
+    for arguments in [
+        &["plan", "--host", "rpi3"] as &[&str],
+        &["plan", "--host", "rpi3", "--board", "virt"],
+    ] {
+        let line = assert_refused(arguments, 3, &["Raspberry Pi 3 has no GIC"]);
+        assert!(!line.contains("works here"), "{line}");
+        let (_, advised) = line.split_once("'armlet ").expect("a command");
+        let (command, _) = advised.split_once('\'').expect("its end");
+        let words: Vec<&str> = command.split(' ').collect();
+        assert_accepted(&words);
+    }
+}
+
+#[test]
 fn a_host_that_runs_no_guests_says_so() {
     if std::env::consts::ARCH == "aarch64" {
         println!("skipped: this host's guests are those of the board");
@@ -201,7 +219,7 @@ fn a_host_that_runs_no_guests_says_so() {
     let kernel = bad.file("kernel", &Program::default().power_off().image());
     let words = [
         "board 'virt' is for aarch64 guests",
-        "'armlet plan' works here",
+        "'armlet plan --board virt' shows it",
     ];
     assert_refused(&["run", "--board", "virt", "--kernel", &kernel], 3, &words);
 }

@@ -157,7 +157,7 @@ fn choose_version(choice: GicChoice, host: &Host) -> Result<u8, PlanError> {
         (_, false, false) => Err(refuse(
             "an interrupt controller in the kernel",
             "no virtual GIC",
-            "run 'armlet probe' for the cause",
+            "'armlet probe' on that host says why",
         )),
     }
 }

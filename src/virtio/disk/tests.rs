@@ -522,6 +522,7 @@ fn ids_tell_disks_apart() {
             let id = &id[..1];
             DiskOptions::parse(&format!("{image},id={id}")).expect("valid")
         });
+        check_ids(&disks)?;
         open_all(&disks)
     };
     let disks = list(["a1", "b1"]).expect("both");

@@ -59,7 +59,6 @@ impl Tap {
     /// # Errors
     /// What does not work, and what would.
     pub fn open(name: &str, queues: u16) -> Result<Tap> {
-        check_name(name)?;
         let socket = netlink().context("cannot ask for network interfaces")?;
         if sys::flags(&socket, name).is_err() {
             bail!("there is no interface {name}; {}", making(name, queues));
@@ -270,7 +269,10 @@ fn tun_bits(features: u64) -> u32 {
 }
 
 /// Whether an interface can have this name (net/core/dev.c: dev_valid_name).
-fn check_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// That it cannot.
+pub(super) fn check_name(name: &str) -> Result<()> {
     let is_wrong = |c: char| c == '/' || c == ':' || c == '%' || c.is_whitespace();
     let fits = (1..sys::NAME_BYTES).contains(&name.len());
     if !fits || name.contains(is_wrong) || [".", ".."].contains(&name) {
