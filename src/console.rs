@@ -1,12 +1,12 @@
-//! The user's side of the serial console: terminal modes, escape keys, output, and messages.
+//! The user's side of the serial console: terminal modes, escape keys, and output.
 
+use crate::messages::visible;
 use anyhow::{Context, Result};
 use armlet_devices::pl011::Output;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::stdio;
 use rustix::termios::{self, OptionalActions, Termios};
-use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,38 +15,12 @@ static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Whether the terminal is raw, so that messages need carriage returns.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Prints one line on standard error, whatever state the terminal is in.
-pub fn complain(line: &str) {
-    let end = if RAW.load(Ordering::Relaxed) {
-        "\r\n"
-    } else {
-        "\n"
-    };
-    // Where standard error is closed too, there is nobody left to tell.
-    let _ = std::io::stderr().write_all(format!("armlet: {line}{end}").as_bytes());
-}
-
-struct Log;
-
-impl log::Log for Log {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            complain(&record.args().to_string());
-        }
-    }
-
-    fn flush(&self) {}
-}
-
-/// Sends the messages of `log` to standard error, warnings and errors at first.
-pub fn install_log() {
-    static LOG: Log = Log;
-    if log::set_logger(&LOG).is_ok() {
-        log::set_max_level(log::LevelFilter::Warn);
+/// What ends a line on the terminal, raw or not.
+#[must_use]
+pub fn line_end() -> &'static str {
+    match RAW.load(Ordering::Relaxed) {
+        true => "\r\n",
+        false => "\n",
     }
 }
 
@@ -262,9 +236,7 @@ impl PanicWatch {
     fn watch(&mut self, byte: u8) {
         if let Some(reason) = &mut self.reason {
             if matches!(byte, b'\r' | b'\n') || reason.len() == REASON_BYTES {
-                // What a guest prints goes to a log: no control characters.
-                let text = String::from_utf8_lossy(reason).replace(char::is_control, "?");
-                (self.on_panic)(text);
+                (self.on_panic)(visible(reason, REASON_BYTES));
                 self.reason = None;
             } else {
                 reason.push(byte);
@@ -346,7 +318,7 @@ mod tests {
     #[test]
     fn a_panic_is_noticed_with_its_reason() {
         let printed = b"[ 1.0] KKernel panic - not syncing: sysrq triggered\x1b crash\r\n[ 1.1]";
-        assert_eq!(reasons(printed), ["sysrq triggered? crash"]);
+        assert_eq!(reasons(printed), ["sysrq triggered\\x1b crash"]);
         assert!(reasons(b"Kernel panic - not sinking: x\n").is_empty());
         assert!(reasons(b"Kernel panic - not syncing: unfinished").is_empty());
         let endless = [PANIC, &[b'x'; 1000]].concat();

@@ -21,6 +21,7 @@ pub mod kernel;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod messages;
 pub mod probe;
 pub mod reactor;
 pub mod report;

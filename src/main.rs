@@ -3,6 +3,7 @@
 use armlet::cli::{self, Parsed};
 use armlet::commands;
 use armlet::heap::Heap;
+use armlet::messages;
 use armlet::status::{Status, status_of};
 use std::process::ExitCode;
 
@@ -10,14 +11,13 @@ use std::process::ExitCode;
 static ALLOCATOR: Heap = Heap::new();
 
 fn main() -> ExitCode {
-    armlet::console::install_log();
-    match start() {
-        Ok(status) => status.into(),
-        Err(error) => {
-            armlet::console::complain(&format!("{error:#}"));
-            status_of(&error).into()
-        }
-    }
+    messages::install();
+    let status = start().unwrap_or_else(|error| {
+        messages::say(&format!("{error:#}"));
+        status_of(&error)
+    });
+    messages::finish();
+    status.into()
 }
 
 fn start() -> anyhow::Result<Status> {
@@ -27,7 +27,7 @@ fn start() -> anyhow::Result<Status> {
             Ok(word) => arguments.push(word),
             Err(word) => {
                 let line = format!("argument {word:?} is no UTF-8; use UTF-8 paths and options");
-                armlet::console::complain(&line);
+                messages::say(&line);
                 return Ok(Status::Usage);
             }
         }
@@ -39,7 +39,7 @@ fn start() -> anyhow::Result<Status> {
             return Ok(Status::Success);
         }
         Parsed::Wrong(line) => {
-            armlet::console::complain(&line);
+            messages::say(&line);
             return Ok(Status::Usage);
         }
     };
@@ -50,9 +50,7 @@ fn start() -> anyhow::Result<Status> {
     match &cli.command {
         Some(command) => commands::execute(command),
         None => {
-            armlet::console::complain(
-                "no command given; use run, plan, probe or boards (see 'armlet --help')",
-            );
+            messages::say("no command given; use run, plan, probe or boards (see 'armlet --help')");
             Ok(Status::Usage)
         }
     }

@@ -11,6 +11,7 @@ use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
 use crate::memory::{self, Sharing};
+use crate::messages;
 use crate::reactor::Reactor;
 use crate::serial::TICK;
 use crate::stats::Counters;
@@ -212,7 +213,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
 
 fn tell_counters(counters: &Counters) {
     for line in counters.report() {
-        console::complain(&line);
+        messages::say(&line);
     }
 }
 
@@ -222,7 +223,7 @@ fn status(ending: Ending) -> Status {
         Ending::Reset => Status::GuestReset,
         Ending::Stopped => Status::Stopped,
         Ending::Failed(what) => {
-            console::complain(&what);
+            messages::say(&what);
             Status::GuestFailed
         }
     }
@@ -296,6 +297,8 @@ struct Events {
     /// When input is looked after.
     feed: Option<Instant>,
     on_panic: OnPanic,
+    /// Whether the guest's kernel said in this life that it panicked.
+    panicked: bool,
     /// Signals that asked for the guest's end.
     asked_to_stop: u32,
 }
@@ -351,6 +354,7 @@ impl Events {
             tick: None,
             feed: None,
             on_panic,
+            panicked: false,
             asked_to_stop: 0,
         })
     }
@@ -382,6 +386,7 @@ impl Events {
         lock(&self.queue).clear();
         (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
         self.input.session = None;
+        self.panicked = false;
         let (room, burst, deadline) = (self.teller(), self.teller(), self.teller());
         let output = StandardOutput::new(Arc::clone(stopping));
         Wires {
@@ -431,7 +436,8 @@ impl Events {
 
     /// Milliseconds until the next deadline; -1 without one.
     fn timeout(&self) -> i32 {
-        let deadlines = [self.release, self.alarm, self.tick, self.feed];
+        let retry = messages::is_behind().then(|| Instant::now() + messages::RETRY);
+        let deadlines = [self.release, self.alarm, self.tick, self.feed, retry];
         deadlines.into_iter().flatten().min().map_or(-1, |next| {
             let left = next.saturating_duration_since(Instant::now());
             // Rounded up, so that it is not woken just before.
@@ -440,6 +446,9 @@ impl Events {
     }
 
     fn pass_deadlines(&mut self, devices: &Devices) -> Result<()> {
+        if messages::is_behind() {
+            messages::retry();
+        }
         let now = Instant::now();
         if self.release.is_some_and(|release| release <= now) {
             self.release = None;
@@ -493,7 +502,10 @@ impl Events {
                     if self.on_panic == OnPanic::Exit {
                         return Ok(Some(Ending::Failed(what)));
                     }
-                    console::complain(&what);
+                    // A guest may print those words as often as it likes.
+                    if !std::mem::replace(&mut self.panicked, true) {
+                        messages::say(&what);
+                    }
                 }
                 Event::Room => self.feed(devices)?,
                 Event::Burst => self.tick = Some(Instant::now() + TICK),
@@ -526,16 +538,16 @@ impl Events {
         }
         self.asked_to_stop += 1;
         if number == libc::SIGINT as u32 || self.asked_to_stop > 1 {
-            console::complain("stopped by a signal");
+            messages::say("stopped by a signal");
             return Ok(Some(Ending::Stopped));
         }
         let Some(key) = &devices.power_key else {
-            console::complain("stopped by a signal: this board has no power key");
+            messages::say("stopped by a signal: this board has no power key");
             return Ok(Some(Ending::Stopped));
         };
         lock(&**key).set_pressed(true);
         self.release = Some(Instant::now() + KEY_HELD);
-        console::complain("pressed the guest's power key; a second signal stops it at once");
+        messages::say("pressed the guest's power key; a second signal stops it at once");
         Ok(None)
     }
 
@@ -567,7 +579,7 @@ impl Events {
             typed = &typed[used..];
             match escape {
                 Some(Escape::Leave) => return Ok(Some(Ending::Stopped)),
-                Some(Escape::Help) => console::complain(ESCAPE_HELP),
+                Some(Escape::Help) => messages::say(ESCAPE_HELP),
                 Some(Escape::Break) => {
                     if let Some(mut serial) = devices.serial.as_deref().and_then(at_hand) {
                         serial.receive_break();

@@ -7,6 +7,7 @@ use crate::stats::{Exits, Reason};
 use crate::virtio::pmem::{FileMemory, Missing};
 use anyhow::{Context, Result};
 use armlet_devices::bus::Bus;
+use armlet_devices::limit::{Admitted, RateLimit};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::cell::Cell;
@@ -212,8 +213,8 @@ fn run<A: KvmArch>(
     exits: &Exits,
     tell: &impl Fn(Told),
 ) -> Option<Told> {
-    let mut faults = Faults { index, count: 0 };
-    let mut empty_ports = Faults { index, count: 0 };
+    let faults = Faults::of(index);
+    let empty_ports = Faults::of(index);
     let mut seen = Vec::new();
     while !stopping.load(Ordering::Acquire) {
         let next = match vcpu.run() {
@@ -301,38 +302,32 @@ fn failed<A: KvmArch>(index: usize, vcpu: &VcpuFd, cause: &str) -> Told {
 /// The guest's faults on one vCPU: all counted, few logged.
 struct Faults {
     index: usize,
-    count: u64,
+    limit: RateLimit,
 }
 
 impl Faults {
-    fn report(
-        &mut self,
-        vcpu: &VcpuFd,
-        position: fn(&VcpuFd) -> String,
-        what: impl Fn() -> String,
-    ) {
+    fn of(index: usize) -> Faults {
+        Faults {
+            index,
+            limit: RateLimit::default(),
+        }
+    }
+
+    fn report(&self, vcpu: &VcpuFd, position: fn(&VcpuFd) -> String, what: impl Fn() -> String) {
         self.note(vcpu, position, log::Level::Warn, what);
     }
 
     fn note(
-        &mut self,
+        &self,
         vcpu: &VcpuFd,
         position: fn(&VcpuFd) -> String,
         level: log::Level,
         what: impl Fn() -> String,
     ) {
-        self.count += 1;
-        // The first few, then ever fewer: a guest gone wild cannot fill a log.
-        if self.count <= 4 || self.count.is_power_of_two() {
-            log::log!(
-                level,
-                "vCPU {} at {} {} (fault {} of this vCPU)",
-                self.index,
-                position(vcpu),
-                what(),
-                self.count
-            );
-        }
+        self.limit.log(level, |Admitted { count, .. }| {
+            let (index, place, what) = (self.index, position(vcpu), what());
+            format!("vCPU {index} at {place} {what} (fault {count} of this vCPU)")
+        });
     }
 }
 

@@ -49,6 +49,9 @@ mod machine;
 /// What guest memory is made of: pages of a pool, locked, merged, taken beforehand.
 #[path = "boot/memory.rs"]
 mod memory;
+/// Messages: how many, and what happens where nobody reads them.
+#[path = "boot/messages.rs"]
+mod messages;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;

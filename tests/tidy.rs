@@ -140,6 +140,23 @@ fn every_unsafe_block_says_why_it_is_sound() {
 }
 
 #[test]
+fn one_module_writes_to_standard_error() {
+    let mut findings = Findings::new(
+        "messages::say and the log macros are how something is said: they never wait, and make \
+         control characters visible",
+    );
+    for file in sources(&["src", "devices", "arch", "fdt"]) {
+        if file.path != "src/messages.rs" {
+            let words = ["eprint!", "eprintln!", "stderr()", "io::stderr"];
+            findings.add_lines(&file, |line| {
+                !line.is_test && words.iter().any(|word| line.code.contains(word))
+            });
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
 fn unwrap_stands_in_tests_only() {
     let mut findings =
         Findings::new("outside tests an error is returned, or expect says why there is none");

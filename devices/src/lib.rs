@@ -9,6 +9,7 @@ pub mod cmos;
 pub mod console;
 pub mod i8042;
 pub mod ioapic;
+pub mod limit;
 pub mod pl011;
 pub mod pl031;
 pub mod pl061;

@@ -6,6 +6,7 @@ use super::options::{Options, path_first};
 use super::pages;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, bail};
+use armlet_devices::limit::RateLimit;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::pmem::Pmem;
 use std::fs::File;
@@ -42,6 +43,8 @@ pub struct FileMemory {
     size: u64,
     /// Whether writes were lost on their way to storage.
     lost: AtomicBool,
+    /// Flushes that failed.
+    failures: RateLimit,
     /// Where memory has taken the file's place.
     detached: Mutex<Detached>,
 }
@@ -116,6 +119,7 @@ impl PmemImage {
                 address,
                 size,
                 lost: AtomicBool::new(false),
+                failures: RateLimit::default(),
                 detached: Mutex::default(),
             }),
         })
@@ -204,8 +208,12 @@ impl Backend for PmemImage {
         let flush = move || match image.flush() {
             Ok(()) => true,
             Err(error) => {
-                let path = image.path.display();
-                log::warn!("{name}: cannot flush {path}: {error:#}; the guest gets an I/O error");
+                image.failures.log(log::Level::Warn, |held| {
+                    let path = image.path.display();
+                    format!(
+                        "{name}: cannot flush {path}: {error:#}; the guest gets an I/O error{held}"
+                    )
+                });
                 false
             }
         };

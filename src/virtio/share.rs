@@ -10,7 +10,9 @@ mod daemon;
 
 use super::Backend;
 use super::options::Options;
+use crate::messages::LINES;
 use anyhow::{Context, Result, bail};
+use armlet_devices::limit::RateLimit;
 use armlet_devices::virtio::fs::{Fs, Server, TAG};
 use armlet_devices::virtio::{Link, StartError, VirtioDevice, Virtqueue};
 use daemon::{Daemon, Launch};
@@ -123,6 +125,7 @@ impl ShareOptions {
             tag: self.tag.clone(),
             launch: Arc::new(launch),
             next: Arc::new(Mutex::new(Some(first))),
+            said: Arc::new(RateLimit::new(LINES)),
         })
     }
 }
@@ -134,6 +137,7 @@ struct Share {
     launch: Arc<Launch>,
     /// The virtiofsd for the next driver, if it was started ahead.
     next: Next,
+    said: Arc<RateLimit>,
 }
 
 type Next = Arc<Mutex<Option<Daemon>>>;
@@ -153,6 +157,7 @@ impl Backend for Share {
             name: self.name.clone(),
             launch: Arc::clone(&self.launch),
             next: Arc::clone(&self.next),
+            said: Arc::clone(&self.said),
             epoll: Epoll::new().context("cannot make an epoll instance")?,
             running: None,
         };
@@ -171,6 +176,8 @@ struct Virtiofsd {
     name: String,
     launch: Arc<Launch>,
     next: Next,
+    /// Lines that it said: a guest may have it say what it wants.
+    said: Arc<RateLimit>,
     /// Waits for the one that runs now.
     epoll: Epoll,
     running: Option<Daemon>,
@@ -251,7 +258,9 @@ impl Server for Virtiofsd {
             return Ok(());
         };
         for line in daemon.hear() {
-            log::warn!("{}: virtiofsd: {line}", self.name);
+            self.said.log(log::Level::Warn, |held| {
+                format!("{}: virtiofsd: {line}{held}", self.name)
+            });
         }
         if daemon.is_alive() {
             return Ok(());

@@ -5,6 +5,7 @@
 //! machine. Between them stands [`Link`]: by it a device interrupts the guest. Whoever runs the
 //! device's thread waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
 
+use crate::limit::{Admitted, RateLimit};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -149,7 +150,7 @@ pub trait Interrupts: Send + Sync {
 pub struct Link {
     name: String,
     interrupts: Box<dyn Interrupts>,
-    faults: Mutex<u64>,
+    faults: RateLimit,
 }
 
 impl Link {
@@ -159,7 +160,7 @@ impl Link {
         Link {
             name,
             interrupts,
-            faults: Mutex::new(0),
+            faults: RateLimit::default(),
         }
     }
 
@@ -187,12 +188,9 @@ impl Link {
 
     /// Counts what the driver did wrong, and logs it at a limited rate. The device goes on.
     pub fn fault(&self, what: fmt::Arguments<'_>) {
-        let mut faults = lock(&self.faults);
-        *faults += 1;
-        // The first few, then ever fewer: a guest gone wild cannot fill a log.
-        if *faults <= 4 || faults.is_power_of_two() {
-            log::warn!("{}: {what} (fault {} of this device)", self.name, *faults);
-        }
+        self.faults.log(log::Level::Warn, |Admitted { count, .. }| {
+            format!("{}: {what} (fault {count} of this device)", self.name)
+        });
     }
 
     /// Counts what the driver broke beyond repair, and asks it for a reset.
@@ -204,7 +202,7 @@ impl Link {
     /// What the driver did wrong so far, counted.
     #[must_use]
     pub fn faults(&self) -> u64 {
-        *lock(&self.faults)
+        self.faults.count()
     }
 }
 

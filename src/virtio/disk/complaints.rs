@@ -1,16 +1,16 @@
 //! What the user hears of a disk whose storage fails.
 
+use armlet_devices::limit::{Admitted, RateLimit};
 use armlet_devices::virtio::block::{Operation, Outcome};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Says what the host's storage refuses, at a limited rate.
 pub(super) struct Complaints {
     /// The disk's name: "disk0".
     name: String,
     path: PathBuf,
-    count: AtomicU64,
+    limit: RateLimit,
 }
 
 impl Complaints {
@@ -19,7 +19,7 @@ impl Complaints {
         Complaints {
             name,
             path,
-            count: AtomicU64::new(0),
+            limit: RateLimit::default(),
         }
     }
 
@@ -34,9 +34,7 @@ impl Complaints {
         let Err(error) = result else {
             return Outcome::Done;
         };
-        let count = self.count.fetch_add(1, Relaxed) + 1;
-        // The first few, then ever fewer.
-        if count <= 4 || count.is_power_of_two() {
+        self.limit.log(log::Level::Warn, |Admitted { count, .. }| {
             let act = match operation {
                 Operation::Read => "read",
                 Operation::Write => "write",
@@ -49,10 +47,10 @@ impl Complaints {
                 _ => format!(" {len} bytes at byte {offset} of"),
             };
             let (name, path) = (&self.name, self.path.display());
-            log::warn!(
+            format!(
                 "{name}: cannot {act}{what} {path}: {error}; the guest gets an I/O error (error {count} of this disk)"
-            );
-        }
+            )
+        });
         Outcome::Failed
     }
 }

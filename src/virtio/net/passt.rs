@@ -4,7 +4,9 @@
 
 use self::stream::{Broken, LONGEST, Stream};
 use super::sys;
+use crate::messages::{self, LINES};
 use anyhow::{Context, Result, anyhow, bail};
+use armlet_devices::limit::RateLimit;
 use armlet_devices::virtio::Source;
 use armlet_devices::virtio::net::{Frame, Frames, Network, Room, Trouble, Woken};
 use rustix::fs::OFlags;
@@ -101,6 +103,8 @@ pub struct Passt {
     child: Child,
     /// What it says goes here. It stays open after passt's end, as its number is a source's.
     words: ChildStderr,
+    /// Lines that it said: what is on the network may have it say much.
+    said: RateLimit,
     is_gone: bool,
 }
 
@@ -149,6 +153,7 @@ impl Passt {
             stream: Stream::new(ours),
             child,
             words,
+            said: RateLimit::new(LINES),
             is_gone: false,
         };
         passt.begin(mac)?;
@@ -198,9 +203,7 @@ impl Passt {
                 bail!("passt does not start: {}", summary(&said, &why));
             }
             if has_read {
-                for line in said {
-                    log::warn!("passt: {line}");
-                }
+                self.repeat(&said);
                 return Ok(());
             }
         }
@@ -218,9 +221,7 @@ impl Passt {
                 Err(error) => break error == Errno::AGAIN,
             }
         };
-        let text = String::from_utf8_lossy(&text);
-        let lines = text.lines().map(str::trim);
-        said.extend(lines.filter(|line| !is_idle_talk(line)).map(str::to_owned));
+        said.extend(messages::lines(&text).filter(|line| !is_idle_talk(line)));
         lives
     }
 
@@ -230,10 +231,15 @@ impl Passt {
         if !self.listen(&mut said) {
             return Woken::Gone(self.lost(&said, false));
         }
-        for line in said {
-            log::warn!("passt: {line}");
-        }
+        self.repeat(&said);
         Woken::Nothing
+    }
+
+    fn repeat(&self, said: &[String]) {
+        for line in said {
+            let warn = log::Level::Warn;
+            self.said.log(warn, |held| format!("passt: {line}{held}"));
+        }
     }
 
     /// Ends passt if it still `lives`, and says how it ended.

@@ -1,6 +1,7 @@
 //! A virtiofsd: where it is, how it is started, what it says, and how it ends.
 
 use super::{Cache, Sandbox, ShareOptions};
+use crate::messages;
 use crate::virtio::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -327,8 +328,6 @@ struct Words {
     pipe: Option<ChildStderr>,
     /// What it said last, as far as it is no whole line.
     rest: Vec<u8>,
-    /// Lines so far.
-    count: u64,
 }
 
 impl Words {
@@ -340,12 +339,10 @@ impl Words {
         Ok(Words {
             pipe,
             rest: Vec::new(),
-            count: 0,
         })
     }
 
-    /// Whole lines out of what can be read now: the first few, then ever fewer, as a guest may
-    /// have it say what it wants.
+    /// Whole lines out of what can be read now.
     fn hear(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut part = [0; MOST_WORDS];
@@ -374,14 +371,6 @@ impl Words {
             None if self.rest.len() >= MOST_WORDS => std::mem::take(&mut self.rest),
             None => return,
         };
-        for line in String::from_utf8_lossy(&whole).lines() {
-            if line.trim().is_empty() {
-                continue;
-            }
-            self.count += 1;
-            if self.count <= 16 || self.count.is_power_of_two() {
-                lines.push(line.trim().to_owned());
-            }
-        }
+        lines.extend(messages::lines(&whole));
     }
 }
