@@ -187,7 +187,7 @@ impl Drop for Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use armlet_devices::virtio::{ConfigSpace, Driver, Source, StartError};
+    use armlet_devices::virtio::{ConfigSpace, Driver, Source, StartError, Virtqueue};
     use std::sync::mpsc::{Sender, channel};
 
     /// A device that tells what it is called for.
@@ -215,6 +215,12 @@ mod tests {
         }
 
         fn stop(&mut self) {}
+
+        fn stop_queue(&mut self, _queue: usize) {}
+
+        fn start_queue(&mut self, _queue: Virtqueue) -> Result<(), StartError> {
+            Ok(())
+        }
 
         fn kicked(&mut self, queue: usize) {
             let _ = self.tell.send(format!("kick {queue}"));

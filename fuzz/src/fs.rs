@@ -18,6 +18,8 @@ struct State {
     is_orphan: bool,
     dead: bool,
     refuses: bool,
+    /// Whether the device had it stop since it last started.
+    stopped: bool,
 }
 
 struct Fake {
@@ -34,6 +36,7 @@ impl Server for Fake {
     ) -> Result<(), StartError> {
         let mut state = lock(&self.state);
         assert!(!state.works && !queues.is_empty());
+        state.stopped = false;
         state.dead = state.refuses;
         state.is_orphan = state.refuses;
         match state.refuses {
@@ -47,7 +50,7 @@ impl Server for Fake {
 
     fn stop(&mut self) {
         let mut state = lock(&self.state);
-        (state.works, state.is_orphan) = (false, false);
+        (state.works, state.is_orphan, state.stopped) = (false, false, true);
     }
 
     fn fd(&self) -> RawFd {
@@ -101,6 +104,10 @@ impl Subject for World {
         }
         if any {
             lock(device).ready(1);
+            // Those of queues that are stopped are nobody's.
+            for kick in guest.kicks() {
+                let _ = kick.read();
+            }
         }
         any
     }
@@ -111,7 +118,8 @@ impl Subject for World {
     }
 
     fn is_drained(&self, _queue: usize) -> bool {
-        true
+        // With some queues stopped, the others may wait for them.
+        !lock(&self.0).stopped
     }
 
     fn has_other_worker(&self) -> bool {

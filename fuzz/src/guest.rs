@@ -144,6 +144,8 @@ pub struct Guest<S: Subject> {
     accepted: u64,
     status: u32,
     started: bool,
+    /// Whether the device took the start: it hears of queues that come and go then.
+    works: bool,
     /// Whether the driver broke a rule of the start, so that it has to hear of it.
     must_break: bool,
     /// The configuration's when all registers were last compared.
@@ -191,6 +193,7 @@ impl<S: Subject> Guest<S> {
             accepted: 0,
             status: 0,
             started: false,
+            works: false,
             must_break: false,
             generation: 0,
             broken: false,
@@ -214,7 +217,8 @@ impl<S: Subject> Guest<S> {
         self.queues = self.sizes.iter().map(model).collect();
         (self.select, self.accept_select) = (0, 0);
         (self.accepted, self.status) = (0, 0);
-        (self.started, self.broken, self.must_break) = (false, false, false);
+        (self.started, self.works) = (false, false);
+        (self.broken, self.must_break) = (false, false);
         self.rings.fill_with(|| None);
         self.memory.forbid_all();
     }
@@ -230,7 +234,13 @@ impl<S: Subject> Guest<S> {
 
     /// Writes a register; the device then does what it is kicked to.
     pub fn write(&mut self, offset: u64, value: u32) {
-        self.note_write(offset, value);
+        let stopped = self.note_write(offset, value);
+        if offset == QUEUE_READY && self.works {
+            self.write_ready(value, stopped);
+            return;
+        }
+        // A device that broke as it started may work on the queues that it has, or may not.
+        self.memory.tainted |= offset == QUEUE_READY && self.started;
         if offset != STATUS && offset != QUEUE_NOTIFY && offset < CONFIG {
             // The device does not hear of it.
             self.mmio.write(offset, &value.to_le_bytes());
@@ -240,6 +250,10 @@ impl<S: Subject> Guest<S> {
         self.before();
         let edges = self.line.0.load(Ordering::Relaxed);
         self.mmio.write(offset, &value.to_le_bytes());
+        if self.started && !self.works {
+            let status = self.read(STATUS);
+            self.works = status & NEEDS_RESET == 0;
+        }
         if offset == STATUS && value == 0 {
             let edges_now = self.line.0.load(Ordering::Relaxed);
             assert_eq!(edges, edges_now, "a reset interrupts nobody");
@@ -250,8 +264,34 @@ impl<S: Subject> Guest<S> {
         self.after();
     }
 
-    /// What a write means (virtio 1.2, sections 2.1, 3.1 and 4.2.2).
-    fn note_write(&mut self, offset: u64, value: u32) {
+    /// Writes QueueReady while the device works; `stopped` is the queue that it has to let go of.
+    fn write_ready(&mut self, value: u32, stopped: Option<usize>) {
+        self.before();
+        self.mmio.write(QUEUE_READY, &value.to_le_bytes());
+        if let Some(queue) = stopped {
+            assert_eq!(self.read(QUEUE_READY), 0, "queue {queue} does not stop");
+            // What was under way may have been completed until now.
+            self.memory.check();
+            let ring = self.rings[queue].take();
+            if let Some(mut ring) = ring {
+                if !self.memory.tainted && !self.subject.has_other_worker() {
+                    ring.check_used(&self.memory);
+                }
+                match self.rings.iter().any(Option::is_some) {
+                    true => self.memory.forget_rings(ring.areas()),
+                    false => self.memory.forbid_all(),
+                }
+            }
+        }
+        self.settle();
+        self.after();
+    }
+
+    /// What a write means (virtio 1.2, sections 2.1, 3.1 and 4.2.2). Returns the queue that a device
+    /// which works must stop.
+    fn note_write(&mut self, offset: u64, value: u32) -> Option<usize> {
+        let selected = self.select as usize;
+        let in_use = self.queues.get(selected).is_some_and(|queue| queue.ready);
         match offset {
             QUEUE_SEL => self.select = value,
             STATUS if value != 0 => {
@@ -275,7 +315,16 @@ impl<S: Subject> Guest<S> {
                     _ => {}
                 }
             }
-            _ if self.started => {}
+            QUEUE_READY if self.works && selected < self.queues.len() => {
+                let ready = value & 1 != 0;
+                self.queue(|queue| queue.ready = ready);
+                match (in_use, ready) {
+                    (true, false) => return Some(selected),
+                    (false, true) => self.must_break |= !self.start_queue(selected),
+                    _ => {}
+                }
+            }
+            _ if self.started && in_use && offset != QUEUE_READY => {}
             QUEUE_SIZE => self.queue(|queue| queue.size = value),
             QUEUE_READY => self.queue(|queue| queue.ready = value & 1 != 0),
             QUEUE_DESC..CONFIG => {
@@ -294,6 +343,20 @@ impl<S: Subject> Guest<S> {
             }
             _ => {}
         }
+        None
+    }
+
+    /// The driver sets up a queue while the device works. Returns whether it can be.
+    fn start_queue(&mut self, index: usize) -> bool {
+        let queue = &self.queues[index];
+        let size = u16::try_from(queue.size).unwrap_or(0);
+        let ring = Ring::new(size, queue.addresses);
+        if !ring.is_valid(&self.memory, queue.most) {
+            return false;
+        }
+        self.memory.note_rings(ring.areas());
+        self.rings[index] = Some(ring);
+        true
     }
 
     fn queue(&mut self, set: impl FnOnce(&mut QueueModel)) {
@@ -485,6 +548,27 @@ impl<S: Subject> Guest<S> {
         if !input.rarely(32) {
             self.write(STATUS, 15);
         }
+    }
+
+    /// Stops a queue and, mostly, sets it up again: where it was, with as many entries or fewer.
+    fn replace_queue(&mut self, queue: usize, input: &mut Input<'_>) {
+        let shape = input.u8();
+        self.write(QUEUE_SEL, queue as u32);
+        self.write(QUEUE_READY, 0);
+        if shape & 3 == 0 {
+            return;
+        }
+        let [_, available, used] = self.queues[queue].addresses;
+        if shape & 0x1c != 0 {
+            self.memory.poke(available, &[0; 4]);
+            self.memory.poke(used, &[0; 4]);
+            self.next[queue] = (0, 0);
+        }
+        if shape & 0xe0 == 0 {
+            let size = self.queues[queue].size / 2;
+            self.write(QUEUE_SIZE, size);
+        }
+        self.write(QUEUE_READY, 1);
     }
 
     /// Room for a buffer; there is some always, though others may have it already.
@@ -722,7 +806,8 @@ impl<S: Subject> Guest<S> {
                 let data = input.bytes(len);
                 self.memory.poke(address, data);
             }
-            240..=251 => self.any_register(input),
+            240..=247 => self.any_register(input),
+            248..=251 => self.replace_queue(queue, input),
             _ => self.write(STATUS, input.pick(&[0, 1, 3, 11, 15, 64, 79, 128, 4])),
         }
     }

@@ -152,6 +152,14 @@ impl Memory {
         self.mark(start, len, ALLOWED);
     }
 
+    /// These rings are a queue's no longer; the device may not write the last of them.
+    pub fn forget_rings(&mut self, areas: [(u64, u64); 3]) {
+        for (start, len) in areas {
+            let at = (start - BASE) as usize;
+            self.copies.bytes[at..at + len as usize].fill(0);
+        }
+    }
+
     /// Entries of an indirect table.
     pub fn note_table(&mut self, start: u64, len: u64) {
         // Several requests may have the same one.

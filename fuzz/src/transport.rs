@@ -67,6 +67,25 @@ impl VirtioDevice for Probe {
         assert!(self.working.take().is_some(), "stopped, and not started");
     }
 
+    fn stop_queue(&mut self, queue: usize) {
+        let (queues, _) = self.working.as_mut().expect("stopped, and not started");
+        assert!(queues[queue].take().is_some(), "a queue stopped twice");
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let (queues, _) = self.working.as_mut().expect("a queue, and not started");
+        let index = usize::from(queue.index());
+        assert!(queue.size().is_power_of_two() && queue.size() <= self.sizes[index]);
+        assert!(
+            queues[index].replace(queue).is_none(),
+            "a queue started twice"
+        );
+        match self.refuses {
+            true => Err(StartError("not today".to_owned())),
+            false => Ok(()),
+        }
+    }
+
     fn kicked(&mut self, queue: usize) {
         let Some((queues, _)) = &mut self.working else {
             return;

@@ -655,6 +655,27 @@ impl VirtioDevice for Balloon {
         });
     }
 
+    fn stop_queue(&mut self, queue: usize) {
+        let Some(working) = &mut self.working else {
+            return;
+        };
+        if let Some((role, ring)) = working.queues.get_mut(queue) {
+            *ring = None;
+            if *role == Role::Statistics {
+                working.asked = None;
+            }
+        }
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let index = usize::from(queue.index());
+        let working = self.working.as_mut();
+        if let Some((_, ring)) = working.and_then(|working| working.queues.get_mut(index)) {
+            *ring = Some(queue);
+        }
+        Ok(())
+    }
+
     fn kicked(&mut self, queue: usize) {
         self.serve(queue);
     }

@@ -651,6 +651,44 @@ impl VirtioDevice for Block {
         self.queues.fill_with(|| None);
     }
 
+    fn stop_queue(&mut self, queue: usize) {
+        let is_under_way = |slots: &[Option<Pending>]| {
+            let mut pending = slots.iter().flatten();
+            pending.any(|pending| pending.queue == queue)
+        };
+        // Their data lies in the driver's buffers, so they are completed first.
+        loop {
+            self.collect();
+            if !is_under_way(&self.slots) {
+                break;
+            }
+            self.engine.wait();
+        }
+        self.signal();
+        if let Some(ring) = self.queues.get_mut(queue) {
+            *ring = None;
+        }
+        // Those that waited for a tag may have one now.
+        let held = self
+            .running
+            .as_mut()
+            .map(|now| std::mem::take(&mut now.held));
+        for ring in held.unwrap_or_default() {
+            if let Some(ring) = self.queue(ring) {
+                // The counter cannot overflow before it is read.
+                let _ = ring.kick().write(1);
+            }
+        }
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let index = usize::from(queue.index());
+        if let Some(ring) = self.queues.get_mut(index) {
+            *ring = Some(queue);
+        }
+        Ok(())
+    }
+
     fn kicked(&mut self, queue: usize) {
         self.serve(queue);
         self.signal();

@@ -347,6 +347,38 @@ impl VirtioDevice for Console {
         self.working = None;
     }
 
+    fn stop_queue(&mut self, queue: usize) {
+        let Some(working) = &mut self.working else {
+            return;
+        };
+        match queue {
+            RECEIVE => {
+                working.receive = None;
+                working.listens = false;
+            }
+            _ => {
+                working.transmit = None;
+                working.stuck = None;
+            }
+        }
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let Some(working) = &mut self.working else {
+            return Ok(());
+        };
+        match usize::from(queue.index()) {
+            RECEIVE => {
+                // Who listens now is another than before.
+                self.sessions += 1;
+                working.receive = Some(queue);
+                working.waits = true;
+            }
+            _ => working.transmit = Some(queue),
+        }
+        Ok(())
+    }
+
     fn kicked(&mut self, queue: usize) {
         match queue {
             RECEIVE => {

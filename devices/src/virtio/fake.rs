@@ -142,6 +142,13 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         self.write(0x44, 1);
     }
 
+    /// Stops a queue as a driver does (virtio 1.2, section 4.2.2.2).
+    pub(crate) fn stop_queue(&mut self, index: u32) {
+        self.write(0x30, index);
+        self.write(0x44, 0);
+        assert_eq!(self.read(0x44), 0, "queue {index} does not stop");
+    }
+
     /// Where the rings of a queue lie: descriptors, available, used.
     pub(crate) fn rings(&self, index: usize) -> [u64; 3] {
         let rings = self.queues[index].rings;

@@ -64,8 +64,19 @@ pub struct Fs {
 struct Running {
     queues: Vec<Virtqueue>,
     link: Arc<Link>,
-    /// Whether requests are answered here, as the server ended.
-    orphaned: bool,
+    features: u64,
+    served: Served,
+}
+
+/// Who answers requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    /// The server.
+    Well,
+    /// This device, with errors, as the server ended.
+    Alone,
+    /// Nobody yet: the driver had stopped all queues and has not set up all of them again.
+    Later,
 }
 
 impl Fs {
@@ -90,23 +101,35 @@ impl Fs {
 
     /// The server ended: its queues are ours.
     fn adopt(&mut self, why: &str) {
-        let Some(running) = self.running.as_mut().filter(|running| !running.orphaned) else {
+        let Some(running) = self.running.as_mut() else {
             return;
         };
-        running.orphaned = true;
+        if running.served != Served::Well {
+            return;
+        }
         log::error!(
             "{}: {why}; the guest gets I/O errors until its driver starts again",
             running.link.name()
         );
-        for (queue, index) in running.queues.iter_mut().zip(0..) {
+        self.serve_alone();
+    }
+
+    /// From here on requests are answered here, with errors.
+    fn serve_alone(&mut self) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        running.served = Served::Alone;
+        for queue in &mut running.queues {
             queue.resume();
-            let event = EpollEvent::new(EventSet::IN, index);
-            let fd = queue.kick().as_raw_fd();
-            if let Err(error) = self.kicks.ctl(ControlOperation::Add, fd, event) {
-                queue.break_ring(format_args!("cannot wait for its kicks: {error}"));
-            }
+            watch(&self.kicks, queue);
             refuse_all(queue);
         }
+    }
+
+    fn queue_count(&self) -> usize {
+        // One more, for what goes before all else.
+        usize::from(self.requests) + 1
     }
 }
 
@@ -116,8 +139,7 @@ impl VirtioDevice for Fs {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        // One more, for what goes before all else.
-        vec![ENTRIES; usize::from(self.requests) + 1]
+        vec![ENTRIES; self.queue_count()]
     }
 
     fn config(&self) -> Arc<ConfigSpace> {
@@ -133,7 +155,8 @@ impl VirtioDevice for Fs {
         self.running = Some(Running {
             queues,
             link: driver.link,
-            orphaned: false,
+            features: driver.features,
+            served: Served::Well,
         });
         if let Err(error) = started {
             self.adopt(&error.to_string());
@@ -146,15 +169,61 @@ impl VirtioDevice for Fs {
             return;
         };
         self.server.stop();
-        if running.orphaned {
+        if running.served == Served::Alone {
             for queue in &running.queues {
-                let fd = queue.kick().as_raw_fd();
-                // What is not waited for cannot be taken out.
-                let _ = self
-                    .kicks
-                    .ctl(ControlOperation::Delete, fd, EpollEvent::default());
+                unwatch(&self.kicks, queue);
             }
         }
+    }
+
+    /// A server's end is the one sure way to have it out of a queue, so it ends, and what comes in
+    /// the other queues gets errors until the driver has set up all of them again.
+    fn stop_queue(&mut self, queue: usize) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let is_it = |ring: &Virtqueue| usize::from(ring.index()) == queue;
+        let Some(at) = running.queues.iter().position(is_it) else {
+            return;
+        };
+        let ring = running.queues.remove(at);
+        match running.served {
+            Served::Well => {
+                self.server.stop();
+                self.serve_alone();
+            }
+            Served::Alone => unwatch(&self.kicks, &ring),
+            Served::Later => {}
+        }
+        if let Some(running) = self.running.as_mut()
+            && running.queues.is_empty()
+        {
+            // Nothing is left of the session that the server had.
+            running.served = Served::Later;
+        }
+    }
+
+    fn start_queue(&mut self, mut queue: Virtqueue) -> Result<(), StartError> {
+        let all = self.queue_count();
+        let Some(running) = &mut self.running else {
+            return Ok(());
+        };
+        if running.served == Served::Alone {
+            watch(&self.kicks, &mut queue);
+        }
+        running.queues.push(queue);
+        if running.served != Served::Later || running.queues.len() < all {
+            return Ok(());
+        }
+        running.queues.sort_by_key(Virtqueue::index);
+        running.served = Served::Well;
+        let started = self
+            .server
+            .start(running.features, &running.queues, &running.link);
+        if let Err(error) = started {
+            self.adopt(&error.to_string());
+        }
+        Ok(())
     }
 
     fn kicked(&mut self, _queue: usize) {}
@@ -178,7 +247,8 @@ impl VirtioDevice for Fs {
         {
             self.adopt(&why);
         }
-        let running = self.running.as_mut().filter(|running| running.orphaned);
+        let alone = |running: &&mut Running| running.served == Served::Alone;
+        let running = self.running.as_mut().filter(alone);
         if let Some(running) = running.filter(|_| source == KICKS) {
             for queue in &mut running.queues {
                 // A kick is taken before the queue is looked at: one that comes later rings again.
@@ -187,6 +257,21 @@ impl VirtioDevice for Fs {
             }
         }
     }
+}
+
+/// Waits for the kicks of a queue.
+fn watch(kicks: &Epoll, queue: &mut Virtqueue) {
+    let event = EpollEvent::new(EventSet::IN, queue.index().into());
+    let fd = queue.kick().as_raw_fd();
+    if let Err(error) = kicks.ctl(ControlOperation::Add, fd, event) {
+        queue.break_ring(format_args!("cannot wait for its kicks: {error}"));
+    }
+}
+
+fn unwatch(kicks: &Epoll, queue: &Virtqueue) {
+    let fd = queue.kick().as_raw_fd();
+    // What is not waited for cannot be taken out.
+    let _ = kicks.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 
 /// Answers each request of a queue that it failed.
@@ -392,6 +477,33 @@ mod tests {
         guest.request(1, &[&request(1)], &[100]);
         kick(&mut guest, 1);
         assert_eq!(guest.used(1)[0].1, failed(1));
+    }
+
+    #[test]
+    fn a_queue_that_is_stopped_ends_the_server_and_all_set_up_again_have_a_new_one() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        guest.request(1, &[&request(1)], &[100]);
+        guest.stop_queue(0);
+        assert_eq!(lock(&server.state).stops, 1);
+        // The other queue's requests fail, rather than wait for ever.
+        assert_eq!(guest.used(1)[0].1, failed(1));
+        guest.set_up_queue(0);
+        guest.request(0, &[&request(2)], &[100]);
+        kick(&mut guest, 0);
+        assert_eq!(guest.used(0)[0].1, failed(2));
+        assert_eq!(lock(&server.state).starts.len(), 1);
+        for queue in [0, 1] {
+            guest.stop_queue(queue);
+        }
+        for queue in [1, 0] {
+            guest.set_up_queue(queue);
+        }
+        assert_eq!(lock(&server.state).starts, [(1 << 32, 2); 2]);
+        guest.request(1, &[&request(3)], &[100]);
+        kick(&mut guest, 1);
+        assert!(guest.used(1).is_empty(), "it is the server's");
+        assert_eq!(guest.mmio.faults(), 0);
     }
 
     #[test]

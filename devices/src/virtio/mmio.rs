@@ -246,9 +246,7 @@ impl Mmio {
             DRIVER_FEATURES => self.transport.accept(self.accept_select, value),
             QUEUE_SEL => self.queue_select = value,
             QUEUE_SIZE => self.transport.set_queue(select, |queue| queue.size = value),
-            QUEUE_READY => self
-                .transport
-                .set_queue(select, |queue| queue.ready = value & 1 != 0),
+            QUEUE_READY => self.transport.set_ready(select, value & 1 != 0),
             0x050 => self.transport.kick(value),
             0x064 => self.acknowledge(value),
             STATUS => self.set_status(value),

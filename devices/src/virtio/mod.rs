@@ -72,6 +72,18 @@ pub trait VirtioDevice: Send {
     /// memory is not touched from here on. A device that was not started does nothing.
     fn stop(&mut self);
 
+    /// The driver stops one queue while the device works (virtio 1.2, section 4.2.2.2): neither its
+    /// rings nor the buffers of its requests are touched from here on. What the driver made
+    /// available there and the device did not answer is forgotten.
+    fn stop_queue(&mut self, queue: usize);
+
+    /// The driver sets up, while the device works, a queue that it had stopped or left out. A kick
+    /// follows.
+    ///
+    /// # Errors
+    /// A backend that refuses it; the device then asks the driver for a reset.
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError>;
+
     /// The driver says that there is something new in a queue. Never called before `start`'s end;
     /// it may be called with nothing there.
     fn kicked(&mut self, queue: usize);

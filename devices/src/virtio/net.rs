@@ -12,7 +12,7 @@ use self::card::Card;
 use self::receive::Receiver;
 use self::send::Transmitter;
 use super::queue::{Segment, parts};
-use super::{ConfigSpace, Driver, Source, StartError, VirtioDevice};
+use super::{ConfigSpace, Driver, Source, StartError, VirtioDevice, Virtqueue};
 
 mod card;
 mod receive;
@@ -332,6 +332,32 @@ impl<N: Frames> VirtioDevice for Net<N> {
     fn stop(&mut self) {
         self.pairs.clear();
         self.card.stop(&mut self.network);
+    }
+
+    fn stop_queue(&mut self, queue: usize) {
+        if self.card.is_control(queue) {
+            self.card.set_control(None);
+        } else if let Some(pair) = self.pairs.get_mut(queue / 2) {
+            match queue.is_multiple_of(2) {
+                true => pair.receiver = None,
+                false => pair.transmitter = None,
+            }
+        }
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let index = usize::from(queue.index());
+        let (features, has_header) = (self.card.agreed(), self.network.has_header());
+        if self.card.is_control(index) {
+            self.card.set_control(Some(queue));
+        } else if let Some(pair) = self.pairs.get_mut(index / 2) {
+            let link = Arc::clone(queue.link());
+            match index.is_multiple_of(2) {
+                true => pair.receiver = Some(Receiver::new(queue, &link, features, has_header)),
+                false => pair.transmitter = Some(Transmitter::new(queue, &link, has_header)),
+            }
+        }
+        Ok(())
     }
 
     fn kicked(&mut self, queue: usize) {

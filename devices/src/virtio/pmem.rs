@@ -63,6 +63,16 @@ impl VirtioDevice for Pmem {
         self.working = None;
     }
 
+    fn stop_queue(&mut self, _queue: usize) {
+        self.working = None;
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let link = Arc::clone(queue.link());
+        self.working = Some((queue, link));
+        Ok(())
+    }
+
     fn kicked(&mut self, _queue: usize) {
         let Some((queue, link)) = &mut self.working else {
             return;
@@ -195,6 +205,20 @@ mod tests {
         guest.kick(0);
         assert_eq!(lock(&storage).flushes, 0);
         assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+    }
+
+    #[test]
+    fn a_queue_that_is_stopped_flushes_nothing_until_it_is_set_up_again() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        guest.stop_queue(0);
+        guest.request(0, &[&[0; 4]], &[4]);
+        guest.kick(0);
+        assert_eq!(lock(&storage).flushes, 0);
+        guest.set_up_queue(0);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+        assert_eq!(guest.answer(0, &[&[0; 3]], &[4]), [0xff; 4]);
+        assert_eq!(guest.mmio.faults(), 1);
     }
 
     proptest! {

@@ -153,6 +153,12 @@ impl Virtqueue {
         &self.kick
     }
 
+    /// The way to the driver.
+    #[must_use]
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestMemoryMmap> {

@@ -57,6 +57,15 @@ impl VirtioDevice for Rng {
         self.queue = None;
     }
 
+    fn stop_queue(&mut self, _queue: usize) {
+        self.queue = None;
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        self.queue = Some(queue);
+        Ok(())
+    }
+
     fn kicked(&mut self, _queue: usize) {
         let Some(queue) = &mut self.queue else {
             return;
@@ -108,6 +117,17 @@ mod tests {
         let mut guest = Guest::started(counting(), 0);
         assert_eq!(guest.answer(0, &[b"read me"], &[]), []);
         assert!(!guest.is_broken());
+    }
+
+    #[test]
+    fn a_queue_that_is_stopped_gets_nothing_until_it_is_set_up_again() {
+        let mut guest = Guest::started(counting(), 0);
+        guest.stop_queue(0);
+        guest.request(0, &[], &[3]);
+        guest.kick(0);
+        assert!(guest.used(0).is_empty());
+        guest.set_up_queue(0);
+        assert_eq!(guest.answer(0, &[], &[2]), [1, 2]);
     }
 
     #[test]

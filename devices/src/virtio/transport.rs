@@ -33,6 +33,8 @@ pub(crate) struct Transport {
     status: u32,
     queues: Vec<QueueRegisters>,
     started: bool,
+    /// Whether the device took the start.
+    works: bool,
 }
 
 /// What the driver says of a queue.
@@ -86,6 +88,7 @@ impl Transport {
             status: 0,
             queues: sizes.into_iter().map(QueueRegisters::new).collect(),
             started: false,
+            works: false,
         })
     }
 
@@ -130,16 +133,45 @@ impl Transport {
         self.queues.get(index as usize)
     }
 
-    /// Changes the registers of a queue, which is allowed until the device starts.
+    /// Changes the size or the addresses of a queue, which is allowed while the device does not work
+    /// on it.
     pub(crate) fn set_queue(&mut self, index: u32, set: impl FnOnce(&mut QueueRegisters)) {
         let Some(queue) = self.queues.get_mut(index as usize) else {
             return;
         };
-        match self.started {
+        match self.started && queue.ready {
             false => set(queue),
             true => self.link.fault(format_args!(
-                "the driver changes queue {index} while the device works"
+                "the driver changes queue {index} while the device works on it"
             )),
+        }
+    }
+
+    /// The driver says whether the device may work on a queue. When it stops one, the device is out
+    /// of its rings and buffers when this returns.
+    pub(crate) fn set_ready(&mut self, index: u32, ready: bool) {
+        let Some(queue) = self.queues.get_mut(index as usize) else {
+            return;
+        };
+        if std::mem::replace(&mut queue.ready, ready) == ready || !self.works {
+            return;
+        }
+        let kick = &self.kicks[index as usize];
+        if !ready {
+            lock(&self.device).stop_queue(index as usize);
+            // A kick that nobody took is not for the queue that is set up next.
+            let _ = kick.read();
+            return;
+        }
+        let made = self.make_queue(index as usize);
+        let started = made.and_then(|queue| {
+            let started = lock(&self.device).start_queue(queue);
+            started.map_err(|error| format!("it does not start queue {index}: {error}"))
+        });
+        match started {
+            // What is there already is served. The counter cannot overflow before it is read.
+            Ok(()) => drop(kick.write(1)),
+            Err(what) => self.link.broken(format_args!("{what}")),
         }
     }
 
@@ -200,42 +232,42 @@ impl Transport {
             link: Arc::clone(&self.link),
         };
         self.started = true;
-        if let Err(error) = lock(&self.device).start(driver) {
+        let started = lock(&self.device).start(driver);
+        self.works = started.is_ok();
+        if let Err(error) = started {
             self.link.broken(format_args!("it does not start: {error}"));
         }
     }
 
     fn make_queues(&self) -> Result<Vec<Option<Virtqueue>>, String> {
-        let event_idx = self.accepted & FEATURE_EVENT_IDX != 0;
-        let make = |index: usize, registers: &QueueRegisters| {
-            let most = registers.most;
-            let size = u16::try_from(registers.size).unwrap_or(u16::MAX);
-            let (memory, link) = (Arc::clone(&self.memory), Arc::clone(&self.link));
-            let kick = Arc::clone(&self.kicks[index]);
-            let addresses = registers.addresses;
-            Virtqueue::new(
-                index as u16,
-                (most, size),
-                addresses,
-                event_idx,
-                memory,
-                link,
-                kick,
-            )
-        };
         let queues = self.queues.iter().enumerate();
         queues
             .map(|(index, registers)| {
-                let ready = registers.ready.then(|| make(index, registers));
+                let ready = registers.ready.then(|| self.make_queue(index));
                 ready.transpose()
             })
             .collect()
+    }
+
+    fn make_queue(&self, index: usize) -> Result<Virtqueue, String> {
+        let registers = &self.queues[index];
+        let size = u16::try_from(registers.size).unwrap_or(u16::MAX);
+        Virtqueue::new(
+            index as u16,
+            (registers.most, size),
+            registers.addresses,
+            self.accepted & FEATURE_EVENT_IDX != 0,
+            Arc::clone(&self.memory),
+            Arc::clone(&self.link),
+            Arc::clone(&self.kicks[index]),
+        )
     }
 
     fn reset(&mut self) {
         if std::mem::take(&mut self.started) {
             lock(&self.device).stop();
         }
+        self.works = false;
         self.status = 0;
         self.accepted = 0;
         for queue in &mut self.queues {

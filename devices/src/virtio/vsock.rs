@@ -67,6 +67,9 @@ pub struct Vsock {
     config: Arc<ConfigSpace>,
     host: Host,
     running: Option<Running>,
+    /// The queue to the guest and that from it, where the driver stopped one of them: there are no
+    /// connections then.
+    parked: [Option<Virtqueue>; 2],
 }
 
 /// The host's side.
@@ -115,6 +118,7 @@ impl Vsock {
             config: ConfigSpace::new(u64::from(cid).to_le_bytes().to_vec()),
             host,
             running: None,
+            parked: [None, None],
         })
     }
 
@@ -123,6 +127,25 @@ impl Vsock {
     pub fn connections(&self) -> usize {
         let running = self.running.as_ref();
         running.map_or(0, |running| running.connections.len())
+    }
+
+    /// Begins to work on both queues.
+    fn run(&mut self, to_guest: Virtqueue, from_guest: Virtqueue) {
+        let running = self.running.insert(Running {
+            cid: u64::from(self.cid),
+            link: Arc::clone(to_guest.link()),
+            to_guest,
+            from_guest,
+            connections: HashMap::new(),
+            tokens: HashMap::new(),
+            next_token: 0,
+            next_port: FIRST_PORT,
+            waiting: VecDeque::new(),
+            resets: VecDeque::new(),
+            // Who came before the driver did waits still.
+            accepting: true,
+        });
+        running.turn(&mut self.host);
     }
 }
 
@@ -148,27 +171,38 @@ impl VirtioDevice for Vsock {
         let (Some(to_guest), Some(from_guest)) = (to_guest, from_guest) else {
             return Err(StartError("a socket device needs both queues".to_owned()));
         };
-        let running = self.running.insert(Running {
-            cid: u64::from(self.cid),
-            to_guest,
-            from_guest,
-            link: driver.link,
-            connections: HashMap::new(),
-            tokens: HashMap::new(),
-            next_token: 0,
-            next_port: FIRST_PORT,
-            waiting: VecDeque::new(),
-            resets: VecDeque::new(),
-            // Who came before the driver did waits still.
-            accepting: true,
-        });
-        running.turn(&mut self.host);
+        self.run(to_guest, from_guest);
         Ok(())
     }
 
     fn stop(&mut self) {
         // The host's ends see their connections close.
         self.running = None;
+        self.parked = [None, None];
+    }
+
+    fn stop_queue(&mut self, queue: usize) {
+        // Nothing is ever sent in that of events.
+        if queue > TRANSMIT {
+            return;
+        }
+        if let Some(running) = self.running.take() {
+            self.parked = [Some(running.to_guest), Some(running.from_guest)];
+        }
+        self.parked[queue] = None;
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let index = usize::from(queue.index());
+        if index <= TRANSMIT {
+            self.parked[index] = Some(queue);
+        }
+        if self.parked.iter().all(Option::is_some)
+            && let [Some(to_guest), Some(from_guest)] = std::mem::take(&mut self.parked)
+        {
+            self.run(to_guest, from_guest);
+        }
+        Ok(())
     }
 
     fn kicked(&mut self, _queue: usize) {

@@ -71,7 +71,6 @@ impl VhostNet {
         features: u64,
         memory: &GuestMemoryMmap,
         queues: &[Virtqueue],
-        link: &Link,
     ) -> Result<()> {
         // An error of the driver before this one.
         let _ = self.errors.read();
@@ -79,23 +78,36 @@ impl VhostNet {
             kernel.set_features(features & FEATURES)?;
             kernel.set_memory(memory)?;
         }
-        for queue in queues {
-            let (pair, ring) = place(queue);
-            let call = link
-                .call(queue.index())
-                .context("vhost-net cannot interrupt this guest; use vhost=off")?;
-            self.rings.push((pair, ring));
-            let kernel = &self.kernel[pair];
-            kernel.set_ring(ring, queue, &call, Some(&self.errors))?;
-            kernel.set_net_backend(ring, Some(&self.tap.queues()[pair]))?;
+        queues.iter().try_for_each(|queue| self.begin_queue(queue))
+    }
+
+    fn begin_queue(&mut self, queue: &Virtqueue) -> Result<()> {
+        let (pair, ring) = place(queue.index());
+        let call = queue
+            .link()
+            .call(queue.index())
+            .context("vhost-net cannot interrupt this guest; use vhost=off")?;
+        self.rings.push((pair, ring));
+        let kernel = &self.kernel[pair];
+        kernel.set_ring(ring, queue, &call, Some(&self.errors))?;
+        kernel.set_net_backend(ring, Some(&self.tap.queues()[pair]))
+    }
+
+    /// Has the kernel out of a ring.
+    fn end_ring(&self, (pair, ring): (usize, u32)) {
+        let kernel = &self.kernel[pair];
+        // First the work ends, and then the ring can be cleared.
+        let stopped = kernel.set_net_backend(ring, None::<&OwnedFd>);
+        let cleared = kernel.clear_ring(ring);
+        if let Err(error) = stopped.and(cleared) {
+            log::warn!("vhost-net: {error:#}");
         }
-        Ok(())
     }
 }
 
 /// The pair of a queue, and its ring in the pair's vhost-net.
-fn place(queue: &Virtqueue) -> (usize, u32) {
-    let index = usize::from(queue.index());
+fn place(queue: u16) -> (usize, u32) {
+    let index = usize::from(queue);
     (index / 2, RINGS[index % 2])
 }
 
@@ -146,23 +158,32 @@ impl Rings for VhostNet {
         features: u64,
         memory: &GuestMemoryMmap,
         queues: &[Virtqueue],
-        link: &Link,
+        _link: &Link,
     ) -> Result<(), String> {
-        self.begin(features, memory, queues, link).map_err(|error| {
+        self.begin(features, memory, queues).map_err(|error| {
             self.stop();
             format!("{error:#}")
         })
     }
 
     fn stop(&mut self) {
-        for (pair, ring) in self.rings.drain(..) {
-            let kernel = &self.kernel[pair];
-            // First the work ends, and then the ring can be cleared.
-            let stopped = kernel.set_net_backend(ring, None::<&OwnedFd>);
-            let cleared = kernel.clear_ring(ring);
-            if let Err(error) = stopped.and(cleared) {
-                log::warn!("vhost-net: {error:#}");
-            }
+        for place in std::mem::take(&mut self.rings) {
+            self.end_ring(place);
+        }
+    }
+
+    fn start_queue(&mut self, queue: &Virtqueue) -> Result<(), String> {
+        self.begin_queue(queue).map_err(|error| {
+            self.stop_queue(queue.index());
+            format!("{error:#}")
+        })
+    }
+
+    fn stop_queue(&mut self, queue: u16) {
+        let place = place(queue);
+        if let Some(at) = self.rings.iter().position(|known| *known == place) {
+            let place = self.rings.remove(at);
+            self.end_ring(place);
         }
     }
 }

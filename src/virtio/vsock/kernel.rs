@@ -4,7 +4,9 @@
 use crate::virtio::Backend;
 use crate::virtio::vhost::Vhost;
 use anyhow::{Context, Result, anyhow};
-use armlet_devices::virtio::{ConfigSpace, Driver, Link, Source, StartError, VirtioDevice};
+use armlet_devices::virtio::{
+    ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue,
+};
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -136,6 +138,8 @@ struct KernelDevice {
 struct Running {
     vhost: Vhost,
     link: Arc<Link>,
+    /// Which of [`RINGS`] the driver has set up; the kernel works on both or on none.
+    ready: [bool; 2],
 }
 
 impl KernelDevice {
@@ -146,12 +150,17 @@ impl KernelDevice {
         for index in RINGS {
             let queue = driver.take(index);
             let queue = queue.with_context(|| format!("the driver left queue {index} out"))?;
-            let call = driver.link.call(index as u16);
-            let call = call.context("the kernel has no way to interrupt the guest")?;
-            vhost.set_ring(index as u32, &queue, &call, Some(&self.errors))?;
+            self.set_ring(&vhost, &queue)?;
         }
         vhost.set_vsock_running(true)?;
         Ok(vhost)
+    }
+
+    fn set_ring(&self, vhost: &Vhost, queue: &Virtqueue) -> Result<()> {
+        let index = queue.index();
+        let call = queue.link().call(index);
+        let call = call.context("the kernel has no way to interrupt the guest")?;
+        vhost.set_ring(index.into(), queue, &call, Some(&self.errors))
     }
 }
 
@@ -176,7 +185,11 @@ impl VirtioDevice for KernelDevice {
         match self.run(&mut driver) {
             Ok(vhost) => {
                 let link = driver.link;
-                self.running = Some(Running { vhost, link });
+                self.running = Some(Running {
+                    vhost,
+                    link,
+                    ready: [true; 2],
+                });
                 Ok(())
             }
             Err(error) => {
@@ -192,6 +205,42 @@ impl VirtioDevice for KernelDevice {
             drop(vhost);
             self.claim.renew();
         }
+    }
+
+    fn stop_queue(&mut self, queue: usize) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let Some(ready) = running.ready.get_mut(queue) else {
+            return;
+        };
+        *ready = false;
+        let stopped = running.vhost.set_vsock_running(false);
+        let cleared = stopped.and_then(|()| running.vhost.clear_ring(queue as u32));
+        if let Err(error) = cleared {
+            running.link.broken(format_args!(
+                "the kernel does not stop queue {queue}: {error:#}"
+            ));
+            // Without its device it is out of guest memory for sure.
+            self.stop();
+        }
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let index = usize::from(queue.index());
+        let Some(running) = self.running.as_ref().filter(|_| RINGS.contains(&index)) else {
+            return Ok(());
+        };
+        let set = self.set_ring(&running.vhost, &queue);
+        let Some(running) = &mut self.running else {
+            return Ok(());
+        };
+        running.ready[index] = set.is_ok();
+        let running = match running.ready {
+            [true, true] => set.and_then(|()| running.vhost.set_vsock_running(true)),
+            _ => set,
+        };
+        running.map_err(|error| StartError(format!("{error:#}")))
     }
 
     fn kicked(&mut self, _queue: usize) {}

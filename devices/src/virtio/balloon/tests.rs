@@ -569,3 +569,26 @@ proptest! {
         prop_assert!(!bench.guest.is_broken());
     }
 }
+
+#[test]
+fn a_queue_that_is_stopped_takes_nothing_and_forgets_its_buffer() {
+    let mut bench = Bench::started(4096, NOTHING);
+    bench.guest.request(2, &[&[0; 10]], &[]);
+    bench.guest.kick(2);
+    bench.guest.stop_queue(2);
+    assert!(!lock(&bench.guest.device).ask_for_statistics());
+    bench.guest.set_up_queue(2);
+    bench.guest.request(2, &[&[0; 10]], &[]);
+    bench.guest.kick(2);
+    assert!(lock(&bench.guest.device).ask_for_statistics());
+    assert_eq!(bench.guest.used(2).len(), 1);
+    bench.guest.stop_queue(0);
+    bench.guest.request(0, &[&FREE.to_le_bytes()], &[]);
+    bench.guest.kick(0);
+    assert!(bench.guest.used(0).is_empty() && bench.back().is_empty());
+    bench.deflate(&[FREE]);
+    bench.guest.set_up_queue(0);
+    bench.inflate(&[FREE]);
+    assert_eq!(bench.back(), [(at(FREE), 4096)]);
+    assert_eq!(bench.guest.mmio.faults(), 0);
+}

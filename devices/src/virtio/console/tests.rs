@@ -469,3 +469,34 @@ proptest! {
         prop_assert!(!bench.guest.is_broken());
     }
 }
+
+#[test]
+fn a_queue_that_is_stopped_loses_what_it_held_and_the_other_goes_on() {
+    let mut bench = Bench::started(3);
+    bench.give_buffers(&[10, 10]);
+    bench.print(&[b"stuck in the middle"]);
+    assert_eq!(bench.got(), b"stu");
+    bench.guest.stop_queue(TRANSMIT as u32);
+    bench.read(100);
+    assert_eq!(bench.got(), b"stu");
+    assert_eq!(bench.printed(), 0);
+    assert_eq!(bench.type_in(b"keys"), (4, true));
+    assert_eq!(bench.typed(), [b"keys"]);
+    bench.guest.set_up_queue(TRANSMIT as u32);
+    bench.print(&[b"anew"]);
+    assert_eq!(bench.got(), b"stuanew");
+    assert_eq!(bench.printed(), 1);
+    // A driver that stopped to listen gets nothing, and is another when it listens again.
+    let before = lock(&bench.guest.device).listening();
+    bench.guest.stop_queue(RECEIVE as u32);
+    assert_eq!(lock(&bench.guest.device).listening(), None);
+    assert_eq!(bench.type_in(b"lost"), (0, false));
+    bench.guest.set_up_queue(RECEIVE as u32);
+    let rooms = bench.rooms();
+    bench.give_buffers(&[10]);
+    assert_eq!(bench.rooms(), rooms + 1, "who has input hears of it");
+    assert_eq!(bench.type_in(b"more"), (4, false));
+    assert_eq!(bench.typed(), [b"more"]);
+    assert_ne!(lock(&bench.guest.device).listening(), before);
+    assert_eq!(bench.guest.mmio.faults(), 0);
+}

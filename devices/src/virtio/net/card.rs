@@ -146,6 +146,18 @@ impl Card {
         self.running.as_ref()?.control.as_ref()
     }
 
+    /// Has this control queue, or none, from now on.
+    pub(super) fn set_control(&mut self, control: Option<Virtqueue>) {
+        if let Some(running) = &mut self.running {
+            running.control = control;
+        }
+    }
+
+    /// The features that the driver that runs agreed to.
+    pub(super) fn agreed(&self) -> u64 {
+        self.running.as_ref().map_or(0, |running| running.features)
+    }
+
     /// Pairs of queues in use.
     pub(super) fn active(&self) -> usize {
         let running = self.running.as_ref();

@@ -27,6 +27,16 @@ pub trait Rings: Network {
 
     /// Ends the work: from here on guest memory is not touched.
     fn stop(&mut self);
+
+    /// Begins to work on one queue more, as [`Self::start`] does.
+    ///
+    /// # Errors
+    /// What the host refuses, in words; it does not work on this queue then.
+    fn start_queue(&mut self, queue: &Virtqueue) -> Result<(), String>;
+
+    /// Ends the work on the queue of this index: from here on neither its rings nor its buffers are
+    /// touched.
+    fn stop_queue(&mut self, queue: u16);
 }
 
 /// A network card of which this process serves the control queue only.
@@ -35,6 +45,8 @@ pub struct RingNet<N: Rings> {
     network: N,
     /// The queues of frames, for as long as the network works on them.
     queues: Vec<Virtqueue>,
+    /// So many queues of frames the driver may have.
+    most: usize,
     /// Kicks go to the network, but those of the control queue are for us: they come by this one
     /// source, which is there before the queue is.
     kicks: Epoll,
@@ -50,6 +62,7 @@ impl<N: Rings> RingNet<N> {
             card: Card::new(&network, mac),
             network,
             queues: Vec::new(),
+            most: 0,
             kicks: Epoll::new()?,
         })
     }
@@ -92,7 +105,8 @@ impl<N: Rings> VirtioDevice for RingNet<N> {
 
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
         let pairs = self.card.start(&mut driver, &mut self.network)?;
-        self.queues = (0..2 * pairs)
+        self.most = 2 * pairs;
+        self.queues = (0..self.most)
             .filter_map(|index| driver.take(index))
             .collect();
         self.watch_control(ControlOperation::Add)
@@ -113,6 +127,35 @@ impl<N: Rings> VirtioDevice for RingNet<N> {
         let _ = self.watch_control(ControlOperation::Delete);
         self.queues.clear();
         self.card.stop(&mut self.network);
+    }
+
+    fn stop_queue(&mut self, queue: usize) {
+        if self.card.is_control(queue) {
+            // It is there, unless the driver left it out.
+            let _ = self.watch_control(ControlOperation::Delete);
+            self.card.set_control(None);
+        } else if let Some(at) = self
+            .queues
+            .iter()
+            .position(|ring| usize::from(ring.index()) == queue)
+        {
+            self.network.stop_queue(queue as u16);
+            self.queues.remove(at);
+        }
+    }
+
+    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
+        let index = usize::from(queue.index());
+        if self.card.is_control(index) {
+            self.card.set_control(Some(queue));
+            self.watch_control(ControlOperation::Add).map_err(|error| {
+                StartError(format!("cannot wait for its control queue: {error}"))
+            })?;
+        } else if index < self.most {
+            self.network.start_queue(&queue).map_err(StartError)?;
+            self.queues.push(queue);
+        }
+        Ok(())
     }
 
     fn kicked(&mut self, queue: usize) {

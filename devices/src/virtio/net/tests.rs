@@ -689,6 +689,19 @@ impl Rings for FakeRings {
     fn stop(&mut self) {
         *lock(&self.works_on) = None;
     }
+
+    fn start_queue(&mut self, queue: &Virtqueue) -> Result<(), String> {
+        let mut works_on = lock(&self.works_on);
+        let (queues, _) = works_on.as_mut().expect("it works");
+        queues.push(queue.index());
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, queue: u16) {
+        let mut works_on = lock(&self.works_on);
+        let (queues, _) = works_on.as_mut().expect("it works");
+        queues.retain(|index| *index != queue);
+    }
 }
 
 #[test]
@@ -911,4 +924,71 @@ proptest! {
         wake(&guest, 0);
         prop_assert_eq!(&guest.used(RX)[0].1, &seen(b"a good frame", 1));
     }
+}
+
+#[test]
+fn queues_of_a_card_stop_one_by_one() {
+    let network = FakeNetwork::default();
+    let mut guest = started(&network, CTRL_VQ | CTRL_MAC_ADDR);
+    guest.stop_queue(0);
+    guest.request(0, &[], &[2000]);
+    guest.kick(0);
+    network.come(0, &frame(&payload(60, 1)));
+    wake(&guest, 0);
+    assert!(guest.used(0).is_empty());
+    // It sends all the same.
+    guest.request(1, &[&frame(&payload(60, 2))], &[]);
+    guest.kick(1);
+    assert_eq!(network.sent().len(), 1);
+    guest.stop_queue(1);
+    guest.request(1, &[&frame(&payload(60, 3))], &[]);
+    guest.kick(1);
+    assert!(network.sent().is_empty());
+    guest.set_up_queue(0);
+    guest.request(0, &[], &[2000]);
+    guest.kick(0);
+    assert_eq!(
+        guest.used(0)[0].1,
+        seen(&payload(60, 1), 1),
+        "it waited at the network"
+    );
+    guest.set_up_queue(1);
+    guest.request(1, &[&frame(&payload(60, 4))], &[]);
+    guest.kick(1);
+    assert_eq!(network.sent()[0].1, frame(&payload(60, 4)));
+    guest.stop_queue(CONTROL as u32);
+    guest.request(CONTROL, &[&[1, 1], &[2; 6]], &[1]);
+    guest.kick(CONTROL);
+    assert!(guest.used(CONTROL).is_empty());
+    guest.set_up_queue(CONTROL as u32);
+    assert_eq!(control(&mut guest, CONTROL, &[1, 1, 2, 2, 2, 2, 2, 2]), [0]);
+    assert_eq!(guest.mmio.faults(), 0);
+}
+
+#[test]
+fn the_hosts_end_lets_go_of_a_queue_that_is_stopped() {
+    let rings = FakeRings::default();
+    let works_on = || lock(&rings.works_on).clone().map(|(queues, _)| queues);
+    let card = RingNet::new(rings.clone(), MAC_ADDRESS).expect("descriptors");
+    let mut guest = Guest::started(card, CTRL_VQ);
+    guest.stop_queue(1);
+    assert_eq!(works_on(), Some(vec![0]));
+    guest.stop_queue(CONTROL as u32);
+    guest.request(CONTROL, &[&[9, 9]], &[1]);
+    guest.write(0x50, CONTROL as u32);
+    wake(&guest, 1);
+    assert!(guest.used(CONTROL).is_empty());
+    guest.set_up_queue(1);
+    guest.set_up_queue(CONTROL as u32);
+    assert_eq!(works_on(), Some(vec![0, 1]));
+    guest.request(CONTROL, &[&[9, 9]], &[1]);
+    guest.write(0x50, CONTROL as u32);
+    wake(&guest, 1);
+    assert_eq!(guest.used(CONTROL)[0].1, [1]);
+    for queue in 0..3 {
+        guest.stop_queue(queue);
+    }
+    assert_eq!(works_on(), Some(vec![]));
+    guest.start(CTRL_VQ);
+    assert_eq!(works_on(), Some(vec![0, 1]));
 }

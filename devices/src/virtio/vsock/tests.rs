@@ -903,3 +903,27 @@ proptest! {
         prop_assert_eq!(read_now(&stream), b"well");
     }
 }
+
+#[test]
+fn a_queue_that_is_stopped_ends_all_connections_and_new_ones_are_made_with_both() {
+    for queue in [RECEIVE, TRANSMIT] {
+        let mut world = World::new();
+        let stream = world.connection(1000, 80);
+        world.guest.stop_queue(queue as u32);
+        assert!(is_ended(&stream));
+        assert_eq!(world.connections(), 0);
+        world.run();
+        world.guest.set_up_queue(queue as u32);
+        if queue == RECEIVE {
+            world.give(BUFFERS);
+        }
+        let mut stream = world.connection(1001, 81);
+        stream.write_all(b"hello").expect("room");
+        assert_eq!(world.expect(Op::Data).1, b"hello");
+        // That of events has none, stopped or not.
+        world.guest.stop_queue(2);
+        world.guest.set_up_queue(2);
+        assert_eq!(world.connections(), 1);
+        assert_eq!(world.faults(), 0);
+    }
+}
