@@ -1,11 +1,13 @@
 //! Boards: the built-in ones, and files that the user names.
 
+use crate::files::{self, Accepted};
 use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::board::{self, Identity, Midr, Profile, Signature};
 use armlet_arch::{Arch, Architecture, Board};
 use std::borrow::Cow;
+use std::io::Read;
 use std::path::Path;
 
 /// What `--board` is when it is not given: the board that this host is.
@@ -103,17 +105,18 @@ fn looks_like_a_path(name: &str) -> bool {
 }
 
 fn read(path: &Path) -> Result<String> {
-    let metadata = std::fs::metadata(path)?;
-    if !metadata.is_file() {
-        return Err(anyhow!("it is no regular file"));
-    }
-    if metadata.len() > MAX_BYTES {
+    let file = files::open(path, Accepted::File, false)?;
+    let size = file.metadata()?.len();
+    let mut text = String::new();
+    // A file of /proc says that it has none.
+    let read = file.take(MAX_BYTES + 1).read_to_string(&mut text)? as u64;
+    if size.max(read) > MAX_BYTES {
         return Err(anyhow!(
             "it has {} bytes; a board file has {MAX_BYTES} at most",
-            metadata.len()
+            size.max(read)
         ));
     }
-    Ok(std::fs::read_to_string(path)?)
+    Ok(text)
 }
 
 /// The board that the file `from` inherits from: a path is relative to that file.

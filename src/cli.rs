@@ -296,7 +296,8 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// count exits by reason, and tell them with KVM's own counters at the end and on SIGUSR1
         #[argh(switch)]
         pub stats: bool,
-        /// write the device tree that the guest gets to this file
+        /// write the device tree that the guest gets to this file, which only its owner may read:
+        /// it holds the seeds of the guest's random numbers
         #[argh(option, arg_name = "PATH")]
         pub dump_dtb: Option<String>,
     }

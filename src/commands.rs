@@ -3,6 +3,7 @@
 use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
+use crate::files;
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
@@ -17,6 +18,7 @@ use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
 use serde_json::json;
 use std::io::Write;
+use std::path::Path;
 
 /// Does what the command line says.
 ///
@@ -272,7 +274,7 @@ fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> R
     print(&report::text(plan, kernel.as_deref(), &config.settings))
 }
 
-/// Writes the plan's device tree to a file.
+/// Writes the plan's device tree to a file that only its owner may read.
 ///
 /// # Errors
 /// A file that cannot be written.
@@ -282,7 +284,8 @@ pub fn write_tree<A: Arch>(path: &str, plan: &Plan<A>) -> Result<()> {
         .iter()
         .find(|blob| blob.name == aarch64::DEVICE_TREE);
     let tree = tree.context("this machine has no device tree")?;
-    std::fs::write(path, &tree.bytes)
+    // It holds the guest's seeds.
+    files::write_private(Path::new(path), &tree.bytes)
         .with_context(|| format!("cannot write the device tree to '{path}'"))
 }
 

@@ -5,6 +5,7 @@
 //! stream: the VMM never holds a copy, only what the decompressor itself keeps (gzip 32 KiB, lz4
 //! at most 16 MiB, zstd, xz and lzma what their window asks for, at most [`MAX_WINDOW`]).
 
+use crate::files::{self, Accepted};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use armlet_arch::elf::{MAX_NOTES, X86Elf};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
@@ -14,7 +15,7 @@ use ruzstd::decoding::{
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 /// The largest window (dictionary) that data may ask for, bytes. The kernel's own build uses
@@ -190,26 +191,10 @@ impl Initrd {
 
 /// Opens a file that has bytes, and returns it with their number.
 fn open_regular(path: &Path) -> Result<(File, u64)> {
-    // Before opening, because opening alone does things to devices (a watchdog starts) ...
-    check_regular(&std::fs::metadata(path)?)?;
-    let file = File::options()
-        .read(true)
-        // ... and without waiting for a FIFO's writer, should one have taken the file's place.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    let metadata = file.metadata()?;
-    check_regular(&metadata)?;
-    ensure!(metadata.len() > 0, "it is empty");
-    Ok((file, metadata.len()))
-}
-
-fn check_regular(metadata: &std::fs::Metadata) -> Result<()> {
-    ensure!(!metadata.is_dir(), "it is a directory");
-    ensure!(
-        metadata.is_file(),
-        "it is not a regular file but a device, FIFO or socket"
-    );
-    Ok(())
+    let file = files::open(path, Accepted::File, false)?;
+    let size = file.metadata()?.len();
+    ensure!(size > 0, "it is empty");
+    Ok((file, size))
 }
 
 fn open_kernel(path: &Path) -> Result<Kernel> {

@@ -435,8 +435,8 @@ fn paths_that_are_no_files() {
     let missing = dir.path().join("missing");
     for (path, reason) in [
         (dir.path(), "it is a directory"),
-        (&fifo, "device, FIFO or socket"),
-        (Path::new("/dev/null"), "device, FIFO or socket"),
+        (&fifo, "not a regular file but a FIFO"),
+        (Path::new("/dev/null"), "but a character device"),
         (&empty, "it is empty"),
         (&missing, "No such file"),
     ] {

@@ -5,26 +5,27 @@
 
 mod complaints;
 mod image;
+mod opened;
 #[cfg(feature = "qcow2")]
 pub mod qcow2;
 mod sys;
 mod uring;
 
 use super::Backend;
+use super::locks::Use;
 use super::options::{Options, path_first};
-use super::pages;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};
 use complaints::Complaints;
 use image::{Alignment, Image, PlainEngine};
-use rustix::fs::{AtFlags, OFlags, StatxFlags};
-use std::fs::{File, Metadata, OpenOptions};
+use opened::{Opened, is_in_memory};
+use rustix::fs::OFlags;
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
 use uring::UringEngine;
 
 /// The flag.
@@ -35,9 +36,6 @@ const SERIAL: usize = 20;
 const QUEUES: u64 = 16;
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
-/// How often a lock is tried again that another has, and after what time.
-const TRIES: usize = 20;
-const BETWEEN_TRIES: Duration = Duration::from_millis(20);
 /// What a qcow2 image begins with (QEMU's docs/interop/qcow2.txt).
 const QCOW2: [u8; 4] = *b"QFI\xfb";
 
@@ -148,7 +146,7 @@ impl DiskOptions {
     /// An image that is not there, not to be had, in use or not what the user says it is.
     pub fn open(&self, number: usize) -> Result<Disk> {
         let name = format!("disk{number}");
-        let opened = open_image(&self.path, self.readonly)?;
+        let opened = Opened::open(&self.path, !self.readonly)?;
         let (storage, shape) = match self.is_qcow2(&opened.file)? {
             true => self.qcow2(&name, opened)?,
             false => self.raw(&name, opened)?,
@@ -206,6 +204,7 @@ impl DiskOptions {
 
     fn raw(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
         let path = &self.path;
+        opened.lock(path, self.used(Use::ReadRaw, Use::WriteRaw))?;
         let context = || format!("cannot look at disk image {}", path.display());
         let size = (&opened.file)
             .seek(SeekFrom::End(0))
@@ -215,7 +214,7 @@ impl DiskOptions {
             Cache::None => Some(self.bypass_cache(&opened, size)?),
         };
         let mut shape = self.shape(size);
-        limits(&opened, &mut shape).with_context(context)?;
+        opened.limits(&mut shape).with_context(context)?;
         if let Some(direct) = direct {
             shape.physical_block_size = shape.physical_block_size.max(direct.offset as u32);
         }
@@ -274,7 +273,7 @@ impl DiskOptions {
     fn bypass_cache(&self, opened: &Opened, size: u64) -> Result<Alignment> {
         let path = self.path.display();
         let refused = || format!("disk image {path} does not do cache=none; use cache=writeback");
-        let alignment = direct_alignment(opened).with_context(refused)?;
+        let alignment = opened.direct_alignment().with_context(refused)?;
         if !size.is_multiple_of(alignment.offset as u64) {
             bail!(
                 "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {path}', or use cache=writeback",
@@ -290,9 +289,12 @@ impl DiskOptions {
     #[cfg(feature = "qcow2")]
     fn qcow2(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
         let path = &self.path;
+        opened.lock(path, self.used(Use::ReadFormat, Use::WriteFormat))?;
         let mut chain = Vec::new();
         for path in &self.backing {
-            chain.push((path.as_path(), open_image(path, true)?.file));
+            let behind = Opened::open(path, false)?;
+            behind.lock(path, Use::ReadFormat)?;
+            chain.push((path.as_path(), behind.file));
         }
         let complaints = Complaints::new(name.to_owned(), path.clone());
         let found = qcow2::look(path, &opened.file, self.readonly)?;
@@ -314,6 +316,13 @@ impl DiskOptions {
             "disk image {}: this armlet was built without qcow2; 'qemu-img convert -O raw' makes a raw image of it",
             self.path.display()
         )
+    }
+
+    fn used(&self, to_read: Use, to_write: Use) -> Use {
+        match self.readonly {
+            true => to_read,
+            false => to_write,
+        }
     }
 
     fn shape(&self, size: u64) -> Shape {
@@ -359,140 +368,6 @@ pub fn check_ids(disks: &[DiskOptions]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A file or block device that is open and locked.
-struct Opened {
-    file: File,
-    metadata: Metadata,
-    is_device: bool,
-}
-
-fn open_image(path: &Path, readonly: bool) -> Result<Opened> {
-    let shown = path.display();
-    let cannot = || format!("cannot open disk image {shown}");
-    // Looked at first: to open a pipe would wait for its other end.
-    let kind = std::fs::metadata(path).with_context(cannot)?.file_type();
-    if kind.is_dir() {
-        bail!("disk image {shown} is a directory; {FLAG} takes a file or a block device");
-    }
-    if !(kind.is_file() || kind.is_block_device()) {
-        bail!("disk image {shown} is neither a file nor a block device");
-    }
-    let file = OpenOptions::new().read(true).write(!readonly).open(path);
-    let file = file.map_err(|error| {
-        let forbidden = [
-            io::ErrorKind::PermissionDenied,
-            io::ErrorKind::ReadOnlyFilesystem,
-        ];
-        match !readonly && forbidden.contains(&error.kind()) {
-            true => anyhow!(error).context(format!(
-                "cannot open disk image {shown} for writing; add readonly to only read it"
-            )),
-            false => anyhow!(error).context(cannot()),
-        }
-    })?;
-    let metadata = file.metadata().with_context(cannot)?;
-    match lock_image(&file, !readonly) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => bail!(
-            "disk image {shown} is in use by another process or another {FLAG}; {}",
-            match readonly {
-                true => "it writes to it",
-                false => "only readers can share it: add readonly to all of them",
-            }
-        ),
-        Err(error) => log::warn!(
-            "disk image {shown} cannot be locked: {error}; see to it that nobody else writes to it"
-        ),
-    }
-    let is_device = metadata.file_type().is_block_device();
-    Ok(Opened {
-        file,
-        metadata,
-        is_device,
-    })
-}
-
-/// Locks an image, against all others where `alone`. A process that was killed has its files for
-/// a moment longer, while the kernel ends what it began: so there are some tries.
-fn lock_image(file: &File, alone: bool) -> io::Result<()> {
-    for _ in 0..TRIES {
-        match pages::lock(file, alone) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(BETWEEN_TRIES);
-            }
-            result => return result,
-        }
-    }
-    pages::lock(file, alone)
-}
-
-/// Whether a file lies in memory, where no read has to wait.
-fn is_in_memory(file: &File) -> bool {
-    // include/uapi/linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC.
-    rustix::fs::fstatfs(file).is_ok_and(|found| [0x0102_1994, 0x8584_58f6].contains(&found.f_type))
-}
-
-/// What the host says of an image's blocks.
-fn limits(opened: &Opened, shape: &mut Shape) -> io::Result<()> {
-    let file = &opened.file;
-    if opened.is_device {
-        shape.block_size = rustix::fs::ioctl_blksszget(file)?.max(shape.block_size);
-        shape.physical_block_size = rustix::fs::ioctl_blkpbszget(file)?.max(shape.block_size);
-        let limit = |name| queue_limit(opened.metadata.rdev(), name);
-        shape.optimal_io_size = limit("optimal_io_size");
-        let granularity = limit("discard_granularity");
-        shape.discard_granularity = granularity.max(shape.block_size);
-    } else {
-        // The guest's blocks stay as they are on whatever file system the image comes to lie;
-        // only what is best to write is told.
-        let block = opened.metadata.blksize().next_power_of_two();
-        shape.physical_block_size = block.clamp(512, 4096) as u32;
-        shape.discard_granularity = block.clamp(512, 65536) as u32;
-    }
-    Ok(())
-}
-
-/// A limit of a block device's queue (Documentation/ABI/stable/sysfs-block); 0 where there is none.
-fn queue_limit(device: u64, name: &str) -> u32 {
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    // A partition has its disk's queue.
-    ["queue", "../queue"]
-        .iter()
-        .find_map(|queue| {
-            let path = format!("/sys/dev/block/{major}:{minor}/{queue}/{name}");
-            std::fs::read_to_string(path).ok()?.trim().parse().ok()
-        })
-        .unwrap_or(0)
-}
-
-/// What direct I/O on an image asks for.
-fn direct_alignment(opened: &Opened) -> Result<Alignment> {
-    let file = &opened.file;
-    // Since Linux 6.1 (statx(2): STATX_DIOALIGN).
-    let flags = StatxFlags::DIOALIGN;
-    if let Ok(found) = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, flags)
-        && found.stx_mask & flags.bits() != 0
-    {
-        let (memory, offset) = (found.stx_dio_mem_align, found.stx_dio_offset_align);
-        if offset == 0 {
-            bail!("the file system has no direct I/O for it");
-        }
-        return Ok(Alignment {
-            memory: memory.max(1).next_power_of_two() as usize,
-            offset: offset.max(512).next_power_of_two() as usize,
-        });
-    }
-    let block = match opened.is_device {
-        true => rustix::fs::ioctl_blksszget(file)? as usize,
-        // No file system asks for more on the devices that there are.
-        false => 4096,
-    };
-    Ok(Alignment {
-        memory: block,
-        offset: block,
-    })
 }
 
 /// A disk of the host, open and locked.

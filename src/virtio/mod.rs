@@ -20,6 +20,7 @@ use vsock::VsockOptions;
 pub mod balloon;
 pub mod console;
 pub mod disk;
+pub mod locks;
 pub mod net;
 pub mod options;
 pub mod pages;

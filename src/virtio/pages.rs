@@ -178,24 +178,40 @@ pub fn detach(address: usize, file: &File, start: u64, end: u64, readonly: bool)
     Ok(())
 }
 
-/// Locks the whole file for this opening of it: against all others where `alone`, else against
-/// those that are alone. The lock goes when the file is closed.
+/// Takes a shared lock on one byte of a file for this opening of it, or gives it back. It goes when
+/// the file is closed.
 ///
 /// # Errors
-/// `WouldBlock` where another has it, whatever else the system says.
-pub fn lock(file: &File, alone: bool) -> io::Result<()> {
-    let kind = match alone {
-        true => libc::F_WRLCK,
-        false => libc::F_RDLCK,
+/// `WouldBlock` where another has it alone, whatever else the system says.
+pub fn lock_byte(file: &File, offset: u64, held: bool) -> io::Result<()> {
+    let kind = match held {
+        true => libc::F_RDLCK,
+        false => libc::F_UNLCK,
     };
-    // SAFETY: all fields are numbers, for which zero is a value: from the file's start to its end.
+    byte_lock(file, libc::F_OFD_SETLK, kind, offset).map(drop)
+}
+
+/// Whether another opening of a file has any lock on one byte of it.
+///
+/// # Errors
+/// What the system says.
+pub fn is_byte_locked(file: &File, offset: u64) -> io::Result<bool> {
+    let found = byte_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, offset)?;
+    Ok(found != libc::F_UNLCK)
+}
+
+/// Calls fcntl for a lock on one byte. Returns the kind of lock that it says.
+fn byte_lock(file: &File, command: i32, kind: i32, offset: u64) -> io::Result<i32> {
+    // SAFETY: all fields are numbers, for which zero is a value; the process has to be zero.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as _;
     lock.l_whence = libc::SEEK_SET as _;
-    // SAFETY: the descriptor is open, and the call reads `lock` and keeps nothing of it.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    lock.l_start = offset as _;
+    lock.l_len = 1;
+    // SAFETY: the descriptor is open, and the call reads and writes `lock` and keeps nothing of it.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
     if done == 0 {
-        return Ok(());
+        return Ok(i32::from(lock.l_type));
     }
     let error = io::Error::last_os_error();
     match Errno::from_io_error(&error) {
@@ -324,19 +340,20 @@ mod tests {
     }
 
     #[test]
-    fn locks_keep_writers_apart_and_let_readers_share() {
+    fn a_lock_on_a_byte_is_seen_by_other_openings() {
         let file = tempfile::NamedTempFile::new().expect("a file");
-        let open = || {
-            let options = File::options().read(true).write(true).open(file.path());
-            options.expect("a file")
-        };
-        let (first, second, third) = (open(), open(), open());
-        lock(&first, false).expect("nobody has it");
-        lock(&second, false).expect("readers share");
-        let error = lock(&third, true).expect_err("readers have it");
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-        drop((first, second));
-        lock(&third, true).expect("nobody has it");
-        assert!(lock(&open(), false).is_err());
+        let (first, second) = (
+            file.reopen().expect("a file"),
+            file.reopen().expect("a file"),
+        );
+        let seen = |file: &File, offset| is_byte_locked(file, offset).expect("locks");
+        lock_byte(&first, 100, true).expect("nobody has it");
+        lock_byte(&second, 100, true).expect("it is shared");
+        assert!(seen(&first, 100) && seen(&second, 100));
+        lock_byte(&second, 100, false).expect("it goes back");
+        assert!(!seen(&first, 100) && seen(&second, 100));
+        assert!(!seen(&second, 99) && !seen(&second, 101));
+        drop(first);
+        assert!(!seen(&second, 100));
     }
 }

@@ -2,15 +2,16 @@
 //! cache of its own.
 
 use super::Backend;
+use super::locks::{self, Use};
 use super::options::{Options, path_first};
 use super::pages;
+use crate::files::{self, Accepted};
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::pmem::Pmem;
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -76,16 +77,11 @@ impl PmemImage {
     pub fn open(text: &str, index: usize) -> Result<PmemImage> {
         let (path, readonly) = read_options(text)?;
         let shown = path.display();
-        let opened = File::options().read(true).write(!readonly).open(&path);
-        let file = match opened {
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
-                bail!("{FLAG}: {shown} is a directory; it takes a file")
-            }
-            opened => opened.with_context(|| match readonly {
-                true => format!("{FLAG}: cannot open {shown} to read"),
-                false => format!("{FLAG}: cannot open {shown} to read and write"),
-            })?,
-        };
+        let opened = files::open(&path, Accepted::FileOrDisk, !readonly);
+        let file = opened.with_context(|| match readonly {
+            true => format!("{FLAG}: cannot open {shown} to read"),
+            false => format!("{FLAG}: cannot open {shown} to read and write"),
+        })?;
         let size = size_of(&file).with_context(|| format!("{FLAG}: {shown}"))?;
         if size == 0 || !size.is_multiple_of(ALIGN) {
             bail!(
@@ -93,11 +89,16 @@ impl PmemImage {
                 size.next_multiple_of(ALIGN).max(ALIGN) >> 20
             );
         }
-        match pages::lock(&file, !readonly) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                bail!("{FLAG}: {shown} is in use by another program; only one may write it")
-            }
-            locked => locked.with_context(|| format!("{FLAG}: cannot lock {shown}"))?,
+        let used = match readonly {
+            true => Use::ReadRaw,
+            false => Use::WriteRaw,
+        };
+        let locked = locks::lock(&file, used);
+        if locked
+            .with_context(|| format!("{FLAG}: cannot lock {shown}"))?
+            .is_err()
+        {
+            bail!("{FLAG}: {shown} is in use by another program; only one may write it")
         }
         let address = usize::try_from(size)
             .map_err(anyhow::Error::from)
@@ -165,7 +166,8 @@ impl PmemImage {
 pub fn planned_size(text: &str) -> Result<u64> {
     let (path, _) = read_options(text)?;
     let shown = path.display();
-    let file = File::open(&path).with_context(|| format!("{FLAG}: cannot open {shown}"))?;
+    let file = files::open(&path, Accepted::FileOrDisk, false)
+        .with_context(|| format!("{FLAG}: cannot open {shown}"))?;
     size_of(&file).with_context(|| format!("{FLAG}: {shown}"))
 }
 
@@ -183,16 +185,9 @@ fn read_options(text: &str) -> Result<(PathBuf, bool)> {
 /// The size of a file or block device in bytes.
 fn size_of(file: &File) -> Result<u64> {
     let metadata = file.metadata().context("cannot be looked at")?;
-    let kind = metadata.file_type();
-    if kind.is_dir() {
-        bail!("it is a directory; it takes a file");
-    }
-    if kind.is_block_device() {
+    if metadata.file_type().is_block_device() {
         let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0));
         return size.context("its size cannot be found");
-    }
-    if !kind.is_file() {
-        bail!("it is neither a file nor a block device");
     }
     Ok(metadata.len())
 }

@@ -1,6 +1,6 @@
 //! What a guest without a command line of its own boots from: the file system of its first disk.
 
-use std::fs::File;
+use crate::files::{self, Accepted};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -24,7 +24,7 @@ const PARTITIONED: (u64, &[u8]) = (510, &[0x55, 0xaa]);
 /// `path` shows one: a file system on the whole disk, or a first partition.
 #[must_use]
 pub fn words(path: &Path) -> Option<&'static str> {
-    let file = File::open(path).ok()?;
+    let file = files::open(path, Accepted::FileOrDisk, false).ok()?;
     let has = |(offset, magic): (u64, &[u8])| {
         let mut bytes = vec![0; magic.len()];
         file.read_exact_at(&mut bytes, offset).is_ok() && bytes == magic

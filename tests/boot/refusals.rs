@@ -8,6 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 const VIRT: &str = include_str!("../../boards/virt.toml");
 
@@ -206,6 +207,65 @@ fn a_board_that_runs_no_guests_is_no_host_to_plan_for() {
         let (command, _) = advised.split_once('\'').expect("its end");
         let words: Vec<&str> = command.split(' ').collect();
         assert_accepted(&words);
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_fifo() {
+    let bad = Bad::new();
+    let path = bad.folder.path().join("fifo");
+    let (mode, kind) = (
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        rustix::fs::FileType::Fifo,
+    );
+    rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).expect("a FIFO");
+    let path = path.to_str().expect("UTF-8");
+    let pmem = format!("path={path}");
+    for (arguments, status) in [
+        (["--kernel", path], 2),
+        (["--board", path], 2),
+        (["--pmem", &pmem], 2),
+        // A plan needs to know nothing of it but whether a guest can start from it.
+        (["--disk", path], 0),
+        (["--dtb", path], 1),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
+        command.args(["plan", "--host", "virt"]).args(arguments);
+        let stdio = (Stdio::null(), Stdio::piped());
+        let child = command.stdout(stdio.0).stderr(stdio.1).spawn();
+        let mut child = child.expect("armlet can be run");
+        let begun = Instant::now();
+        let ended = loop {
+            match child.try_wait().expect("a process") {
+                Some(ended) => break ended,
+                None if begun.elapsed() > Duration::from_secs(60) => {
+                    child.kill().expect("a process");
+                    panic!("plan {arguments:?} waits");
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let output = child.wait_with_output().expect("a process");
+        let line = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(ended.code(), Some(status), "{arguments:?}: {line}");
+        assert_eq!(line.contains("FIFO"), status != 0, "{arguments:?}: {line}");
+    }
+}
+
+#[test]
+fn a_device_tree_is_for_its_owner_alone() {
+    let bad = Bad::new();
+    let path = bad.file("tree.dtb", b"others may read this");
+    let open = fs::Permissions::from_mode(0o644);
+    fs::set_permissions(&path, open).expect("a file");
+    let new = bad.folder.path().join("new.dtb");
+    for path in [&path, new.to_str().expect("UTF-8")] {
+        let output = armlet(&["plan", "--host", "virt", "--dtb", path]);
+        assert!(output.status.success(), "{output:?}");
+        let mode = fs::metadata(path).expect("a file").mode() & 0o777;
+        assert_eq!(mode, 0o600, "{path}");
+        let tree = fs::read(path).expect("a file");
+        assert!(tree.starts_with(&[0xd0, 0x0d, 0xfe, 0xed]));
     }
 }
 

@@ -1,0 +1,363 @@
+//! Files that users name: the one way to open them to read or to write, and to make new ones.
+//!
+//! A path can lead to anything. To open a FIFO waits for its other end, and to open a device does
+//! things: a watchdog starts, a tape winds. So a path is looked up without opening what is there
+//! (O_PATH), its kind is checked, and then that very file is opened.
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Where the kernel shows the descriptors of this process, to be opened anew.
+const DESCRIPTORS: &str = "/proc/self/fd";
+/// What whoever reads a pipe has time for, in seconds.
+const PATIENCE: i64 = 10;
+/// The device number of /dev/null (Documentation/admin-guide/devices.txt).
+const NULL: (u32, u32) = (1, 3);
+
+/// What a path may lead to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accepted {
+    /// A regular file.
+    File,
+    /// A regular file or a block device.
+    FileOrDisk,
+}
+
+/// Opens a file to read, and to write as well where `writable`.
+///
+/// # Errors
+/// What the system says, as [`io::Error`], and a path that leads to something else than a file.
+pub fn open(path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
+    open_by(DESCRIPTORS, path, accepted, writable)
+}
+
+/// As [`open`]; `descriptors` is the folder of this process' descriptors.
+fn open_by(descriptors: &str, path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
+    let (place, found) = look_up(path)?;
+    let kind = FileType::from_raw_mode(found.st_mode);
+    match (kind, accepted) {
+        (FileType::RegularFile, _) | (FileType::BlockDevice, Accepted::FileOrDisk) => {}
+        (FileType::Directory, _) => bail!("it is a directory"),
+        (_, Accepted::File) => bail!("it is not a regular file but a {}", name_of(kind)),
+        (_, Accepted::FileOrDisk) => {
+            bail!(
+                "it is neither a file nor a block device but a {}",
+                name_of(kind)
+            )
+        }
+    }
+    let access = match writable {
+        true => OFlags::RDWR,
+        false => OFlags::RDONLY,
+    };
+    Ok(reopen(descriptors, path, &place, &found, access)?.into())
+}
+
+/// Finds what a path leads to and does not open it.
+fn look_up(path: &Path) -> io::Result<(OwnedFd, Stat)> {
+    let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let found = rustix::fs::fstat(&place)?;
+    Ok((place, found))
+}
+
+/// Opens what was found at a path.
+fn reopen(
+    descriptors: &str,
+    path: &Path,
+    place: &OwnedFd,
+    found: &Stat,
+    access: OFlags,
+) -> io::Result<OwnedFd> {
+    let access = access | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let same = format!("{descriptors}/{}", place.as_raw_fd());
+    match rustix::fs::open(same, access, Mode::empty()) {
+        // There is no /proc.
+        Err(Errno::NOENT | Errno::NOTDIR) => {}
+        opened => return Ok(opened?),
+    }
+    // Another file may have taken its place: a FIFO must not make this wait.
+    let file = rustix::fs::open(path, access | OFlags::NONBLOCK, Mode::empty())?;
+    let now = rustix::fs::fstat(&file)?;
+    if (now.st_dev, now.st_ino) != (found.st_dev, found.st_ino) {
+        return Err(io::Error::other("another file took its place meanwhile"));
+    }
+    // io_uring would say EAGAIN where a read has to wait.
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags & !OFlags::NONBLOCK | access & OFlags::NONBLOCK)?;
+    Ok(file)
+}
+
+fn name_of(kind: FileType) -> &'static str {
+    match kind {
+        FileType::RegularFile => "regular file",
+        FileType::Directory => "directory",
+        FileType::Symlink => "symbolic link",
+        FileType::Fifo => "FIFO",
+        FileType::Socket => "socket",
+        FileType::CharacterDevice => "character device",
+        FileType::BlockDevice => "block device",
+        FileType::Unknown => "file of another kind",
+    }
+}
+
+/// Writes a file that only its owner may read, whatever was there: a file is replaced by a new
+/// one, so that who has the old one open does not see what is written. A symbolic link is followed
+/// where it is root's or this user's own. A FIFO or pipe that somebody reads is written to.
+///
+/// # Errors
+/// What the system says; a link of somebody else, something that is no file.
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    let cwd = rustix::fs::CWD;
+    let found = match rustix::fs::statat(cwd, path, AtFlags::SYMLINK_NOFOLLOW) {
+        // Not even a link that appears now is followed (open(2): O_EXCL).
+        Err(Errno::NOENT) => return Ok(create(path)?.write_all(bytes)?),
+        found => found?,
+    };
+    match FileType::from_raw_mode(found.st_mode) {
+        FileType::RegularFile => replace(path, bytes),
+        FileType::Symlink => {
+            let user = rustix::process::geteuid().as_raw();
+            if ![0, user].contains(&found.st_uid) {
+                bail!("it is a link that user {} made", found.st_uid);
+            }
+            match rustix::fs::stat(path)?.st_mode {
+                mode if FileType::from_raw_mode(mode) == FileType::RegularFile => {
+                    replace(&std::fs::canonicalize(path)?, bytes)
+                }
+                _ => write_to(path, bytes),
+            }
+        }
+        _ => write_to(path, bytes),
+    }
+}
+
+/// Makes a file that is not there yet, for its owner alone.
+fn create(path: &Path) -> io::Result<File> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?.into())
+}
+
+/// Puts a new file in the place of another.
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut number = [0; 8];
+    rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty())?;
+    let mut name = path.file_name().context("it is no file")?.to_owned();
+    name.push(format!(".{:016x}", u64::from_ne_bytes(number)));
+    let new: PathBuf = path.with_file_name(name);
+    let mut file = create(&new)?;
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| std::fs::rename(&new, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&new);
+    }
+    Ok(written?)
+}
+
+/// Writes to what is no file.
+fn write_to(path: &Path, bytes: &[u8]) -> Result<()> {
+    let (place, found) = look_up(path)?;
+    let kind = FileType::from_raw_mode(found.st_mode);
+    let device = rustix::fs::major(found.st_rdev);
+    let number = (device, rustix::fs::minor(found.st_rdev));
+    match kind {
+        FileType::Fifo => {}
+        FileType::CharacterDevice if number == NULL => {}
+        _ => bail!("it is a {}; name a file or a pipe", name_of(kind)),
+    }
+    let access = OFlags::WRONLY | OFlags::NONBLOCK;
+    let mut pipe: File = match reopen(DESCRIPTORS, path, &place, &found, access) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NXIO) => {
+            bail!("nobody reads this FIFO")
+        }
+        opened => opened?.into(),
+    };
+    let mut left = bytes;
+    while !left.is_empty() {
+        match pipe.write(left) {
+            Ok(count) => left = &left[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let patience = Timespec {
+                    tv_sec: PATIENCE,
+                    tv_nsec: 0,
+                };
+                let mut wanted = [PollFd::new(&pipe, PollFlags::OUT)];
+                if rustix::event::poll(&mut wanted, Some(&patience))? == 0 {
+                    bail!("its reader has not read for {PATIENCE} s");
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+    use tempfile::TempDir;
+
+    fn folder() -> TempDir {
+        TempDir::new().expect("a folder")
+    }
+
+    fn fifo(path: &Path) {
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, mode, 0).expect("a FIFO");
+    }
+
+    fn refused(path: &Path, accepted: Accepted) -> String {
+        let error = open(path, accepted, false).expect_err("to be refused");
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_without_being_opened() {
+        let folder = folder();
+        let path = |name: &str| folder.path().join(name);
+        fifo(&path("fifo"));
+        let _listener = UnixListener::bind(path("socket")).expect("a socket");
+        for accepted in [Accepted::File, Accepted::FileOrDisk] {
+            // A FIFO that nobody writes to would be waited for here.
+            assert!(refused(&path("fifo"), accepted).ends_with("but a FIFO"));
+            assert!(refused(&path("socket"), accepted).ends_with("but a socket"));
+            assert!(refused(Path::new("/dev/null"), accepted).ends_with("but a character device"));
+            assert_eq!(refused(folder.path(), accepted), "it is a directory");
+            let error = open(&path("missing"), accepted, false).expect_err("missing");
+            let error = error.downcast_ref::<io::Error>().map(io::Error::kind);
+            assert_eq!(error, Some(io::ErrorKind::NotFound));
+        }
+    }
+
+    #[test]
+    fn a_terminal_is_not_opened() {
+        // A terminal master that has no slave open says so, once one was.
+        let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+        let master = rustix::pty::openpt(flags).expect("a terminal");
+        rustix::pty::unlockpt(&master).expect("a terminal");
+        let name = rustix::pty::ptsname(&master, Vec::new()).expect("a name");
+        let name = name.into_string().expect("ASCII");
+        let refusal = refused(Path::new(&name), Accepted::FileOrDisk);
+        assert!(refusal.ends_with("a character device"), "{refusal}");
+        let mut watched = [PollFd::new(&master, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let ready = rustix::event::poll(&mut watched, Some(&now)).expect("polled");
+        assert_eq!(ready, 0, "it was opened and closed again");
+    }
+
+    #[test]
+    fn a_file_is_opened_with_proc_and_without() {
+        let folder = folder();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "right").expect("a file");
+        let link = folder.path().join("link");
+        symlink(&path, &link).expect("a link");
+        for descriptors in [DESCRIPTORS, "/nonexistent", "/dev/null"] {
+            for (path, writable) in [(&path, true), (&link, false)] {
+                let mut file = open_by(descriptors, path, Accepted::File, writable).expect("opens");
+                let mut text = String::new();
+                file.read_to_string(&mut text).expect("reads");
+                assert_eq!(text, "right");
+                assert_eq!(file.write(b"").is_ok(), writable);
+                let flags = rustix::fs::fcntl_getfl(&file).expect("flags");
+                assert!(!flags.intersects(OFlags::NONBLOCK | OFlags::PATH));
+                let flags = rustix::io::fcntl_getfd(&file).expect("flags");
+                assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_took_anothers_place_is_not_opened() {
+        let folder = folder();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "right").expect("a file");
+        let (place, found) = look_up(&path).expect("found");
+        std::fs::rename(&path, folder.path().join("other")).expect("renamed");
+        fifo(&path);
+        let reopen = |descriptors| reopen(descriptors, &path, &place, &found, OFlags::RDONLY);
+        let error = reopen("/nonexistent").expect_err("another file");
+        assert!(error.to_string().contains("took its place"), "{error}");
+        let mut text = String::new();
+        let mut file: File = reopen(DESCRIPTORS).expect("the file that was found").into();
+        file.read_to_string(&mut text).expect("reads");
+        assert_eq!(text, "right");
+    }
+
+    fn mode(path: &Path) -> u32 {
+        let found = std::fs::symlink_metadata(path).expect("a file");
+        assert!(found.is_file());
+        found.mode() & 0o7777
+    }
+
+    #[test]
+    fn what_is_written_in_private_is_for_its_owner_alone() {
+        let folder = folder();
+        let path = folder.path().join("tree.dtb");
+        write_private(&path, b"new").expect("written");
+        assert_eq!(mode(&path), 0o600);
+        // A file that others may read, and have open.
+        let open = std::fs::Permissions::from_mode(0o666);
+        std::fs::set_permissions(&path, open).expect("a file");
+        let mut before = File::open(&path).expect("a file");
+        write_private(&path, b"newer").expect("written");
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(std::fs::read(&path).expect("a file"), b"newer");
+        let mut seen = String::new();
+        before.read_to_string(&mut seen).expect("reads");
+        assert_eq!(seen, "new");
+        // A link of our own.
+        let link = folder.path().join("link");
+        symlink("tree.dtb", &link).expect("a link");
+        write_private(&link, b"newest").expect("written");
+        assert_eq!(std::fs::read(&path).expect("a file"), b"newest");
+        assert_eq!(mode(&path), 0o600);
+        assert!(link.is_symlink());
+        let left = std::fs::read_dir(folder.path()).expect("a folder").count();
+        assert_eq!(left, 2, "nothing else is left there");
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::lchown(&link, Some(1), None).expect("root");
+            let error = write_private(&link, b"no").expect_err("somebody else's link");
+            assert!(error.to_string().contains("a link that user 1 made"));
+            assert_eq!(std::fs::read(&path).expect("a file"), b"newest");
+        }
+    }
+
+    #[test]
+    fn a_pipe_is_written_to_if_somebody_reads_it() {
+        let folder = folder();
+        let path = folder.path().join("fifo");
+        fifo(&path);
+        let error = write_private(&path, b"x").expect_err("nobody reads");
+        assert_eq!(error.to_string(), "nobody reads this FIFO");
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let reader = rustix::fs::open(&path, flags, Mode::empty()).expect("opens");
+        write_private(&path, b"tree").expect("written");
+        let mut text = [0; 8];
+        let count = rustix::io::read(&reader, &mut text).expect("reads");
+        assert_eq!(&text[..count], b"tree");
+        let (mut reader, writer) = std::io::pipe().expect("a pipe");
+        let own = format!("/proc/self/fd/{}", writer.as_raw_fd());
+        write_private(Path::new(&own), b"tree").expect("written");
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).expect("reads");
+        assert_eq!(text, "tree");
+        write_private(Path::new("/dev/null"), b"x").expect("written");
+        let error = write_private(Path::new("/dev/zero"), b"x").expect_err("a device");
+        assert!(error.to_string().contains("is a character device"));
+    }
+}
