@@ -7,7 +7,7 @@ use armlet_arch::backing::HugePages;
 use armlet_arch::size::show_size;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
@@ -218,7 +218,7 @@ fn put_pages(
             Ok(None)
         }
         Sharing::Shared => {
-            let mut kind = MemfdFlags::CLOEXEC;
+            let mut kind = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
             let mut flags = MapFlags::SHARED | MapFlags::FIXED;
             if huge > 0 {
                 kind |= MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(encoded);
@@ -230,6 +230,11 @@ fn put_pages(
                 file => file.context("cannot make memory that other processes can share")?,
             };
             rustix::fs::ftruncate(&file, size as u64)?;
+            // Whoever is given the descriptor could cut the memory off beneath the guest, and then
+            // each access to what is gone ends armlet by SIGBUS. Holes can still be made in it.
+            let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+            rustix::fs::fcntl_add_seals(&file, seals)
+                .context("cannot fix the size of memory that other processes share")?;
             // SAFETY: it replaces a mapping of ours that nobody uses.
             unsafe { rustix::mm::mmap(base.cast::<c_void>(), size, prot, flags, &file, 0) }
                 .map_err(|error| match huge {
@@ -367,6 +372,7 @@ pub fn warn_if_scarce(asked: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::FallocateFlags;
     use vm_memory::Bytes;
 
     #[test]
@@ -398,6 +404,39 @@ mod tests {
         assert_eq!(&byte, b"x");
         let block = rustix::param::page_size() / 8 * rustix::param::page_size();
         assert_eq!(region.as_ptr() as usize % block, 0x4000_0000 % block);
+    }
+
+    #[test]
+    fn whoever_has_the_descriptor_of_shared_memory_cannot_change_its_size() {
+        let bank = Range::new(0x4000_0000, 4 << 20).expect("a bank");
+        for pages in ["thp", "2M"] {
+            let backing = Backing {
+                pages: pages.parse().expect("valid"),
+                ..Backing::default()
+            };
+            let memory = match map(&[bank], Sharing::Shared, backing) {
+                Ok(memory) => memory,
+                Err(error) => {
+                    assert_eq!(pages, "2M", "{error:#}");
+                    println!("skipped: {error:#}");
+                    continue;
+                }
+            };
+            let region = memory.iter().next().expect("a bank");
+            let file = region.file_offset().expect("a file").file();
+            for size in [0, bank.size() - (2 << 20), bank.size() + (2 << 20)] {
+                let changed = rustix::fs::ftruncate(file, size);
+                assert_eq!(changed, Err(Errno::PERM), "{pages}: {size} bytes");
+            }
+            let seals = rustix::fs::fcntl_add_seals(file, SealFlags::WRITE);
+            assert_eq!(seals, Err(Errno::PERM), "{pages}: another seal");
+            // What a balloon does with memory that the guest gives back.
+            let start = GuestAddress(bank.start());
+            memory.write_slice(b"x", start).expect("memory");
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file, hole, 0, 2 << 20).expect("a hole");
+            assert_eq!(memory.read_obj::<u8>(start).expect("memory"), 0);
+        }
     }
 
     /// What the host's kernel says of the mapping that `address` lies in, by key.
