@@ -4,8 +4,9 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use armlet::virtio::deadline::Deadline;
 use armlet::virtio::net::passt::stream::{Broken, LONGEST, Stream};
 use armlet::virtio::vhost_user::VhostUser;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -156,7 +157,6 @@ pub fn vhost_user(data: &[u8]) {
     }
     let mut input = Input::new(data);
     let (ours, mut theirs) = pair();
-    ours.set_nonblocking(false).expect("a socket");
     let mut answers = Vec::new();
     let shape = input.u8();
     for request in [1, 15, 17, 3, 2, 5] {
@@ -189,14 +189,24 @@ pub fn vhost_user(data: &[u8]) {
     }
     answers.extend(input.rest());
     let _ = theirs.write(&answers);
-    theirs.shutdown(Shutdown::Write).expect("a socket");
-    // It does not wait: whatever was said is there, and its end.
-    let Ok(user) = VhostUser::connect(ours, Duration::from_secs(60)) else {
-        return;
+    // One who does not hang up is waited for until the deadline, and whatever was said is there.
+    let hangs_up = shape & 0xf0 != 0;
+    let (patience, longest) = match hangs_up {
+        true => (Duration::from_secs(60), Duration::from_secs(30)),
+        false => (Duration::from_millis(2), Duration::from_secs(5)),
     };
-    assert_eq!(user.features() & 1 << 30, 0);
-    let _ = user.queues();
-    assert!(!user.is_alive(), "it hung up");
-    let _ = MEMORY.with(|memory| user.start(u64::MAX, memory, &[]));
-    user.hang_up();
+    if hangs_up {
+        theirs.shutdown(Shutdown::Write).expect("a socket");
+    }
+    let begun = Instant::now();
+    if let Ok(user) = VhostUser::connect(ours, Deadline::after(patience)) {
+        assert_eq!(user.features() & 1 << 30, 0);
+        let _ = user.queues();
+        assert!(!(hangs_up && user.is_alive()), "it hung up");
+        let deadline = Deadline::after(patience);
+        let _ = MEMORY.with(|memory| user.start(u64::MAX, memory, &[], deadline));
+        user.hang_up();
+    }
+    let taken = begun.elapsed();
+    assert!(taken < longest, "it took {taken:?}");
 }

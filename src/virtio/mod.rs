@@ -17,8 +17,11 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use vsock::VsockOptions;
 
+#[cfg(test)]
+mod alone;
 pub mod balloon;
 pub mod console;
+pub mod deadline;
 pub mod disk;
 pub mod locks;
 pub mod net;

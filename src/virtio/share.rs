@@ -9,6 +9,7 @@
 mod daemon;
 
 use super::Backend;
+use super::deadline::Deadline;
 use super::options::Options;
 use crate::messages::LINES;
 use anyhow::{Context, Result, bail};
@@ -20,12 +21,16 @@ use std::fs;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// The flag.
 const FLAG: &str = "--share";
 /// Queues for requests: virtiofsd works on one.
 const REQUESTS: u16 = 1;
+
+/// How long it may take until a virtiofsd is at work.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A shared folder as the user asks for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +124,7 @@ impl ShareOptions {
             bail!("cannot share {shown}: it is no folder; give path= the folder that it is in");
         }
         let launch = Launch::new(program, self, path)?;
-        let first = launch.start(name)?;
+        let first = launch.start(name, Deadline::after(PATIENCE))?;
         Ok(Share {
             name: name.to_owned(),
             tag: self.tag.clone(),
@@ -150,7 +155,7 @@ impl Backend for Share {
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         if next.is_none() {
-            *next = Some(self.launch.start(&self.name)?);
+            *next = Some(self.launch.start(&self.name, Deadline::after(PATIENCE))?);
         }
         drop(next);
         let server = Virtiofsd {
@@ -185,6 +190,8 @@ struct Virtiofsd {
 
 impl Virtiofsd {
     fn run(&self, features: u64, queues: &[Virtqueue], link: &Link) -> Result<Daemon> {
+        // The guest's CPU waits meanwhile, so there is one for both of them.
+        let deadline = Deadline::after(PATIENCE);
         let kept = self
             .next
             .lock()
@@ -192,12 +199,14 @@ impl Virtiofsd {
             .take();
         // One that died while it waited is not missed.
         if let Some(daemon) = kept
-            && self.put_to_work(&daemon, features, queues, link).is_ok()
+            && self
+                .put_to_work(&daemon, features, queues, link, deadline)
+                .is_ok()
         {
             return Ok(daemon);
         }
-        let daemon = self.launch.start(&self.name)?;
-        self.put_to_work(&daemon, features, queues, link)?;
+        let daemon = self.launch.start(&self.name, deadline)?;
+        self.put_to_work(&daemon, features, queues, link, deadline)?;
         Ok(daemon)
     }
 
@@ -207,6 +216,7 @@ impl Virtiofsd {
         features: u64,
         queues: &[Virtqueue],
         link: &Link,
+        deadline: Deadline,
     ) -> Result<()> {
         let mut calls = Vec::new();
         for queue in queues {
@@ -218,7 +228,9 @@ impl Virtiofsd {
             .zip(calls.iter().map(|call| &**call))
             .collect();
         let memory = queues.first().context("no queues")?.memory();
-        daemon.connection().start(features, memory, &rings)?;
+        daemon
+            .connection()
+            .start(features, memory, &rings, deadline)?;
         for fd in daemon.watched() {
             // By edges: a pipe that ended says so once.
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);

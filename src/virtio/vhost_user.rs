@@ -1,18 +1,18 @@
 //! Devices whose rings another process works on, by the vhost-user protocol (QEMU's
 //! docs/interop/vhost-user.rst): the frontend's side, with what devices need that keep no state.
 //!
-//! The other process is not trusted to answer: each answer is bounded in size and time, and
-//! checked.
+//! The other process is not trusted to answer: answers are bounded in size and checked, and all of
+//! a conversation has one deadline.
 
+use super::deadline::Deadline;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::Virtqueue;
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -56,39 +56,36 @@ enum Request {
 #[derive(Debug)]
 pub struct VhostUser {
     socket: UnixStream,
-    patience: Duration,
     features: u64,
     protocol: u64,
     queues: u64,
 }
 
 impl VhostUser {
-    /// Makes acquaintance with the process at the other end of `socket`, which may take
-    /// `patience` for each answer.
+    /// Performs the handshake with the process at the other end of `socket`, which has until
+    /// `deadline` for all of it.
     ///
     /// # Errors
-    /// A process that ends, does not answer, or answers what makes no sense.
-    pub fn connect(socket: UnixStream, patience: Duration) -> Result<VhostUser> {
-        socket.set_read_timeout(Some(patience))?;
-        socket.set_write_timeout(Some(patience))?;
+    /// A process that ends, does not answer in time, or answers what makes no sense.
+    pub fn connect(socket: UnixStream, deadline: Deadline) -> Result<VhostUser> {
+        socket.set_nonblocking(true)?;
         let mut this = VhostUser {
             socket,
-            patience,
             features: 0,
             protocol: 0,
             queues: 1,
         };
-        this.features = this.get(Request::GetFeatures)?;
+        this.features = this.get(Request::GetFeatures, deadline)?;
         if this.features & PROTOCOL_FEATURES != 0 {
-            let offered = this.get(Request::GetProtocolFeatures)?;
+            let offered = this.get(Request::GetProtocolFeatures, deadline)?;
             let protocol = offered & (PROTOCOL_MQ | PROTOCOL_REPLY_ACK);
-            this.set_number(Request::SetProtocolFeatures, protocol)?;
+            this.set_number(Request::SetProtocolFeatures, protocol, deadline)?;
             this.protocol = protocol;
         }
         if this.protocol & PROTOCOL_MQ != 0 {
-            this.queues = this.get(Request::GetQueueNum)?;
+            this.queues = this.get(Request::GetQueueNum, deadline)?;
         }
-        this.set(Request::SetOwner, &[], &[])?;
+        this.set(Request::SetOwner, &[], &[], deadline)?;
         Ok(this)
     }
 
@@ -120,26 +117,28 @@ impl VhostUser {
     }
 
     /// Has the other process work in `memory`, on these queues with the negotiated `features`;
-    /// each queue with the descriptor that interrupts the guest.
+    /// each queue with the descriptor that interrupts the guest. It has until `deadline` for all of
+    /// it.
     ///
     /// # Errors
-    /// Memory that is not in files; what the other process refuses.
+    /// Memory that is not in files; what the other process refuses, or does not do in time.
     pub fn start(
         &self,
         features: u64,
         memory: &GuestMemoryMmap,
         queues: &[(&Virtqueue, &EventFd)],
+        deadline: Deadline,
     ) -> Result<()> {
         // The bit of the connection is negotiated by being set here.
         let features = features | self.features & PROTOCOL_FEATURES;
-        self.set_number(Request::SetFeatures, features)?;
-        self.set_memory(memory)?;
+        self.set_number(Request::SetFeatures, features, deadline)?;
+        self.set_memory(memory, deadline)?;
         for ((queue, call), index) in queues.iter().zip(0..) {
-            self.set_ring(index, queue, call)?;
+            self.set_ring(index, queue, call, deadline)?;
         }
         if self.features & PROTOCOL_FEATURES != 0 {
             for (_, index) in queues.iter().zip(0..) {
-                self.set_state(Request::SetVringEnable, index, 1)?;
+                self.set_state(Request::SetVringEnable, index, 1, deadline)?;
             }
         }
         Ok(())
@@ -151,7 +150,7 @@ impl VhostUser {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    fn set_memory(&self, memory: &GuestMemoryMmap) -> Result<()> {
+    fn set_memory(&self, memory: &GuestMemoryMmap, deadline: Deadline) -> Result<()> {
         let count = memory.num_regions();
         if count > MOST_REGIONS {
             bail!("guest memory has {count} banks, and vhost-user takes {MOST_REGIONS}");
@@ -170,19 +169,26 @@ impl VhostUser {
             payload.u64(start).u64(file.start());
             files.push(file.file().as_raw_fd());
         }
-        self.set(Request::SetMemTable, &payload.0, &files)
+        self.set(Request::SetMemTable, &payload.0, &files, deadline)
     }
 
-    fn set_ring(&self, index: u32, queue: &Virtqueue, call: &EventFd) -> Result<()> {
-        self.set_state(Request::SetVringNum, index, u32::from(queue.size()))?;
+    fn set_ring(
+        &self,
+        index: u32,
+        queue: &Virtqueue,
+        call: &EventFd,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let size = u32::from(queue.size());
+        self.set_state(Request::SetVringNum, index, size, deadline)?;
         let base = u32::from(queue.next_available());
-        self.set_state(Request::SetVringBase, index, base)?;
+        self.set_state(Request::SetVringBase, index, base, deadline)?;
         let addresses = queue.addresses();
         let mut payload = Payload::default();
         payload.u32(index).u32(0);
         payload.u64(addresses.descriptors).u64(addresses.used);
         payload.u64(addresses.available).u64(0);
-        self.set(Request::SetVringAddr, &payload.0, &[])?;
+        self.set(Request::SetVringAddr, &payload.0, &[], deadline)?;
         // The kick comes last: a ring that has one works.
         for (request, fd) in [
             (Request::SetVringCall, call),
@@ -190,63 +196,83 @@ impl VhostUser {
         ] {
             let mut payload = Payload::default();
             payload.u64(u64::from(index));
-            self.set(request, &payload.0, &[fd.as_raw_fd()])?;
+            self.set(request, &payload.0, &[fd.as_raw_fd()], deadline)?;
         }
         Ok(())
     }
 
-    fn set_state(&self, request: Request, index: u32, value: u32) -> Result<()> {
+    fn set_state(
+        &self,
+        request: Request,
+        index: u32,
+        value: u32,
+        deadline: Deadline,
+    ) -> Result<()> {
         let mut payload = Payload::default();
         payload.u32(index).u32(value);
-        self.set(request, &payload.0, &[])
+        self.set(request, &payload.0, &[], deadline)
     }
 
-    fn set_number(&self, request: Request, value: u64) -> Result<()> {
-        self.set(request, &value.to_le_bytes(), &[])
+    fn set_number(&self, request: Request, value: u64, deadline: Deadline) -> Result<()> {
+        self.set(request, &value.to_le_bytes(), &[], deadline)
     }
 
     /// Asks for something, and has it confirmed where the other process does that.
-    fn set(&self, request: Request, payload: &[u8], files: &[RawFd]) -> Result<()> {
+    fn set(
+        &self,
+        request: Request,
+        payload: &[u8],
+        files: &[RawFd],
+        deadline: Deadline,
+    ) -> Result<()> {
         let confirms = self.protocol & PROTOCOL_REPLY_ACK != 0;
         let flags = VERSION | if confirms { NEED_REPLY } else { 0 };
-        self.send(request, flags, payload, files)?;
-        match confirms.then(|| self.answer(request)).transpose()? {
+        self.send(request, flags, payload, files, deadline)?;
+        match confirms
+            .then(|| self.answer(request, deadline))
+            .transpose()?
+        {
             None | Some(0) => Ok(()),
             Some(error) => bail!("it refuses {request:?} with {error}"),
         }
     }
 
     /// Asks for a number.
-    fn get(&self, request: Request) -> Result<u64> {
-        self.send(request, VERSION, &[], &[])?;
-        self.answer(request)
+    fn get(&self, request: Request, deadline: Deadline) -> Result<u64> {
+        self.send(request, VERSION, &[], &[], deadline)?;
+        self.answer(request, deadline)
     }
 
-    fn send(&self, request: Request, flags: u32, payload: &[u8], files: &[RawFd]) -> Result<()> {
+    fn send(
+        &self,
+        request: Request,
+        flags: u32,
+        payload: &[u8],
+        files: &[RawFd],
+        deadline: Deadline,
+    ) -> Result<()> {
         let mut message = Payload::default();
         message.u32(request as u32).u32(flags);
         message.u32(payload.len() as u32).0.extend(payload);
-        let sent = loop {
+        loop {
             match self.socket.send_with_fds(&[&*message.0], files) {
-                Err(error) if error.errno() == libc::EINTR => {}
-                sent => break sent,
+                Ok(sent) if sent == message.0.len() => return Ok(()),
+                Ok(_) => bail!("it takes no more messages, at {request:?}"),
+                Err(error) => match Errno::from_raw_os_error(error.errno()) {
+                    Errno::INTR => {}
+                    Errno::AGAIN => self.wait(PollFlags::OUT, request, deadline)?,
+                    error => return Err(explain(error, request)),
+                },
             }
-        };
-        match sent {
-            Ok(sent) if sent == message.0.len() => Ok(()),
-            Ok(_) => bail!("it takes no more messages, at {request:?}"),
-            Err(error) => Err(self.explain(error.into(), request)),
         }
     }
 
     /// Reads the answer to a request: all that are asked for here are numbers of 64 bits.
-    fn answer(&self, request: Request) -> Result<u64> {
+    fn answer(&self, request: Request, deadline: Deadline) -> Result<u64> {
         let mut answer = [0; HEADER + 8];
         // What comes is read to its header first: one that is too short has no more.
         let (header, number) = answer.split_at_mut(HEADER);
-        let mut socket = &self.socket;
-        let read = socket.read_exact(header);
-        read.map_err(|error| self.explain(error, request))?;
+        self.read(header, request, deadline)?;
         let mut words = header.chunks_exact(4).map(|word| {
             let word = word.first_chunk().expect("a word of the header");
             u32::from_le_bytes(*word)
@@ -261,24 +287,45 @@ impl VhostUser {
                 words[1]
             );
         }
-        let read = socket.read_exact(number);
-        read.map_err(|error| self.explain(error, request))?;
+        self.read(number, request, deadline)?;
         let number = number.first_chunk().expect("8 bytes");
         Ok(u64::from_le_bytes(*number))
     }
 
-    fn explain(&self, error: std::io::Error, request: Request) -> anyhow::Error {
-        match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => anyhow!(
-                "it does not answer {request:?} within {} ms",
-                self.patience.as_millis()
-            ),
-            ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
-                anyhow!("it hung up at {request:?}")
+    fn read(&self, mut rest: &mut [u8], request: Request, deadline: Deadline) -> Result<()> {
+        while !rest.is_empty() {
+            match recv(&self.socket, &mut *rest, RecvFlags::empty()) {
+                Ok((0, _)) => return Err(hung_up(request)),
+                Ok((count, _)) => rest = &mut rest[count..],
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.wait(PollFlags::IN, request, deadline)?,
+                Err(error) => return Err(explain(error, request)),
             }
-            _ => anyhow::Error::new(error).context(format!("{request:?}")),
+        }
+        Ok(())
+    }
+
+    fn wait(&self, events: PollFlags, request: Request, deadline: Deadline) -> Result<()> {
+        match deadline.wait(&self.socket, events) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(anyhow!(
+                "it does not answer {request:?} within {} ms",
+                deadline.patience().as_millis()
+            )),
+            Err(error) => Err(explain(error, request)),
         }
     }
+}
+
+fn explain(error: Errno, request: Request) -> anyhow::Error {
+    match error {
+        Errno::PIPE | Errno::CONNRESET => hung_up(request),
+        _ => anyhow::Error::new(error).context(format!("{request:?}")),
+    }
+}
+
+fn hung_up(request: Request) -> anyhow::Error {
+    anyhow!("it hung up at {request:?}")
 }
 
 /// A message as it grows.
@@ -302,14 +349,19 @@ mod tests {
     use super::*;
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, recvmsg};
     use std::fs::File;
-    use std::io::{IoSliceMut, Write};
+    use std::io::{IoSliceMut, Read, Write};
     use std::mem::MaybeUninit;
     use std::os::fd::OwnedFd;
     use std::thread::JoinHandle;
+    use std::time::Duration;
 
-    const PATIENCE: Duration = Duration::from_secs(30);
     /// VERSION_1, INDIRECT_DESC, EVENT_IDX and that of the connection.
     const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28;
+
+    /// When something has come that comes at once.
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(30))
+    }
 
     /// A message as the other process gets it.
     struct Message {
@@ -390,6 +442,30 @@ mod tests {
         (ours, thread)
     }
 
+    /// As [`backend`], with a pause before each byte of an answer. The thread returns how many bytes
+    /// the last answer had when the connection was closed.
+    fn backend_in_pieces(
+        mut answers: impl FnMut(&Message) -> (Option<Vec<u8>>, Duration) + Send + 'static,
+    ) -> (UnixStream, JoinHandle<usize>) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let thread = std::thread::spawn(move || {
+            let mut count = 0;
+            while let Some(message) = Message::read(&theirs) {
+                let (answer, pause) = answers(&message);
+                count = 0;
+                for byte in answer.unwrap_or_default() {
+                    std::thread::sleep(pause);
+                    if (&theirs).write_all(&[byte]).is_err() {
+                        break;
+                    }
+                    count += 1;
+                }
+            }
+            count
+        });
+        (ours, thread)
+    }
+
     fn obedient(message: &Message) -> Option<Vec<u8>> {
         let answer = message.answer();
         Some(answer.map_or_else(Vec::new, |number| reply(message.request, number)))
@@ -418,7 +494,7 @@ mod tests {
     #[test]
     fn what_both_know_is_agreed_on() {
         let (socket, thread) = backend(obedient);
-        let connection = VhostUser::connect(socket, PATIENCE).expect("an obedient one");
+        let connection = VhostUser::connect(socket, soon()).expect("an obedient one");
         assert_eq!(connection.features(), 1 << 32 | 1 << 29 | 1 << 28);
         assert_eq!(connection.queues(), 2);
         assert!(connection.is_alive());
@@ -435,8 +511,10 @@ mod tests {
     #[test]
     fn memory_goes_over_as_files() {
         let (socket, thread) = backend(obedient);
-        let connection = VhostUser::connect(socket, PATIENCE).expect("an obedient one");
-        connection.start(1 << 32, &memory(), &[]).expect("memory");
+        let connection = VhostUser::connect(socket, soon()).expect("an obedient one");
+        connection
+            .start(1 << 32, &memory(), &[], soon())
+            .expect("memory");
         connection.hang_up();
         let messages = thread.join().expect("it ran");
         let features = &messages[5];
@@ -454,10 +532,12 @@ mod tests {
     #[test]
     fn memory_that_is_in_no_file_is_refused() {
         let (socket, _thread) = backend(obedient);
-        let connection = VhostUser::connect(socket, PATIENCE).expect("an obedient one");
+        let connection = VhostUser::connect(socket, soon()).expect("an obedient one");
         let ranges = [(vm_memory::GuestAddress(0), 1 << 20)];
         let memory = GuestMemoryMmap::from_ranges(&ranges).expect("memory");
-        let error = connection.start(0, &memory, &[]).expect_err("private");
+        let error = connection
+            .start(0, &memory, &[], soon())
+            .expect_err("private");
         assert!(error.to_string().contains("in no file"), "{error:#}");
     }
 
@@ -467,8 +547,8 @@ mod tests {
             5 => Some(reply(5, 22)),
             _ => obedient(message),
         });
-        let connection = VhostUser::connect(socket, PATIENCE).expect("so far so good");
-        let error = connection.start(0, &memory(), &[]).expect_err("22");
+        let connection = VhostUser::connect(socket, soon()).expect("so far so good");
+        let error = connection.start(0, &memory(), &[], soon()).expect_err("22");
         assert!(error.to_string().contains("refuses SetMemTable with 22"));
     }
 
@@ -490,7 +570,7 @@ mod tests {
             (no_answer, "flags 0x1"),
         ] {
             let (socket, _thread) = backend(move |_| Some(answer.clone()));
-            let error = VhostUser::connect(socket, PATIENCE).expect_err(what);
+            let error = VhostUser::connect(socket, soon()).expect_err(what);
             assert!(error.to_string().contains(what), "{error:#}");
         }
     }
@@ -498,18 +578,70 @@ mod tests {
     #[test]
     fn one_that_hangs_up_or_says_nothing_is_not_waited_for() {
         let (socket, _thread) = backend(|_| None);
-        let error = VhostUser::connect(socket, PATIENCE).expect_err("it ends");
+        let error = VhostUser::connect(socket, soon()).expect_err("it ends");
         assert!(
             error.to_string().contains("hung up at GetFeatures"),
             "{error:#}"
         );
         let (ours, theirs) = UnixStream::pair().expect("a pair");
-        let error = VhostUser::connect(ours, Duration::from_millis(1)).expect_err("silence");
+        let error = VhostUser::connect(ours, Deadline::after(Duration::from_millis(1)))
+            .expect_err("silence");
         let text = error.to_string();
         assert!(
             text.contains("does not answer GetFeatures within 1 ms"),
             "{text}"
         );
+        drop(theirs);
+    }
+
+    #[test]
+    fn one_that_answers_byte_by_byte_has_no_more_time_than_others() {
+        // Each byte comes soon enough for a wait that begins anew with it.
+        const PAUSE: Duration = Duration::from_millis(50);
+        const PATIENCE: Duration = Duration::from_millis(300);
+        for slow in [1, 5] {
+            let (socket, thread) = backend_in_pieces(move |message| {
+                let pause = match message.request == slow {
+                    true => PAUSE,
+                    false => Duration::ZERO,
+                };
+                (obedient(message), pause)
+            });
+            let error = match slow {
+                1 => VhostUser::connect(socket, Deadline::after(PATIENCE)).map(drop),
+                _ => VhostUser::connect(socket, soon()).and_then(|connection| {
+                    let patience = Deadline::after(PATIENCE);
+                    connection.start(0, &memory(), &[], patience)
+                }),
+            };
+            let error = error.expect_err("20 bytes in a second");
+            let error = error.to_string();
+            assert!(error.contains("within 300 ms"), "{error}");
+            let sent = thread.join().expect("it ran");
+            assert!(sent < HEADER + 8, "{sent} bytes were waited for");
+        }
+    }
+
+    #[test]
+    fn one_that_takes_its_time_for_each_answer_has_one_deadline_for_all() {
+        let (socket, _thread) = backend(|message| {
+            std::thread::sleep(Duration::from_millis(60));
+            obedient(message)
+        });
+        let patience = Duration::from_millis(150);
+        let error = VhostUser::connect(socket, Deadline::after(patience));
+        let error = error.expect_err("five answers in 300 ms").to_string();
+        assert!(error.contains("within 150 ms"), "{error}");
+    }
+
+    #[test]
+    fn one_that_reads_nothing_is_not_waited_for() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        ours.set_nonblocking(true).expect("a socket");
+        while (&ours).write(&[0; 4096]).is_ok() {}
+        let error = VhostUser::connect(ours, Deadline::after(Duration::from_millis(1)));
+        let error = error.expect_err("there is no room").to_string();
+        assert!(error.contains("GetFeatures within 1 ms"), "{error}");
         drop(theirs);
     }
 
@@ -523,7 +655,7 @@ mod tests {
                 (&theirs).write_all(&bytes).expect("room");
             }
         });
-        let connection = VhostUser::connect(ours, PATIENCE).expect("an obedient one");
+        let connection = VhostUser::connect(ours, soon()).expect("an obedient one");
         assert!(connection.is_alive());
         (&other).write_all(b"hello").expect("room");
         assert!(!connection.is_alive());

@@ -2,6 +2,7 @@
 
 use super::{Cache, Sandbox, ShareOptions};
 use crate::messages;
+use crate::virtio::deadline::Deadline;
 use crate::virtio::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,7 +18,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::time::Duration;
 
 /// Its name.
 const PROGRAM: &str = "virtiofsd";
@@ -25,8 +25,6 @@ const PROGRAM: &str = "virtiofsd";
 /// 7.2, which takes other options.
 const FOLDERS: [&str; 3] = ["/usr/libexec", "/usr/lib", "/usr/lib/qemu"];
 
-/// How long it may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// How long it may take to end when its connection closed, and again when it was killed.
 const FAREWELL: Timespec = Timespec {
     tv_sec: 2,
@@ -93,7 +91,7 @@ impl Launch {
     ///
     /// # Errors
     /// That it cannot be started, or ended; with what it said and what would work.
-    pub(super) fn start(&self, name: &str) -> Result<Daemon> {
+    pub(super) fn start(&self, name: &str, deadline: Deadline) -> Result<Daemon> {
         let (listener, stream) = socket_pair().context("cannot make a socket for virtiofsd")?;
         let mut command = Command::new(&self.program);
         command
@@ -109,7 +107,7 @@ impl Launch {
         let shown = self.program.display();
         let mut child = child.with_context(|| format!("cannot start {shown}"))?;
         let mut words = Words::new(child.stderr.take())?;
-        let connected = VhostUser::connect(stream, PATIENCE);
+        let connected = VhostUser::connect(stream, deadline);
         let failed = match connected {
             Ok(connection) => {
                 let daemon = Daemon {
