@@ -7,7 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use armlet_devices::virtio::VirtioDevice;
-use armlet_devices::virtio::vsock::Vsock;
+use armlet_devices::virtio::vsock::{Limits, Vsock};
 
 use super::guest::{Guest, Subject, lock};
 use super::input::Input;
@@ -181,7 +181,11 @@ pub fn vsock(data: &[u8]) {
         made.push(ours);
         Ok(theirs)
     };
-    let device = Vsock::new(CID, listener, Box::new(connect)).expect("descriptors");
+    let limits = Limits {
+        connections: 1024,
+        descriptors: i32::MAX,
+    };
+    let device = Vsock::new(CID, listener, Box::new(connect), limits).expect("descriptors");
     let device = Arc::new(Mutex::new(device));
     Guest::new(Host { peers, address }, device).run(&mut Input::new(data));
 }

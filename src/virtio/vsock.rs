@@ -7,11 +7,13 @@ use super::Backend;
 use super::options::Options;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
-use armlet_devices::virtio::vsock::Vsock;
+use armlet_devices::virtio::vsock::{Limits, Vsock};
 use kernel::KernelVsock;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Resource, getrlimit};
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::fd::RawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -24,6 +26,11 @@ const FLAG: &str = "--vsock";
 const CIDS: std::ops::RangeInclusive<u64> = 3..=u32::MAX as u64 - 1;
 /// The most bytes of a path: 108 in a socket's address (unix(7)), less a zero, a "_" and a port.
 const LONGEST_PATH: usize = 108 - 1 - "_4294967295".len();
+
+/// The most connections at a time.
+const MOST_CONNECTIONS: usize = 1024;
+/// Descriptors that connections leave for the rest of the process, where it may have enough.
+const KEPT_DESCRIPTORS: u64 = 256;
 
 /// Sockets as the user asks for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,9 +120,10 @@ impl Backend for UnixVsock {
             path.push(format!("_{port}"));
             connect_at_once(Path::new(&path))
         };
+        let limits = limits(getrlimit(Resource::Nofile).current);
         let listener = self.listener.try_clone();
         let device =
-            listener.and_then(|listener| Vsock::new(self.cid, listener, Box::new(connect)));
+            listener.and_then(|listener| Vsock::new(self.cid, listener, Box::new(connect), limits));
         let device = device.context("cannot make the socket device")?;
         Ok(Arc::new(Mutex::new(device)))
     }
@@ -131,6 +139,20 @@ impl Drop for UnixVsock {
         if self.file.is_some() && identity(&self.path) == self.file {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+/// What connections may take where this process may have `most` descriptors (no number: as many as
+/// it likes). The guest and programs of the host decide how many there are, and a reset, a daemon
+/// that is started anew and a disk's engine need some too.
+fn limits(most: Option<u64>) -> Limits {
+    let descriptors = most.map_or(RawFd::MAX, |most| {
+        let kept = (most / 4).min(KEPT_DESCRIPTORS);
+        RawFd::try_from(most - kept).unwrap_or(RawFd::MAX)
+    });
+    Limits {
+        connections: MOST_CONNECTIONS,
+        descriptors,
     }
 }
 
@@ -171,8 +193,10 @@ fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::alone::in_own_process;
     use armlet_devices::virtio::mmio::{Mmio, NoPage};
     use armlet_devices::{Device, IrqLine};
+    use rustix::process::{Rlimit, setrlimit};
     use std::io::Read;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -273,6 +297,92 @@ mod tests {
             }
         };
         assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_quarter_of_few_descriptors_is_left() {
+        let descriptors = |most| limits(most).descriptors;
+        assert_eq!(descriptors(Some(64)), 48);
+        assert_eq!(descriptors(Some(1024)), 768);
+        assert_eq!(descriptors(Some(524_288)), 524_032);
+        assert_eq!(descriptors(Some(u64::MAX - 1)), RawFd::MAX);
+        assert_eq!(descriptors(None), RawFd::MAX);
+    }
+
+    #[test]
+    fn connections_cannot_use_up_this_processs_descriptors() {
+        const MOST: u64 = 160;
+        const NAME: &str =
+            "virtio::vsock::tests::connections_cannot_use_up_this_processs_descriptors";
+        if !in_own_process(NAME) {
+            return;
+        }
+        let few = Rlimit {
+            current: Some(MOST),
+            maximum: getrlimit(Resource::Nofile).maximum,
+        };
+        setrlimit(Resource::Nofile, few).expect("less than before");
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("v.sock");
+        let open = UnixVsock::open(3, &path).expect("a free path");
+        let device = open.device().expect("a device");
+        let _mmio = started(&open, &device);
+        // Both ends of each connection are here.
+        let mut streams = Vec::new();
+        loop {
+            let stream = UnixStream::connect(&path).expect("a descriptor is left");
+            device.lock().expect("no test panics here").ready(0);
+            stream.set_nonblocking(true).expect("a socket");
+            match (&stream).read(&mut [0]) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => streams.push(stream),
+                _ => break,
+            }
+        }
+        assert!(streams.len() > 40, "{} connections", streams.len());
+        let spare: Vec<_> = (0..20).map(|_| fs::File::open("/dev/null")).collect();
+        assert!(spare.iter().all(io::Result::is_ok), "{spare:?}");
+        // And when some end there is room again.
+        streams.truncate(20);
+        drop(spare);
+        device.lock().expect("no test panics here").ready(0);
+        let stream = UnixStream::connect(&path).expect("a descriptor is left");
+        device.lock().expect("no test panics here").ready(0);
+        stream.set_nonblocking(true).expect("a socket");
+        let error = (&stream).read(&mut [0]).expect_err("it waits to be asked");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+
+    /// A driver that has the device in use, and gives it nothing.
+    fn started(open: &UnixVsock, device: &Arc<Mutex<dyn VirtioDevice>>) -> Mmio {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);
+        let mut mmio = Mmio::new(
+            open.name(),
+            Arc::clone(device),
+            Arc::new(memory.expect("memory")),
+            Arc::new(NoLine),
+            None,
+            Arc::new(NoPage),
+        )
+        .expect("a window");
+        let mut write = |offset, value: u32| mmio.write(offset, &value.to_le_bytes());
+        for status in [0, 1, 3] {
+            write(0x70, status);
+        }
+        // VERSION_1 and nothing else.
+        write(0x24, 1);
+        write(0x20, 1);
+        write(0x70, 11);
+        for queue in 0..3 {
+            let rings = 0x1_0000 * (1 + queue);
+            write(0x30, queue);
+            write(0x38, 8);
+            write(0x80, rings);
+            write(0x90, rings + 0x1000);
+            write(0xa0, rings + 0x2000);
+            write(0x44, 1);
+        }
+        write(0x70, 15);
+        mmio
     }
 
     struct NoLine;

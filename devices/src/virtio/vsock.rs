@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
@@ -36,9 +36,6 @@ const TRANSMIT: usize = 1;
 /// VMADDR_CID_HOST: the host's address.
 const HOST_CID: u64 = 2;
 
-/// The most connections at a time, those that wait for an answer among them. (A test has both ends
-/// of each, and no more descriptors than others.)
-pub const MOST_CONNECTIONS: usize = if cfg!(test) { 100 } else { 1024 };
 /// The most packets "no such connection" that wait for the guest to make room; when there are more
 /// its own packets wait.
 const MOST_RESETS: usize = 256;
@@ -61,6 +58,16 @@ const LISTENER: u64 = u64::MAX;
 /// Connects to what stands for a port of the host. It must not wait for anyone.
 pub type Connect = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
 
+/// What the connections may take of the process that the device runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The most connections at a time, those that wait for an answer among them.
+    pub connections: usize,
+    /// The first number that no connection's descriptor has. A new descriptor gets the smallest
+    /// number that is free, so those from here up are left for the rest of the process.
+    pub descriptors: RawFd,
+}
+
 /// A socket device.
 pub struct Vsock {
     cid: u32,
@@ -77,6 +84,7 @@ struct Host {
     connect: Connect,
     listener: UnixListener,
     epoll: Epoll,
+    limits: Limits,
 }
 
 /// What a driver that took the device into use makes.
@@ -100,16 +108,23 @@ struct Running {
 
 impl Vsock {
     /// The device of the guest with the address `cid`. Who connects to `listener` gets to the
-    /// guest; `connect` makes the guest's connections to the host.
+    /// guest; `connect` makes the guest's connections to the host. What is beyond the `limits` is
+    /// refused.
     ///
     /// # Errors
     /// A process without room for more descriptors.
-    pub fn new(cid: u32, listener: UnixListener, connect: Connect) -> io::Result<Vsock> {
+    pub fn new(
+        cid: u32,
+        listener: UnixListener,
+        connect: Connect,
+        limits: Limits,
+    ) -> io::Result<Vsock> {
         listener.set_nonblocking(true)?;
         let host = Host {
             connect,
             listener,
             epoll: Epoll::new()?,
+            limits,
         };
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         host.watch(host.listener.as_raw_fd(), edge, LISTENER)?;
@@ -299,7 +314,7 @@ impl Running {
             }
             match host.listener.accept() {
                 // Beyond the bound the stream closes at once, and who connected sees that.
-                Ok((stream, _)) if self.connections.len() < MOST_CONNECTIONS => {
+                Ok((stream, _)) if self.connections.len() < host.limits.connections => {
                     let _ = self.add(host, stream, State::Greeting(Vec::new()));
                 }
                 Ok(_) => {}
@@ -313,6 +328,9 @@ impl Running {
 
     /// Adds a connection and returns its token.
     fn add(&mut self, host: &Host, stream: UnixStream, state: State) -> io::Result<u64> {
+        if stream.as_raw_fd() >= host.limits.descriptors {
+            return Err(io::Error::other("its descriptor is kept for other things"));
+        }
         stream.set_nonblocking(true)?;
         let token = self.next_token;
         let all = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
@@ -552,7 +570,7 @@ impl Running {
 
     /// The guest connects to a port of the host.
     fn request(&mut self, host: &mut Host, header: &Header) {
-        if self.connections.len() >= MOST_CONNECTIONS {
+        if self.connections.len() >= host.limits.connections {
             self.refuse(header);
             return;
         }

@@ -23,6 +23,12 @@ const BUFFERS: usize = 16;
 /// The guest's socket buffer.
 const ALLOC: u32 = 1 << 20;
 
+/// A test has both ends of each connection, and no more descriptors than others.
+const LIMITS: Limits = Limits {
+    connections: 100,
+    descriptors: RawFd::MAX,
+};
+
 /// A guest with its driver, and the host around it.
 struct World {
     guest: Guest<Vsock>,
@@ -50,13 +56,17 @@ impl World {
 
     /// With a driver that has not looked at the device.
     fn asleep() -> World {
+        World::within(LIMITS)
+    }
+
+    fn within(limits: Limits) -> World {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("armlet-vsock-test-{}-{number}", std::process::id());
         let listener = UnixListener::bind_addr(&address(&name)).expect("a new name");
         let prefix = name.clone();
         let connect = move |port| UnixStream::connect_addr(&address(&format!("{prefix}_{port}")));
-        let device = Vsock::new(CID, listener, Box::new(connect)).expect("descriptors");
+        let device = Vsock::new(CID, listener, Box::new(connect), limits).expect("descriptors");
         let reactor = Epoll::new().expect("a descriptor");
         let [source] = device.sources()[..] else {
             panic!("one source");
@@ -373,13 +383,13 @@ fn one_who_leaves_before_an_answer_leaves_nothing_behind() {
 #[test]
 fn many_connections_work_side_by_side() {
     let mut world = World::new();
-    let streams: Vec<UnixStream> = (0..MOST_CONNECTIONS as u32)
+    let streams: Vec<UnixStream> = (0..LIMITS.connections as u32)
         .map(|index| world.connection(1000 + index, index))
         .collect();
     for (mut stream, index) in streams.iter().zip(0_u32..) {
         stream.write_all(&index.to_le_bytes()).expect("room");
     }
-    for index in 0..MOST_CONNECTIONS as u32 {
+    for index in 0..LIMITS.connections as u32 {
         let header = packet(Op::Data, 1000 + index, index);
         world.send(header, &index.to_be_bytes());
     }
@@ -399,6 +409,27 @@ fn many_connections_work_side_by_side() {
     world.send(packet(Op::Reset, 1000, 0), &[]);
     world.send(packet(Op::Request, 5000, 5000), &[]);
     world.expect(Op::Response);
+}
+
+#[test]
+fn connections_leave_descriptors_for_the_rest_of_the_process() {
+    // All numbers below 3 are taken.
+    let mut world = World::within(Limits {
+        descriptors: 3,
+        ..LIMITS
+    });
+    world.start();
+    world.give(BUFFERS);
+    let listener = world.listen(5000);
+    world.send(packet(Op::Request, 1000, 5000), &[]);
+    world.expect(Op::Reset);
+    let (stream, _) = listener.accept().expect("it was there for a moment");
+    stream.set_nonblocking(true).expect("a socket");
+    assert!(is_ended(&stream));
+    let stream = world.dial("CONNECT 52\n");
+    world.expect_silence();
+    assert!(is_ended(&stream));
+    assert_eq!(world.connections(), 0);
 }
 
 // ------------------------------------------------------------------------------- ends
@@ -886,10 +917,10 @@ proptest! {
             }
             let device = lock(&world.guest.device);
             let running = device.running.as_ref().expect("it was started");
-            prop_assert!(running.connections.len() <= MOST_CONNECTIONS);
+            prop_assert!(running.connections.len() <= LIMITS.connections);
             prop_assert!(running.waiting.len() <= running.connections.len());
             prop_assert!(running.tokens.len() <= running.connections.len());
-            prop_assert!(running.resets.len() <= MOST_RESETS + MOST_CONNECTIONS);
+            prop_assert!(running.resets.len() <= MOST_RESETS + LIMITS.connections);
         }
         // The next driver finds a device that works.
         world.guest.write(0x70, 0);
