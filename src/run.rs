@@ -112,12 +112,20 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         ConsoleKind::Serial => None,
         ConsoleKind::Virtio => Some(events.open_hvc()?),
     };
-    let backends = virtio::open(&orders.config.virtio, hvc.as_ref()).fault(Status::Usage)?;
-    loop {
+    let decide = |orders: &mut Orders<A>| {
         if orders.seeded {
             orders.config.request.seeds = Some(fresh_seeds()?);
         }
-        let plan = decide(&orders.config, &orders.host, &orders.config.board)?;
+        decide(&orders.config, &orders.host, &orders.config.board)
+    };
+    // What cannot be planned is refused before images are locked and daemons started.
+    let mut first = Some(decide(&mut orders)?);
+    let backends = virtio::open(&orders.config.virtio, hvc.as_ref()).fault(Status::Usage)?;
+    loop {
+        let plan = match first.take() {
+            Some(plan) => plan,
+            None => decide(&mut orders)?,
+        };
         log::info!(
             "{} IPA bits for {} ending at {:#x}, {} levels of stage 2",
             plan.width.bits,

@@ -298,12 +298,10 @@ impl DiskOptions {
         }
         let complaints = Complaints::new(name.to_owned(), path.clone());
         let found = qcow2::look(path, &opened.file, self.readonly)?;
-        found.repair(path, &opened.file)?;
         if self.cache == Cache::None {
             self.bypass_cache(&opened, 0)?;
         }
-        let image =
-            qcow2::Image::open(path, opened.file, &found, self.readonly, chain, complaints)?;
+        let image = qcow2::Image::open(path, opened.file, found, self.readonly, chain, complaints)?;
         let mut shape = self.shape(image.size());
         shape.physical_block_size = 4096;
         shape.discard_granularity = 4096;

@@ -158,6 +158,50 @@ fn run_refuses_what_plan_refuses() {
 }
 
 #[test]
+fn a_run_that_is_refused_changes_no_image() {
+    let Some(_) = rig::any() else { return };
+    let Some(qemu_img) = rig::program("qemu-img") else {
+        return;
+    };
+    let bad = Bad::new();
+    let kernel = bad.file("kernel", &Program::default().power_off().image());
+    let truncated = bad.file(
+        "truncated",
+        &gzip(&Program::default().image_of(1 << 20))[..512],
+    );
+    let image = bad.folder.path().join("disk.qcow2");
+    let image = image.to_str().expect("UTF-8");
+    for words in [
+        &["create", "-q", "-f", "qcow2", image, "1M"] as &[&str],
+        &["bitmap", "--add", image, "b0"],
+    ] {
+        let output = Command::new(&qemu_img).args(words).output();
+        let output = output.expect("qemu-img can be run");
+        assert!(output.status.success(), "{words:?}: {output:?}");
+    }
+    let before = fs::read(image).expect("an image");
+    let disk = format!("path={image},format=qcow2");
+    for (arguments, words) in [
+        (&["--cpus", "600"] as &[&str], "600 vCPUs"),
+        (&["--memory", "64K"], "--memory"),
+        (&["--disk", "/nonexistent"], "No such file"),
+        (&["--net", "tap=armlet-none"], "armlet-none"),
+        (&["--kernel", &truncated], "truncated"),
+    ] {
+        let mut all = vec!["run", "--disk", &disk];
+        if !arguments.contains(&"--kernel") {
+            all.extend(["--kernel", &kernel]);
+        }
+        all.extend(arguments);
+        let output = armlet(&all);
+        let line = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && line.contains(words), "{line}");
+        let after = fs::read(image).expect("an image");
+        assert!(after == before, "{arguments:?}: the image has changed");
+    }
+}
+
+#[test]
 fn contradictions_and_unknown_words_are_refused() {
     assert_refused(
         &["plan", "--json", "--dts"],

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
@@ -37,6 +37,8 @@ pub(super) struct Image {
 
 struct Access {
     disk: FormatAccess<Storage>,
+    /// What the first change needs, of an image that may be changed and was not yet.
+    unchanged: Option<Unchanged>,
     /// Whether clusters were given back since the last flush.
     freed: bool,
     /// Bytes of the disk that one L2 table maps.
@@ -45,25 +47,64 @@ struct Access {
     touched: Vec<bool>,
 }
 
+/// An image to which nothing was written yet. What writes to it says with its first write that it
+/// does not keep bitmaps and the like up to date (autoclear features), and makes its counts good: a
+/// start that is refused, or a guest that only reads, leaves it as it was.
+struct Unchanged {
+    path: PathBuf,
+    file: File,
+    found: Found,
+    backing: Vec<(PathBuf, File)>,
+}
+
+impl Unchanged {
+    /// Opens it anew, to be written.
+    fn open(&self) -> Result<FormatAccess<Storage>> {
+        self.found.repair(&self.path, &self.file)?;
+        let mut backing = Vec::new();
+        for (path, file) in &self.backing {
+            backing.push((path.as_path(), file.try_clone()?));
+        }
+        let file = self.file.try_clone()?;
+        let disk = open_chain(&self.path, file, false, &mut backing.into_iter())?;
+        // Before the guest's data: else a power cut could leave those, and a bitmap that does not
+        // know of them.
+        self.file.sync_data()?;
+        Ok(disk)
+    }
+}
+
 impl Image {
     /// The image in `file`, which is open and locked, as are those that stand behind it in this
-    /// order; [`look`] found it in order.
+    /// order; [`look`] found it in order. Nothing is written before the guest does.
     ///
     /// # Errors
     /// No image, or one that names other files than the user did.
     pub(super) fn open(
         path: &Path,
         file: File,
-        found: &Found,
+        found: Found,
         readonly: bool,
         backing: Vec<(&Path, File)>,
         complaints: Complaints,
     ) -> Result<Image> {
-        let disk = open_chain(path, file, readonly, &mut backing.into_iter())?;
         let span = found.header.span();
+        let mut unchanged = None;
+        if !readonly {
+            let backing = backing.iter();
+            let backing = backing.map(|(path, file)| Ok((path.to_path_buf(), file.try_clone()?)));
+            unchanged = Some(Unchanged {
+                path: path.to_owned(),
+                file: file.try_clone()?,
+                found,
+                backing: backing.collect::<io::Result<_>>()?,
+            });
+        }
+        let disk = open_chain(path, file, true, &mut backing.into_iter())?;
         let size = disk.size();
         let access = Access {
             disk,
+            unchanged,
             freed: false,
             span,
             touched: vec![false; size.div_ceil(span) as usize],
@@ -84,6 +125,9 @@ impl Image {
     fn perform(&self, memory: &GuestMemoryMmap, request: &Request<'_>) -> io::Result<()> {
         let mut access = super::lock(&self.access);
         let (offset, len) = (request.offset, request.len);
+        if !matches!(request.operation, Operation::Read | Operation::Flush) {
+            access.prepare()?;
+        }
         match request.operation {
             Operation::Read => {
                 return each_piece(memory, &request.data, |slices, at| {
@@ -91,7 +135,7 @@ impl Image {
                     access.disk.readv(vector, offset + at)
                 });
             }
-            Operation::Flush if self.readonly => return Ok(()),
+            Operation::Flush if self.readonly || access.unchanged.is_some() => return Ok(()),
             Operation::Flush => return access.sync(),
             Operation::Write => access.each_span(offset, len, |access, at, count| {
                 let data = request.data.slice((at - offset) as usize, count as usize);
@@ -126,6 +170,16 @@ impl Image {
 }
 
 impl Access {
+    /// Sees to it that the image can be changed.
+    fn prepare(&mut self) -> io::Result<()> {
+        if let Some(unchanged) = &self.unchanged {
+            let disk = unchanged.open();
+            self.disk = disk.map_err(|error| io::Error::other(format!("{error:#}")))?;
+            self.unchanged = None;
+        }
+        Ok(())
+    }
+
     /// Brings all to stable storage.
     fn sync(&mut self) -> io::Result<()> {
         self.disk.flush()?;
@@ -361,7 +415,11 @@ impl Engine for Qcow2Engine {
         }
         // What a guest leaves behind is an image that needs no repair, even if armlet is killed
         // before the next one.
-        let result = super::lock(&self.image.access).disk.flush();
+        let access = super::lock(&self.image.access);
+        if access.unchanged.is_some() {
+            return;
+        }
+        let result = access.disk.flush();
         let complaints = &self.image.complaints;
         let _ = complaints.outcome(Operation::Flush, 0, 0, result);
     }

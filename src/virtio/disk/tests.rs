@@ -576,6 +576,8 @@ fn blocks_of_a_file_are_told() {
 
 #[cfg(feature = "qcow2")]
 mod features;
+#[cfg(feature = "qcow2")]
+mod start;
 
 #[cfg(feature = "qcow2")]
 mod qcow2 {
