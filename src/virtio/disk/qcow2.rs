@@ -2,24 +2,28 @@
 
 pub mod header;
 pub mod mend;
+mod order;
+mod storage;
 
 use super::QCOW2;
 use super::complaints::Complaints;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
 use header::Header;
-use imago::FormatAccess;
 use imago::file::File as Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
+use imago::{FormatAccess, Mapping, StorageExt as _};
 use mend::{Repair, survey};
+use order::Below;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use storage::Layer;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// The most pieces of memory that imago hands to the kernel in one call (UIO_MAXIOV).
@@ -36,42 +40,22 @@ pub(super) struct Image {
 }
 
 struct Access {
-    disk: FormatAccess<Storage>,
+    disk: FormatAccess<Layer>,
+    layer: Layer,
     /// What the first change needs, of an image that may be changed and was not yet.
     unchanged: Option<Unchanged>,
-    /// Whether clusters were given back since the last flush.
-    freed: bool,
-    /// Bytes of the disk that one L2 table maps.
+    /// Bytes of a cluster, and of the disk that one L2 table maps.
+    cluster: u64,
     span: u64,
-    /// Whether something was changed in each of these spans, so that it has its table.
-    touched: Vec<bool>,
 }
 
-/// An image to which nothing was written yet. What writes to it says with its first write that it
-/// does not keep bitmaps and the like up to date (autoclear features), and makes its counts good: a
-/// start that is refused, or a guest that only reads, leaves it as it was.
+/// An image to which nothing was written yet. What writes to it makes its counts good first: a start
+/// that is refused, or a guest that only reads, leaves it as it was. (Its autoclear features are the
+/// layer's affair.)
 struct Unchanged {
     path: PathBuf,
     file: File,
     found: Found,
-    backing: Vec<(PathBuf, File)>,
-}
-
-impl Unchanged {
-    /// Opens it anew, to be written.
-    fn open(&self) -> Result<FormatAccess<Storage>> {
-        self.found.repair(&self.path, &self.file)?;
-        let mut backing = Vec::new();
-        for (path, file) in &self.backing {
-            backing.push((path.as_path(), file.try_clone()?));
-        }
-        let file = self.file.try_clone()?;
-        let disk = open_chain(&self.path, file, false, &mut backing.into_iter())?;
-        // Before the guest's data: else a power cut could leave those, and a bitmap that does not
-        // know of them.
-        self.file.sync_data()?;
-        Ok(disk)
-    }
 }
 
 impl Image {
@@ -88,26 +72,41 @@ impl Image {
         backing: Vec<(&Path, File)>,
         complaints: Complaints,
     ) -> Result<Image> {
-        let span = found.header.span();
-        let mut unchanged = None;
-        if !readonly {
-            let backing = backing.iter();
-            let backing = backing.map(|(path, file)| Ok((path.to_path_buf(), file.try_clone()?)));
-            unchanged = Some(Unchanged {
+        let header = found.header.clone();
+        let unchanged = match readonly {
+            true => None,
+            false => Some(Unchanged {
                 path: path.to_owned(),
                 file: file.try_clone()?,
                 found,
-                backing: backing.collect::<io::Result<_>>()?,
-            });
-        }
-        let disk = open_chain(path, file, true, &mut backing.into_iter())?;
+            }),
+        };
+        let below = Arc::new(Storage::try_from(file)?);
+        let backing = &mut backing.into_iter();
+        let image = Image::on(path, below, &header, readonly, backing, complaints)?;
+        super::lock(&image.access).unchanged = unchanged;
+        Ok(image)
+    }
+
+    /// As [`Image::open`], for what is in order and need not be a file.
+    fn on(
+        path: &Path,
+        below: Arc<dyn Below>,
+        header: &Header,
+        readonly: bool,
+        backing: &mut dyn Iterator<Item = (&Path, File)>,
+        complaints: Complaints,
+    ) -> Result<Image> {
+        let layer = Layer::qcow2(below, header, readonly);
+        let layer = layer.with_context(|| format!("cannot open qcow2 image {}", path.display()))?;
+        let disk = open_chain(path, layer.clone(), readonly, backing)?;
         let size = disk.size();
         let access = Access {
             disk,
-            unchanged,
-            freed: false,
-            span,
-            touched: vec![false; size.div_ceil(span) as usize],
+            layer,
+            unchanged: None,
+            cluster: header.cluster_size(),
+            span: header.span(),
         };
         Ok(Image {
             size,
@@ -137,28 +136,23 @@ impl Image {
             }
             Operation::Flush if self.readonly || access.unchanged.is_some() => return Ok(()),
             Operation::Flush => return access.sync(),
-            Operation::Write => access.each_span(offset, len, |access, at, count| {
-                let data = request.data.slice((at - offset) as usize, count as usize);
-                each_piece(memory, &data, |slices, piece| {
-                    let (vector, _guard) = IoVector::from_volatile_slice(slices);
-                    access.disk.writev(vector, at + piece)
-                })
+            Operation::Write => each_piece(memory, &request.data, |slices, at| {
+                let (vector, _guard) = IoVector::from_volatile_slice(slices);
+                access.write(vector, offset + at)
             })?,
             Operation::Discard => {
-                return access.each_span(offset, len, |access, at, count| {
-                    access.freed = true;
+                return access.each_part(offset, len, |access, at, count| {
                     // It is advice; images of version 2 do not take it.
                     or_else_unsupported(access.disk.discard_to_any(at, count), || Ok(()))
                 });
             }
             Operation::WriteZeroes { unmap } => {
-                access.each_span(offset, len, |access, at, count| {
-                    access.freed |= unmap;
+                access.each_part(offset, len, |access, at, count| {
                     let zeroed = match unmap {
                         true => access.disk.discard_to_zero(at, count),
                         false => access.disk.write_zeroes(at, count),
                     };
-                    or_else_unsupported(zeroed, || write_zeroes(&access.disk, at, count))
+                    or_else_unsupported(zeroed, || access.write_zeroes(at, count))
                 })?
             }
         }
@@ -172,9 +166,9 @@ impl Image {
 impl Access {
     /// Sees to it that the image can be changed.
     fn prepare(&mut self) -> io::Result<()> {
-        if let Some(unchanged) = &self.unchanged {
-            let disk = unchanged.open();
-            self.disk = disk.map_err(|error| io::Error::other(format!("{error:#}")))?;
+        if let Some(Unchanged { path, file, found }) = &self.unchanged {
+            let repaired = found.repair(path, file);
+            repaired.map_err(|error| io::Error::other(format!("{error:#}")))?;
             self.unchanged = None;
         }
         Ok(())
@@ -184,17 +178,53 @@ impl Access {
     fn sync(&mut self) -> io::Result<()> {
         self.disk.flush()?;
         self.disk.sync()?;
-        self.freed = false;
+        self.layer.forget_freed();
         Ok(())
     }
 
-    /// Calls `change` for each part of a range that has one L2 table.
+    /// Has all on stable storage before clusters are taken, where some were given back.
     ///
-    /// A cluster that was given back may be used anew, at once for an L2 table, before the storage
-    /// has it that it was given back: after a kill it would have two users. So all is brought to
-    /// stable storage before clusters are taken for tables, which is once for each span (512 MiB,
-    /// as images mostly are), and after a discard.
-    fn each_span(
+    /// A cluster that was given back may be used anew at once, before the file has it that it was
+    /// given back: after a power cut it would have two users.
+    fn settle(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let in_place = |(mapping, count): (Mapping<'_, Layer>, u64)| {
+            matches!(mapping, Mapping::Raw { writable: true, .. }) && count >= len
+        };
+        let is_urgent =
+            self.layer.has_freed() && !self.disk.get_mapping(offset, len).is_ok_and(in_place);
+        match is_urgent || self.layer.is_full() {
+            true => self.sync(),
+            false => Ok(()),
+        }
+    }
+
+    fn write(&mut self, mut vector: IoVector<'_>, mut offset: u64) -> io::Result<()> {
+        while !vector.is_empty() {
+            self.settle(offset, vector.len())?;
+            let mapping = self.disk.prepare_data_mapping(offset, vector.len(), true)?;
+            let (part, rest) = vector.split_at(mapping.length());
+            mapping.storage().writev(part, mapping.offset())?;
+            offset += mapping.length();
+            self.disk.commit_data_mapping(mapping)?;
+            vector = rest;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let zeroes = [0; ZEROES];
+        let mut done = 0;
+        while done < len {
+            let count = (len - done).min(ZEROES as u64);
+            self.write(IoVector::from(&zeroes[..count as usize]), offset + done)?;
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// Calls `change` for parts of a range that give clusters back or take some, not one after the
+    /// other: whole clusters of one L2 table, and parts of clusters.
+    fn each_part(
         &mut self,
         offset: u64,
         len: u64,
@@ -203,16 +233,20 @@ impl Access {
         let end = offset + len;
         let mut at = offset;
         while at < end {
-            let index = (at / self.span) as usize;
-            let count = (end - at).min(self.span - at % self.span);
-            let is_known = self.touched.get(index).copied().unwrap_or(false);
-            if self.freed || !is_known {
-                self.sync()?;
+            let left = end - at;
+            let within = at % self.cluster;
+            let is_whole = within == 0 && left >= self.cluster;
+            let count = match is_whole {
+                true => (left - left % self.cluster).min(self.span - at % self.span),
+                false => left.min(self.cluster - within),
+            };
+            // For whole clusters nothing is taken but the L2 table.
+            match is_whole && self.layer.has_l2(at / self.span) {
+                true if self.layer.is_full() => self.sync()?,
+                true => {}
+                false => self.settle(at, count)?,
             }
             change(self, at, count)?;
-            if let Some(touched) = self.touched.get_mut(index) {
-                *touched = true;
-            }
             at += count;
         }
         Ok(())
@@ -282,17 +316,13 @@ impl Found {
 /// Opens an image with all that stands behind it.
 fn open_chain(
     path: &Path,
-    file: File,
+    layer: Layer,
     readonly: bool,
     backing: &mut dyn Iterator<Item = (&Path, File)>,
-) -> Result<FormatAccess<Storage>> {
+) -> Result<FormatAccess<Layer>> {
     let shown = path.display();
-    let cannot = || format!("cannot open qcow2 image {shown}");
-    let storage = Storage::try_from(file).with_context(cannot)?;
-    let mut image = Qcow2::<Storage>::open_image(storage, !readonly).with_context(cannot)?;
-    if image.requires_external_data_file() {
-        bail!("qcow2 image {shown} has its data in another file, which armlet does not support");
-    }
+    let image = Qcow2::<Layer>::open_image(layer, !readonly);
+    let mut image = image.with_context(|| format!("cannot open qcow2 image {shown}"))?;
     let wanted = image.implicit_backing_file().cloned();
     let format = image.implicit_backing_format().cloned();
     match (wanted, backing.next()) {
@@ -308,8 +338,9 @@ fn open_chain(
         (Some(_), Some((other, file))) => {
             let behind = match format.as_deref() {
                 Some("qcow2") => {
-                    look_at_header(other, &file, true)?;
-                    open_chain(other, file, true, backing)?
+                    let header = look_at_header(other, &file, true)?;
+                    let below = Arc::new(Storage::try_from(file)?);
+                    open_chain(other, Layer::qcow2(below, &header, true)?, true, backing)?
                 }
                 Some("raw") => open_raw(other, file, backing)?,
                 None if !begins_like_qcow2(&file) => open_raw(other, file, backing)?,
@@ -328,7 +359,7 @@ fn open_raw(
     path: &Path,
     file: File,
     backing: &mut dyn Iterator<Item = (&Path, File)>,
-) -> Result<FormatAccess<Storage>> {
+) -> Result<FormatAccess<Layer>> {
     if let Some((other, _)) = backing.next() {
         bail!(
             "{} is a raw image, which stands alone; leave backing={} out",
@@ -337,7 +368,7 @@ fn open_raw(
         );
     }
     let storage = Storage::try_from(file);
-    let raw = storage.and_then(|storage| Raw::open_image(storage, false));
+    let raw = storage.and_then(|file| Raw::open_image(Layer::raw(Arc::new(file)), false));
     let raw = raw.with_context(|| format!("cannot open backing file {}", path.display()))?;
     Ok(FormatAccess::new(raw))
 }
@@ -345,17 +376,6 @@ fn open_raw(
 fn begins_like_qcow2(file: &File) -> bool {
     let mut magic = [0; QCOW2.len()];
     file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2
-}
-
-fn write_zeroes(access: &FormatAccess<Storage>, offset: u64, len: u64) -> io::Result<()> {
-    let zeroes = [0; ZEROES];
-    let mut done = 0;
-    while done < len {
-        let count = (len - done).min(ZEROES as u64);
-        access.write(&zeroes[..count as usize], offset + done)?;
-        done += count;
-    }
-    Ok(())
 }
 
 /// Calls `each` with the pieces of memory, as many as fit one call, and their distance from the
@@ -415,12 +435,15 @@ impl Engine for Qcow2Engine {
         }
         // What a guest leaves behind is an image that needs no repair, even if armlet is killed
         // before the next one.
-        let access = super::lock(&self.image.access);
+        let mut access = super::lock(&self.image.access);
         if access.unchanged.is_some() {
             return;
         }
-        let result = access.disk.flush();
+        let result = access.sync();
         let complaints = &self.image.complaints;
         let _ = complaints.outcome(Operation::Flush, 0, 0, result);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,9 @@ use std::os::unix::fs::FileExt;
 /// Bytes of the header of version 2, and of the part that every version 3 has.
 const HEADER_2: usize = 72;
 const HEADER_3: usize = 104;
+/// Where the incompatible and the autoclear features are.
+pub(super) const FEATURES: usize = 72;
+pub(super) const AUTOCLEAR: usize = 88;
 /// Where the compression type is, in headers that are longer.
 const COMPRESSION_TYPE: usize = 104;
 /// The most bytes of an L1 table and of a reference count table, and the most snapshots (QEMU's
@@ -35,7 +38,7 @@ const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 /// Those that the format has.
-const FEATURES: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
+const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 
 /// How clusters are encrypted.
 const CRYPT_NONE: u32 = 0;
@@ -60,8 +63,11 @@ pub struct Header {
     pub(super) refcounts_bytes: u64,
     /// Log2 of the bits of a reference count.
     pub(super) refcount_order: u32,
+    /// Whether it has version 3.
+    pub(super) is_new: bool,
     /// Incompatible features.
     pub(super) features: u64,
+    pub(super) autoclear: u64,
     pub(super) compression: Compression,
     pub(super) snapshots: u32,
     /// Bytes of the file.
@@ -97,14 +103,17 @@ impl Header {
             refcounts_offset: long(&bytes, 48),
             refcounts_bytes: u64::from(word(&bytes, 56)) << cluster_bits,
             refcount_order: 4,
+            is_new,
             features: 0,
+            autoclear: 0,
             compression: Compression::Deflate,
             snapshots: word(&bytes, 60),
             len,
             crypt_method: word(&bytes, 32),
         };
         if is_new {
-            header.features = long(&bytes, 72);
+            header.features = long(&bytes, FEATURES);
+            header.autoclear = long(&bytes, AUTOCLEAR);
             header.refcount_order = word(&bytes, 96);
             header.read_lengths(&bytes)?;
         }
@@ -206,7 +215,7 @@ impl Header {
             ),
             method => bail!("it is encrypted in way {method}, which armlet does not know"),
         }
-        let unknown = self.features & !FEATURES;
+        let unknown = self.features & !KNOWN;
         if unknown != 0 {
             bail!(
                 "it needs feature {} of the format, which armlet does not know; 'qemu-img convert -O qcow2 {path} NEW' by the QEMU that made it makes one without",

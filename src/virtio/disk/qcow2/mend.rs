@@ -1,10 +1,9 @@
 //! Mends a qcow2 image whose last user was killed, before it is written to again.
 //!
-//! The format counts the references to each cluster. imago writes an entry of the L1 table before
-//! the count of the cluster that it leads to, and does not wait for the storage between counts and
-//! other tables: after a kill or a power cut there may be clusters that are in use and not counted,
-//! which would be handed out a second time. They are counted here. The other way round, clusters
-//! that are counted and not in use, costs room only and is left alone.
+//! The format counts the references to each cluster. Programs that do not keep an order of writes
+//! (imago by itself is one) leave clusters that are in use and not counted after a kill or a power
+//! cut, which would be handed out a second time. They are counted here. The other way round,
+//! clusters that are counted and not in use, costs room only and is left alone.
 //!
 //! The format: QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 
