@@ -189,8 +189,8 @@ macro_rules! machine_command {
             #[argh(switch)]
             pub mlock: bool,
             /// disk, /dev/vda and on: PATH, or path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]
-            /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]; may be
-            /// repeated
+            /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]
+            /// [,block-size=N]; may be repeated
             #[argh(option, short = 'd', arg_name = "DISK")]
             pub disk: Vec<String>,
             /// network card: user[,hostfwd=tcp:2222-:22]... (no privileges needed), or

@@ -9,6 +9,7 @@ mod opened;
 #[cfg(feature = "qcow2")]
 pub mod qcow2;
 mod sys;
+mod table;
 mod uring;
 
 use super::Backend;
@@ -36,6 +37,8 @@ const SERIAL: usize = 20;
 const QUEUES: u64 = 16;
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
+/// The least and most bytes of a block of a disk: Linux takes up to its page.
+const BLOCKS: std::ops::RangeInclusive<u64> = SECTOR..=4096;
 /// What a qcow2 image begins with (QEMU's docs/interop/qcow2.txt).
 const QCOW2: [u8; 4] = *b"QFI\xfb";
 
@@ -50,6 +53,8 @@ pub struct DiskOptions {
     cache: Cache,
     queues: u16,
     engine: EngineChoice,
+    /// Bytes of the guest's blocks; the host's choice where there is none.
+    block_size: Option<u32>,
 }
 
 /// How the bytes of an image stand for those of a disk.
@@ -122,6 +127,9 @@ impl DiskOptions {
                     ("sync", EngineChoice::Sync),
                 ],
             )?,
+            block_size: options
+                .number("block-size", BLOCKS)?
+                .map(|size| size as u32),
         };
         options.finish()?;
         if let Some(id) = &parsed.id
@@ -130,6 +138,11 @@ impl DiskOptions {
             bail!(
                 "{FLAG} '{text}': id={id} is no serial number; use up to {SERIAL} ASCII characters without blanks"
             );
+        }
+        if let Some(size) = parsed.block_size
+            && !size.is_power_of_two()
+        {
+            bail!("{FLAG} '{text}': block-size={size} is no power of two; use 512 to 4096");
         }
         if parsed.format != Format::Qcow2 && !parsed.backing.is_empty() {
             bail!("{FLAG} '{text}': only format=qcow2 has backing files");
@@ -151,20 +164,20 @@ impl DiskOptions {
             true => self.qcow2(&name, opened)?,
             false => self.raw(&name, opened)?,
         };
-        let (path, size) = (self.path.display(), shape.size);
-        if size == 0 {
-            bail!("disk image {path} is empty");
-        }
-        if !size.is_multiple_of(SECTOR) {
-            let how = match &storage {
-                Storage::Raw { .. } => format!("'truncate -s %512 {path}'"),
-                #[cfg(feature = "qcow2")]
-                Storage::Qcow2(_) => {
-                    format!("'qemu-img resize {path} +{}'", SECTOR - size % SECTOR)
-                }
-            };
+        let shown = self.path.display();
+        // Those of files are filled up.
+        if !shape.size.is_multiple_of(SECTOR) {
+            let more = SECTOR - shape.size % SECTOR;
             bail!(
-                "disk image {path} has {size} bytes, which are no whole sectors; {how} fills up the last one"
+                "disk image {shown} has {} bytes, which are no whole sectors; 'qemu-img resize {shown} +{more}' fills up the last one",
+                shape.size
+            );
+        }
+        let read = |offset, bytes: &mut [u8]| storage.peek(offset, bytes);
+        if let Some(sector) = table::other_sector(shape.block_size, read) {
+            log::warn!(
+                "{name}: the partition table of {shown} is for sectors of {sector} bytes, and the guest gets {}; block-size={sector} gives it those",
+                shape.block_size
             );
         }
         Ok(Disk {
@@ -214,7 +227,9 @@ impl DiskOptions {
             Cache::None => Some(self.bypass_cache(&opened, size)?),
         };
         let mut shape = self.shape(size);
-        opened.limits(&mut shape).with_context(context)?;
+        opened
+            .limits(&mut shape, self.block_size)
+            .with_context(context)?;
         if let Some(direct) = direct {
             shape.physical_block_size = shape.physical_block_size.max(direct.offset as u32);
         }
@@ -227,8 +242,10 @@ impl DiskOptions {
             is_device,
             self.readonly,
             direct,
+            shape.block_size,
             complaints,
         ));
+        shape.size = image.set_len(size);
         let uring = self.ring(name, &image)?;
         let storage = Storage::Raw {
             image,
@@ -274,7 +291,8 @@ impl DiskOptions {
         let path = self.path.display();
         let refused = || format!("disk image {path} does not do cache=none; use cache=writeback");
         let alignment = opened.direct_alignment().with_context(refused)?;
-        if !size.is_multiple_of(alignment.offset as u64) {
+        // What is only read can end anywhere.
+        if !self.readonly && !size.is_multiple_of(alignment.offset as u64) {
             bail!(
                 "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {path}', or use cache=writeback",
                 align = alignment.offset,
@@ -303,6 +321,7 @@ impl DiskOptions {
         }
         let image = qcow2::Image::open(path, opened.file, found, self.readonly, chain, complaints)?;
         let mut shape = self.shape(image.size());
+        shape.block_size = self.block_size.unwrap_or(shape.block_size);
         shape.physical_block_size = 4096;
         shape.discard_granularity = 4096;
         Ok((Storage::Qcow2(Arc::new(image)), shape))
@@ -388,6 +407,17 @@ enum Storage {
     Qcow2(Arc<qcow2::Image>),
 }
 
+impl Storage {
+    /// Reads what the disk holds now; says whether it could.
+    fn peek(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        match self {
+            Storage::Raw { image, .. } => image.peek(offset, bytes).is_ok(),
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(image) => image.peek(offset, bytes).is_ok(),
+        }
+    }
+}
+
 impl Disk {
     /// Looks how large the image is now, and tells a guest that runs of a change. Returns the
     /// size in bytes.
@@ -405,9 +435,12 @@ impl Disk {
 
     fn size(&self) -> Result<u64> {
         match &self.storage {
-            Storage::Raw { image, .. } => (&image.file)
-                .seek(SeekFrom::End(0))
-                .with_context(|| format!("cannot look at the image of {}", self.name)),
+            Storage::Raw { image, .. } => {
+                let size = (&image.file).seek(SeekFrom::End(0));
+                let size =
+                    size.with_context(|| format!("cannot look at the image of {}", self.name))?;
+                Ok(image.set_len(size))
+            }
             #[cfg(feature = "qcow2")]
             Storage::Qcow2(image) => Ok(image.size()),
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 /// Magic numbers of file systems: offset in bytes, and what stands there. In Linux:
 /// fs/ext4/ext4.h (EXT4_SUPER_MAGIC), fs/xfs/libxfs/xfs_format.h (XFS_SB_MAGIC), fs/btrfs/fs.h
 /// (BTRFS_MAGIC), fs/squashfs/squashfs_fs.h, fs/erofs/erofs_fs.h, fs/f2fs.
-const FILE_SYSTEMS: [(u64, &[u8]); 6] = [
+pub(super) const FILE_SYSTEMS: [(u64, &[u8]); 6] = [
     (0x438, &[0x53, 0xef]),
     (0, b"XFSB"),
     (0x1_0040, b"_BHRfS_M"),
@@ -18,7 +18,7 @@ const FILE_SYSTEMS: [(u64, &[u8]); 6] = [
 
 /// The boot signature at the end of the first sector, where a partition table begins the disk (a
 /// GPT has one for the sake of older tools: UEFI 2.10, section 5.2.3).
-const PARTITIONED: (u64, &[u8]) = (510, &[0x55, 0xaa]);
+pub(super) const PARTITIONED: (u64, &[u8]) = (510, &[0x55, 0xaa]);
 
 /// The first disk's root file system in words for the kernel's command line, if the raw image at
 /// `path` shows one: a file system on the whole disk, or a first partition.

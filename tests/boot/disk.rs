@@ -505,3 +505,54 @@ dd if=/dev/vda bs=64k status=none | sha256sum";
     assert!(halves[0] == noise(9, HALF), "the first half");
     assert!(halves[1] == halves[0], "the copy");
 }
+
+#[test]
+fn disks_have_any_size_and_blocks_that_were_asked_for() {
+    let Some(rig) = rig::any() else { return };
+    let script = "
+echo '== disks'
+for disk in vda vdb vdc; do
+    cd /sys/block/$disk
+    echo \"$disk $(cat size) $(cat queue/logical_block_size)\"
+done
+echo '== last'
+dd if=/dev/vdb bs=512 skip=136 status=none | tr '\\0' '0' | cut -c 360-380
+printf tail | dd of=/dev/vdb bs=512 seek=136 conv=sync,notrunc,fsync status=none
+echo '== end'
+";
+    const ODD: usize = 70_000;
+    let armlet = Armlet::devices(rig, script);
+    let empty = armlet.file("empty.img", b"");
+    let odd = armlet.file("odd.img", &[b'x'; ODD]);
+    let mut partitioned = vec![0; MIB];
+    partitioned[510..512].copy_from_slice(&[0x55, 0xaa]);
+    partitioned[512..520].copy_from_slice(b"EFI PART");
+    let partitioned = armlet.file("partitioned.img", &partitioned);
+    let option = |path: &Path, more: &str| format!("path={}{more}", path.display());
+    let outcome = armlet
+        .option("--disk", option(&empty, ""))
+        .option("--disk", option(&odd, ""))
+        .option("--disk", option(&partitioned, ",block-size=4096"))
+        .run();
+    let said = outcome.script();
+    assert_eq!(
+        section(&said, "disks"),
+        "vda 0 512\nvdb 137 512\nvdc 2048 4096"
+    );
+    // Byte 368 of the sector is the first that the file does not have.
+    assert_eq!(section(&said, "last"), "xxxxxxxxx000000000000");
+    let image = fs::read(&odd).expect("an image");
+    assert_eq!(
+        image.len(),
+        ODD.next_multiple_of(512),
+        "the last sector is there"
+    );
+    assert!(image[136 * 512..].starts_with(b"tail\0\0"));
+    let note = "partition table of";
+    assert!(outcome.errors.contains(note), "{}", outcome.errors);
+    assert!(
+        outcome.errors.contains("block-size=512"),
+        "{}",
+        outcome.errors
+    );
+}

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 /// Bytes that go through a buffer of our own at once, where the guest's cannot be used.
@@ -34,6 +34,10 @@ pub(super) struct Image {
     /// `None` where I/O goes through the host's page cache.
     pub(super) direct: Option<Alignment>,
     pub(super) complaints: Complaints,
+    /// Bytes of the guest's blocks.
+    block: u64,
+    /// Bytes of the file, or device, when it was last looked at.
+    len: AtomicU64,
     /// What the file system or the device refused once is not tried again.
     cannot_punch: AtomicBool,
     cannot_zero: AtomicBool,
@@ -42,12 +46,13 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// The image in `file`.
+    /// The image in `file`; the guest has blocks of `block` bytes.
     pub(super) fn new(
         file: File,
         is_device: bool,
         readonly: bool,
         direct: Option<Alignment>,
+        block: u32,
         complaints: Complaints,
     ) -> Image {
         Image {
@@ -56,10 +61,70 @@ impl Image {
             readonly,
             direct,
             complaints,
+            block: block.into(),
+            len: AtomicU64::new(0),
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
             lost: AtomicBool::new(false),
         }
+    }
+
+    /// The file has this many bytes. Returns how many the guest sees: as with QEMU, what a file
+    /// lacks in its last block reads as zeroes, and is there as soon as it is written.
+    pub(super) fn set_len(&self, len: u64) -> u64 {
+        self.len.store(len, Relaxed);
+        match self.is_device {
+            true => len,
+            false => len.next_multiple_of(self.block),
+        }
+    }
+
+    /// Whether a range may reach behind the end of the file.
+    pub(super) fn is_beyond(&self, offset: u64, len: u64) -> bool {
+        offset + len > self.len.load(Relaxed)
+    }
+
+    /// Reads what is there at an offset, whatever direct I/O asks for.
+    pub(super) fn peek(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if self.direct.is_none() {
+            return self.read(bytes, offset);
+        }
+        let len = bytes.len();
+        let copy = |at: usize, from: &mut [u8]| {
+            bytes[at..at + from.len()].copy_from_slice(from);
+            Ok(())
+        };
+        self.bounce(&mut Vec::new(), Direction::Read, offset, len, copy)
+    }
+
+    /// Fills a part of a buffer; what lies behind the end of the file, as it was last looked at,
+    /// is zero if it is not there.
+    fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let len = self.len.load(Relaxed);
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            // Direct I/O ends there with a piece that is no whole block, and cannot go on.
+            let is_cut = self
+                .direct
+                .is_some_and(|direct| !at.is_multiple_of(direct.offset as u64));
+            let count = match is_cut && at >= len {
+                true => 0,
+                false => match self.file.read_at(&mut bytes[done..], at) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    count => count?,
+                },
+            };
+            match count {
+                0 if at >= len => {
+                    bytes[done..].fill(0);
+                    return Ok(());
+                }
+                0 => return Err(sys::end_of(Direction::Read)),
+                count => done += count,
+            }
+        }
+        Ok(())
     }
 
     /// Brings all that was written to stable storage.
@@ -198,12 +263,7 @@ impl Image {
             let span = &mut buffer[..(head + count).next_multiple_of(block)];
             let is_whole = head == 0 && count == span.len();
             if direction == Direction::Read || !is_whole {
-                self.file
-                    .read_exact_at(span, first)
-                    .map_err(|error| match error.kind() {
-                        io::ErrorKind::UnexpectedEof => sys::end_of(Direction::Read),
-                        _ => error,
-                    })?;
+                self.read(span, first)?;
             }
             each(done, &mut span[head..head + count])?;
             if direction == Direction::Write {
@@ -255,9 +315,9 @@ impl PlainEngine {
         let mover = self.mover.as_mut().ok_or(Errno::FAULT)?;
         mover.set(data)?;
         let image = &self.image;
-        if image.takes(offset, |direct| {
-            mover.is_aligned(direct.memory, direct.offset)
-        }) {
+        let is_padded = direction == Direction::Read && image.is_beyond(offset, data.len() as u64);
+        let aligned = |direct: Alignment| mover.is_aligned(direct.memory, direct.offset);
+        if !is_padded && image.takes(offset, aligned) {
             return mover.run(&image.file, direction, offset);
         }
         let memory = mover.memory();

@@ -77,23 +77,27 @@ impl Opened {
         )
     }
 
-    /// What the host says of an image's blocks.
-    pub(super) fn limits(&self, shape: &mut Shape) -> io::Result<()> {
+    /// What the host says of an image's blocks; the guest sees blocks of `wanted` bytes, if that is
+    /// said.
+    pub(super) fn limits(&self, shape: &mut Shape, wanted: Option<u32>) -> io::Result<()> {
         let file = &self.file;
         if self.is_device {
-            shape.block_size = rustix::fs::ioctl_blksszget(file)?.max(shape.block_size);
-            shape.physical_block_size = rustix::fs::ioctl_blkpbszget(file)?.max(shape.block_size);
+            let logical = rustix::fs::ioctl_blksszget(file)?.max(shape.block_size);
+            shape.block_size = wanted.unwrap_or(logical);
+            shape.physical_block_size = rustix::fs::ioctl_blkpbszget(file)?.max(logical);
             let limit = |name| queue_limit(self.metadata.rdev(), name);
             shape.optimal_io_size = limit("optimal_io_size");
-            let granularity = limit("discard_granularity");
-            shape.discard_granularity = granularity.max(shape.block_size);
+            shape.discard_granularity = limit("discard_granularity").max(logical);
         } else {
             // The guest's blocks stay as they are on whatever file system the image comes to lie;
             // only what is best to write is told.
             let block = self.metadata.blksize().next_power_of_two();
+            shape.block_size = wanted.unwrap_or(shape.block_size);
             shape.physical_block_size = block.clamp(512, 4096) as u32;
             shape.discard_granularity = block.clamp(512, 65536) as u32;
         }
+        shape.physical_block_size = shape.physical_block_size.max(shape.block_size);
+        shape.discard_granularity = shape.discard_granularity.max(shape.block_size);
         Ok(())
     }
 

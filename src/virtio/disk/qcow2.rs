@@ -121,6 +121,15 @@ impl Image {
         self.size
     }
 
+    /// Reads what the disk holds at an offset.
+    pub(super) fn peek(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let end = offset.checked_add(bytes.len() as u64);
+        if end.is_none_or(|end| end > self.size) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        super::lock(&self.access).disk.read(bytes, offset)
+    }
+
     fn perform(&self, memory: &GuestMemoryMmap, request: &Request<'_>) -> io::Result<()> {
         let mut access = super::lock(&self.access);
         let (offset, len) = (request.offset, request.len);

@@ -241,7 +241,9 @@ impl Engine for UringEngine {
             let mut prepared = self.ring.set(tag, &request.data);
             let ring = &self.ring;
             let aligned = |direct: Alignment| ring.is_aligned(tag, direct.memory, direct.offset);
-            if !self.image.takes(offset, aligned) {
+            let is_padded =
+                direction == Direction::Read && self.image.is_beyond(offset, request.len);
+            if is_padded || !self.image.takes(offset, aligned) {
                 return self.now(request);
             }
             // To wait for stable storage is for the ring.

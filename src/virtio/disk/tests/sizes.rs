@@ -1,0 +1,209 @@
+//! Images of any size, and blocks of any size.
+
+use super::*;
+use std::process::Command;
+
+const ENGINES: [&str; 2] = ["engine=sync", "engine=io_uring"];
+
+fn len(path: &str) -> usize {
+    std::fs::metadata(path).expect("a file").len() as usize
+}
+
+#[test]
+fn the_last_sector_of_a_file_is_filled_up() {
+    let folder = Folder::new();
+    let cases = ENGINES.map(|engine| {
+        let readonly = format!("{engine},readonly");
+        let direct = format!("{readonly},cache=none");
+        [engine.to_owned(), readonly, direct]
+    });
+    for options in cases.concat() {
+        for size in [1, 511, 513, 1000, 4097, 70_000] {
+            let bytes = &pattern()[..size];
+            let image = folder.with("odd.img", bytes);
+            let Some(disk) = open_or_skip(&format!("{image},{options}")) else {
+                continue;
+            };
+            let padded = size.next_multiple_of(512);
+            assert_eq!(disk.shape.size, padded as u64);
+            let mut bench = Bench::new(&disk);
+            let mut expected = bytes.to_vec();
+            expected.resize(padded, 0);
+            assert!(bench.read(0, padded) == expected, "{options}, {size}");
+            let last = padded - 512;
+            assert!(
+                bench.read(last, 512) == expected[last..],
+                "{options}, {size}"
+            );
+            assert_eq!(len(&image), size, "a read changes nothing");
+            if options.contains("readonly") {
+                continue;
+            }
+            let pieces = [100, 200];
+            let outcome = bench.run(Operation::Write, last, &mut [5; 512], &pieces, true);
+            assert_eq!(outcome, Outcome::Done);
+            expected[last..].fill(5);
+            assert!(bench.read(0, padded) == expected, "{options}, {size}");
+            assert_eq!(len(&image), padded, "the sector is there");
+            drop(bench);
+            drop(disk);
+            let disk = open(&format!("{image},{options}")).expect("opens again");
+            assert!(Bench::new(&disk).read(0, padded) == expected);
+        }
+    }
+}
+
+#[test]
+fn zeroes_and_discards_reach_into_the_last_sector() {
+    for engine in ENGINES {
+        for operation in [
+            Operation::WriteZeroes { unmap: true },
+            Operation::WriteZeroes { unmap: false },
+            Operation::Discard,
+        ] {
+            let folder = Folder::new();
+            let image = folder.with("odd.img", &pattern()[..70_000]);
+            let Some(disk) = open_or_skip(&format!("{image},{engine}")) else {
+                return;
+            };
+            let mut bench = Bench::new(&disk);
+            let outcome = bench.run(operation, 69_632, &mut [0; 512], &[], false);
+            assert_eq!(outcome, Outcome::Done);
+            assert!(bench.read(0, 69_632) == pattern()[..69_632]);
+            let last = bench.read(69_632, 512);
+            assert!(operation == Operation::Discard || last == [0; 512]);
+        }
+    }
+}
+
+#[test]
+fn an_odd_file_that_is_cut_is_an_io_error() {
+    for engine in ENGINES {
+        let folder = Folder::new();
+        let image = folder.with("odd.img", &pattern()[..70_000]);
+        let Some(disk) = open_or_skip(&format!("{image},{engine},readonly")) else {
+            return;
+        };
+        let mut bench = Bench::new(&disk);
+        let file = File::options().write(true).open(&image).expect("a file");
+        file.set_len(69_700).expect("cut off");
+        let outcome = bench.run(Operation::Read, 69_632, &mut [0; 512], &[], false);
+        assert_eq!(outcome, Outcome::Failed, "{engine}");
+        assert!(bench.read(0, 69_632) == pattern()[..69_632]);
+    }
+}
+
+#[test]
+fn qemu_sees_the_same_size() {
+    let folder = Folder::new();
+    for size in [0, 1, 511, 512, 513, 1000, 70_000] {
+        let image = folder.with("odd.img", &pattern()[..size]);
+        let words = ["info", "-f", "raw", "--output=json", &image];
+        let Ok(output) = Command::new("qemu-img").args(words).output() else {
+            println!("skipped: qemu-img (Debian: qemu-utils) is not here");
+            return;
+        };
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let ours = open(&image).expect("opens").shape.size;
+        let wanted = format!("\"virtual-size\": {ours},");
+        assert!(text.contains(&wanted), "{size}: no {wanted} in {text}");
+    }
+}
+
+#[test]
+fn an_empty_image_is_a_disk_that_can_grow() {
+    let folder = Folder::new();
+    for options in ["engine=sync", "engine=io_uring", "readonly", "cache=none"] {
+        let image = folder.with("empty.img", b"");
+        let Some(disk) = open_or_skip(&format!("{image},{options}")) else {
+            continue;
+        };
+        let capacity = |device: &Arc<Mutex<dyn VirtioDevice>>| {
+            let mut bytes = [0; 8];
+            device.lock().expect("sound").config().read(0, &mut bytes);
+            u64::from_le_bytes(bytes) * 512
+        };
+        let first = disk.device().expect("a device");
+        assert_eq!(capacity(&first), 0);
+        std::fs::write(&image, pattern()).expect("room");
+        // The guest that starts next has it, and one that is told.
+        assert_eq!(capacity(&disk.device().expect("a device")), SIZE as u64);
+        assert_eq!(disk.refresh().expect("a size"), SIZE as u64);
+        assert!(Bench::new(&disk).read(0, SIZE) == pattern());
+    }
+}
+
+#[test]
+fn an_empty_qcow2_image_is_a_disk_too() {
+    if !cfg!(feature = "qcow2") {
+        return;
+    }
+    let folder = Folder::new();
+    let image = folder.path("empty.qcow2");
+    let words = ["create", "-q", "-f", "qcow2", &image, "0"];
+    let Ok(output) = Command::new("qemu-img").args(words).output() else {
+        println!("skipped: qemu-img (Debian: qemu-utils) is not here");
+        return;
+    };
+    assert!(output.status.success());
+    let disk = open(&format!("{image},format=qcow2")).expect("opens");
+    assert_eq!(disk.shape.size, 0);
+    assert_eq!(Bench::new(&disk).flush(), Outcome::Done);
+}
+
+#[test]
+fn blocks_are_those_that_were_asked_for() {
+    for size in [512, 1024, 4096] {
+        for options in ["engine=sync", "engine=io_uring", "cache=none"] {
+            let folder = Folder::new();
+            let image = folder.with("odd.img", &pattern()[..70_144]);
+            let text = format!("{image},block-size={size},{options}");
+            if options == "cache=none" {
+                // It could not be filled up there.
+                std::fs::write(&image, &pattern()[..65_536]).expect("a file");
+            }
+            let Some(disk) = open_or_skip(&text) else {
+                continue;
+            };
+            let shape = disk.shape.clone();
+            assert_eq!(shape.block_size, size);
+            assert!(shape.physical_block_size >= size && shape.discard_granularity >= size);
+            assert!(shape.size.is_multiple_of(u64::from(size)));
+            // Drivers may still ask for less.
+            let mut bench = Bench::new(&disk);
+            bench.write(512, &[9; 512]);
+            let mut expected = pattern()[..2048].to_vec();
+            expected[512..1024].fill(9);
+            assert!(bench.read(0, 2048) == expected, "{text}");
+        }
+    }
+}
+
+#[test]
+fn an_odd_raw_image_stands_behind_an_overlay() {
+    if !cfg!(feature = "qcow2") {
+        return;
+    }
+    let folder = Folder::new();
+    let bytes = &pattern()[..70_000];
+    let base = folder.with("odd.img", bytes);
+    let image = folder.path("over.qcow2");
+    let words = [
+        "create", "-q", "-f", "qcow2", "-b", &base, "-F", "raw", &image,
+    ];
+    let Ok(output) = Command::new("qemu-img").args(words).output() else {
+        println!("skipped: qemu-img (Debian: qemu-utils) is not here");
+        return;
+    };
+    assert!(output.status.success());
+    let disk = open(&format!("{image},format=qcow2,backing={base}")).expect("opens");
+    let mut expected = bytes.to_vec();
+    expected.resize(70_144, 0);
+    let mut bench = Bench::new(&disk);
+    assert!(bench.read(0, 70_144) == expected);
+    bench.write(69_632, &[3; 512]);
+    expected[69_632..].fill(3);
+    assert!(bench.read(0, 70_144) == expected);
+    drop(bench);
+    assert_eq!(len(&base), 70_000);
+}
