@@ -3,6 +3,7 @@
 
 use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
+use crate::eintr::uninterrupted;
 use crate::host::HostFiles;
 use crate::kernel::{Initrd, Kernel};
 use crate::memory::{Backing, Sharing};
@@ -291,9 +292,10 @@ pub fn fresh_seeds() -> Result<Seeds> {
     let mut bytes = [0_u8; 72];
     let mut filled = 0;
     while filled < bytes.len() {
-        filled +=
-            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-                .context("cannot get random numbers for the guest's seeds")?;
+        let rest = &mut bytes[filled..];
+        let none = rustix::rand::GetRandomFlags::empty();
+        filled += uninterrupted(|| rustix::rand::getrandom(&mut *rest, none))
+            .context("cannot get random numbers for the guest's seeds")?;
     }
     let (kaslr, rng) = bytes.split_at(8);
     let mut seeds = Seeds {

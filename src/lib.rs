@@ -15,6 +15,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod console;
+pub mod eintr;
 pub mod files;
 pub mod heap;
 pub mod host;

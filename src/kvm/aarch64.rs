@@ -2,6 +2,7 @@
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
 use super::{Depth, KvmArch, RawExit};
+use crate::eintr::uninterrupted;
 use crate::probe::{ArmFacts, Virtualization};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::aarch64::features::{Features, Offered, Pmu};
@@ -93,7 +94,7 @@ impl KvmArch for Aarch64 {
         } else {
             u64::from(width.bits)
         };
-        kvm.create_vm_with_type(kind)
+        uninterrupted(|| kvm.create_vm_with_type(kind))
             .with_context(|| format!("cannot create a VM with {} IPA bits", width.bits))
     }
 
@@ -202,9 +203,8 @@ fn scratch_vm(kvm: &Kvm, host: &Host) -> Result<(VmFd, VcpuFd)> {
     // KVM fills and walks the tables of the whole width: with 16 KiB pages those of 40 bits take
     // 2 million instructions.
     let bits = host.ipa_limit.map_or(0, |_| MIN_BITS);
-    let vm = kvm
-        .create_vm_with_type(u64::from(bits))
-        .context("cannot create a VM")?;
+    let vm =
+        uninterrupted(|| kvm.create_vm_with_type(u64::from(bits))).context("cannot create a VM")?;
     let vcpu = vm.create_vcpu(0).context("cannot create a vCPU")?;
     let init = preferred_target(&vm)?;
     vcpu.vcpu_init(&init).context("cannot initialise a vCPU")?;

@@ -4,6 +4,7 @@
 mod cpuid;
 
 use super::{Depth, KvmArch, PortAccess, RawExit};
+use crate::eintr::uninterrupted;
 use crate::probe::{ExitlessTimers, Virtualization, X86Facts};
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
@@ -61,7 +62,7 @@ impl KvmArch for X86_64 {
 
     fn create_vm(kvm: &Kvm, _: &Width) -> Result<VmFd> {
         // The width is what CPUID says; a VM has none here.
-        kvm.create_vm().context("cannot create a VM")
+        uninterrupted(|| kvm.create_vm()).context("cannot create a VM")
     }
 
     fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, ())> {

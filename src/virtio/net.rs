@@ -2,6 +2,7 @@
 
 use super::Backend;
 use super::options::Options;
+use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::net::{Net, RingNet};
@@ -131,7 +132,7 @@ impl NetOptions {
         }
         let mut mac = [0x02, b'a', b'r', b'm', 0, number as u8];
         if !matches!(self.network, Choice::User { .. }) {
-            let count = getrandom(&mut mac[..], GetRandomFlags::empty());
+            let count = uninterrupted(|| getrandom(&mut mac[..], GetRandomFlags::empty()));
             count.context("cannot choose a MAC address")?;
             // Of one machine, and administered locally (IEEE 802).
             mac[0] = mac[0] & 0xfc | 0x02;

@@ -1,6 +1,7 @@
 //! Pages of the host beneath the guest's memory: giving them back, having those of a file in their
 //! place, and locks on such files.
 
+use crate::eintr::uninterrupted;
 use crate::memory::huge_page;
 use anyhow::{Context, Result};
 use rustix::fs::FallocateFlags;
@@ -38,7 +39,7 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
                 Some(file) => {
                     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                     let start = file.start() + first;
-                    rustix::fs::fallocate(file.file(), flags, start, whole)?;
+                    uninterrupted(|| rustix::fs::fallocate(file.file(), flags, start, whole))?;
                 }
                 None => {
                     let advice = match region.flags() & libc::MAP_SHARED {
@@ -164,7 +165,7 @@ pub fn detach(address: usize, file: &File, start: u64, end: u64, readonly: bool)
                 page as usize,
             )
         };
-        let _ = file.read_at(bytes, at);
+        let _ = uninterrupted(|| file.read_at(bytes, at));
     }
     if readonly {
         // SAFETY: as above.

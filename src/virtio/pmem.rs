@@ -5,6 +5,7 @@ use super::Backend;
 use super::locks::{self, Use};
 use super::options::{Options, path_first};
 use super::pages;
+use crate::eintr::uninterrupted;
 use crate::files::{self, Accepted};
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, bail};
@@ -321,7 +322,7 @@ impl FileMemory {
         if size < self.size {
             bail!("it was cut to {size} bytes");
         }
-        rustix::fs::fdatasync(&self.file).inspect_err(|_| {
+        uninterrupted(|| rustix::fs::fdatasync(&self.file)).inspect_err(|_| {
             self.lost.store(true, Ordering::Relaxed);
         })?;
         Ok(())

@@ -1,6 +1,7 @@
 //! Devices whose rings the host's kernel works on (drivers/vhost): what vhost-net and vhost-vsock
 //! have in common, as ioctls of include/uapi/linux/vhost.h.
 
+use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::Virtqueue;
 use rustix::fs::{Mode, OFlags};
@@ -96,7 +97,7 @@ impl Vhost {
     /// What the kernel refuses.
     pub fn set_owner(&self) -> Result<()> {
         // SAFETY: the ioctl takes no argument.
-        done(unsafe { ioctl(&self.fd, SET_OWNER) }).context("VHOST_SET_OWNER")
+        done(|| unsafe { ioctl(&self.fd, SET_OWNER) }).context("VHOST_SET_OWNER")
     }
 
     /// The feature bits of virtio that the kernel's device can work with.
@@ -106,7 +107,7 @@ impl Vhost {
     pub fn features(&self) -> Result<u64> {
         let mut features = 0_u64;
         // SAFETY: the ioctl writes a u64.
-        done(unsafe { ioctl_with_mut_ref(&self.fd, GET_FEATURES, &mut features) })
+        done(|| unsafe { ioctl_with_mut_ref(&self.fd, GET_FEATURES, &mut features) })
             .context("VHOST_GET_FEATURES")?;
         Ok(features)
     }
@@ -200,7 +201,7 @@ impl Vhost {
             value: 0_u32,
         };
         // SAFETY: the ioctl reads and writes a struct vhost_vring_state.
-        let base = done(unsafe { ioctl_with_mut_ref(&self.fd, GET_VRING_BASE, &mut state) });
+        let base = done(|| unsafe { ioctl_with_mut_ref(&self.fd, GET_VRING_BASE, &mut state) });
         kick.and(call)
             .and(errors)
             .and(base)
@@ -242,16 +243,16 @@ impl Vhost {
     fn set<T>(&self, request: c_ulong, value: &T) -> io::Result<()> {
         // SAFETY: each request of this file is called with what it reads, as the structures and
         // the sizes in the requests say; the kernel checks all addresses in them before use.
-        done(unsafe { ioctl_with_ref(&self.fd, request, value) })
+        done(|| unsafe { ioctl_with_ref(&self.fd, request, value) })
     }
 }
 
-/// What an ioctl returned, as a result.
-fn done(returned: i32) -> io::Result<()> {
-    match returned {
+/// What an ioctl returns, as a result. VHOST_SET_OWNER starts a thread, which a signal stops.
+fn done(mut call: impl FnMut() -> i32) -> io::Result<()> {
+    uninterrupted(|| match call() {
         0.. => Ok(()),
         _ => Err(io::Error::last_os_error()),
-    }
+    })
 }
 
 /// Where a queue's rings lie in this process. The kernel takes each ring for one piece of our

@@ -3,6 +3,7 @@
 
 use super::complaints::Complaints;
 use super::sys::{self, Direction, Mover};
+use crate::eintr::uninterrupted;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -131,7 +132,7 @@ impl Image {
     pub(super) fn flush(&self) -> io::Result<()> {
         let result = match self.readonly {
             true => Ok(()),
-            false => rustix::fs::fdatasync(&self.file).map_err(Into::into),
+            false => uninterrupted(|| rustix::fs::fdatasync(&self.file)),
         };
         self.flushed(result)
     }
@@ -184,11 +185,15 @@ impl Image {
         }
     }
 
+    fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        uninterrupted(|| rustix::fs::fallocate(&self.file, mode, offset, len))
+    }
+
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let result = match self.discard_mode() {
-            Some(mode) => match rustix::fs::fallocate(&self.file, mode, offset, len) {
-                Err(error) if self.refuses(mode, &error.into()) => Ok(()),
-                result => result.map_err(Into::into),
+            Some(mode) => match self.allocate(mode, offset, len) {
+                Err(error) if self.refuses(mode, &error) => Ok(()),
+                result => result,
             },
             None if self.is_device => sys::discard_blocks(&self.file, offset, len),
             None => Ok(()),
@@ -206,7 +211,7 @@ impl Image {
             let Some(mode) = self.zero_mode(unmap) else {
                 break;
             };
-            match rustix::fs::fallocate(&self.file, mode, offset, len).map_err(io::Error::from) {
+            match self.allocate(mode, offset, len) {
                 Err(error) if self.refuses(mode, &error) => {}
                 result => return result,
             }

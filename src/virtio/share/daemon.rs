@@ -1,6 +1,7 @@
 //! A virtiofsd: where it is, how it is started, what it says, and how it ends.
 
 use super::{Cache, Sandbox, ShareOptions};
+use crate::eintr::uninterrupted;
 use crate::messages;
 use crate::virtio::deadline::Deadline;
 use crate::virtio::vhost_user::VhostUser;
@@ -218,7 +219,8 @@ fn qemus_arguments(options: &ShareOptions, folder: &Path) -> Result<Vec<OsString
 /// (virtiofsd takes no connected socket.)
 fn socket_pair() -> Result<(UnixListener, UnixStream)> {
     let mut number = [0; 16];
-    rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty())?;
+    let none = rustix::rand::GetRandomFlags::empty();
+    uninterrupted(|| rustix::rand::getrandom(&mut number, none))?;
     let number = u128::from_ne_bytes(number);
     let folder = std::env::temp_dir().join(format!("armlet-{number:032x}"));
     // Nobody else gets in: who connects first may read and write the shared folder.
