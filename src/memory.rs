@@ -1,5 +1,7 @@
 //! Guest memory: memory of this process, aligned so that KVM can map it in huge blocks.
 
+mod pool;
+
 use crate::virtio::pmem::PmemImage;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::Range;
@@ -72,18 +74,25 @@ impl Backing {
 pub fn map(banks: &[Range], sharing: Sharing, backing: Backing) -> Result<GuestMemoryMmap> {
     backing.check(sharing)?;
     let mut regions = Vec::new();
-    for bank in banks {
-        let region = map_bank(*bank, sharing, backing)
+    for (index, bank) in banks.iter().enumerate() {
+        // What is short is told for all that is still to be mapped.
+        let wanted = banks[index..].iter().map(|bank| bank.size()).sum();
+        let region = map_bank(*bank, sharing, backing, wanted)
             .with_context(|| format!("cannot map {} of guest memory", show_size(bank.size())))?;
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).context("cannot collect the guest's memory banks")
 }
 
-fn map_bank(bank: Range, sharing: Sharing, backing: Backing) -> Result<GuestRegionMmap> {
+fn map_bank(
+    bank: Range,
+    sharing: Sharing,
+    backing: Backing,
+    wanted: u64,
+) -> Result<GuestRegionMmap> {
     let size = usize::try_from(bank.size())?;
     let base = reserve(bank, size, backing.pages)?;
-    let file = put_pages(base, bank, size, sharing, backing.pages)?;
+    let file = put_pages(base, bank, wanted, sharing, backing.pages)?;
     let advise = |advice| {
         // SAFETY: the range is the mapping made above, and none of these changes what is in it.
         unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, advice) }
@@ -110,12 +119,8 @@ fn map_bank(bank: Range, sharing: Sharing, backing: Backing) -> Result<GuestRegi
     }
     if backing.locked {
         // SAFETY: the range is the mapping made above.
-        unsafe { rustix::mm::mlock(base.cast::<c_void>(), size) }.with_context(|| {
-            format!(
-                "--mlock: cannot lock {}; allow it by 'ulimit -l unlimited' (systemd: LimitMEMLOCK=infinity), and have that much free memory",
-                show_size(bank.size())
-            )
-        })?;
+        unsafe { rustix::mm::mlock(base.cast::<c_void>(), size) }
+            .with_context(|| format!("--mlock: {}", why_unlocked(wanted)))?;
     }
     let flags = match sharing {
         Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
@@ -131,6 +136,33 @@ fn map_bank(bank: Range, sharing: Sharing, backing: Backing) -> Result<GuestRegi
     let region = unsafe { builder.with_raw_mmap_pointer(base) }.build()?;
     GuestRegionMmap::new(region, GuestAddress(bank.start()))
         .ok_or_else(|| anyhow!("it ends past 2^64"))
+}
+
+/// Why `bytes` more were not locked, and what would help.
+fn why_unlocked(bytes: u64) -> String {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock);
+    // CAP_IPC_LOCK, which root has, is not limited (mlock(2)).
+    let is_limited = !rustix::process::geteuid().is_root();
+    advice_on_lock(bytes, is_limited.then_some((limit.current, limit.maximum)))
+}
+
+/// As [`why_unlocked`], for a process with a soft and a hard limit of so many bytes, if it has any.
+fn advice_on_lock(bytes: u64, limit: Option<(Option<u64>, Option<u64>)>) -> String {
+    let size = show_size(bytes);
+    match limit {
+        Some((Some(soft), hard)) if soft < bytes => {
+            let advice = match hard.map(|hard| hard >> 10) {
+                None => "'ulimit -l unlimited' raises it".to_owned(),
+                Some(hard) if bytes >> 10 < hard => format!("'ulimit -l {hard}' raises it"),
+                Some(_) => "as root, 'prlimit --memlock=unlimited --pid PID' raises it for the shell with that PID ('echo $$'), and LimitMEMLOCK=infinity for a service".to_owned(),
+            };
+            format!(
+                "cannot lock {size}, the limit is {} KiB; {advice}",
+                soft >> 10
+            )
+        }
+        _ => format!("cannot lock {size}, this host has no such room; use less --memory"),
+    }
 }
 
 /// Bytes of a huge page of anonymous memory on a host with pages of `page` bytes: what one page of
@@ -182,15 +214,17 @@ fn map_anywhere(size: usize) -> Result<usize> {
     Ok(start as usize)
 }
 
-/// Puts the memory that is wanted in the place of the `size` bytes at `base`, which are a mapping
-/// of ours that nobody uses. Gives the descriptor by which other processes share it.
+/// Puts the memory that is wanted in the place of the bank's bytes at `base`, which are a mapping
+/// of ours that nobody uses. Gives the descriptor by which other processes share it. `wanted` is
+/// what a pool of huge pages has to give for this bank and those after it, in bytes.
 fn put_pages(
     base: *mut u8,
     bank: Range,
-    size: usize,
+    wanted: u64,
     sharing: Sharing,
     pages: HugePages,
 ) -> Result<Option<File>> {
+    let size = usize::try_from(bank.size())?;
     let huge = match pages {
         HugePages::Of(huge) => huge,
         _ => 0,
@@ -206,7 +240,10 @@ fn put_pages(
         );
     }
     let prot = ProtFlags::READ | ProtFlags::WRITE;
-    let no_pages = |error| pool_error(error, huge, bank.size());
+    let no_pages = |error: Errno| {
+        let why = pool::shortage(huge, wanted);
+        anyhow!("--hugepages {}: {why} ({error})", show_size(huge))
+    };
     match sharing {
         Sharing::Private if huge == 0 => Ok(None),
         Sharing::Private => {
@@ -243,22 +280,6 @@ fn put_pages(
                 })?;
             Ok(Some(File::from(file)))
         }
-    }
-}
-
-/// Why there are no huge pages, from what the host says of its pool
-/// (Documentation/admin-guide/mm/hugetlbpage.rst).
-fn pool_error(error: Errno, huge: u64, bytes: u64) -> anyhow::Error {
-    let (size, wanted) = (show_size(huge), bytes / huge.max(1));
-    let pool = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", huge >> 10);
-    match std::fs::read_to_string(format!("{pool}/free_hugepages")) {
-        Ok(free) => anyhow!(
-            "--hugepages {size}: {wanted} pages are needed and {} are free; 'echo {wanted} > {pool}/nr_hugepages' sets them aside ({error})",
-            free.trim()
-        ),
-        Err(_) => anyhow!(
-            "--hugepages {size}: this kernel has no pages of that size; it has those of 'ls /sys/kernel/mm/hugepages'"
-        ),
     }
 }
 
@@ -518,6 +539,21 @@ mod tests {
             };
             let error = format!("{:#}", map(&[whole], sharing, backing).expect_err("none"));
             assert!(error.contains("no pages of that size"), "{error}");
+        }
+    }
+
+    #[test]
+    fn advice_about_a_limit_is_for_the_limit_that_there_is() {
+        const M: u64 = 1 << 20;
+        for (limit, advice) in [
+            (Some((Some(8 * M), Some(8 * M))), "prlimit"),
+            (Some((Some(8 * M), Some(128 * M))), "ulimit -l 131072"),
+            (Some((Some(8 * M), None)), "ulimit -l unlimited"),
+            (Some((None, None)), "use less --memory"),
+            (None, "use less --memory"),
+        ] {
+            let text = advice_on_lock(64 * M, limit);
+            assert!(text.contains(advice), "{limit:?}: {text}");
         }
     }
 

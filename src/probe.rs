@@ -112,10 +112,10 @@ pub struct Recognised {
 /// Why KVM cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoKvm {
-    /// There is no `/dev/kvm`.
-    Missing,
-    /// It may not be opened.
-    Denied,
+    /// There is no `/dev/kvm`; what helps.
+    Missing(String),
+    /// It may not be opened; what helps.
+    Denied(String),
     /// It was opened and does not work.
     Broken(String),
 }
@@ -138,8 +138,8 @@ pub fn probe() -> Report {
         Access::Open(kvm) => {
             HostArch::facts(&kvm).map_err(|error| NoKvm::Broken(format!("{error:#}")))
         }
-        Access::Missing => Err(NoKvm::Missing),
-        Access::Denied => Err(NoKvm::Denied),
+        Access::Missing => Err(NoKvm::Missing(open::missing())),
+        Access::Denied => Err(NoKvm::Denied(open::denied())),
         Access::Broken(cause) => Err(NoKvm::Broken(cause)),
     };
     let system = rustix::system::sysinfo();
@@ -184,12 +184,10 @@ impl Report {
             fix: fix.to_owned(),
         };
         let mut findings = match &self.kvm {
-            Err(NoKvm::Missing) => vec![finding(Severity::Stops, "no /dev/kvm", open::NO_KVM)],
-            Err(NoKvm::Denied) => vec![finding(
-                Severity::Stops,
-                "/dev/kvm may not be opened",
-                open::NO_PERMISSION,
-            )],
+            Err(NoKvm::Missing(fix)) => vec![finding(Severity::Stops, "no /dev/kvm", fix)],
+            Err(NoKvm::Denied(fix)) => {
+                vec![finding(Severity::Stops, "/dev/kvm may not be opened", fix)]
+            }
             Err(NoKvm::Broken(cause)) => vec![finding(
                 Severity::Stops,
                 &format!("KVM does not work: {cause}"),
@@ -567,8 +565,8 @@ mod tests {
         assert!(!no_gic.runs_guests());
         assert!(no_gic.text().contains("maintenance interrupt"));
         for (kvm, fix) in [
-            (NoKvm::Missing, "EL2"),
-            (NoKvm::Denied, "usermod"),
+            (NoKvm::Missing("start at EL2".to_owned()), "EL2"),
+            (NoKvm::Denied("join a group".to_owned()), "join a group"),
             (NoKvm::Broken("odd".to_owned()), "odd"),
         ] {
             let report = report(Err(kvm));

@@ -1,3 +1,4 @@
+use crate::bad::{Bad, armlet};
 use crate::guest::{Armlet, GLANCE, Guest, Tuned};
 use crate::rig::{self, Rig};
 use crate::software::Program;
@@ -145,11 +146,46 @@ fn memory_taken_beforehand_empties_the_pool() {
         .expect("armlet can be run");
     let errors = String::from_utf8_lossy(&other.stderr);
     assert_eq!(other.status.code(), Some(3), "{errors}");
-    let wanted = format!("{all} pages are needed and 0 are free");
+    let wanted = format!("{all} pages are needed, and 0 of the pool's {all} are free");
     assert!(errors.contains(&wanted), "{errors}");
-    assert!(errors.contains("nr_hugepages"), "{errors}");
     stop(guest);
     assert_eq!(pool.free(), all);
+}
+
+#[test]
+fn the_advice_about_a_pool_that_others_use_leads_to_a_start() {
+    let Some(rig) = rig::any() else { return };
+    let idle = idle_guest().alone();
+    // The first guest's pages are promised to it: most still count as free.
+    let Some(pool) = Pool::with(rig, (GUEST_KIB << 10) + (GUEST_KIB << 9)) else {
+        return;
+    };
+    let first = up(idle.option("--hugepages", &pool.size));
+    let bad = Bad::new();
+    let kernel = Program::default().print("up\n").power_off().image();
+    let kernel = bad.file("kernel", &kernel);
+    let second = |status: i32| {
+        let output = armlet(&[
+            "run",
+            "--memory",
+            "64M",
+            "--hugepages",
+            &pool.size,
+            "--kernel",
+            &kernel,
+        ]);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(status), "{errors}");
+        errors
+    };
+    let line = second(3);
+    println!("{line}");
+    let (_, command) = line.split_once('\'').expect("a command");
+    let (command, _) = command.split_once('\'').expect("its end");
+    let done = Command::new("sh").args(["-c", command]).status();
+    assert!(done.expect("a shell").success(), "{command}");
+    second(0);
+    stop(first);
 }
 
 #[test]

@@ -346,10 +346,10 @@ fn a_host_without_kvm_is_told_what_to_do() {
 }
 
 #[test]
-fn a_user_without_permission_is_told_the_group() {
+fn a_user_without_permission_is_told_what_gives_it() {
     let Some(_) = rig::any() else { return };
-    let mode = fs::metadata("/dev/kvm").expect("/dev/kvm").mode();
-    if !rustix::process::geteuid().is_root() || mode & 0o006 != 0 {
+    let before = fs::metadata("/dev/kvm").expect("/dev/kvm").mode();
+    if !rustix::process::geteuid().is_root() || before & 0o006 != 0 {
         println!("skipped: every user here may use /dev/kvm, or this one may not be another");
         return;
     }
@@ -358,24 +358,125 @@ fn a_user_without_permission_is_told_the_group() {
     let open = fs::Permissions::from_mode(0o755);
     fs::set_permissions(bad.folder.path(), open).expect("a folder");
     let kernel = bad.file("kernel", &Program::default().power_off().image());
-    for (arguments, words) in [
-        (
-            &["run", "--kernel", &kernel] as &[&str],
-            "cannot open /dev/kvm: permission denied",
-        ),
-        (&["probe"], "/dev/kvm may not be opened"),
-    ] {
+    let set_mode = |mode| {
+        fs::set_permissions("/dev/kvm", fs::Permissions::from_mode(mode)).expect("/dev/kvm");
+    };
+    let say = |arguments: &[&str], status| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
         let output = command.args(arguments).uid(1000).gid(1000).output();
         let output = output.expect("armlet can be run");
         let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said);
+        let said = String::from_utf8_lossy(&said).into_owned();
         println!("{said}");
-        assert_eq!(output.status.code(), Some(3), "{arguments:?}: {said}");
-        assert!(
-            said.contains(words) && said.contains("usermod -aG kvm"),
-            "{said}"
-        );
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {said}");
+        said
+    };
+    set_mode(0o600);
+    let run = ["run", "--kernel", &kernel];
+    let said = say(&run, 3);
+    assert!(
+        said.contains("cannot open /dev/kvm: permission denied"),
+        "{said}"
+    );
+    // To join a group would not help: none may open it.
+    assert!(!said.contains("usermod"), "{said}");
+    let probed = say(&["probe"], 3);
+    assert!(probed.contains("/dev/kvm may not be opened"), "{probed}");
+    let (_, command) = said.split_once('\'').expect("a command");
+    let (command, _) = command.split_once('\'').expect("its end");
+    let done = Command::new("sh").args(["-c", command]).status();
+    assert!(done.expect("a shell").success(), "{command}");
+    say(&run, 0);
+    set_mode(before & 0o777);
+}
+
+/// Follows what is advised, option by option, until armlet takes the arguments.
+fn follow(arguments: &[&str]) {
+    let mut words: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
+    let mut said = Vec::new();
+    for _ in 0..3 {
+        let shown: Vec<&str> = words.iter().map(String::as_str).collect();
+        let output = armlet(&shown);
+        if output.status.success() {
+            assert!(!said.is_empty(), "{arguments:?} is no bad example");
+            return;
+        }
+        let line = String::from_utf8_lossy(&output.stderr).into_owned();
+        let advised = |lead: &str| {
+            let (_, rest) = line.rsplit_once(lead)?;
+            let mut rest = rest.split([' ', ',', ')', '\n']);
+            let option = format!("--{}", rest.next()?);
+            Some((option, rest.next().unwrap_or_default().to_owned()))
+        };
+        let found = advised("use --").or_else(|| advised("the next that is: --"));
+        let found = found.or_else(|| {
+            // "; for MiB write 1536M".
+            let (_, size) = line.trim_end().rsplit_once("write ")?;
+            Some(("--memory".to_owned(), size.to_owned()))
+        });
+        let found = found.or_else(|| {
+            // "--gic is for aarch64 guests; leave it out".
+            let words = line.strip_prefix("armlet: ")?;
+            line.contains("leave it out").then_some(())?;
+            Some((words.split([' ', ':']).next()?.to_owned(), String::new()))
+        });
+        let (option, value) = found.unwrap_or_else(|| panic!("{arguments:?}: no advice: {line}"));
+        let at = words.iter().position(|word| *word == option);
+        match (at, value.is_empty()) {
+            (Some(at), true) => drop(words.drain(at..at + 2)),
+            (Some(at), false) => words[at + 1] = value,
+            (None, _) => words.extend([option, value]),
+        }
+        said.push(line);
+    }
+    panic!("{arguments:?}: {said:?}");
+}
+
+#[test]
+fn each_option_that_plan_advises_leads_to_a_plan() {
+    let bad = Bad::new();
+    let kernel = bad.file("kernel", &Program::default().power_off().image());
+    let initrd = bad.sparse("initrd", b"", 300 << 20);
+    for arguments in [
+        &["--memory", "1536"] as &[&str],
+        &["--memory", "1048577"],
+        &["--memory", "0"],
+        &["--memory", "300T"],
+        &["--memory", "16777215T"],
+        &["--memory", "64K", "--kernel", &kernel],
+        &["--memory", "128M", "--kernel", &kernel, "--initrd", &initrd],
+        &["--cpus", "0"],
+        &["--cpus", "513"],
+        &["--cpus", "600", "--gic", "2"],
+        &["--gic", "2"],
+        &["--gic", "3", "--host", "rpi4", "--cpus", "20"],
+        &["--ipa-bits", "32", "--memory", "8G"],
+        &["--ipa-bits", "49"],
+        &["--hugepages", "1G", "--memory", "1536M"],
+        &[
+            "--hugepages",
+            "16G",
+            "--memory",
+            "1536M",
+            "--page-size",
+            "64K",
+            "--host",
+            "grace",
+        ],
+        &["--hugepages", "1G", "--mergeable"],
+        &["--exits", "mwait=off"],
+        &["--board", "pc", "--gic", "3"],
+        &["--board", "pc", "--cpus", "1025"],
+        &["--board", "pc", "--hugepages", "1G", "--memory", "1536M"],
+        &["--board", "pc", "--memory", "70000G"],
+        &["--sve", "on", "--host", "rpi4"],
+        &["--pmu", "on", "--host", "m1-asahi"],
+    ] {
+        let host: &[&str] = match arguments.contains(&"--host") || arguments.contains(&"--board") {
+            true => &[],
+            false => &["--host", "virt"],
+        };
+        follow(&[&["plan"], host, arguments].concat());
     }
 }
 

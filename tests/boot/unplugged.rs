@@ -258,7 +258,7 @@ fn a_tap_of_another_user_is_refused_in_one_line() {
         &["unshare", "-U"],
         &["--net", "tap=armtap8"],
         2,
-        &["armtap8"],
+        &["armtap8 belongs to another user", "ip link del armtap8"],
     );
     run("link del armtap8");
 }

@@ -300,24 +300,37 @@ fn making(name: &str, queues: u16) -> String {
     let user = rustix::process::geteuid().as_raw();
     let multi_queue = if queues > 1 { " multi_queue" } else { "" };
     format!(
-        "make it with 'ip tuntap add dev {name} mode tap user {user}{multi_queue}' and \
-         'ip link set {name} up'"
+        "'ip tuntap add dev {name} mode tap user {user}{multi_queue}' and 'ip link set {name} up', \
+         as root, make it"
     )
 }
 
 /// Why the interface was not opened, and what would work.
 fn refusal(name: &str, queues: u16, error: &io::Error) -> String {
-    let remade = making(name, queues);
+    // 'ip tuntap' does not change one that is there.
+    let remade = || format!("'ip link del {name}', {}", making(name, queues));
     match error.raw_os_error() {
-        Some(libc::EPERM) => format!("{name} belongs to another user; {remade}"),
+        Some(libc::EPERM) => format!("{name} belongs to another user; {}", remade()),
         Some(libc::EBUSY) => format!("{name} is in use; each guest needs one of its own"),
         Some(libc::E2BIG) => format!("{name} has no room for {queues} queues more"),
-        Some(libc::EINVAL) if queues > 1 => {
-            format!("{name} is no TAP, or was made without multi_queue; {remade}")
+        Some(libc::EINVAL) if queues > 1 && is_tap(name) => {
+            format!("{name} was made without multi_queue; {}", remade())
         }
-        Some(libc::EINVAL) => format!("{name} is no TAP; {remade}"),
+        Some(libc::EINVAL) => {
+            format!("{name} is no TAP; use one, which 'ip tuntap add dev NAME mode tap' makes")
+        }
         _ => format!("cannot attach to {name}: {error}"),
     }
+}
+
+/// Whether an interface is a TAP (drivers/net/tun.c: tun_flags_show).
+fn is_tap(name: &str) -> bool {
+    let flags = std::fs::read_to_string(format!("/sys/class/net/{name}/tun_flags"));
+    let flags = flags.ok().and_then(|text| {
+        let digits = text.trim().strip_prefix("0x")?.to_owned();
+        c_int::from_str_radix(&digits, 16).ok()
+    });
+    flags.is_some_and(|flags| flags & libc::IFF_TAP != 0)
 }
 
 fn is<T>(result: &io::Result<T>, errno: Errno) -> bool {

@@ -353,6 +353,22 @@ fn an_interface_that_cannot_be_used_is_refused_with_what_would_work() {
     assert!(other.contains("lo is no TAP"), "{other}");
     let queues = wrong(&format!("tap={name},queues=2"));
     assert!(queues.contains("multi_queue"), "{queues}");
+    // The advice, word for word.
+    let commands = queues
+        .split('\'')
+        .filter_map(|word| word.strip_prefix("ip "));
+    for command in commands {
+        ip(command).expect(command);
+    }
+    open(&format!("tap={name},queues=2")).expect("two queues");
+    ip(&format!("link del {name}")).expect("it is there");
+    let missing = wrong(&format!("tap={name}"));
+    let commands = missing
+        .split('\'')
+        .filter_map(|word| word.strip_prefix("ip "));
+    for command in commands {
+        ip(command).expect(command);
+    }
     let _card = interface.card("");
     let busy = wrong(&format!("tap={name}"));
     assert!(busy.contains("in use"), "{busy}");

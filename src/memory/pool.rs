@@ -1,0 +1,145 @@
+//! The host's pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst), for the advice
+//! that is given where one is too small.
+
+use armlet_arch::size::show_size;
+use std::path::{Path, PathBuf};
+
+/// Where a pool for each size lies.
+const POOLS: &str = "/sys/kernel/mm/hugepages";
+
+/// Why a pool does not give `bytes` more in pages of `size` bytes, and what would make it do so.
+pub(super) fn shortage(size: u64, bytes: u64) -> String {
+    shortage_at(Path::new(POOLS), size, bytes, available())
+}
+
+/// As [`shortage`], with the pools in `pools`, on a host with `available` bytes to make pages of.
+fn shortage_at(pools: &Path, size: u64, bytes: u64, available: Option<u64>) -> String {
+    let folder = pools.join(format!("hugepages-{}kB", size >> 10));
+    let number = |file: &str| {
+        let text = std::fs::read_to_string(folder.join(file)).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let Some(all) = number("nr_hugepages") else {
+        return match sizes(pools).as_slice() {
+            [] => "this kernel has no pools of huge pages; use --hugepages thp".to_owned(),
+            known => format!(
+                "this kernel has no pages of that size; use {}",
+                known.join(", ")
+            ),
+        };
+    };
+    // Pages that are promised to other mappings, and not touched yet, count as free.
+    let promised = number("resv_hugepages").unwrap_or(0);
+    let free = number("free_hugepages").unwrap_or(0);
+    let free = free.saturating_sub(promised);
+    let wanted = bytes / size;
+    let what = format!("{wanted} pages are needed, and {free} of the pool's {all} are free");
+    let missing = wanted.saturating_sub(free);
+    match available {
+        Some(bytes) if bytes / size < missing => format!(
+            "{what}; this host has {} MiB left to make pages of: use less --memory, or --hugepages thp",
+            bytes >> 20
+        ),
+        _ => format!(
+            "{what}; as root, 'echo {} > {}' makes it large enough, if as many show up in that file",
+            all + missing,
+            folder.join("nr_hugepages").display()
+        ),
+    }
+}
+
+/// The sizes that this kernel has pools of, as one writes them.
+fn sizes(pools: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(pools).into_iter().flatten().flatten();
+    let mut sizes: Vec<u64> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let size = name.to_str()?.strip_prefix("hugepages-")?;
+            size.strip_suffix("kB")?.parse().ok()
+        })
+        .collect();
+    sizes.sort_unstable();
+    sizes.iter().map(|size| show_size(size << 10)).collect()
+}
+
+/// Bytes that the host could give without swapping (proc_meminfo(5): MemAvailable).
+fn available() -> Option<u64> {
+    let text = std::fs::read_to_string(PathBuf::from("/proc/meminfo")).ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 = line?.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 2 << 20;
+
+    fn pool(all: u64, free: u64, promised: u64) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        let pool = folder.path().join("hugepages-2048kB");
+        std::fs::create_dir(&pool).expect("a folder");
+        for (file, value) in [
+            ("nr_hugepages", all),
+            ("free_hugepages", free),
+            ("resv_hugepages", promised),
+        ] {
+            std::fs::write(pool.join(file), format!("{value}\n")).expect("a file");
+        }
+        folder
+    }
+
+    /// The number that the advice writes to the pool's file.
+    fn advised(text: &str) -> u64 {
+        let number = text
+            .split_once("'echo ")
+            .and_then(|(_, rest)| rest.split(' ').next());
+        number.and_then(|number| number.parse().ok()).expect(text)
+    }
+
+    #[test]
+    fn the_advice_makes_room_beside_pages_that_are_in_use_or_promised() {
+        // All, free, promised, wanted.
+        for (all, free, promised, wanted) in [
+            (100, 70, 40, 64),
+            (64, 0, 0, 64),
+            (0, 0, 0, 16),
+            (10, 10, 10, 1),
+            (100, 63, 0, 64),
+        ] {
+            let folder = pool(all, free, promised);
+            let text = shortage_at(folder.path(), PAGE, wanted * PAGE, None);
+            let advised = advised(&text);
+            assert!(advised >= all, "{text}");
+            // What the pool then has for a new mapping.
+            assert_eq!(advised - (all - free) - promised, wanted, "{text}");
+            assert!(text.contains(&format!("and {} of the pool's {all}", free - promised)));
+        }
+    }
+
+    #[test]
+    fn a_host_with_too_little_memory_is_not_told_to_enlarge_its_pool() {
+        let folder = pool(0, 0, 0);
+        let text = shortage_at(folder.path(), PAGE, 64 * PAGE, Some(63 * PAGE));
+        assert!(
+            text.contains("126 MiB left") && !text.contains("echo"),
+            "{text}"
+        );
+        let text = shortage_at(folder.path(), PAGE, 64 * PAGE, Some(64 * PAGE));
+        assert_eq!(advised(&text), 64);
+    }
+
+    #[test]
+    fn the_sizes_that_are_there_are_named() {
+        let folder = pool(0, 0, 0);
+        std::fs::create_dir(folder.path().join("hugepages-1048576kB")).expect("a folder");
+        let text = shortage_at(folder.path(), 512 << 10, 1 << 20, None);
+        assert!(text.ends_with("use 2M, 1G"), "{text}");
+        let none = tempfile::tempdir().expect("a folder");
+        let text = shortage_at(none.path(), PAGE, PAGE, None);
+        assert!(text.ends_with("use --hugepages thp"), "{text}");
+    }
+}
