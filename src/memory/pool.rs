@@ -33,7 +33,7 @@ fn shortage_at(pools: &Path, size: u64, bytes: u64, available: Option<u64>) -> S
     let free = number("free_hugepages").unwrap_or(0);
     let free = free.saturating_sub(promised);
     let wanted = bytes / size;
-    let what = format!("{wanted} pages are needed, and {free} of the pool's {all} are free");
+    let what = format!("{wanted} pages are needed, and {free} of {all} in the pool are free");
     let missing = wanted.saturating_sub(free);
     match available {
         Some(bytes) if bytes / size < missing => format!(
@@ -116,7 +116,7 @@ mod tests {
             assert!(advised >= all, "{text}");
             // What the pool then has for a new mapping.
             assert_eq!(advised - (all - free) - promised, wanted, "{text}");
-            assert!(text.contains(&format!("and {} of the pool's {all}", free - promised)));
+            assert!(text.contains(&format!("and {} of {all} in the pool", free - promised)));
         }
     }
 

@@ -146,7 +146,7 @@ fn memory_taken_beforehand_empties_the_pool() {
         .expect("armlet can be run");
     let errors = String::from_utf8_lossy(&other.stderr);
     assert_eq!(other.status.code(), Some(3), "{errors}");
-    let wanted = format!("{all} pages are needed, and 0 of the pool's {all} are free");
+    let wanted = format!("{all} pages are needed, and 0 of {all} in the pool are free");
     assert!(errors.contains(&wanted), "{errors}");
     stop(guest);
     assert_eq!(pool.free(), all);
