@@ -99,6 +99,7 @@ fn unsafe_stands_where_it_must() {
         "src/heap.rs",
         "src/run.rs",
         "src/virtio/disk/qcow2/storage.rs",
+        "src/virtio/disk/qcow2/zstd.rs",
         "src/virtio/disk/sys.rs",
         "src/virtio/net/sys.rs",
         "src/virtio/pages.rs",

@@ -1,15 +1,20 @@
 //! Images in QEMU's qcow2 format, by the library imago. One request at a time.
 
+mod clusters;
+mod extended;
 pub mod header;
 pub mod mend;
 mod order;
 mod storage;
+mod zstd;
 
 use super::QCOW2;
 use super::complaints::Complaints;
+use crate::messages::visible;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
-use header::Header;
+use extended::Extended;
+use header::{Compression, Header};
 use imago::file::File as Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
@@ -25,9 +30,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use storage::Layer;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use zstd::Zstd;
 
 /// The most pieces of memory that imago hands to the kernel in one call (UIO_MAXIOV).
 const MOST_PIECES: usize = 1024;
+/// The most bytes of a backing file's name that are shown.
+const NAME: usize = 512;
 /// Zeroes that are written at once where the format has no better way.
 const ZEROES: usize = 64 << 10;
 
@@ -44,9 +52,11 @@ struct Access {
     layer: Layer,
     /// What the first change needs, of an image that may be changed and was not yet.
     unchanged: Option<Unchanged>,
-    /// Bytes of a cluster, and of the disk that one L2 table maps.
+    /// Bytes of the disk, of a cluster, and of the disk that one L2 table maps.
+    size: u64,
     cluster: u64,
     span: u64,
+    compression: Compression,
 }
 
 /// An image to which nothing was written yet. What writes to it makes its counts good first: a start
@@ -99,17 +109,18 @@ impl Image {
     ) -> Result<Image> {
         let layer = Layer::qcow2(below, header, readonly);
         let layer = layer.with_context(|| format!("cannot open qcow2 image {}", path.display()))?;
-        let disk = open_chain(path, layer.clone(), readonly, backing)?;
-        let size = disk.size();
+        let disk = open_chain(path, layer.clone(), header, readonly, backing)?;
         let access = Access {
             disk,
             layer,
             unchanged: None,
+            size: header.size,
             cluster: header.cluster_size(),
             span: header.span(),
+            compression: header.compression,
         };
         Ok(Image {
-            size,
+            size: header.size,
             access: Mutex::new(access),
             readonly,
             complaints,
@@ -150,20 +161,26 @@ impl Image {
                 access.write(vector, offset + at)
             })?,
             Operation::Discard => {
-                return access.each_part(offset, len, |access, at, count| {
+                return access.each_part(offset, len, |access, part| match part {
                     // It is advice; images of version 2 do not take it.
-                    or_else_unsupported(access.disk.discard_to_any(at, count), || Ok(()))
+                    Part::Whole { at, len } => {
+                        or_else_unsupported(access.disk.discard_to_any(at, len), || Ok(()))
+                    }
+                    Part::Some { .. } => Ok(()),
                 });
             }
-            Operation::WriteZeroes { unmap } => {
-                access.each_part(offset, len, |access, at, count| {
-                    let zeroed = match unmap {
-                        true => access.disk.discard_to_zero(at, count),
-                        false => access.disk.write_zeroes(at, count),
-                    };
-                    or_else_unsupported(zeroed, || access.write_zeroes(at, count))
-                })?
-            }
+            Operation::WriteZeroes { unmap } => access.each_part(offset, len, |access, part| {
+                let (at, len) = match part {
+                    Part::Some { at, len } => return access.zero_some(at, len),
+                    Part::Whole { at, len } => (at, len),
+                };
+                let zeroed = match unmap {
+                    true => access.disk.discard_to_zero(at, len),
+                    false => access.disk.write_zeroes(at, len),
+                };
+                let len = len.min(access.size - at);
+                or_else_unsupported(zeroed, || access.write_zeroes(at, len))
+            })?,
         }
         match request.durable {
             true => access.sync(),
@@ -207,7 +224,34 @@ impl Access {
         }
     }
 
-    fn write(&mut self, mut vector: IoVector<'_>, mut offset: u64) -> io::Result<()> {
+    fn write(&mut self, vector: IoVector<'_>, offset: u64) -> io::Result<()> {
+        self.unpack(offset, vector.len())?;
+        self.write_unpacked(vector, offset)
+    }
+
+    /// Writes whole clusters for those that are compressed, that imago cannot decompress, and of
+    /// which this range is only a part.
+    fn unpack(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        if self.compression == Compression::Deflate || len == 0 {
+            return Ok(());
+        }
+        let end = offset + len;
+        let first = offset - offset % self.cluster;
+        let last = (end - 1) - (end - 1) % self.cluster;
+        let count = 1 + usize::from(last != first);
+        for start in [first, last].into_iter().take(count) {
+            let is_part = start < offset || start + self.cluster > end;
+            let packed = |mapping: &Mapping<'_, Layer>| matches!(mapping, Mapping::Special { .. });
+            if is_part && packed(&self.disk.get_mapping(start, self.cluster)?.0) {
+                let mut bytes = vec![0; self.cluster as usize];
+                self.disk.read(&mut bytes, start)?;
+                self.write_unpacked(IoVector::from(&bytes), start)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_unpacked(&mut self, mut vector: IoVector<'_>, mut offset: u64) -> io::Result<()> {
         while !vector.is_empty() {
             self.settle(offset, vector.len())?;
             let mapping = self.disk.prepare_data_mapping(offset, vector.len(), true)?;
@@ -231,35 +275,62 @@ impl Access {
         Ok(())
     }
 
+    /// Zeroes a part of a cluster.
+    fn zero_some(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let is_zero = |(mapping, count): (Mapping<'_, Layer>, u64)| {
+            matches!(mapping, Mapping::Zero { .. }) && count >= len
+        };
+        match self.disk.get_mapping(at, len).is_ok_and(is_zero) {
+            true => Ok(()),
+            false => self.write_zeroes(at, len),
+        }
+    }
+
     /// Calls `change` for parts of a range that give clusters back or take some, not one after the
-    /// other: whole clusters of one L2 table, and parts of clusters.
+    /// other.
     fn each_part(
         &mut self,
         offset: u64,
         len: u64,
-        mut change: impl FnMut(&mut Access, u64, u64) -> io::Result<()>,
+        mut change: impl FnMut(&mut Access, Part) -> io::Result<()>,
     ) -> io::Result<()> {
         let end = offset + len;
         let mut at = offset;
         while at < end {
             let left = end - at;
             let within = at % self.cluster;
-            let is_whole = within == 0 && left >= self.cluster;
-            let count = match is_whole {
-                true => (left - left % self.cluster).min(self.span - at % self.span),
-                false => left.min(self.cluster - within),
+            let is_last = end == self.size;
+            if within != 0 || (left < self.cluster && !is_last) {
+                let len = left.min(self.cluster - within);
+                change(self, Part::Some { at, len })?;
+                at += len;
+                continue;
+            }
+            // The last cluster is whole though the disk ends in it, and imago takes the disk for
+            // as large as it is or up to the end of that cluster.
+            let len = match is_last {
+                true => self.disk.size() - at,
+                false => left - left % self.cluster,
             };
-            // For whole clusters nothing is taken but the L2 table.
-            match is_whole && self.layer.has_l2(at / self.span) {
+            let len = len.min(self.span - at % self.span);
+            // Nothing is taken but the L2 table.
+            match self.layer.has_l2(at / self.span) {
                 true if self.layer.is_full() => self.sync()?,
                 true => {}
-                false => self.settle(at, count)?,
+                false => self.settle(at, len)?,
             }
-            change(self, at, count)?;
-            at += count;
+            change(self, Part::Whole { at, len })?;
+            at += len;
         }
         Ok(())
     }
+}
+
+/// A part of a range of the disk: whole clusters of one L2 table, or some bytes of a cluster.
+#[derive(Clone, Copy)]
+enum Part {
+    Whole { at: u64, len: u64 },
+    Some { at: u64, len: u64 },
 }
 
 fn or_else_unsupported(
@@ -326,13 +397,17 @@ impl Found {
 fn open_chain(
     path: &Path,
     layer: Layer,
+    header: &Header,
     readonly: bool,
     backing: &mut dyn Iterator<Item = (&Path, File)>,
 ) -> Result<FormatAccess<Layer>> {
     let shown = path.display();
-    let image = Qcow2::<Layer>::open_image(layer, !readonly);
-    let mut image = image.with_context(|| format!("cannot open qcow2 image {shown}"))?;
-    let wanted = image.implicit_backing_file().cloned();
+    let image = Qcow2::<Layer>::open_image(layer.clone(), !readonly);
+    let cannot = || format!("cannot open qcow2 image {shown}");
+    let mut image = image.with_context(cannot)?;
+    let mut behind_it = None;
+    let wanted = image.implicit_backing_file();
+    let wanted = wanted.map(|name| visible(name.as_bytes(), NAME));
     let format = image.implicit_backing_format().cloned();
     match (wanted, backing.next()) {
         (None, None) => {}
@@ -349,7 +424,8 @@ fn open_chain(
                 Some("qcow2") => {
                     let header = look_at_header(other, &file, true)?;
                     let below = Arc::new(Storage::try_from(file)?);
-                    open_chain(other, Layer::qcow2(below, &header, true)?, true, backing)?
+                    let layer = Layer::qcow2(below, &header, true)?;
+                    open_chain(other, layer, &header, true, backing)?
                 }
                 Some("raw") => open_raw(other, file, backing)?,
                 None if !begins_like_qcow2(&file) => open_raw(other, file, backing)?,
@@ -358,10 +434,28 @@ fn open_chain(
                     other.display()
                 ),
             };
-            image.set_backing(Some(behind));
+            behind_it = Some(behind);
         }
     }
-    Ok(FormatAccess::new(image))
+    let header = header.clone();
+    if header.has_extended_l2() {
+        let disk = Extended {
+            layer,
+            header,
+            backing: behind_it,
+        };
+        let raw = Raw::open_image(Layer::raw(Arc::new(disk)), false);
+        return Ok(FormatAccess::new(raw.with_context(cannot)?));
+    }
+    image.set_backing(behind_it);
+    Ok(match header.compression {
+        Compression::Deflate => FormatAccess::new(image),
+        Compression::Zstd => FormatAccess::new(Zstd {
+            image,
+            layer,
+            header,
+        }),
+    })
 }
 
 fn open_raw(

@@ -14,7 +14,8 @@ use std::os::unix::fs::FileExt;
 /// Bytes of the header of version 2, and of the part that every version 3 has.
 const HEADER_2: usize = 72;
 const HEADER_3: usize = 104;
-/// Where the incompatible and the autoclear features are.
+/// Where the disk's size, the incompatible and the autoclear features are.
+pub(super) const SIZE: usize = 24;
 pub(super) const FEATURES: usize = 72;
 pub(super) const AUTOCLEAR: usize = 88;
 /// Where the compression type is, in headers that are longer.
@@ -32,13 +33,16 @@ const LEAST_EXTENDED: u32 = 14;
 /// Incompatible features: the reference counts may be wrong; anything may be wrong; the data are in
 /// another file; clusters are not compressed by deflate; L2 entries have twice the size, with a
 /// bitmap of subclusters.
-const DIRTY: u64 = 1 << 0;
+pub(super) const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
 const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 /// Those that the format has.
 const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
+
+/// The header extension that leads to bitmaps.
+const BITMAPS: u32 = 0x2385_2875;
 
 /// How clusters are encrypted.
 const CRYPT_NONE: u32 = 0;
@@ -70,8 +74,11 @@ pub struct Header {
     pub(super) autoclear: u64,
     pub(super) compression: Compression,
     pub(super) snapshots: u32,
-    /// Bytes of the file.
+    /// Bytes of the disk, and of the file.
+    pub(super) size: u64,
     pub(super) len: u64,
+    /// Whether it has bitmaps, good or not.
+    pub(super) has_bitmaps: bool,
     crypt_method: u32,
 }
 
@@ -108,7 +115,9 @@ impl Header {
             autoclear: 0,
             compression: Compression::Deflate,
             snapshots: word(&bytes, 60),
+            size: long(&bytes, SIZE),
             len,
+            has_bitmaps: false,
             crypt_method: word(&bytes, 32),
         };
         if is_new {
@@ -116,8 +125,9 @@ impl Header {
             header.autoclear = long(&bytes, AUTOCLEAR);
             header.refcount_order = word(&bytes, 96);
             header.read_lengths(&bytes)?;
+            header.has_bitmaps = header.has_extension(file, u64::from(word(&bytes, 100)))?;
         }
-        header.check_tables(long(&bytes, 24), long(&bytes, 64))?;
+        header.check_tables(long(&bytes, 64))?;
         Ok(header)
     }
 
@@ -139,8 +149,24 @@ impl Header {
         Ok(())
     }
 
+    /// Whether bitmaps are among the extensions that begin at this byte of the file.
+    fn has_extension(&self, file: &File, mut at: u64) -> Result<bool> {
+        loop {
+            let mut bytes = [0; 8];
+            let there = read_up_to(file, &mut bytes, at)?;
+            let (kind, len) = (word(&bytes, 0), u64::from(word(&bytes, 4)));
+            at += 8 + len.next_multiple_of(8);
+            match kind {
+                0 => return Ok(false),
+                BITMAPS => return Ok(true),
+                _ if there < bytes.len() || at > self.cluster_size() => return Ok(false),
+                _ => {}
+            }
+        }
+    }
+
     /// Checks that the tables that the header leads to are in the file and cover the disk.
-    fn check_tables(&self, size: u64, snapshots_offset: u64) -> Result<()> {
+    fn check_tables(&self, snapshots_offset: u64) -> Result<()> {
         if self.refcount_order > 6 {
             bail!(
                 "it counts with 2^{} bits; 2^6 is the most",
@@ -158,7 +184,8 @@ impl Header {
             );
         }
         let covered = u128::from(self.l1_bytes / 8) * u128::from(self.span());
-        if u128::from(size) > covered {
+        if u128::from(self.size) > covered {
+            let size = self.size;
             bail!("its disk has {size} bytes, and its L1 table covers {covered}");
         }
         self.check_table("L1 table", self.l1_offset, self.l1_bytes)?;
@@ -227,19 +254,14 @@ impl Header {
                 "it has its data in another file, which armlet does not do; 'qemu-img convert -O qcow2 {path} NEW' makes one file of it"
             );
         }
-        if self.features & EXTENDED_L2 != 0 {
+        if self.has_extended_l2() && !readonly {
             bail!(
-                "it has extended L2 entries, which armlet does not do; 'qemu-img convert -O qcow2 {path} NEW' makes an image without"
+                "it has extended L2 entries, and armlet can only read such images: add readonly, or 'qemu-img convert -O qcow2 {path} NEW' makes an image without"
             );
         }
-        if self.compression == Compression::Zstd {
+        if self.is_dirty() && !readonly && (self.snapshots > 0 || self.has_bitmaps) {
             bail!(
-                "it is compressed by zstd, which armlet does not do; 'qemu-img convert -O qcow2 {path} NEW' makes an image without"
-            );
-        }
-        if self.features & DIRTY != 0 {
-            bail!(
-                "it was not closed in order, and its reference counts may be wrong; repair it: qemu-img check -r all {path}"
+                "it was not closed in order, and has snapshots or bitmaps, with which armlet cannot repair it: qemu-img check -r all {path}"
             );
         }
         if self.features & CORRUPT != 0 && !readonly {
@@ -257,14 +279,23 @@ impl Header {
 
     /// Bytes of the disk that one L2 table maps.
     pub(super) fn span(&self) -> u64 {
-        let entries = match self.has_extended_l2() {
-            true => self.cluster_size() / 16,
-            false => self.cluster_size() / 8,
-        };
-        entries << self.cluster_bits
+        (self.cluster_size() / self.entry_size()) << self.cluster_bits
     }
 
-    fn has_extended_l2(&self) -> bool {
+    /// Bytes of an L2 entry.
+    pub(super) fn entry_size(&self) -> u64 {
+        match self.has_extended_l2() {
+            true => 16,
+            false => 8,
+        }
+    }
+
+    /// Whether its reference counts may be wrong.
+    pub(super) fn is_dirty(&self) -> bool {
+        self.features & DIRTY != 0
+    }
+
+    pub(super) fn has_extended_l2(&self) -> bool {
         self.features & EXTENDED_L2 != 0
     }
 }

@@ -3,11 +3,13 @@
 //! The format counts the references to each cluster. Programs that do not keep an order of writes
 //! (imago by itself is one) leave clusters that are in use and not counted after a kill or a power
 //! cut, which would be handed out a second time. They are counted here. The other way round,
-//! clusters that are counted and not in use, costs room only and is left alone.
+//! clusters that are counted and not in use, costs room only and is left alone. An image that is
+//! marked as dirty, because QEMU left the counts for later and did not come to write them (lazy
+//! refcounts), is counted anew, as QEMU does.
 //!
 //! The format: QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 
-use super::header::{Header, long, read_up_to};
+use super::header::{DIRTY, FEATURES, Header, long, read_up_to};
 use anyhow::{Context, Result, bail};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -17,6 +19,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 /// The most clusters that are looked after: 32 TiB of 64 KiB each, in 64 MiB of memory.
 const MOST_CLUSTERS: u64 = 1 << 29;
+/// The most that are counted anew, in 256 MiB of memory.
+const MOST_RECOUNTED: u64 = 1 << 27;
 /// Bytes of tables that are read without a look whether the file has them at all.
 const FEW: u64 = 16 << 20;
 /// Holes of the file that are shorter than this many bytes are not told from data.
@@ -33,6 +37,8 @@ struct InUse {
     /// Clusters of the file.
     count: u64,
     bits: Vec<u64>,
+    /// How often each is in use, where that is asked for.
+    counts: Option<Vec<u16>>,
 }
 
 impl InUse {
@@ -55,6 +61,14 @@ impl InUse {
             let (word, bit) = (&mut self.bits[(cluster / 64) as usize], 1 << (cluster % 64));
             twice |= *word & bit != 0;
             *word |= bit;
+            if let Some(counts) = &mut self.counts {
+                let index = cluster as usize;
+                if counts.len() <= index {
+                    counts.resize(index + 1, 0);
+                }
+                let count = counts[index].checked_add(1);
+                counts[index] = count.context("it points to one cluster too often")?;
+            }
         }
         Ok(twice)
     }
@@ -104,13 +118,20 @@ impl Extents {
             let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
                 Ok(data) => data,
                 Err(Errno::NXIO) => return Ok(Extents(extents)),
+                // A block device, which has no holes.
+                Err(Errno::INVAL) => 0,
                 Err(error) => return Err(error).context("cannot look where it has data"),
             };
-            let hole = rustix::fs::seek(file, SeekFrom::Hole(data));
-            at = hole.context("cannot look where it has data")?;
+            at = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+                Err(Errno::INVAL) => u64::MAX,
+                hole => hole.context("cannot look where it has data")?,
+            };
             match extents.last_mut() {
                 Some(last) if data - last.end < SHORT_HOLE => last.end = at,
                 _ => extents.push(data..at),
+            }
+            if at == u64::MAX {
+                return Ok(Extents(extents));
             }
         }
     }
@@ -128,13 +149,18 @@ impl Extents {
 pub struct Repair {
     /// Clusters that are in use and not counted, in order.
     uncounted: Vec<u64>,
+    /// What all counts should be, and how many are not, of an image that is marked as dirty.
+    recount: Option<(Vec<u16>, usize)>,
 }
 
 impl Repair {
-    /// How many clusters are not counted.
+    /// How many clusters are not counted, or not so often as they are in use.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.uncounted.len()
+        match &self.recount {
+            Some((_, changed)) => *changed,
+            None => self.uncounted.len(),
+        }
     }
 
     /// Writes it to the file.
@@ -142,6 +168,24 @@ impl Repair {
     /// # Errors
     /// A file that cannot be written.
     pub fn apply(&self, file: &File, header: &Header) -> Result<()> {
+        let cannot = "cannot write reference counts";
+        if let Some((counts, _)) = &self.recount {
+            let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
+            let extents = Extents::find(file, u64::MAX)?;
+            recount(
+                file,
+                header,
+                &refcounts,
+                counts,
+                &extents,
+                |offset, block, _| file.write_all_at(block, offset).context(cannot),
+            )?;
+            file.sync_data().context(cannot)?;
+            let features = header.features & !DIRTY;
+            file.write_all_at(&features.to_be_bytes(), FEATURES as u64)
+                .context("cannot write its header")?;
+            return file.sync_data().context("cannot write its header");
+        }
         if self.uncounted.is_empty() {
             return Ok(());
         }
@@ -158,16 +202,16 @@ impl Repair {
             read_up_to(file, &mut block, offset)?;
             for cluster in clusters {
                 let index = (cluster % per_block) as usize;
-                count_once(&mut block, header.refcount_order, index);
+                set_count(&mut block, header.refcount_order, index, 1);
             }
-            file.write_all_at(&block, offset)
-                .context("cannot write reference counts")?;
+            file.write_all_at(&block, offset).context(cannot)?;
         }
-        file.sync_data().context("cannot write it")
+        file.sync_data().context(cannot)
     }
 }
 
-/// Looks for clusters of the image that are in use and not counted. Nothing is written.
+/// Looks for clusters of the image that are in use and not counted; of one that is marked as dirty,
+/// for all that are not counted as often as they are in use. Nothing is written.
 ///
 /// # Errors
 /// An image that is damaged in other ways.
@@ -175,6 +219,9 @@ pub fn survey(file: &File, header: &Header) -> Result<Repair> {
     let count = header.len.div_ceil(header.cluster_size());
     if count > MOST_CLUSTERS {
         bail!("it has {count} clusters; armlet looks after {MOST_CLUSTERS}");
+    }
+    if header.is_dirty() && count > MOST_RECOUNTED {
+        bail!("it was not closed in order; armlet counts {MOST_RECOUNTED} of its {count} clusters");
     }
     let refcounts = table(file, header.refcounts_offset, header.refcounts_bytes)?;
     let l1 = table(file, header.l1_offset, header.l1_bytes)?;
@@ -185,8 +232,27 @@ pub fn survey(file: &File, header: &Header) -> Result<Repair> {
         cluster_bits: header.cluster_bits,
         count,
         bits: Vec::new(),
+        counts: header.is_dirty().then(Vec::new),
     };
     find(file, header, &refcounts, &l1, &extents, &mut in_use)?;
+    if let Some(counts) = in_use.counts {
+        let mut changed = 0;
+        recount(
+            file,
+            header,
+            &refcounts,
+            &counts,
+            &extents,
+            |_, _, count| {
+                changed += count;
+                Ok(())
+            },
+        )?;
+        return Ok(Repair {
+            uncounted: Vec::new(),
+            recount: Some((counts, changed)),
+        });
+    }
     let count = 64 * in_use.bits.len() as u64;
     let per_block = per_block(header);
     let mut uncounted = Vec::new();
@@ -208,10 +274,65 @@ pub fn survey(file: &File, header: &Header) -> Result<Repair> {
         read_up_to(file, &mut block, entry)?;
         uncounted.extend(used.filter(|cluster| {
             let index = (cluster - first) as usize;
-            !count_once(&mut block, header.refcount_order, index)
+            get_count(&block, header.refcount_order, index) == 0
         }));
     }
-    Ok(Repair { uncounted })
+    Ok(Repair {
+        uncounted,
+        recount: None,
+    })
+}
+
+/// Calls `each` for each block of counts that is not as it should be: with where it is, what should
+/// be in it, and how many counts differ.
+fn recount(
+    file: &File,
+    header: &Header,
+    refcounts: &[u64],
+    counts: &[u16],
+    extents: &Extents,
+    mut each: impl FnMut(u64, &[u8], usize) -> Result<()>,
+) -> Result<()> {
+    let (order, per_block) = (header.refcount_order, per_block(header) as usize);
+    let most = match order {
+        0..6 => (1_u64 << (1 << order)) - 1,
+        _ => u64::MAX,
+    };
+    if counts.iter().any(|count| u64::from(*count) > most) {
+        bail!("it points to one cluster too often");
+    }
+    let mut block = vec![0; header.cluster_size() as usize];
+    let blocks = refcounts.len().max(counts.len().div_ceil(per_block));
+    for number in 0..blocks {
+        let first = counts.len().min(number * per_block);
+        let last = counts.len().min(first + per_block);
+        let counts = &counts[first..last];
+        let offset = refcounts.get(number).copied().unwrap_or(0) & !0x1ff;
+        if offset == 0 {
+            if counts.iter().any(|count| *count > 0) {
+                bail!("it lacks a table of reference counts");
+            }
+            continue;
+        }
+        block.fill(0);
+        match extents.meet(offset, header.cluster_size()) {
+            true => _ = read_up_to(file, &mut block, offset)?,
+            false if counts.iter().all(|count| *count == 0) => continue,
+            false => {}
+        }
+        let mut changed = 0;
+        for index in 0..per_block {
+            let count = u64::from(counts.get(index).copied().unwrap_or(0));
+            if get_count(&block, order, index) != count {
+                set_count(&mut block, order, index, count);
+                changed += 1;
+            }
+        }
+        if changed > 0 {
+            each(offset, &block, changed)?;
+        }
+    }
+    Ok(())
 }
 
 /// Clusters whose counts are in one block.
@@ -261,25 +382,37 @@ fn find(
     Ok(())
 }
 
-/// Counts a cluster once if it is not counted in this block; returns whether it was.
-fn count_once(block: &mut [u8], refcount_order: u32, index: usize) -> bool {
-    // Counts of less than a byte begin at its lowest bit; others are big-endian.
+/// A count in a block. Those of less than a byte begin at its lowest bit; others are big-endian.
+fn get_count(block: &[u8], refcount_order: u32, index: usize) -> u64 {
     match refcount_order {
         order @ 0..3 => {
             let bits = 1_usize << order;
             let (byte, shift) = (index * bits / 8, index * bits % 8);
-            let count = block[byte] >> shift & ((1 << bits) - 1) as u8;
-            block[byte] |= u8::from(count == 0) << shift;
-            count != 0
+            u64::from(block[byte] >> shift & ((1 << bits) - 1) as u8)
         }
         order => {
             let bytes = 1_usize << (order - 3);
-            let count = &mut block[index * bytes..(index + 1) * bytes];
-            let is_counted = count.iter().any(|byte| *byte != 0);
-            if !is_counted {
-                count[bytes - 1] = 1;
-            }
-            is_counted
+            let count = &block[index * bytes..(index + 1) * bytes];
+            count
+                .iter()
+                .fold(0, |value, byte| value << 8 | u64::from(*byte))
+        }
+    }
+}
+
+/// Changes a count in a block.
+fn set_count(block: &mut [u8], refcount_order: u32, index: usize, count: u64) {
+    match refcount_order {
+        order @ 0..3 => {
+            let bits = 1_usize << order;
+            let (byte, shift) = (index * bits / 8, index * bits % 8);
+            let mask = (((1 << bits) - 1) as u8) << shift;
+            block[byte] = block[byte] & !mask | (count as u8) << shift;
+        }
+        order => {
+            let bytes = 1_usize << (order - 3);
+            let number = count.to_be_bytes();
+            block[index * bytes..(index + 1) * bytes].copy_from_slice(&number[8 - bytes..]);
         }
     }
 }
@@ -301,6 +434,7 @@ mod tests {
             cluster_bits: 9,
             count: MOST_CLUSTERS,
             bits: Vec::new(),
+            counts: None,
         };
         let last = MOST_CLUSTERS - 1;
         for cluster in [0, 63, 64, 1000, last] {

@@ -1,11 +1,11 @@
 //! What a qcow2 image lies in, as imago sees it.
 //!
 //! What is written goes through [`Tables`], which keep the order. What imago would refuse, and need
-//! not know of, is not shown to it: that the image was not closed in order (it was repaired), how
-//! its clusters are compressed, and autoclear features, which are cleared before the first write
-//! and not before.
+//! not know of, is not shown to it: incompatible features (an image that was not closed in order is
+//! repaired, and what lies in clusters that imago cannot read is read elsewhere), and autoclear
+//! features, which are cleared before the first write and not before.
 
-use super::header::{AUTOCLEAR, FEATURES, Header};
+use super::header::{AUTOCLEAR, Compression, FEATURES, Header, SIZE};
 use super::order::{Below, Tables};
 use imago::file::File;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -125,6 +125,27 @@ impl Layer {
     }
 }
 
+/// Hides from imago what it would refuse, in these bytes from `offset` of the file.
+fn hide(header: &Header, offset: u64, bytes: &mut [u8]) {
+    let mut hidden = Vec::new();
+    if header.is_new {
+        hidden.extend([(FEATURES, 0), (AUTOCLEAR, 0)]);
+    }
+    if header.compression == Compression::Zstd {
+        // Else the last cluster could not be written as a whole.
+        let whole = header.size.next_multiple_of(header.cluster_size());
+        hidden.push((SIZE, whole));
+    }
+    for (place, number) in hidden {
+        for (at, byte) in (place as u64..).zip(number.to_be_bytes()) {
+            let index = at.checked_sub(offset);
+            if let Some(shown) = index.and_then(|index| bytes.get_mut(index as usize)) {
+                *shown = byte;
+            }
+        }
+    }
+}
+
 impl fmt::Display for Layer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("image")
@@ -161,13 +182,7 @@ impl Storage for Layer {
             Some(tables) => tables.read(&mut bytes, offset)?,
             None => self.0.below.readv(IoVectorMut::from(&mut bytes), offset)?,
         }
-        for place in [FEATURES, AUTOCLEAR].into_iter().filter(|_| header.is_new) {
-            for at in place..place + 8 {
-                let index = (at as u64).checked_sub(offset);
-                let byte = index.and_then(|index| bytes.get_mut(index as usize));
-                byte.into_iter().for_each(|byte| *byte = 0);
-            }
-        }
+        hide(header, offset, &mut bytes);
         vector.copy_from_slice(&bytes);
         Ok(())
     }
@@ -183,8 +198,11 @@ impl Storage for Layer {
         let mut bytes = vec![0; len as usize];
         vector.copy_into_slice(&mut bytes);
         if offset == 0 {
-            // The rest of the header stays as it is.
+            // What was hidden stays as it is.
             bytes.truncate(FEATURES);
+            if let (Some(header), Some(size)) = (&self.0.header, bytes.get_mut(SIZE..SIZE + 8)) {
+                size.copy_from_slice(&header.size.to_be_bytes());
+            }
         }
         tables.write(&bytes, offset)
     }
