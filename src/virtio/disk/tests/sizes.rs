@@ -179,6 +179,87 @@ fn blocks_are_those_that_were_asked_for() {
     }
 }
 
+/// A block device with sectors of 4096 bytes, made of a file.
+struct Loop(String);
+
+impl Loop {
+    /// `None` where the host does not let us; this was said then.
+    fn new(file: &str) -> Option<Loop> {
+        let words = ["--find", "--show", "--sector-size=4096", file];
+        let output = Command::new("losetup").args(words).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let name = String::from_utf8(output.stdout).expect("a path");
+                Some(Loop(name.trim().to_owned()))
+            }
+            _ => {
+                println!("skipped: losetup makes no device here: {output:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_device_of_large_sectors_has_small_blocks_where_they_are_asked_for() {
+    let folder = Folder::new();
+    let image = folder.image();
+    let Some(device) = Loop::new(&image) else {
+        return;
+    };
+    let path = &device.0;
+    let disk = open(path).expect("opens");
+    assert_eq!(
+        (disk.shape.block_size, disk.shape.size),
+        (4096, SIZE as u64)
+    );
+    drop(disk);
+    let mut model = pattern();
+    let engines = ENGINES.map(|engine| [engine.to_owned(), format!("{engine},cache=none")]);
+    for (options, fill) in engines.concat().iter().zip(1..) {
+        let Some(disk) = open_or_skip(&format!("{path},block-size=512,{options}")) else {
+            continue;
+        };
+        let shape = &disk.shape;
+        let blocks = (
+            shape.block_size,
+            shape.physical_block_size,
+            shape.discard_granularity,
+        );
+        assert_eq!((blocks.0, blocks.1), (512, 4096), "{options}");
+        assert!(blocks.2 >= 4096, "{options}: a discard takes whole sectors");
+        let mut bench = Bench::new(&disk);
+        for (operation, sector, sectors) in [
+            (Operation::Write, 9, 1),
+            (Operation::Write, 15, 2),
+            (Operation::WriteZeroes { unmap: false }, 23, 1),
+            (Operation::WriteZeroes { unmap: true }, 31, 10),
+            (Operation::Read, 30, 13),
+        ] {
+            let range = sector * 512..(sector + sectors) * 512;
+            let mut bytes = vec![fill; range.len()];
+            let outcome = bench.run(operation, range.start, &mut bytes, &[], false);
+            assert_eq!(outcome, Outcome::Done, "{options}: {operation:?}");
+            match operation {
+                Operation::Read => assert!(bytes == model[range], "{options}"),
+                Operation::Write => model[range].fill(fill),
+                _ => model[range].fill(0),
+            }
+        }
+        assert!(bench.read(0, SIZE) == model, "{options}");
+        // A discard of a part of a sector is advice that the device does not take.
+        let outcome = bench.run(Operation::Discard, 512, &mut [0; 512], &[], false);
+        assert_eq!(outcome, Outcome::Done, "{options}");
+        assert!(bench.read(0, SIZE) == model, "{options}");
+    }
+}
+
 #[test]
 fn an_odd_raw_image_stands_behind_an_overlay() {
     if !cfg!(feature = "qcow2") {
