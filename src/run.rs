@@ -105,6 +105,8 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         everywhere = allowed_cpus();
         affinity::run_on(&orders.config.io_cpus).fault(Status::Usage)?;
     }
+    // Before there are threads.
+    let broker = virtio::fork_broker(&orders.config.virtio).fault(Status::Host)?;
     let mut events = Events::new(orders.on_panic, orders.stats)?;
     let mut memory = None;
     let mut terminal = None;
@@ -120,7 +122,8 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
     };
     // What cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(decide(&mut orders)?);
-    let backends = virtio::open(&orders.config.virtio, hvc.as_ref()).fault(Status::Usage)?;
+    let backends =
+        virtio::open(&orders.config.virtio, hvc.as_ref(), broker.as_ref()).fault(Status::Usage)?;
     loop {
         let plan = match first.take() {
             Some(plan) => plan,

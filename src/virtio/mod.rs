@@ -8,6 +8,7 @@ use crate::cli::MachineArgs;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use balloon::BalloonOptions;
+use broker::Broker;
 use console::{ConsoleKind, HvcConsole};
 use disk::DiskOptions;
 use net::NetOptions;
@@ -20,6 +21,7 @@ use vsock::VsockOptions;
 #[cfg(test)]
 mod alone;
 pub mod balloon;
+pub mod broker;
 pub mod console;
 pub mod deadline;
 pub mod disk;
@@ -108,6 +110,24 @@ impl Wanted {
     pub fn shares_memory(&self) -> bool {
         matches!(self.what, What::Share(_))
     }
+
+    /// Whether a program works for it, which a broker starts.
+    fn needs_broker(&self) -> bool {
+        match &self.what {
+            What::Share(_) => true,
+            What::Net(net) => net.needs_broker(),
+            _ => false,
+        }
+    }
+}
+
+/// Forks the broker that [`open`] wants, if it wants one. There are to be no other threads yet.
+///
+/// # Errors
+/// What the system refuses.
+pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
+    let is_needed = wanted.iter().any(Wanted::needs_broker);
+    is_needed.then(Broker::fork).transpose()
 }
 
 /// The devices that the options of a guest with `memory` bytes ask for, in the order of their slots.
@@ -182,11 +202,15 @@ pub fn root(args: &MachineArgs) -> Option<&'static str> {
 }
 
 /// Opens what stands behind the devices of a guest, in their order; `console` stands behind the
-/// console.
+/// console, and `broker` starts programs ([`fork_broker`]).
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
-pub fn open(wanted: &[Wanted], console: Option<&Arc<HvcConsole>>) -> Result<Vec<Box<dyn Backend>>> {
+pub fn open(
+    wanted: &[Wanted],
+    console: Option<&Arc<HvcConsole>>,
+    broker: Option<&Arc<Broker>>,
+) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
     let disks: Vec<DiskOptions> = wanted
         .iter()
@@ -207,9 +231,12 @@ pub fn open(wanted: &[Wanted], console: Option<&Arc<HvcConsole>>) -> Result<Vec<
             What::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
             What::Net(net) => {
                 let number = nets.next().unwrap_or_default();
-                Some(Box::new(net.open(number)?))
+                Some(Box::new(net.open(number, broker)?))
             }
-            What::Share(share) => Some(share.open(&wanted.name)?),
+            What::Share(share) => {
+                let broker = broker.context("nobody starts virtiofsd")?;
+                Some(share.open(&wanted.name, broker)?)
+            }
             What::Vsock(vsock) => Some(vsock.open()?),
             What::Pmem(text) => {
                 let number = pmems.next().unwrap_or_default();

@@ -1,6 +1,7 @@
 //! Network cards (`--net`): a TAP interface of the host, or a network that needs no privileges.
 
 use super::Backend;
+use super::broker::Broker;
 use super::options::Options;
 use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, anyhow, bail};
@@ -100,11 +101,17 @@ impl NetOptions {
         Ok(NetOptions { mac, network })
     }
 
+    /// Whether a program works for it, which a broker starts.
+    #[must_use]
+    pub fn needs_broker(&self) -> bool {
+        matches!(self.network, Choice::User { .. })
+    }
+
     /// Connects the card to its network. It is the machine's card `number`, from 0.
     ///
     /// # Errors
     /// What does not work, and what would.
-    pub fn open(&self, number: usize) -> Result<NetworkCard> {
+    pub fn open(&self, number: usize, broker: Option<&Arc<Broker>>) -> Result<NetworkCard> {
         let open = || match &self.network {
             Choice::Tap {
                 name,
@@ -113,7 +120,8 @@ impl NetOptions {
             } => connect(Tap::open(name, *queues)?, *vhost),
             Choice::Inherited { descriptors, vhost } => connect(Tap::inherit(descriptors)?, *vhost),
             Choice::User { forwards } => {
-                let passt = Passt::start(forwards, self.address(number)?)?;
+                let broker = broker.context("nobody starts passt")?;
+                let passt = Passt::start(broker, forwards, self.address(number)?)?;
                 Ok(Connection::User(PasstFrames::new(passt)))
             }
         };

@@ -3,12 +3,13 @@
 //!
 //! A virtiofsd knows one session of one driver, and its end is the one sure way to have it out of
 //! guest memory. So each start of the device has its own, and a reset ends it; the next is started
-//! ahead when a guest starts. It ends by itself when its connection closes, and with it when
-//! armlet ends in whatever way.
+//! ahead when a guest starts. It ends by itself when its connection closes, and is killed if it does
+//! not; the broker sees to that when armlet ends in whatever way.
 
 mod daemon;
 
 use super::Backend;
+use super::broker::Broker;
 use super::deadline::Deadline;
 use super::options::Options;
 use crate::messages::LINES;
@@ -112,18 +113,18 @@ impl ShareOptions {
     /// # Errors
     /// No such folder; no virtiofsd, or one that does not start, with what it said and what would
     /// work.
-    pub fn open(&self, name: &str) -> Result<Box<dyn Backend>> {
+    pub fn open(&self, name: &str, broker: &Arc<Broker>) -> Result<Box<dyn Backend>> {
         let program = daemon::find(std::env::var_os("PATH").as_deref())?;
-        Ok(Box::new(self.open_with(name, program)?))
+        Ok(Box::new(self.open_with(name, broker, program)?))
     }
 
-    fn open_with(&self, name: &str, program: PathBuf) -> Result<Share> {
+    fn open_with(&self, name: &str, broker: &Arc<Broker>, program: PathBuf) -> Result<Share> {
         let shown = self.path.display();
         let path = fs::canonicalize(&self.path).with_context(|| format!("cannot share {shown}"))?;
         if !path.is_dir() {
             bail!("cannot share {shown}: it is no folder; give path= the folder that it is in");
         }
-        let launch = Launch::new(program, self, path)?;
+        let launch = Launch::new(broker, program, self, path)?;
         let first = launch.start(name, Deadline::after(PATIENCE))?;
         Ok(Share {
             name: name.to_owned(),

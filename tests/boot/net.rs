@@ -359,29 +359,55 @@ fn fetch(guest: &mut Guest, port: u16) -> String {
     }
 }
 
-/// The processes that `parent` started, by name.
-pub(crate) fn children(parent: u32, name: &str) -> Vec<u32> {
-    let mut found = Vec::new();
+/// The processes of that name that `parent` started, directly or not.
+pub(crate) fn started(parent: u32, name: &str) -> Vec<u32> {
+    let mut processes = Vec::new();
     for entry in fs::read_dir("/proc").expect("procfs").flatten() {
         // proc(5): the name is in parentheses; behind it state and parent.
         let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
         let Some((head, rest)) = stat.rsplit_once(')') else {
             continue;
         };
-        let is_child = rest.split_whitespace().nth(1) == Some(&parent.to_string());
-        if let (true, Some((pid, comm))) = (is_child, head.split_once(" ("))
-            && comm.starts_with(name)
+        let its_parent: Option<u32> = rest
+            .split_whitespace()
+            .nth(1)
+            .and_then(|pid| pid.parse().ok());
+        if let (Some(its_parent), Some((pid, comm))) = (its_parent, head.split_once(" ("))
+            && let Ok(pid) = pid.parse::<u32>()
         {
-            found.extend(pid.parse::<u32>());
+            processes.push((pid, its_parent, comm.to_owned()));
+        }
+    }
+    let mut tree = vec![parent];
+    let mut found = Vec::new();
+    let mut next = 0;
+    while let Some(parent) = tree.get(next).copied() {
+        next += 1;
+        for (pid, _, comm) in processes.iter().filter(|process| process.1 == parent) {
+            tree.push(*pid);
+            if comm.starts_with(name) {
+                found.push(*pid);
+            }
         }
     }
     found
 }
 
-/// Kills a process that armlet started.
-fn kill(pid: u32) {
+/// Waits until none of these processes is left. Nobody may be there to ask how they ended.
+pub(crate) fn wait_until_gone(pids: &[u32]) {
+    let is_gone = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    };
+    while !pids.iter().all(is_gone) {
+        sleep(GLANCE);
+    }
+}
+
+/// Kills a process that armlet started, if it is there still.
+pub(crate) fn kill(pid: u32) {
     let pid = Pid::from_raw(pid.cast_signed()).expect("a process");
-    kill_process(pid, Signal::KILL).expect("a process of ours");
+    let _ = kill_process(pid, Signal::KILL);
 }
 
 #[test]
@@ -403,7 +429,7 @@ echo LINK DOWN"
         .option("--net", "user")
         .start();
     guest.expect("UP");
-    let started = children(guest.pid(), "passt");
+    let started = started(guest.pid(), "passt");
     assert!(!started.is_empty(), "armlet runs no passt");
     started.into_iter().for_each(kill);
     guest.expect("LINK DOWN");
@@ -424,19 +450,14 @@ fn passt_ends_with_armlet() {
             .option("--net", "user")
             .start();
         guest.expect("UP");
-        let started = children(guest.pid(), "passt");
-        assert!(!started.is_empty(), "armlet runs no passt");
+        assert!(
+            !started(guest.pid(), "passt").is_empty(),
+            "armlet runs no passt"
+        );
+        // The broker, too.
+        let started = started(guest.pid(), "");
         guest.signal(signal);
         drop(guest.end());
-        for pid in started {
-            let gone = || {
-                let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-                // Nobody may be there to wait for it.
-                stat.is_empty() || stat.contains(") Z ")
-            };
-            while !gone() {
-                sleep(GLANCE);
-            }
-        }
+        wait_until_gone(&started);
     }
 }

@@ -1,7 +1,7 @@
 use crate::guest::{Armlet, GLANCE, Input, Tuned, noise, section};
-use crate::net::{TRANSFER, children, give, take};
+use crate::net::{TRANSFER, give, kill, started, take, wait_until_gone};
 use crate::rig::{self, Rig, WITH_DEVICES};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::Signal;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -330,18 +330,51 @@ echo ALIVE";
         )
         .start();
     guest.expect("MOUNTED");
-    let started = children(guest.pid(), "virtiofsd");
+    let started = started(guest.pid(), "virtiofsd");
     assert!(!started.is_empty(), "armlet runs no virtiofsd");
-    for pid in started {
-        // The first process waits in its sandbox for the one that does the work.
-        let pid = Pid::from_raw(pid.cast_signed()).expect("a process");
-        kill_process_group(pid, Signal::KILL).expect("processes of ours");
-    }
+    started.into_iter().for_each(kill);
     guest.expect_error("virtiofsd");
     guest.send(b"\n");
     guest.expect("I/O error");
     guest.expect("ALIVE");
     guest.end().assert_status(0);
+}
+
+#[test]
+fn virtiofsd_ends_with_armlet_and_knows_nothing_of_it() {
+    let Some(rig) = rig::main() else { return };
+    if rig::program("virtiofsd").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let script = "
+mkdir /share
+mount -t virtiofs shared /share && echo MOUNTED
+sleep 1000";
+    for signal in [Signal::INT, Signal::KILL] {
+        let mut guest = Armlet::devices(rig, script)
+            .option(
+                "--share",
+                format!("tag=shared,path={}", folder.path().display()),
+            )
+            .start();
+        guest.expect("MOUNTED");
+        let servers = started(guest.pid(), "virtiofsd");
+        assert!(!servers.is_empty(), "armlet runs no virtiofsd");
+        for pid in servers {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+            assert!(status.contains("SigBlk:\t0000000000000000"), "{status}");
+            let environment = fs::read(format!("/proc/{pid}/environ")).expect("a process");
+            let names = environment
+                .split(|byte| *byte == 0)
+                .filter(|variable| !variable.is_empty() && !variable.starts_with(b"PATH="));
+            assert_eq!(names.count(), 0);
+        }
+        let all = started(guest.pid(), "");
+        guest.signal(signal);
+        drop(guest.end());
+        wait_until_gone(&all);
+    }
 }
 
 /// What a process has in memory, in MiB.

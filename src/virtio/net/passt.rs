@@ -3,21 +3,22 @@
 //! where each frame follows its length in 4 bytes, and ends when the other end is closed.
 
 use self::stream::{Broken, LONGEST, Stream};
-use super::sys;
-use crate::messages::{self, LINES};
-use anyhow::{Context, Result, anyhow, bail};
+use crate::messages::LINES;
+use crate::virtio::broker::{self, Broker, Process};
+use crate::virtio::deadline::Deadline;
+use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
 use armlet_devices::virtio::Source;
 use armlet_devices::virtio::net::{Frame, Frames, Network, Room, Trouble, Woken};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub mod stream;
@@ -28,6 +29,10 @@ mod tests;
 const PROGRAM: &str = "passt";
 /// How long it may take to begin, on the slowest of hosts.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long it may take to end once it has closed its socket.
+const GRACE: Duration = Duration::from_millis(500);
+/// The most lines of what it says that are kept at a time.
+const MOST_LINES: usize = 64;
 /// The MTU in bytes for the guest: what passt says by DHCP too, for a network that ends here.
 const MTU: u16 = 65520;
 /// An EtherType for experiments (IEEE 802), which nobody answers.
@@ -100,9 +105,8 @@ impl Forward {
 /// A passt that runs, and what is under way to it and from it.
 pub struct Passt {
     stream: Stream,
-    child: Child,
-    /// What it says goes here. It stays open after passt's end, as its number is a source's.
-    words: ChildStderr,
+    /// Its descriptors stay open after passt's end, as their numbers are those of sources.
+    process: Process,
     /// Lines that it said: what is on the network may have it say much.
     said: RateLimit,
     is_gone: bool,
@@ -113,11 +117,22 @@ impl Passt {
     ///
     /// # Errors
     /// A host without passt; what passt says when it does not start.
-    pub fn start(forwards: &[Forward], mac: [u8; 6]) -> Result<Passt> {
-        Passt::start_program(PROGRAM, forwards, mac)
+    pub fn start(broker: &Arc<Broker>, forwards: &[Forward], mac: [u8; 6]) -> Result<Passt> {
+        let path = std::env::var_os("PATH");
+        let program = broker::find(PROGRAM, path.as_deref(), &[]).context(
+            "it needs the program passt, which is not in PATH, or not for this user to run; \
+             'apt install passt' on Debian, or use --net tap=",
+        )?;
+        Passt::start_program(broker, &program, forwards, mac, PATIENCE)
     }
 
-    fn start_program(program: &str, forwards: &[Forward], mac: [u8; 6]) -> Result<Passt> {
+    fn start_program(
+        broker: &Arc<Broker>,
+        program: &Path,
+        forwards: &[Forward],
+        mac: [u8; 6],
+        patience: Duration,
+    ) -> Result<Passt> {
         let cannot = "cannot make a socket for passt";
         let (ours, theirs) = socketpair(
             AddressFamily::UNIX,
@@ -128,50 +143,37 @@ impl Passt {
         .context(cannot)?;
         // Ours alone: passt waits in the middle of a frame.
         rustix::fs::fcntl_setfl(&ours, OFlags::NONBLOCK).context(cannot)?;
-        let mut command = Command::new(program);
-        command
-            .args(["--foreground", "--quiet", "--fd"])
-            .arg(theirs.as_raw_fd().to_string())
-            .args(forwards.iter().flat_map(Forward::option))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        sys::leave_open(&mut command, theirs);
-        let mut child = command.spawn().map_err(|error| match error.kind() {
-            // Permission is also what lacks where a folder in PATH is not open to this user.
-            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => anyhow!(
-                "--net user needs the program passt, which is not here or not for this user to \
-                 run ({error}); 'apt install passt' on Debian, or use --net tap="
-            ),
-            _ => anyhow!("cannot start passt: {error}"),
-        })?;
-        // With it goes the last of our descriptors for passt's end.
-        drop(command);
-        let words = child.stderr.take().context("passt has no standard error")?;
-        rustix::fs::fcntl_setfl(&words, OFlags::NONBLOCK).context(cannot)?;
+        let mut arguments: Vec<OsString> =
+            ["--foreground", "--quiet", "--fd"].map(Into::into).into();
+        arguments.push(broker::SOCKET.to_string().into());
+        arguments.extend(forwards.iter().flat_map(Forward::option).map(Into::into));
+        let process = broker
+            .start(program, &arguments, theirs)
+            .with_context(|| format!("cannot start {}", program.display()))?;
         let mut passt = Passt {
             stream: Stream::new(ours),
-            child,
-            words,
+            process,
             said: RateLimit::new(LINES),
             is_gone: false,
         };
-        passt.begin(mac)?;
+        passt.begin(mac, Deadline::after(patience))?;
         Ok(passt)
     }
 
     /// Waits until passt has read a frame that means nothing, or has ended.
-    fn begin(&mut self, mac: [u8; 6]) -> Result<()> {
+    fn begin(&mut self, mac: [u8; 6], deadline: Deadline) -> Result<()> {
         const SOCKET: u64 = 0;
-        const WORDS: u64 = 1;
+        const OTHER: u64 = 1;
         let epoll = Epoll::new().context("cannot wait for passt")?;
         let watch = |fd: RawFd, events, data| {
+            let events = events | EventSet::EDGE_TRIGGERED;
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
         };
-        let edges = EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        watch(self.stream.socket.as_raw_fd(), edges, SOCKET)?;
-        watch(self.words.as_raw_fd(), EventSet::IN, WORDS)?;
-        let mut events = [EpollEvent::default(); 2];
+        let room = EventSet::OUT | EventSet::READ_HANG_UP;
+        watch(self.stream.socket.as_raw_fd(), room, SOCKET)?;
+        watch(self.process.words_fd(), EventSet::IN, OTHER)?;
+        watch(self.process.end_fd(), EventSet::IN, OTHER)?;
+        let mut events = [EpollEvent::default(); 3];
         // That there is room now is no news; that there is room again will be.
         let _ = epoll.wait(0, &mut events)?;
         let mut frame = [0; 60];
@@ -179,60 +181,62 @@ impl Passt {
         frame[6..12].copy_from_slice(&mac);
         frame[12..14].copy_from_slice(&EXPERIMENT);
         let length = (frame.len() as u32).to_be_bytes();
-        // If passt has ended already, what comes says so.
-        let _ = rustix::io::write(&self.stream.socket, &[&length[..], &frame].concat());
-        let end = Instant::now() + PATIENCE;
+        let written = rustix::io::write(&self.stream.socket, &[&length[..], &frame].concat());
         let mut said = Vec::new();
+        // One that has closed it already makes no news of that any more.
+        let mut is_gone = written.is_err();
         loop {
-            let left = end.saturating_duration_since(Instant::now());
-            let count = match epoll.wait(left.as_millis() as i32, &mut events) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                count => count?,
-            };
-            if count == 0 {
-                log::warn!("passt has been silent for {PATIENCE:?}; going on without its word");
+            self.listen(&mut said);
+            is_gone |= self
+                .process
+                .ended(Deadline::after(Duration::ZERO))
+                .is_some();
+            if is_gone {
+                let how = self.ended(GRACE);
+                self.listen(&mut said);
+                bail!("passt does not start: {}", summary(&said, &how));
+            }
+            let left = deadline.left();
+            if left.is_zero() {
+                let patience = deadline.patience();
+                log::warn!("passt has been silent for {patience:?}; going on without its word");
                 return Ok(());
             }
-            let lives = self.listen(&mut said);
-            let has_read = events[..count].iter().any(|event| {
-                let gone = EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR;
-                event.data() == SOCKET && !event.event_set().intersects(gone)
-            });
-            if !lives {
-                let why = self.ended(lives);
-                bail!("passt does not start: {}", summary(&said, &why));
-            }
-            if has_read {
+            let left = left.as_millis() as i32 + 1;
+            let count = match epoll.wait(left, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                count => count?,
+            };
+            let of_socket = events[..count].iter().find(|event| event.data() == SOCKET);
+            let Some(event) = of_socket else {
+                continue;
+            };
+            let gone = EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR;
+            is_gone = event.event_set().intersects(gone);
+            if !is_gone {
                 self.repeat(&said);
                 return Ok(());
             }
         }
     }
 
-    /// Takes what passt says, line by line; false when it has ended.
-    fn listen(&self, said: &mut Vec<String>) -> bool {
-        let mut text = Vec::new();
-        let mut buffer = [0; 1024];
-        let lives = loop {
-            match rustix::io::read(&self.words, &mut buffer) {
-                Ok(0) => break false,
-                Ok(size) => text.extend_from_slice(&buffer[..size]),
-                Err(Errno::INTR) => {}
-                Err(error) => break error == Errno::AGAIN,
-            }
-        };
-        said.extend(messages::lines(&text).filter(|line| !is_idle_talk(line)));
-        lives
+    /// Takes what passt says, line by line, as far as it is worth saying.
+    fn listen(&mut self, said: &mut Vec<String>) {
+        let lines = self.process.words().hear().into_iter();
+        said.extend(lines.filter(|line| !is_idle_talk(line)));
+        said.truncate(MOST_LINES);
     }
 
     /// Hands on what passt says while it works.
     fn report(&mut self) -> Woken {
         let mut said = Vec::new();
-        if !self.listen(&mut said) {
-            return Woken::Gone(self.lost(&said, false));
-        }
+        self.listen(&mut said);
         self.repeat(&said);
-        Woken::Nothing
+        // One that closed its standard error and lives on has nothing more to say.
+        match self.process.ended(Deadline::after(Duration::ZERO)) {
+            Some(_) => Woken::Gone(self.lost(Vec::new(), GRACE)),
+            None => Woken::Nothing,
+        }
     }
 
     fn repeat(&self, said: &[String]) {
@@ -242,37 +246,36 @@ impl Passt {
         }
     }
 
-    /// Ends passt if it still `lives`, and says how it ended.
-    fn ended(&mut self, lives: bool) -> String {
-        if lives {
-            let _ = self.child.kill();
-        }
-        match self.child.wait() {
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
-        }
+    /// Says how passt ended, or has it killed if it has not within `grace`.
+    fn ended(&mut self, grace: Duration) -> String {
+        let ended = self.process.ended(Deadline::after(grace));
+        ended.map(str::to_owned).unwrap_or_else(|| {
+            self.process.kill();
+            "it does not work any more, and was killed".to_owned()
+        })
     }
 
     /// passt has ended, or is of no use any more.
-    fn lost(&mut self, said: &[String], lives: bool) -> String {
+    fn lost(&mut self, mut said: Vec<String>, grace: Duration) -> String {
+        if self.is_gone {
+            return "passt has ended".to_owned();
+        }
         self.is_gone = true;
-        let how = self.ended(lives);
-        format!("passt has ended: {}", summary(said, &how))
+        let how = self.ended(grace);
+        self.listen(&mut said);
+        format!("passt has ended: {}", summary(&said, &how))
     }
 
     /// What an error of the stream means.
     fn trouble(&mut self, error: Broken) -> Trouble {
-        let mut said = Vec::new();
-        let lives = match error {
+        Trouble::Gone(match error {
             Broken::Wait => return Trouble::Wait,
-            // It closes what it says things by before the socket.
-            Broken::Closed => self.listen(&mut said),
+            Broken::Closed => self.lost(Vec::new(), GRACE),
             Broken::Wrong(size) => {
-                said.push(format!("it sent a frame of {size} bytes, which cannot be"));
-                true
+                let what = format!("it sent a frame of {size} bytes, which cannot be");
+                self.lost(vec![what], Duration::ZERO)
             }
-        };
-        Trouble::Gone(self.lost(&said, lives))
+        })
     }
 
     fn send(&mut self, frame: Frame<'_>) -> Result<(), Trouble> {
@@ -289,14 +292,6 @@ impl Passt {
     fn receive(&mut self, room: Room<'_>) -> Result<usize, Trouble> {
         let received = self.stream.receive(|frame| room.fill(frame));
         received.map_err(|error| self.trouble(error))
-    }
-}
-
-impl Drop for Passt {
-    fn drop(&mut self) {
-        // It would end by itself when its socket closes, but who waits for armlet expects that all
-        // of it is gone.
-        self.ended(true);
     }
 }
 
@@ -335,7 +330,7 @@ impl PasstFrames {
     pub fn new(passt: Passt) -> PasstFrames {
         PasstFrames {
             socket: passt.stream.socket.as_raw_fd(),
-            words: passt.words.as_raw_fd(),
+            words: passt.process.words_fd(),
             passt: Arc::new(Mutex::new(passt)),
         }
     }

@@ -3,10 +3,8 @@
 
 use rustix::io::FdFlags;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::raw::{c_int, c_ulong};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 use std::ptr::null_mut;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr};
@@ -239,16 +237,6 @@ pub(super) fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(ours)
 }
 
-/// Has the program that `command` starts inherit `descriptor`, with the number that it has here.
-pub(super) fn leave_open(command: &mut Command, descriptor: OwnedFd) {
-    let open = move || {
-        rustix::io::fcntl_setfd(descriptor.as_fd(), FdFlags::empty())?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec it makes one system call, and does not allocate.
-    unsafe { command.pre_exec(open) };
-}
-
 /// What an ioctl returned, as a result.
 fn done(returned: c_int) -> io::Result<()> {
     match returned {
@@ -260,6 +248,7 @@ fn done(returned: c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn structures_and_requests_are_the_kernels() {

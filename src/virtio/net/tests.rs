@@ -329,7 +329,8 @@ impl Guest {
 
 /// The card that `text` asks for.
 pub(super) fn open(text: &str) -> Result<NetworkCard> {
-    NetOptions::parse(text)?.open(0)
+    let broker = Broker::fork()?;
+    NetOptions::parse(text)?.open(0, Some(&broker))
 }
 
 /// What is wrong with the options.

@@ -2,23 +2,19 @@
 
 use super::{Cache, Sandbox, ShareOptions};
 use crate::eintr::uninterrupted;
-use crate::messages;
+use crate::virtio::broker::{self, Broker, Process};
 use crate::virtio::deadline::Deadline;
 use crate::virtio::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder};
-use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Its name.
 const PROGRAM: &str = "virtiofsd";
@@ -26,14 +22,8 @@ const PROGRAM: &str = "virtiofsd";
 /// 7.2, which takes other options.
 const FOLDERS: [&str; 3] = ["/usr/libexec", "/usr/lib", "/usr/lib/qemu"];
 
-/// How long it may take to end when its connection closed, and again when it was killed.
-const FAREWELL: Timespec = Timespec {
-    tv_sec: 2,
-    tv_nsec: 0,
-};
-/// The most bytes of what it says that are taken at once, and how often in one go.
-const MOST_WORDS: usize = 4096;
-const MOST_READS: usize = 16;
+/// How long it may take to end when its connection closed, before it is killed.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Features that the transport offers to every driver (VERSION_1, INDIRECT_DESC, EVENT_IDX).
 const WANTED_FEATURES: u64 = armlet_devices::virtio::FEATURE_VERSION_1
@@ -47,17 +37,10 @@ const QUEUES: u64 = 1 + super::REQUESTS as u64;
 /// # Errors
 /// None, with the package that has it.
 pub(super) fn find(path: Option<&OsStr>) -> Result<PathBuf> {
-    let folders = std::env::split_paths(path.unwrap_or_default());
-    let mut places = folders.chain(FOLDERS.map(PathBuf::from));
-    let found = places.find_map(|folder| {
-        let program = folder.join(PROGRAM);
-        // A relative folder would mean another one after a change of folder.
-        (folder.is_absolute() && program.is_file()).then_some(program)
-    });
-    found.with_context(|| {
+    broker::find(PROGRAM, path, &FOLDERS).with_context(|| {
         format!(
-            "--share needs {PROGRAM}, which is neither in PATH nor in {}; the package {PROGRAM} \
-             has it (Debian 12: qemu-system-common)",
+            "--share needs {PROGRAM}, which is neither in PATH nor in {}, or not for this user to \
+             run; the package {PROGRAM} has it (Debian 12: qemu-system-common)",
             FOLDERS.join(", ")
         )
     })
@@ -66,6 +49,7 @@ pub(super) fn find(path: Option<&OsStr>) -> Result<PathBuf> {
 /// How to start it.
 #[derive(Debug)]
 pub(super) struct Launch {
+    broker: Arc<Broker>,
     program: PathBuf,
     arguments: Vec<OsString>,
     sandbox: Sandbox,
@@ -76,12 +60,18 @@ impl Launch {
     ///
     /// # Errors
     /// What QEMU's does not know.
-    pub(super) fn new(program: PathBuf, options: &ShareOptions, folder: PathBuf) -> Result<Launch> {
+    pub(super) fn new(
+        broker: &Arc<Broker>,
+        program: PathBuf,
+        options: &ShareOptions,
+        folder: PathBuf,
+    ) -> Result<Launch> {
         let arguments = match program.ends_with("qemu/virtiofsd") {
             true => qemus_arguments(options, &folder)?,
             false => arguments(options, folder),
         };
         Ok(Launch {
+            broker: Arc::clone(broker),
             program,
             arguments,
             sandbox: options.sandbox,
@@ -94,28 +84,17 @@ impl Launch {
     /// That it cannot be started, or ended; with what it said and what would work.
     pub(super) fn start(&self, name: &str, deadline: Deadline) -> Result<Daemon> {
         let (listener, stream) = socket_pair().context("cannot make a socket for virtiofsd")?;
-        let mut command = Command::new(&self.program);
-        command
-            .args(&self.arguments)
-            .stdin(Stdio::from(OwnedFd::from(listener)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            // Control-C at the terminal is for armlet; this one is needed until the guest is down.
-            .process_group(0);
-        let child = command.spawn();
-        // Our end of the listening socket with it: who waits for one who listens no more hears so.
-        drop(command);
         let shown = self.program.display();
-        let mut child = child.with_context(|| format!("cannot start {shown}"))?;
-        let mut words = Words::new(child.stderr.take())?;
-        let connected = VhostUser::connect(stream, deadline);
-        let failed = match connected {
+        let process = self
+            .broker
+            .start(&self.program, &self.arguments, listener.into());
+        let mut process = process.with_context(|| format!("cannot start {shown}"))?;
+        let failed = match VhostUser::connect(stream, deadline) {
             Ok(connection) => {
                 let daemon = Daemon {
                     name: name.to_owned(),
-                    child,
                     connection,
-                    words,
+                    process,
                 };
                 return daemon
                     .check()
@@ -124,15 +103,13 @@ impl Launch {
             Err(error) => error,
         };
         // It may have said why, and will say no more.
-        let by_itself = wait(&child);
-        kill(&child);
-        wait(&child);
-        let ended = child.try_wait().ok().flatten();
-        let said = words.hear_all().join("; ");
-        let why = match (said.is_empty(), ended) {
+        let by_itself = process.ended(Deadline::after(FAREWELL)).map(str::to_owned);
+        process.end(Duration::ZERO);
+        let said = process.words().hear_all().join("; ");
+        let why = match (said.is_empty(), by_itself) {
             (false, _) => anyhow!("{said}"),
-            (true, Some(status)) if by_itself => anyhow!("it ended at once ({status})"),
-            (true, _) => failed,
+            (true, Some(how)) => anyhow!("it ended at once ({how})"),
+            (true, None) => failed,
         };
         Err(why.context(format!("cannot start {shown}{}", self.advice(&said))))
     }
@@ -166,7 +143,9 @@ fn arguments(options: &ShareOptions, folder: PathBuf) -> Vec<OsString> {
         Cache::Never => "never",
         Cache::Metadata => "metadata",
     };
-    let mut arguments: Vec<OsString> = ["--fd", "0", "--log-level", "error"].map(Into::into).into();
+    let socket = broker::SOCKET.to_string();
+    let mut arguments: Vec<OsString> = ["--fd", &socket].map(Into::into).into();
+    arguments.extend(["--log-level", "error"].map(Into::into));
     arguments.extend(["--sandbox", sandbox, "--cache", cache].map(Into::into));
     if options.xattr {
         arguments.push("--xattr".into());
@@ -203,7 +182,7 @@ fn qemus_arguments(options: &ShareOptions, folder: &Path) -> Result<Vec<OsString
         }
         source.push(*byte);
     }
-    let mut arguments: Vec<OsString> = vec!["--fd=0".into()];
+    let mut arguments: Vec<OsString> = vec![format!("--fd={}", broker::SOCKET).into()];
     let mut add = |option: OsString| arguments.extend(["-o".into(), option]);
     add(OsString::from_vec(source));
     for option in [sandbox, cache, "log_level=err"] {
@@ -237,9 +216,8 @@ fn socket_pair() -> Result<(UnixListener, UnixStream)> {
 #[derive(Debug)]
 pub(super) struct Daemon {
     name: String,
-    child: Child,
     connection: VhostUser,
-    words: Words,
+    process: Process,
 }
 
 impl Daemon {
@@ -260,9 +238,8 @@ impl Daemon {
     }
 
     /// Descriptors that are ready to be read when it said something or ended.
-    pub(super) fn watched(&self) -> impl Iterator<Item = RawFd> {
-        let words = self.words.pipe.as_ref().map(AsRawFd::as_raw_fd);
-        [self.connection.as_raw_fd()].into_iter().chain(words)
+    pub(super) fn watched(&self) -> [RawFd; 2] {
+        [self.connection.as_raw_fd(), self.process.words_fd()]
     }
 
     /// Whether it still holds its end of the connection.
@@ -272,105 +249,26 @@ impl Daemon {
 
     /// What it said since, in lines.
     pub(super) fn hear(&mut self) -> Vec<String> {
-        self.words.hear()
+        self.process.words().hear()
     }
 
     /// Ends it, and says how it ended.
     pub(super) fn end(&mut self) -> String {
         self.connection.hang_up();
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            wait(&self.child);
-            kill(&self.child);
-            wait(&self.child);
-        }
-        let ended = self.child.try_wait().ok().flatten();
-        ended.map_or_else(|| "it does not end".to_owned(), |status| status.to_string())
+        self.process.end(FAREWELL)
     }
 }
 
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.end();
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+        if self
+            .process
+            .ended(Deadline::after(Duration::ZERO))
+            .is_none()
+        {
             let name = &self.name;
             log::error!("{name}: virtiofsd does not end, and may still write to guest memory");
         }
-    }
-}
-
-/// Waits a while for the end of a process, which leaves its number taken. Returns whether it has
-/// ended.
-fn wait(child: &Child) -> bool {
-    let pidfd = pid_of(child).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
-    let Some(Ok(pidfd)) = pidfd else {
-        return false;
-    };
-    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-    // A signal makes the wait shorter.
-    poll(&mut fds, Some(&FAREWELL)).is_ok_and(|ready| ready > 0)
-}
-
-/// Kills what is left of a process that nobody has asked yet how it ended: in namespaces the work is
-/// another's, which the end of the first one need not end.
-fn kill(child: &Child) {
-    if let Some(pid) = pid_of(child) {
-        let _ = kill_process_group(pid, Signal::KILL);
-    }
-}
-
-fn pid_of(child: &Child) -> Option<Pid> {
-    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
-}
-
-/// What it says on its standard error.
-#[derive(Debug)]
-struct Words {
-    pipe: Option<ChildStderr>,
-    /// What it said last, as far as it is no whole line.
-    rest: Vec<u8>,
-}
-
-impl Words {
-    fn new(pipe: Option<ChildStderr>) -> Result<Words> {
-        if let Some(pipe) = &pipe {
-            let flags = fcntl_getfl(pipe)?;
-            fcntl_setfl(pipe, flags | OFlags::NONBLOCK)?;
-        }
-        Ok(Words {
-            pipe,
-            rest: Vec::new(),
-        })
-    }
-
-    /// Whole lines out of what can be read now.
-    fn hear(&mut self) -> Vec<String> {
-        let mut lines = Vec::new();
-        let mut part = [0; MOST_WORDS];
-        for _ in 0..MOST_READS {
-            let read = self.pipe.as_mut().map(|pipe| pipe.read(&mut part));
-            let Some(Ok(len @ 1..)) = read else {
-                break;
-            };
-            self.rest.extend(&part[..len]);
-            self.take_lines(&mut lines);
-        }
-        lines
-    }
-
-    /// As [`Self::hear`], and what is no whole line, of one who says no more.
-    fn hear_all(&mut self) -> Vec<String> {
-        let mut lines = self.hear();
-        self.rest.push(b'\n');
-        self.take_lines(&mut lines);
-        lines
-    }
-
-    fn take_lines(&mut self, lines: &mut Vec<String>) {
-        let whole: Vec<u8> = match self.rest.iter().rposition(|byte| *byte == b'\n') {
-            Some(end) => self.rest.drain(..=end).collect(),
-            None if self.rest.len() >= MOST_WORDS => std::mem::take(&mut self.rest),
-            None => return,
-        };
-        lines.extend(messages::lines(&whole));
     }
 }

@@ -1,12 +1,14 @@
 //! Shared folders by a real virtiofsd, where there is one, and what is said where there is none.
 
 use super::*;
+use crate::virtio::alone::{assert_none_is_left, hold, is_alone, is_gone};
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
 use armlet_devices::{Device, IrqLine};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -84,10 +86,16 @@ impl Guest {
     }
 
     fn start(&mut self) {
+        self.start_with(0);
+    }
+
+    /// With these features beside VERSION_1.
+    fn start_with(&mut self, features: u32) {
         for status in [0, 1, 3] {
             self.write(0x70, status);
         }
-        // VERSION_1 and nothing else.
+        self.write(0x24, 0);
+        self.write(0x20, features);
         self.write(0x24, 1);
         self.write(0x20, 1);
         self.write(0x70, 11);
@@ -150,6 +158,9 @@ impl Guest {
         let available = rings + 0x1000;
         let slot = u64::from((self.requests - 1) % ENTRIES);
         put(&[0, 0], available + 4 + 2 * slot);
+        // With EVENT_IDX: an interrupt for this one.
+        let event = available + 4 + 2 * u64::from(ENTRIES);
+        put(&(self.requests - 1).to_le_bytes(), event);
         put(&self.requests.to_le_bytes(), available + 2);
         self.write(0x50, 1);
     }
@@ -235,6 +246,7 @@ fn share(options: &str) -> Option<(tempfile::TempDir, Share)> {
             return None;
         }
     };
+    let broker = Broker::fork().expect("a process");
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("letter"), "dear guest").expect("a file");
     let path = folder.path().display();
@@ -242,7 +254,7 @@ fn share(options: &str) -> Option<(tempfile::TempDir, Share)> {
     for sandbox in ["namespace", "none", "chroot"] {
         let text = format!("tag=home,path={path},sandbox={sandbox}{options}");
         let options = ShareOptions::parse(&text).expect("options");
-        match options.open_with("share0", program.clone()) {
+        match options.open_with("share0", &broker, program.clone()) {
             Ok(share) => return Some((folder, share)),
             Err(error) => println!("skipped: {error:#}"),
         }
@@ -273,13 +285,14 @@ fn what_is_no_folder_is_refused_before_anything_starts() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     fs::write(&file, "").expect("a file");
+    let broker = Broker::fork().expect("a process");
     for (path, what) in [
         (folder.path().join("none"), "cannot share"),
         (file, "is no folder"),
     ] {
         let text = format!("tag=x,path={}", path.display());
         let options = ShareOptions::parse(&text).expect("options");
-        let error = options.open_with("share0", "/bin/false".into());
+        let error = options.open_with("share0", &broker, "/bin/false".into());
         let error = error.err().expect("no folder");
         assert!(format!("{error:#}").contains(what), "{error:#}");
     }
@@ -297,8 +310,10 @@ fn a_host_without_it_is_told_the_package() {
     let folder = tempfile::tempdir().expect("a folder");
     let program = folder.path().join("virtiofsd");
     fs::write(&program, "").expect("a file");
-    let found = daemon::find(Some(folder.path().as_os_str()));
-    assert_eq!(found.expect("it is there"), program);
+    let found = || daemon::find(Some(folder.path().as_os_str())).ok();
+    assert_ne!(found().as_ref(), Some(&program), "nobody may run it");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("ours");
+    assert_eq!(found(), Some(program));
 }
 
 #[test]
@@ -306,8 +321,9 @@ fn one_that_does_not_start_is_quoted() {
     let folder = tempfile::tempdir().expect("a folder");
     let text = format!("tag=x,path={}", folder.path().display());
     let options = ShareOptions::parse(&text).expect("options");
+    let broker = Broker::fork().expect("a process");
     let error = |program: &str| {
-        let opened = options.open_with("share0", program.into());
+        let opened = options.open_with("share0", &broker, program.into());
         format!("{:#}", opened.err().expect("it is no virtiofsd"))
     };
     assert_eq!(
@@ -421,6 +437,102 @@ fn none_is_left_when_the_guest_is_gone() {
     let mut guest = Guest::new(&share);
     guest.start();
     drop(guest);
+    drop(share);
+    assert_eq!(kill_servers(folder.path()), 0, "one was there still");
+}
+
+/// A virtiofsd that is a shell script.
+fn fake(script: &str, patience: Duration) -> Result<()> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = folder.path().join("virtiofsd");
+    fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("a file");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("ours");
+    let text = format!("tag=x,path={}", folder.path().display());
+    let options = ShareOptions::parse(&text).expect("options");
+    let broker = Broker::fork().expect("a process");
+    let launch = Launch::new(&broker, program, &options, folder.path().to_owned())?;
+    launch.start("share0", Deadline::after(patience)).map(drop)
+}
+
+#[test]
+fn one_that_never_answers_is_not_waited_for_and_does_not_stay() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pids = folder.path().join("pids");
+    let script = format!(
+        "trap '' TERM HUP; sleep 1000 & other=$!; setsid sleep 1000 & exec 2>&-
+echo $$ $other $! >{0}.new; mv {0}.new {0}; wait",
+        pids.display()
+    );
+    let error = fake(&script, Duration::from_secs(3)).expect_err("it says nothing");
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("does not answer GetFeatures within 3000 ms"),
+        "{error}"
+    );
+    let started = fs::read_to_string(&pids).expect("it ran");
+    let started: Vec<u32> = started
+        .split_whitespace()
+        .map(|pid| pid.parse().expect("a number"))
+        .collect();
+    assert!(started.len() >= 3, "{started:?}");
+    assert!(started.iter().all(|pid| is_gone(*pid)), "{started:?}");
+}
+
+/// VIRTIO_F_EVENT_IDX: virtiofsd 1.13 then looks at a ring whose index cannot be again and again, and
+/// notices neither that its connection is closed nor SIGTERM.
+const EVENT_IDX: u32 = 1 << 29;
+
+/// Has a guest break its rings: indices and addresses that cannot be.
+fn break_rings(guest: &mut Guest) {
+    let rings = 2 * RINGS;
+    let memory = &guest.memory;
+    let put = |bytes: &[u8], at: u64| {
+        memory.write_slice(bytes, GuestAddress(at)).expect("memory");
+    };
+    // A descriptor nowhere that is its own next one, and more entries than there are.
+    put(&[0xff; 32], rings);
+    put(&[0xff; 64], rings + 0x1000 + 4);
+    put(&0x8000_u16.to_le_bytes(), rings + 0x1000 + 2);
+    guest.write(0x50, 1);
+    guest.write(0x50, 0);
+}
+
+#[test]
+fn nothing_of_virtiofsd_is_left_when_armlet_is_killed() {
+    const NAME: &str = "virtio::share::tests::nothing_of_virtiofsd_is_left_when_armlet_is_killed";
+    let Some((_folder, share)) = share("") else {
+        return;
+    };
+    if !is_alone(NAME) {
+        drop(share);
+        // The broker, virtiofsd and, in namespaces, its child.
+        return assert_none_is_left(NAME, 2);
+    }
+    let mut guest = Guest::new(&share);
+    guest.start_with(EVENT_IDX);
+    assert_eq!(guest.read("letter"), b"dear guest");
+    break_rings(&mut guest);
+    // The next one is there, too.
+    let _next = Guest::new(&share);
+    std::thread::sleep(Duration::from_millis(300));
+    hold();
+}
+
+#[test]
+fn one_whose_rings_the_guest_broke_ends_with_the_guest() {
+    let Some((folder, share)) = share("") else {
+        return;
+    };
+    for _ in 0..3 {
+        let mut guest = Guest::new(&share);
+        guest.start_with(EVENT_IDX);
+        assert_eq!(guest.read("letter"), b"dear guest");
+        break_rings(&mut guest);
+        // A reset, and the next driver.
+        guest.start_with(EVENT_IDX);
+        assert_eq!(guest.read("letter"), b"dear guest");
+        break_rings(&mut guest);
+    }
     drop(share);
     assert_eq!(kill_servers(folder.path()), 0, "one was there still");
 }

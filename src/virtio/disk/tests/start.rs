@@ -63,7 +63,7 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
         };
         change(&mut args);
         let wanted = virtio::wanted(&args, 1 << 30).expect("right");
-        let Err(error) = virtio::open(&wanted, None) else {
+        let Err(error) = virtio::open(&wanted, None, None) else {
             panic!("{words}: it is not refused");
         };
         let error = format!("{error:#}");

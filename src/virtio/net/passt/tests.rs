@@ -2,12 +2,14 @@
 
 use super::super::tests::{Guest, open};
 use super::*;
+use crate::virtio::alone::{assert_none_is_left, hold, is_alone, is_gone, kill};
 use armlet_devices::virtio::net::HEADER;
 use armlet_devices::virtio::net::feature::MRG_RXBUF;
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use vm_memory::VolatileSlice;
 
@@ -16,15 +18,11 @@ const MAC_BYTES: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
 /// Whether this host has passt; says so where it has not.
 fn has_passt() -> bool {
-    let found = Command::new(PROGRAM)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    if found.is_err() {
+    let found = broker::find(PROGRAM, std::env::var_os("PATH").as_deref(), &[]);
+    if found.is_none() {
         eprintln!("skipped: this host has no passt");
     }
-    found.is_ok()
+    found.is_some()
 }
 
 /// A question who has an IPv4 address that is not the guest's: passt answers for the world.
@@ -97,12 +95,18 @@ fn free_port() -> u16 {
 
 #[test]
 fn when_passt_does_not_start_it_is_said_why() {
-    let missing = Passt::start_program("passt-of-another-host", &[], MAC_BYTES);
-    let missing = missing.err().expect("there is none").to_string();
-    assert!(missing.contains("apt install passt"), "{missing}");
-    let quiet = Passt::start_program("true", &[], MAC_BYTES);
-    let quiet = quiet.err().expect("it ends at once").to_string();
-    assert!(quiet.contains("passt does not start: "), "{quiet}");
+    let broker = Broker::fork().expect("a process");
+    let start = |program: &str| {
+        let started = Passt::start_program(&broker, Path::new(program), &[], MAC_BYTES, PATIENCE);
+        format!("{:#}", started.err().expect("it is no passt"))
+    };
+    let missing = start("/bin/passt-of-another-host");
+    assert!(
+        missing.starts_with("cannot start /bin/passt-of-another-host: No such"),
+        "{missing}"
+    );
+    let quiet = start("/bin/true");
+    assert_eq!(quiet, "passt does not start: exit status: 0");
     if !has_passt() {
         return;
     }
@@ -123,7 +127,8 @@ fn when_passt_ends_the_link_goes_down() {
     if !has_passt() {
         return;
     }
-    let passt = Passt::start(&[], MAC_BYTES).expect("it starts");
+    let passt =
+        Passt::start(&Broker::fork().expect("a process"), &[], MAC_BYTES).expect("it starts");
     let frames = PasstFrames::new(passt);
     let card = super::super::NetworkCard {
         name: "net0".to_owned(),
@@ -132,7 +137,7 @@ fn when_passt_ends_the_link_goes_down() {
     };
     let mut guest = Guest::new(&card, u64::MAX);
     assert!(guest.is_up());
-    frames.passt().child.kill().expect("it runs");
+    kill(frames.passt().process.pid().cast_unsigned());
     guest.wait("end of the link", |guest| (!guest.is_up()).then_some(()));
     // The guest can go on, and so can the next.
     guest.send(0, [0; HEADER], &question());
@@ -147,11 +152,106 @@ fn passt_ends_with_the_card() {
     if !has_passt() {
         return;
     }
-    let passt = Passt::start(&[], MAC_BYTES).expect("it starts");
-    let process = format!("/proc/{}", passt.child.id());
-    assert!(std::path::Path::new(&process).exists());
+    let passt =
+        Passt::start(&Broker::fork().expect("a process"), &[], MAC_BYTES).expect("it starts");
+    let process = passt.process.pid().cast_unsigned();
+    assert!(!is_gone(process));
     drop(passt);
-    assert!(!std::path::Path::new(&process).exists());
+    assert!(is_gone(process));
+}
+
+#[test]
+fn nothing_of_passt_is_left_when_armlet_is_killed() {
+    const NAME: &str = "virtio::net::passt::tests::nothing_of_passt_is_left_when_armlet_is_killed";
+    if !has_passt() {
+        return;
+    }
+    if !is_alone(NAME) {
+        // passt and the broker.
+        return assert_none_is_left(NAME, 2);
+    }
+    let card = open(&format!("user,mac={MAC}")).expect("passt starts");
+    let mut guest = Guest::new(&card, u64::MAX);
+    guest.send(0, [0; HEADER], &question());
+    guest.receive("answer of passt", is_answer);
+    hold();
+}
+
+/// A passt that is a shell script.
+fn fake(broker: &Arc<Broker>, script: &str, patience: Duration) -> Result<Passt> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = folder.path().join("passt");
+    std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("a file");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&program, executable).expect("ours");
+    Passt::start_program(broker, &program, &[], MAC_BYTES, patience)
+}
+
+/// Has `work` done in a thread, which does not take for ever.
+fn in_bounded_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || sender.send(work()));
+    let done = receiver.recv_timeout(Duration::from_secs(60));
+    let done = done.expect("it waits without limit, or failed");
+    thread.join().expect("it ended").expect("it was heard");
+    done
+}
+
+#[test]
+fn one_that_closes_its_standard_error_and_lives_on_holds_nothing_up() {
+    let short = Duration::from_millis(300);
+    let broker = Broker::fork().expect("a process");
+    // It reads nothing; says too much; or closes its socket as well.
+    for (script, patience) in [
+        ("exec 2>&-; sleep 1000", short),
+        ("while :; do echo 'no end of it' >&2; done", short),
+        ("exec 2>&- 3>&-; sleep 1000", PATIENCE),
+    ] {
+        let broker = Arc::clone(&broker);
+        let pid = in_bounded_time(move || match fake(&broker, script, patience) {
+            Ok(mut passt) => {
+                assert!(matches!(passt.report(), Woken::Nothing), "{script}");
+                Some(passt.process.pid().cast_unsigned())
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                assert_eq!(
+                    error,
+                    "passt does not start: it does not work any more, and was killed"
+                );
+                None
+            }
+        });
+        assert_eq!(pid.is_none(), script.contains("3>&-"), "{script}");
+        assert!(pid.is_none_or(is_gone), "{script}");
+    }
+}
+
+#[test]
+fn one_that_closes_its_standard_error_later_can_go_on_and_its_end_is_noticed() {
+    // It takes the first frame, and is there until it is told to go.
+    let script = "head -c 64 <&3 >/dev/null; exec 2>&-; head -c 64 <&3 >/dev/null; exit 3";
+    let broker = Broker::fork().expect("a process");
+    let mut passt = fake(&broker, script, PATIENCE).expect("it reads");
+    assert!(matches!(passt.report(), Woken::Nothing));
+    assert!(!passt.is_gone);
+    send(&mut passt.stream, &[0; 60], 60).expect("room");
+    let deadline = Deadline::after(PATIENCE);
+    let ended = passt.process.ended(deadline).expect("an end").to_owned();
+    assert_eq!(ended, "exit status: 3");
+    let Woken::Gone(why) = passt.report() else {
+        panic!("it has ended");
+    };
+    assert_eq!(why, "passt has ended: exit status: 3");
+}
+
+#[test]
+fn control_characters_of_passts_are_shown_and_do_nothing() {
+    let script = "printf 'a\\033[2Jb\\rc\\n' >&2; exit 1";
+    let broker = Broker::fork().expect("a process");
+    let error = fake(&broker, script, PATIENCE).err().expect("it ends");
+    let error = format!("{error:#}");
+    assert_eq!(error, "passt does not start: a\\x1b[2Jb\\rc");
 }
 
 fn stream() -> (Stream, UnixStream) {
