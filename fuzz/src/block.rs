@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Operation, Outcome, Request, Shape};
@@ -29,6 +30,8 @@ struct Disk {
     size: u64,
     readonly: bool,
     depth: u16,
+    most_bytes: u64,
+    is_cancelled: bool,
     memory: Option<Arc<GuestMemoryMmap>>,
     /// Whether requests are done later.
     defers: bool,
@@ -84,6 +87,7 @@ impl Engine for Fake {
     fn start(&mut self, memory: &Arc<GuestMemoryMmap>) {
         let mut disk = lock(&self.0);
         assert!(disk.memory.is_none(), "started twice");
+        disk.is_cancelled = false;
         disk.memory = Some(Arc::clone(memory));
     }
 
@@ -99,6 +103,10 @@ impl Engine for Fake {
         let data: usize = segments.iter().map(|part| part.len).sum();
         assert_eq!(data as u64, if has_data { request.len } else { 0 });
         assert!(segments.iter().all(|part| part.len > 0));
+        assert!(
+            !disk.is_cancelled,
+            "{request:?} is begun while the device is stopped"
+        );
         let busy = disk.pending.iter().map(|job| job.tag);
         let mut busy = busy.chain(disk.done.iter().map(|(tag, _)| *tag));
         assert!(busy.all(|tag| tag != request.tag), "a tag twice");
@@ -120,14 +128,22 @@ impl Engine for Fake {
         lock(&self.0).done.pop_front()
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self, _most: Duration) {
         let mut disk = lock(&self.0);
         assert!(!disk.pending.is_empty(), "it waits for nothing");
         disk.do_one(0);
     }
 
+    fn cancel(&mut self) {
+        lock(&self.0).is_cancelled = true;
+    }
+
     fn depth(&self) -> u16 {
         lock(&self.0).depth
+    }
+
+    fn most_bytes(&self) -> u64 {
+        lock(&self.0).most_bytes
     }
 
     fn stop(&mut self) {
@@ -139,6 +155,18 @@ impl Engine for Fake {
 
 struct World {
     disk: Arc<Mutex<Disk>>,
+}
+
+impl World {
+    /// The engine's descriptor is readable while there is something to fetch, and only then is the
+    /// device called for it. Returns whether it was.
+    fn fetch(&self, device: &Mutex<Block>) -> bool {
+        let is_readable = !lock(&self.disk).done.is_empty();
+        if is_readable {
+            lock(device).ready(0);
+        }
+        is_readable
+    }
 }
 
 impl Subject for World {
@@ -184,7 +212,7 @@ impl Subject for World {
 
     fn event(&mut self, device: &Mutex<Block>, input: &mut Input<'_>) {
         match input.u8() {
-            0..=127 => {
+            choice @ 0..=127 => {
                 let mut disk = lock(&self.disk);
                 let count = disk.pending.len();
                 if count > 0 {
@@ -192,7 +220,10 @@ impl Subject for World {
                     disk.do_one(index);
                 }
                 drop(disk);
-                lock(device).ready(0);
+                // The thread may hear of a kick of some queue first.
+                if choice < 64 {
+                    self.fetch(device);
+                }
             }
             128..=175 => lock(&self.disk).defers = input.flag(),
             176..=207 => lock(&self.disk).fails = input.flag(),
@@ -206,17 +237,25 @@ impl Subject for World {
     }
 
     fn finish(&mut self, device: &Mutex<Block>) {
-        let mut disk = lock(&self.disk);
-        while !disk.pending.is_empty() {
-            disk.do_one(0);
+        loop {
+            let mut disk = lock(&self.disk);
+            while !disk.pending.is_empty() {
+                disk.do_one(0);
+            }
+            drop(disk);
+            if !self.fetch(device) {
+                break;
+            }
         }
-        drop(disk);
-        lock(device).ready(0);
+    }
+
+    fn is_idle(&self) -> bool {
+        let disk = lock(&self.disk);
+        disk.pending.is_empty() && disk.done.is_empty()
     }
 
     fn is_drained(&self, _queue: usize) -> bool {
-        let disk = lock(&self.disk);
-        disk.pending.is_empty() && disk.done.is_empty()
+        self.is_idle()
     }
 }
 
@@ -231,6 +270,8 @@ pub fn block(data: &[u8]) {
         size: size / 512 * 512,
         readonly,
         depth: [1, 2, 4, 128][usize::from(shape >> 3 & 3)],
+        most_bytes: [512, 1024, 4096, 1 << 20][size as usize % 4],
+        is_cancelled: false,
         memory: None,
         defers: shape & 0x80 != 0,
         fails: false,

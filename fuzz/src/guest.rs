@@ -78,6 +78,11 @@ pub trait Subject {
     /// Whether a queue is empty then, if the driver did not break it.
     fn is_drained(&self, queue: usize) -> bool;
 
+    /// Whether nothing holds the device up now: then what it was kicked for is done.
+    fn is_idle(&self) -> bool {
+        false
+    }
+
     /// Whether another process works on the rings now.
     fn has_other_worker(&self) -> bool {
         false
@@ -152,6 +157,8 @@ pub struct Guest<S: Subject> {
     generation: u32,
     broken: bool,
     rings: Vec<Option<Ring>>,
+    /// By queue: the available index when the driver kicked last.
+    kicked: Vec<Option<u16>>,
     /// By queue: the descriptor that the driver uses next, and its available index.
     next: Vec<(u16, u16)>,
     data_from: u64,
@@ -198,6 +205,7 @@ impl<S: Subject> Guest<S> {
             generation: 0,
             broken: false,
             rings: (0..count).map(|_| None).collect(),
+            kicked: vec![None; count],
             next: vec![(0, 0); count],
             data_from: DATA,
             free: DATA,
@@ -220,6 +228,7 @@ impl<S: Subject> Guest<S> {
         (self.started, self.works) = (false, false);
         (self.broken, self.must_break) = (false, false);
         self.rings.fill_with(|| None);
+        self.kicked.fill(None);
         self.memory.forbid_all();
     }
 
@@ -248,6 +257,9 @@ impl<S: Subject> Guest<S> {
             return;
         }
         self.before();
+        if offset == QUEUE_NOTIFY {
+            self.note_kick(value);
+        }
         let edges = self.line.0.load(Ordering::Relaxed);
         self.mmio.write(offset, &value.to_le_bytes());
         if self.started && !self.works {
@@ -462,6 +474,31 @@ impl<S: Subject> Guest<S> {
         }
     }
 
+    /// The driver kicks a queue.
+    fn note_kick(&mut self, queue: u32) {
+        if let Some(Some(ring)) = self.rings.get(queue as usize) {
+            self.kicked[queue as usize] = Some(ring.index(&self.memory));
+        }
+    }
+
+    /// What the device was kicked for waits only for what is under way: with nothing under way it
+    /// is done, or the device waits for an event that does not come.
+    fn check_kicked(&self) {
+        if !self.works() || self.memory.tainted || !self.subject.is_idle() {
+            return;
+        }
+        for (queue, (ring, kicked)) in self.rings.iter().zip(&self.kicked).enumerate() {
+            let (Some(ring), Some(kicked)) = (ring, kicked) else {
+                continue;
+            };
+            let left = kicked.wrapping_sub(ring.next_used).cast_signed();
+            assert!(
+                left <= 0,
+                "queue {queue} has {left} requests that it was kicked for and nothing is under way"
+            );
+        }
+    }
+
     /// After the device did something.
     fn after(&mut self) {
         for (start, len) in self.subject.touched() {
@@ -475,6 +512,7 @@ impl<S: Subject> Guest<S> {
             }
         }
         self.check_changing();
+        self.check_kicked();
     }
 
     /// The world does something.

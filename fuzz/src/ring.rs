@@ -75,7 +75,8 @@ impl Ring {
         ]
     }
 
-    fn index(&self, memory: &Memory) -> u16 {
+    /// The available ring's index.
+    pub fn index(&self, memory: &Memory) -> u16 {
         memory.u16(self.available + 2)
     }
 
@@ -124,7 +125,7 @@ impl Ring {
         let (mut table, mut count, mut index) = (self.table, u64::from(self.size), u64::from(head));
         let mut left = count;
         let (mut most_written, mut has_writable) = (0, false);
-        let (mut all_there, mut is_ended) = (true, false);
+        let (mut is_in_order, mut is_ended) = (true, false);
         let mut is_indirect = false;
         while left > 0 && index < count {
             let at = table.wrapping_add(DESCRIPTOR * index);
@@ -153,9 +154,8 @@ impl Ring {
                 }
                 has_writable |= len > 0;
             } else {
-                all_there &= !has_writable;
+                is_in_order &= !has_writable;
             }
-            all_there &= is_there || len == 0;
             if flags & NEXT == 0 {
                 is_ended = true;
                 break;
@@ -165,7 +165,8 @@ impl Ring {
         }
         Head {
             most_written,
-            was_sound: all_there && is_ended,
+            // A buffer outside memory fails the request, which is an answer.
+            was_sound: is_in_order && is_ended,
         }
     }
 

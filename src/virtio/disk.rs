@@ -483,7 +483,7 @@ impl Backend for Disk {
 }
 
 /// A thread that panicked has been reported; the data behind its locks are plain.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -289,6 +289,8 @@ impl Balloon {
             return;
         };
         match role {
+            // Pages of which not all are told, or not all are memory, stay as they are.
+            Role::Inflate | Role::Deflate | Role::Reports if !chain.is_whole() => {}
             Role::Inflate | Role::Deflate => {
                 if let Err(what) = working.take_pages(&chain) {
                     ring.break_ring(format_args!("{what}"));

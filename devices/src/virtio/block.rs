@@ -1,10 +1,13 @@
 //! The block device (virtio 1.2, section 5.2). An [`Engine`] carries its requests out, at once or
 //! many at a time.
 
+use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::queue::{Segment, parts};
 use super::{Chain, ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
@@ -18,6 +21,10 @@ const SEG_MAX: u32 = ENTRIES as u32 - 2;
 /// The most bytes of one read or write. Drivers make far smaller ones; a guest that points at the
 /// same memory over and over would keep the host busy with one request for ever.
 const MOST_BYTES: usize = 1 << 30;
+/// The most requests that the device takes up before it lets others have its lock.
+const TURN: u16 = ENTRIES;
+/// How long a reset waits for the storage before the user hears of it.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// The unit of sector numbers, in bytes, whatever the block size.
 const SECTOR: u64 = 512;
 /// The most sectors of a discard: 1 GiB.
@@ -125,12 +132,24 @@ pub trait Engine: Send {
         None
     }
 
-    /// Waits until a request that is under way is done; there is one.
-    fn wait(&mut self) {}
+    /// Waits until a request that is under way is done, but not for longer than `most`; there is
+    /// one.
+    fn wait(&mut self, most: Duration) {
+        let _ = most;
+    }
+
+    /// Nobody wants what is under way any more: each request ends as soon as it can, done or not.
+    fn cancel(&mut self) {}
 
     /// The most requests that may be under way; their tags are smaller than this.
     fn depth(&self) -> u16 {
         1
+    }
+
+    /// The most bytes of one queue's requests that may be under way; a request that has more by
+    /// itself goes alone.
+    fn most_bytes(&self) -> u64 {
+        32 << 20
     }
 
     /// A descriptor that is readable when a request is done.
@@ -158,6 +177,31 @@ pub struct Request<'a> {
     pub data: Data<'a>,
     /// Whether what it changes must have reached stable storage when it is done.
     pub durable: bool,
+    /// Becomes true when nobody wants it any more. An engine that carries a long one out while its
+    /// caller waits looks at it in between.
+    pub cancelled: &'a Arc<AtomicBool>,
+}
+
+impl<'a> Request<'a> {
+    /// A read or write in parts of up to `most` bytes, a multiple of 512, of which only the last
+    /// one has to be durable; anything else as it is.
+    pub fn in_parts(self, most: usize) -> impl Iterator<Item = Request<'a>> {
+        let has_data = matches!(self.operation, Operation::Read | Operation::Write);
+        let step = if has_data { most as u64 } else { u64::MAX };
+        let starts = (0..).map(move |part: u64| part.saturating_mul(step));
+        starts
+            .take_while(move |start| *start == 0 || *start < self.len)
+            .map(move |start| {
+                let len = step.min(self.len - start);
+                Request {
+                    offset: self.offset + start,
+                    len,
+                    data: self.data.slice(start as usize, len as usize),
+                    durable: self.durable && start + len == self.len,
+                    ..self
+                }
+            })
+    }
 }
 
 /// What a request does with its range.
@@ -245,6 +289,20 @@ pub struct Block {
     features: u64,
     queues: Vec<Option<Virtqueue>>,
     running: Option<Running>,
+    /// Queues whose turn it is, or that are held: the next request of each has no tag, or would be
+    /// too many bytes of its queue.
+    ///
+    /// A queue is held only while a request is under way, of itself where bytes hold it. The end
+    /// of any request, whoever meets it, gives all of them their turn (`is_freed`). So none waits
+    /// for an event that does not come: the ring's descriptor tells of completions that nobody has
+    /// fetched yet, and another queue's turn may have fetched the last of them.
+    waiting: VecDeque<usize>,
+    /// Whether something changed for the queues that wait.
+    is_freed: bool,
+    /// By queue: what is under way of it.
+    loads: Vec<Load>,
+    /// Whether a reset wants the device's lock.
+    cancelled: Arc<AtomicBool>,
     /// Requests under way, by tag.
     slots: Vec<Option<Pending>>,
     /// Tags that are free, of those that were in use before.
@@ -258,8 +316,13 @@ struct Running {
     features: u64,
     /// Whether a write may be done before it reached stable storage.
     writeback: bool,
-    /// Queues that have requests for which there is no tag now.
-    held: Vec<usize>,
+}
+
+/// What is under way of a queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct Load {
+    requests: u16,
+    bytes: u64,
 }
 
 /// A request under way.
@@ -268,6 +331,8 @@ struct Pending {
     chain: Chain,
     /// Whether it fills the buffers before the status byte.
     is_read: bool,
+    /// Bytes of the disk that it is about.
+    bytes: u64,
 }
 
 /// What a request's header and framing say.
@@ -306,6 +371,10 @@ impl Block {
             features,
             queues: (0..shape.queues).map(|_| None).collect(),
             running: None,
+            waiting: VecDeque::new(),
+            is_freed: false,
+            loads: vec![Load::default(); usize::from(shape.queues)],
+            cancelled: Arc::default(),
             slots: Vec::new(),
             free: Vec::new(),
         }
@@ -325,22 +394,68 @@ impl Block {
         }
     }
 
-    /// Takes requests from a queue and begins them, as many as there are and may be under way.
-    fn serve(&mut self, index: usize) {
-        let size = self.queue(index).map(|queue| queue.size());
-        // A driver that fills the ring as fast as it is emptied cannot keep the device's lock.
-        let mut left = size.unwrap_or(0);
+    /// Gives the queues that wait their turns, until nothing can be begun now; interrupts the
+    /// driver for what was completed.
+    fn turn(&mut self) {
+        let mut left = TURN;
+        while std::mem::take(&mut self.is_freed) {
+            for _ in 0..self.waiting.len() {
+                // Those behind keep their places in the line.
+                if !self.has_tag() {
+                    break;
+                }
+                if let Some(index) = self.waiting.pop_front() {
+                    self.serve(index, &mut left);
+                }
+            }
+        }
+        debug_assert!(
+            self.waiting.iter().all(|index| self.may_be_held(*index)),
+            "a queue is held while nothing is under way"
+        );
+        for queue in self.queues.iter_mut().flatten() {
+            queue.signal();
+        }
+    }
+
+    /// Whether the end of a request that is under way will give a queue its turn.
+    fn may_be_held(&self, index: usize) -> bool {
+        match self.has_tag() {
+            true => self.loads.get(index).is_some_and(|load| load.requests > 0),
+            false => !self.is_idle(),
+        }
+    }
+
+    /// Takes requests from a queue and begins them, as many as there are and may be under way, up
+    /// to `left` of them, which are counted down.
+    fn serve(&mut self, index: usize, left: &mut u16) {
         while let Some(queue) = self.queue(index) {
             queue.silence();
+            let mut is_held = false;
             let emptied = loop {
-                if left == 0 || !self.has_tag() {
+                if self.cancelled.load(Ordering::Relaxed) {
+                    // Whoever waits for the lock stops the device.
+                    self.engine.submit();
+                    return;
+                }
+                if *left == 0 {
+                    break false;
+                }
+                is_held = !self.has_tag();
+                if is_held {
                     break false;
                 }
                 let Some(chain) = self.queue(index).and_then(Virtqueue::pop) else {
                     break true;
                 };
-                left -= 1;
-                self.begin(index, chain);
+                *left -= 1;
+                if let Err(chain) = self.begin(index, chain) {
+                    if let Some(queue) = self.queue(index) {
+                        queue.undo_pop(chain);
+                    }
+                    is_held = true;
+                    break false;
+                }
             };
             self.engine.submit();
             self.collect();
@@ -348,46 +463,55 @@ impl Block {
                 if !self.queue(index).is_some_and(Virtqueue::listen) {
                     return;
                 }
-            } else if left == 0 {
+            } else if is_held {
+                // What ended just now counts for it, too: then `turn` comes back at once.
+                self.waiting.push_back(index);
+                return;
+            } else {
+                // A driver that fills the ring as fast as it is emptied does not keep the device's
+                // lock: the kick brings us back. The counter cannot overflow before it is read.
                 let kick = self.queue(index).map(|queue| Arc::clone(queue.kick()));
-                // The counter cannot overflow before it is read.
                 let _ = kick.map(|kick| kick.write(1));
                 return;
-            } else if !self.has_tag() {
-                if let Some(running) = &mut self.running
-                    && !running.held.contains(&index)
-                {
-                    running.held.push(index);
-                }
-                return;
             }
-        }
-    }
-
-    /// Interrupts the driver for what was completed.
-    fn signal(&mut self) {
-        for queue in self.queues.iter_mut().flatten() {
-            queue.signal();
         }
     }
 
     /// Completes the requests that the engine is done with.
     fn collect(&mut self) {
         while let Some((tag, outcome)) = self.engine.finished() {
-            let slot = self.slots.get_mut(usize::from(tag));
-            if let Some(pending) = slot.and_then(Option::take) {
-                self.free.push(tag);
+            if let Some(pending) = self.take(tag) {
                 self.complete(pending, status_of(outcome));
             }
         }
     }
 
-    fn begin(&mut self, queue: usize, chain: Chain) {
+    /// The request with this tag is not under way any more.
+    fn take(&mut self, tag: u16) -> Option<Pending> {
+        let pending = self
+            .slots
+            .get_mut(usize::from(tag))
+            .and_then(Option::take)?;
+        self.free.push(tag);
+        self.is_freed = true;
+        if let Some(load) = self.loads.get_mut(pending.queue) {
+            load.requests -= 1;
+            load.bytes -= pending.bytes;
+        }
+        Some(pending)
+    }
+
+    /// Begins a request, or answers it at once.
+    ///
+    /// # Errors
+    /// A request that would be too much of its queue under way: the same again.
+    fn begin(&mut self, queue: usize, chain: Chain) -> Result<(), Chain> {
         let Some(running) = &self.running else {
-            return;
+            return Ok(());
         };
         let room = chain.writable_len();
         let order = match room {
+            _ if !chain.is_whole() => Order::Answer(IOERR),
             0 => Order::Answer(IOERR),
             _ => self.order(running, &chain),
         };
@@ -396,6 +520,7 @@ impl Block {
             queue,
             chain,
             is_read: matches!(order, Order::Do(Operation::Read, ..)),
+            bytes: 0,
         };
         let (operation, offset, len) = match order {
             Order::Do(operation, offset, len) => (operation, offset, len),
@@ -404,10 +529,19 @@ impl Block {
                 let memory = &running.memory;
                 pending.chain.write(memory, 0, &self.serial[..wanted]);
                 pending.is_read = wanted == room - 1;
-                return self.complete(pending, OK);
+                self.complete(pending, OK);
+                return Ok(());
             }
-            Order::Answer(status) => return self.complete(pending, status),
+            Order::Answer(status) => {
+                self.complete(pending, status);
+                return Ok(());
+            }
         };
+        pending.bytes = len;
+        let load = self.loads.get(queue).copied().unwrap_or_default();
+        if load.requests > 0 && load.bytes + len > self.engine.most_bytes() {
+            return Err(pending.chain);
+        }
         let data = match operation {
             Operation::Read => Data::new(pending.chain.writable(), 0, len as usize),
             Operation::Write => Data::new(pending.chain.readable(), HEADER, len as usize),
@@ -425,14 +559,22 @@ impl Block {
             len,
             data,
             durable,
+            cancelled: &self.cancelled,
         });
         match outcome {
             Some(outcome) => {
                 self.free.push(tag);
                 self.complete(pending, status_of(outcome));
             }
-            None => self.slots[usize::from(tag)] = Some(pending),
+            None => {
+                if let Some(load) = self.loads.get_mut(queue) {
+                    load.requests += 1;
+                    load.bytes += len;
+                }
+                self.slots[usize::from(tag)] = Some(pending);
+            }
         }
+        Ok(())
     }
 
     /// What a request wants, as far as it may have it.
@@ -532,10 +674,19 @@ impl Block {
             queue,
             chain,
             is_read,
+            ..
         } = pending;
         let Some(queue) = self.queue(queue) else {
             return;
         };
+        if !chain.is_whole() {
+            // Where the byte is not in memory either, nobody can be told more.
+            if let Some(last) = chain.last_writable() {
+                let _ = queue.memory().write_obj(status, last);
+            }
+            queue.complete(chain, 0);
+            return;
+        }
         let Some(last) = chain.writable_len().checked_sub(1) else {
             let head = chain.head();
             queue.break_ring(format_args!(
@@ -562,6 +713,51 @@ impl Block {
 
     fn is_idle(&self) -> bool {
         self.free.len() == self.slots.len()
+    }
+
+    /// Ends what is under way; the driver does not wait for it any more.
+    fn end_requests(&mut self) {
+        if self.is_idle() {
+            return;
+        }
+        self.engine.cancel();
+        let forget = |disk: &mut Block| {
+            while let Some((tag, _)) = disk.engine.finished() {
+                disk.take(tag);
+            }
+        };
+        self.wait_until("a reset", Block::is_idle, forget);
+    }
+
+    /// Waits for the engine until `is_over`, and says so where it takes long; `fetch` takes what the
+    /// engine is done with.
+    fn wait_until(
+        &mut self,
+        what: &str,
+        is_over: impl Fn(&Block) -> bool,
+        fetch: impl Fn(&mut Block),
+    ) {
+        let (begun, mut told) = (Instant::now(), PATIENCE);
+        loop {
+            fetch(self);
+            if is_over(self) {
+                return;
+            }
+            let waited = begun.elapsed();
+            if waited >= told {
+                told *= 2;
+                let name = self
+                    .running
+                    .as_ref()
+                    .map_or("a disk", |now| now.link.name());
+                log::warn!(
+                    "{name}: {what} has waited {} s for {} requests that the host's storage has not answered",
+                    waited.as_secs(),
+                    self.slots.len() - self.free.len()
+                );
+            }
+            self.engine.wait(told.saturating_sub(waited));
+        }
     }
 
     /// The cache's mode as the driver sees it, where it can change it.
@@ -616,7 +812,6 @@ impl VirtioDevice for Block {
             memory: driver.memory,
             features: driver.features,
             writeback: flushes,
-            held: Vec::new(),
         });
         if !flushes {
             self.set_writeback(false);
@@ -629,18 +824,9 @@ impl VirtioDevice for Block {
     }
 
     fn stop(&mut self) {
-        while !self.is_idle() {
-            // The driver does not wait for them any more.
-            match self.engine.finished() {
-                Some((tag, _)) => {
-                    let slot = self.slots.get_mut(usize::from(tag));
-                    if slot.and_then(Option::take).is_some() {
-                        self.free.push(tag);
-                    }
-                }
-                None => self.engine.wait(),
-            }
-        }
+        self.waiting.clear();
+        self.is_freed = false;
+        self.end_requests();
         if let Some(running) = self.running.take() {
             self.engine.stop();
             // The next driver finds the cache as the first one did.
@@ -652,29 +838,21 @@ impl VirtioDevice for Block {
     }
 
     fn stop_queue(&mut self, queue: usize) {
-        let is_under_way = |slots: &[Option<Pending>]| {
-            let mut pending = slots.iter().flatten();
-            pending.any(|pending| pending.queue == queue)
-        };
         // Their data lies in the driver's buffers, so they are completed first.
-        loop {
-            self.collect();
-            if !is_under_way(&self.slots) {
-                break;
-            }
-            self.engine.wait();
+        let is_over = |disk: &Block| {
+            let load = disk.loads.get(queue);
+            load.is_none_or(|load| load.requests == 0)
+        };
+        self.wait_until("the stop of a queue", is_over, Block::collect);
+        for ring in self.queues.iter_mut().flatten() {
+            ring.signal();
         }
-        self.signal();
         if let Some(ring) = self.queues.get_mut(queue) {
             *ring = None;
         }
-        // Those that waited for a tag may have one now.
-        let held = self
-            .running
-            .as_mut()
-            .map(|now| std::mem::take(&mut now.held));
-        for ring in held.unwrap_or_default() {
-            if let Some(ring) = self.queue(ring) {
+        // Those that wait may have their turn now.
+        while let Some(waiting) = self.waiting.pop_front() {
+            if let Some(ring) = self.queue(waiting) {
                 // The counter cannot overflow before it is read.
                 let _ = ring.kick().write(1);
             }
@@ -689,9 +867,19 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
+        Some(Arc::clone(&self.cancelled))
+    }
+
     fn kicked(&mut self, queue: usize) {
-        self.serve(queue);
-        self.signal();
+        if !self.waiting.contains(&queue) {
+            self.waiting.push_back(queue);
+        }
+        if !self.has_tag() {
+            self.collect();
+        }
+        self.is_freed = true;
+        self.turn();
     }
 
     fn sources(&self) -> Vec<Source> {
@@ -705,14 +893,7 @@ impl VirtioDevice for Block {
 
     fn ready(&mut self, _source: usize) {
         self.collect();
-        let held = self
-            .running
-            .as_mut()
-            .map(|now| std::mem::take(&mut now.held));
-        for queue in held.unwrap_or_default() {
-            self.serve(queue);
-        }
-        self.signal();
+        self.turn();
     }
 }
 

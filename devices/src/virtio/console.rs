@@ -173,7 +173,14 @@ impl Working {
             return (0, false);
         };
         let mut taken = 0;
+        let mut refused = 0;
         let wants_more = loop {
+            if refused == ENTRIES {
+                // The kick brings us back. The counter cannot overflow before it is read.
+                let _ = queue.kick().write(1);
+                self.waits = true;
+                break false;
+            }
             let Some(chain) = queue.pop() else {
                 if queue.listen() {
                     continue;
@@ -181,6 +188,11 @@ impl Working {
                 self.waits = true;
                 break false;
             };
+            if !chain.is_whole() {
+                queue.complete(chain, 0);
+                refused += 1;
+                continue;
+            }
             self.listens = true;
             if taken == input.len() {
                 queue.undo_pop(chain);
@@ -232,6 +244,10 @@ impl Working {
                     return is_long;
                 }
                 left = left.saturating_sub(REQUEST_COST);
+                if !chain.is_whole() {
+                    queue.complete(chain, 0);
+                    continue;
+                }
                 is_long |= chain.readable_len() > KERNEL_REQUEST;
                 match send(&chain, queue, sent, sink, &mut left) {
                     Sent::All => queue.complete(chain, 0),

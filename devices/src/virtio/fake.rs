@@ -269,6 +269,27 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         data
     }
 
+    /// An address behind the end of memory.
+    pub(crate) const OUTSIDE: u64 = BASE + MEMORY as u64;
+
+    /// Makes a request whose buffers are `parts` of 64 bytes, readable ones or (`true`) writable
+    /// ones, of which the one at `outside` is not in memory; kicks.
+    pub(crate) fn request_outside(&mut self, index: usize, parts: &[bool], outside: usize) {
+        let parts: Vec<(u64, u32, u16)> = parts
+            .iter()
+            .enumerate()
+            .map(|(part, is_writable)| {
+                let address = match part == outside {
+                    true => Self::OUTSIDE,
+                    false => self.buffer(&[0; 64]),
+                };
+                (address, 64, if *is_writable { WRITE } else { 0 })
+            })
+            .collect();
+        self.chain(index, &parts);
+        self.kick(index);
+    }
+
     /// Whether the device asked for a reset.
     pub(crate) fn is_broken(&mut self) -> bool {
         self.read(0x70) & 64 != 0

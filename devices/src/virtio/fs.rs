@@ -507,6 +507,22 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_outside_memory_fails_its_request_only() {
+        let (device, server) = share();
+        lock(&server.state).refuses = true;
+        let mut guest = Guest::started(device, 0);
+        for outside in [0, 1] {
+            guest.request_outside(1, &[false, true], outside);
+            kick(&mut guest, 1);
+            assert_eq!(guest.used(1).len(), 1);
+        }
+        assert!(!guest.is_broken());
+        guest.request(1, &[&request(1)], &[100]);
+        kick(&mut guest, 1);
+        assert_eq!(guest.used(1)[0].1, failed(1));
+    }
+
+    #[test]
     fn a_server_that_left_a_broken_ring_is_survived() {
         let (device, server) = share();
         let mut guest = Guest::started(device, 0);

@@ -8,6 +8,7 @@
 use crate::limit::{Admitted, RateLimit};
 use std::fmt;
 use std::os::fd::RawFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::GuestMemoryMmap;
@@ -83,6 +84,12 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// A backend that refuses it; the device then asks the driver for a reset.
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError>;
+
+    /// A flag that is set before the device's lock is taken to stop it, and cleared by the same
+    /// hand: a device that works for long with its lock held looks at it, and ends what it does.
+    fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
+        None
+    }
 
     /// The driver says that there is something new in a queue. Never called before `start`'s end;
     /// it may be called with nothing there.

@@ -197,6 +197,18 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_outside_memory_fails_its_request_only() {
+        let (pmem, storage) = pmem();
+        let mut guest = Guest::started(pmem, 0);
+        guest.request_outside(0, &[false, true], 0);
+        guest.request_outside(0, &[false, true], 1);
+        assert_eq!(guest.used(0).len(), 2);
+        assert_eq!(lock(&storage).flushes, 0);
+        assert!(!guest.is_broken());
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+    }
+
+    #[test]
     fn a_reset_in_between_changes_nothing() {
         let (pmem, storage) = pmem();
         let mut guest = Guest::started(pmem, 0);

@@ -20,9 +20,15 @@ const MOST_SEGMENTS: usize = 4096;
 /// fast as they are served does not keep the thread, and with it the device's lock, for ever.
 const MOST_AT_ONCE: usize = 256;
 
+/// A request that had room for more segments than this gives it back when it is completed: what
+/// one large request once needed is not kept for ever, by each of a queue's entries.
+const KEPT_SEGMENTS: usize = 64;
+
 /// Bytes of a descriptor (virtio 1.2, section 2.7.5).
 const DESCRIPTOR: u32 = 16;
 
+/// PROT_WRITE (include/uapi/asm-generic/mman-common.h): persistent memory may lack it.
+const PROT_WRITE: i32 = 2;
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
 
@@ -43,13 +49,20 @@ pub struct Virtqueue {
     spare: Vec<Chain>,
 }
 
-/// A request: buffers that the device reads, then buffers that it writes. All of them lie in
-/// guest memory.
+/// A request: buffers that the device reads, then buffers that it writes.
+///
+/// All that is shown lies in guest memory. Of a request of which a buffer does not, it is the
+/// buffers before that one: the device fails such a request and goes on with the next
+/// ([`Chain::is_whole`]).
 #[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
     readable: Vec<Segment>,
     writable: Vec<Segment>,
+    /// Whether a readable buffer, and a writable one, is not in memory.
+    lacks: [bool; 2],
+    /// The last writable byte, if it is in memory.
+    last: Option<GuestAddress>,
 }
 
 /// A piece of guest memory that is part of a request.
@@ -98,7 +111,7 @@ impl Virtqueue {
             ("used ring", addresses.used, 4, 6 + 8 * count),
         ] {
             let start = GuestAddress(address);
-            let fits = memory.check_range(start, bytes);
+            let fits = is_memory(&memory, start, bytes, address == addresses.used);
             if !(address.is_multiple_of(align) && fits) {
                 return Err(format!(
                     "queue {index} has its {name} at {address:#x}, where no {bytes} bytes of aligned memory are"
@@ -179,13 +192,19 @@ impl Virtqueue {
         };
         let head = popped?.head_index();
         let mut chain = self.spare.pop().unwrap_or_default();
-        chain.head = head;
-        chain.readable.clear();
-        chain.writable.clear();
+        chain.reset(head);
         let table = GuestAddress(self.queue.desc_table());
         let table = Table::new(&self.memory, table, self.queue.size());
         match chain.fill(&self.memory, table, head) {
-            Ok(()) => Some(chain),
+            Ok(()) => {
+                if !chain.is_whole() {
+                    self.link.fault(format_args!(
+                        "queue {}: the request at descriptor {head} has a buffer that is not in memory",
+                        self.index
+                    ));
+                }
+                Some(chain)
+            }
             Err(what) => {
                 self.break_ring(format_args!("the request at descriptor {head} {what}"));
                 None
@@ -196,7 +215,15 @@ impl Virtqueue {
     /// Puts the request that was popped last back: the next [`Self::pop`] gets it again.
     pub fn undo_pop(&mut self, chain: Chain) {
         self.queue.go_to_previous_position();
-        self.spare.push(chain);
+        self.keep(chain);
+    }
+
+    /// Keeps a request's lists for the next one, unless they are large.
+    fn keep(&mut self, chain: Chain) {
+        let segments = chain.readable.capacity().max(chain.writable.capacity());
+        if segments <= KEPT_SEGMENTS {
+            self.spare.push(chain);
+        }
     }
 
     /// Completes a request into whose writable buffers `written` bytes were put.
@@ -208,7 +235,7 @@ impl Virtqueue {
             Ok(()) => self.unsignalled = true,
             Err(error) => self.break_ring(format_args!("cannot complete a request: {error}")),
         }
-        self.spare.push(chain);
+        self.keep(chain);
     }
 
     /// Completes requests that belong together, with the bytes put into each: the driver sees all
@@ -227,7 +254,7 @@ impl Virtqueue {
             let entry = [u32::from(chain.head).to_le(), written.to_le()];
             result = result.and(self.memory.write_obj(entry, slot));
             next = next.wrapping_add(1);
-            self.spare.push(chain);
+            self.keep(chain);
         }
         self.queue.set_next_used(next);
         let index = GuestAddress(used + 2);
@@ -352,6 +379,27 @@ impl Chain {
         self.head
     }
 
+    fn reset(&mut self, head: u16) {
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        self.lacks = [false; 2];
+        self.last = None;
+    }
+
+    /// Whether all of its buffers are in memory.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.lacks == [false; 2]
+    }
+
+    /// The last byte that the device may write, if there is one and it is in memory: where some
+    /// devices say how a request ended, also of one that is not whole.
+    #[must_use]
+    pub fn last_writable(&self) -> Option<GuestAddress> {
+        self.last
+    }
+
     /// Buffers that the device reads.
     #[must_use]
     pub fn readable(&self) -> &[Segment] {
@@ -452,9 +500,10 @@ impl Chain {
         descriptor: &Descriptor,
     ) -> Result<(), &'static str> {
         let (address, len) = (descriptor.addr(), descriptor.len() as usize);
-        let segments = match descriptor.is_write_only() {
+        let is_writable = descriptor.is_write_only();
+        let segments = match is_writable {
             true => &mut self.writable,
-            false if !self.writable.is_empty() => {
+            false if !self.writable.is_empty() || self.lacks[1] => {
                 return Err("has a readable buffer behind a writable one");
             }
             false => &mut self.readable,
@@ -465,12 +514,40 @@ impl Chain {
         if segments.len() == MOST_SEGMENTS {
             return Err("has too many buffers");
         }
-        // Most lie in one region, which is the cheaper question.
-        if memory.get_slice(address, len).is_err() && !memory.check_range(address, len) {
-            return Err("has a buffer that is not in memory");
+        let is_there = is_memory(memory, address, len, is_writable);
+        if is_writable {
+            let last = address.checked_add(len as u64 - 1);
+            self.last = last.filter(|_| is_there);
         }
-        segments.push(Segment { address, len });
+        let lacks = &mut self.lacks[usize::from(is_writable)];
+        *lacks |= !is_there;
+        if !*lacks {
+            segments.push(Segment { address, len });
+        }
         Ok(())
+    }
+}
+
+/// Whether all of a range is memory that may be read, and written where `to_write`.
+fn is_memory(memory: &GuestMemoryMmap, start: GuestAddress, len: usize, to_write: bool) -> bool {
+    let (mut at, mut left) = (start, len);
+    loop {
+        // Most lie in one region.
+        let Some((region, offset)) = memory.to_region_addr(at) else {
+            return false;
+        };
+        if to_write && region.prot() & PROT_WRITE == 0 {
+            return false;
+        }
+        let there = region.size() - offset.0 as usize;
+        if left <= there {
+            return true;
+        }
+        left -= there;
+        match at.checked_add(there as u64) {
+            Some(next) => at = next,
+            None => return false,
+        }
     }
 }
 

@@ -131,6 +131,15 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_outside_memory_fails_its_request_only() {
+        let mut guest = Guest::started(counting(), 0);
+        guest.request_outside(0, &[true], 0);
+        assert_eq!(guest.used(0).len(), 1);
+        assert!(!guest.is_broken());
+        assert_eq!(guest.answer(0, &[], &[2]), [1, 2]);
+    }
+
+    #[test]
     fn a_source_that_fails_gives_nothing() {
         let mut guest = Guest::started(Rng::new(Box::new(|_| false)), 0);
         assert_eq!(guest.answer(0, &[], &[8]), []);

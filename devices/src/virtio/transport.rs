@@ -1,6 +1,7 @@
 //! The register machine that every transport has: status, features, queues and their start
 //! (virtio 1.2, sections 2.1, 2.2, 3.1).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
@@ -35,6 +36,8 @@ pub(crate) struct Transport {
     started: bool,
     /// Whether the device took the start.
     works: bool,
+    /// As [`VirtioDevice::cancel_flag`].
+    cancel: Option<Arc<AtomicBool>>,
 }
 
 /// What the driver says of a queue.
@@ -67,10 +70,11 @@ impl Transport {
         memory: Arc<GuestMemoryMmap>,
         link: Arc<Link>,
     ) -> std::io::Result<Transport> {
-        let (id, features, config, sizes) = {
+        let (id, features, config, sizes, cancel) = {
             let device = lock(&device);
-            let sizes = device.queue_sizes();
-            (device.id(), device.features(), device.config(), sizes)
+            let (config, sizes) = (device.config(), device.queue_sizes());
+            let cancel = device.cancel_flag();
+            (device.id(), device.features(), config, sizes, cancel)
         };
         let kicks = sizes
             .iter()
@@ -89,6 +93,7 @@ impl Transport {
             queues: sizes.into_iter().map(QueueRegisters::new).collect(),
             started: false,
             works: false,
+            cancel,
         })
     }
 
@@ -263,9 +268,21 @@ impl Transport {
         )
     }
 
+    /// Stops the device, which may be at work with its lock held.
+    fn stop(&self) {
+        if let Some(cancel) = &self.cancel {
+            cancel.store(true, Ordering::Release);
+        }
+        let mut device = lock(&self.device);
+        device.stop();
+        if let Some(cancel) = &self.cancel {
+            cancel.store(false, Ordering::Release);
+        }
+    }
+
     fn reset(&mut self) {
         if std::mem::take(&mut self.started) {
-            lock(&self.device).stop();
+            self.stop();
         }
         self.works = false;
         self.status = 0;

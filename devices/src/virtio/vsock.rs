@@ -439,6 +439,10 @@ impl Running {
                 return;
             };
             *left -= 1;
+            if !chain.is_whole() {
+                self.to_guest.complete(chain, 0);
+                continue;
+            }
             if chain.writable_len() <= HEADER {
                 let room = chain.writable_len();
                 self.link.fault(format_args!(

@@ -2,8 +2,18 @@
 
 use armlet_devices::limit::{Admitted, RateLimit};
 use armlet_devices::virtio::block::{Operation, Outcome};
+use rustix::io::Errno;
 use std::io;
 use std::path::PathBuf;
+
+/// Why a request that nobody wants any more is not done.
+pub(super) fn cancelled() -> io::Error {
+    Errno::CANCELED.into()
+}
+
+fn is_cancelled(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::CANCELED)
+}
 
 /// Says what the host's storage refuses, at a limited rate.
 pub(super) struct Complaints {
@@ -34,6 +44,9 @@ impl Complaints {
         let Err(error) = result else {
             return Outcome::Done;
         };
+        if is_cancelled(&error) {
+            return Outcome::Failed;
+        }
         self.limit.log(log::Level::Warn, |Admitted { count, .. }| {
             let act = match operation {
                 Operation::Read => "read",

@@ -1,14 +1,15 @@
 //! A raw image, which is a file or a block device, and the engine that works on it one request at
 //! a time.
 
-use super::complaints::Complaints;
-use super::sys::{self, Direction, Mover};
+use super::complaints::{Complaints, cancelled};
+use super::sys::{self, Direction, MOST_AT_ONCE, Mover};
 use crate::eintr::uninterrupted;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -128,6 +129,28 @@ impl Image {
         Ok(())
     }
 
+    /// Whether the file still reaches as far as a range that is to be changed, apart from a last
+    /// block that it never had whole. A file that was cut while a guest has it would grow back with
+    /// zeros in the place of what it held, and nobody would hear of it.
+    ///
+    /// # Errors
+    /// A file that ends before the range does.
+    pub(super) fn check_end(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.is_device || self.readonly {
+            return Ok(());
+        }
+        // The place in the file means nothing: all reads and writes say where.
+        let size = (&self.file).seek(SeekFrom::End(0))?;
+        let end = offset.saturating_add(len).min(self.len.load(Relaxed));
+        match size >= end {
+            true => Ok(()),
+            false => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("the file ends at byte {size}; it was longer when it was opened"),
+            )),
+        }
+    }
+
     /// Brings all that was written to stable storage.
     pub(super) fn flush(&self) -> io::Result<()> {
         let result = match self.readonly {
@@ -206,7 +229,8 @@ impl Image {
         }
     }
 
-    fn zero(&self, offset: u64, len: u64, unmap: bool, buffer: &mut Vec<u8>) -> io::Result<()> {
+    fn zero(&self, request: &Request<'_>, unmap: bool, buffer: &mut Vec<u8>) -> io::Result<()> {
+        let (offset, len) = (request.offset, request.len);
         for unmap in [unmap, false] {
             let Some(mode) = self.zero_mode(unmap) else {
                 break;
@@ -223,7 +247,10 @@ impl Image {
             len as usize,
             |_, bytes| {
                 bytes.fill(0);
-                Ok(())
+                match request.cancelled.load(Relaxed) {
+                    true => Err(cancelled()),
+                    false => Ok(()),
+                }
             },
         )
     }
@@ -298,8 +325,25 @@ impl PlainEngine {
         }
     }
 
-    /// Carries a request out.
+    /// Carries a request out, as far as somebody wants it.
     pub(super) fn perform(&mut self, request: &Request<'_>) -> io::Result<()> {
+        if !matches!(request.operation, Operation::Read | Operation::Flush) {
+            self.image.check_end(request.offset, request.len)?;
+        }
+        let result = request.in_parts(MOST_AT_ONCE).try_for_each(|part| {
+            match request.cancelled.load(Relaxed) {
+                true => Err(cancelled()),
+                false => self.perform_part(&part),
+            }
+        });
+        // What one request needs is not kept for ever.
+        if let Some(mover) = &mut self.mover {
+            mover.release();
+        }
+        result
+    }
+
+    fn perform_part(&mut self, request: &Request<'_>) -> io::Result<()> {
         let (offset, len) = (request.offset, request.len);
         match request.operation {
             Operation::Read => self.transfer(Direction::Read, offset, &request.data)?,
@@ -307,7 +351,7 @@ impl PlainEngine {
             Operation::Flush => return self.image.flush(),
             Operation::Discard => return self.image.discard(offset, len),
             Operation::WriteZeroes { unmap } => {
-                self.image.zero(offset, len, unmap, &mut self.buffer)?;
+                self.image.zero(request, unmap, &mut self.buffer)?;
             }
         }
         match request.durable && request.operation != Operation::Read {

@@ -7,16 +7,25 @@
 use armlet_devices::virtio::block::Data;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 /// The most pieces that one call takes (UIO_MAXIOV, include/uapi/linux/uio.h).
 const MOST_PIECES: usize = 1024;
+/// The most bytes that one call or one entry of a ring moves. A request of more goes in parts, so
+/// that nobody waits for long for the end of what nobody wants any more. Linux makes requests of
+/// 1.25 MiB at most, unless told otherwise (block/blk-settings.c: BLK_DEF_MAX_SECTORS_CAP).
+pub(super) const MOST_AT_ONCE: usize = 4 << 20;
+/// Pieces whose place is kept from one request to the next.
+const KEPT_PIECES: usize = 64;
+/// The user data of an entry that takes another one back.
+const CANCELS: u64 = u64::MAX;
 /// RWF_DSYNC (include/uapi/linux/fs.h): a write is done when its data are on stable storage.
 const RWF_DSYNC: i32 = 2;
 /// RWF_NOWAIT: EAGAIN instead of a wait.
@@ -55,20 +64,39 @@ impl Pieces {
         self.list.clear();
         self.first = 0;
         for part in data.parts() {
-            let slice = memory.get_slice(part.address, part.len);
-            let slice = slice.map_err(|_| Errno::FAULT)?;
-            self.list.push(Piece {
-                address: slice.ptr_guard_mut().as_ptr() as usize,
-                len: part.len,
-            });
+            // A buffer may lie in several regions that meet.
+            for slice in memory.get_slices(part.address, part.len) {
+                let slice = slice.map_err(|_| Errno::FAULT)?;
+                let start = slice.ptr_guard_mut().as_ptr() as usize;
+                for at in (0..slice.len()).step_by(MOST_AT_ONCE) {
+                    self.list.push(Piece {
+                        address: start + at,
+                        len: MOST_AT_ONCE.min(slice.len() - at),
+                    });
+                }
+            }
         }
         Ok(())
     }
 
-    /// As many as one call takes.
+    /// As many as one call takes; none is longer than [`MOST_AT_ONCE`].
     fn next(&self) -> &[Piece] {
         let left = &self.list[self.first..];
-        &left[..left.len().min(MOST_PIECES)]
+        let left = &left[..left.len().min(MOST_PIECES)];
+        let mut bytes = 0;
+        let mut fits = |piece: &Piece| {
+            bytes += piece.len;
+            bytes <= MOST_AT_ONCE
+        };
+        let count = left.iter().position(|piece| !fits(piece));
+        &left[..count.unwrap_or(left.len())]
+    }
+
+    /// Keeps no more memory than most requests need.
+    fn release(&mut self) {
+        self.first = 0;
+        self.list.clear();
+        self.list.shrink_to(KEPT_PIECES);
     }
 
     fn advance(&mut self, mut done: usize) {
@@ -170,6 +198,11 @@ impl Mover {
         self.pieces.set(&self.memory, data)
     }
 
+    /// The data are done with; memory that many pieces took is given back.
+    pub(super) fn release(&mut self) {
+        self.pieces.release();
+    }
+
     /// Whether the data's addresses and lengths are multiples of these.
     pub(super) fn is_aligned(&self, address: usize, len: usize) -> bool {
         self.pieces.is_aligned(address, len)
@@ -258,10 +291,32 @@ impl Ring {
     /// Waits for all requests, and lets memory go.
     pub(super) fn stop(&mut self) {
         while self.under_way > 0 {
-            self.wait();
+            self.submit();
+            self.wait(Duration::MAX);
             while self.next().is_some() {}
         }
         self.memory = None;
+    }
+
+    /// Takes back what is under way, as far as the kernel has not begun it; each request is still
+    /// heard of.
+    pub(super) fn cancel(&mut self) {
+        let tags = 0..self.slots.len();
+        for tag in tags
+            .filter(|tag| self.slots[*tag].is_under_way)
+            .collect::<Vec<_>>()
+        {
+            let entry = opcode::AsyncCancel::new(tag as u64).build();
+            self.add(&entry.user_data(CANCELS));
+        }
+        self.submit();
+    }
+
+    /// The slot's data are done with; memory that many pieces took is given back.
+    pub(super) fn release(&mut self, slot: u16) {
+        let slot = &mut self.slots[usize::from(slot)];
+        assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
+        slot.pieces.release();
     }
 
     /// The next request in this slot is about these data.
@@ -315,20 +370,29 @@ impl Ring {
         Ok(done)
     }
 
-    /// Moves what is left of the slot's data while the caller waits.
+    /// Moves of what is left of the slot's data as much as one call takes, while the caller waits.
+    /// Returns the bytes that it moved; 0 where the file ends.
     ///
     /// # Errors
-    /// What the system says; a file that ends before.
-    pub(super) fn finish_now(
+    /// What the system says.
+    pub(super) fn move_now(
         &mut self,
         slot: u16,
         file: &File,
         direction: Direction,
         offset: u64,
-    ) -> io::Result<()> {
+    ) -> io::Result<usize> {
         let slot = &mut self.slots[usize::from(slot)];
         assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
-        slot.pieces.run(file, direction, offset)
+        let pieces = slot.pieces.next();
+        let done = loop {
+            match move_once(file.as_raw_fd(), pieces, direction, offset, 0) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result?,
+            }
+        };
+        slot.pieces.advance(done);
+        Ok(done)
     }
 
     /// Begins to move what is left of the slot's data.
@@ -393,11 +457,16 @@ impl Ring {
         assert!(!place.is_under_way, "one request a slot");
         place.is_under_way = true;
         self.under_way += 1;
+        self.add(&entry);
+    }
+
+    /// Puts an entry into the ring: one of no memory, or one of which `is_under_way` was set.
+    fn add(&mut self, entry: &squeue::Entry) {
         loop {
-            // SAFETY: addresses and list are those of the slot's pieces. Until `next` returns the
-            // slot they do not change, `memory` is not let go, and the list stays where it is on
-            // the heap; so it is when this ring is dropped.
-            let pushed = unsafe { self.ring.submission().push(&entry) };
+            // SAFETY: addresses and list, if it has any, are those of a slot's pieces. Until `next`
+            // returns the slot they do not change, `memory` is not let go, and the list stays where
+            // it is on the heap; so it is when this ring is dropped.
+            let pushed = unsafe { self.ring.submission().push(entry) };
             if pushed.is_ok() {
                 return;
             }
@@ -415,11 +484,17 @@ impl Ring {
         any
     }
 
-    /// Waits until a request is done, if one is under way.
-    pub(super) fn wait(&mut self) {
-        if self.under_way > 0 && self.ring.completion().is_empty() {
-            self.enter(1);
+    /// Waits until a request is done, if one is under way, but not for longer than `most`.
+    pub(super) fn wait(&mut self, most: Duration) {
+        if self.under_way == 0 || !self.ring.completion().is_empty() {
+            return;
         }
+        // SAFETY: the ring is open for as long as `self` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        let mut wait = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        // Interrupted, it is called again; and completions that had no room yet are in the kernel.
+        let _ = poll(&mut wait, Timespec::try_from(most).ok().as_ref());
+        self.enter(0);
     }
 
     fn enter(&mut self, want: usize) {
@@ -437,7 +512,12 @@ impl Ring {
 
     /// A slot whose request is done, and what the kernel says of it.
     pub(super) fn next(&mut self) -> Option<(u16, io::Result<usize>)> {
-        let entry = self.ring.completion().next()?;
+        let entry = loop {
+            let entry = self.ring.completion().next()?;
+            if entry.user_data() != CANCELS {
+                break entry;
+            }
+        };
         let slot = entry.user_data() as u16;
         self.slots[usize::from(slot)].is_under_way = false;
         self.under_way -= 1;
@@ -445,6 +525,12 @@ impl Ring {
         let result = usize::try_from(result)
             .map_err(|_| io::Error::from_raw_os_error(result.wrapping_neg()));
         Some((slot, result))
+    }
+
+    /// Pieces for which a slot has room.
+    #[cfg(test)]
+    pub(super) fn kept_pieces(&self, slot: u16) -> usize {
+        self.slots[usize::from(slot)].pieces.list.capacity()
     }
 
     /// Requests under way.

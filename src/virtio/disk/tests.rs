@@ -1,8 +1,12 @@
+mod driver;
+
 use super::*;
 use armlet_devices::virtio::block::{Data, Operation, Outcome, Request};
 use armlet_devices::virtio::queue::Segment;
 use proptest::prelude::*;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -73,6 +77,7 @@ struct Bench {
     engine: Box<dyn Engine>,
     memory: Arc<GuestMemoryMmap>,
     next: u16,
+    cancelled: Arc<AtomicBool>,
 }
 
 impl Bench {
@@ -85,6 +90,7 @@ impl Bench {
             engine,
             memory,
             next: 0,
+            cancelled: Arc::default(),
         }
     }
 
@@ -115,6 +121,7 @@ impl Bench {
             len: bytes.len() as u64,
             data: Data::new(&segments, 0, at),
             durable,
+            cancelled: &self.cancelled,
         });
         let outcome = begun.unwrap_or_else(|| {
             self.engine.submit();
@@ -124,7 +131,7 @@ impl Bench {
                         assert_eq!(tag, self.next);
                         break outcome;
                     }
-                    None => self.engine.wait(),
+                    None => self.engine.wait(Duration::MAX),
                 }
             }
         });
@@ -324,6 +331,7 @@ fn many_requests_go_on_at_once() {
                 len: 4096,
                 data: Data::new(&segments, 0, 4096),
                 durable: false,
+                cancelled: &Arc::default(),
             });
             match begun {
                 Some(outcome) => assert_eq!(outcome, Outcome::Done),
@@ -338,7 +346,7 @@ fn many_requests_go_on_at_once() {
                     let at = under_way.iter().position(|known| *known == tag);
                     under_way.remove(at.expect("under way"));
                 }
-                None => bench.engine.wait(),
+                None => bench.engine.wait(Duration::MAX),
             }
         }
         let pattern = pattern();
@@ -404,6 +412,139 @@ fn a_file_that_was_cut_off_is_an_io_error() {
             assert_eq!(outcome, Outcome::Failed, "{options} at {offset}");
         }
         assert!(bench.read(0, SIZE / 2) == pattern()[..SIZE / 2]);
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_off_does_not_grow_back() {
+    for options in [
+        "engine=sync",
+        "engine=io_uring",
+        "engine=sync,cache=none",
+        "engine=io_uring,cache=none",
+    ] {
+        let folder = Folder::new();
+        let image = folder.image();
+        let Some(disk) = open_or_skip(&format!("path={image},{options}")) else {
+            continue;
+        };
+        let mut bench = Bench::new(&disk);
+        let file = File::options().write(true).open(&image).expect("a file");
+        let half = SIZE / 2;
+        file.set_len(half as u64).expect("cut off");
+        let operations = [
+            Operation::Write,
+            Operation::WriteZeroes { unmap: false },
+            Operation::WriteZeroes { unmap: true },
+            Operation::Discard,
+        ];
+        for (operation, durable) in operations
+            .into_iter()
+            .flat_map(|op| [(op, false), (op, true)])
+        {
+            for offset in [half, half - 4096, SIZE - 8192] {
+                let mut bytes = vec![1; 8192];
+                let outcome = bench.run(operation, offset, &mut bytes, &[], durable);
+                let about = format!("{options}: {operation:?} at {offset}");
+                assert_eq!(outcome, Outcome::Failed, "{about}");
+                let size = file.metadata().expect("a size").len();
+                assert_eq!(size, half as u64, "{about}");
+            }
+        }
+        // What is still there works as before.
+        bench.write(half - 4096, &[7; 4096]);
+        assert_eq!(bench.read(half - 4096, 4096), [7; 4096]);
+        assert_eq!(bench.flush(), Outcome::Done);
+        file.set_len(SIZE as u64).expect("it grows again");
+        bench.write(SIZE - 4096, &[8; 4096]);
+    }
+}
+
+#[test]
+fn what_nobody_wants_any_more_is_not_done() {
+    for options in [
+        "engine=sync",
+        "engine=io_uring",
+        "engine=io_uring,cache=none",
+    ] {
+        let folder = Folder::new();
+        let Some(disk) = open_or_skip(&format!("path={},{options}", folder.image())) else {
+            continue;
+        };
+        let mut bench = Bench::new(&disk);
+        bench.cancelled.store(true, Ordering::Relaxed);
+        bench.engine.cancel();
+        let mut bytes = vec![0; SIZE];
+        let outcome = bench.run(Operation::Read, 0, &mut bytes, &[], false);
+        // A ring's request is known to it, and may be done already.
+        if options == "engine=sync" {
+            assert_eq!((outcome, &bytes[..]), (Outcome::Failed, &[0; SIZE][..]));
+        }
+    }
+}
+
+/// A request of `len` bytes whose data are 2 MiB of memory again and again.
+fn repeat(len: usize) -> Vec<Segment> {
+    let segment = Segment {
+        address: GuestAddress(BASE),
+        len: 2 << 20,
+    };
+    vec![segment; len / segment.len]
+}
+
+#[test]
+fn a_request_is_carried_out_in_parts() {
+    const LEN: usize = 256 << 20;
+    for options in ["engine=io_uring", "engine=io_uring,cache=none"] {
+        let folder = Folder::new();
+        let image = folder.path("sparse.img");
+        let file = File::create(&image).expect("a file");
+        file.set_len(LEN as u64).expect("room");
+        let Some(disk) = open_or_skip(&format!("path={image},{options}")) else {
+            continue;
+        };
+        let mut bench = Bench::new(&disk);
+        let segments = repeat(LEN);
+        for (index, byte) in [1_u8, 2].into_iter().enumerate() {
+            let marks = [[byte; 512]; 1].concat();
+            file.write_all_at(&marks, (index * (LEN - 512)) as u64)
+                .expect("room");
+        }
+        let request = Request {
+            tag: 0,
+            operation: Operation::Read,
+            offset: 0,
+            len: LEN as u64,
+            data: Data::new(&segments, 0, LEN),
+            durable: false,
+            cancelled: &Arc::default(),
+        };
+        let end = GuestAddress(BASE + (2 << 20) - 512);
+        let last = |bench: &Bench| -> [u8; 512] {
+            let mut bytes = [0; 512];
+            bench.memory.read_slice(&mut bytes, end).expect("memory");
+            bytes
+        };
+        // As a reset finds it: the first part is done at most.
+        assert_eq!(bench.engine.begin(&request), None, "{options}");
+        bench.engine.cancel();
+        let finished = |bench: &mut Bench| loop {
+            match bench.engine.finished() {
+                Some(done) => break done,
+                None => bench.engine.wait(Duration::MAX),
+            }
+        };
+        assert_eq!(finished(&mut bench), (0, Outcome::Failed));
+        assert_ne!(last(&bench), [2; 512], "{options}: all of it was read");
+        // The next driver's requests are done whole.
+        bench.engine.stop();
+        let memory = bench.memory.clone();
+        bench.engine.start(&memory);
+        if bench.engine.begin(&request).is_none() {
+            bench.engine.submit();
+            assert_eq!(finished(&mut bench), (0, Outcome::Done));
+        }
+        assert_eq!(last(&bench), [2; 512], "{options}");
     }
 }
 

@@ -2,6 +2,7 @@
 //! together. What the page cache can serve without a wait does not go through the ring, because
 //! it costs less so: the ring hands most writes to the page cache to a thread of the kernel.
 
+use super::complaints::cancelled;
 use super::image::{Alignment, Image, PlainEngine};
 use super::sys::{Direction, Ring, end_of};
 use armlet_devices::virtio::block::{Engine, Operation, Outcome, Request};
@@ -11,6 +12,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 /// The most requests under way: what fast storage keeps busy with.
@@ -29,6 +32,10 @@ pub(super) struct UringEngine {
     /// Whether the file system knows I/O that does not wait; true until it says no.
     tries_reads: bool,
     tries_writes: bool,
+    /// Whether nobody wants what is under way.
+    is_cancelled: bool,
+    /// As [`Request::cancelled`], for what is done by other means after all.
+    cancelled: Arc<AtomicBool>,
 }
 
 /// A request under way.
@@ -39,7 +46,10 @@ struct Job {
     len: u64,
     /// Bytes that were moved.
     moved: u64,
+    /// Whether each move has to reach stable storage by itself.
     durable: bool,
+    /// Whether all that it changes is brought to stable storage at its end.
+    syncs: bool,
     step: Step,
 }
 
@@ -57,6 +67,7 @@ const NO_JOB: Job = Job {
     len: 0,
     moved: 0,
     durable: false,
+    syncs: false,
     step: Step::Sync,
 };
 
@@ -74,6 +85,8 @@ impl UringEngine {
             plain: PlainEngine::new(Arc::clone(image)),
             tries_reads: true,
             tries_writes: true,
+            is_cancelled: false,
+            cancelled: Arc::default(),
         })
     }
 
@@ -136,16 +149,19 @@ impl UringEngine {
                 },
             }
         }
-        if direction == Direction::Write {
-            self.ring.finish_now(tag, file, direction, offset)?;
+        match direction {
+            Direction::Read => Ok(0),
+            Direction::Write => match self.ring.move_now(tag, file, direction, offset)? {
+                0 => Err(end_of(direction)),
+                moved => Ok(moved as u64),
+            },
         }
-        Ok(0)
     }
 
     fn wait_for_all(&mut self) {
         while self.ring.under_way() > 0 {
             self.ring.submit();
-            self.ring.wait();
+            self.ring.wait(Duration::MAX);
             while let Some(done) = self.next() {
                 self.done.push_back(done);
             }
@@ -160,6 +176,7 @@ impl UringEngine {
                 let job = self.jobs[usize::from(tag)];
                 let complaints = &self.image.complaints;
                 let outcome = complaints.outcome(job.operation, job.offset, job.len, result);
+                self.ring.release(tag);
                 return Some((tag, outcome));
             }
         }
@@ -167,16 +184,14 @@ impl UringEngine {
 
     /// What the request comes to after a step that ended like this; `None` where another follows.
     fn go_on(&mut self, tag: u16, result: io::Result<usize>) -> Option<io::Result<()>> {
+        if self.is_cancelled {
+            return Some(Err(cancelled()));
+        }
         let job = &mut self.jobs[usize::from(tag)];
         match (job.step, result) {
-            (Step::Move(direction), Ok(0)) => return Some(Err(end_of(direction))),
-            (Step::Move(_), Ok(moved)) => {
-                job.moved += moved as u64;
+            (Step::Move(direction), Ok(moved)) => {
                 self.ring.advance(tag, moved);
-                if self.ring.is_moved(tag) {
-                    return Some(Ok(()));
-                }
-                self.push(tag);
+                return self.moved(tag, direction, moved);
             }
             (Step::Move(direction), Err(error)) => {
                 if !matches!(
@@ -186,12 +201,12 @@ impl UringEngine {
                     return Some(Err(error));
                 }
                 // The kernel gave up on the way, and not because it cannot.
+                job.syncs |= job.durable;
                 let (file, offset) = (&self.image.file, job.offset + job.moved);
-                let result = self.ring.finish_now(tag, file, direction, offset);
-                return Some(match job.durable && direction == Direction::Write {
-                    true => result.and_then(|()| self.image.flush()),
-                    false => result,
-                });
+                match self.ring.move_now(tag, file, direction, offset) {
+                    Ok(moved) => return self.moved(tag, direction, moved),
+                    Err(error) => return Some(Err(error)),
+                }
             }
             (Step::Allocate(mode), Err(error)) => {
                 let refused = self.image.refuses(mode, &error);
@@ -199,23 +214,18 @@ impl UringEngine {
                     return Some(Err(error));
                 }
                 let request = Request {
+                    cancelled: &Arc::clone(&self.cancelled),
                     tag,
                     operation: job.operation,
                     offset: job.offset,
                     len: job.len,
                     data: Default::default(),
-                    durable: job.durable,
+                    durable: job.syncs,
                 };
                 self.wait_to_read_around(&request);
                 return Some(self.plain.perform(&request));
             }
-            (Step::Allocate(_), Ok(_)) => {
-                if !job.durable {
-                    return Some(Ok(()));
-                }
-                job.step = Step::Sync;
-                self.push(tag);
-            }
+            (Step::Allocate(_), Ok(_)) => return self.changed(tag),
             (Step::Sync, Err(error)) if Errno::from_io_error(&error) == Some(Errno::INTR) => {
                 self.push(tag);
             }
@@ -223,19 +233,60 @@ impl UringEngine {
         }
         None
     }
+
+    /// As [`Self::go_on`], after so many more bytes were moved.
+    fn moved(&mut self, tag: u16, direction: Direction, moved: usize) -> Option<io::Result<()>> {
+        if moved == 0 {
+            return Some(Err(end_of(direction)));
+        }
+        self.jobs[usize::from(tag)].moved += moved as u64;
+        if self.ring.is_moved(tag) {
+            return self.changed(tag);
+        }
+        self.push(tag);
+        None
+    }
+
+    /// As [`Self::go_on`], after all was moved or changed.
+    fn changed(&mut self, tag: u16) -> Option<io::Result<()>> {
+        let job = &mut self.jobs[usize::from(tag)];
+        if !job.syncs {
+            return Some(Ok(()));
+        }
+        job.step = Step::Sync;
+        self.push(tag);
+        None
+    }
 }
 
 impl Engine for UringEngine {
     fn start(&mut self, memory: &Arc<GuestMemoryMmap>) {
+        self.is_cancelled = false;
         self.ring.start(memory);
         self.plain.start(memory);
     }
 
     fn begin(&mut self, request: &Request<'_>) -> Option<Outcome> {
-        let Some(step) = self.step_of(request) else {
+        let Some(mut step) = self.step_of(request) else {
             return self.now(request);
         };
         let (tag, offset) = (request.tag, request.offset);
+        let complain = |image: &Image, result| {
+            let complaints = &image.complaints;
+            Some(complaints.outcome(request.operation, offset, request.len, result))
+        };
+        let changes = !matches!(request.operation, Operation::Read | Operation::Flush);
+        if changes && let Err(error) = self.image.check_end(offset, request.len) {
+            return complain(&self.image, Err(error));
+        }
+        let durable = request.durable && changes;
+        // A write to the page cache that the kernel brings to stable storage by itself says "I/O
+        // error" both when nothing was taken and when what was taken is lost. So it is two steps.
+        let is_cached = self.image.direct.is_none();
+        let syncs = durable && (is_cached || matches!(step, Step::Allocate(_)));
+        if matches!(step, Step::Allocate(_)) {
+            self.cancelled = Arc::clone(request.cancelled);
+        }
         let mut moved = 0;
         if let Step::Move(direction) = step {
             let mut prepared = self.ring.set(tag, &request.data);
@@ -246,17 +297,18 @@ impl Engine for UringEngine {
             if is_padded || !self.image.takes(offset, aligned) {
                 return self.now(request);
             }
-            // To wait for stable storage is for the ring.
-            let waits = request.durable && direction == Direction::Write;
-            if prepared.is_ok() && self.image.direct.is_none() && !waits {
+            if prepared.is_ok() && self.image.direct.is_none() {
                 prepared = self
                     .by_cache(tag, direction, offset)
                     .map(|count| moved = count);
             }
-            if prepared.is_err() || self.ring.is_moved(tag) {
-                let complaints = &self.image.complaints;
-                let operation = request.operation;
-                return Some(complaints.outcome(operation, offset, request.len, prepared));
+            let is_moved = self.ring.is_moved(tag);
+            if prepared.is_err() || is_moved && !syncs {
+                self.ring.release(tag);
+                return complain(&self.image, prepared);
+            }
+            if is_moved {
+                step = Step::Sync;
             }
         }
         self.jobs[usize::from(tag)] = Job {
@@ -264,7 +316,8 @@ impl Engine for UringEngine {
             offset,
             len: request.len,
             moved,
-            durable: request.durable,
+            durable: durable && self.image.direct.is_some(),
+            syncs,
             step,
         };
         self.push(tag);
@@ -290,11 +343,16 @@ impl Engine for UringEngine {
         }
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self, most: Duration) {
         self.ring.submit();
         if self.done.is_empty() {
-            self.ring.wait();
+            self.ring.wait(most);
         }
+    }
+
+    fn cancel(&mut self) {
+        self.is_cancelled = true;
+        self.ring.cancel();
     }
 
     fn depth(&self) -> u16 {
@@ -308,5 +366,82 @@ impl Engine for UringEngine {
     fn stop(&mut self) {
         self.ring.stop();
         self.plain.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::disk::complaints::Complaints;
+    use armlet_devices::virtio::block::Data;
+    use armlet_devices::virtio::queue::Segment;
+    use std::path::PathBuf;
+    use vm_memory::GuestAddress;
+
+    /// An engine on a file of 64 KiB; `None` on a host that has no io_uring.
+    fn engine() -> Option<(UringEngine, Arc<Image>)> {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(64 << 10).expect("room");
+        let complaints = Complaints::new("disk0".to_owned(), PathBuf::new());
+        let image = Arc::new(Image::new(file, false, false, None, 512, complaints));
+        let mut engine = UringEngine::new(&image)
+            .inspect_err(|error| println!("skipped: {error}"))
+            .ok()?;
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 10)]);
+        engine.start(&Arc::new(memory.expect("memory")));
+        Some((engine, image))
+    }
+
+    fn write<'a>(data: Data<'a>, cancelled: &'a Arc<AtomicBool>) -> Request<'a> {
+        Request {
+            tag: 3,
+            operation: Operation::Write,
+            offset: 0,
+            len: data.len() as u64,
+            data,
+            durable: true,
+            cancelled,
+        }
+    }
+
+    #[test]
+    fn after_a_durable_write_that_was_lost_flushes_fail() {
+        let Some((mut engine, image)) = engine() else {
+            return;
+        };
+        let segments = [Segment {
+            address: GuestAddress(0),
+            len: 4096,
+        }];
+        let cancelled = Arc::default();
+        let request = write(Data::new(&segments, 0, 4096), &cancelled);
+        assert_eq!(engine.begin(&request), None, "stable storage takes a while");
+        // The kernel says that it could not bring to stable storage what it had taken.
+        engine.ring.stop();
+        let lost = Err(Errno::IO.into());
+        let result = engine.go_on(3, lost).expect("nothing follows");
+        assert!(result.is_err());
+        assert!(image.flush().is_err(), "what was written is nowhere");
+    }
+
+    #[test]
+    fn what_one_large_request_needed_is_given_back() {
+        let Some((mut engine, _image)) = engine() else {
+            return;
+        };
+        let segments: Vec<Segment> = (0..4096)
+            .map(|index| Segment {
+                address: GuestAddress(16 * index),
+                len: 16,
+            })
+            .collect();
+        let cancelled = Arc::default();
+        let request = write(Data::new(&segments, 0, 64 << 10), &cancelled);
+        assert_eq!(engine.begin(&request), None);
+        while engine.finished().is_none() {
+            engine.wait(Duration::MAX);
+        }
+        let kept = engine.ring.kept_pieces(3);
+        assert!(kept <= 64, "{kept} pieces are kept");
     }
 }

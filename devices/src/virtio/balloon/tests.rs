@@ -502,6 +502,22 @@ fn banks_that_meet_within_a_page_of_the_host_are_one() {
     assert!(!inside.insert(0x1000_0000, 0x4000));
 }
 
+#[test]
+fn a_buffer_outside_memory_fails_its_request_only() {
+    let mut bench = Bench::started(PAGE, REPORTING);
+    for (queue, is_writable) in [(0, false), (1, false), (3, true)] {
+        let faults = bench.guest.mmio.faults();
+        let parts = [is_writable, is_writable];
+        bench.guest.request_outside(queue, &parts, 1);
+        assert_eq!(bench.guest.used(queue).len(), 1, "queue {queue}");
+        assert_eq!(bench.guest.mmio.faults(), faults + 1);
+        assert_eq!(bench.back(), []);
+    }
+    assert!(!bench.guest.is_broken());
+    bench.inflate(&[FREE]);
+    assert_eq!(bench.back(), [(u64::from(FREE) * PAGE, PAGE)]);
+}
+
 proptest! {
     /// A page of the host goes back when the last of its parts comes in, and at no other time.
     #[test]

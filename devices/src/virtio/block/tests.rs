@@ -101,10 +101,14 @@ impl Engine for Fake {
         self.store().finished.pop_front()
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self, _most: Duration) {
         let mut store = self.store();
         store.waits += 1;
         store.release(0);
+    }
+
+    fn most_bytes(&self) -> u64 {
+        8 << 10
     }
 
     fn depth(&self) -> u16 {
@@ -562,6 +566,131 @@ fn more_requests_than_the_engine_takes_wait_their_turn() {
     assert_eq!(fake.store().seen.len(), 10);
     // The queue is looked at again.
     fake.store().holds = false;
+    assert_eq!(guest.answer(0, &[&header(FLUSH, 0)], &[1]), [OK]);
+}
+
+/// A guest with two queues, of which the first has more requests than the engine takes.
+fn crowded() -> (Guest<Block>, Fake) {
+    let shape = Shape {
+        queues: 2,
+        ..shape()
+    };
+    let (mut guest, fake) = start_as(&shape, ALL | FEATURE_MQ);
+    fake.store().holds = true;
+    for sector in 0..6 {
+        guest.request(0, &[&header(IN, sector)], &[512, 1]);
+    }
+    guest.kick(0);
+    assert_eq!(fake.store().held.len(), 4);
+    (guest, fake)
+}
+
+#[test]
+fn a_queue_is_held_only_while_a_request_is_under_way() {
+    let (mut guest, fake) = crowded();
+    for _ in 0..4 {
+        fake.store().release(0);
+    }
+    // The other queue's turn takes the completions, and nothing will become readable any more.
+    guest.kick(1);
+    assert_eq!(guest.used(0).len(), 4);
+    assert_eq!(fake.store().held.len(), 2, "the first queue goes on");
+    fake.store().release(0);
+    fake.store().release(0);
+    super::super::lock(&guest.device).ready(0);
+    assert_eq!(guest.used(0).len(), 2);
+}
+
+#[test]
+fn queues_that_wait_get_tags_in_turn() {
+    let (mut guest, fake) = crowded();
+    for _ in 0..4 {
+        guest.request(1, &[&header(IN, 9)], &[512, 1]);
+    }
+    guest.kick(1);
+    assert_eq!(guest.used(1), []);
+    // Both have requests that wait: the first that is done makes room for the first in line, the
+    // second one for the other.
+    for _ in 0..2 {
+        fake.store().release(0);
+        super::super::lock(&guest.device).ready(0);
+    }
+    let offsets: Vec<u64> = fake.store().held.iter().map(|held| held.2).collect();
+    assert_eq!(offsets, [2, 3, 4, 9].map(|sector| 512 * sector));
+}
+
+#[test]
+fn what_one_queue_has_under_way_is_bounded_in_bytes() {
+    let (mut guest, fake) = start(ALL);
+    fake.store().holds = true;
+    // The engine takes 8 KiB of a queue, and more of one request where it is alone.
+    for (sector, bytes) in [(0, 16 << 10), (1, 4096), (2, 4096), (3, 512), (4, 512)] {
+        guest.request(0, &[&header(IN, sector)], &[bytes, 1]);
+    }
+    guest.kick(0);
+    let mut sizes = Vec::new();
+    while !fake.store().held.is_empty() {
+        let held: Vec<u64> = fake.store().held.iter().map(|held| held.3).collect();
+        sizes.push(held);
+        fake.store().release(0);
+        super::super::lock(&guest.device).ready(0);
+    }
+    let wanted: [&[u64]; 5] = [
+        &[16 << 10],
+        &[4096, 4096],
+        &[4096, 512, 512],
+        &[512, 512],
+        &[512],
+    ];
+    assert_eq!(sizes, wanted);
+    assert_eq!(guest.used(0).len(), 5);
+}
+
+#[test]
+fn a_reset_that_waits_for_the_lock_ends_the_work() {
+    let (mut guest, fake) = start(ALL);
+    let device = guest.device.clone();
+    let flag = super::super::lock(&device).cancel_flag().expect("a flag");
+    flag.store(true, Ordering::Release);
+    guest.request(0, &[&header(IN, 0)], &[512, 1]);
+    guest.kick(0);
+    assert!(fake.store().seen.is_empty(), "nothing is begun");
+    guest.start(ALL);
+    assert!(!flag.load(Ordering::Acquire), "whoever set it cleared it");
+    assert_eq!(guest.answer(0, &[&header(FLUSH, 0)], &[1]), [OK]);
+}
+
+#[test]
+fn a_buffer_outside_memory_fails_its_request_only() {
+    let (mut guest, fake) = start(ALL);
+    let outside = BASE + MEMORY as u64;
+    let status = |guest: &mut Guest<Block>| guest.buffer(&[0xee]);
+    let seen = |guest: &Guest<Block>, at: u64| -> u8 {
+        guest.memory.read_obj(GuestAddress(at)).expect("memory")
+    };
+    for kind in [IN, OUT, GET_ID] {
+        let header = guest.buffer(&header(kind, 0));
+        let data = u16::from(kind != OUT) * 2;
+        let last = status(&mut guest);
+        for address in [outside, outside - 100, 0, u64::MAX - 511] {
+            guest.chain(0, &[(header, 16, 0), (address, 512, data), (last, 1, 2)]);
+            guest.kick(0);
+            assert_eq!(used(&mut guest, 0).len(), 1, "it is answered");
+            assert_eq!(seen(&guest, last), IOERR);
+        }
+    }
+    let faults = guest.mmio.faults();
+    assert_eq!(faults, 12, "each is counted");
+    // The header, and the status byte.
+    let last = status(&mut guest);
+    guest.chain(0, &[(outside, 16, 0), (last, 1, 2)]);
+    let header_at = guest.buffer(&header(FLUSH, 0));
+    guest.chain(0, &[(header_at, 16, 0), (outside, 1, 2)]);
+    guest.kick(0);
+    assert_eq!(used(&mut guest, 0).len(), 2);
+    assert_eq!(seen(&guest, last), IOERR);
+    assert!(fake.store().seen.is_empty());
+    assert!(!guest.is_broken());
     assert_eq!(guest.answer(0, &[&header(FLUSH, 0)], &[1]), [OK]);
 }
 

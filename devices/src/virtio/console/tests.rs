@@ -423,6 +423,36 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     prop::collection::vec(act, 0..60)
 }
 
+#[test]
+fn a_buffer_outside_memory_fails_its_request_only() {
+    let mut bench = Bench::started(usize::MAX);
+    let answers = |bench: &mut Bench, queue: usize, count: usize| {
+        assert_eq!(bench.guest.used(queue).len(), count);
+        assert!(!bench.guest.is_broken());
+    };
+    bench.guest.request_outside(TRANSMIT, &[false, false], 1);
+    answers(&mut bench, TRANSMIT, 1);
+    assert!(bench.got().is_empty());
+    bench.print(&[b"next"]);
+    assert_eq!(bench.got(), b"next");
+    bench.type_in(b"x");
+    for count in 1..=40 {
+        bench.guest.request_outside(RECEIVE, &[true], 0);
+        answers(&mut bench, RECEIVE, 1);
+        assert_eq!(bench.guest.mmio.faults(), 1 + count);
+    }
+    for _ in 0..16 {
+        bench
+            .guest
+            .chain(RECEIVE, &[(Guest::<Console>::OUTSIDE, 8, 2)]);
+    }
+    bench.guest.kick(RECEIVE);
+    answers(&mut bench, RECEIVE, 16);
+    bench.give_buffers(&[8]);
+    assert_eq!(bench.type_in(b"x"), (1, false));
+    assert_eq!(bench.typed(), [b"x"]);
+}
+
 proptest! {
     #[test]
     fn nothing_is_lost_in_either_direction(acts in acts(), event_idx: bool) {

@@ -208,6 +208,11 @@ impl Card {
             return;
         };
         control.serve(|queue, chain| {
+            if !chain.is_whole() {
+                let written = chain.write(queue.memory(), 0, &ANSWERS[1..]);
+                queue.complete(chain, written as u32);
+                return;
+            }
             let mut request = [0; 10];
             let size = chain.read(queue.memory(), 0, &mut request);
             if size < 2 || chain.writable_len() == 0 {

@@ -40,6 +40,8 @@ pub(super) struct Receiver {
     waiting: Option<Waiting>,
     /// Whether there may be frames at the network.
     more: bool,
+    /// Buffers that were handed back in this turn, because they are not all in memory.
+    refused: usize,
 }
 
 /// A buffer of the driver.
@@ -113,6 +115,7 @@ impl Receiver {
             waiting: None,
             // It may have frames from the time before the driver.
             more: true,
+            refused: 0,
         }
     }
 
@@ -129,9 +132,10 @@ impl Receiver {
     pub(super) fn run(&mut self, network: &mut impl Frames, pair: usize) -> Result<(), String> {
         let mut left = BATCH;
         let mut result = Ok(());
+        self.refused = 0;
         self.queue.silence();
         while (self.waiting.is_some() || self.more) && !self.queue.is_broken() {
-            if left == 0 {
+            if left == 0 || self.refused >= BATCH {
                 // The other queues first; the kick brings us back. The counter cannot overflow.
                 let _ = self.queue.kick().write(1);
                 break;
@@ -141,7 +145,7 @@ impl Receiver {
                 None => self.gather(),
             };
             if !has_room {
-                if self.queue.listen() {
+                if self.refused >= BATCH || self.queue.listen() {
                     self.queue.silence();
                     continue;
                 }
@@ -202,8 +206,18 @@ impl Receiver {
 
     /// Takes one buffer from the queue, if there is one.
     fn take(&mut self) -> bool {
-        let Some(chain) = self.queue.pop() else {
-            return false;
+        let chain = loop {
+            match self.queue.pop() {
+                Some(chain) if chain.is_whole() => break chain,
+                Some(chain) => {
+                    self.queue.complete(chain, 0);
+                    self.refused += 1;
+                    if self.refused >= BATCH {
+                        return false;
+                    }
+                }
+                None => return false,
+            }
         };
         let (room, pieces) = (chain.writable_len(), chain.writable().len());
         // The header has to fit, and a request has no more pieces than its queue entries (virtio

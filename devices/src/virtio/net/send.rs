@@ -60,6 +60,10 @@ impl Transmitter {
                 break;
             };
             left -= 1;
+            if !chain.is_whole() {
+                self.queue.complete(chain, 0);
+                continue;
+            }
             let sent = match (self.frame(&chain), &mut network) {
                 (Some(frame), Some(network)) => network.send(pair, frame),
                 (Some(_), None) => Ok(()),

@@ -1,5 +1,7 @@
 //! A network card between a driver and a network that both behave, and that do not.
 
+mod outside;
+
 use std::collections::VecDeque;
 use std::sync::Mutex;
 

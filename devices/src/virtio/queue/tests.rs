@@ -362,7 +362,7 @@ fn a_readable_buffer_behind_a_writable_one_breaks_the_queue() {
 }
 
 #[test]
-fn a_buffer_that_is_not_all_in_memory_breaks_the_queue() {
+fn of_a_request_the_buffers_before_the_first_outside_memory_are_shown() {
     let buffers = [
         (0, 1),
         (0xffff, 2),
@@ -370,7 +370,7 @@ fn a_buffer_that_is_not_all_in_memory_breaks_the_queue() {
         (0x3_0000, 1),
         (0x3_ffff, 2),
         (0x4_7ffc, 8),
-        (0x4_0000, u32::MAX),
+        (0x4_0000, 0xffff_0000),
         (u64::MAX, 1),
         (u64::MAX, 2),
         (u64::MAX - 3, 8),
@@ -378,11 +378,92 @@ fn a_buffer_that_is_not_all_in_memory_breaks_the_queue() {
     for buffer in buffers {
         for flags in [0, WRITE] {
             let mut bench = Bench::new();
-            bench.descriptor(RINGS.descriptors, 0, buffer, flags, 0);
+            let table = RINGS.descriptors;
+            bench.descriptor(table, 0, (BUFFERS, 4), flags | NEXT, 1);
+            bench.descriptor(table, 1, buffer, flags | NEXT, 2);
+            bench.descriptor(table, 2, (BUFFERS + 16, 4), flags, 0);
             bench.offer(0);
-            bench.assert_breaks();
+            let chain = bench.queue.pop().expect("a request");
+            assert!(!chain.is_whole());
+            let (shown, not) = match flags {
+                0 => (chain.readable(), chain.writable()),
+                _ => (chain.writable(), chain.readable()),
+            };
+            assert_eq!((shown, not), (&[segment(BUFFERS, 4)][..], &[][..]));
+            let last = (flags == WRITE).then_some(GuestAddress(BUFFERS + 19));
+            assert_eq!(chain.last_writable(), last);
+            bench.queue.complete(chain, 0);
+            assert_eq!((bench.used(), bench.link.faults()), (1, 1));
+            // The next one is as good as any.
+            bench.offer_plain();
+            let chain = bench.queue.pop().expect("a request");
+            assert!(chain.is_whole() && chain.last_writable().is_some());
         }
     }
+}
+
+#[test]
+fn where_the_last_writable_buffer_is_not_in_memory_no_byte_is_the_last() {
+    let mut bench = Bench::new();
+    bench.descriptor(RINGS.descriptors, 0, (BUFFERS, 4), WRITE | NEXT, 1);
+    bench.descriptor(RINGS.descriptors, 1, (0, 4), WRITE, 0);
+    bench.offer(0);
+    let chain = bench.queue.pop().expect("a request");
+    assert_eq!((chain.is_whole(), chain.last_writable()), (false, None));
+}
+
+#[test]
+fn a_readable_buffer_behind_a_writable_one_outside_memory_breaks_the_queue() {
+    let mut bench = Bench::new();
+    bench.descriptor(RINGS.descriptors, 0, (0, 4), WRITE | NEXT, 1);
+    bench.descriptor(RINGS.descriptors, 1, (BUFFERS, 4), 0, 0);
+    bench.offer(0);
+    assert!(bench.queue.pop().is_none() && bench.queue.is_broken());
+}
+
+#[test]
+fn what_one_large_request_needed_is_given_back() {
+    let mut bench = Bench::new();
+    bench.indirect_chain((BUFFERS, 4), 1000);
+    bench.offer_plain();
+    let large = bench.queue.pop().expect("a request");
+    let small = bench.queue.pop().expect("a request");
+    assert_eq!(large.writable().len(), 1000);
+    bench.queue.complete(large, 0);
+    bench.queue.undo_pop(small);
+    let small = bench.queue.pop().expect("a request");
+    bench.queue.complete_together([(small, 0)]);
+    let kept = bench.queue.spare.iter();
+    let kept: Vec<usize> = kept.map(|chain| chain.writable.capacity()).collect();
+    assert!(kept.len() == 1 && kept[0] <= KEPT_SEGMENTS, "{kept:?}");
+}
+
+#[test]
+fn memory_that_cannot_be_written_is_only_read() {
+    const READ_ONLY: u64 = 0x10_0000;
+    let region = vm_memory::mmap::MmapRegionBuilder::new(0x1000)
+        .with_mmap_prot(1)
+        .with_mmap_flags(0x22);
+    let region = region.build().expect("a mapping");
+    let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(READ_ONLY));
+    let mut bench = Bench::new();
+    let memory = bench.memory.insert_region(region.expect("an end").into());
+    let memory = Arc::new(memory.expect("no overlap"));
+    bench.queue.memory = Arc::clone(&memory);
+    bench.descriptor(RINGS.descriptors, 0, (READ_ONLY, 4), NEXT, 1);
+    bench.descriptor(RINGS.descriptors, 1, (READ_ONLY, 4), WRITE, 0);
+    bench.offer(0);
+    let chain = bench.queue.pop().expect("a request");
+    assert_eq!(chain.readable(), [segment(READ_ONLY, 4)]);
+    assert!(!chain.is_whole() && chain.writable().is_empty());
+    // Nor does a used ring lie there.
+    let (link, kick) = (Arc::clone(&bench.link), Arc::clone(bench.queue.kick()));
+    let addresses = Addresses {
+        used: READ_ONLY,
+        ..RINGS
+    };
+    let queue = Virtqueue::new(0, (SIZE, SIZE), addresses, false, memory, link, kick);
+    assert!(queue.err().expect("refused").contains("used ring"));
 }
 
 #[test]

@@ -871,6 +871,36 @@ fn deed() -> impl Strategy<Value = Deed> {
     ]
 }
 
+#[test]
+fn a_buffer_outside_memory_fails_its_request_only() {
+    let mut world = World::new();
+    let mut stream = world.connection(5, 6);
+    let faults = world.faults();
+    world.guest.request_outside(TRANSMIT, &[false, false], 0);
+    world.guest.request_outside(RECEIVE, &[true], 0);
+    assert_eq!(world.guest.used(TRANSMIT).len(), 1);
+    assert!(world.faults() > faults);
+    // What still lies in memory of a packet is not all of it: its connection ends.
+    world.send(packet(Op::Data, 5, 6), b"heard");
+    world.run();
+    assert_eq!(read_now(&stream), b"heard");
+    stream.write_all(b"there").expect("room");
+    assert_eq!(world.expect(Op::Data).1, b"there");
+    let header = Header {
+        len: 64,
+        ..packet(Op::Data, 5, 6)
+    };
+    let header = world.guest.buffer(&header.to_bytes());
+    let outside = Guest::<Vsock>::OUTSIDE;
+    world
+        .guest
+        .chain(TRANSMIT, &[(header, 44, 0), (outside, 64, 0)]);
+    world.guest.kick(TRANSMIT);
+    world.expect(Op::Reset);
+    assert!(is_ended(&stream));
+    assert!(!world.guest.is_broken());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]

@@ -168,6 +168,7 @@ fn record(first: Vec<u8>, disk: &[u8], steps: &[Step]) -> History {
         }];
         let is_write = step.operation == Operation::Write;
         let request = Request {
+            cancelled: &Arc::default(),
             tag: 0,
             operation: step.operation,
             offset: range.start as u64,
