@@ -378,6 +378,22 @@ echo '== end'";
 }
 
 #[test]
+fn debians_7_3_boots() {
+    let Some(rig) = rig::any() else { return };
+    let script = "
+echo '== release'; uname -r
+echo '== dmesg'; dmesg -r
+echo '== end'";
+    let outcome = Armlet::script(rig, "Image-7.3.gz", script)
+        .cpus(2)
+        .memory("512M")
+        .run();
+    let script = outcome.script();
+    assert!(section(&script, "release").starts_with("7.3."), "{script}");
+    assert_no_warnings(section(&script, "dmesg"));
+}
+
+#[test]
 fn a_kernel_with_16_kib_pages_boots_or_is_refused() {
     let Some(rig) = rig::any() else { return };
     if rig.facts.guest_pages.contains(&0x4000) {

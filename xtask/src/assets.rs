@@ -171,16 +171,9 @@ fn prepare_x86(store: &Store, folder: &Path) -> Result<()> {
     let old = store.kernel(Kernel::V6_1X86)?;
     link(&old.image, &folder.join("bzImage-6.1"))?;
     for (packed, name) in [("bzImage", "vmlinux"), ("bzImage-6.1", "vmlinux-6.1")] {
-        let (packed, to) = (folder.join(packed), folder.join(name));
         // The link changes when another kernel is taken.
-        let made_of = folder.join(format!(".{name}-of"));
-        let now = fs::read_link(&packed).context("no kernel")?;
-        let now = now.to_string_lossy();
-        if to.is_file() && fs::read_to_string(&made_of).is_ok_and(|before| before == now) {
-            continue;
-        }
-        replace(&to, &vmlinux::unpack(&packed)?)?;
-        replace(&made_of, now.as_bytes())?;
+        let packed = fs::read_link(folder.join(packed)).context("no kernel")?;
+        derive(folder, name, &packed, vmlinux::unpack)?;
     }
     let modules = old.modules(&["evdev", "button"])?;
     replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
@@ -206,6 +199,9 @@ fn prepare_arm64(store: &Store, folder: &Path) -> Result<()> {
         &store.kernel(Kernel::V6_1)?.image,
         &folder.join("Image-6.1"),
     )?;
+    // Every emulated host has it in memory, so it is packed.
+    let newest = store.kernel(Kernel::V7_3)?.image;
+    derive(folder, "Image-7.3.gz", &newest, gzip)?;
     let modules = generic.modules(&["evdev", "gpio_keys"])?;
     replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)
 }
@@ -245,6 +241,7 @@ pub(crate) fn names(isa: Isa, choice: Choice) -> &'static [&'static str] {
             "Image",
             "initrd",
             "Image-6.1",
+            "Image-7.3.gz",
             "Image-16k",
             "Image-generic",
             "powerkey.cpio",
@@ -380,6 +377,31 @@ fn replace(path: &Path, data: &[u8]) -> Result<()> {
     let new = beside(path);
     fs::write(&new, data).with_context(|| format!("cannot write {new:?}"))?;
     fs::rename(&new, path).with_context(|| format!("cannot make {path:?}"))
+}
+
+/// Makes the file `name` in `folder` from the kernel `from` by `make`, unless it was made of that
+/// kernel already.
+fn derive(
+    folder: &Path,
+    name: &str,
+    from: &Path,
+    make: impl Fn(&Path) -> Result<Vec<u8>>,
+) -> Result<()> {
+    let to = folder.join(name);
+    let made_of = folder.join(format!(".{name}-of"));
+    let now = from.to_string_lossy();
+    if to.is_file() && fs::read_to_string(&made_of).is_ok_and(|before| before == now) {
+        return Ok(());
+    }
+    replace(&to, &make(from)?)?;
+    replace(&made_of, now.as_bytes())
+}
+
+fn gzip(path: &Path) -> Result<Vec<u8>> {
+    let output = Command::new("gzip").arg("-c").arg(path).output();
+    let output = output.context("cannot run gzip")?;
+    ensure!(output.status.success(), "gzip cannot pack {path:?}");
+    Ok(output.stdout)
 }
 
 fn beside(path: &Path) -> PathBuf {

@@ -51,13 +51,14 @@ const STEPS: [&str; 5] = ["fmt", "clippy", "doc", "unit", "rig"];
 type NamedHost = (&'static str, &'static str, u8, Kernel);
 
 /// The IPA limits of these CPUs are 52, 48, 44 and 40 bits.
-const ARM64_HOSTS: [NamedHost; 12] = [
+const ARM64_HOSTS: [NamedHost; 13] = [
     ("max-gic3", "max", 3, Kernel::V6_12),
     ("max-gic3-16k", "max", 3, Kernel::V6_12Pages16K),
     ("n1-gic3", "neoverse-n1", 3, Kernel::V6_12),
     ("a72-gic2", "cortex-a72", 2, Kernel::V6_12),
     ("a53-gic3", "cortex-a53", 3, Kernel::V6_12),
     ("max-gic3-6.1", "max", 3, Kernel::V6_1),
+    ("max-gic3-7.3", "max", 3, Kernel::V7_3),
     ("max-gic2", "max", 2, Kernel::V6_12),
     ("a55-gic3", "cortex-a55", 3, Kernel::V6_12),
     ("a76-gic2-16k", "cortex-a76", 2, Kernel::V6_12Pages16K),
@@ -72,7 +73,7 @@ const X86_HOSTS: [NamedHost; 1] = [("epyc", X86_CPU, 0, Kernel::V6_1X86)];
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
-const ELSEWHERE: [&str; 22] = [
+const ELSEWHERE: [&str; 23] = [
     "boards::",
     "console::every_byte",
     "disk::a_guest_reads",
@@ -83,6 +84,7 @@ const ELSEWHERE: [&str; 22] = [
     "life::linux_reboots",
     "linux::a_kernel_with_16_kib",
     "linux::debian_boots",
+    "linux::debians_7_3",
     "linux::dmesg",
     "linux::eight_vcpus",
     "linux::the_kernel_finds",

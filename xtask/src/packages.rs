@@ -27,6 +27,9 @@ pub(crate) use systems::{System, can_make_systems, digest, uncompressed};
 /// The Debian release that kernels and busybox come from, on every machine.
 const GUEST_RELEASE: &str = "bookworm";
 
+/// The one whose backports have the newest kernel.
+const NEWEST_RELEASE: &str = "trixie";
+
 /// The oldest QEMU on the machine's `PATH` that is used as it is: 9 has the boards we emulate.
 const QEMU_MAJOR: u32 = 9;
 
@@ -41,6 +44,8 @@ pub(crate) enum Kernel {
     V6_12Cloud,
     /// 6.1 with 4 KiB pages.
     V6_1,
+    /// 7.3 with 4 KiB pages and every driver.
+    V7_3,
     /// 6.1 for clouds on x86_64: the host there, as it is the fastest where it is emulated.
     V6_1X86,
     /// 6.12 for clouds on x86_64.
@@ -49,11 +54,12 @@ pub(crate) enum Kernel {
 
 impl Kernel {
     /// Every kernel.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::V6_12,
         Self::V6_12Pages16K,
         Self::V6_12Cloud,
         Self::V6_1,
+        Self::V7_3,
         Self::V6_1X86,
         Self::V6_12X86,
     ];
@@ -65,6 +71,7 @@ impl Kernel {
             Self::V6_12Pages16K => "6.12-16k",
             Self::V6_12Cloud => "6.12-cloud",
             Self::V6_1 => "6.1",
+            Self::V7_3 => "7.3",
             Self::V6_1X86 => "6.1-x86",
             Self::V6_12X86 => "6.12-x86",
         }
@@ -87,7 +94,7 @@ impl Kernel {
 
     /// The package that depends on the kernel, and the suite to take it from.
     fn package(self, distribution: Distribution) -> Result<(&'static str, Option<String>)> {
-        let backports = || Some(format!("{GUEST_RELEASE}-backports"));
+        let backports = || Some(backports_of(GUEST_RELEASE));
         match (distribution, self) {
             (Distribution::Debian, Self::V6_12) => Ok(("linux-image-arm64", backports())),
             (Distribution::Debian, Self::V6_12Pages16K) => {
@@ -98,6 +105,9 @@ impl Kernel {
             }
             (Distribution::Debian, Self::V6_1) => {
                 Ok(("linux-image-arm64", Some(GUEST_RELEASE.to_owned())))
+            }
+            (Distribution::Debian, Self::V7_3) => {
+                Ok(("linux-image-arm64", Some(backports_of(NEWEST_RELEASE))))
             }
             (Distribution::Debian, Self::V6_1X86) => {
                 Ok(("linux-image-cloud-amd64", Some(GUEST_RELEASE.to_owned())))
@@ -323,6 +333,11 @@ impl Store {
     }
 }
 
+/// The suite of what was made for a Debian release after it came out.
+fn backports_of(release: &str) -> String {
+    format!("{release}-backports")
+}
+
 /// The name of a stamp: without the architecture for ARM64, which came first.
 fn item(name: &str, isa: Isa) -> String {
     match isa {
@@ -479,7 +494,7 @@ impl Apt {
 
     fn backports(&self) -> Option<String> {
         let debian = self.distribution == Distribution::Debian && self.release.stable;
-        debian.then(|| format!("{}-backports", self.release.codename))
+        debian.then(|| backports_of(&self.release.codename))
     }
 
     fn guest_suite(&self) -> Option<String> {
@@ -515,13 +530,23 @@ impl Apt {
     /// The kernel package that the package `meta` stands for.
     fn dependency(&self, meta: &str, architecture: &str, suite: Option<&str>) -> Result<Package> {
         let record = self.record(&format!("{meta}:{architecture}"), suite)?;
-        let depends = field(&record, "Depends").unwrap_or_default();
-        let mut names = depends
-            .split([',', '|'])
-            .filter_map(|one| one.split_whitespace().next());
-        let kernel = names.find(|name| name.starts_with("linux-image-"));
-        let kernel = kernel.with_context(|| format!("{meta} depends on no kernel: {depends:?}"))?;
+        let names = dependencies(&record, &["linux-image-"]);
+        let kernel = names
+            .first()
+            .with_context(|| format!("{meta} depends on no kernel: {record}"))?;
         self.candidate(&format!("{kernel}:{architecture}"), suite)
+    }
+
+    /// The packages that hold the files of the kernel package `kernel`: itself, and from 7.0 on,
+    /// where Debian has it empty, those of the executable and of the modules.
+    fn kernel_parts(&self, kernel: &Package, suite: Option<&str>) -> Result<Vec<Package>> {
+        let architecture = kernel.name.split_once(':').map_or("", |(_, name)| name);
+        let record = self.record(&kernel.name, suite)?;
+        let mut parts = vec![kernel.clone()];
+        for name in dependencies(&record, &["linux-binary-", "linux-modules-"]) {
+            parts.push(self.candidate(&format!("{name}:{architecture}"), suite)?);
+        }
+        Ok(parts)
     }
 
     /// `name` and everything it needs that the machine does not have.
@@ -714,14 +739,12 @@ fn sources(
             };
             let mut suites = vec![codename.clone()];
             if release.stable {
-                suites.extend([
-                    format!("{codename}-updates"),
-                    format!("{codename}-backports"),
-                ]);
+                suites.extend([format!("{codename}-updates"), backports_of(codename)]);
             }
             for guest in [
                 GUEST_RELEASE.to_owned(),
-                format!("{GUEST_RELEASE}-backports"),
+                backports_of(GUEST_RELEASE),
+                backports_of(NEWEST_RELEASE),
             ] {
                 if !suites.contains(&guest) {
                     suites.push(guest);
@@ -832,6 +855,16 @@ fn simulated_installs(text: &str) -> Vec<Package> {
         })
     };
     text.lines().filter_map(install).collect()
+}
+
+/// The packages that a package's record names as needed and whose names begin like one of `starts`.
+fn dependencies<'a>(record: &'a str, starts: &[&str]) -> Vec<&'a str> {
+    let depends = field(record, "Depends").unwrap_or_default();
+    depends
+        .split([',', '|'])
+        .filter_map(|one| one.split_whitespace().next())
+        .filter(|name| starts.iter().any(|start| name.starts_with(start)))
+        .collect()
 }
 
 /// The value of `key` in a package's record.

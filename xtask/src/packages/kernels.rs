@@ -70,23 +70,29 @@ impl Store {
             let (meta, suite) = kernel.package(apt.distribution)?;
             let architecture = kernel.isa().debian();
             let package = apt.dependency(meta, architecture, suite.as_deref())?;
-            for archive in apt.download(std::slice::from_ref(&package))? {
+            for archive in apt.download(&apt.kernel_parts(&package, suite.as_deref())?)? {
                 unpack_kernel(&archive, into)?;
             }
+            executable(into)?;
             Ok(package)
         })?;
-        let boot = folder.join("boot");
-        let image = find(&boot, &|name| name.starts_with("vmlinuz-"))?
-            .with_context(|| format!("no kernel in {boot:?}"))?;
+        let image = executable(&folder)?;
         Ok(KernelFiles { image, folder })
     }
 }
 
 impl KernelFiles {
-    /// The boot executable's name, which carries the kernel's version.
+    /// The kernel's version: the end of its executable's name or, from 7.0 on, that of its folder.
     pub(crate) fn version(&self) -> String {
-        let name = self.image.file_name().unwrap_or_default().to_string_lossy();
-        name.trim_start_matches("vmlinuz-").to_owned()
+        let part = |path: &Path| {
+            let name = path.file_name().unwrap_or_default();
+            name.to_string_lossy().into_owned()
+        };
+        let name = part(&self.image);
+        match name.strip_prefix("vmlinuz-") {
+            Some(version) => version.to_owned(),
+            None => self.image.parent().map(part).unwrap_or_default(),
+        }
     }
 
     /// The modules called `names` and those that they need, each after what it needs. What is built
@@ -148,6 +154,13 @@ impl KernelFiles {
     }
 }
 
+/// The boot executable below `folder`: `boot/vmlinuz-VERSION` or, from 7.0 on,
+/// `usr/lib/modules/VERSION/vmlinuz`.
+fn executable(folder: &Path) -> Result<PathBuf> {
+    let fits = |name: &str| name == "vmlinuz" || name.starts_with("vmlinuz-");
+    find(folder, &fits)?.with_context(|| format!("no kernel in {folder:?}"))
+}
+
 /// The names of the modules that the module `data` needs, from its section `.modinfo` (Linux,
 /// include/linux/module.h: `MODULE_INFO`, `MODULE_SOFTDEP`).
 fn needs(data: &[u8]) -> Result<Vec<String>> {
@@ -183,6 +196,7 @@ fn unpack_kernel(archive: &Path, into: &Path) -> Result<()> {
     let mut tar = Command::new("tar");
     tar.arg("-x").arg("-C").arg(into).arg("--wildcards");
     tar.args(["./boot/vmlinuz-*", "./boot/config-*"]);
+    tar.arg("./usr/lib/modules/*/vmlinuz");
     tar.args(DRIVERS.map(|pattern| format!("*/kernel/{pattern}")));
     tar.stdin(pipe)
         .stderr(Stdio::null())
@@ -190,13 +204,33 @@ fn unpack_kernel(archive: &Path, into: &Path) -> Result<()> {
         .context("cannot run tar")?;
     let status = data.wait().context("cannot wait for dpkg")?;
     ensure!(status.success(), "dpkg cannot read {archive:?}");
-    ensure!(into.join("boot").is_dir(), "{archive:?} holds no kernel");
     Ok(())
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernels_are_found_where_their_packages_have_them() {
+        for (path, version) in [
+            ("boot/vmlinuz-6.1.0-50-arm64", "6.1.0-50-arm64"),
+            (
+                "usr/lib/modules/7.3.4+deb13-arm64/vmlinuz",
+                "7.3.4+deb13-arm64",
+            ),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            assert!(executable(folder.path()).is_err());
+            let image = folder.path().join(path);
+            fs::create_dir_all(image.parent().unwrap()).unwrap();
+            fs::write(&image, "").unwrap();
+            assert_eq!(executable(folder.path()).unwrap(), image);
+            let folder = folder.path().to_owned();
+            assert_eq!(KernelFiles { image, folder }.version(), version);
+        }
+    }
 
     #[test]
     fn what_a_module_needs_is_read() {

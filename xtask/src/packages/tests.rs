@@ -30,7 +30,8 @@ fn debian_sources_gain_backports_and_arm64() {
     assert_eq!(
         text,
         "Types: deb\nURIs: http://archive.example/debian/\n\
-             Suites: bookworm bookworm-updates bookworm-backports\nComponents: main\n\
+             Suites: bookworm bookworm-updates bookworm-backports trixie-backports\n\
+             Components: main\n\
              Architectures: amd64 arm64\nSigned-By: key-of-/etc/apt/debian.sources:1\n\n\
              Types: deb\nURIs: http://archive.example/sec/\nSuites: bookworm-security\n\
              Components: main\nArchitectures: amd64 arm64\n\
@@ -121,6 +122,18 @@ fn simulated_installs_are_read() {
         .map(Package::argument)
         .collect::<Vec<_>>();
     assert_eq!(names, ["libslirp0=4.7.0-1", "qemu-utils=1:10.0"]);
+}
+
+#[test]
+fn the_parts_of_a_kernel_are_found_among_what_its_package_needs() {
+    let record = "Package: linux-image-7\nDepends: dracut | linux-initramfs-tool, \
+                  linux-base-7 (= 7-1), linux-binary-7 (= 7-1), linux-modules-7 (= 7-1)\n";
+    let parts = dependencies(record, &["linux-binary-", "linux-modules-"]);
+    assert_eq!(parts, ["linux-binary-7", "linux-modules-7"]);
+    let before = "Package: linux-image-6\nDepends: kmod, linux-base (>= 4.3~)\n";
+    assert_eq!(dependencies(before, &["linux-binary-"]), [""; 0]);
+    let meta = "Depends: linux-base-arm64 (= 7-1), linux-image-7 (= 7-1), linux-modules-arm64\n";
+    assert_eq!(dependencies(meta, &["linux-image-"]), ["linux-image-7"]);
 }
 
 #[test]
