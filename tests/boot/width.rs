@@ -31,15 +31,17 @@ impl Trace {
     /// The address bits that a process asked for with its last VM.
     fn bits(&self, pid: u32) -> u64 {
         let trace = fs::read_to_string(self.folder.join("trace")).expect("a trace");
-        // "armlet-123 [000] ..... 12.34: sys_ioctl(fd: 3, cmd: ae01, arg: 20)"
+        // "armlet-123 [000] ..... 12.34: sys_ioctl(fd: 3, cmd: ae01, arg: 20)", on newer kernels with
+        // "0x" before the numbers.
         let task = format!("-{pid} ");
         let line = trace
             .lines()
-            .rfind(|line| line.contains(&task) && line.contains("cmd: ae01"));
+            .rfind(|line| line.contains(&task) && line.contains("ae01,"));
         let line = line.unwrap_or_else(|| panic!("no VM of {pid} in the trace:\n{trace}"));
         let arg = line
             .split_once("arg: ")
-            .and_then(|(_, arg)| arg.strip_suffix(')'));
+            .and_then(|(_, arg)| arg.strip_suffix(')'))
+            .map(|arg| arg.trim_start_matches("0x"));
         let kind = u64::from_str_radix(arg.expect("an argument"), 16).expect("a number");
         // The lowest eight bits of a VM's type (KVM_VM_TYPE_ARM_IPA_SIZE_MASK).
         kind & 0xff

@@ -36,6 +36,11 @@ pub(crate) struct Test {
     #[argh(switch)]
     thorough: bool,
 
+    /// run what takes some minutes: all steps, and of the rig the tests that were chosen for it, on
+    /// a host with a GICv3, on one with a GICv2 and 16 KiB pages, and on x86_64
+    #[argh(switch)]
+    quick: bool,
+
     /// boot a whole Debian system too, on the first host (made by `cargo xtask image` when needed)
     #[argh(switch)]
     system: bool,
@@ -99,6 +104,83 @@ const ELSEWHERE: [&str; 23] = [
     "width::",
 ];
 
+/// What `--quick` runs, and on which hosts. On the first one: what armlet promises, each promise
+/// once, by the tests that take the least time for it.
+const QUICK: [(&str, &[&str]); 3] = [
+    (
+        "max-gic3",
+        &[
+            "boards::",
+            "console::a_guest",
+            "console::an_input",
+            "console::input",
+            "console::output",
+            "disk::a_disk_works",
+            "disk::a_guest_reads",
+            "disk::a_locked",
+            "disk::a_read_only",
+            "disk::disks_are",
+            "disk::disks_work",
+            "disk::fio",
+            "kernels::a_kernel",
+            "life::",
+            "linux::debian_boots",
+            "linux::dmesg",
+            "linux::the_kernel",
+            "linux::two_vcpus",
+            "machine::",
+            "net::a_guest_talks_over_tap",
+            "net::a_network",
+            "net::passt",
+            "refusals::",
+            "rig::",
+            "sharing::a_folder",
+            "sharing::a_share_whose",
+            "sharing::every_byte",
+            "sharing::persistent",
+            "sharing::the_host_gives",
+            "unplugged::",
+            "width::the",
+        ],
+    ),
+    // What hangs on the interrupt controller, whose CPU interface is trapped here at each access,
+    // and on the host's pages: interrupts of each device, MMIO of vCPUs, memory's blocks, and the
+    // registers that the guest reads from a page.
+    (
+        "a76-gic2-16k",
+        &[
+            "boards::",
+            "console::every_byte",
+            "disk::a_guest_reads",
+            "disk::disks_work_on_after_reboots",
+            "life::a_reset",
+            "life::linux_reboots",
+            "linux::a_kernel_with_16_kib",
+            "linux::debian_boots",
+            "linux::dmesg",
+            "linux::eight_vcpus",
+            "machine::",
+            "memory::",
+            "refusals::vcpus_beyond",
+            "rig::",
+            "sharing::a_guest_gives",
+            "sharing::every_byte",
+            "width::the",
+        ],
+    ),
+    // Small guests show the machine, one Linux that a distribution's kernel likes it.
+    (
+        "epyc",
+        &[
+            "linux::debians_6_1_boots_from_a_bzimage",
+            "linux::sigterm",
+            "linux::virtio_devices",
+            "refusals::",
+            "small::",
+        ],
+    ),
+];
+
 /// What came of a step.
 struct Outcome {
     name: String,
@@ -110,15 +192,7 @@ impl Test {
     /// Runs the steps and gives the exit status: 0 when all of them passed.
     pub(crate) fn run(&self) -> Result<i32> {
         let steps = chosen(self.only.as_deref(), &STEPS)?;
-        let isa = Isa::from_name(&self.arch)?;
-        let all: &[NamedHost] = match isa {
-            Isa::Arm64 => &ARM64_HOSTS,
-            Isa::X86 => &X86_HOSTS,
-        };
-        let names = all.iter().map(|host| host.0).collect::<Vec<_>>();
-        let names = chosen(self.host.as_deref(), &names)?;
-        let hosts = all.iter().filter(|host| names.contains(&host.0));
-        let hosts = hosts.copied().collect::<Vec<_>>();
+        let rigs = self.rigs()?;
         ensure!(self.jobs > 0, "--jobs is at least 1");
 
         let mut outcomes = Vec::new();
@@ -151,15 +225,55 @@ impl Test {
                     "unit",
                     &mut cargo(&["test", "--workspace", "--no-fail-fast"]),
                 )?),
-                _ => outcomes.extend(self.rig(isa, &hosts, all[0].0)?),
+                _ => {
+                    for (isa, hosts) in &rigs {
+                        outcomes.extend(self.rig(*isa, hosts)?);
+                    }
+                }
             }
         }
         Ok(summary(&outcomes))
     }
 
-    /// Builds the tests that need KVM and runs them on each of `hosts`, all of them on the host
-    /// `first`.
-    fn rig(&self, isa: Isa, hosts: &[NamedHost], first: &str) -> Result<Vec<Outcome>> {
+    /// The hosts on which guests are tested, by the architecture that tests are built for.
+    fn rigs(&self) -> Result<Vec<(Isa, Vec<NamedHost>)>> {
+        let architectures = match self.quick {
+            false => vec![Isa::from_name(&self.arch)?],
+            true if std::env::consts::ARCH == Isa::X86.name() => vec![Isa::Arm64, Isa::X86],
+            true => vec![Isa::Arm64],
+        };
+        let mut hosts = Vec::new();
+        for isa in &architectures {
+            hosts.extend_from_slice(all_hosts(*isa));
+        }
+        hosts.retain(|host| !self.quick || QUICK.iter().any(|(name, _)| *name == host.0));
+        let names = hosts.iter().map(|host| host.0).collect::<Vec<_>>();
+        let names = chosen(self.host.as_deref(), &names)?;
+        hosts.retain(|host| names.contains(&host.0));
+        let of = |isa: &Isa| {
+            let ours = hosts.iter().filter(|host| host.3.isa() == *isa);
+            (*isa, ours.copied().collect::<Vec<_>>())
+        };
+        let rigs = architectures.iter().map(of);
+        Ok(rigs.filter(|(_, hosts)| !hosts.is_empty()).collect())
+    }
+
+    /// Parts of the names of the tests to run on the host `name`; all tests where there are none.
+    fn filters(&self, name: &str, first: &str) -> Vec<&str> {
+        if !self.filter.is_empty() {
+            return self.filter.iter().map(String::as_str).collect();
+        }
+        let quick = QUICK.iter().find(|(host, _)| self.quick && *host == name);
+        match quick {
+            Some((_, filters)) => filters.to_vec(),
+            None if name != first && !self.thorough => ELSEWHERE.to_vec(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Builds the tests that need KVM and runs them on each of `hosts`.
+    fn rig(&self, isa: Isa, hosts: &[NamedHost]) -> Result<Vec<Outcome>> {
+        let first = all_hosts(isa)[0].0;
         let toolchain = isa.toolchain()?;
         let mut build = rig_tests(isa, &toolchain)?;
         let built = one("rig: build", build.arg("--no-run"))?;
@@ -170,15 +284,12 @@ impl Test {
         let test = |name: &str, spec: Option<HostSpec>| -> Result<(String, Command)> {
             let mut command = rig_tests(isa, &toolchain)?;
             command.env(isa::VARIABLE, isa.name());
-            if !self.filter.is_empty() {
+            if self.filter.is_empty() {
                 // Who asks for some tests is told of each.
-                command.arg("--").args(&self.filter);
-            } else {
-                command.args(["--quiet", "--"]);
-                if name != first && spec.is_some() && !self.thorough {
-                    command.args(ELSEWHERE);
-                }
+                command.arg("--quiet");
             }
+            command.arg("--").args(self.filters(name, first));
+            let emulated = spec.is_some();
             if let Some(spec) = spec {
                 let variables = [
                     ("ARMLET_RIG_CPU", spec.cpu),
@@ -190,17 +301,18 @@ impl Test {
                     command.env("ARMLET_RIG_MACHINE", "raspi4b");
                 }
             }
-            if name == first && packages::can_make_systems() {
+            if emulated && name == first && packages::can_make_systems() {
                 // Passt and its like, for the tests that run on the first host only.
                 command.env("ARMLET_RIG_TOOLS", "1");
                 if self.system {
                     command.env("ARMLET_RIG_SYSTEM", "1");
                 }
             }
+            let name = if emulated { name } else { "this machine" };
             Ok((format!("rig: {name}"), command))
         };
         if isa.is_native() {
-            let (name, mut command) = test("this machine", None)?;
+            let (name, mut command) = test(first, None)?;
             outcomes.push(one(&name, &mut command)?);
             return Ok(outcomes);
         }
@@ -227,6 +339,14 @@ impl Test {
             outcomes.extend(several(commands, self.jobs)?);
         }
         Ok(outcomes)
+    }
+}
+
+/// The hosts of the matrix for guests of this architecture.
+fn all_hosts(isa: Isa) -> &'static [NamedHost] {
+    match isa {
+        Isa::Arm64 => &ARM64_HOSTS,
+        Isa::X86 => &X86_HOSTS,
     }
 }
 
@@ -357,6 +477,72 @@ fn summary(outcomes: &[Outcome]) -> i32 {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+
+    /// The test program's modules and its tests, as `module::test`, from its sources.
+    fn tests_of(program: &str) -> Vec<String> {
+        let folder = crate::repository().join("tests");
+        let root = std::fs::read_to_string(folder.join(format!("{program}.rs"))).unwrap();
+        let paths = root
+            .lines()
+            .filter_map(|line| line.strip_prefix("#[path = \"")?.strip_suffix("\"]"));
+        let mut tests = Vec::new();
+        for path in paths {
+            let module = path.rsplit('/').next().unwrap().trim_end_matches(".rs");
+            let text = std::fs::read_to_string(folder.join(path)).unwrap();
+            for test in text.split("#[test]").skip(1) {
+                let name = test.split("fn ").nth(1).unwrap();
+                let name = name.split('(').next().unwrap();
+                tests.push(format!("{module}::{name}"));
+            }
+        }
+        tests
+    }
+
+    #[test]
+    fn every_filter_means_a_test() {
+        let quick = QUICK.iter().flat_map(|(host, filters)| {
+            let program = if *host == "epyc" { "pc" } else { "boot" };
+            filters.iter().map(move |filter| (program, *filter))
+        });
+        let elsewhere = ELSEWHERE.iter().map(|filter| ("boot", *filter));
+        for (program, filter) in quick.chain(elsewhere) {
+            let tests = tests_of(program);
+            assert!(
+                tests.iter().any(|test| test.contains(filter)),
+                "{filter:?} is no test of {program}"
+            );
+        }
+    }
+
+    #[test]
+    fn quick_runs_on_hosts_of_both_architectures() {
+        let test = |quick| Test {
+            arch: "aarch64".to_owned(),
+            only: None,
+            host: None,
+            jobs: 1,
+            thorough: false,
+            quick,
+            system: false,
+            filter: Vec::new(),
+        };
+        let names = |rigs: Vec<(Isa, Vec<NamedHost>)>| {
+            let hosts = rigs.into_iter().flat_map(|(_, hosts)| hosts);
+            hosts.map(|host| host.0).collect::<Vec<_>>()
+        };
+        let quick = names(test(true).rigs().unwrap());
+        assert_eq!(quick[..2], ["max-gic3", "a76-gic2-16k"]);
+        let x86 = std::env::consts::ARCH == Isa::X86.name();
+        assert_eq!(quick.get(2).copied(), x86.then_some("epyc"));
+        assert_eq!(names(test(false).rigs().unwrap()).len(), ARM64_HOSTS.len());
+        assert!(
+            test(true)
+                .filters("max-gic3", "max-gic3")
+                .contains(&"rig::")
+        );
+        assert!(test(false).filters("max-gic3", "max-gic3").is_empty());
+        assert_eq!(test(false).filters("n1-gic3", "max-gic3"), ELSEWHERE);
+    }
 
     #[test]
     fn lists_choose_steps_in_their_own_order() {
