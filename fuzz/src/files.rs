@@ -3,13 +3,10 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use armlet::boards::BUILT_IN;
 use armlet::kernel::Kernel;
-use armlet::virtio::disk::qcow2::header::Header;
-use armlet::virtio::disk::qcow2::mend::survey;
 use armlet_arch::aarch64::Aarch64;
 use armlet_arch::board::{Architecture, Profile, Signature};
 use armlet_arch::image::{HEAD, recognise};
@@ -17,10 +14,8 @@ use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Board, Request, plan};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::input::Input;
-
 /// A file that is nowhere but here.
-fn file(data: &[u8]) -> File {
+pub fn file(data: &[u8]) -> File {
     let file = memfd_create("armlet-fuzz", MemfdFlags::CLOEXEC);
     let mut file = File::from(file.expect("descriptors"));
     file.write_all(data).expect("memory");
@@ -105,80 +100,4 @@ fn plan_of<A: Arch>(board: &Board) {
         }
         Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
     }
-}
-
-/// qcow2 images whose last user was killed, or that are none.
-pub fn qcow2(data: &[u8]) {
-    let mut input = Input::new(data);
-    let cluster_bits = match input.u8() {
-        choice @ 0..=239 => u32::from(choice % 8) + 9,
-        _ => input.number(),
-    };
-    let cluster = 1_u64 << cluster_bits.min(16);
-    let mut header = vec![0; 104];
-    let words = [
-        (0, 0x5146_49fb),
-        (4, if input.rarely(16) { input.u32() } else { 3 }),
-        (20, cluster_bits),
-        (36, input.number() & 0xffff),
-        (56, u32::from(input.u8() & 3)),
-        (76, if input.rarely(16) { input.u32() } else { 0 }),
-        (96, u32::from(input.u8() & 7)),
-    ];
-    for (at, word) in words {
-        header[at..at + 4].copy_from_slice(&word.to_be_bytes());
-    }
-    for at in [40, 48] {
-        let offset = match input.rarely(16) {
-            true => input.u64(),
-            false => u64::from(input.u8() & 7) * cluster,
-        };
-        header[at..at + 8].copy_from_slice(&offset.to_be_bytes());
-    }
-    // One that is in order so far: tables, and a block of counts that counts nothing yet.
-    let is_sound = input.flag();
-    if is_sound {
-        header[4..8].copy_from_slice(&3_u32.to_be_bytes());
-        header[36..40].copy_from_slice(&2_u32.to_be_bytes());
-        header[40..48].copy_from_slice(&cluster.to_be_bytes());
-        header[48..56].copy_from_slice(&(2 * cluster).to_be_bytes());
-        header[56..60].copy_from_slice(&1_u32.to_be_bytes());
-        header[76..80].fill(0);
-    }
-    let image = file(&header);
-    for (table, entry) in [(2, 3), (1, 4)].into_iter().filter(|_| is_sound) {
-        let entry: u64 = entry * cluster;
-        let written = image.write_all_at(&entry.to_be_bytes(), table * cluster);
-        written.expect("memory");
-    }
-    // Entries of tables, of which one leads to another.
-    let mut left = 200;
-    while !input.is_empty() && left > 0 {
-        left -= 1;
-        // The table that leads to data, more often than not.
-        let table = match input.u8() {
-            choice @ 0..=127 => choice & 15,
-            _ => 4,
-        };
-        let at = u64::from(table) * cluster;
-        let index = u64::from(input.u8()) * 8 % cluster;
-        let flags = u64::from(input.u8()) << 56;
-        let entry = match input.u8() {
-            choice @ 0..=223 => flags | (u64::from(choice & 15) * cluster),
-            224..=239 => flags | u64::from(input.u32()),
-            _ => input.u64(),
-        };
-        let written = image.write_all_at(&entry.to_be_bytes(), at + index);
-        written.expect("memory");
-    }
-    let size = image.metadata().expect("a file").len();
-    if let Ok(header) = Header::read(&image)
-        && let Ok(repair) = survey(&image, &header)
-        && repair.apply(&image, &header).is_ok()
-    {
-        let again = survey(&image, &header).expect("it was good");
-        assert_eq!(again.count(), 0, "it is not mended at once");
-    }
-    let now = image.metadata().expect("a file").len();
-    assert!(now <= size.next_multiple_of(1 << 21), "it grew to {now}");
 }

@@ -9,6 +9,7 @@ mod guest;
 mod input;
 mod memory;
 mod net;
+mod qcow2;
 mod ring;
 mod small;
 mod streams;
@@ -34,7 +35,7 @@ pub const TARGETS: &[Target] = &[
     ("net", net::net),
     ("passt", streams::passt),
     ("pmem", small::pmem),
-    ("qcow2", files::qcow2),
+    ("qcow2", qcow2::qcow2),
     ("rng", small::rng),
     ("transport", transport::transport),
     ("vhost-user", streams::vhost_user),

@@ -333,6 +333,37 @@ enum Part {
     Some { at: u64, len: u64 },
 }
 
+/// An image without a guest, a backing file or a name, as fuzzing has them.
+pub struct Anonymous(Image);
+
+impl Anonymous {
+    /// Looks at the image in `file` and opens it.
+    ///
+    /// # Errors
+    /// As for an image of a disk.
+    pub fn open(file: File, readonly: bool) -> Result<Anonymous> {
+        let path = Path::new("image");
+        let found = look(path, &file, readonly)?;
+        let complaints = Complaints::new("disk".to_owned(), path.to_owned());
+        let image = Image::open(path, file, found, readonly, Vec::new(), complaints)?;
+        Ok(Anonymous(image))
+    }
+
+    /// Bytes of the disk.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    /// Carries a request of a guest out.
+    ///
+    /// # Errors
+    /// What the guest would get an I/O error for.
+    pub fn perform(&self, memory: &GuestMemoryMmap, request: &Request<'_>) -> io::Result<()> {
+        self.0.perform(memory, request)
+    }
+}
+
 fn or_else_unsupported(
     result: io::Result<()>,
     other: impl FnOnce() -> io::Result<()>,

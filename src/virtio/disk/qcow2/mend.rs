@@ -13,6 +13,7 @@ use super::header::{DIRTY, FEATURES, Header, long, read_up_to};
 use anyhow::{Context, Result, bail};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -26,6 +27,8 @@ const FEW: u64 = 16 << 20;
 /// Holes of the file that are shorter than this many bytes are not told from data.
 const SHORT_HOLE: u64 = 64 << 10;
 
+const TOO_OFTEN: &str = "it points to one cluster too often";
+
 /// The part of an L1 or L2 entry that is an offset in the file.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The flag of an L2 entry whose cluster is compressed.
@@ -37,6 +40,8 @@ struct InUse {
     /// Clusters of the file.
     count: u64,
     bits: Vec<u64>,
+    /// Those with compressed data, of which several may lie in one, and how often.
+    packed: HashMap<u64, u16>,
     /// How often each is in use, where that is asked for.
     counts: Option<Vec<u16>>,
 }
@@ -67,7 +72,7 @@ impl InUse {
                     counts.resize(index + 1, 0);
                 }
                 let count = counts[index].checked_add(1);
-                counts[index] = count.context("it points to one cluster too often")?;
+                counts[index] = count.context(TOO_OFTEN)?;
             }
         }
         Ok(twice)
@@ -82,6 +87,26 @@ impl InUse {
             true => bail!("it points to one cluster twice"),
             false => Ok(()),
         }
+    }
+
+    /// Notes the clusters of compressed data.
+    fn add_packed(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let first = offset >> self.cluster_bits;
+        let last = offset.saturating_add(bytes - 1) >> self.cluster_bits;
+        for cluster in first..=last.min(self.count) {
+            let is_new = !self.add(cluster << self.cluster_bits, 1)?;
+            let count = self.packed.entry(cluster).or_default();
+            if *count == 0 && !is_new {
+                bail!("it points to one cluster twice");
+            }
+            *count = count.checked_add(1).context(TOO_OFTEN)?;
+        }
+        Ok(())
+    }
+
+    /// How often a cluster that is in use should be counted.
+    fn times(&self, cluster: u64) -> u64 {
+        u64::from(self.packed.get(&cluster).copied().unwrap_or(1))
     }
 
     /// Those of a range, in order. An image that points far has few of many, so it is words that are
@@ -147,14 +172,14 @@ impl Extents {
 /// What is to be mended.
 #[derive(Debug, Default)]
 pub struct Repair {
-    /// Clusters that are in use and not counted, in order.
-    uncounted: Vec<u64>,
+    /// Clusters that are in use and not counted, or less often, in order, and their counts.
+    uncounted: Vec<(u64, u64)>,
     /// What all counts should be, and how many are not, of an image that is marked as dirty.
     recount: Option<(Vec<u16>, usize)>,
 }
 
 impl Repair {
-    /// How many clusters are not counted, or not so often as they are in use.
+    /// How many clusters are not counted as often as they are in use.
     #[must_use]
     pub fn count(&self) -> usize {
         match &self.recount {
@@ -194,15 +219,15 @@ impl Repair {
         let mut block = vec![0; header.cluster_size() as usize];
         for clusters in self
             .uncounted
-            .chunk_by(|one, other| one / per_block == other / per_block)
+            .chunk_by(|(one, _), (other, _)| one / per_block == other / per_block)
         {
-            let number = clusters[0] / per_block;
+            let number = clusters[0].0 / per_block;
             let offset = refcounts.get(number as usize).copied().unwrap_or(0) & !0x1ff;
             block.fill(0);
             read_up_to(file, &mut block, offset)?;
-            for cluster in clusters {
+            for (cluster, count) in clusters {
                 let index = (cluster % per_block) as usize;
-                set_count(&mut block, header.refcount_order, index, 1);
+                set_count(&mut block, header.refcount_order, index, *count);
             }
             file.write_all_at(&block, offset).context(cannot)?;
         }
@@ -232,6 +257,7 @@ pub fn survey(file: &File, header: &Header) -> Result<Repair> {
         cluster_bits: header.cluster_bits,
         count,
         bits: Vec::new(),
+        packed: HashMap::new(),
         counts: header.is_dirty().then(Vec::new),
     };
     find(file, header, &refcounts, &l1, &extents, &mut in_use)?;
@@ -253,13 +279,20 @@ pub fn survey(file: &File, header: &Header) -> Result<Repair> {
             recount: Some((counts, changed)),
         });
     }
+    let most = most(header);
+    if in_use.packed.values().any(|count| u64::from(*count) > most) {
+        bail!(TOO_OFTEN);
+    }
     let count = 64 * in_use.bits.len() as u64;
     let per_block = per_block(header);
     let mut uncounted = Vec::new();
     for (first, block) in (0..count).step_by(per_block as usize).zip(0..) {
         let entry = refcounts.get(block).copied().unwrap_or(0) & !0x1ff;
         let clusters = first..count.min(first + per_block);
-        let mut used = in_use.within(clusters).peekable();
+        let used = in_use.within(clusters);
+        let mut used = used
+            .map(|cluster| (cluster, in_use.times(cluster)))
+            .peekable();
         if used.peek().is_none() {
             continue;
         }
@@ -272,9 +305,9 @@ pub fn survey(file: &File, header: &Header) -> Result<Repair> {
         }
         let mut block = vec![0; header.cluster_size() as usize];
         read_up_to(file, &mut block, entry)?;
-        uncounted.extend(used.filter(|cluster| {
+        uncounted.extend(used.filter(|(cluster, times)| {
             let index = (cluster - first) as usize;
-            get_count(&block, header.refcount_order, index) == 0
+            get_count(&block, header.refcount_order, index) < *times
         }));
     }
     Ok(Repair {
@@ -294,12 +327,9 @@ fn recount(
     mut each: impl FnMut(u64, &[u8], usize) -> Result<()>,
 ) -> Result<()> {
     let (order, per_block) = (header.refcount_order, per_block(header) as usize);
-    let most = match order {
-        0..6 => (1_u64 << (1 << order)) - 1,
-        _ => u64::MAX,
-    };
+    let most = most(header);
     if counts.iter().any(|count| u64::from(*count) > most) {
-        bail!("it points to one cluster too often");
+        bail!(TOO_OFTEN);
     }
     let mut block = vec![0; header.cluster_size() as usize];
     let blocks = refcounts.len().max(counts.len().div_ceil(per_block));
@@ -333,6 +363,14 @@ fn recount(
         }
     }
     Ok(())
+}
+
+/// The highest count that there is room for.
+fn most(header: &Header) -> u64 {
+    match header.refcount_order {
+        order @ 0..6 => (1 << (1 << order)) - 1,
+        _ => u64::MAX,
+    }
 }
 
 /// Clusters whose counts are in one block.
@@ -373,7 +411,7 @@ fn find(
                 let size_at = 62 - (header.cluster_bits - 8);
                 let offset = entry & ((1 << size_at) - 1);
                 let sectors = (entry & (COMPRESSED - 1)) >> size_at;
-                in_use.add(offset, 512 * (sectors + 1) - offset % 512)?;
+                in_use.add_packed(offset, 512 * (sectors + 1) - offset % 512)?;
             } else if entry & OFFSET != 0 {
                 in_use.add_once(entry & OFFSET, cluster)?;
             }
@@ -434,6 +472,7 @@ mod tests {
             cluster_bits: 9,
             count: MOST_CLUSTERS,
             bits: Vec::new(),
+            packed: HashMap::new(),
             counts: None,
         };
         let last = MOST_CLUSTERS - 1;
