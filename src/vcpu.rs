@@ -1,6 +1,7 @@
 //! A vCPU's thread: run, answer the exit, again.
 
 use crate::affinity;
+use crate::kvm::internal::describe_internal_error;
 use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{KvmArch, RawExit};
 use crate::stats::{Exits, Reason};
@@ -68,6 +69,8 @@ pub enum Next {
     Port,
     /// The host has no page of memory for the guest's access.
     NoPage,
+    /// KVM met an error of its own, yet to be described: kvm-ioctls does not tell what it says.
+    InternalError,
     /// A fault in the handler of a double fault, which resets a PC.
     TripleFault,
     /// The guest powered itself off.
@@ -116,9 +119,7 @@ pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
         VcpuExit::FailEntry(reason, cpu) => Next::Failed(format!(
             "KVM cannot enter the guest on CPU {cpu} (hardware reason {reason:#x})"
         )),
-        VcpuExit::InternalError => {
-            Next::Failed("KVM met an error of its own in emulating the guest".to_owned())
-        }
+        VcpuExit::InternalError => Next::InternalError,
         VcpuExit::Unsupported(reason) => Next::Raw(reason),
         other => Next::Failed(format!("KVM stopped it with an unexpected exit: {other:?}")),
     }
@@ -247,6 +248,7 @@ fn run<A: KvmArch>(
                 }
                 Err(error) => Next::Failed(format!("{error:#}")),
             },
+            Next::InternalError => Next::Failed(describe_internal_error(vcpu)),
             Next::NoPage => match buses.find_page(&mut seen) {
                 true => Next::Run,
                 false => Next::Failed("the host has no page of memory for it".to_owned()),
@@ -263,7 +265,7 @@ fn run<A: KvmArch>(
             return Some(told);
         }
         match next {
-            Next::Run | Next::Port | Next::NoPage => {}
+            Next::Run | Next::Port | Next::NoPage | Next::InternalError => {}
             Next::TripleFault => {
                 let place = A::position(vcpu);
                 log::warn!(

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 pub use crate::console::Output;
 use crate::console::Uart;
-use crate::primecell::{self, Line, PrimeCell};
+use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
 /// What reads of all registers would give, at a time when no read changes anything.
@@ -54,7 +54,7 @@ pub struct Pl011 {
     output: Box<dyn Output>,
     on_room: Box<dyn Fn() + Send>,
     /// Accesses that no register answers.
-    faults: u64,
+    faults: Faults,
     registers: Registers,
     /// Received characters in the layout of UARTDR, oldest first.
     rx: VecDeque<u16>,
@@ -209,7 +209,7 @@ impl Pl011 {
             line: Line::new(line),
             output,
             on_room,
-            faults: 0,
+            faults: Faults::of("PL011"),
             registers: Registers::at_reset(),
             rx: VecDeque::with_capacity(FIFO_DEPTH),
             overrun: false,
@@ -234,7 +234,7 @@ impl Pl011 {
 
     /// Accesses so far at offsets, of widths or in directions that no register answers.
     pub fn faults(&self) -> u64 {
-        self.faults
+        self.faults.count()
     }
 
     /// Back to power-on: registers, receive FIFO and line. Output is already out.
@@ -550,14 +550,16 @@ impl Device for Pl011 {
             offset::DR if self.polls < POLLS => 0,
             _ => self.polls,
         };
-        self.faults += primecell::read(self, offset, data);
+        let faults = primecell::read(self, offset, data);
+        self.faults.note(faults, "read", offset, data.len());
         self.settle(before);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         let before = (self.listens(), self.wanted() > 0);
         self.polls = 0;
-        self.faults += primecell::write(self, offset, data);
+        let faults = primecell::write(self, offset, data);
+        self.faults.note(faults, "write", offset, data.len());
         self.settle(before);
     }
 }

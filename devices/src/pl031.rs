@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vm_superio::rtc_pl031::NoEvents;
 use vm_superio::{Rtc, RtcState};
 
-use crate::primecell::{self, Line, PrimeCell};
+use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
 /// A PL031 real-time clock with its alarm.
@@ -30,7 +30,7 @@ pub struct Pl031 {
     /// Up to which second the clock was compared with the match register.
     compared: u32,
     /// Accesses that no register answers.
-    faults: u64,
+    faults: Faults,
 }
 
 /// Offsets in bytes (section 3.2).
@@ -64,7 +64,7 @@ impl Pl031 {
             rtc: Rtc::new(),
             matched: false,
             compared: 0,
-            faults: 0,
+            faults: Faults::of("PL031"),
         };
         clock.compared = clock.now();
         clock
@@ -101,7 +101,7 @@ impl Pl031 {
 
     /// Accesses so far at offsets, of widths or in directions that no register answers.
     pub fn faults(&self) -> u64 {
-        self.faults
+        self.faults.count()
     }
 
     /// Takes the alarm back to power-on. The time goes on as the guest has set it, as
@@ -197,13 +197,15 @@ impl PrimeCell for Pl031 {
 impl Device for Pl031 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         self.compare();
-        self.faults += primecell::read(self, offset, data);
+        let faults = primecell::read(self, offset, data);
+        self.faults.note(faults, "read", offset, data.len());
         self.update_line();
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.compare();
-        self.faults += primecell::write(self, offset, data);
+        let faults = primecell::write(self, offset, data);
+        self.faults.note(faults, "write", offset, data.len());
         self.update_line();
     }
 }

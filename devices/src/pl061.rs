@@ -6,14 +6,14 @@
 
 use std::sync::Arc;
 
-use crate::primecell::{self, Line, PrimeCell};
+use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
 /// A PL061 GPIO controller. In all of its masks, bit 0 is line 0.
 pub struct Pl061 {
     line: Line,
     /// Accesses that no register answers.
-    faults: u64,
+    faults: Faults,
     registers: Registers,
     /// The levels that the outside drives, on lines of either direction.
     inputs: u8,
@@ -63,7 +63,7 @@ impl Pl061 {
     pub fn new(line: Arc<dyn IrqLine>) -> Pl061 {
         Pl061 {
             line: Line::new(line),
-            faults: 0,
+            faults: Faults::of("PL061"),
             registers: Registers::default(),
             inputs: 0,
         }
@@ -90,7 +90,7 @@ impl Pl061 {
 
     /// Accesses so far at offsets, of widths or in directions that no register answers.
     pub fn faults(&self) -> u64 {
-        self.faults
+        self.faults.count()
     }
 
     /// Back to power-on. What drives the lines from outside goes on doing so.
@@ -175,11 +175,13 @@ impl PrimeCell for Pl061 {
 
 impl Device for Pl061 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        self.faults += primecell::read(self, offset, data);
+        let faults = primecell::read(self, offset, data);
+        self.faults.note(faults, "read", offset, data.len());
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        self.faults += primecell::write(self, offset, data);
+        let faults = primecell::write(self, offset, data);
+        self.faults.note(faults, "write", offset, data.len());
         self.update_line();
     }
 }

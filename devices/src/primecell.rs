@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::IrqLine;
+use crate::limit::{Admitted, RateLimit};
 
 /// The registers of one peripheral, by offset in bytes. Offsets are those of words.
 pub(crate) trait PrimeCell {
@@ -46,6 +47,38 @@ pub(crate) fn write<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &[u8]) 
         .then(|| peripheral.write_register(offset, written(data)))
         .flatten();
     u64::from(answered.is_none())
+}
+
+/// A peripheral's accesses that no register answers: counted, and logged at a limited rate.
+pub(crate) struct Faults {
+    name: &'static str,
+    limit: RateLimit,
+}
+
+impl Faults {
+    /// Those of the peripheral called `name`, none so far.
+    pub(crate) fn of(name: &'static str) -> Faults {
+        Faults {
+            name,
+            limit: RateLimit::default(),
+        }
+    }
+
+    /// Counts `faults`, 1 or 0, of an access.
+    pub(crate) fn note(&self, faults: u64, access: &str, offset: u64, size: usize) {
+        if faults > 0 {
+            self.limit.log(log::Level::Warn, |Admitted { count, .. }| {
+                let name = self.name;
+                format!(
+                    "{name}: no register answers a {access} of {size} bytes at {offset:#x} (fault {count} of this device)"
+                )
+            });
+        }
+    }
+
+    pub(crate) fn count(&self) -> u64 {
+        self.limit.count()
+    }
 }
 
 /// The interrupt line of a peripheral. It tells the other end of changes only.

@@ -9,6 +9,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 
 pub mod burst;
+pub mod internal;
 pub mod kick;
 pub mod open;
 pub mod page;
