@@ -6,7 +6,7 @@ use armlet_devices::pl011::Output;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::stdio;
-use rustix::termios::{self, OptionalActions, Termios};
+use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -40,8 +40,7 @@ impl RawTerminal {
             return Ok(None);
         }
         let modes = termios::tcgetattr(input).context("cannot read the terminal's modes")?;
-        let mut raw = modes.clone();
-        raw.make_raw();
+        let raw = raw_of(&modes);
         *saved() = Some(modes);
         restore_at_crash();
         termios::tcsetattr(input, OptionalActions::Now, &raw)
@@ -49,6 +48,47 @@ impl RawTerminal {
         RAW.store(true, Ordering::Relaxed);
         Ok(Some(RawTerminal(())))
     }
+}
+
+fn raw_of(modes: &Termios) -> Termios {
+    let mut raw = modes.clone();
+    raw.make_raw();
+    raw
+}
+
+/// Makes the terminal raw again that a [`RawTerminal`] made so and others changed since: a shell
+/// takes it back while armlet is stopped. In the background it is left alone, for the next time.
+pub fn make_raw_again() {
+    let input = stdio::stdin();
+    let mut saved = saved();
+    let Some(before) = saved.as_mut() else {
+        return;
+    };
+    if !is_foreground() {
+        RAW.store(false, Ordering::Relaxed);
+        return;
+    }
+    let Ok(modes) = termios::tcgetattr(input) else {
+        return;
+    };
+    // Modes that are raw still are ours.
+    if modes.local_modes.contains(LocalModes::ICANON) {
+        *before = modes;
+    }
+    let set = termios::tcsetattr(input, OptionalActions::Now, &raw_of(before));
+    RAW.store(set.is_ok(), Ordering::Relaxed);
+}
+
+/// Whether the terminal is raw by our hand.
+#[must_use]
+pub fn is_raw() -> bool {
+    RAW.load(Ordering::Relaxed)
+}
+
+/// Whether the terminal may be changed: one who does so in the background is stopped (SIGTTOU). A
+/// terminal that is not this session's has no background.
+fn is_foreground() -> bool {
+    termios::tcgetpgrp(stdio::stdin()).map_or(true, |group| group == rustix::process::getpgrp())
 }
 
 impl Drop for RawTerminal {
@@ -61,13 +101,17 @@ fn saved() -> std::sync::MutexGuard<'static, Option<Termios>> {
     SAVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn restore() {
+/// Gives the terminal back as it was before a [`RawTerminal`]. Handlers of signals may call it.
+pub(crate) fn restore() {
     // A crash while the modes are being saved finds them locked, and not yet changed.
     if let Ok(mut saved) = SAVED.try_lock()
         && let Some(modes) = saved.take()
     {
         RAW.store(false, Ordering::Relaxed);
-        let _ = termios::tcsetattr(stdio::stdin(), OptionalActions::Now, &modes);
+        // In the background it is the shell's already.
+        if is_foreground() {
+            let _ = termios::tcsetattr(stdio::stdin(), OptionalActions::Now, &modes);
+        }
     }
 }
 
@@ -145,43 +189,87 @@ impl EscapeFilter {
 }
 
 /// Standard output as the serial console's far end: every byte, in order, waiting where the
-/// reader is slow, until it is closed or armlet stops.
-pub struct StandardOutput {
+/// reader is slow, until it is closed or armlet stops. What it does not take for another reason, a
+/// full disk for instance, is lost and counted, and each write tries again.
+pub struct StandardOutput<W = fn(&[u8]) -> Result<usize, Errno>> {
     stopping: Arc<AtomicBool>,
+    write: W,
     closed: bool,
+    /// Bytes lost since it took some.
+    lost: u64,
 }
 
 impl StandardOutput {
     /// `stopping` ends a wait for a reader that does not read.
     #[must_use]
     pub fn new(stopping: Arc<AtomicBool>) -> StandardOutput {
+        StandardOutput::by(stopping, |bytes| rustix::io::write(stdio::stdout(), bytes))
+    }
+}
+
+impl<W: FnMut(&[u8]) -> Result<usize, Errno>> StandardOutput<W> {
+    fn by(stopping: Arc<AtomicBool>, write: W) -> StandardOutput<W> {
         StandardOutput {
             stopping,
+            write,
             closed: false,
+            lost: 0,
+        }
+    }
+
+    fn lose(&mut self, count: usize, error: Errno) {
+        if self.lost == 0 {
+            log::warn!(
+                "standard output takes nothing ({error}); the guest runs on, and its console output is lost until it does"
+            );
+        }
+        self.lost += count as u64;
+    }
+
+    fn tell_lost(&mut self) {
+        let lost = std::mem::take(&mut self.lost);
+        if lost > 0 {
+            log::warn!("{lost} bytes of the console's output are lost");
         }
     }
 }
 
-impl Output for StandardOutput {
+/// A guest that ends leaves nobody to find out later.
+impl<W> Drop for StandardOutput<W> {
+    fn drop(&mut self) {
+        if self.lost > 0 {
+            let lost = self.lost;
+            log::warn!("the last {lost} bytes of the console's output are lost");
+        }
+    }
+}
+
+impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W> {
     fn write(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() && !self.closed {
             // Once armlet stops, nothing waits for a reader any more.
             if self.stopping.load(Ordering::Relaxed) && !is_output_ready() {
                 return;
             }
-            match rustix::io::write(stdio::stdout(), bytes) {
-                Ok(written) => bytes = &bytes[written..],
+            match (self.write)(bytes) {
+                Ok(written) => {
+                    self.tell_lost();
+                    bytes = &bytes[written..];
+                }
                 Err(Errno::INTR) => {}
                 // Not ours to change: others may have made the descriptor so.
                 Err(Errno::AGAIN) => {
                     let _ = is_writable(None);
                 }
-                Err(error) => {
+                // Nobody will ever read it.
+                Err(error @ (Errno::PIPE | Errno::BADF | Errno::CONNRESET)) => {
                     self.closed = true;
+                    self.tell_lost();
                     log::warn!(
                         "standard output is closed ({error}); the guest runs on, its console output is lost"
                     );
                 }
+                Err(error) => return self.lose(bytes.len(), error),
             }
         }
     }
@@ -302,10 +390,8 @@ mod tests {
     fn reasons(printed: &[u8]) -> Vec<String> {
         let reasons = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&reasons);
-        let output = StandardOutput {
-            stopping: Arc::default(),
-            closed: true,
-        };
+        let mut output = StandardOutput::new(Arc::default());
+        output.closed = true;
         let on_panic = move |reason| kept.lock().expect("one thread").push(reason);
         let mut watch = PanicWatch::new(output, Box::new(on_panic));
         for byte in printed {
@@ -323,6 +409,53 @@ mod tests {
         assert!(reasons(b"Kernel panic - not syncing: unfinished").is_empty());
         let endless = [PANIC, &[b'x'; 1000]].concat();
         assert_eq!(reasons(&endless)[0].len(), REASON_BYTES);
+    }
+
+    #[test]
+    fn a_full_disk_silences_the_console_only_while_it_is_full() {
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&taken);
+        let mut answers = vec![
+            Ok(2),
+            Err(Errno::NOSPC),
+            Err(Errno::IO),
+            Err(Errno::INTR),
+            Ok(3),
+            Err(Errno::DQUOT),
+        ];
+        answers.reverse();
+        let write = move |bytes: &[u8]| {
+            let answer = answers.pop().expect("an answer")?;
+            let mut taken = kept.lock().expect("one thread");
+            taken.extend_from_slice(&bytes[..answer]);
+            Ok(answer)
+        };
+        let mut output = StandardOutput::by(Arc::default(), write);
+        // Two go out, and two are lost on a full disk, as is the next one.
+        output.write(b"abcd");
+        output.write(b"e");
+        assert_eq!(output.lost, 3);
+        // There is room again.
+        output.write(b"fgh");
+        assert_eq!(output.lost, 0);
+        output.write(b"i");
+        assert_eq!((output.lost, output.closed), (1, false));
+        assert_eq!(*taken.lock().expect("one thread"), b"abfgh");
+    }
+
+    #[test]
+    fn a_closed_output_is_asked_once() {
+        let mut calls = 0;
+        let write = |_: &[u8]| {
+            calls += 1;
+            Err(Errno::PIPE)
+        };
+        let mut output = StandardOutput::by(Arc::default(), write);
+        output.write(b"abc");
+        output.write(b"def");
+        assert!(output.closed);
+        drop(output);
+        assert_eq!(calls, 1);
     }
 
     proptest! {

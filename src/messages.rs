@@ -125,6 +125,14 @@ pub fn install() {
     }
 }
 
+/// Says a line from a signal's handler: at once or not at all, without locks and a heap.
+pub fn say_from_handler(line: &[u8]) {
+    let stderr = stdio::stderr();
+    if is_writable(stderr, Duration::ZERO) {
+        let _ = rustix::io::write(stderr, line);
+    }
+}
+
 /// Whether some of what was said still waits for a reader: [`retry`] is due some time.
 #[must_use]
 pub fn is_behind() -> bool {

@@ -3,6 +3,7 @@
 //! Light devices share the event loop's thread, which watches the reactor's own descriptor; a busy
 //! device has a [`Worker`].
 
+use crate::signals;
 use anyhow::{Context, Result};
 use armlet_devices::virtio::VirtioDevice;
 use std::os::fd::{AsRawFd, RawFd};
@@ -133,6 +134,7 @@ impl Reactor {
 
 /// A thread that serves a reactor until it is dropped.
 pub struct Worker {
+    name: String,
     thread: Option<JoinHandle<()>>,
     stopping: Arc<AtomicBool>,
     bell: EventFd,
@@ -149,6 +151,7 @@ impl Worker {
         let stopping = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&stopping);
         let what = format!("cannot start the thread {name}");
+        let kept = name.clone();
         let thread = std::thread::Builder::new()
             .name(name)
             .stack_size(STACK_BYTES)
@@ -162,6 +165,7 @@ impl Worker {
             })
             .context(what)?;
         Ok(Worker {
+            name: kept,
             thread: Some(thread),
             stopping,
             bell,
@@ -174,6 +178,7 @@ const STACK_BYTES: usize = 128 << 10;
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        signals::waiting_for(format_args!("{} to stop", self.name));
         self.stopping.store(true, Ordering::Release);
         // The counter cannot overflow: nobody else writes it.
         let _ = self.bell.write(1);

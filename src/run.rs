@@ -14,6 +14,7 @@ use crate::memory::{self, Sharing};
 use crate::messages;
 use crate::reactor::Reactor;
 use crate::serial::TICK;
+use crate::signals::{self, Phase};
 use crate::stats::Counters;
 use crate::status::{Fault, Status};
 use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
@@ -24,12 +25,16 @@ use armlet_devices::console::Console;
 use kvm_ioctls::Kvm;
 use rustix::io::Errno;
 use rustix::stdio;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+mod queue;
+
+use queue::{Event, Queue};
 
 /// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.
 const KEY_HELD: Duration = Duration::from_millis(100);
@@ -148,6 +153,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                     true => Sharing::Shared,
                     false => Sharing::Private,
                 };
+                signals::waiting_for("the host to give guest memory");
                 let mapped = memory::map(&plan.layout.ram, sharing, orders.config.backing)
                     .fault(Status::Host)?;
                 memory.insert(Arc::new(mapped))
@@ -159,6 +165,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             .fault(Status::Host)?;
         let (kernel, initrd) = (&orders.config.kernel, &orders.config.initrd);
         machine.devices.hvc = hvc.clone();
+        signals::waiting_for("the kernel to be unpacked");
         machine
             .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
             .fault(Status::Usage)?;
@@ -170,8 +177,8 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             terminal = RawTerminal::enter()?;
         }
         let mut vcpus = Vec::new();
-        for (index, vcpu) in machine.vcpus.into_iter().enumerate() {
-            let teller = events.teller();
+        for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
+            let queue = events.queue.clone();
             let cpus = pinning.cpus.get(index).unwrap_or(&everywhere).clone();
             let (buses, flag) = (Arc::clone(&machine.buses), Arc::clone(&stopping));
             let (serial, hvc) = (machine.devices.serial.clone(), hvc.clone());
@@ -184,7 +191,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                 if let Some(hvc) = &hvc {
                     hvc.drain(|| !halt.load(Ordering::Acquire));
                 }
-                teller.tell(Event::Told(told));
+                queue.tell(Event::Told(told));
             };
             let exits = Arc::clone(&machine.counters.exits[index]);
             vcpus.push(RunningVcpu::start::<A>(
@@ -197,7 +204,21 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             &machine.counters,
             terminal.is_some(),
         );
-        stop(&vcpus, &stopping);
+        let is_over = !matches!(ending, Ok(Ending::Reset) if orders.on_reset == OnReset::Restart);
+        let ending = match is_over {
+            true => {
+                // From here on signals end armlet, and the terminal is the user's again.
+                terminal = None;
+                let ending = ending.map(status);
+                signals::end_with(*ending.as_ref().unwrap_or(&Status::Failure));
+                Some(ending)
+            }
+            false => {
+                signals::enter(Phase::Between);
+                None
+            }
+        };
+        stop(&vcpus, &stopping, || machine.workers.at_work());
         for vcpu in vcpus {
             vcpu.join();
         }
@@ -210,13 +231,16 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         if orders.stats {
             tell_counters(&machine.counters);
         }
-        match ending? {
-            Ending::Reset if orders.on_reset == OnReset::Restart => {
-                log::info!("the guest asked for a reset; starting it again");
-            }
-            ending => {
-                drop(terminal);
-                return Ok(status(ending));
+        signals::waiting_for("the machine to be taken down");
+        drop(machine);
+        match ending {
+            None => log::info!("the guest asked for a reset; starting it again"),
+            Some(ending) => {
+                for backend in backends {
+                    signals::waiting_for(format_args!("{} to be closed", backend.name()));
+                    drop(backend);
+                }
+                return ending;
             }
         }
     }
@@ -242,47 +266,28 @@ fn status(ending: Ending) -> Status {
 
 /// Makes all vCPUs leave the guest. A kick may come just before a thread begins to wait, so it
 /// is repeated, at first soon: most threads end at once.
-fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool) {
+fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool, at_work: impl Fn() -> String) {
     stopping.store(true, Ordering::Release);
+    signals::waiting_for("the vCPUs to stop");
     let mut pause = FIRST_KICK;
     loop {
-        let running: Vec<_> = vcpus.iter().filter(|vcpu| !vcpu.is_finished()).collect();
-        if running.is_empty() {
+        let running = (0..).zip(vcpus).filter(|(_, vcpu)| !vcpu.is_finished());
+        let running: Vec<(usize, _)> = running.collect();
+        let Some((first, _)) = running.first() else {
             return;
-        }
-        for vcpu in running {
+        };
+        for (_, vcpu) in &running {
             vcpu.kick();
+        }
+        if pause == LONGEST_TO_KICK {
+            let devices = at_work();
+            signals::waiting_for(match devices.is_empty() {
+                true => format!("vCPU {first} to stop"),
+                false => format!("vCPU {first} to stop, which waits for {devices}"),
+            });
         }
         std::thread::sleep(pause);
         pause = (2 * pause).min(LONGEST_TO_KICK);
-    }
-}
-
-/// What other threads put in the queue.
-#[derive(Debug)]
-enum Event {
-    /// A vCPU has something to tell.
-    Told(Told),
-    /// The console takes input.
-    Room,
-    /// A burst of output began.
-    Burst,
-    /// The clock's alarm was set anew.
-    Deadline,
-}
-
-/// The queue's other end: it wakes the event loop.
-#[derive(Debug)]
-struct Teller {
-    queue: Arc<Mutex<Vec<Event>>>,
-    bell: Arc<EventFd>,
-}
-
-impl Teller {
-    fn tell(&self, event: Event) {
-        lock(&self.queue).push(event);
-        // The counter cannot overflow before the loop has read it.
-        let _ = self.bell.write(1);
     }
 }
 
@@ -295,9 +300,8 @@ const VIRTIO: u64 = 3;
 /// The event loop.
 struct Events {
     epoll: Epoll,
-    queue: Arc<Mutex<Vec<Event>>>,
-    bell: Arc<EventFd>,
-    signals: OwnedFd,
+    queue: Queue,
+    signals: &'static EventFd,
     input: Input,
     /// When the power key is released.
     release: Option<Instant>,
@@ -310,8 +314,6 @@ struct Events {
     on_panic: OnPanic,
     /// Whether the guest's kernel said in this life that it panicked.
     panicked: bool,
-    /// Signals that asked for the guest's end.
-    asked_to_stop: u32,
 }
 
 /// Standard input on its way to the guest.
@@ -343,8 +345,7 @@ impl Events {
     fn new(on_panic: OnPanic, stats: bool) -> Result<Events> {
         let epoll = Epoll::new().context("cannot make an epoll instance")?;
         let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
-        // Before any thread starts, so that each inherits the mask.
-        let signals = take_signals(stats).context("cannot take signals by descriptor")?;
+        let signals = signals::install(stats)?;
         for (fd, token) in [(bell.as_raw_fd(), BELL), (signals.as_raw_fd(), SIGNAL)] {
             epoll
                 .ctl(
@@ -356,8 +357,7 @@ impl Events {
         }
         Ok(Events {
             epoll,
-            queue: Arc::default(),
-            bell: Arc::new(bell),
+            queue: Queue::new(bell),
             signals,
             input: Input::default(),
             release: None,
@@ -366,20 +366,12 @@ impl Events {
             feed: None,
             on_panic,
             panicked: false,
-            asked_to_stop: 0,
         })
-    }
-
-    fn teller(&self) -> Teller {
-        Teller {
-            queue: Arc::clone(&self.queue),
-            bell: Arc::clone(&self.bell),
-        }
     }
 
     /// The virtio console of this terminal.
     fn open_hvc(&self) -> Result<Arc<HvcConsole>> {
-        let (room, panic) = (self.teller(), self.teller());
+        let (room, panic) = (self.queue.clone(), self.queue.clone());
         // What the loop waits for is drained before armlet ends; nothing else stops the thread.
         let output = StandardOutput::new(Arc::default());
         let on_panic = move |reason| {
@@ -394,11 +386,11 @@ impl Events {
     /// The wires of a new life of the guest, before any vCPU of it runs.
     fn wires(&mut self, stopping: &Arc<AtomicBool>) -> Wires {
         // What an earlier life left behind means nothing to this one.
-        lock(&self.queue).clear();
+        self.queue.take();
         (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
         self.input.session = None;
         self.panicked = false;
-        let (room, burst, deadline) = (self.teller(), self.teller(), self.teller());
+        let (room, burst, deadline) = (self.queue.clone(), self.queue.clone(), self.queue.clone());
         let output = StandardOutput::new(Arc::clone(stopping));
         Wires {
             output: Box::new(PanicWatch::new(output, Box::new(note_panic))),
@@ -417,6 +409,7 @@ impl Events {
         terminal: bool,
     ) -> Result<Ending> {
         self.input.terminal = terminal;
+        signals::enter(Phase::Running);
         // It leaves epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
         self.epoll
@@ -433,7 +426,7 @@ impl Events {
             for event in &ready[..count] {
                 let ending = match event.data() {
                     INPUT => self.read_input(devices)?,
-                    SIGNAL => self.read_signal(devices, counters)?,
+                    SIGNAL => self.read_signals(devices, counters),
                     VIRTIO => light.turn(0).map(|_| None)?,
                     _ => self.read_queue(devices)?,
                 };
@@ -478,8 +471,7 @@ impl Events {
             self.tick = goes_on.then(|| now + TICK);
             if let Some(reason) = take_panic() {
                 let what = format!("the guest's kernel panicked: {reason}");
-                lock(&self.queue).push(Event::Told(Told::Panicked(what)));
-                let _ = self.bell.write(1);
+                self.queue.tell(Event::Told(Told::Panicked(what)));
             }
         }
         if self.feed.is_some_and(|feed| feed <= now) {
@@ -501,65 +493,69 @@ impl Events {
     }
 
     fn read_queue(&mut self, devices: &Devices) -> Result<Option<Ending>> {
-        // It is level-triggered: what is told after this read rings again.
-        let _ = self.bell.read();
-        let events = std::mem::take(&mut *lock(&self.queue));
-        for event in events {
-            match event {
-                Event::Told(Told::PowerOff) => return Ok(Some(Ending::PowerOff)),
-                Event::Told(Told::Reset) => return Ok(Some(Ending::Reset)),
-                Event::Told(Told::Failed(what)) => return Ok(Some(Ending::Failed(what))),
-                Event::Told(Told::Panicked(what)) => {
-                    if self.on_panic == OnPanic::Exit {
-                        return Ok(Some(Ending::Failed(what)));
-                    }
-                    // A guest may print those words as often as it likes.
-                    if !std::mem::replace(&mut self.panicked, true) {
-                        messages::say(&what);
-                    }
-                }
-                Event::Room => self.feed(devices)?,
-                Event::Burst => self.tick = Some(Instant::now() + TICK),
-                Event::Deadline => self.set_alarm(devices),
+        let news = self.queue.take();
+        if let Some(what) = news.panicked {
+            if self.on_panic == OnPanic::Exit {
+                return Ok(Some(Ending::Failed(what)));
             }
+            // A guest may print those words as often as it likes.
+            if !std::mem::replace(&mut self.panicked, true) {
+                messages::say(&what);
+            }
+        }
+        match news.end {
+            Some(Told::PowerOff) => return Ok(Some(Ending::PowerOff)),
+            Some(Told::Reset) => return Ok(Some(Ending::Reset)),
+            Some(Told::Failed(what) | Told::Panicked(what)) => {
+                return Ok(Some(Ending::Failed(what)));
+            }
+            None => {}
+        }
+        if news.burst {
+            self.tick = Some(Instant::now() + TICK);
+        }
+        if news.deadline {
+            self.set_alarm(devices);
+        }
+        if news.room {
+            self.feed(devices)?;
         }
         Ok(None)
     }
 
     /// SIGUSR1 asks for the counters. SIGTERM and SIGHUP press the power key, once; everything else
     /// stops at once.
-    fn read_signal(&mut self, devices: &Devices, counters: &Counters) -> Result<Option<Ending>> {
-        let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
-        match rustix::io::read(&self.signals, &mut info) {
-            Ok(_) => {}
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-            Err(error) => return Err(error).context("cannot read a signal"),
-        }
-        let number = u32::from_le_bytes([info[0], info[1], info[2], info[3]]);
-        if number == libc::SIGUSR1 as u32 {
+    fn read_signals(&mut self, devices: &Devices, counters: &Counters) -> Option<Ending> {
+        // What comes after this read rings again.
+        let _ = self.signals.read();
+        let taken = signals::take();
+        if taken.counters {
             tell_counters(counters);
-            return Ok(None);
         }
-        if number == libc::SIGWINCH as u32 {
+        if taken.continued && self.input.terminal {
+            console::make_raw_again();
+        }
+        if taken.resized || taken.continued {
             let console = devices.hvc.as_ref().and_then(|hvc| hvc.current());
             if let (Some(console), Some(size)) = (console, terminal_size()) {
                 lock(&console).resize(size);
             }
-            return Ok(None);
         }
-        self.asked_to_stop += 1;
-        if number == libc::SIGINT as u32 || self.asked_to_stop > 1 {
+        if taken.stop {
             messages::say("stopped by a signal");
-            return Ok(Some(Ending::Stopped));
+            return Some(Ending::Stopped);
+        }
+        if !taken.power_key {
+            return None;
         }
         let Some(key) = &devices.power_key else {
             messages::say("stopped by a signal: this board has no power key");
-            return Ok(Some(Ending::Stopped));
+            return Some(Ending::Stopped);
         };
         lock(&**key).set_pressed(true);
         self.release = Some(Instant::now() + KEY_HELD);
         messages::say("pressed the guest's power key; a second signal stops it at once");
-        Ok(None)
+        None
     }
 
     fn read_input(&mut self, devices: &Devices) -> Result<Option<Ending>> {
@@ -583,6 +579,10 @@ impl Events {
             self.input.pending.extend_from_slice(&buffer[..count]);
             self.feed(devices)?;
             return Ok(None);
+        }
+        if !console::is_raw() {
+            // Brought back from the background without a signal.
+            console::make_raw_again();
         }
         let mut typed = &buffer[..count];
         while !typed.is_empty() {
@@ -705,27 +705,4 @@ fn at_hand(serial: &Mutex<dyn Console>) -> Option<MutexGuard<'_, dyn Console + '
         free
     })?;
     (!serial.in_burst() || console::is_output_ready()).then_some(serial)
-}
-
-/// A descriptor that SIGTERM, SIGINT, SIGHUP, SIGWINCH and, if it is `counted`, SIGUSR1 are read
-/// from; they are blocked as signals.
-fn take_signals(counted: bool) -> std::io::Result<OwnedFd> {
-    // SAFETY: the calls work on a set of our own; a negative result is the only error.
-    let fd = unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH] {
-            libc::sigaddset(&mut set, signal);
-        }
-        if counted {
-            libc::sigaddset(&mut set, libc::SIGUSR1);
-        }
-        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-        libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-    };
-    if fd < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

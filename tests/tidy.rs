@@ -97,7 +97,7 @@ fn unsafe_stands_where_it_must() {
         "src/memory.rs",
         "src/console.rs",
         "src/heap.rs",
-        "src/run.rs",
+        "src/signals.rs",
         "src/virtio/broker/sys.rs",
         "src/virtio/disk/qcow2/storage.rs",
         "src/virtio/disk/qcow2/zstd.rs",

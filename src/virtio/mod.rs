@@ -5,6 +5,7 @@
 //! connection open. At each start of the guest it makes a device.
 
 use crate::cli::MachineArgs;
+use crate::signals;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use balloon::BalloonOptions;
@@ -222,11 +223,15 @@ pub fn open(
     let disks = match disks.is_empty() {
         // Most guests have none, and what opens them stays out of memory.
         true => Vec::new(),
-        false => disk::open_all(&disks)?,
+        false => {
+            signals::waiting_for("the images of disks to be opened");
+            disk::open_all(&disks)?
+        }
     };
     let mut disks = disks.into_iter();
     let (mut nets, mut pmems) = (0.., 0..);
     for wanted in wanted {
+        signals::waiting_for(format_args!("{} to be opened", wanted.name));
         let backend: Option<Box<dyn Backend>> = match &wanted.what {
             What::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
             What::Net(net) => {

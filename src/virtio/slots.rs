@@ -5,13 +5,14 @@ use super::Backend;
 use crate::kvm::KvmArch;
 use crate::kvm::page::ReadOnlyPages;
 use crate::reactor::{Reactor, Worker};
+use crate::signals;
 use anyhow::{Context, Result};
 use armlet_arch::plan::{Placed, Plan};
 use armlet_arch::{DeviceKind, Range};
 use armlet_devices::IrqLine;
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use kvm_ioctls::{IoEventAddress, VmFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -27,6 +28,8 @@ pub struct Slots {
     light: Reactor,
     /// The busy ones.
     workers: Vec<Worker>,
+    /// What is filled, by name.
+    filled: Vec<(String, Arc<Mutex<Mmio>>)>,
 }
 
 impl Slots {
@@ -45,6 +48,7 @@ impl Slots {
             pages: pages(plan).map(Arc::new),
             light: Reactor::new()?,
             workers: Vec::new(),
+            filled: Vec::new(),
         })
     }
 
@@ -59,6 +63,7 @@ impl Slots {
         backend: &dyn Backend,
     ) -> Result<Arc<Mutex<Mmio>>> {
         let name = backend.name();
+        signals::waiting_for(format_args!("{name} to be made"));
         let device = backend.device().with_context(|| name.clone())?;
         let call = Arc::new(event()?);
         self.vm
@@ -91,11 +96,13 @@ impl Slots {
             true => {
                 let mut reactor = Reactor::new()?;
                 reactor.add(device, mmio.kicks())?;
-                self.workers.push(Worker::start(name, reactor)?);
+                self.workers.push(Worker::start(name.clone(), reactor)?);
             }
             false => self.light.add(device, mmio.kicks())?,
         }
-        Ok(Arc::new(Mutex::new(mmio)))
+        let mmio = Arc::new(Mutex::new(mmio));
+        self.filled.push((name, Arc::clone(&mmio)));
+        Ok(mmio)
     }
 
     /// Has KVM take kicks, and acknowledgements that nobody needs. What it does not take comes to
@@ -132,6 +139,7 @@ impl Slots {
             self.light,
             Workers {
                 _threads: self.workers,
+                devices: self.filled,
                 _pages: self.pages,
             },
         )
@@ -141,7 +149,22 @@ impl Slots {
 /// The threads of the busy devices, and what all devices need as long as they live.
 pub struct Workers {
     _threads: Vec<Worker>,
+    devices: Vec<(String, Arc<Mutex<Mmio>>)>,
     _pages: Option<Arc<ReadOnlyPages>>,
+}
+
+impl Workers {
+    /// The devices whose registers someone is at now, for messages: a driver stops one of them, and
+    /// what that takes is the device's.
+    #[must_use]
+    pub fn at_work(&self) -> String {
+        let taken = |device: &&(String, Arc<Mutex<Mmio>>)| {
+            matches!(device.1.try_lock(), Err(TryLockError::WouldBlock))
+        };
+        let names = self.devices.iter().filter(taken);
+        let names: Vec<&str> = names.map(|(name, _)| name.as_str()).collect();
+        names.join(" and ")
+    }
 }
 
 /// The pages of the host that hold the slots in use, if nothing else lies in them.

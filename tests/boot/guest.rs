@@ -2,7 +2,7 @@ use crate::rig::{CONSOLE, Rig, Turn, WITH_DEVICES};
 use crate::software::{Program, archive, initrd_with_script};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -354,6 +354,18 @@ impl Guest {
     /// Whether armlet runs.
     pub(crate) fn runs(&mut self) -> bool {
         self.child.try_wait().expect("a child").is_none()
+    }
+
+    /// Sets the terminal's modes, as a shell does that takes it back.
+    pub(crate) fn set_modes(&self, modes: &Termios) {
+        let terminal = self.terminal.as_ref().expect("a terminal");
+        tcsetattr(&terminal.slave, OptionalActions::Now, modes).expect("a terminal");
+    }
+
+    /// The terminal's modes.
+    pub(crate) fn all_modes(&self) -> Termios {
+        let terminal = self.terminal.as_ref().expect("a terminal");
+        tcgetattr(&terminal.slave).expect("a terminal's modes")
     }
 
     /// The terminal's modes, as text.
