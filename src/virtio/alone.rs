@@ -47,7 +47,13 @@ pub(crate) fn assert_none_is_left(name: &str, least: usize) {
         .expect("this program");
     let mut output = BufReader::new(child.stdout.take().expect("a pipe")).lines();
     let ready = output.any(|line| line.is_ok_and(|line| line == READY));
-    let started = descendants(child.id());
+    // What was started may still be about to start others.
+    let limit = Instant::now() + Duration::from_secs(20);
+    let mut started = descendants(child.id());
+    while ready && started.len() < least && Instant::now() < limit {
+        sleep(Duration::from_millis(20));
+        started = descendants(child.id());
+    }
     let killed = child.kill();
     child.wait().expect("a process of ours");
     assert!(ready, "it ended too soon");

@@ -162,7 +162,9 @@ impl Broker {
                 process.ended = Some("it was never started".to_owned());
                 return Err(io::Error::from_raw_os_error(error).into());
             }
-            _ if process.ended.is_some() => bail!("{BROKER_GONE}"),
+            _ if process.ended.is_some() => {
+                bail!("{BROKER_GONE}, or may have no more descriptors ('ulimit -n')")
+            }
             _ => bail!("it was not started within {PATIENCE:?}"),
         }
         Ok(process)

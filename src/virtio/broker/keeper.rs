@@ -43,8 +43,10 @@ pub(super) fn keep(socket: OwnedFd) {
     while let Some(event) = wait(&socket, &kept) {
         match event {
             Event::Request => match receive(&socket) {
-                Some(request) => kept.extend(start(request)),
-                None => break,
+                Asked::Start(request) => kept.extend(start(request)),
+                // Its line is closed with it, which armlet notices.
+                Asked::Unreadable => {}
+                Asked::Nothing => break,
             },
             Event::Over(index) => {
                 end(&kept.swap_remove(index));
@@ -112,8 +114,16 @@ struct Request {
     socket: OwnedFd,
 }
 
-/// Takes a request; `None` at the end of armlet.
-fn receive(socket: &OwnedFd) -> Option<Request> {
+/// What came on the socket for requests.
+enum Asked {
+    Start(Request),
+    /// A request whose descriptors there was no room for.
+    Unreadable,
+    /// armlet is gone.
+    Nothing,
+}
+
+fn receive(socket: &OwnedFd) -> Asked {
     let mut words = vec![0; MOST_REQUEST];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -121,7 +131,8 @@ fn receive(socket: &OwnedFd) -> Option<Request> {
         let mut parts = [IoSliceMut::new(&mut words)];
         match recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
             Err(Errno::INTR) => {}
-            got => break got.ok()?,
+            Ok(got) if got.bytes > 0 => break got,
+            _ => return Asked::Nothing,
         }
     };
     let mut files = Vec::new();
@@ -134,16 +145,18 @@ fn receive(socket: &OwnedFd) -> Option<Request> {
         .flags
         .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
     {
-        return None;
+        return Asked::Unreadable;
     }
     words.truncate(got.bytes);
-    let [line, standard_error, socket] = files.try_into().ok()?;
-    Some(Request {
-        words,
-        line,
-        standard_error,
-        socket,
-    })
+    match <[OwnedFd; 3]>::try_from(files) {
+        Ok([line, standard_error, socket]) => Asked::Start(Request {
+            words,
+            line,
+            standard_error,
+            socket,
+        }),
+        Err(_) => Asked::Unreadable,
+    }
 }
 
 /// Starts what was asked for, and says so.
