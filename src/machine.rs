@@ -124,7 +124,13 @@ pub fn assemble<A: KvmArch>(
         memory::give_pmem(image, *range, index, &vm)?;
     }
     let (vcpus, chip) = A::populate(kvm, &vm, plan)?;
-    let mut slots = Slots::new(&vm, memory, plan)?;
+    let images = backends.iter().filter_map(|backend| backend.pmem());
+    let images: Vec<_> = images.zip(plan.layout.pmem.iter().copied()).collect();
+    let whole = match images.is_empty() {
+        true => Arc::clone(memory),
+        false => Arc::new(memory::with_pmem(memory, images)?),
+    };
+    let mut slots = Slots::new(&vm, memory, &whole, plan)?;
     let (mut buses, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
         let backend = backends
             .get(slot as usize)
@@ -293,7 +299,9 @@ impl<A: KvmArch> Machine<A> {
         initrd: Option<&Initrd>,
     ) -> Result<()> {
         let payload = &plan.layout.payload;
-        let mut idle = IdleMemory::new(memory, &mut self.vcpus);
+        // SAFETY: no driver has started a device of this machine yet, and those of the guest before
+        // ended with its machine.
+        let mut idle = unsafe { IdleMemory::new(memory, &mut self.vcpus) };
         if let (Some(kernel), Some(range)) = (kernel, payload.kernel) {
             kernel.load_into(idle.slice_mut(range)?)?;
         }

@@ -15,6 +15,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
 use std::fs::File;
 use std::ptr::null_mut;
+use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -314,6 +315,25 @@ pub fn give(memory: &GuestMemoryMmap, vm: &VmFd) -> Result<()> {
     Ok(())
 }
 
+/// Guest memory as devices have it: RAM, and each image of persistent memory in its place. A guest
+/// reads a disk into a file that it has mapped from there.
+///
+/// # Errors
+/// An image that is not as large as planned, and memory where another is.
+pub fn with_pmem<'a>(
+    ram: &GuestMemoryMmap,
+    images: impl IntoIterator<Item = (&'a PmemImage, Range)>,
+) -> Result<GuestMemoryMmap> {
+    let mut memory = ram.clone();
+    for (image, place) in images {
+        let region = image.region(GuestAddress(place.start()))?;
+        memory = memory
+            .insert_region(Arc::new(region))
+            .with_context(|| format!("cannot show devices the persistent memory at {place}"))?;
+    }
+    Ok(memory)
+}
+
 /// The first memslot of persistent memory, behind those of RAM and registers.
 const PMEM_SLOT: u32 = 1100;
 
@@ -345,7 +365,8 @@ pub fn give_pmem(image: &PmemImage, place: Range, index: usize, vm: &VmFd) -> Re
         .with_context(|| format!("cannot give the VM persistent memory {index} at {place}"))
 }
 
-/// Guest memory that no vCPU uses: it holds on to the vCPUs, so none can be running.
+/// Guest memory that nobody else uses: it holds on to the vCPUs, so none can be running, and whoever
+/// makes it answers for the others.
 pub struct IdleMemory<'a> {
     memory: &'a GuestMemoryMmap,
     _vcpus: &'a mut [VcpuFd],
@@ -353,8 +374,13 @@ pub struct IdleMemory<'a> {
 
 impl<'a> IdleMemory<'a> {
     /// The memory of the VM that has these vCPUs and no others.
+    ///
+    /// # Safety
+    /// For as long as it lives, nobody reads or writes this memory in another way: no device is at
+    /// work, in this process, in the kernel (vhost) or in another process that shares it, and no
+    /// vCPU of another VM.
     #[must_use]
-    pub fn new(memory: &'a GuestMemoryMmap, vcpus: &'a mut [VcpuFd]) -> IdleMemory<'a> {
+    pub unsafe fn new(memory: &'a GuestMemoryMmap, vcpus: &'a mut [VcpuFd]) -> IdleMemory<'a> {
         IdleMemory {
             memory,
             _vcpus: vcpus,
@@ -371,8 +397,8 @@ impl<'a> IdleMemory<'a> {
             .memory
             .get_slice(GuestAddress(range.start()), size)
             .with_context(|| format!("{range} is no guest memory"))?;
-        // SAFETY: the mapping lives until the process ends; no vCPU runs, and the borrow of
-        // `self` keeps others of us away.
+        // SAFETY: the mapping lives until the process ends; no vCPU runs, nobody else uses it, as
+        // `new` was promised, and the borrow of `self` keeps a second slice away.
         Ok(unsafe { std::slice::from_raw_parts_mut(slice.ptr_guard_mut().as_ptr(), size) })
     }
 }
@@ -405,7 +431,8 @@ mod tests {
         for (region, bank) in memory.iter().zip([bank, odd]) {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
             assert_eq!(guest % block as u64, host % block as u64);
-            let mut idle = IdleMemory::new(&memory, &mut []);
+            // SAFETY: the memory is this test's own.
+            let mut idle = unsafe { IdleMemory::new(&memory, &mut []) };
             let bytes = idle.slice_mut(bank).expect("all of it");
             assert!(bytes.iter().all(|byte| *byte == 0));
             bytes[bank.size() as usize - 1] = 1;
@@ -569,7 +596,8 @@ mod tests {
         let bank = Range::new(0x4000_0000, 1 << 20).expect("a bank");
         let memory = map(&[bank], Sharing::Private, Backing::default()).expect("1 MiB");
         let beyond = Range::new(0x4000_0000, 2 << 20).expect("a range");
-        let mut idle = IdleMemory::new(&memory, &mut []);
+        // SAFETY: the memory is this test's own.
+        let mut idle = unsafe { IdleMemory::new(&memory, &mut []) };
         assert!(idle.slice_mut(beyond).is_err());
     }
 }

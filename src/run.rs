@@ -112,6 +112,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
     }
     // Before there are threads.
     let broker = virtio::fork_broker(&orders.config.virtio).fault(Status::Host)?;
+    signals::survive_file_size_limit();
     let mut events = Events::new(orders.on_panic, orders.stats)?;
     let mut memory = None;
     let mut terminal = None;

@@ -68,6 +68,21 @@ static CONTINUED: AtomicBool = AtomicBool::new(false);
 /// What is waited for.
 static WAIT: Mutex<Words> = Mutex::new(Words::none());
 
+/// Has a write that would make a file longer than this process may make one (RLIMIT_FSIZE) fail with
+/// EFBIG, and not end the process by SIGXFSZ. The handler does nothing; unlike a signal that is
+/// ignored, it is not handed on to programs that are started.
+pub fn survive_file_size_limit() {
+    extern "C" fn nothing(_: i32) {}
+    // SAFETY: all fields are numbers or sets of them, for which zero is a value, and the handler has
+    // the type that a sigaction without SA_SIGINFO asks for.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGXFSZ, &raw const action, std::ptr::null_mut());
+    }
+}
+
 /// Has signals handled: those that ask for an end, SIGCONT, SIGWINCH and, if it is `counted`,
 /// SIGUSR1. One that is ignored stays so, as nohup(1) wants it. Returns what is readable when one
 /// came.

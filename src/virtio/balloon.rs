@@ -121,6 +121,10 @@ impl Backend for GuestBalloon {
         Ok(balloon)
     }
 
+    fn takes_memory(&self) -> bool {
+        true
+    }
+
     /// Giving back gigabytes takes the host a while.
     fn is_busy(&self) -> bool {
         true

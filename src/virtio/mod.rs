@@ -60,6 +60,11 @@ pub trait Backend: Send {
         false
     }
 
+    /// Whether it gives the guest's memory back to the host: then it has to do with RAM only.
+    fn takes_memory(&self) -> bool {
+        false
+    }
+
     /// The memory of the host that the guest gets with the device, for persistent memory.
     fn pmem(&self) -> Option<&PmemImage> {
         None

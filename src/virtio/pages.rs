@@ -10,11 +10,14 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 /// Gives `len` bytes of guest memory from `address` back to the host: they read as zero from then
@@ -114,6 +117,140 @@ pub fn map_file(file: &File, size: usize, readonly: bool) -> Result<*mut u8> {
     // the file.
     let _ = unsafe { rustix::mm::madvise(base, size, Advice::LinuxDontDump) };
     Ok(base.cast())
+}
+
+/// The first `size` bytes of a file, which [`map_file`] has mapped at `address`, as a part of guest
+/// memory.
+///
+/// # Errors
+/// A size or place that cannot be.
+pub fn region(
+    start: GuestAddress,
+    address: usize,
+    size: usize,
+    file: File,
+    readonly: bool,
+) -> Result<GuestRegionMmap> {
+    let prot = match readonly {
+        true => libc::PROT_READ,
+        false => libc::PROT_READ | libc::PROT_WRITE,
+    };
+    let builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_file_offset(FileOffset::new(file, 0));
+    // SAFETY: such mappings stay until the process ends.
+    let region = unsafe { builder.with_raw_mmap_pointer(address as *mut u8) }.build()?;
+    GuestRegionMmap::new(region, start).context("it ends past 2^64")
+}
+
+/// Whether a part of guest memory is persistent memory: RAM takes no room before it is used
+/// (`memory::map`), and a file needs none.
+#[must_use]
+pub fn is_persistent(region: &GuestRegionMmap) -> bool {
+    region.flags() & libc::MAP_NORESERVE == 0
+}
+
+/// A mapping by [`map_file`] in which devices read and write, for the handler of SIGBUS.
+struct Mapping {
+    address: AtomicUsize,
+    /// Bytes; set last.
+    size: AtomicUsize,
+    fd: AtomicI32,
+    readonly: AtomicBool,
+    lost: AtomicBool,
+}
+
+impl Mapping {
+    const fn none() -> Mapping {
+        Mapping {
+            address: AtomicUsize::new(0),
+            size: AtomicUsize::new(0),
+            fd: AtomicI32::new(-1),
+            readonly: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+        }
+    }
+}
+
+/// More than a machine has slots for devices.
+const MOST_MAPPINGS: usize = 64;
+static MAPPINGS: [Mapping; MOST_MAPPINGS] = [const { Mapping::none() }; MOST_MAPPINGS];
+static MAPPINGS_USED: AtomicUsize = AtomicUsize::new(0);
+/// For a mapping beyond those.
+static NEVER_LOST: AtomicBool = AtomicBool::new(false);
+
+/// Has memory take the place of what a mapping by [`map_file`] lacks when a thread of this process
+/// touches it: where the file was cut, or has no room. Without that armlet would die of SIGBUS.
+/// (Where a vCPU touches it, KVM says so.) Returns what becomes true then: what was written there is
+/// lost.
+pub fn survive_missing(
+    address: usize,
+    size: usize,
+    file: &File,
+    readonly: bool,
+) -> &'static AtomicBool {
+    let index = MAPPINGS_USED.fetch_add(1, Ordering::Relaxed);
+    let Some(mapping) = MAPPINGS.get(index) else {
+        return &NEVER_LOST;
+    };
+    mapping.address.store(address, Ordering::Relaxed);
+    // For as long as the mapping stays; without one, page after page is replaced.
+    let fd = file.try_clone().map_or(-1, IntoRawFd::into_raw_fd);
+    mapping.fd.store(fd, Ordering::Relaxed);
+    mapping.readonly.store(readonly, Ordering::Relaxed);
+    mapping.size.store(size, Ordering::Release);
+    // SAFETY: all fields are numbers or sets of them, for which zero is a value; the handler has the
+    // type that SA_SIGINFO asks for, and calls nothing that a signal handler may not.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_bus_error as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        libc::sigaction(libc::SIGBUS, &raw const action, null_mut());
+    }
+    &mapping.lost
+}
+
+/// The page at `si_addr` is not there.
+extern "C" fn on_bus_error(_: i32, info: *mut libc::siginfo_t, _: *mut c_void) {
+    // SAFETY: the kernel gives a valid siginfo_t, which has an address for SIGBUS.
+    let touched = unsafe { (*info).si_addr() } as usize;
+    let is_there = MAPPINGS.iter().find(|mapping| {
+        let size = mapping.size.load(Ordering::Acquire);
+        touched.wrapping_sub(mapping.address.load(Ordering::Relaxed)) < size
+    });
+    let is_replaced = is_there.is_some_and(|mapping| {
+        let page = rustix::param::page_size();
+        let address = mapping.address.load(Ordering::Relaxed);
+        let size = mapping.size.load(Ordering::Relaxed);
+        // SAFETY: all fields are numbers, and the call writes to nothing else.
+        let end = unsafe {
+            let mut found: libc::stat = std::mem::zeroed();
+            let done = libc::fstat(mapping.fd.load(Ordering::Relaxed), &raw mut found);
+            (done == 0).then_some(found.st_size as usize)
+        };
+        // All that was cut off, or a page for which the host has no room.
+        let offset = (touched - address) / page * page;
+        let (start, len) = match end.map(|end| end.next_multiple_of(page)) {
+            Some(end) if end <= offset => (end, size - end),
+            _ => (offset, page),
+        };
+        let prot = match mapping.readonly.load(Ordering::Relaxed) {
+            true => libc::PROT_READ,
+            false => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: the range lies in a mapping of a file that stays until the process ends, in which
+        // nobody holds a reference: it is the guest's memory.
+        let new = unsafe { libc::mmap((address + start) as *mut c_void, len, prot, flags, -1, 0) };
+        mapping.lost.store(true, Ordering::Relaxed);
+        new != libc::MAP_FAILED
+    });
+    if !is_replaced {
+        // The access is made again, and ends the process as it would have without this handler.
+        // SAFETY: the default action is one of the kernel's.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    }
 }
 
 /// The next page's start, unless `offset` is one.

@@ -17,6 +17,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 const FLAG: &str = "--pmem";
 
@@ -44,7 +45,7 @@ pub struct FileMemory {
     address: usize,
     size: u64,
     /// Whether writes were lost on their way to storage.
-    lost: AtomicBool,
+    lost: &'static AtomicBool,
     /// Flushes that failed.
     failures: RateLimit,
     /// Where memory has taken the file's place.
@@ -107,6 +108,7 @@ impl PmemImage {
             .with_context(|| format!("{FLAG}: cannot map {size} bytes of {shown}"))
             .fault(Status::Host)?;
         let (name, address) = (format!("pmem{index}"), address as usize);
+        let lost = pages::survive_missing(address, size as usize, &file, readonly);
         Ok(PmemImage {
             name: name.clone(),
             readonly,
@@ -120,7 +122,7 @@ impl PmemImage {
                 readonly,
                 address,
                 size,
-                lost: AtomicBool::new(false),
+                lost,
                 failures: RateLimit::default(),
                 detached: Mutex::default(),
             }),
@@ -138,6 +140,17 @@ impl PmemImage {
     #[must_use]
     pub fn address(&self) -> usize {
         self.address
+    }
+
+    /// The mapping as a part of guest memory at `start`, for devices.
+    ///
+    /// # Errors
+    /// A process without room for another descriptor.
+    pub fn region(&self, start: GuestAddress) -> Result<GuestRegionMmap> {
+        let file = self.image.file.try_clone();
+        let file = file.with_context(|| format!("cannot share the file of {}", self.name))?;
+        let size = usize::try_from(self.size)?;
+        pages::region(start, self.address, size, file, self.readonly)
     }
 
     /// Bytes of the mapping: a multiple of [`ALIGN`].
@@ -476,6 +489,47 @@ mod tests {
             .flush()
             .expect_err("what was written there is nowhere");
         assert!(error.to_string().contains("lost before"));
+    }
+
+    /// A mapping whose file was cut, as devices have it.
+    #[test]
+    fn devices_survive_what_was_cut_off() {
+        use vm_memory::{Bytes, GuestMemoryMmap};
+        let folder = Folder::new();
+        let path = folder.path("image");
+        fs::write(&path, vec![7; 4 << 20]).expect("a file");
+        let image = PmemImage::open(&format!("path={path}"), 0).expect("an image");
+        let start = GuestAddress(0x1_0000_0000);
+        let region = image.region(start).expect("a region");
+        let memory = GuestMemoryMmap::from_regions(vec![region]).expect("memory");
+        let at = |offset: u64| GuestAddress(start.0 + offset);
+        memory.write_slice(&[1; 512], at(512)).expect("memory");
+        image.image.flush().expect("nothing is wrong");
+        assert_eq!(fs::read(&path).expect("a file")[512..1024], [1; 512]);
+        let file = File::options().write(true).open(&path).expect("a file");
+        file.set_len(2 << 20).expect("it is cut");
+        memory.write_slice(&[2; 512], at(3 << 20)).expect("memory");
+        let mut data = [1; 1024];
+        memory.read_slice(&mut data, at(3 << 20)).expect("memory");
+        assert_eq!(data, [[2; 512], [0; 512]].concat()[..], "until it is gone");
+        // Where the file still is nothing changed.
+        memory.read_slice(&mut data, at(2048)).expect("memory");
+        assert_eq!(data, [7; 1024]);
+        assert!(image.image.flush().is_err());
+        file.set_len(4 << 20).expect("room");
+        assert!(image.image.flush().is_err(), "what was written is nowhere");
+        let size = file.metadata().expect("a size").len();
+        assert_eq!(size, 4 << 20);
+    }
+
+    #[test]
+    fn devices_only_read_what_is_for_reading() {
+        let folder = Folder::new();
+        let path = folder.image(2 << 20);
+        let image = PmemImage::open(&format!("path={path},readonly"), 0).expect("an image");
+        let region = image.region(GuestAddress(0)).expect("a region");
+        assert_eq!(region.prot(), libc::PROT_READ);
+        assert!(pages::is_persistent(&region));
     }
 
     #[test]

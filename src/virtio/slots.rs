@@ -22,6 +22,8 @@ const SLOT: u32 = 1001;
 /// The virtio slots of a machine that is being made.
 pub struct Slots {
     vm: Arc<VmFd>,
+    /// RAM, and with it persistent memory.
+    ram: Arc<GuestMemoryMmap>,
     memory: Arc<GuestMemoryMmap>,
     pages: Option<Arc<ReadOnlyPages>>,
     /// The light devices; the event loop serves them.
@@ -33,17 +35,20 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The slots of the planned machine, all empty.
+    /// The slots of the planned machine, all empty. `memory` is its `ram` and what else devices
+    /// read and write.
     ///
     /// # Errors
     /// A process without room for more descriptors.
     pub fn new<A: KvmArch>(
         vm: &Arc<VmFd>,
+        ram: &Arc<GuestMemoryMmap>,
         memory: &Arc<GuestMemoryMmap>,
         plan: &Plan<A>,
     ) -> Result<Slots> {
         Ok(Slots {
             vm: Arc::clone(vm),
+            ram: Arc::clone(ram),
             memory: Arc::clone(memory),
             pages: pages(plan).map(Arc::new),
             light: Reactor::new()?,
@@ -81,7 +86,10 @@ impl Slots {
             None => Arc::new(NoPage),
         };
         let line = Arc::new(CallLine(Arc::clone(&call)));
-        let memory = Arc::clone(&self.memory);
+        let memory = Arc::clone(match backend.takes_memory() {
+            true => &self.ram,
+            false => &self.memory,
+        });
         let mmio = Mmio::new(
             name.clone(),
             Arc::clone(&device),

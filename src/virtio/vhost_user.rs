@@ -5,6 +5,7 @@
 //! a conversation has one deadline.
 
 use super::deadline::Deadline;
+use super::pages::is_persistent;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::Virtqueue;
 use rustix::event::PollFlags;
@@ -13,7 +14,7 @@ use rustix::net::{RecvFlags, recv};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -151,14 +152,12 @@ impl VhostUser {
     }
 
     fn set_memory(&self, memory: &GuestMemoryMmap, deadline: Deadline) -> Result<()> {
-        let count = memory.num_regions();
-        if count > MOST_REGIONS {
-            bail!("guest memory has {count} banks, and vhost-user takes {MOST_REGIONS}");
-        }
+        let regions = shared_regions(memory)?;
+        let count = regions.len();
         let mut payload = Payload::default();
         payload.u32(count as u32).u32(0);
         let mut files = Vec::new();
-        for region in memory.iter() {
+        for region in regions {
             let start = region.start_addr().0;
             let file = region.file_offset();
             let file = file.with_context(|| {
@@ -344,6 +343,33 @@ impl Payload {
     }
 }
 
+/// The parts of guest memory that another process gets: RAM, and persistent memory as far as there
+/// are places for it. What is for reading only could not be mapped there, as all is mapped for
+/// writing.
+///
+/// # Errors
+/// More banks of RAM than there are places.
+fn shared_regions(memory: &GuestMemoryMmap) -> Result<Vec<&GuestRegionMmap>> {
+    let is_writable = |region: &&GuestRegionMmap| region.prot() & libc::PROT_WRITE != 0;
+    let regions = memory.iter().filter(is_writable);
+    let (persistent, mut shared): (Vec<_>, Vec<_>) =
+        regions.partition(|region| is_persistent(region));
+    let banks = shared.len();
+    if banks > MOST_REGIONS {
+        bail!("guest memory has {banks} banks, and vhost-user takes {MOST_REGIONS}");
+    }
+    for region in persistent {
+        match shared.len() < MOST_REGIONS {
+            true => shared.push(region),
+            false => log::warn!(
+                "a vhost-user daemon takes {MOST_REGIONS} pieces of guest memory: it cannot read or write persistent memory at {:#x}",
+                region.start_addr().0
+            ),
+        }
+    }
+    Ok(shared)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -352,6 +378,8 @@ mod tests {
     use std::io::{IoSliceMut, Read, Write};
     use std::mem::MaybeUninit;
     use std::os::fd::OwnedFd;
+    use std::path::Path;
+    use std::sync::Arc;
     use std::thread::JoinHandle;
     use std::time::Duration;
 
@@ -527,6 +555,35 @@ mod tests {
         assert_eq!(table.payload[0], 2);
         let second: Vec<u64> = (0..4).map(|at| table.number(40 + 8 * at)).collect();
         assert_eq!(second, [0x8000_0000, 2 << 20, 0x8000_0000, 1 << 20]);
+    }
+
+    #[test]
+    fn persistent_memory_that_can_be_written_goes_over_as_well() {
+        let file = |path: &Path| {
+            let file = std::fs::File::options().read(true).write(true).open(path);
+            file.expect("a file")
+        };
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("image");
+        std::fs::write(&path, vec![0; 4096]).expect("a file");
+        let mut whole = memory();
+        for (index, readonly) in [(0_u64, false), (1, true)] {
+            let mapped = super::super::pages::map_file(&file(&path), 4096, readonly);
+            let address = mapped.expect("a mapping") as usize;
+            let start = vm_memory::GuestAddress((1 << 40) + (index << 30));
+            let region = super::super::pages::region(start, address, 4096, file(&path), readonly);
+            let region = Arc::new(region.expect("a region"));
+            whole = whole.insert_region(region).expect("no overlap");
+        }
+        let banks = memory().num_regions();
+        assert_eq!(whole.num_regions(), banks + 2);
+        let shared: Vec<u64> = shared_regions(&whole)
+            .expect("few of them")
+            .iter()
+            .map(|region| region.start_addr().0)
+            .collect();
+        assert_eq!(shared.len(), banks + 1);
+        assert_eq!(shared.last(), Some(&(1 << 40)));
     }
 
     #[test]

@@ -485,3 +485,67 @@ echo '== end'";
     data.copy_within(..2 * MIB, 2 * MIB);
     assert!(fs::read(&image).expect("an image") == data);
 }
+
+/// Reads the first disk past the page cache into a file that is mapped, and writes that to the second.
+const READ_INTO_MAPPING: &str = r#"#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(void) {
+    const long size = 1 << 20;
+    int from = open("/dev/vda", O_RDONLY | O_DIRECT);
+    int to = open("/dev/vdb", O_WRONLY | O_DIRECT);
+    int file = open("/tmp/dax/file", O_RDWR | O_CREAT, 0600);
+    if (from < 0 || to < 0 || file < 0 || ftruncate(file, size)) return 1;
+    char *memory = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory == MAP_FAILED) return 2;
+    printf("read %ld\n", (long)pread(from, memory, size, 0));
+    printf("wrote %ld\n", (long)pwrite(to, memory, size, 0));
+    return fsync(to) || fsync(file);
+}
+"#;
+
+#[test]
+fn a_disk_is_read_into_a_file_on_persistent_memory() {
+    let Some(rig) = rig::main() else { return };
+    let (Some(tools), Some(mke2fs)) = (rig::tools_disk(), rig::program("mke2fs")) else {
+        return;
+    };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let image = folder.path().join("pmem.img");
+    let made = Command::new(mke2fs)
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096"])
+        .arg(&image)
+        .arg("16M")
+        .status();
+    assert!(made.expect("mke2fs can be run").success());
+    let second = folder.path().join("second.img");
+    fs::write(&second, vec![0; 2 * MIB]).expect("an image");
+    let script = format!(
+        "
+mount -t tmpfs tmpfs /mnt/tmp; mkdir /mnt/tmp/dax
+mount -t ext4 -o dax /dev/pmem0 /mnt/tmp/dax || echo BAD
+grep -c 'dax=always' /proc/mounts
+cat >/mnt/tmp/read.c <<'END'
+{READ_INTO_MAPPING}END
+chroot /mnt /usr/bin/tcc -o /tmp/read /tmp/read.c || echo BAD
+chroot /mnt /tmp/read || echo BAD
+dd if=/dev/vda bs=64k count=16 status=none >/mnt/tmp/wanted
+cmp /mnt/tmp/wanted /mnt/tmp/dax/file && echo SAME
+umount /mnt/tmp/dax
+mount -t ext4 -o dax /dev/pmem0 /mnt/tmp/dax
+cmp /mnt/tmp/wanted /mnt/tmp/dax/file && echo STILL"
+    );
+    let outcome = with_tools(rig, tools, &script)
+        .memory("512M")
+        .option("--disk", format!("path={}", second.display()))
+        .option("--pmem", format!("path={}", image.display()))
+        .run();
+    let wanted = "1\nread 1048576\nwrote 1048576\nSAME\nSTILL";
+    assert_eq!(outcome.script().trim(), wanted, "{}", outcome.errors);
+    let mut first = vec![0; MIB];
+    let read = fs::File::open(tools).and_then(|mut file| file.read_exact(&mut first));
+    read.expect("the first disk");
+    assert!(fs::read(&second).expect("an image")[..MIB] == first);
+}

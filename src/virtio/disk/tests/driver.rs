@@ -173,3 +173,55 @@ fn a_reset_ends_what_is_under_way() {
         assert_eq!(guest.used(), used, "the memory is the guest's own again");
     }
 }
+
+/// The name of the test below, and what tells its second process from its first.
+const LIMITED: &str = "virtio::disk::tests::driver::a_limit_of_file_sizes_is_an_io_error";
+const INNER: &str = "ARMLET_TEST_WITH_A_LIMIT";
+
+#[test]
+fn a_limit_of_file_sizes_is_an_io_error() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    if std::env::var_os(INNER).is_none() {
+        // The limit is of a whole process, and without care the end of it.
+        let program = std::env::current_exe().expect("this program");
+        let output = std::process::Command::new(program)
+            .args(["--exact", LIMITED, "--nocapture"])
+            .env(INNER, "1")
+            .output()
+            .expect("it can be run");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{}: {said}", output.status);
+        assert!(said.contains("1 passed"), "{said}");
+        return;
+    }
+    crate::signals::survive_file_size_limit();
+    for options in [
+        "engine=sync",
+        "engine=io_uring",
+        "engine=io_uring,cache=none",
+    ] {
+        let folder = Folder::new();
+        let image = folder.path("disk.img");
+        let file = File::create(&image).expect("a file");
+        file.set_len(SIZE as u64).expect("room");
+        let Some(disk) = open_or_skip(&format!("path={image},{options}")) else {
+            continue;
+        };
+        let mut bench = Bench::new(&disk);
+        let before = getrlimit(Resource::Fsize);
+        let limit = Rlimit {
+            current: Some(SIZE as u64 / 2),
+            ..before.clone()
+        };
+        setrlimit(Resource::Fsize, limit).expect("a lower limit");
+        for durable in [false, true] {
+            let mut bytes = vec![1; 8192];
+            let start = SIZE / 2;
+            let outcome = bench.run(Operation::Write, start, &mut bytes, &[], durable);
+            assert_eq!(outcome, Outcome::Failed, "{options}");
+            let outcome = bench.run(Operation::Write, 0, &mut bytes, &[], durable);
+            assert_eq!(outcome, Outcome::Done, "{options}");
+        }
+        setrlimit(Resource::Fsize, before).expect("the limit that was");
+    }
+}
