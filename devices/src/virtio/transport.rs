@@ -2,7 +2,8 @@
 //! (virtio 1.2, sections 2.1, 2.2, 3.1).
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -13,6 +14,9 @@ use super::{
     VirtioDevice, Virtqueue, lock,
 };
 
+/// How long a reset waits for the device's lock before the user hears of it, and how often it looks.
+const PATIENCE: Duration = Duration::from_secs(2);
+const GLANCE: Duration = Duration::from_micros(100);
 /// DRIVER_OK (virtio 1.2, section 2.1).
 pub(crate) const DRIVER_OK: u32 = 4;
 /// FEATURES_OK.
@@ -273,10 +277,33 @@ impl Transport {
         if let Some(cancel) = &self.cancel {
             cancel.store(true, Ordering::Release);
         }
-        let mut device = lock(&self.device);
+        let mut device = self.lock_device();
         device.stop();
         if let Some(cancel) = &self.cancel {
             cancel.store(false, Ordering::Release);
+        }
+    }
+
+    /// The device as soon as whoever works with it lets go of it. Says so where that takes long: it
+    /// may wait for what the host does not finish.
+    fn lock_device(&self) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+        let (begun, mut told) = (Instant::now(), PATIENCE);
+        loop {
+            match self.device.try_lock() {
+                Ok(device) => return device,
+                Err(TryLockError::Poisoned(device)) => return device.into_inner(),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            let waited = begun.elapsed();
+            if waited >= told {
+                told *= 2;
+                log::warn!(
+                    "{}: a reset has waited {} s for the end of a request that the host is at work on",
+                    self.link.name(),
+                    waited.as_secs()
+                );
+            }
+            std::thread::sleep(GLANCE);
         }
     }
 

@@ -9,7 +9,8 @@ mod storage;
 mod zstd;
 
 use super::QCOW2;
-use super::complaints::Complaints;
+use super::complaints::{Complaints, cancelled};
+use super::sys::MOST_AT_ONCE;
 use crate::messages::visible;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
@@ -27,6 +28,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use storage::Layer;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
@@ -555,7 +557,14 @@ impl Engine for Qcow2Engine {
 
     fn begin(&mut self, request: &Request<'_>) -> Option<Outcome> {
         let result = match &self.memory {
-            Some(memory) => self.image.perform(memory, request),
+            // In parts, so that a reset does not wait for all of it.
+            Some(memory) => {
+                let mut parts = request.in_parts(MOST_AT_ONCE);
+                parts.try_for_each(|part| match part.cancelled.load(Ordering::Relaxed) {
+                    true => Err(cancelled()),
+                    false => self.image.perform(memory, &part),
+                })
+            }
             None => Err(Errno::FAULT.into()),
         };
         let complaints = &self.image.complaints;

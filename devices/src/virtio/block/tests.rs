@@ -661,6 +661,24 @@ fn a_reset_that_waits_for_the_lock_ends_the_work() {
 }
 
 #[test]
+fn a_reset_has_whoever_holds_the_lock_let_go_of_it() {
+    let (mut guest, _fake) = start(ALL);
+    let device = guest.device.clone();
+    let (tell, told) = std::sync::mpsc::channel();
+    let worker = std::thread::spawn(move || {
+        let held = super::super::lock(&device);
+        let flag = held.cancel_flag().expect("a flag");
+        tell.send(()).expect("somebody waits");
+        while !flag.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+    });
+    told.recv().expect("it has the lock");
+    guest.write(0x70, 0);
+    worker.join().expect("it saw the flag");
+}
+
+#[test]
 fn a_buffer_outside_memory_fails_its_request_only() {
     let (mut guest, fake) = start(ALL);
     let outside = BASE + MEMORY as u64;

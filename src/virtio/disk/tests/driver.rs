@@ -211,7 +211,7 @@ fn a_limit_of_file_sizes_is_an_io_error() {
         let before = getrlimit(Resource::Fsize);
         let limit = Rlimit {
             current: Some(SIZE as u64 / 2),
-            ..before.clone()
+            ..before
         };
         setrlimit(Resource::Fsize, limit).expect("a lower limit");
         for durable in [false, true] {
