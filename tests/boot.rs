@@ -10,6 +10,9 @@
 /// Archives for a guest's initramfs.
 #[path = "boot/archive.rs"]
 mod archive;
+/// Guests that do what no driver does, for as long as they are asked to.
+#[path = "boot/attack.rs"]
+mod attack;
 /// What is no good anywhere, and how it is refused.
 #[path = "boot/bad.rs"]
 mod bad;
@@ -19,6 +22,9 @@ mod boards;
 /// The console: every byte, in order, both ways, and no time taken while nothing comes.
 #[path = "boot/console.rs"]
 mod console;
+/// Kills and power cuts while a guest writes: what it flushed is there.
+#[path = "boot/cuts.rs"]
+mod cuts;
 /// Disks: data, identity, and what is left after armlet is killed.
 #[path = "boot/disk.rs"]
 mod disk;
@@ -28,6 +34,9 @@ mod features;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;
+/// What does the steps of a guest without an operating system, in the guest.
+#[path = "boot/interpreter.rs"]
+mod interpreter;
 /// Kernels in every form that distributions ship.
 #[path = "boot/kernels.rs"]
 mod kernels;
@@ -55,6 +64,9 @@ mod messages;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;
+/// Reboots in place with every device, as many as are asked for.
+#[path = "boot/reboots.rs"]
+mod reboots;
 /// What armlet says to input that is no good.
 #[path = "boot/refusals.rs"]
 mod refusals;
@@ -67,6 +79,10 @@ mod sharing;
 /// What guests run: archives, kernels of a few instructions.
 #[path = "boot/software.rs"]
 mod software;
+/// Guests without an operating system: what they do, step by step, and their drivers.
+#[allow(dead_code, reason = "some operations are of one architecture")]
+#[path = "boot/steps.rs"]
+mod steps;
 /// A whole Debian system on a disk, from power-on to a login over ssh and a clean end.
 #[path = "boot/system.rs"]
 mod system;

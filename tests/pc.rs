@@ -9,10 +9,16 @@ mod archive;
 /// What is no good anywhere, and how it is refused.
 #[path = "boot/bad.rs"]
 mod bad;
+/// Kills and power cuts while a guest writes: what it flushed is there.
+#[path = "boot/cuts.rs"]
+mod cuts;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "boot/guest.rs"]
 mod guest;
+/// What does the steps of a guest without an operating system, in the guest.
+#[path = "pc/interpreter.rs"]
+mod interpreter;
 /// Debian's kernels, from boot to power-off.
 #[path = "pc/linux.rs"]
 mod linux;
@@ -22,6 +28,9 @@ mod lives;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;
+/// Reboots in place with every device, as many as are asked for.
+#[path = "boot/reboots.rs"]
+mod reboots;
 /// What armlet says to input that is no good.
 #[path = "pc/refusals.rs"]
 mod refusals;
@@ -37,6 +46,10 @@ mod small;
 /// What small guests are made of.
 #[path = "pc/software.rs"]
 mod software;
+/// Guests without an operating system: what they do, step by step, and their drivers.
+#[allow(dead_code, reason = "some operations are of one architecture")]
+#[path = "boot/steps.rs"]
+mod steps;
 /// What a host has beside armlet.
 #[path = "boot/tools.rs"]
 mod tools;

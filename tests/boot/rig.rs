@@ -73,6 +73,11 @@ pub(crate) fn any() -> Option<&'static Rig> {
     rig
 }
 
+/// Whether a guest of a few instructions runs here; if not, this was said.
+pub(crate) fn small() -> bool {
+    any().is_some()
+}
+
 /// The host, for a test that one host is enough for: the first of the rig's matrix, or a real one.
 pub(crate) fn main() -> Option<&'static Rig> {
     let rig = any()?;

@@ -34,6 +34,14 @@ impl Program {
             .on_exception(Program::default().print("undefined\n").power_off())
     }
 
+    /// One of these instructions.
+    pub(crate) fn of(code: Vec<u32>) -> Program {
+        Program {
+            code,
+            handler: None,
+        }
+    }
+
     /// Sets register `Xd` to `value`: MOVZ and MOVK.
     fn load(mut self, d: u32, value: u64) -> Program {
         for part in 0..4 {

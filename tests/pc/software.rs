@@ -2,14 +2,14 @@ pub(crate) use crate::archive::{archive, initrd_with_script};
 
 /// Ports of the board `pc`.
 pub(crate) const UART: u16 = 0x3f8;
-const SLEEP_CONTROL: u16 = 0x600;
-const POWER_OFF: u8 = 5 << 2 | 1 << 5;
+pub(crate) const SLEEP_CONTROL: u16 = 0x600;
+pub(crate) const POWER_OFF: u8 = 5 << 2 | 1 << 5;
 pub(crate) const RESET_CONTROL: u16 = 0xcf9;
 pub(crate) const I8042_COMMAND: u16 = 0x64;
 
 /// Where the kernel is loaded, and where in it the 64-bit entry is (Linux,
 /// Documentation/arch/x86/boot.rst).
-const BASE: u64 = 0x100_0000;
+pub(crate) const BASE: u64 = 0x100_0000;
 const ENTRY: usize = 0x200;
 /// Where in it lie the interrupt's handler, what LIDT reads, the table itself, and text.
 const HANDLER: usize = 0x2000;
@@ -314,21 +314,7 @@ impl Program {
 
     /// The kernel's file, a bzImage, which starts in long mode.
     pub(crate) fn image(&self) -> Vec<u8> {
-        let mut file = vec![0; 2 * 512];
-        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0x1f1, &[1]);
-        put(0x1f4, &(SIZE as u32 / 16).to_le_bytes());
-        put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
-        put(0x202, b"HdrS\x0f\x02");
-        put(0x211, &[1]);
-        put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
-        put(0x230, &0x20_0000_u32.to_le_bytes());
-        put(0x234, &[1, 0, 1]);
-        put(0x238, &2047_u32.to_le_bytes());
-        put(0x258, &BASE.to_le_bytes());
-        put(0x260, &(SIZE as u32).to_le_bytes());
-        file.extend(self.memory());
-        file
+        bz_image(&self.memory())
     }
 
     /// The kernel's file, an ELF file with the note of an entry, which starts in 32-bit mode.
@@ -360,4 +346,24 @@ impl Program {
         file.extend(self.memory());
         file
     }
+}
+
+/// A bzImage whose contents `memory` go to [`BASE`] and start there in long mode, at [`ENTRY`].
+pub(crate) fn bz_image(memory: &[u8]) -> Vec<u8> {
+    let mut file = vec![0; 2 * 512];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    let size = memory.len() as u32;
+    put(0x1f1, &[1]);
+    put(0x1f4, &(size / 16).to_le_bytes());
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+    put(0x202, b"HdrS\x0f\x02");
+    put(0x211, &[1]);
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+    put(0x230, &0x20_0000_u32.to_le_bytes());
+    put(0x234, &[1, 0, 1]);
+    put(0x238, &2047_u32.to_le_bytes());
+    put(0x258, &BASE.to_le_bytes());
+    put(0x260, &size.to_le_bytes());
+    file.extend(memory);
+    file
 }

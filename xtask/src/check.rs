@@ -78,7 +78,8 @@ const X86_HOSTS: [NamedHost; 1] = [("epyc", X86_CPU, 0, Kernel::V6_1X86)];
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
-const ELSEWHERE: [&str; 23] = [
+const ELSEWHERE: [&str; 25] = [
+    "attack::",
     "boards::",
     "console::every_byte",
     "disk::a_guest_reads",
@@ -95,6 +96,7 @@ const ELSEWHERE: [&str; 23] = [
     "linux::the_kernel_finds",
     "machine::",
     "memory::",
+    "reboots::",
     "refusals::the_largest",
     "refusals::vcpus_beyond",
     "rig::",
@@ -110,11 +112,13 @@ const QUICK: [(&str, &[&str]); 3] = [
     (
         "max-gic3",
         &[
+            "attack::",
             "boards::",
             "console::a_guest",
             "console::an_input",
             "console::input",
             "console::output",
+            "cuts::",
             "disk::a_disk_works",
             "disk::a_guest_reads",
             "disk::a_locked",
@@ -132,6 +136,7 @@ const QUICK: [(&str, &[&str]); 3] = [
             "net::a_guest_talks_over_tap",
             "net::a_network",
             "net::passt",
+            "reboots::",
             "refusals::",
             "rig::",
             "sharing::a_folder",
@@ -149,6 +154,7 @@ const QUICK: [(&str, &[&str]); 3] = [
     (
         "a76-gic2-16k",
         &[
+            "attack::",
             "boards::",
             "console::every_byte",
             "disk::a_guest_reads",
@@ -161,6 +167,7 @@ const QUICK: [(&str, &[&str]); 3] = [
             "linux::eight_vcpus",
             "machine::",
             "memory::",
+            "reboots::",
             "refusals::vcpus_beyond",
             "rig::",
             "sharing::a_guest_gives",
@@ -175,6 +182,7 @@ const QUICK: [(&str, &[&str]); 3] = [
             "linux::debians_6_1_boots_from_a_bzimage",
             "linux::sigterm",
             "linux::virtio_devices",
+            "reboots::",
             "refusals::",
             "small::",
         ],

@@ -329,7 +329,7 @@ pub(crate) fn run(
         modules.extend(["virtio_pci", "virtio_blk", "ext4"]);
     }
     if spec.tools {
-        modules.extend(["tun", "vhost_net", "vhost_vsock"]);
+        modules.extend(["loop", "tun", "vhost_net", "vhost_vsock"]);
     }
     let modules = kernel.modules(&modules)?;
 
