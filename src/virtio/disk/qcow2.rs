@@ -393,7 +393,7 @@ pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
         false => survey(file, &header).with_context(|| {
             let path = path.display();
             format!(
-                "qcow2 image {path} is damaged ('qemu-img check -r all {path}' may repair it; 'qemu-img convert -O qcow2 {path} NEW' saves what can be read)"
+                "qcow2 image {path} is damaged ('qemu-img convert --salvage -O qcow2 {path} NEW' saves what can be read)"
             )
         })?,
     };

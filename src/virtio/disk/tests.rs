@@ -914,7 +914,7 @@ mod qcow2 {
         // Two parts of the disk in one cluster; a table in the middle of one; one that is nowhere.
         let twice = message(&|bytes| bytes.copy_within(l2..l2 + 8, l2 + 8));
         assert!(
-            twice.contains("one cluster twice") && twice.contains("qemu-img check"),
+            twice.contains("one cluster twice") && twice.contains("qemu-img convert"),
             "{twice}"
         );
         assert!(message(&|bytes| bytes[l1 + 6] = 2).contains("middle of a cluster"));
