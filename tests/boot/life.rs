@@ -1,12 +1,10 @@
-use crate::guest::{Armlet, GLANCE, Input};
+use crate::guest::{Armlet, Input};
 use crate::software::{Program, archive};
 use crate::{lives, rig};
 use rustix::process::Signal;
-use std::ffi::OsStr;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A guest that says that it runs, and hears nothing.
 fn deaf() -> Program {
@@ -243,50 +241,11 @@ fn accesses_to_nowhere_do_not_fill_a_log() {
 #[test]
 fn an_armlet_that_was_stopped_makes_the_terminal_raw_again() {
     let Some(_) = rig::any() else { return };
-    let mut guest = Armlet::program(&deaf()).input(Input::Terminal).start();
-    let before = guest.all_modes();
-    guest.expect("up\n");
-    let raw = guest.modes();
-    guest.signal(Signal::STOP);
-    guest.set_modes(&before);
-    assert_ne!(guest.modes(), raw);
-    guest.signal(Signal::CONT);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while guest.modes() != raw {
-        assert!(Instant::now() < deadline, "it stays as the shell had it");
-        sleep(GLANCE);
-    }
-    guest.send(b"\x01x");
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert_eq!(outcome.modes, Some(format!("{before:?}")));
+    lives::is_raw_again_after_a_stop(Armlet::program(&deaf()));
 }
 
 #[test]
 fn signals_act_while_a_program_is_waited_for() {
     let Some(_) = rig::any() else { return };
-    let armlet = Armlet::program(&deaf());
-    let passt = armlet.file(
-        "passt",
-        b"#!/bin/sh\necho here >\"$0.runs\"\nexec sleep 60\n",
-    );
-    fs::set_permissions(&passt, Permissions::from_mode(0o755)).expect("a file of ours");
-    let folder = passt.parent().expect("a folder").display();
-    let path = format!(
-        "PATH={folder}:{}",
-        std::env::var("PATH").unwrap_or_default()
-    );
-    let words = ["env", &path].map(OsStr::new);
-    let armlet = armlet.option("--net", "user").through(&words);
-    let guest = armlet.start();
-    let runs = guest.path("passt.runs");
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !runs.exists() {
-        assert!(Instant::now() < deadline, "passt was not started");
-        sleep(GLANCE);
-    }
-    guest.signal(Signal::TERM);
-    let outcome = guest.end();
-    outcome.assert_status(6);
-    assert_eq!(outcome.errors, "armlet: stopped by a signal\n");
+    lives::heeds_signals_at_the_start(Armlet::program(&deaf()));
 }

@@ -1,8 +1,12 @@
-use crate::guest::{Armlet, Guest, Input, MARKER};
+use crate::guest::{Armlet, GLANCE, Guest, Input, MARKER};
+use rustix::pipe::PipeFlags;
 use rustix::process::Signal;
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, Permissions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What armlet says when it was asked to end.
 pub(crate) const PRESSED: &str =
@@ -124,4 +128,81 @@ pub(crate) fn powers_off_by_sigterm(mut guest: Guest) {
     let outcome = guest.end();
     outcome.assert_status(0);
     assert_eq!(outcome.errors, PRESSED);
+}
+
+/// Lines that look like those of a kernel that panics, with what would clear a terminal.
+pub(crate) fn panics_20_times() -> String {
+    "Kernel panic - not syncing: x\x1b[2J\n".repeat(20)
+}
+
+/// A guest that prints [`panics_20_times`] and powers off.
+pub(crate) fn panics_once(armlet: Armlet) {
+    let outcome = armlet.run();
+    outcome.assert_status(0);
+    let errors = &outcome.errors;
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    assert!(errors.ends_with("x\\x1b[2J\n"), "{errors}");
+}
+
+/// A guest that prints [`panics_20_times`] and "up", and hears nothing.
+pub(crate) fn heeds_signals_though_nobody_reads(armlet: Armlet) {
+    // A full pipe: nothing more goes in before somebody reads.
+    let (_reader, writer) = rustix::pipe::pipe_with(PipeFlags::NONBLOCK).expect("a pipe");
+    while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
+    let (here, number) = (std::process::id(), writer.as_raw_fd());
+    let script = format!("exec \"$@\" 2>/proc/{here}/fd/{number}");
+    let words = ["sh", "-c", &script, "sh"].map(OsStr::new);
+    let mut guest = armlet.through(&words).start();
+    guest.expect("up\n");
+    // The power key, which it does not hear, and the end.
+    guest.signal(Signal::TERM);
+    guest.signal(Signal::HUP);
+    guest.end().assert_status(6);
+}
+
+/// A guest that prints "up" and hears nothing: armlet is stopped, and goes on.
+pub(crate) fn is_raw_again_after_a_stop(armlet: Armlet) {
+    let mut guest = armlet.input(Input::Terminal).start();
+    let before = guest.all_modes();
+    guest.expect("up\n");
+    let raw = guest.modes();
+    guest.signal(Signal::STOP);
+    guest.set_modes(&before);
+    assert_ne!(guest.modes(), raw);
+    guest.signal(Signal::CONT);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while guest.modes() != raw {
+        assert!(Instant::now() < deadline, "it stays as the shell had it");
+        sleep(GLANCE);
+    }
+    guest.send(b"\x01x");
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    assert_eq!(outcome.modes, Some(format!("{before:?}")));
+}
+
+/// Any guest, whose passt says nothing for ever.
+pub(crate) fn heeds_signals_at_the_start(armlet: Armlet) {
+    let passt = armlet.file(
+        "passt",
+        b"#!/bin/sh\necho here >\"$0.runs\"\nexec sleep 60\n",
+    );
+    fs::set_permissions(&passt, Permissions::from_mode(0o755)).expect("a file of ours");
+    let folder = passt.parent().expect("a folder").display();
+    let path = format!(
+        "PATH={folder}:{}",
+        std::env::var("PATH").unwrap_or_default()
+    );
+    let words = ["env", &path].map(OsStr::new);
+    let guest = armlet.option("--net", "user").through(&words).start();
+    let runs = guest.path("passt.runs");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !runs.exists() {
+        assert!(Instant::now() < deadline, "passt was not started");
+        sleep(GLANCE);
+    }
+    guest.signal(Signal::TERM);
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    assert_eq!(outcome.errors, "armlet: stopped by a signal\n");
 }

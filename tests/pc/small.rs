@@ -485,3 +485,37 @@ fn kernels_for_other_machines_are_refused_as_on_arm64() {
         assert_eq!(outcome.errors.lines().count(), 1, "{}", outcome.errors);
     }
 }
+
+#[test]
+fn a_guest_panics_once_in_a_life() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print(&lives::panics_20_times());
+    lives::panics_once(Armlet::program(&program.power_off()));
+}
+
+#[test]
+fn signals_act_though_nobody_reads_standard_error() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print(&lives::panics_20_times());
+    lives::heeds_signals_though_nobody_reads(Armlet::program(&program.print("up\n").stay()));
+}
+
+#[test]
+fn an_armlet_that_was_stopped_makes_the_terminal_raw_again() {
+    if !rig::small() {
+        return;
+    }
+    lives::is_raw_again_after_a_stop(Armlet::program(&deaf()));
+}
+
+#[test]
+fn signals_act_while_a_program_is_waited_for() {
+    if !rig::small() {
+        return;
+    }
+    lives::heeds_signals_at_the_start(Armlet::program(&deaf()));
+}
