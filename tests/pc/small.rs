@@ -2,6 +2,8 @@ use crate::guest::{Armlet, Input};
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::{lives, rig};
 use rustix::process::Signal;
+use std::fs::{self, File};
+use std::process::{Command, Stdio};
 
 /// A guest that says that it runs, and hears nothing.
 fn deaf() -> Program {
@@ -518,4 +520,61 @@ fn signals_act_while_a_program_is_waited_for() {
         return;
     }
     lives::heeds_signals_at_the_start(Armlet::program(&deaf()));
+}
+
+/// A file system of 64 KiB, while this lives. `None` where this user may not mount one.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<SmallDisk> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=64k", "none"]);
+        let status = mount.arg(folder.path()).stderr(Stdio::null()).status();
+        status
+            .is_ok_and(|status| status.success())
+            .then_some(SmallDisk(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let mut unmount = Command::new("umount");
+        // Whoever still has files there keeps it.
+        let _ = unmount.arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_full_disk_silences_the_console_only_while_it_is_full() {
+    if !rig::small() {
+        return;
+    }
+    let Some(disk) = SmallDisk::mount() else {
+        println!("skipped: this user cannot mount a file system");
+        return;
+    };
+    let (console, filler) = (disk.0.path().join("console"), disk.0.path().join("filler"));
+    let output = File::create(&console).expect("a file");
+    let full = fs::write(&filler, vec![0; 1 << 20]).expect_err("a small disk");
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let armlet = Armlet::program(&Program::default().echo().power_off());
+    let mut guest = armlet.input(Input::Pipe).start_with(Some(output.into()));
+    guest.send(b"abc");
+    guest.expect_error("standard output takes nothing (No space left on device");
+    fs::remove_file(&filler).expect("a file of ours");
+    guest.send(b"defq");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    // How many of the first were lost before there was room depends on the guest's speed.
+    let text = fs::read_to_string(&console).expect("text");
+    assert!(
+        "bcdefq".ends_with(&text) && text.ends_with("defq"),
+        "{text}"
+    );
+    let lost = format!(
+        "armlet: {} bytes of the console's output are lost\n",
+        7 - text.len()
+    );
+    assert!(outcome.errors.ends_with(&lost), "{}", outcome.errors);
 }
