@@ -285,6 +285,7 @@ impl<S: Subject> Guest<S> {
             // What was under way may have been completed until now.
             self.memory.check();
             let ring = self.rings[queue].take();
+            self.kicked[queue] = None;
             if let Some(mut ring) = ring {
                 if !self.memory.tainted && !self.subject.has_other_worker() {
                     ring.check_used(&self.memory);
