@@ -21,7 +21,7 @@ See the machine before it exists, on any computer:
     error_code(5, "The guest asked for a reset, with --on-reset exit."),
     error_code(
         6,
-        "The guest was stopped before it powered off (Ctrl-A x, SIGINT, second SIGTERM)."
+        "The guest was stopped before it powered off (Ctrl-A x, SIGINT, second SIGTERM, --stop-timeout)."
     )
 )]
 pub struct Cli {
@@ -268,7 +268,8 @@ macro_rules! machine_command {
 
 machine_command! {
     /// Run a guest until it powers off. Its serial console is this terminal: Ctrl-A x leaves,
-    /// Ctrl-A h helps. SIGTERM presses the guest's power key; a second one stops at once.
+    /// Ctrl-A h helps. SIGTERM presses the guest's power key until it powers off; a second one stops at
+    /// once.
     #[derive(FromArgs, Debug)]
     #[argh(
         subcommand,
@@ -293,6 +294,10 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// let it go on, or exit, with status 4
         #[argh(option, arg_name = "report|exit")]
         pub on_panic: Option<String>,
+        /// seconds that the guest may take to power off after SIGTERM, before it is stopped with
+        /// status 6 (default: 90), or none
+        #[argh(option, arg_name = "SECONDS|none")]
+        pub stop_timeout: Option<String>,
         /// count exits by reason, and tell them with KVM's own counters at the end and on SIGUSR1
         #[argh(switch)]
         pub stats: bool,

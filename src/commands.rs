@@ -8,7 +8,7 @@ use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
-use crate::{boards, host, probe, report, run, table};
+use crate::{boards, host, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::board::Severity;
@@ -67,6 +67,9 @@ fn run(args: &RunArgs) -> Result<Status> {
             .fault(Status::Usage);
         }
     };
+    let patience = shutdown::parse_patience(args.stop_timeout.as_deref())
+        .map_err(anyhow::Error::msg)
+        .fault(Status::Usage)?;
     if machine.kernel.is_none() {
         return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
     }
@@ -99,6 +102,7 @@ fn run(args: &RunArgs) -> Result<Status> {
         config,
         on_reset,
         on_panic,
+        patience,
         seeded: !machine.deterministic,
         stats: args.stats,
         dump_dtb: args.dump_dtb.clone(),

@@ -30,6 +30,7 @@ pub mod report;
 pub mod run;
 pub mod serial;
 pub mod settings;
+pub mod shutdown;
 pub mod signals;
 pub mod stats;
 pub mod status;

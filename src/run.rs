@@ -14,6 +14,7 @@ use crate::memory::{self, Sharing};
 use crate::messages;
 use crate::reactor::Reactor;
 use crate::serial::TICK;
+use crate::shutdown::{Due, Shutdown};
 use crate::signals::{self, Phase};
 use crate::stats::Counters;
 use crate::status::{Fault, Status};
@@ -80,6 +81,8 @@ pub struct Orders<A: KvmArch> {
     pub on_reset: OnReset,
     /// What to do when the guest's kernel panics.
     pub on_panic: OnPanic,
+    /// How long the guest may take to power off when it was asked to; `None` for no limit.
+    pub patience: Option<Duration>,
     /// Whether the guest gets fresh random seeds at each start.
     pub seeded: bool,
     /// Whether to count exits, and tell at the end and on SIGUSR1.
@@ -113,7 +116,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
     // Before there are threads.
     let broker = virtio::fork_broker(&orders.config.virtio).fault(Status::Host)?;
     signals::survive_file_size_limit();
-    let mut events = Events::new(orders.on_panic, orders.stats)?;
+    let mut events = Events::new(orders.on_panic, orders.stats, orders.patience)?;
     let mut memory = None;
     let mut terminal = None;
     let hvc = match orders.config.console {
@@ -205,6 +208,15 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             &machine.counters,
             terminal.is_some(),
         );
+        let ending = match ending {
+            Ok(Ending::Reset) if orders.on_reset == OnReset::Restart && events.was_asked() => {
+                messages::say(
+                    "the guest asked for a reset when it was to power off; it is not started again",
+                );
+                Ok(Ending::Stopped)
+            }
+            ending => ending,
+        };
         let is_over = !matches!(ending, Ok(Ending::Reset) if orders.on_reset == OnReset::Restart);
         let ending = match is_over {
             true => {
@@ -315,6 +327,10 @@ struct Events {
     on_panic: OnPanic,
     /// Whether the guest's kernel said in this life that it panicked.
     panicked: bool,
+    /// How long the guest may take to power off when it was asked to.
+    patience: Option<Duration>,
+    /// That it was.
+    shutdown: Option<Shutdown>,
 }
 
 /// Standard input on its way to the guest.
@@ -343,7 +359,7 @@ enum Handed {
 }
 
 impl Events {
-    fn new(on_panic: OnPanic, stats: bool) -> Result<Events> {
+    fn new(on_panic: OnPanic, stats: bool, patience: Option<Duration>) -> Result<Events> {
         let epoll = Epoll::new().context("cannot make an epoll instance")?;
         let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
         let signals = signals::install(stats)?;
@@ -367,6 +383,8 @@ impl Events {
             feed: None,
             on_panic,
             panicked: false,
+            patience,
+            shutdown: None,
         })
     }
 
@@ -436,13 +454,17 @@ impl Events {
                 }
             }
             self.pass_deadlines(devices)?;
+            if let Some(ending) = self.ask_again(devices) {
+                return Ok(ending);
+            }
         }
     }
 
     /// Milliseconds until the next deadline; -1 without one.
     fn timeout(&self) -> i32 {
         let retry = messages::is_behind().then(|| Instant::now() + messages::RETRY);
-        let deadlines = [self.release, self.alarm, self.tick, self.feed, retry];
+        let asked = self.shutdown.map(|shutdown| shutdown.next());
+        let deadlines = [self.release, self.alarm, self.tick, self.feed, retry, asked];
         deadlines.into_iter().flatten().min().map_or(-1, |next| {
             let left = next.saturating_duration_since(Instant::now());
             // Rounded up, so that it is not woken just before.
@@ -524,8 +546,42 @@ impl Events {
         Ok(None)
     }
 
-    /// SIGUSR1 asks for the counters. SIGTERM and SIGHUP press the power key, once; everything else
-    /// stops at once.
+    /// Whether the guest was asked to power off.
+    fn was_asked(&self) -> bool {
+        self.shutdown.is_some()
+    }
+
+    /// Presses the power key again where the guest was asked to power off and has not yet, and gives
+    /// it up where it took too long.
+    fn ask_again(&mut self, devices: &Devices) -> Option<Ending> {
+        match self.shutdown.as_mut()?.due(Instant::now()) {
+            Due::Nothing => None,
+            Due::Press => {
+                self.press(devices);
+                None
+            }
+            Due::GiveUp => {
+                let seconds = self.patience.unwrap_or_default().as_secs();
+                messages::say(&format!(
+                    "stopped: the guest did not power off within {seconds} s (--stop-timeout)"
+                ));
+                Some(Ending::Stopped)
+            }
+        }
+    }
+
+    /// Presses the guest's power key; whether it has one.
+    fn press(&mut self, devices: &Devices) -> bool {
+        let Some(key) = &devices.power_key else {
+            return false;
+        };
+        lock(&**key).set_pressed(true);
+        self.release = Some(Instant::now() + KEY_HELD);
+        true
+    }
+
+    /// SIGUSR1 asks for the counters. The first SIGTERM or SIGHUP asks the guest to power off;
+    /// everything else stops at once.
     fn read_signals(&mut self, devices: &Devices, counters: &Counters) -> Option<Ending> {
         // What comes after this read rings again.
         let _ = self.signals.read();
@@ -549,12 +605,11 @@ impl Events {
         if !taken.power_key {
             return None;
         }
-        let Some(key) = &devices.power_key else {
+        if !self.press(devices) {
             messages::say("stopped by a signal: this board has no power key");
             return Some(Ending::Stopped);
-        };
-        lock(&**key).set_pressed(true);
-        self.release = Some(Instant::now() + KEY_HELD);
+        }
+        self.shutdown = Some(Shutdown::new(Instant::now(), self.patience));
         messages::say("pressed the guest's power key; a second signal stops it at once");
         None
     }

@@ -123,6 +123,17 @@ impl Armlet {
         armlet
     }
 
+    /// Debian's usual kernel with drivers for the power key, whose init runs `script` and powers off.
+    pub(crate) fn power_key(rig: &Rig, script: &str) -> Armlet {
+        let mut armlet = Armlet::new();
+        let read = |name: &str| fs::read(rig.asset(name)).expect("an asset");
+        let script = archive("powerkey.sh", script.as_bytes());
+        let initrd = [read("initrd"), read("powerkey.cpio"), script];
+        let initrd = armlet.file("initrd", &initrd.concat());
+        armlet.boot(&rig.asset("Image-generic"), &initrd, "powerkey");
+        armlet
+    }
+
     /// A Linux guest from these files.
     pub(crate) fn linux(kernel: &Path, initrd: &Path, what: &str) -> Armlet {
         let mut armlet = Armlet::new();

@@ -1,5 +1,5 @@
 use crate::guest::{Armlet, Input};
-use crate::software::{Program, archive};
+use crate::software::Program;
 use crate::{lives, rig};
 use rustix::process::Signal;
 use std::fs;
@@ -73,14 +73,41 @@ echo POWERKEY-PRESSED
 #[test]
 fn sigterm_presses_the_power_key_and_linux_powers_off() {
     let Some(rig) = rig::main() else { return };
-    let mut initrd = fs::read(rig.asset("initrd")).expect("the initramfs");
-    initrd.extend(fs::read(rig.asset("powerkey.cpio")).expect("the modules"));
-    initrd.extend(archive("powerkey.sh", LISTEN.as_bytes()));
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("initrd");
-    fs::write(&path, initrd).expect("an initramfs");
-    let guest = Armlet::linux(&rig.asset("Image-generic"), &path, "powerkey").start();
-    lives::powers_off_by_sigterm(guest);
+    lives::powers_off_by_sigterm(Armlet::power_key(rig, LISTEN).start());
+}
+
+#[test]
+fn a_guest_that_still_boots_hears_a_later_press_of_its_power_key() {
+    let Some(rig) = rig::main() else { return };
+    let script = format!("echo POWERKEY-LATER\nsleep 4\n{LISTEN}");
+    let mut guest = Armlet::power_key(rig, &script).start();
+    guest.expect("POWERKEY-LATER");
+    guest.signal(Signal::TERM);
+    guest.expect_error("pressed the guest's power key");
+    guest.expect("POWERKEY-READY");
+    guest.expect("POWERKEY-PRESSED");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    assert_eq!(outcome.errors, lives::PRESSED);
+}
+
+#[test]
+fn a_guest_that_reboots_when_it_is_to_power_off_is_not_started_again() {
+    let Some(rig) = rig::main() else { return };
+    let script = format!("{LISTEN}reboot -f\n");
+    let mut guest = Armlet::power_key(rig, &script).start();
+    guest.expect("POWERKEY-READY");
+    guest.signal(Signal::TERM);
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    let said = "it is not started again";
+    assert!(outcome.errors.contains(said), "{}", outcome.errors);
+}
+
+#[test]
+fn a_guest_that_does_not_listen_is_given_up_in_time() {
+    let Some(_) = rig::any() else { return };
+    lives::is_given_up(Armlet::program(&deaf()));
 }
 
 #[test]

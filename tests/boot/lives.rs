@@ -87,6 +87,17 @@ pub(crate) fn is_stopped_by_a_second_signal(armlet: Armlet, signal: Signal) {
     );
 }
 
+/// A guest that prints "up" and hears nothing, nor the first signal, which is all that there is.
+pub(crate) fn is_given_up(armlet: Armlet) {
+    let mut guest = armlet.option("--stop-timeout", "1").start();
+    guest.expect("up\n");
+    guest.signal(Signal::TERM);
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    let end = "armlet: stopped: the guest did not power off within 1 s (--stop-timeout)\n";
+    assert!(outcome.errors.ends_with(end), "{}", outcome.errors);
+}
+
 /// A guest that prints "up" and hears nothing, on a terminal.
 pub(crate) fn is_left_by_ctrl_a_x(armlet: Armlet) {
     let mut guest = armlet.input(Input::Terminal).start();
@@ -118,6 +129,19 @@ pub(crate) fn panics(armlet: Armlet, status: i32, position: &str) {
     let start = format!("armlet: the guest's kernel panicked on vCPU 0 at {position}");
     assert!(errors.starts_with(&start), "{errors}");
     assert_eq!(errors.lines().count(), 1, "{errors}");
+}
+
+/// A guest of Linux that gets SIGTERM before it has a driver for the power key, and powers off when it
+/// hears of the key.
+pub(crate) fn powers_off_by_sigterm_while_it_boots(mut guest: Guest) {
+    guest.expect("POWERKEY-LATER");
+    guest.signal(Signal::TERM);
+    guest.expect_error("pressed the guest's power key");
+    guest.expect("POWERKEY-READY");
+    guest.expect("POWERKEY-PRESSED");
+    let outcome = guest.end();
+    outcome.assert_status(0);
+    assert_eq!(outcome.errors, PRESSED);
 }
 
 /// A guest of Linux that says when it listens to the power key, and powers off when it is pressed.

@@ -276,6 +276,7 @@ fn a_second_sigterm_stops_a_guest_that_does_not_listen() {
         return;
     }
     lives::is_stopped_by_a_second_signal(Armlet::program(&deaf()), Signal::TERM);
+    lives::is_given_up(Armlet::program(&deaf()));
 }
 
 #[test]
