@@ -2,9 +2,16 @@
 //! `armlet boards --table` prints. `UPDATE_GOLDEN=1` rewrites both.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
-const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
+/// A document where cargo runs this, not where it was compiled: a checkout may be copied with its
+/// build.
+fn document(name: &str) -> PathBuf {
+    let said = std::env::var_os("CARGO_MANIFEST_DIR");
+    let root = said.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    root.join("docs").join(name)
+}
 
 /// A block begins with `<!-- help: armlet run -->` and ends with `<!-- end -->`.
 const BEGIN: &str = "<!-- help: ";
@@ -12,10 +19,10 @@ const END: &str = "<!-- end -->\n";
 
 #[test]
 fn the_options_are_those_of_help() {
-    let written = fs::read_to_string(PATH).expect("docs/options.md");
+    let written = fs::read_to_string(document("options.md")).expect("docs/options.md");
     let current = with_help(&written);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        fs::write(PATH, current).expect("docs/options.md can be written");
+        fs::write(document("options.md"), current).expect("docs/options.md can be written");
         return;
     }
     let lines = written.lines().zip(current.lines()).enumerate();
@@ -31,15 +38,15 @@ const REWRITE: &str =
 
 #[test]
 fn the_table_of_boards_is_that_of_the_tool() {
-    const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/boards.md");
+    let path = document("boards.md");
     const MARK: &str = "<!-- armlet boards --table -->\n";
-    let written = fs::read_to_string(PATH).expect("docs/boards.md");
+    let written = fs::read_to_string(&path).expect("docs/boards.md");
     let (before, rest) = written.split_once(MARK).expect("a mark for the table");
     let (_, after) = rest.split_once(END).expect("its end");
     let table = stdout(&["boards", "--table"]);
     let current = format!("{before}{MARK}{table}{END}{after}");
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        fs::write(PATH, current).expect("docs/boards.md can be written");
+        fs::write(path, current).expect("docs/boards.md can be written");
         return;
     }
     assert!(
@@ -50,7 +57,7 @@ fn the_table_of_boards_is_that_of_the_tool() {
 
 #[test]
 fn every_command_is_documented() {
-    let written = fs::read_to_string(PATH).expect("docs/options.md");
+    let written = fs::read_to_string(document("options.md")).expect("docs/options.md");
     let help = help("armlet");
     let commands: Vec<&str> = help
         .lines()
@@ -75,7 +82,7 @@ fn every_command_is_documented() {
 
 #[test]
 fn every_exit_status_is_documented() {
-    let written = fs::read_to_string(PATH).expect("docs/options.md");
+    let written = fs::read_to_string(document("options.md")).expect("docs/options.md");
     for status in help("armlet")
         .lines()
         .skip_while(|line| *line != "Error codes:")

@@ -219,7 +219,7 @@ fn machines() -> Vec<Machine> {
 
 /// The board files of the repository with their names.
 fn boards() -> Vec<(String, Board)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("boards");
+    let folder = root().join("boards");
     let mut boards = Vec::new();
     for entry in fs::read_dir(&folder).expect("boards/") {
         let path = entry.expect("an entry").path();
@@ -299,8 +299,14 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
     text
 }
 
+/// Where cargo runs this, not where it was compiled: a checkout may be copied with its build.
+fn root() -> PathBuf {
+    let said = std::env::var_os("CARGO_MANIFEST_DIR");
+    said.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 fn golden(file: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let folder = root().join("tests/golden");
     folder.join(file)
 }
 

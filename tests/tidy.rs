@@ -411,7 +411,9 @@ fn manifests() -> Vec<Source> {
 }
 
 fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+    // Where cargo runs it, not where it was compiled: a checkout may be copied with its build.
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
 
 fn relative(path: &Path) -> String {

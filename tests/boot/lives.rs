@@ -131,19 +131,6 @@ pub(crate) fn panics(armlet: Armlet, status: i32, position: &str) {
     assert_eq!(errors.lines().count(), 1, "{errors}");
 }
 
-/// A guest of Linux that gets SIGTERM before it has a driver for the power key, and powers off when it
-/// hears of the key.
-pub(crate) fn powers_off_by_sigterm_while_it_boots(mut guest: Guest) {
-    guest.expect("POWERKEY-LATER");
-    guest.signal(Signal::TERM);
-    guest.expect_error("pressed the guest's power key");
-    guest.expect("POWERKEY-READY");
-    guest.expect("POWERKEY-PRESSED");
-    let outcome = guest.end();
-    outcome.assert_status(0);
-    assert_eq!(outcome.errors, PRESSED);
-}
-
 /// A guest of Linux that says when it listens to the power key, and powers off when it is pressed.
 pub(crate) fn powers_off_by_sigterm(mut guest: Guest) {
     guest.expect("POWERKEY-READY");

@@ -100,13 +100,13 @@ fn installs(login: &Login<'_>, package: &Path) {
             .contains("ExecStart=/usr/bin/armlet run")
     );
     // A unit without its file, and one whose guest cannot run, fail and say why.
-    login.says("sudo mkdir -p /etc/armlet; echo OPTIONS=--kernel /boot/vmlinuz | sudo tee /etc/armlet/web.conf");
+    login.says("echo OPTIONS=--kernel /boot/vmlinuz | sudo tee /etc/armlet/web.conf");
     login.says(&format!(
         "sudo systemctl start {unit}; sleep 1; sudo systemctl stop {unit}"
     ));
     let journal = login.says(&format!("sudo journalctl --no-pager -u {unit}"));
     assert!(journal.contains("armlet: "), "{journal}");
-    login.says("sudo dpkg --purge armlet; sudo rm -r /etc/armlet; sudo systemctl reset-failed");
+    login.says("sudo rm /etc/armlet/web.conf; sudo dpkg --purge armlet; test ! -e /etc/armlet; sudo systemctl reset-failed");
     let left = login.ssh("command -v armlet || ls /usr/share/doc/armlet");
     assert!(!left.status.success(), "{left:?}");
 }

@@ -45,6 +45,8 @@ const ARCHITECTURES: [Architecture; 2] = [
 ];
 
 const UNIT: &str = "packaging/armlet@.service";
+/// The folder of guests that run as services, below the root.
+const GUESTS: &str = "etc/armlet";
 
 impl Dist {
     /// Makes the release and gives the exit status.
@@ -108,16 +110,9 @@ impl Dist {
 /// Builds the binary for one computer, with no path of this one in it.
 fn build(sources: &Path, target: &Path, architecture: &Architecture) -> Result<PathBuf> {
     say(&format!("building armlet for {}", architecture.name));
+    crate::toolchain::ensure_target(architecture.target)?;
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let sysroot = output_of(Command::new(&rustc).args(["--print", "sysroot"]))?;
-    let installed = Path::new(sysroot.trim())
-        .join("lib/rustlib")
-        .join(architecture.target);
-    ensure!(
-        installed.is_dir(),
-        "the compiler has no standard library for {0}; 'rustup target add {0}' installs it",
-        architecture.target
-    );
     let home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),
         None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cargo"),
@@ -313,6 +308,10 @@ impl Package<'_> {
             let to = format!("usr/share/doc/armlet/{to}");
             self.put(&self.sources.join(from), &to, 0o644)?;
         }
+        // Where guests are described. It holds nothing of the package's, so that it stays as long as
+        // an administrator has files in it, and is empty at first.
+        let guests = self.tree.join(GUESTS);
+        fs::create_dir_all(&guests).with_context(|| format!("cannot make {guests:?}"))?;
         let control = format!(
             "Package: armlet\n\
              Version: {}\n\
@@ -369,6 +368,60 @@ fn folders_for_all(folder: &Path) -> Result<()> {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_package_has_the_folder_that_its_unit_reads() {
+        let unit = fs::read_to_string(crate::repository().join(UNIT)).unwrap();
+        assert!(unit.contains(&format!("EnvironmentFile=/{GUESTS}/%i.conf")));
+        let folder = tempfile::tempdir().unwrap();
+        let (out, tree) = (folder.path().join("out"), folder.path().join("tree"));
+        fs::create_dir_all(out.join("completions")).unwrap();
+        for file in [
+            "armlet@.service",
+            "armlet.1",
+            "completions/armlet.bash",
+            "completions/_armlet",
+            "completions/armlet.fish",
+        ] {
+            fs::write(out.join(file), "").unwrap();
+        }
+        let sources = crate::repository();
+        let package = Package {
+            sources: &sources,
+            out: &out,
+            tree: &tree,
+            version: "0.0.0",
+            time: 0,
+        };
+        if Command::new("dpkg-deb").arg("--version").output().is_err() {
+            println!("skipped: there is no dpkg-deb here");
+            return;
+        }
+        let binary = out.join("armlet.1");
+        package.make(&ARCHITECTURES[0], &binary).unwrap();
+        let listed = output_of(
+            Command::new("dpkg-deb")
+                .arg("-c")
+                .arg(out.join("armlet_0.0.0_arm64.deb")),
+        );
+        let listed = listed.unwrap();
+        let line = listed.lines().find(|line| line.ends_with(" ./etc/armlet/"));
+        let line = line.unwrap_or_else(|| panic!("{listed}"));
+        assert!(line.starts_with("drwxr-xr-x root/root"), "{line}");
+    }
+
+    #[test]
+    fn a_stop_by_the_unit_is_armlets_own() {
+        let unit = fs::read_to_string(crate::repository().join(UNIT)).unwrap();
+        let value = |key: &str| {
+            let line = unit.lines().find_map(|line| line.strip_prefix(key));
+            line.unwrap_or_else(|| panic!("no {key}")).to_owned()
+        };
+        // Later than armlet's own 90 s (src/shutdown.rs), which end with status 6.
+        let seconds: u64 = value("TimeoutStopSec=").parse().unwrap();
+        assert!(seconds >= 90 + 10, "{seconds}");
+        assert_eq!(value("SuccessExitStatus="), "6");
+    }
 
     #[test]
     fn systemd_finds_no_fault_in_the_unit() {

@@ -35,6 +35,15 @@ struct Choice {
 pub(crate) struct Program {
     main: Page,
     commands: Vec<Page>,
+    /// The names of the built-in boards.
+    boards: Vec<String>,
+}
+
+/// What an option's value may be.
+struct Values<'a> {
+    words: Vec<&'a str>,
+    /// Whether it may be a file as well.
+    files: bool,
 }
 
 impl Program {
@@ -48,7 +57,35 @@ impl Program {
             commands.push(Page::read(&name, &text));
         }
         ensure!(!commands.is_empty(), "armlet --help names no command");
-        Ok(Self { main, commands })
+        let listed = output(binary, &["boards"])?;
+        let names = listed
+            .lines()
+            .filter_map(|line| line.split_whitespace().next());
+        let boards: Vec<String> = names.map(str::to_owned).collect();
+        ensure!(!boards.is_empty(), "armlet boards names no board");
+        Ok(Self {
+            main,
+            commands,
+            boards,
+        })
+    }
+
+    /// What the value of an option may be, as its help writes it: `auto|NAME|PATH`.
+    fn values<'a>(&'a self, option: &'a Choice) -> Values<'a> {
+        let value = option.value.as_deref().unwrap_or_default();
+        // A list of NAME=WORD is no word.
+        let parts = || value.split('|').filter(|_| !value.contains('='));
+        let is_word = |part: &&str| !part.is_empty() && !part.contains(char::is_uppercase);
+        let mut words: Vec<&str> = parts().filter(is_word).collect();
+        let named = ["--board", "--host", "--show"].contains(&option.long.as_str());
+        if named && parts().any(|part| ["NAME", "BOARD"].contains(&part)) {
+            words.extend(self.boards.iter().map(String::as_str));
+        }
+        let is_file = |part: &str| ["PATH", "DISK", "PMEM"].contains(&part);
+        Values {
+            words,
+            files: parts().any(is_file),
+        }
     }
 
     /// Completions for bash.
@@ -63,11 +100,13 @@ impl Program {
         for option in self.valued_options() {
             let names = [option.short.as_deref(), Some(&option.long)];
             let names: Vec<&str> = names.into_iter().flatten().collect();
-            let words = option.words().join(" ");
-            let reply = match words.is_empty() {
-                true => "compgen -f -- \"$word\"".to_owned(),
-                false => format!("compgen -W \"{words}\" -- \"$word\""),
+            let values_of = self.values(option);
+            let words = values_of.words.join(" ");
+            let files = match values_of.files {
+                true => "; compgen -f -- \"$word\"",
+                false => "",
             };
+            let reply = format!("compgen -W \"{words}\" -- \"$word\"{files}");
             values += &format!(
                 "        {}) mapfile -t COMPREPLY < <({reply}); return ;;\n",
                 names.join("|")
@@ -89,6 +128,7 @@ impl Program {
     /// Completions for zsh.
     pub(crate) fn zsh(&self) -> String {
         let mut text = String::from("#compdef armlet\n# Completions of armlet for zsh.\n\n");
+        text += "_armlet_words_or_files() {\n    _alternative \"words:word:($*)\" 'files:file:_files'\n}\n\n";
         text += "_armlet() {\n    local -a commands=(\n";
         for page in &self.commands {
             text += &format!(
@@ -106,10 +146,15 @@ impl Program {
             );
             for option in &page.options {
                 let about = zsh_quoted(&option.about);
-                let value = match (&option.value, option.words()) {
-                    (None, _) => String::new(),
-                    (Some(_), words) if words.is_empty() => ":value:_files".to_owned(),
-                    (Some(_), words) => format!(":value:({})", words.join(" ")),
+                let values = self.values(option);
+                let words = values.words.join(" ");
+                let value = match (&option.value, words.is_empty(), values.files) {
+                    (None, ..) => String::new(),
+                    (Some(_), true, true) => ":value:_files".to_owned(),
+                    (Some(_), true, false) => ":value: ".to_owned(),
+                    // The space before it: nothing is put between its words.
+                    (Some(_), false, true) => format!(":value: _armlet_words_or_files {words}"),
+                    (Some(_), false, false) => format!(":value:({words})"),
                 };
                 // An option may be given again, as --disk is.
                 text += &format!(" \\\n            '*{}[{about}]{value}'", option.long);
@@ -134,10 +179,14 @@ impl Program {
                     Some(short) => format!(" -s {}", short.trim_start_matches('-')),
                     None => String::new(),
                 };
-                let value = match (&option.value, option.words()) {
-                    (None, _) => String::new(),
-                    (Some(_), words) if words.is_empty() => " -r -F".to_owned(),
-                    (Some(_), words) => format!(" -x -a '{}'", words.join(" ")),
+                let values = self.values(option);
+                let words = values.words.join(" ");
+                let value = match (&option.value, words.is_empty(), values.files) {
+                    (None, ..) => String::new(),
+                    (Some(_), true, true) => " -r -F".to_owned(),
+                    (Some(_), true, false) => " -x".to_owned(),
+                    (Some(_), false, true) => format!(" -r -F -a '{words}'"),
+                    (Some(_), false, false) => format!(" -x -a '{words}'"),
                 };
                 text += &format!(
                     "complete -c armlet -n '__fish_seen_subcommand_from {}' -l {long}{short}{value} -d '{}'\n",
@@ -254,18 +303,6 @@ impl Page {
     }
 }
 
-impl Choice {
-    /// The words that the value may be, where it is one of a few.
-    fn words(&self) -> Vec<&str> {
-        let value = self.value.as_deref().unwrap_or_default();
-        let words = value.split('|');
-        words
-            .filter(|word| !word.chars().any(|c| c.is_ascii_uppercase()))
-            .filter(|word| !word.is_empty())
-            .collect()
-    }
-}
-
 /// `PATH` for an option that the usage shows as `[-k <PATH>]`.
 fn value_of(usage: &str, names: &[&str]) -> Option<String> {
     names.iter().find_map(|name| {
@@ -276,14 +313,17 @@ fn value_of(usage: &str, names: &[&str]) -> Option<String> {
 }
 
 fn help(binary: &Path, words: &[&str]) -> Result<String> {
-    let mut command = Command::new(binary);
-    let output = command
+    output(binary, &[words, &["--help"]].concat())
+}
+
+/// What a program prints.
+fn output(binary: &Path, words: &[&str]) -> Result<String> {
+    let output = Command::new(binary)
         .args(words)
-        .arg("--help")
         .output()
         .with_context(|| format!("cannot run {binary:?}"))?;
-    ensure!(output.status.success(), "{binary:?} {words:?} --help fails");
-    String::from_utf8(output.stdout).context("the help is no text")
+    ensure!(output.status.success(), "{binary:?} {words:?} fails");
+    String::from_utf8(output.stdout).context("what it prints is no text")
 }
 
 /// The lines behind `Heading:`, up to the next heading.
@@ -354,10 +394,11 @@ fn roff_lines(text: &str) -> String {
 mod tests {
     use super::*;
 
-    const HELP: &str = "Usage: armlet run [-k <PATH>] [--gic <auto|2|3>] [-v] [-d <DISK...>]\n\n\
+    const HELP: &str = "Usage: armlet run [-k <PATH>] [--gic <auto|2|3>] [-v] [-d <DISK...>] [-b <auto|NAME|PATH>] [--host <BOARD|this>] [--pv <NAME=on|off|auto,..>]\n\n\
         Run a guest. It's this terminal's.\n\n\
         Options:\n  -k, --kernel      kernel to boot: Image,\n                    raw\n\
         \x20 --gic             version\n  -v, --verbose     say more\n  -d, --disk        disk\n\
+        \x20 -b, --board       board\n  --host            host\n  --pv              what KVM offers\n\
         \x20 --a-rather-long-option\n                    it's long [really]\n\
         \x20 --help, help      display usage information\n\n\
         Examples:\n  A shell:\n    armlet run -k Image\n\nError codes:\n  0 Done.\n";
@@ -366,6 +407,7 @@ mod tests {
         Program {
             main: Page::read("", HELP),
             commands: vec![Page::read("run", HELP)],
+            boards: vec!["virt".to_owned(), "rpi5".to_owned()],
         }
     }
 
@@ -377,7 +419,14 @@ mod tests {
         assert_eq!(kernel.short.as_deref(), Some("-k"));
         assert_eq!(kernel.value.as_deref(), Some("PATH"));
         assert_eq!(kernel.about, "kernel to boot: Image, raw");
-        assert_eq!(option("--gic").words(), ["auto", "2", "3"]);
+        let program = program();
+        let words = |long| program.values(option(long)).words;
+        assert_eq!(words("--gic"), ["auto", "2", "3"]);
+        assert_eq!(words("--board"), ["auto", "virt", "rpi5"]);
+        assert_eq!(words("--host"), ["this", "virt", "rpi5"]);
+        assert_eq!(words("--pv"), [""; 0]);
+        assert!(program.values(option("--board")).files && program.values(option("--disk")).files);
+        assert!(!program.values(option("--gic")).files);
         assert_eq!(option("--disk").value.as_deref(), Some("DISK"));
         assert_eq!(option("--verbose").value, None);
         assert_eq!(option("--a-rather-long-option").about, "it's long [really]");
@@ -417,6 +466,9 @@ mod tests {
             ("armlet r", "run"),
             ("armlet run --k", "--kernel"),
             ("armlet run --gic a", "auto"),
+            ("armlet run --board rp", "rpi5"),
+            ("armlet run -b v", "virt"),
+            ("armlet plan --host t", "this"),
         ] {
             let count = words.split(' ').count() - 1;
             let script = format!(
@@ -427,6 +479,29 @@ mod tests {
                 String::from_utf8_lossy(&output.stdout).trim(),
                 expected,
                 "{words}"
+            );
+        }
+    }
+
+    #[test]
+    fn fish_completes_the_boards() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), program().fish()).unwrap();
+        for (line, expected) in [
+            ("armlet run --board rp", "rpi5"),
+            ("armlet run -b vi", "virt"),
+            ("armlet run --host th", "this"),
+        ] {
+            let script = format!("source {}; complete -C '{line}'", file.path().display());
+            let Ok(output) = Command::new("fish").args(["-N", "-c", &script]).output() else {
+                println!("skipped: there is no fish here");
+                return;
+            };
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(
+                said.lines()
+                    .any(|word| word.split('\t').next() == Some(expected)),
+                "{line}: {said}"
             );
         }
     }

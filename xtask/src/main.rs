@@ -32,12 +32,14 @@ mod toolchain;
 mod trace;
 mod vm;
 mod vmlinux;
+mod watched;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::OnceLock;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
 
 use crate::assets::Choice;
@@ -121,6 +123,14 @@ fn main() -> ExitCode {
 /// Does what the command line says and gives the exit status.
 fn run() -> Result<i32> {
     let words = std::env::args().skip(1).collect::<Vec<_>>();
+    let task = words.first().map(String::as_str);
+    // These run in emulated hosts and in guests.
+    if !matches!(task, Some("measure" | "measure-io" | "load")) {
+        ensure!(
+            repository().join(MARK).is_file(),
+            "this is no checkout of armlet; run 'cargo xtask' in one"
+        );
+    }
     match words.split_first() {
         // The options after `runner` are the program's: none of them is ours to parse.
         Some((task, command))
@@ -234,11 +244,35 @@ impl Host {
     }
 }
 
-/// The repository's root folder.
+/// The repository's root folder: where this program runs for, not where it was compiled. A checkout
+/// that is moved or copied with its build keeps the program.
 fn repository() -> PathBuf {
-    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().unwrap_or(xtask).to_owned()
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    let look = || {
+        let said = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+        let current = std::env::current_dir().ok();
+        let this = std::env::current_exe().ok();
+        repository_from([said, current.clone(), this].into_iter().flatten())
+            .or(current)
+            .unwrap_or_default()
+    };
+    FOUND.get_or_init(look).clone()
 }
+
+/// The first folder that is a repository of armlet among `places` and what they lie in: cargo says
+/// where the package is that it runs, and else the current folder or this program lies in it.
+fn repository_from(places: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
+    let is_root = |folder: &&Path| folder.join(MARK).is_file();
+    for place in places {
+        if let Some(root) = place.ancestors().find(is_root) {
+            return Some(root.to_owned());
+        }
+    }
+    None
+}
+
+/// A file that armlet's repository has, and no other.
+const MARK: &str = "packaging/armlet@.service";
 
 /// The folder into which cargo builds: this program lies in `debug` below it.
 fn target_folder() -> Result<PathBuf> {
@@ -256,4 +290,56 @@ fn cargo() -> Command {
     let mut command = Command::new(cargo);
     command.current_dir(repository());
     command
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkout_that_was_copied_with_its_build_works_on_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("copy");
+        std::fs::create_dir_all(copy.join("target/debug")).unwrap();
+        std::fs::create_dir_all(copy.join("xtask/src")).unwrap();
+        std::fs::create_dir_all(copy.join("packaging")).unwrap();
+        std::fs::write(copy.join(MARK), "").unwrap();
+        let xtask = copy.join("target/debug/xtask");
+        std::fs::copy(std::env::current_exe().unwrap(), &xtask).unwrap();
+        for (said, current) in [
+            (Some(copy.join("xtask")), folder.path().to_owned()),
+            (None, copy.join("xtask/src")),
+            (None, folder.path().to_owned()),
+        ] {
+            let mut command = Command::new(&xtask);
+            command
+                .env_remove("CARGO_MANIFEST_DIR")
+                .current_dir(current);
+            if let Some(said) = said {
+                command.env("CARGO_MANIFEST_DIR", said);
+            }
+            // This test program's own copy, which says where it takes the repository to be.
+            let output = command
+                .args([
+                    "--exact",
+                    "tests::says_its_repository",
+                    "--nocapture",
+                    "--ignored",
+                ])
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            let found = text
+                .lines()
+                .find_map(|line| line.split("repository: ").nth(1));
+            assert_eq!(found, copy.to_str(), "{output:?}");
+        }
+    }
+
+    #[test]
+    #[ignore = "asked by the test above in a program of its own"]
+    fn says_its_repository() {
+        println!("repository: {}", repository().display());
+    }
 }

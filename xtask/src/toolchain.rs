@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::progress::say;
+use crate::watched::run_watched;
 
 const MUSL: &str = "aarch64-unknown-linux-musl";
 const GNU: &str = "aarch64-unknown-linux-gnu";
@@ -242,25 +243,40 @@ fn recent(note: &Path, age: Duration) -> Option<String> {
 
 /// The active compiler, with the musl target that was made for it.
 fn active_musl(cache: &Cache, active: &Compiler) -> Result<Toolchain> {
-    if !active.has_std(MUSL) {
-        let rustup = output_of(Command::new("rustup").args(["which", "rustc"]));
-        let rustup = rustup.with_context(|| format!("rustc has no {MUSL}"))?;
-        let theirs = fs::canonicalize(rustup.trim()).unwrap_or_default();
-        let ours = fs::canonicalize(&active.sysroot).unwrap_or_default();
-        ensure!(
-            theirs.starts_with(&ours),
-            "rustc has no {MUSL}, and is not rustup's"
-        );
-        let _lock = cache.lock()?;
-        let what = format!("rustup-{}", active.key());
-        cache.remember(&what, || add_target(cache, active))?;
-    }
+    have_target(cache, active, MUSL)?;
     Ok(Toolchain::new(MUSL, &active.linker()))
 }
 
-/// Lets rustup add the musl target, as long as it gets on with it.
-fn add_target(cache: &Cache, active: &Compiler) -> Result<()> {
-    say(&format!("running: rustup target add {MUSL}"));
+/// Sees to it that the active compiler has a standard library for `target`, by rustup if need be.
+pub(crate) fn ensure_target(target: &str) -> Result<()> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    have_target(&Cache::open()?, &Compiler::ask(Path::new(&rustc))?, target)
+}
+
+fn have_target(cache: &Cache, active: &Compiler, target: &str) -> Result<()> {
+    if active.has_std(target) {
+        return Ok(());
+    }
+    let rustup = output_of(Command::new("rustup").args(["which", "rustc"]));
+    let rustup = rustup.with_context(|| format!("rustc has no {target}"))?;
+    let theirs = fs::canonicalize(rustup.trim()).unwrap_or_default();
+    let ours = fs::canonicalize(&active.sysroot).unwrap_or_default();
+    ensure!(
+        theirs.starts_with(&ours),
+        "rustc has no {target}, and is not rustup's"
+    );
+    let _lock = cache.lock()?;
+    // The name of the first target's note is older than the others'.
+    let what = match target {
+        MUSL => format!("rustup-{}", active.key()),
+        other => format!("rustup-{other}-{}", active.key()),
+    };
+    cache.remember(&what, || add_target(cache, active, target))
+}
+
+/// Lets rustup add a target, as long as it gets on with it.
+fn add_target(cache: &Cache, active: &Compiler, target: &str) -> Result<()> {
+    say(&format!("running: rustup target add {target}"));
     let home = match std::env::var_os("RUSTUP_HOME") {
         Some(home) => PathBuf::from(home),
         None => PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".rustup"),
@@ -269,69 +285,17 @@ fn add_target(cache: &Cache, active: &Compiler) -> Result<()> {
     let watched = ["downloads", "tmp"].map(|folder| home.join(folder));
     let log = cache.sysroot("rustup.log");
     let mut rustup = Command::new("rustup");
-    rustup.args(["target", "add", MUSL]);
+    rustup.args(["target", "add", target]);
     let added = run_watched(&mut rustup, &log, &watched, RUSTUP_SILENCE)
         .and_then(|()| {
-            ensure!(active.has_std(MUSL), "it is not there afterwards");
+            ensure!(active.has_std(target), "it is not there afterwards");
             Ok(())
         })
-        .with_context(|| format!("rustup could not add {MUSL}"));
+        .with_context(|| format!("rustup could not add {target}"));
     if let Err(error) = &added {
         say(&format!("{error:#}"));
     }
     added
-}
-
-/// Runs a command with its output in `log`, and ends it after `silence` without any progress:
-/// a longer log, or more in the `watched` folders.
-fn run_watched(
-    command: &mut Command,
-    log: &Path,
-    watched: &[PathBuf],
-    silence: Duration,
-) -> Result<()> {
-    let output = File::create(log).with_context(|| format!("cannot create {log:?}"))?;
-    let errors = output
-        .try_clone()
-        .context("cannot share the log with a command")?;
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(output)
-        .stderr(errors)
-        .spawn()
-        .with_context(|| format!("cannot run {command:?}"))?;
-    let sizes = || folder_size(log) + watched.iter().map(|path| folder_size(path)).sum::<u64>();
-    let mut seen = sizes();
-    let mut since = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().context("cannot wait for a command")? {
-            let text = fs::read_to_string(log).unwrap_or_default();
-            ensure!(status.success(), "{}", complaint(&text));
-            return Ok(());
-        }
-        let now = sizes();
-        if now != seen {
-            seen = now;
-            since = Instant::now();
-        } else if since.elapsed() > silence {
-            child.kill().context("cannot end a command")?;
-            child.wait().context("cannot wait for a command")?;
-            bail!("nothing came for {} s", silence.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
-/// The bytes in a file or below a folder, as far as they can be seen.
-fn folder_size(path: &Path) -> u64 {
-    let Ok(about) = fs::symlink_metadata(path) else {
-        return 0;
-    };
-    if !about.is_dir() {
-        return about.len();
-    }
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    entries.map(|entry| folder_size(&entry.path())).sum()
 }
 
 /// Debian's compiler: with musl if that can be made, else with glibc.
@@ -810,7 +774,7 @@ fn remove_folder(folder: &Path) -> Result<()> {
 }
 
 /// The line of a command's output that says what is wrong.
-fn complaint(text: &str) -> &str {
+pub(crate) fn complaint(text: &str) -> &str {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let error = lines
         .clone()
