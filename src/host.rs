@@ -18,6 +18,20 @@ pub struct HostFiles {
     cpus: OnceCell<Vec<(u32, Option<Midr>)>>,
 }
 
+/// The host's policy for transparent huge pages of the size that it calls huge
+/// (Documentation/admin-guide/mm/transhuge.rst), and the file that holds each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HugePagePolicy {
+    /// For memory of one process: always, madvise or never; `None` where the kernel has none.
+    pub private: Option<String>,
+    /// Where that is written.
+    pub private_file: String,
+    /// For memory that processes share: always, within_size, advise, never, deny or force.
+    pub shared: Option<String>,
+    /// Where that is written.
+    pub shared_file: String,
+}
+
 /// This host's files.
 #[must_use]
 pub fn this() -> HostFiles {
@@ -198,6 +212,42 @@ impl HostFiles {
         None
     }
 
+    /// The policy for transparent huge pages of `size` bytes.
+    #[must_use]
+    pub fn huge_page_policy(&self, size: usize) -> HugePagePolicy {
+        const FOLDER: &str = "sys/kernel/mm/transparent_hugepage";
+        // "always [madvise] never"
+        let chosen = |path: &str| {
+            let text = self.text(path)?;
+            let mut words = text.split_whitespace();
+            let chosen = words.find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+            chosen.map(str::to_owned)
+        };
+        // That of the size rules, since Linux 6.8, unless it leaves it to that of all.
+        let rules = |name: &str| {
+            let of_size = format!("{FOLDER}/hugepages-{}kB/{name}", size >> 10);
+            let of_all = format!("{FOLDER}/{name}");
+            match chosen(&of_size) {
+                Some(policy) if policy != "inherit" => (Some(policy), format!("/{of_size}")),
+                _ => (chosen(&of_all), format!("/{of_all}")),
+            }
+        };
+        let (private, private_file) = rules("enabled");
+        let (shared, shared_file) = rules("shmem_enabled");
+        HugePagePolicy {
+            private,
+            private_file,
+            shared,
+            shared_file,
+        }
+    }
+
+    /// The kernel's command line, as far as it can be read.
+    #[must_use]
+    pub fn kernel_cmdline(&self) -> String {
+        self.text("proc/cmdline").unwrap_or_default()
+    }
+
     fn number(&self, path: &str) -> Option<u32> {
         self.text(path)?.parse().ok()
     }
@@ -336,6 +386,45 @@ mod tests {
         // Two ranges: no window for guests.
         assert_eq!(fourth_size(&reg[..16], 1, 1), None);
         assert_eq!(fourth_size(&[0; 64], 2, 2), Some(0));
+    }
+
+    #[test]
+    fn the_policy_for_huge_pages_is_that_of_their_size() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let files = HostFiles::below(folder.path());
+        assert_eq!(files.huge_page_policy(2 << 20).private, None);
+        let write = |path: &str, text: &str| {
+            let path = folder
+                .path()
+                .join("sys/kernel/mm/transparent_hugepage")
+                .join(path);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            std::fs::write(path, text).expect("a file");
+        };
+        write("enabled", "always [madvise] never\n");
+        write(
+            "shmem_enabled",
+            "always within_size advise [never] deny force\n",
+        );
+        let policy = files.huge_page_policy(2 << 20);
+        assert_eq!(policy.private.as_deref(), Some("madvise"));
+        assert_eq!(policy.shared.as_deref(), Some("never"));
+        write(
+            "hugepages-2048kB/enabled",
+            "always [inherit] madvise never\n",
+        );
+        let policy = files.huge_page_policy(2 << 20);
+        assert_eq!(policy.private.as_deref(), Some("madvise"));
+        write(
+            "hugepages-2048kB/enabled",
+            "always inherit madvise [never]\n",
+        );
+        let policy = files.huge_page_policy(2 << 20);
+        assert_eq!(policy.private.as_deref(), Some("never"));
+        assert_eq!(
+            policy.private_file,
+            "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled"
+        );
     }
 
     #[test]

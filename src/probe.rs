@@ -1,5 +1,8 @@
 //! What this host offers, and what would stop or slow a guest on it, with the fix.
 
+pub mod offers;
+
+use crate::host::HugePagePolicy;
 use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch};
 use crate::memory::huge_page;
@@ -9,6 +12,7 @@ use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
 use armlet_arch::x86_64::features::{EXITS, PARAVIRTUAL};
 use armlet_arch::{Arch, Architecture, Board, aarch64, x86_64};
+use offers::Offers;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -38,6 +42,8 @@ pub struct ArmFacts {
     pub writable_id_registers: bool,
     /// Whether the guest's PARange can be lowered to its machine's width.
     pub pa_range_writable: bool,
+    /// What else KVM offers.
+    pub offers: Offers,
 }
 
 /// What KVM on x86 offers.
@@ -49,6 +55,8 @@ pub struct X86Facts {
     pub timers: ExitlessTimers,
     /// Whether the CPU helps: it has VMX or SVM.
     pub hardware: bool,
+    /// What else KVM offers.
+    pub offers: Offers,
 }
 
 /// What it takes for guests' timers to go off without an exit: the host's CPUs that keep house take
@@ -96,6 +104,11 @@ pub struct Report {
     /// Bytes of the window by which a GICv2 shows guests their CPU interface (GICV), where the
     /// device tree says so.
     pub cpu_interface: Option<u64>,
+    /// The policy for transparent huge pages, of memory that only armlet has and of memory that it
+    /// shares (`--share`): always, madvise or never, say; `None` on a kernel without them.
+    pub huge_pages: HugePagePolicy,
+    /// The mode that the kernel's command line asks of KVM/arm64.
+    pub kvm_mode: String,
     /// KVM, or why there is none.
     pub kvm: Result<Virtualization, NoKvm>,
 }
@@ -161,6 +174,8 @@ pub fn probe() -> Report {
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory: (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)),
         cpu_interface: files.gic_v2_cpu_interface(),
+        huge_pages: files.huge_page_policy(huge_page(rustix::param::page_size())),
+        kvm_mode: offers::mode_of(&files.kernel_cmdline()),
         kvm,
     }
 }
@@ -196,11 +211,57 @@ impl Report {
             Ok(Virtualization::Arm(facts)) => diagnose_arm(facts, self.cpus, self.cpu_interface),
             Ok(Virtualization::X86(facts)) => diagnose_x86(facts),
         };
+        findings.extend(self.diagnose_huge_pages());
         let notes = self
             .profile
             .iter()
             .flat_map(|known| &known.board.host.notes);
         findings.extend(notes.map(|note| finding(note.severity, &note.what, &note.fix)));
+        findings
+    }
+
+    /// What it means for guests that the host gives them no huge pages.
+    fn diagnose_huge_pages(&self) -> Vec<Finding> {
+        let block = show_size(huge_page(self.page_size as usize) as u64);
+        let cost = format!(
+            "each page of {} is a fault and an entry in stage 2 of its own",
+            show_size(self.page_size)
+        );
+        let pool = format!("--hugepages {block} takes pages of a pool that was set aside");
+        let mut findings = Vec::new();
+        let mut add = |severity, what: String, fix: String| {
+            findings.push(Finding {
+                severity,
+                what,
+                fix,
+            });
+        };
+        let policy = &self.huge_pages;
+        match policy.private.as_deref() {
+            None => add(
+                Severity::Limits,
+                format!(
+                    "this kernel has no transparent huge pages, as those with PREEMPT_RT: {cost}"
+                ),
+                format!("{pool} (docs/options.md, Guest memory), or use another kernel"),
+            ),
+            Some("never") => add(
+                Severity::Limits,
+                format!("transparent huge pages are switched off: {cost}"),
+                format!(
+                    "as root, 'echo madvise > {}', or {pool}",
+                    policy.private_file
+                ),
+            ),
+            Some(_) => {}
+        }
+        if policy.private.is_some() && policy.shared.as_deref() == Some("never") {
+            add(
+                Severity::Note,
+                "memory of guests with --share comes in small pages: transparent huge pages are switched off for shared memory".to_owned(),
+                format!("as root, 'echo advise > {}', or {pool}", policy.shared_file),
+            );
+        }
         findings
     }
 
@@ -272,8 +333,23 @@ impl Report {
             ("cpus", "CPUs", json!(self.cpus)),
             ("memory_bytes", "Memory, bytes", json!(self.memory)),
             ("page_size", "Page size, bytes", json!(self.page_size)),
+            (
+                "transparent_huge_pages",
+                "Transparent huge pages",
+                json!(self.huge_pages.private.as_deref().unwrap_or("none")),
+            ),
+            (
+                "shared_huge_pages",
+                "The same, shared memory",
+                json!(self.huge_pages.shared.as_deref().unwrap_or("none")),
+            ),
             ("kvm", "KVM", json!(self.kvm.is_ok())),
         ];
+        if self.architecture == Architecture::Aarch64 {
+            facts.push(("kvm_mode", "KVM's mode", json!(self.kvm_mode)));
+            let protected = self.kvm_mode == "protected";
+            facts.push(("protected", "Protected VMs", json!(protected)));
+        }
         match &self.kvm {
             Ok(Virtualization::Arm(arm)) => facts.extend(arm_facts(arm)),
             Ok(Virtualization::X86(x86)) => facts.extend(x86_facts(x86)),
@@ -309,6 +385,7 @@ fn x86_facts(x86: &X86Facts) -> Vec<(&'static str, &'static str, Value)> {
             json!(x86.timers.injected && x86.timers.posted),
         ),
     ]);
+    facts.extend(x86.offers.facts());
     facts
 }
 
@@ -341,7 +418,7 @@ fn arm_facts(arm: &ArmFacts) -> Vec<(&'static str, &'static str, Value)> {
     if host.gic_v3 {
         gic.push("3");
     }
-    vec![
+    let mut facts = vec![
         ("ipa_limit", "IPA bits, at most", json!(limit)),
         (
             "ipa_selectable",
@@ -373,7 +450,9 @@ fn arm_facts(arm: &ArmFacts) -> Vec<(&'static str, &'static str, Value)> {
         ("mte", "MTE", json!(arm.mte)),
         ("steal_time", "Steal time", json!(host.offered.steal_time)),
         ("nested", "Nested virtualisation", json!(arm.nested)),
-    ]
+    ];
+    facts.extend(arm.offers.arm_facts());
+    facts
 }
 
 fn show(value: &Value) -> String {
@@ -508,6 +587,7 @@ mod tests {
             nested: false,
             writable_id_registers: true,
             pa_range_writable: true,
+            offers: Offers::default(),
         }
     }
 
@@ -524,6 +604,12 @@ mod tests {
             cpus: 4,
             memory: 8 << 30,
             cpu_interface: None,
+            huge_pages: HugePagePolicy {
+                private: Some("madvise".to_owned()),
+                shared: Some("advise".to_owned()),
+                ..HugePagePolicy::default()
+            },
+            kvm_mode: "default".to_owned(),
             kvm,
         }
     }
@@ -574,6 +660,56 @@ mod tests {
             assert!(report.text().contains(fix), "{}", report.text());
             assert_eq!(report.json()["runs_guests"], json!(false));
         }
+    }
+
+    #[test]
+    fn a_host_without_transparent_huge_pages_is_told_what_guests_pay() {
+        let mut report = report(Ok(Virtualization::Arm(pi5())));
+        report.page_size = 0x1000;
+        assert!(!report.text().contains("transparent huge pages are"));
+        report.huge_pages.private = Some("never".to_owned());
+        report.huge_pages.private_file = "/sys/thp".to_owned();
+        let text = report.text();
+        assert!(
+            text.contains("LIMITS  transparent huge pages are switched off"),
+            "{text}"
+        );
+        assert!(
+            text.contains("'echo madvise > /sys/thp', or --hugepages 2M"),
+            "{text}"
+        );
+        assert_eq!(
+            report.json()["facts"]["transparent_huge_pages"],
+            json!("never")
+        );
+        report.huge_pages.private = None;
+        let text = report.text();
+        assert!(
+            text.contains("PREEMPT_RT") && text.contains("--hugepages 2M"),
+            "{text}"
+        );
+        assert!(report.runs_guests());
+        report.huge_pages.private = Some("always".to_owned());
+        report.huge_pages.shared = Some("never".to_owned());
+        assert!(
+            report.text().contains("guests with --share"),
+            "{}",
+            report.text()
+        );
+    }
+
+    #[test]
+    fn what_kvm_of_newer_kernels_offers_is_shown() {
+        let mut facts = pi5();
+        facts.offers = Offers::ask(|cap| i32::from(matches!(cap, 234 | 245)));
+        let mut report = report(Ok(Virtualization::Arm(facts)));
+        report.kvm_mode = "protected".to_owned();
+        let facts = &report.json()["facts"];
+        for key in ["guest_memfd", "sea_to_user", "protected"] {
+            assert_eq!(facts[key], json!(true), "{key}");
+        }
+        assert_eq!(facts["pmu_v3_strict"], json!(false));
+        assert_eq!(facts["block_sizes"], json!([]));
     }
 
     #[test]

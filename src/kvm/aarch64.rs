@@ -3,6 +3,7 @@
 
 use super::{Depth, KvmArch, RawExit};
 use crate::eintr::uninterrupted;
+use crate::probe::offers::Offers;
 use crate::probe::{ArmFacts, Virtualization};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::aarch64::features::{Features, Offered, Pmu};
@@ -83,6 +84,7 @@ impl KvmArch for Aarch64 {
             nested: kvm.check_extension_raw(240) > 0,
             writable_id_registers: masks & 1 != 0,
             pa_range_writable: lower_pa_range(&vcpu, mmfr0, 32),
+            offers: Offers::ask(|cap| vm.check_extension_raw(cap.into())),
             host,
         }))
     }

@@ -5,6 +5,7 @@ mod cpuid;
 
 use super::{Depth, KvmArch, PortAccess, RawExit};
 use crate::eintr::uninterrupted;
+use crate::probe::offers::Offers;
 use crate::probe::{ExitlessTimers, Virtualization, X86Facts};
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
@@ -57,6 +58,7 @@ impl KvmArch for X86_64 {
             host: Self::probe(kvm, Depth::Full)?,
             timers: ExitlessTimers::look(),
             hardware: cpu_virtualizes(),
+            offers: Offers::ask(|cap| kvm.check_extension_raw(cap.into())),
         }))
     }
 
