@@ -143,8 +143,8 @@ impl Offers {
 #[must_use]
 pub fn mode_of(cmdline: &str) -> String {
     let words = cmdline.split_whitespace();
-    let modes = words.filter_map(|word| word.strip_prefix("kvm-arm.mode="));
-    modes.last().unwrap_or("default").to_owned()
+    let mut modes = words.filter_map(|word| word.strip_prefix("kvm-arm.mode="));
+    modes.next_back().unwrap_or("default").to_owned()
 }
 
 #[cfg(test)]
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn linux_7_3_offers_more_than_6_12() {
         // As seen on both, with pages of 4 KiB.
-        let blocks = (1 << 30 | 1 << 21 | 1 << 12) as i32;
+        let blocks = 1 << 30 | 1 << 21 | 1 << 12;
         let old = Offers::ask(|cap| match cap {
             223 => 65536 * 16,
             227 => 1,

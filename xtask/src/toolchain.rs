@@ -14,7 +14,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
@@ -896,7 +896,7 @@ mod tests {
             command.args(["-c", script]).current_dir(folder.path());
             run_watched(&mut command, &log, &watched, Duration::from_secs(1))
         };
-        let started = Instant::now();
+        let started = std::time::Instant::now();
         let error = shell("echo start; exec sleep 60").unwrap_err();
         assert_eq!(error.to_string(), "nothing came for 1 s");
         assert!(started.elapsed() < Duration::from_secs(30));
