@@ -20,7 +20,7 @@ use armlet_fdt::{Node, Value};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 /// Boards, requests and hosts at random.
