@@ -180,6 +180,8 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         if terminal.is_none() {
             terminal = RawTerminal::enter()?;
         }
+        // A guest that runs is asked to power off, also before the loop looks for the first time.
+        signals::enter(Phase::Running);
         let mut vcpus = Vec::new();
         for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
             let queue = events.queue.clone();
@@ -428,7 +430,6 @@ impl Events {
         terminal: bool,
     ) -> Result<Ending> {
         self.input.terminal = terminal;
-        signals::enter(Phase::Running);
         // It leaves epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
         self.epoll
