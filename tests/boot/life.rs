@@ -2,7 +2,6 @@ use crate::guest::{Armlet, Input};
 use crate::software::Program;
 use crate::{lives, rig};
 use rustix::process::Signal;
-use std::fs;
 use std::thread::sleep;
 use std::time::Duration;
 
