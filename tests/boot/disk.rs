@@ -523,7 +523,10 @@ echo '== end'
     const ODD: usize = 70_000;
     let armlet = Armlet::devices(rig, script);
     let empty = armlet.file("empty.img", b"");
-    let odd = armlet.file("odd.img", &[b'x'; ODD]);
+    // The folder of the others is gone when the guest has ended.
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let odd = folder.path().join("odd.img");
+    fs::write(&odd, [b'x'; ODD]).expect("an image");
     let mut partitioned = vec![0; MIB];
     partitioned[510..512].copy_from_slice(&[0x55, 0xaa]);
     partitioned[512..520].copy_from_slice(b"EFI PART");
