@@ -156,9 +156,10 @@ impl Pl031 {
 }
 
 impl PrimeCell for Pl031 {
-    /// RTCPeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 0, configuration 0.
-    /// Linux matches 0x00041031 (drivers/rtc/rtc-pl031.c).
-    const PERIPHERAL_ID: [u8; 4] = [0x31, 0x10, 0x04, 0x00];
+    /// RTCPeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 1, configuration 0, as
+    /// QEMU's model and kvm-unit-tests have it. Linux matches 0x00041031 with any revision
+    /// (drivers/rtc/rtc-pl031.c).
+    const PERIPHERAL_ID: [u8; 4] = [0x31, 0x10, 0x14, 0x00];
 
     /// Its registers are 32 bits wide and so are its drivers' accesses; no other is answered.
     const WIDTHS: &'static [usize] = &[4];
@@ -303,7 +304,7 @@ mod tests {
             .step_by(4)
             .map(|offset| bench.read(offset))
             .collect();
-        assert_eq!(ids, [0x31, 0x10, 0x04, 0, 0x0d, 0xf0, 0x05, 0xb1]);
+        assert_eq!(ids, [0x31, 0x10, 0x14, 0, 0x0d, 0xf0, 0x05, 0xb1]);
     }
 
     #[test]

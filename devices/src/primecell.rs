@@ -223,6 +223,20 @@ mod tests {
     }
 
     #[test]
+    fn each_peripheral_identifies_itself_as_qemus_does() {
+        // QEMU's hw/char/pl011.c, hw/rtc/pl031.c and hw/gpio/pl061.c; kvm-unit-tests checks the
+        // PL031's. A PL011 has FIFOs of 16 entries, as ours are, before revision 3 (ARM DDI 0183G).
+        let known = [
+            (crate::pl011::Pl011::PERIPHERAL_ID, 0x0014_1011),
+            (crate::pl031::Pl031::PERIPHERAL_ID, 0x0014_1031),
+            (crate::pl061::Pl061::PERIPHERAL_ID, 0x0004_1061),
+        ];
+        for (id, expected) in known {
+            assert_eq!(u32::from_le_bytes(id), expected);
+        }
+    }
+
+    #[test]
     fn identification_ends_with_the_window() {
         let read: Vec<_> = (ID_FIRST..0x1000)
             .step_by(4)

@@ -34,6 +34,10 @@ pub(super) fn build(
     root.prop("#address-cells", 2_u32)
         .prop("#size-cells", 2_u32)
         .prop("interrupt-parent", Cell::Phandle(GIC))
+        // All that accesses memory here does so through the host's caches. Each device inherits it,
+        // those of AMBA too, for which Linux warns where a cache's write-back granule is larger than
+        // 128 bytes (arch/arm64/mm/dma-mapping.c: arch_setup_dma_ops).
+        .prop("dma-coherent", ())
         .prop("compatible", "linux,dummy-virt")
         .prop("model", format!("armlet,{}", board.name).as_str());
     chosen(&mut root, layout, request);
@@ -342,7 +346,7 @@ fn clock(root: &mut Node) {
 }
 
 /// arm/primecell.yaml. The peripheral id is what the device's own registers say; given here, the
-/// guest need not read them byte by byte.
+/// guest need not read them byte by byte, which is an exit each.
 fn primecell<'a>(
     root: &'a mut Node,
     name: String,
@@ -371,7 +375,7 @@ fn pl011(root: &mut Node, device: &Placed) {
 /// rtc/arm,pl031.yaml.
 fn pl031(root: &mut Node, device: &Placed) {
     let name = format!("rtc@{:x}", device.window.start());
-    primecell(root, name, device, "arm,pl031", 0x0004_1031)
+    primecell(root, name, device, "arm,pl031", 0x0014_1031)
         .prop("clocks", Cell::Phandle(CLOCK))
         .prop("clock-names", "apb_pclk");
 }
@@ -383,17 +387,14 @@ fn pl061(root: &mut Node, device: &Placed, has_power_key: bool) {
     node.prop("clocks", Cell::Phandle(CLOCK))
         .prop("clock-names", "apb_pclk")
         .prop("gpio-controller", ())
-        .prop("#gpio-cells", 2_u32)
-        .prop("interrupt-controller", ())
-        .prop("#interrupt-cells", 2_u32)
-        .prop("#address-cells", 0_u32);
+        .prop("#gpio-cells", 2_u32);
     if !has_power_key {
         return;
     }
     node.prop("phandle", GPIO);
     root.child("gpio-keys")
         .prop("compatible", "gpio-keys")
-        .child("poweroff")
+        .child("power-key")
         .prop("label", "GPIO Key Poweroff")
         .prop("linux,code", KEY_POWER)
         .prop(
@@ -558,7 +559,7 @@ mod tests {
     #[test]
     fn the_power_key_is_line_3_of_the_gpio() {
         let tree = tree(1, GicChoice::V3);
-        let key = ["gpio-keys", "poweroff"];
+        let key = ["gpio-keys", "power-key"];
         let gpio = cells(get(&tree, &["gpio@9030000"], "phandle"))[0];
         assert_eq!(cells(get(&tree, &key, "gpios")), [gpio, 3, 0]);
         assert_eq!(cells(get(&tree, &key, "linux,code")), [116]);
