@@ -12,6 +12,7 @@
 pub mod affinity;
 pub mod boards;
 pub mod cli;
+pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod console;

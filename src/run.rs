@@ -2,6 +2,7 @@
 //! queue, the terminal, and signals.
 
 use crate::affinity;
+use crate::clock::ClockWatch;
 use crate::commands::{decide, warn_of_host, write_tree};
 use crate::config::{Config, fresh_seeds};
 use crate::console::{
@@ -311,6 +312,7 @@ const INPUT: u64 = 0;
 const BELL: u64 = 1;
 const SIGNAL: u64 = 2;
 const VIRTIO: u64 = 3;
+const CLOCK: u64 = 4;
 
 /// The event loop.
 struct Events {
@@ -322,6 +324,8 @@ struct Events {
     release: Option<Instant>,
     /// When the clock's alarm may be due.
     alarm: Option<Instant>,
+    /// Tells when the host's clock is set, once there was an alarm.
+    clock_set: Option<ClockWatch>,
     /// When a burst of output is looked after.
     tick: Option<Instant>,
     /// When input is looked after.
@@ -381,6 +385,7 @@ impl Events {
             input: Input::default(),
             release: None,
             alarm: None,
+            clock_set: None,
             tick: None,
             feed: None,
             on_panic,
@@ -448,6 +453,7 @@ impl Events {
                     INPUT => self.read_input(devices)?,
                     SIGNAL => self.read_signals(devices, counters),
                     VIRTIO => light.turn(0).map(|_| None)?,
+                    CLOCK => self.clock_was_set(devices).map(|()| None)?,
                     _ => self.read_queue(devices)?,
                 };
                 if let Some(ending) = ending {
@@ -485,7 +491,7 @@ impl Events {
             }
         }
         if self.alarm.is_some_and(|alarm| alarm <= now) {
-            self.set_alarm(devices);
+            self.set_alarm(devices)?;
         }
         if self.tick.is_some_and(|tick| tick <= now) {
             let goes_on = devices
@@ -506,7 +512,7 @@ impl Events {
     }
 
     /// Raises a due alarm and finds the next.
-    fn set_alarm(&mut self, devices: &Devices) {
+    fn set_alarm(&mut self, devices: &Devices) -> Result<()> {
         self.alarm = devices.clock.as_ref().and_then(|clock| {
             let mut clock = lock(clock);
             clock.poll();
@@ -514,6 +520,25 @@ impl Events {
                 .deadline()
                 .and_then(|left| Instant::now().checked_add(left))
         });
+        if self.alarm.is_some() && self.clock_set.is_none() {
+            let watch = ClockWatch::new()?;
+            let event = EpollEvent::new(EventSet::IN, CLOCK);
+            self.epoll
+                .ctl(ControlOperation::Add, watch.as_raw_fd(), event)
+                .context("cannot watch the host's clock")?;
+            self.clock_set = Some(watch);
+            // Set between the question and the watch, it would not have told.
+            return self.set_alarm(devices);
+        }
+        Ok(())
+    }
+
+    /// Somebody set the host's clock: the alarm is due at another time.
+    fn clock_was_set(&mut self, devices: &Devices) -> Result<()> {
+        if let Some(watch) = &self.clock_set {
+            watch.again()?;
+        }
+        self.set_alarm(devices)
     }
 
     fn read_queue(&mut self, devices: &Devices) -> Result<Option<Ending>> {
@@ -539,7 +564,7 @@ impl Events {
             self.tick = Some(Instant::now() + TICK);
         }
         if news.deadline {
-            self.set_alarm(devices);
+            self.set_alarm(devices)?;
         }
         if news.room {
             self.feed(devices)?;

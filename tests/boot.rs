@@ -28,6 +28,9 @@ mod cuts;
 /// Disks: data, identity, and what is left after armlet is killed.
 #[path = "boot/disk.rs"]
 mod disk;
+/// Virtio drivers that are not Linux's, in a guest without an operating system.
+#[path = "boot/drivers.rs"]
+mod drivers;
 /// What vCPUs have beside the base architecture.
 #[path = "boot/features.rs"]
 mod features;

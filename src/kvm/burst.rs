@@ -103,13 +103,21 @@ impl BurstWindow {
         Ok(self.vm.register_coalesced_mmio(address, bytes)?)
     }
 
+    /// The register's address, in memory or among the ports.
+    fn start(&self) -> u64 {
+        match self.register {
+            (IoEventAddress::Mmio(address) | IoEventAddress::Pio(address), _) => address,
+        }
+    }
+
     fn close_zone(&self) {
         let (address, bytes) = self.register;
         // It does not fail for what `collect` has made.
         let _ = self.vm.unregister_coalesced_mmio(address, bytes);
     }
 
-    /// Takes the low byte of each collected write, oldest first.
+    /// Takes the low byte of each collected write of the register, oldest first. KVM collects those of
+    /// its other bytes too, which are none of it.
     pub fn drain(&mut self, bytes: &mut Vec<u8>) {
         let room = self.ring.size - size_of::<kvm_coalesced_mmio_ring>();
         let entries = (room / size_of::<kvm_coalesced_mmio>()) as u32;
@@ -129,9 +137,36 @@ impl BurstWindow {
         // Only the kernel and we write the ring; the bounds hold memory safe all the same.
         while next != end && next < entries && end < entries {
             // SAFETY: `next` is below the number of entries, and the kernel has written it.
-            bytes.push(unsafe { (*written.add(next as usize)).data[0] });
+            bytes.extend(low_byte(
+                unsafe { &*written.add(next as usize) },
+                self.start(),
+            ));
             next = (next + 1) % entries;
         }
         first.store(next, Ordering::Release);
+    }
+}
+
+/// The low byte of what was written, if it was written to the register at `start`.
+fn low_byte(written: &kvm_coalesced_mmio, start: u64) -> Option<u8> {
+    (written.phys_addr == start).then_some(written.data[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_beside_the_register_is_no_character() {
+        let low_bytes = [0, 1, 2, 3].map(|offset| {
+            let written = kvm_coalesced_mmio {
+                phys_addr: 0x0900_0000 + offset,
+                len: 1,
+                data: [b'x', 0, 0, 0, 0, 0, 0, 0],
+                ..Default::default()
+            };
+            low_byte(&written, 0x0900_0000)
+        });
+        assert_eq!(low_bytes, [Some(b'x'), None, None, None]);
     }
 }

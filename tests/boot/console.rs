@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, Input, MARKER, section};
 use crate::rig;
-use crate::software::Program;
+use crate::software::{Program, UARTDR};
 use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::fs;
@@ -319,4 +319,20 @@ fn an_idle_linux_takes_no_time() {
     }
     guest.signal(Signal::INT);
     guest.end().assert_status(6);
+}
+
+#[test]
+fn a_byte_beside_the_data_register_is_no_character() {
+    let Some(_) = rig::main() else { return };
+    let text = "many characters, so that they are collected in bursts ".repeat(8);
+    let mut program = Program::default();
+    for word in text.split_inclusive(' ') {
+        program = program.print(word);
+        for offset in 1..4 {
+            program = program.write_byte(UARTDR + offset, b'X');
+        }
+    }
+    let outcome = Armlet::program(&program.power_off()).run();
+    outcome.assert_status(0);
+    assert_eq!(outcome.text(), text);
 }

@@ -275,3 +275,32 @@ fn signals_act_while_a_program_is_waited_for() {
     let Some(_) = rig::any() else { return };
     lives::heeds_signals_at_the_start(Armlet::program(&deaf()));
 }
+
+/// Sets the host's clock forward by so many seconds, or back.
+fn set_clock(seconds: i64) -> bool {
+    use rustix::time::{ClockId, clock_gettime, clock_settime};
+    let mut now = clock_gettime(ClockId::Realtime);
+    now.tv_sec += seconds;
+    clock_settime(ClockId::Realtime, now).is_ok()
+}
+
+#[test]
+fn an_alarm_is_due_when_the_hosts_clock_says_so_though_it_was_set_forward() {
+    let Some(rig) = rig::main() else { return };
+    let script = "cd /sys/class/rtc/rtc0
+count() { grep rtc /proc/interrupts | awk '{ print $2 }'; }
+before=$(count)
+echo $(( $(cat since_epoch) + 1000 )) >wakealarm
+echo WAITS
+while [ \"$(count)\" = \"$before\" ]; do sleep 1; done
+echo RANG";
+    let mut guest = Armlet::script(rig, "Image", script).alone().start();
+    guest.expect("WAITS");
+    if !set_clock(2000) {
+        println!("skipped: only root may set the host's clock");
+        return;
+    }
+    guest.expect("RANG");
+    set_clock(-2000);
+    guest.end().assert_status(0);
+}

@@ -1,7 +1,7 @@
 pub(crate) use crate::archive::{archive, initrd_with_script};
 
 /// Where the PL011's data register is on the board `virt`.
-const UARTDR: u64 = 0x0900_0000;
+pub(crate) const UARTDR: u64 = 0x0900_0000;
 
 /// PSCI's functions (Arm DEN 0022, section 5.1).
 const SYSTEM_OFF: u64 = 0x8400_0008;
@@ -77,6 +77,12 @@ impl Program {
     pub(crate) fn write(self, address: u64, value: u64) -> Program {
         let program = self.load(2, value).load(4, address);
         program.instruction(0xb900_0082)
+    }
+
+    /// Writes the byte at `address`: STRB W2, [X4].
+    pub(crate) fn write_byte(self, address: u64, value: u8) -> Program {
+        let program = self.load(2, value.into()).load(4, address);
+        program.instruction(0x3900_0082)
     }
 
     /// Goes on with `other` unless the bit is set in the word at `address`: LDR W2, [X4];
