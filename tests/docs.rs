@@ -138,3 +138,48 @@ fn stdout(words: &[&str]) -> String {
     assert!(output.status.success(), "{words:?}: {output:?}");
     String::from_utf8(output.stdout).expect("UTF-8")
 }
+
+#[test]
+fn each_clause_of_virtio_names_tests_that_there_are() {
+    const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+    let path = format!("{ROOT}/docs/virtio-conformance.md");
+    let text = fs::read_to_string(path).expect("docs/virtio-conformance.md");
+    let mut known = String::new();
+    for folder in ["devices/src/virtio", "tests/boot"] {
+        read_all(format!("{ROOT}/{folder}").as_ref(), &mut known);
+    }
+    let rows = text
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| section"));
+    let mut count = 0;
+    for row in rows {
+        let tests: Vec<&str> = row.split('`').skip(1).step_by(2).collect();
+        assert!(
+            !tests.is_empty(),
+            "docs/virtio-conformance.md names no test: {row}"
+        );
+        count += 1;
+    }
+    assert!(count > 60, "{count} clauses");
+    let names = text.split('`').skip(1).step_by(2);
+    // Files have names with a point or a slash.
+    for name in names.filter(|name| !name.contains(['.', '/'])) {
+        let is_there = known.contains(&format!("fn {name}("));
+        assert!(
+            is_there,
+            "docs/virtio-conformance.md: there is no test {name}"
+        );
+    }
+}
+
+/// Adds the text of all files of Rust in a folder and below it.
+fn read_all(folder: &std::path::Path, text: &mut String) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            read_all(&path, text);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            text.push_str(&fs::read_to_string(path).expect("a source file"));
+        }
+    }
+}

@@ -331,4 +331,6 @@ impl Device for Mmio {
 }
 
 #[cfg(test)]
+mod conformance;
+#[cfg(test)]
 mod tests;

@@ -877,3 +877,49 @@ proptest! {
         prop_assert_eq!(found.collect::<Vec<_>>(), wanted);
     }
 }
+
+#[test]
+fn the_descriptor_of_an_indirect_table_may_be_marked_writable_and_follow_others() {
+    let mut bench = Bench::new();
+    bench.descriptor(RINGS.descriptors, 0, (BUFFERS, 16), NEXT, 1);
+    bench.descriptor(RINGS.descriptors, 1, (TABLE, 32), INDIRECT | WRITE, 0);
+    bench.descriptor(TABLE, 0, (BUFFERS + 16, 4), NEXT, 1);
+    bench.descriptor(TABLE, 1, (BUFFERS + 32, 8), WRITE, 0);
+    bench.offer(0);
+    let chain = bench.queue.pop().expect("a request");
+    assert_eq!((chain.readable_len(), chain.writable_len()), (20, 8));
+    assert!(!bench.queue.is_broken());
+}
+
+#[test]
+fn with_event_indexes_neither_sides_flags_count() {
+    let mut bench = Bench::with(true);
+    // NO_INTERRUPT of a driver that has event indexes.
+    bench.put(RINGS.available, &[1, 0]);
+    bench.offer_plain();
+    bench.queue.silence();
+    assert_eq!(load_u16(&bench.memory, RINGS.used), Some(0), "flags stay 0");
+    bench.queue.serve(|queue, chain| queue.complete(chain, 0));
+    assert_eq!(bench.interrupts(), 1);
+    assert_eq!(load_u16(&bench.memory, RINGS.used), Some(0));
+}
+
+#[test]
+fn without_event_indexes_the_drivers_used_event_does_not_count() {
+    let mut bench = Bench::new();
+    // Far away: with event indexes there would be no interrupt.
+    bench.put(RINGS.available + 4 + 2 * u64::from(SIZE), &[0, 0x70]);
+    bench.offer_plain();
+    bench.queue.serve(|queue, chain| queue.complete(chain, 0));
+    assert_eq!(bench.interrupts(), 1);
+}
+
+#[test]
+fn kicks_for_nothing_do_nothing() {
+    let mut bench = Bench::new();
+    for _ in 0..3 {
+        bench.queue.serve(|_, _| panic!("there is no request"));
+    }
+    assert_eq!(bench.interrupts(), 0);
+    assert_eq!(load_u16(&bench.memory, RINGS.used + 2), Some(0));
+}
