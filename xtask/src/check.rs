@@ -8,7 +8,7 @@ use argh::FromArgs;
 
 use crate::host::{HostSpec, Machine, X86_CPU};
 use crate::isa::{self, Isa};
-use crate::packages::{self, Kernel};
+use crate::packages::{self, Kernel, Store};
 use crate::progress::say;
 use crate::toolchain::Toolchain;
 
@@ -20,7 +20,7 @@ pub(crate) struct Test {
     #[argh(option, default = "String::from(\"aarch64\")")]
     arch: String,
 
-    /// run only these steps, separated by commas: fmt, clippy, doc, unit, rig
+    /// run only these steps, separated by commas: fmt, clippy, doc, unit, bindings, rig
     #[argh(option)]
     only: Option<String>,
 
@@ -50,7 +50,7 @@ pub(crate) struct Test {
     filter: Vec<String>,
 }
 
-const STEPS: [&str; 5] = ["fmt", "clippy", "doc", "unit", "rig"];
+const STEPS: [&str; 6] = ["fmt", "clippy", "doc", "unit", "bindings", "rig"];
 
 /// A host of the matrix: its name, CPU, GIC (of ARM64) and kernel.
 type NamedHost = (&'static str, &'static str, u8, Kernel);
@@ -233,6 +233,16 @@ impl Test {
                     "unit",
                     &mut cargo(&["test", "--workspace", "--no-fail-fast"]),
                 )?),
+                "bindings" => match Store::open().and_then(|store| store.bindings()) {
+                    Ok(bindings) => {
+                        let arguments = ["test", "--package", "armlet", "--test", "devicetree"];
+                        let mut test = cargo(&arguments);
+                        test.env("ARMLET_DT_VALIDATE", &bindings.validate);
+                        test.env("ARMLET_DT_SCHEMA", &bindings.schema);
+                        outcomes.push(one("bindings", &mut test)?);
+                    }
+                    Err(error) => say(&format!("==== bindings: skipped: {error:#}")),
+                },
                 _ => {
                     for (isa, hosts) in &rigs {
                         outcomes.extend(self.rig(*isa, hosts)?);

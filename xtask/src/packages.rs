@@ -5,6 +5,7 @@
 //! are read from that configuration; this repository names no server. What has been fetched once
 //! is found again by a stamp, without asking the network.
 
+mod bindings;
 mod kernels;
 mod systems;
 mod trees;
