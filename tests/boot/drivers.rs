@@ -1,8 +1,8 @@
 //! A guest without an operating system, whose drivers are those of the crate `virtio-drivers`.
 //!
-//! It is this very program: its file, laid out and relocated for guest memory, with a kernel's header
-//! before it and a few instructions behind it that turn the MMU on and call [`exercise`]. Nothing of
-//! it may make a system call there, so memory comes from an arena.
+//! It is this very program: its file as it lies in memory, with a kernel's header before it and a few
+//! instructions behind it that turn the MMU on, by which it lies where it was linked for, and call
+//! [`exercise`]. Nothing of it may make a system call there, so memory comes from an arena.
 
 use crate::guest::{Armlet, Input, Outcome};
 use crate::net::outside;
@@ -78,10 +78,10 @@ fn piece(size: usize, align: usize) -> *mut u8 {
     start as *mut u8
 }
 
-/// The guest's memory, which devices see where the guest does.
+/// The guest's memory, which devices see where the guest does, but for the program itself.
 struct Memory;
 
-// SAFETY: physical addresses are virtual ones, and each piece is given once.
+// SAFETY: addresses are what the guest's tables say, and each piece is given once.
 unsafe impl Hal for Memory {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
         let start = piece(pages * PAGE_SIZE, PAGE_SIZE);
@@ -97,7 +97,10 @@ unsafe impl Hal for Memory {
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, _direction: BufferDirection) -> PhysAddr {
-        buffer.cast::<u8>().as_ptr() as PhysAddr
+        match buffer.cast::<u8>().as_ptr() as PhysAddr {
+            address if address < PROGRAM => LOAD + address,
+            address => address,
+        }
     }
 
     unsafe fn unshare(_address: PhysAddr, _buffer: NonNull<[u8]>, _direction: BufferDirection) {}
@@ -264,6 +267,8 @@ fn talk(device: MmioTransport<'static>, round: usize) {
 
 /// Where the board `virt` has its memory, and kernels that may lie anywhere.
 const LOAD: u64 = 0x4000_0000;
+/// The program has the addresses below this one, which are in memory from [`LOAD`] on.
+const PROGRAM: u64 = 0x0800_0000;
 /// Bytes of stack and of memory to take pieces from.
 const STACK: u64 = 1 << 20;
 const HEAP_BYTES: u64 = 16 << 20;
@@ -316,8 +321,13 @@ const EXCEPTION_AT: usize = 0x800 + 0x200;
 /// 39 bits of addresses in pages of 4 KiB, walked through the caches; 40 bits of physical ones; no
 /// TTBR1 (TCR_EL1).
 const TRANSLATION: u64 = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32;
-/// Blocks of 1 GiB, accessed: the devices, not to be executed, and memory, shareable.
-const BLOCKS: [u64; 2] = [1 | 1 << 2 | 1 << 10 | 3 << 53, LOAD | 1 | 3 << 8 | 1 << 10];
+/// Blocks that were accessed: of devices, not to be executed, and of memory, shareable.
+const DEVICES: u64 = 1 | 1 << 2 | 1 << 10 | 3 << 53;
+const SHAREABLE: u64 = 1 | 3 << 8 | 1 << 10;
+/// A table of the next level.
+const TABLE: u64 = 3;
+/// Bytes of a block in it.
+const BLOCK: u64 = 2 << 20;
 
 fn number<const N: usize>(bytes: &[u8], at: u64) -> [u8; N] {
     let at = at as usize;
@@ -334,9 +344,10 @@ fn kernel() -> Vec<u8> {
     let mut image = laid_out(&file);
     image.resize(image.len().next_multiple_of(PAGE_SIZE), 0);
     let start = image.len() as u64;
-    let top = LOAD + start + 2 * PAGE_SIZE as u64 + STACK;
+    let tables = LOAD + start + PAGE_SIZE as u64;
+    let top = tables + 2 * PAGE_SIZE as u64 + STACK;
     let mut page: Vec<u8> = START.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let entry = LOAD + (exercise as *const () as u64 - base());
+    let entry = exercise as *const () as u64 - base(&file);
     page.extend(
         [TRANSLATION, entry, top]
             .iter()
@@ -345,11 +356,21 @@ fn kernel() -> Vec<u8> {
     page.resize(EXCEPTION_AT, 0);
     page.extend(EXCEPTION.iter().flat_map(|word| word.to_le_bytes()));
     page.resize(PAGE_SIZE, 0);
-    page.extend(BLOCKS.iter().flat_map(|word| word.to_le_bytes()));
+    // The first GiB by blocks, the second at once.
+    let first = [(tables + PAGE_SIZE as u64) | TABLE, LOAD | SHAREABLE];
+    page.extend(first.iter().flat_map(|word| word.to_le_bytes()));
     page.resize(2 * PAGE_SIZE, 0);
+    for address in (0..1_u64 << 30).step_by(BLOCK as usize) {
+        let entry = match address < PROGRAM {
+            true => (LOAD + address) | SHAREABLE,
+            false => address | DEVICES,
+        };
+        page.extend(entry.to_le_bytes());
+    }
     image.extend(page);
     let size = image.len() as u64 + STACK + HEAP_BYTES;
-    // In place of the ELF header: NOP, B to the start, size, that it may lie anywhere.
+    // At address 0, where nothing but the ELF header can be: NOP, B to the start, size, that it may
+    // lie anywhere.
     image[..64].fill(0);
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x00, &0xd503_201f_u32.to_le_bytes());
@@ -360,8 +381,8 @@ fn kernel() -> Vec<u8> {
     image
 }
 
-/// A position-independent program as it lies in memory from [`LOAD`] on (the ELF specification of
-/// System V, chapter 5; "ELF for the Arm 64-bit Architecture").
+/// A program as it lies in memory from address 0 on (the ELF specification of System V, chapter 5;
+/// "ELF for the Arm 64-bit Architecture").
 fn laid_out(file: &[u8]) -> Vec<u8> {
     const LOADED: u32 = 1;
     const DYNAMIC: u32 = 2;
@@ -397,19 +418,25 @@ fn laid_out(file: &[u8]) -> Vec<u8> {
             .find(|(known, _)| *known == tag)
             .map(|(_, value)| *value)
     };
-    let table = find(RELA).expect("a position-independent program");
-    let bytes = find(RELA_BYTES).expect("its relocations");
+    // One that is linked for a fixed address has none.
+    let (table, bytes) = (find(RELA).unwrap_or(0), find(RELA_BYTES).unwrap_or(0));
     for at in (table..table + bytes).step_by(24) {
         let [place, kind, addend] = [0, 8, 16].map(|field| u64_at(&memory, at + field));
         assert_eq!(kind, RELATIVE, "a relocation that was not thought of");
         let place = place as usize;
-        memory[place..place + 8].copy_from_slice(&(LOAD + addend).to_le_bytes());
+        memory[place..place + 8].copy_from_slice(&addend.to_le_bytes());
     }
+    let bytes = memory.len();
+    assert!((bytes as u64) < PROGRAM, "a program of {bytes} bytes");
     memory
 }
 
-/// Where this program lies in this process.
-fn base() -> u64 {
+/// How far from where it was linked for this program lies in this process.
+fn base(file: &[u8]) -> u64 {
+    const FIXED: u16 = 2;
+    if u16::from_le_bytes(number(file, 0x10)) == FIXED {
+        return 0;
+    }
     let maps = fs::read_to_string("/proc/self/maps").expect("this process");
     let name = fs::read_link("/proc/self/exe").expect("this program");
     let name = name.to_str().expect("a name in UTF-8");
