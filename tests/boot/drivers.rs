@@ -374,7 +374,10 @@ fn kernel() -> Vec<u8> {
     image[..64].fill(0);
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x00, &0xd503_201f_u32.to_le_bytes());
-    put(0x04, &(0x1400_0000 | (start as u32 - 4) / 4).to_le_bytes());
+    put(
+        0x04,
+        &(0x1400_0000 | ((start as u32 - 4) / 4)).to_le_bytes(),
+    );
     put(0x10, &size.to_le_bytes());
     put(0x18, &0xa_u64.to_le_bytes());
     put(0x38, b"ARM\x64");

@@ -167,14 +167,14 @@ impl Transport {
         }
         let kick = &self.kicks[index as usize];
         if !ready {
-            lock(&self.device).stop_queue(index as usize);
+            self.lock_device().stop_queue(index as usize);
             // A kick that nobody took is not for the queue that is set up next.
             let _ = kick.read();
             return;
         }
         let made = self.make_queue(index as usize);
         let started = made.and_then(|queue| {
-            let started = lock(&self.device).start_queue(queue);
+            let started = self.lock_device().start_queue(queue);
             started.map_err(|error| format!("it does not start queue {index}: {error}"))
         });
         match started {
