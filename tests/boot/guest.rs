@@ -410,6 +410,10 @@ impl Guest {
     }
 
     fn fail(&self, why: &str) -> ! {
+        if self.output.lock().closed {
+            // The last words come after the console's.
+            self.errors.close(Instant::now() + Duration::from_secs(5));
+        }
         panic!(
             "{}: {why} after {:.1} s\n{}",
             self.line,

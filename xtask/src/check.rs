@@ -133,6 +133,7 @@ const QUICK: [(&str, &[&str]); 3] = [
             "linux::the_kernel",
             "linux::two_vcpus",
             "machine::",
+            "messages::",
             "net::a_guest_talks_over_tap",
             "net::a_network",
             "net::passt",
