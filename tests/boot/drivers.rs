@@ -38,7 +38,7 @@ const SECTORS: usize = 64;
 
 // ------------------------------------------------------------------------------------ the guest
 
-/// Where the first of the board's 32 windows is, and how far from one to the next.
+/// Where the first of the board's windows is, and how far from one to the next.
 const WINDOWS: usize = 0x0a00_0000;
 const WINDOW: usize = 0x200;
 /// The PL011's data register.
@@ -124,7 +124,7 @@ fn device(slot: usize) -> Option<MmioTransport<'static>> {
 extern "C" fn exercise(arena: usize) {
     ARENA.store(arena, Ordering::Relaxed);
     let mut console = None;
-    for slot in 0..32 {
+    for slot in 0..8 {
         let Some(kind) = device(slot).map(|device| device.device_type()) else {
             continue;
         };
@@ -477,7 +477,8 @@ fn assert_works(outcome: &Outcome, devices: &[&str]) {
         .map(|name| format!("{name}: all rounds\n"))
         .collect();
     assert_eq!(text, expected);
-    assert!(!outcome.errors.contains("fault"), "{}", outcome.errors);
+    let faults = outcome.errors.contains("of this device");
+    assert!(!faults, "{}", outcome.errors);
 }
 
 #[test]
