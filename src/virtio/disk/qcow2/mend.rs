@@ -93,7 +93,10 @@ impl InUse {
     fn add_packed(&mut self, offset: u64, bytes: u64) -> Result<()> {
         let first = offset >> self.cluster_bits;
         let last = offset.saturating_add(bytes - 1) >> self.cluster_bits;
-        for cluster in first..=last.min(self.count) {
+        if last >= self.count {
+            bail!("it points behind its end, to byte {offset}");
+        }
+        for cluster in first..=last {
             let is_new = !self.add(cluster << self.cluster_bits, 1)?;
             let count = self.packed.entry(cluster).or_default();
             if *count == 0 && !is_new {
