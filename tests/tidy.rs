@@ -1,6 +1,7 @@
 //! The rules that keep the repository as it was laid out, each as a test over the source tree.
 //! A failure names the file and the line.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -270,6 +271,68 @@ fn every_board_is_built_in_and_has_golden_files() {
             );
         }
     }
+}
+
+/// By name: a function that shares its name with one that is called is not found.
+#[test]
+fn each_public_function_has_a_caller_beside_tests() {
+    // What is to be asked of a balloon while a guest runs; fuzzing and tests ask it.
+    const KEPT: &[&str] = &["actual", "ask_for_statistics", "ask_for_hints"];
+    let all = sources(&["src", "arch", "fdt", "devices", "xtask"]);
+    let for_tests: Vec<&str> = all
+        .iter()
+        .flat_map(|file| file.lines.windows(2))
+        .filter(|pair| pair[0].code.trim() == "#[cfg(test)]")
+        .filter_map(|pair| pair[1].code.trim().strip_suffix(';')?.rsplit_once("mod "))
+        .map(|(_, name)| name)
+        .collect();
+    let is_for_tests = |file: &Source| {
+        let name = file.path.trim_end_matches(".rs").rsplit('/').next();
+        name.is_some_and(|name| for_tests.contains(&name)) || file.path.contains("/tests/")
+    };
+    let (mut defined, mut words) = (Vec::new(), HashMap::new());
+    for file in all.iter().filter(|file| !is_for_tests(file)) {
+        let mut lines = file.lines.iter().peekable();
+        while let Some(line) = lines.next() {
+            if line.code.trim() == "#[cfg(test)]" {
+                let next = lines.next().map(|next| next.code.trim());
+                match next {
+                    Some(next) if next.ends_with(';') => continue,
+                    // Tests stand at the end of a file.
+                    _ if !line.code.starts_with(' ')
+                        && next.is_some_and(|next| next.starts_with("mod ")) =>
+                    {
+                        break;
+                    }
+                    _ => continue,
+                }
+            }
+            let is_word = |c: char| c.is_alphanumeric() || c == '_';
+            let found = line
+                .code
+                .split(|c| !is_word(c))
+                .filter(|word| !word.is_empty());
+            for word in found {
+                *words.entry(word).or_insert(0) += 1;
+            }
+            let code = line.code.trim();
+            if code.starts_with("pub")
+                && file.path.split('/').next() != Some("xtask")
+                && let Some((_, rest)) = code.split_once("fn ")
+                && let Some(name) = rest.split(|c| !is_word(c)).next()
+            {
+                defined.push((file, line, name));
+            }
+        }
+    }
+    let mut findings = Findings::new("a public function is called by what is shipped, or goes");
+    for (file, line, name) in &defined {
+        let times = defined.iter().filter(|(.., other)| other == name).count();
+        if words[name] <= times && !KEPT.contains(name) {
+            findings.add(file, line);
+        }
+    }
+    findings.assert_none();
 }
 
 #[test]
