@@ -19,7 +19,7 @@ use crate::shutdown::{Due, Shutdown};
 use crate::signals::{self, Phase};
 use crate::stats::Counters;
 use crate::status::{Fault, Status};
-use crate::vcpu::{RunningVcpu, Told, note_panic, take_panic};
+use crate::vcpu::{OffCheck, RunningVcpu, Shared, Told, note_panic, take_panic};
 use crate::virtio;
 use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
@@ -183,14 +183,22 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
         }
         // A guest that runs is asked to power off, also before the loop looks for the first time.
         signals::enter(Phase::Running);
+        let off = Arc::new(OffCheck::new(machine.vcpus.len()));
+        let shared = Shared {
+            buses: Arc::clone(&machine.buses),
+            stopping: Arc::clone(&stopping),
+            off: Arc::clone(&off),
+        };
         let mut vcpus = Vec::new();
         for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
             let queue = events.queue.clone();
             let cpus = pinning.cpus.get(index).unwrap_or(&everywhere).clone();
-            let (buses, flag) = (Arc::clone(&machine.buses), Arc::clone(&stopping));
             let (serial, hvc) = (machine.devices.serial.clone(), hvc.clone());
             let halt = Arc::clone(&stopping);
             let tell = move |told| {
+                if told == Told::Asked {
+                    return queue.tell(Event::Told(told));
+                }
                 // Here, where a reader that does not read holds up a vCPU and not the loop.
                 if let Some(serial) = &serial {
                     lock(serial).flush();
@@ -202,14 +210,24 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             };
             let exits = Arc::clone(&machine.counters.exits[index]);
             vcpus.push(RunningVcpu::start::<A>(
-                index, vcpu, buses, flag, cpus, exits, tell,
+                index,
+                vcpu,
+                shared.clone(),
+                cpus,
+                exits,
+                tell,
             )?);
         }
+        drop(shared);
+        events.input.terminal = terminal.is_some();
         let ending = events.watch(
             &machine.devices,
             &machine.light,
             &machine.counters,
-            terminal.is_some(),
+            &Vcpus {
+                running: &vcpus,
+                off: &off,
+            },
         );
         let ending = match ending {
             Ok(Ending::Reset) if orders.on_reset == OnReset::Restart && events.was_asked() => {
@@ -280,6 +298,15 @@ fn status(ending: Ending) -> Status {
     }
 }
 
+/// Says that all vCPUs of a guest are off.
+fn all_off(vcpus: usize) -> String {
+    let which = match vcpus {
+        1 => "the guest's only CPU is off".to_owned(),
+        _ => format!("all {vcpus} CPUs of the guest are off"),
+    };
+    format!("{which} (PSCI CPU_OFF): nothing can turn one on again")
+}
+
 /// Makes all vCPUs leave the guest. A kick may come just before a thread begins to wait, so it
 /// is repeated, at first soon: most threads end at once.
 fn stop(vcpus: &[RunningVcpu], stopping: &AtomicBool, at_work: impl Fn() -> String) {
@@ -333,10 +360,18 @@ struct Events {
     on_panic: OnPanic,
     /// Whether the guest's kernel said in this life that it panicked.
     panicked: bool,
+    /// Whether all vCPUs of this life are off.
+    all_off: bool,
     /// How long the guest may take to power off when it was asked to.
     patience: Option<Duration>,
     /// That it was.
     shutdown: Option<Shutdown>,
+}
+
+/// The running vCPUs of a life.
+struct Vcpus<'a> {
+    running: &'a [RunningVcpu],
+    off: &'a OffCheck,
 }
 
 /// Standard input on its way to the guest.
@@ -392,6 +427,7 @@ impl Events {
             panicked: false,
             patience,
             shutdown: None,
+            all_off: false,
         })
     }
 
@@ -415,7 +451,7 @@ impl Events {
         self.queue.take();
         (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
         self.input.session = None;
-        self.panicked = false;
+        (self.panicked, self.all_off) = (false, false);
         let (room, burst, deadline) = (self.queue.clone(), self.queue.clone(), self.queue.clone());
         let output = StandardOutput::new(Arc::clone(stopping));
         Wires {
@@ -432,9 +468,8 @@ impl Events {
         devices: &Devices,
         light: &Reactor,
         counters: &Counters,
-        terminal: bool,
+        vcpus: &Vcpus<'_>,
     ) -> Result<Ending> {
-        self.input.terminal = terminal;
         // It leaves epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
         self.epoll
@@ -454,7 +489,7 @@ impl Events {
                     SIGNAL => self.read_signals(devices, counters),
                     VIRTIO => light.turn(0).map(|_| None)?,
                     CLOCK => self.clock_was_set(devices).map(|()| None)?,
-                    _ => self.read_queue(devices)?,
+                    _ => self.read_queue(devices, vcpus)?,
                 };
                 if let Some(ending) = ending {
                     return Ok(ending);
@@ -541,7 +576,7 @@ impl Events {
         self.set_alarm(devices)
     }
 
-    fn read_queue(&mut self, devices: &Devices) -> Result<Option<Ending>> {
+    fn read_queue(&mut self, devices: &Devices, vcpus: &Vcpus<'_>) -> Result<Option<Ending>> {
         let news = self.queue.take();
         if let Some(what) = news.panicked {
             if self.on_panic == OnPanic::Exit {
@@ -558,7 +593,31 @@ impl Events {
             Some(Told::Failed(what) | Told::Panicked(what)) => {
                 return Ok(Some(Ending::Failed(what)));
             }
-            None => {}
+            None | Some(Told::Asked | Told::AllOff) => {}
+        }
+        if news.all_off {
+            let what = all_off(vcpus.running.len());
+            if self.on_panic == OnPanic::Exit {
+                return Ok(Some(Ending::Failed(what)));
+            }
+            if self.was_asked() {
+                messages::say(&format!("stopped: {what}"));
+                return Ok(Some(Ending::Stopped));
+            }
+            self.all_off = true;
+            let keys = if self.input.terminal {
+                "Ctrl-A x or "
+            } else {
+                ""
+            };
+            messages::say(&format!(
+                "{what}, and it does not hear its power key; {keys}a signal ends it"
+            ));
+        }
+        if news.asked
+            && let Some(index) = vcpus.off.asked()
+        {
+            vcpus.running[index].kick();
         }
         if news.burst {
             self.tick = Some(Instant::now() + TICK);
@@ -606,8 +665,8 @@ impl Events {
         true
     }
 
-    /// SIGUSR1 asks for the counters. The first SIGTERM or SIGHUP asks the guest to power off;
-    /// everything else stops at once.
+    /// SIGUSR1 asks for the counters. The first SIGTERM or SIGHUP asks the guest to power off, where
+    /// a vCPU is on to hear it; everything else stops at once.
     fn read_signals(&mut self, devices: &Devices, counters: &Counters) -> Option<Ending> {
         // What comes after this read rings again.
         let _ = self.signals.read();
@@ -630,6 +689,10 @@ impl Events {
         }
         if !taken.power_key {
             return None;
+        }
+        if self.all_off {
+            messages::say("stopped by a signal: all of its CPUs are off");
+            return Some(Ending::Stopped);
         }
         if !self.press(devices) {
             messages::say("stopped by a signal: this board has no power key");

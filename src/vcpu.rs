@@ -3,7 +3,7 @@
 use crate::affinity;
 use crate::kvm::internal::describe_internal_error;
 use crate::kvm::kick::{Kickable, kick};
-use crate::kvm::{KvmArch, RawExit};
+use crate::kvm::{Hypercall, KvmArch, RawExit};
 use crate::stats::{Exits, Reason};
 use crate::virtio::pmem::{FileMemory, Missing};
 use anyhow::{Context, Result};
@@ -15,6 +15,10 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+
+mod off;
+
+pub use off::OffCheck;
 
 /// Small, so that a huge page never backs it: the deepest call is a device's register access.
 const STACK_BYTES: usize = 128 << 10;
@@ -67,6 +71,8 @@ pub enum Next {
     Raw(u32),
     /// An access to an I/O port, yet to be answered: kvm-ioctls does not tell how wide it was.
     Port,
+    /// A hypercall that KVM was told to leave to us, by its function number.
+    Hypercall(u64),
     /// The host has no page of memory for the guest's access.
     NoPage,
     /// KVM met an error of its own, yet to be described: kvm-ioctls does not tell what it says.
@@ -110,6 +116,7 @@ pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
             "KVM reported a system event of unknown type {kind}"
         )),
         VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => Next::Port,
+        VcpuExit::Hypercall(call) => Next::Hypercall(call.nr),
         VcpuExit::MemoryFault { .. } => Next::NoPage,
         VcpuExit::Shutdown => Next::TripleFault,
         VcpuExit::Intr => Next::Run,
@@ -146,6 +153,21 @@ pub enum Told {
     Failed(String),
     /// The guest's kernel said that it panicked: which vCPU, where and why, in a sentence.
     Panicked(String),
+    /// A vCPU is asked whether it is off: [`OffCheck::asked`] says which.
+    Asked,
+    /// All vCPUs are off, for good.
+    AllOff,
+}
+
+/// What all vCPUs of a machine share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Who answers the guest.
+    pub buses: Arc<Buses>,
+    /// Whether they are to stop.
+    pub stopping: Arc<AtomicBool>,
+    /// Whether they are all off.
+    pub off: Arc<OffCheck>,
 }
 
 /// A running vCPU.
@@ -155,7 +177,7 @@ pub struct RunningVcpu {
 
 impl RunningVcpu {
     /// Starts vCPU `index` on a thread of its own, on these CPUs of the host, or on any where there
-    /// are none. It runs until `stopping` is set and it is
+    /// are none. It runs until it is told that it is stopping and
     /// [kicked](Self::kick), or until it has something to tell.
     ///
     /// # Errors
@@ -163,8 +185,7 @@ impl RunningVcpu {
     pub fn start<A: KvmArch>(
         index: usize,
         mut vcpu: VcpuFd,
-        buses: Arc<Buses>,
-        stopping: Arc<AtomicBool>,
+        shared: Shared,
         cpus: Vec<u32>,
         exits: Arc<Exits>,
         tell: impl Fn(Told) + Send + 'static,
@@ -180,7 +201,7 @@ impl RunningVcpu {
                     tell(Told::Failed(format!("vCPU {index} {error:#}")));
                     return;
                 }
-                if let Some(told) = run::<A>(index, &mut vcpu, &buses, &stopping, &exits, &tell) {
+                if let Some(told) = run::<A>(index, &mut vcpu, &shared, &exits, &tell) {
                     tell(told);
                 }
             })
@@ -209,15 +230,22 @@ impl RunningVcpu {
 fn run<A: KvmArch>(
     index: usize,
     vcpu: &mut VcpuFd,
-    buses: &Buses,
-    stopping: &AtomicBool,
+    shared: &Shared,
     exits: &Exits,
     tell: &impl Fn(Told),
 ) -> Option<Told> {
+    let Shared {
+        buses,
+        stopping,
+        off,
+    } = shared;
     let faults = Faults::of(index);
     let empty_ports = Faults::of(index);
     let mut seen = Vec::new();
     while !stopping.load(Ordering::Acquire) {
+        if let Some(told) = off.answer(index, || A::is_off(vcpu)) {
+            tell(told);
+        }
         let next = match vcpu.run() {
             Ok(exit) => {
                 exits.count(reason(&exit));
@@ -248,6 +276,13 @@ fn run<A: KvmArch>(
                 }
                 Err(error) => Next::Failed(format!("{error:#}")),
             },
+            Next::Hypercall(function) => match A::answer_hypercall(vcpu, function) {
+                Ok(Hypercall::WentOff) => {
+                    tell(off.begin(index));
+                    Next::Run
+                }
+                Err(error) => Next::Failed(format!("{error:#}")),
+            },
             Next::InternalError => Next::Failed(describe_internal_error(vcpu)),
             Next::NoPage => match buses.find_page(&mut seen) {
                 true => Next::Run,
@@ -265,7 +300,7 @@ fn run<A: KvmArch>(
             return Some(told);
         }
         match next {
-            Next::Run | Next::Port | Next::NoPage | Next::InternalError => {}
+            Next::Run | Next::Port | Next::Hypercall(_) | Next::NoPage | Next::InternalError => {}
             Next::TripleFault => {
                 let place = A::position(vcpu);
                 log::warn!(

@@ -1,7 +1,7 @@
 //! KVM on ARM64. The order of the calls is the kernel's wish
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
-use super::{Depth, KvmArch, RawExit};
+use super::{Depth, Hypercall, KvmArch, RawExit};
 use crate::eintr::uninterrupted;
 use crate::probe::offers::Offers;
 use crate::probe::{ArmFacts, Virtualization};
@@ -17,13 +17,15 @@ use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
     KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
-    KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA, KVM_ARM_VCPU_SVE, KVM_CAP_ARM_NISV_TO_USER,
-    KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
-    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_EXIT_ARM_NISV,
+    KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA, KVM_ARM_VCPU_SVE, KVM_ARM_VM_SMCCC_CTRL,
+    KVM_ARM_VM_SMCCC_FILTER, KVM_CAP_ARM_NISV_TO_USER, KVM_CREATE_DEVICE_TEST,
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_EXIT_ARM_NISV, KVM_MP_STATE_STOPPED,
     KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST,
     KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device, kvm_device_attr, kvm_device_type,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_vcpu_events, kvm_vcpu_init,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_mp_state, kvm_smccc_filter,
+    kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
 use std::sync::Once;
@@ -41,6 +43,9 @@ const ID_AA64MMFR0_EL1: u64 = sysreg(3, 0, 0, 7, 0);
 const fn sysreg(op0: u64, op1: u64, crn: u64, crm: u64, op2: u64) -> u64 {
     0x6030_0000_0013_0000 | op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
 }
+
+/// PSCI's function CPU_OFF (Arm DEN 0022, section 5.1).
+const CPU_OFF: u32 = 0x8400_0002;
 
 /// MPIDR_EL1's affinity fields: Aff3 in bits 39:32, Aff2 to Aff0 in bits 23:0.
 const AFFINITY: u64 = 0xff_00ff_ffff;
@@ -102,6 +107,7 @@ impl KvmArch for Aarch64 {
 
     fn populate(_: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, DeviceFd)> {
         enable_syndrome_exits(vm);
+        forward_cpu_off(vm);
         let chip = create_gic(vm, &plan.layout.irqchip)?;
         let vcpus = create_vcpus(vm, plan)?;
         if let Some(first) = vcpus.first() {
@@ -149,6 +155,25 @@ impl KvmArch for Aarch64 {
         vcpu.set_vcpu_events(&events)
             .context("cannot hand the guest an abort")?;
         Ok(RawExit::Aborted { address })
+    }
+
+    fn answer_hypercall(vcpu: &VcpuFd, function: u64) -> Result<Hypercall> {
+        ensure!(
+            function == u64::from(CPU_OFF),
+            "KVM stopped it at a hypercall that armlet does not know ({function:#x})"
+        );
+        // As KVM does itself (arch/arm64/kvm/psci.c: kvm_psci_vcpu_off): CPU_ON and AFFINITY_INFO of
+        // others find it off from here on.
+        vcpu.set_mp_state(kvm_mp_state {
+            mp_state: KVM_MP_STATE_STOPPED,
+        })
+        .context("cannot turn it off")?;
+        Ok(Hypercall::WentOff)
+    }
+
+    fn is_off(vcpu: &VcpuFd) -> bool {
+        vcpu.get_mp_state()
+            .is_ok_and(|state| state.mp_state == KVM_MP_STATE_STOPPED)
     }
 
     fn position(vcpu: &VcpuFd) -> String {
@@ -262,6 +287,27 @@ fn enable_syndrome_exits(vm: &VmFd) {
     };
     if let Err(error) = vm.enable_cap(&cap) {
         log::info!("KVM does not report accesses without a syndrome ({error})");
+    }
+}
+
+/// Has KVM leave PSCI's CPU_OFF to us, and that alone, to find out when the last vCPU goes off
+/// (Documentation/virt/kvm/devices/vm.rst, section 6.1). Before Linux 6.4 KVM cannot: then a vCPU goes
+/// off unseen.
+fn forward_cpu_off(vm: &VmFd) {
+    let filter = kvm_smccc_filter {
+        base: CPU_OFF,
+        nr_functions: 1,
+        action: kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER as u8,
+        ..Default::default()
+    };
+    let attribute = kvm_device_attr {
+        flags: 0,
+        group: KVM_ARM_VM_SMCCC_CTRL,
+        attr: u64::from(KVM_ARM_VM_SMCCC_FILTER),
+        addr: std::ptr::from_ref(&filter) as u64,
+    };
+    if let Err(error) = vm.set_device_attr(&attribute) {
+        log::info!("KVM does not report that a vCPU goes off ({error})");
     }
 }
 

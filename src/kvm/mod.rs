@@ -100,6 +100,19 @@ pub trait KvmArch: Arch {
         bail!("KVM stopped it at an I/O port, which this architecture does not have")
     }
 
+    /// Answers a hypercall that KVM was told to leave to us, by its function number.
+    ///
+    /// # Errors
+    /// A function that KVM was not told of, and what KVM says.
+    fn answer_hypercall(_: &VcpuFd, function: u64) -> Result<Hypercall> {
+        bail!("KVM stopped it at a hypercall that armlet does not know ({function:#x})")
+    }
+
+    /// Whether a vCPU is off, until another turns it on. It is asked on the vCPU's own thread.
+    fn is_off(_: &VcpuFd) -> bool {
+        false
+    }
+
     /// Where a vCPU stands, for reports about it ("PC 0xffff800080010000").
     fn position(vcpu: &VcpuFd) -> String;
 }
@@ -113,6 +126,13 @@ pub struct PortAccess {
     pub write: bool,
     /// Whether a device stands there.
     pub found: bool,
+}
+
+/// What a hypercall was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hypercall {
+    /// The vCPU went off; it sleeps in KVM_RUN until another turns it on.
+    WentOff,
 }
 
 /// What an exit without a name in kvm-ioctls was.

@@ -26,6 +26,10 @@ pub(super) struct News {
     pub(super) panicked: Option<String>,
     /// The guest's end or reset: the first that was told.
     pub(super) end: Option<Told>,
+    /// A vCPU is asked whether it is off.
+    pub(super) asked: bool,
+    /// All vCPUs are off.
+    pub(super) all_off: bool,
     /// The console takes input.
     pub(super) room: bool,
     /// A burst of output began.
@@ -43,6 +47,8 @@ impl News {
                 self.panicked.get_or_insert(what);
                 return is_first;
             }
+            Event::Told(Told::Asked) => &mut self.asked,
+            Event::Told(Told::AllOff) => &mut self.all_off,
             Event::Told(told) => {
                 let is_first = self.end.is_none();
                 self.end.get_or_insert(told);
@@ -105,12 +111,14 @@ mod tests {
             queue.tell(Event::Deadline);
             queue.tell(Event::Room);
             queue.tell(Event::Told(Told::Panicked(number.to_string())));
+            queue.tell(Event::Told(Told::Asked));
         }
-        assert_eq!(queue.bell.read().expect("it rang"), 3);
+        assert_eq!(queue.bell.read().expect("it rang"), 4);
         queue.tell(Event::Burst);
         let news = queue.take();
         assert_eq!(news.panicked.as_deref(), Some("0"));
-        assert!(news.deadline && news.room && news.burst && news.end.is_none());
+        assert!(news.deadline && news.room && news.burst && news.asked);
+        assert!(news.end.is_none() && !news.all_off);
         let news = queue.take();
         assert!(!news.deadline && !news.room && !news.burst && news.panicked.is_none());
         queue.tell(Event::Deadline);

@@ -304,3 +304,95 @@ echo RANG";
     set_clock(-2000);
     guest.end().assert_status(0);
 }
+
+/// Two vCPUs that turn each other off and on; in the end the second is the only one that is on.
+fn taking_turns(end: fn(Program) -> Program) -> Program {
+    let third = Program::default().print("first on\n").cpu_off();
+    let second = Program::default().print("second on\n").wait_for_off(0);
+    let second = second.print("first off\n").cpu_on(0, &third);
+    let second = end(second.wait_for_off(0).print("alone\n"));
+    let once = Program::default().print("once\n").cpu_off();
+    let first = Program::default().print("up\n").cpu_on(1, &once);
+    first.wait_for_off(1).cpu_on(1, &second).cpu_off()
+}
+
+const TURNS: &str = "up\nonce\nsecond on\nfirst off\nfirst on\nalone\n";
+
+/// Whether KVM tells when a vCPU goes off; if not, this was said.
+fn reports_cpu_off() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel");
+    let mut parts = release.split(['.', '-']).map(str::parse::<u32>);
+    let version = (parts.next(), parts.next());
+    let tells = matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6, 4));
+    if !tells {
+        println!("skipped: needs Linux 6.4, where KVM tells that a vCPU goes off");
+    }
+    tells
+}
+
+#[test]
+fn a_guest_whose_only_cpu_is_off_is_told_of_and_ends_by_one_sigterm() {
+    let Some(_) = rig::any() else { return };
+    if !reports_cpu_off() {
+        return;
+    }
+    for program in [
+        Program::default().print("up\n").cpu_off(),
+        Program::default().print("up\n").cpu_off_by_smc(),
+    ] {
+        let mut guest = Armlet::program(&program).start();
+        guest.expect_error("armlet: the guest's only CPU is off (PSCI CPU_OFF)");
+        assert!(guest.runs(), "it ended by itself");
+        guest.signal(Signal::TERM);
+        let outcome = guest.end();
+        outcome.assert_status(6);
+        assert_eq!(outcome.text(), "up\n");
+        assert_eq!(
+            outcome.errors,
+            "armlet: the guest's only CPU is off (PSCI CPU_OFF): nothing can turn one on again, and it does not hear its power key; a signal ends it
+armlet: stopped by a signal: all of its CPUs are off\n"
+        );
+    }
+}
+
+#[test]
+fn a_guest_whose_last_cpu_went_off_is_told_of() {
+    let Some(_) = rig::any() else { return };
+    if !reports_cpu_off() {
+        return;
+    }
+    let last = taking_turns(Program::cpu_off);
+    let mut guest = Armlet::program(&last).cpus(2).start();
+    guest.expect_error("armlet: all 2 CPUs of the guest are off");
+    guest.signal(Signal::TERM);
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    assert_eq!(outcome.text(), TURNS);
+    let told = outcome.errors.matches("CPUs of the guest are off").count();
+    assert_eq!(told, 1, "{}", outcome.errors);
+    // A vCPU that never was on counts as one that is off.
+    let armlet = Armlet::program(&last).cpus(3);
+    let outcome = armlet.option("--on-panic", "exit").run();
+    outcome.assert_status(4);
+    assert_eq!(outcome.text(), TURNS);
+    let complaints = outcome.complaints();
+    assert_eq!(
+        complaints,
+        "armlet: all 3 CPUs of the guest are off (PSCI CPU_OFF): nothing can turn one on again\n"
+    );
+}
+
+#[test]
+fn a_cpu_that_goes_off_and_on_again_is_no_end() {
+    let Some(_) = rig::any() else { return };
+    let mut guest = Armlet::program(&taking_turns(Program::sleep))
+        .cpus(2)
+        .start();
+    guest.expect("alone\n");
+    sleep(Duration::from_millis(300));
+    guest.signal(Signal::INT);
+    let outcome = guest.end();
+    outcome.assert_status(6);
+    assert_eq!(outcome.text(), TURNS);
+    assert_eq!(outcome.complaints(), "armlet: stopped by a signal\n");
+}

@@ -337,6 +337,21 @@ echo '== end'",
 }
 
 #[test]
+fn linux_turns_a_cpu_off_and_on_again() {
+    let Some(rig) = rig::any() else { return };
+    let script = "cpu=/sys/devices/system/cpu
+for turn in 1 2 3; do
+    echo 0 >$cpu/cpu1/online || exit
+    cat $cpu/online
+    echo 1 >$cpu/cpu1/online || exit
+    cat $cpu/online
+done";
+    let outcome = Armlet::script(rig, "Image", script).cpus(2).run();
+    assert_eq!(outcome.script(), "0\n0-1\n".repeat(3));
+    assert_eq!(outcome.complaints(), "");
+}
+
+#[test]
 fn two_vcpus_are_online() {
     let Some(rig) = rig::any() else { return };
     all_online(rig, 2, "256M");

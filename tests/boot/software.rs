@@ -4,6 +4,9 @@ pub(crate) use crate::archive::{archive, initrd_with_script};
 pub(crate) const UARTDR: u64 = 0x0900_0000;
 
 /// PSCI's functions (Arm DEN 0022, section 5.1).
+const CPU_OFF: u64 = 0x8400_0002;
+const CPU_ON: u64 = 0xc400_0003;
+const AFFINITY_INFO: u64 = 0xc400_0004;
 const SYSTEM_OFF: u64 = 0x8400_0008;
 const SYSTEM_RESET: u64 = 0x8400_0009;
 
@@ -140,6 +143,38 @@ impl Program {
     /// Resets the machine.
     pub(crate) fn reset(self) -> Program {
         self.load(0, SYSTEM_RESET).instruction(0xd400_0002).stay()
+    }
+
+    /// Turns this CPU off: HVC #0.
+    pub(crate) fn cpu_off(self) -> Program {
+        self.load(0, CPU_OFF).instruction(0xd400_0002).stay()
+    }
+
+    /// The same by SMC #0.
+    pub(crate) fn cpu_off_by_smc(self) -> Program {
+        self.load(0, CPU_OFF).instruction(0xd400_0003).stay()
+    }
+
+    /// Turns the CPU with this affinity on, where it does what `other` says: ADR X2, other; HVC #0;
+    /// B behind it.
+    pub(crate) fn cpu_on(self, affinity: u64, other: &Program) -> Program {
+        let behind = other.code.len() as u32 + 1;
+        let called = self.load(0, CPU_ON).load(1, affinity);
+        let mut program = called
+            .instruction(0x1000_0062)
+            .instruction(0xd400_0002)
+            .instruction(0x1400_0000 | behind);
+        program.code.extend(&other.code);
+        program
+    }
+
+    /// Waits, awake, until the CPU with this affinity is off: HVC #0; CMP X0, #1; B.NE to the call.
+    pub(crate) fn wait_for_off(self, affinity: u64) -> Program {
+        let start = self.code.len();
+        let asked = self.load(0, AFFINITY_INFO).load(1, affinity).load(2, 0);
+        let asked = asked.instruction(0xd400_0002).instruction(0xf100_041f);
+        let back = start.wrapping_sub(asked.code.len()) as u32 & 0x7_ffff;
+        asked.instruction(0x5400_0001 | back << 5)
     }
 
     /// Jumps to `address`: BR X4.

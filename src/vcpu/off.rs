@@ -1,0 +1,137 @@
+//! Whether every vCPU of a guest is off, and so none is left to turn one on again.
+//!
+//! KVM turns vCPUs on by itself and tells nobody. When one goes off, the others are therefore asked,
+//! one after another, until one is found that is on: each looks at its own state, on its own thread.
+//! Nobody is asked at another time, so that a guest which idles is left alone.
+
+use super::Told;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+const NOBODY: usize = usize::MAX;
+
+/// The question whether all vCPUs of a machine are off.
+///
+/// An answer counts only if it was found after the last vCPU went off: one that goes off starts the
+/// question anew. So whoever was off when asked cannot have been turned on since: only a vCPU that
+/// was on could do that, and it would answer that it is on, or start anew by going off.
+#[derive(Debug)]
+pub struct OffCheck {
+    vcpus: usize,
+    /// The one that is asked. It changes only while `last` is locked.
+    asked: AtomicUsize,
+    /// The one that went off last.
+    last: Mutex<usize>,
+}
+
+impl OffCheck {
+    /// For a machine of so many vCPUs.
+    #[must_use]
+    pub fn new(vcpus: usize) -> OffCheck {
+        OffCheck {
+            vcpus,
+            asked: AtomicUsize::new(NOBODY),
+            last: Mutex::new(NOBODY),
+        }
+    }
+
+    /// Begins the question, for vCPU `index` is off now. Returns what is to be told.
+    #[must_use]
+    pub fn begin(&self, index: usize) -> Told {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = index;
+        self.ask(0, index)
+    }
+
+    /// The vCPU that is asked, if one is: it is to be kicked.
+    #[must_use]
+    pub fn asked(&self) -> Option<usize> {
+        let asked = self.asked.load(Ordering::Acquire);
+        (asked != NOBODY).then_some(asked)
+    }
+
+    /// Answers for vCPU `index`, if that is the one that is asked; `is_off` looks at its state.
+    /// Returns what is to be told.
+    #[must_use]
+    pub fn answer(&self, index: usize, is_off: impl FnOnce() -> bool) -> Option<Told> {
+        // Before each entry of the guest: without the lock, and mostly that is all.
+        if self.asked() != Some(index) {
+            return None;
+        }
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.asked() != Some(index) {
+            return None;
+        }
+        // With the lock, so that the answer is not older than the question.
+        if is_off() {
+            return Some(self.ask(index + 1, *last));
+        }
+        self.asked.store(NOBODY, Ordering::Release);
+        None
+    }
+
+    /// Asks the first vCPU from `from` on that is not `last`. The caller has the lock.
+    fn ask(&self, from: usize, last: usize) -> Told {
+        let next = (from..self.vcpus).find(|index| *index != last);
+        self.asked.store(next.unwrap_or(NOBODY), Ordering::Release);
+        match next {
+            Some(_) => Told::Asked,
+            None => Told::AllOff,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_only_vcpu_that_is_off_is_all() {
+        let check = OffCheck::new(1);
+        assert_eq!(check.begin(0), Told::AllOff);
+        assert_eq!(check.asked(), None);
+    }
+
+    #[test]
+    fn all_others_are_asked_until_one_is_on() {
+        let check = OffCheck::new(4);
+        assert_eq!(check.begin(1), Told::Asked);
+        assert_eq!(check.asked(), Some(0));
+        assert_eq!(check.answer(0, || true), Some(Told::Asked));
+        // The one that went off is not asked.
+        assert_eq!(check.asked(), Some(2));
+        assert_eq!(check.answer(2, || false), None);
+        assert_eq!(check.asked(), None);
+        assert_eq!(check.answer(3, || true), None);
+
+        assert_eq!(check.begin(2), Told::Asked);
+        for (index, told) in [(0, Told::Asked), (1, Told::Asked), (3, Told::AllOff)] {
+            assert_eq!(check.asked(), Some(index));
+            assert_eq!(check.answer(index, || true), Some(told));
+        }
+        assert_eq!(check.asked(), None);
+    }
+
+    #[test]
+    fn who_is_not_asked_looks_at_nothing() {
+        let check = OffCheck::new(3);
+        assert_eq!(check.answer(1, || unreachable!()), None);
+        assert_eq!(check.begin(0), Told::Asked);
+        assert_eq!(check.asked(), Some(1));
+        assert_eq!(check.answer(2, || unreachable!()), None);
+    }
+
+    #[test]
+    fn an_answer_from_before_another_went_off_does_not_count() {
+        let check = OffCheck::new(3);
+        // vCPU 1 is off when it is asked; then vCPU 2 turns it on and goes off itself.
+        assert_eq!(check.begin(0), Told::Asked);
+        assert_eq!(check.answer(1, || true), Some(Told::Asked));
+        assert_eq!(check.asked(), Some(2));
+        assert_eq!(check.begin(2), Told::Asked);
+        assert_eq!(check.answer(2, || true), None);
+        assert_eq!(check.answer(0, || true), Some(Told::Asked));
+        assert_eq!(check.answer(1, || false), None);
+        assert_eq!(check.asked(), None);
+    }
+}
