@@ -269,8 +269,7 @@ fn attack(seed: u64, slots: &[(String, u64)]) -> Steps {
     steps
 }
 
-/// Descriptors, threads and KiB of memory of armlet's process, less the guest's memory; `None` once
-/// it has ended.
+/// Descriptors, threads and KiB of anonymous memory of armlet's process; `None` once it has ended.
 fn holdings(guest: &Guest) -> Option<[usize; 3]> {
     let folder = format!("/proc/{}", guest.pid());
     let count = |what: &str| Some(fs::read_dir(format!("{folder}/{what}")).ok()?.count());
@@ -320,7 +319,8 @@ fn survives(seed: u64, options: &[(&str, String)], slots: &[(String, u64)]) {
     let [descriptors, threads, kib] = most;
     assert!(descriptors < 200, "seed {seed}: {descriptors} descriptors");
     assert!(threads < 50, "seed {seed}: {threads} threads");
-    assert!(kib < 64 << 10, "seed {seed}: {kib} KiB of memory");
+    // All of the guest's 256 MiB are among it where nobody shares them.
+    assert!(kib < (256 + 64) << 10, "seed {seed}: {kib} KiB of memory");
     let messages = outcome.errors.lines().count();
     assert!(messages < 1000, "seed {seed}: {messages} messages");
     // How a panic of armlet's own begins; programs that work for devices have theirs.
