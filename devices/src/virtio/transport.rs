@@ -51,6 +51,8 @@ pub(crate) struct QueueRegisters {
     pub(crate) size: u32,
     pub(crate) ready: bool,
     pub(crate) addresses: Addresses,
+    /// Whether the device has it: one that cannot be is ready, and the device asks for a reset.
+    in_use: bool,
 }
 
 impl QueueRegisters {
@@ -60,6 +62,7 @@ impl QueueRegisters {
             size: u32::from(most),
             ready: false,
             addresses: Addresses::default(),
+            in_use: false,
         }
     }
 }
@@ -167,12 +170,16 @@ impl Transport {
         }
         let kick = &self.kicks[index as usize];
         if !ready {
+            if !std::mem::take(&mut queue.in_use) {
+                return;
+            }
             self.lock_device().stop_queue(index as usize);
             // A kick that nobody took is not for the queue that is set up next.
             let _ = kick.read();
             return;
         }
         let made = self.make_queue(index as usize);
+        self.queues[index as usize].in_use = made.is_ok();
         let started = made.and_then(|queue| {
             let started = self.lock_device().start_queue(queue);
             started.map_err(|error| format!("it does not start queue {index}: {error}"))
@@ -241,6 +248,9 @@ impl Transport {
             link: Arc::clone(&self.link),
         };
         self.started = true;
+        for queue in &mut self.queues {
+            queue.in_use = queue.ready;
+        }
         let started = lock(&self.device).start(driver);
         self.works = started.is_ok();
         if let Err(error) = started {

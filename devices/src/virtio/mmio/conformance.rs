@@ -15,6 +15,7 @@ use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Limits, Vsock};
 use crate::virtio::{Source, VirtioDevice, block};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// A world in which everything that is asked for is there and nothing else happens.
@@ -133,8 +134,11 @@ fn each(trial: &mut impl Trial) {
         deflate_on_oom: true,
     };
     trial.of(Balloon::new(1 << 20, offer, Box::new(world(0))));
-    // The system chooses a name.
-    let name = SocketAddr::from_abstract_name([]).expect("a name");
+    // Tests run side by side.
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("armlet-conformance-{}-{number}", std::process::id());
+    let name = SocketAddr::from_abstract_name(name).expect("a short name");
     let listener = UnixListener::bind_addr(&name).expect("a socket");
     let nobody = |_| UnixStream::connect("/nobody/listens/here");
     let limits = Limits {

@@ -31,6 +31,7 @@ struct Keeper {
     link: Option<Arc<Link>>,
     features: Vec<u64>,
     stops: usize,
+    queue_stops: usize,
     writes: Vec<(usize, Vec<u8>)>,
     kicks: Arc<AtomicUsize>,
 }
@@ -45,6 +46,7 @@ impl Keeper {
             link: None,
             features: Vec::new(),
             stops: 0,
+            queue_stops: 0,
             writes: Vec::new(),
             kicks: Arc::default(),
         }
@@ -102,6 +104,7 @@ impl VirtioDevice for Keeper {
     }
 
     fn stop_queue(&mut self, queue: usize) {
+        self.queue_stops += 1;
         self.queues[queue] = None;
         self.kept.retain(|(index, _)| *index != queue);
     }
@@ -811,6 +814,9 @@ fn a_queue_that_cannot_be_set_up_again_asks_for_a_reset() {
     guest.write(QUEUE_READY.into(), 1);
     assert!(guest.is_broken());
     assert!(lock(&guest.device).queues[0].is_none());
+    // The device never had it.
+    guest.write(QUEUE_READY.into(), 0);
+    assert_eq!(lock(&guest.device).queue_stops, 1);
     guest.start(0);
     assert!(!guest.is_broken());
     lock(&guest.device).refuses = true;
