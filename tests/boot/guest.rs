@@ -326,6 +326,11 @@ impl Guest {
         self.started.elapsed()
     }
 
+    /// What the console has printed so far, without carriage returns.
+    pub(crate) fn said(&self) -> String {
+        self.output.text().replace('\r', "")
+    }
+
     /// Waits until the console prints `text`, after what was expected before.
     pub(crate) fn expect(&mut self, text: &str) {
         match self.output.find(text.as_bytes(), self.seen) {
