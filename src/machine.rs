@@ -25,10 +25,11 @@ use armlet_devices::pl011::Pl011;
 use armlet_devices::pl031::Pl031;
 use armlet_devices::pl061::Pl061;
 use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
+use armlet_devices::sync::lock;
 use armlet_devices::uart16550::Uart16550;
 use armlet_devices::{Device, IrqLine};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// A machine as KVM has it, with its devices, before its vCPUs run.
@@ -68,7 +69,7 @@ struct GpioKey(Arc<Mutex<Pl061>>);
 
 impl PowerKey for GpioKey {
     fn set_pressed(&mut self, pressed: bool) {
-        let mut gpio = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut gpio = lock(&self.0);
         gpio.set_input(POWER_KEY_LINE as u8, pressed);
     }
 }

@@ -184,6 +184,47 @@ fn one_module_opens_the_files_that_users_name() {
 }
 
 #[test]
+fn one_module_makes_interrupted_calls_again() {
+    let mut findings = Findings::new(
+        "eintr::uninterrupted makes a call again that says EINTR, and CallError tells whether it did",
+    );
+    for file in sources(&["src", "devices"]) {
+        // It has no system calls but those of its streams.
+        let of_vsock = "devices/src/virtio/vsock/connection.rs";
+        if file.path != "src/eintr.rs" && file.path != of_vsock {
+            let names = ["Errno::INTR", "EINTR", "ErrorKind::Interrupted"];
+            findings.add_lines(&file, |line| {
+                !line.is_test && names.iter().any(|name| line.code.contains(name))
+            });
+        }
+        // These say it whatever the handlers of signals are (signal(7)).
+        if file.path.starts_with("src/")
+            && !["src/eintr.rs", "src/deadline.rs"].contains(&&*file.path)
+        {
+            let waits = ["epoll.wait(", "event::poll("];
+            findings.add_lines(&file, |line| {
+                !line.is_test && waits.iter().any(|wait| line.code.contains(wait))
+            });
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
+fn one_module_takes_locks_and_rings() {
+    let mut findings = Findings::new("sync::lock takes a lock, sync::ring rings an eventfd");
+    for file in sources(&["src", "devices"]) {
+        if file.path != "devices/src/sync.rs" {
+            let ways = [".lock().unwrap_or_else(", ".write(1)"];
+            findings.add_lines(&file, |line| {
+                !line.is_test && ways.iter().any(|way| line.code.contains(way))
+            });
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
 fn unwrap_stands_in_tests_only() {
     let mut findings =
         Findings::new("outside tests an error is returned, or expect says why there is none");

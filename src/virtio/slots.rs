@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use armlet_arch::plan::{Placed, Plan};
 use armlet_arch::{DeviceKind, Range};
 use armlet_devices::IrqLine;
+use armlet_devices::sync::ring;
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use std::sync::{Arc, Mutex, TryLockError};
@@ -228,7 +229,6 @@ impl IrqLine for CallLine {
     }
 
     fn pulse(&self) {
-        // The counter cannot overflow: KVM takes it at once.
-        let _ = self.0.write(1);
+        ring(&self.0);
     }
 }

@@ -6,10 +6,11 @@
 //! device's thread waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
 
 use crate::limit::{Admitted, RateLimit};
+pub(crate) use crate::sync::lock;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -298,9 +299,4 @@ impl ConfigInner {
             watch(&self.bytes, self.generation);
         }
     }
-}
-
-/// A thread that panicked has been reported; the data behind its locks is plain.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
