@@ -164,6 +164,20 @@ fn one_module_writes_to_standard_error() {
 }
 
 #[test]
+fn one_module_owns_the_interrupts_of_a_vm() {
+    let calls = ["set_irq_line(", "register_irqfd", "set_gsi_routing("];
+    let mut findings = Findings::new("src/kvm/interrupts.rs raises and routes interrupts");
+    for file in sources(&["src"]) {
+        if file.path != "src/kvm/interrupts.rs" {
+            findings.add_lines(&file, |line| {
+                calls.iter().any(|call| line.code.contains(call))
+            });
+        }
+    }
+    findings.assert_none();
+}
+
+#[test]
 fn one_module_opens_the_files_that_users_name() {
     // The standard library's ways wait for a FIFO's other end and open devices. Devices of the host
     // are opened by rustix, by names that are written in the source.
