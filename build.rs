@@ -1,6 +1,7 @@
 //! Prepares the built-in boards, and tells the linker what a release does without.
 
-use armlet_arch::board::{Midr, Profile, Signature};
+use armlet_arch::board::{Profile, Signature};
+use armlet_arch::midr::Midr;
 use std::borrow::Cow;
 use std::error::Error;
 use std::ffi::OsStr;

@@ -4,7 +4,8 @@ use crate::files::{self, Accepted};
 use crate::kvm::HostArch;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
-use armlet_arch::board::{self, Identity, Midr, Profile, Signature};
+use armlet_arch::board::{self, Identity, Profile, Signature};
+use armlet_arch::midr::Midr;
 use armlet_arch::{Arch, Architecture, Board};
 use std::borrow::Cow;
 use std::io::Read;
@@ -199,7 +200,7 @@ pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
 mod tests {
     use super::*;
     use crate::status::status_of;
-    use armlet_arch::board::Midr;
+    use armlet_arch::midr::Midr;
 
     #[test]
     fn every_built_in_board_is_what_its_file_says() {

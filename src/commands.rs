@@ -12,7 +12,6 @@ use crate::{boards, host, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::board::Severity;
-use armlet_arch::cores;
 use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
@@ -89,10 +88,10 @@ fn run(args: &RunArgs) -> Result<Status> {
     if args.dump_dtb.is_some() && board.arch != Architecture::Aarch64 {
         return Err(no_tree(board, "--dump-dtb")).fault(Status::Usage);
     }
-    let cores = files.cores(cores::names(board));
+    let cores = files.cores(board.host.core_names());
     let config = config::read::<HostArch>(&machine, chosen, &cores, Some(&files))?;
-    if !config.pinning.words.is_empty() {
-        log::info!("vCPUs run on {}", config.pinning.words);
+    if !config.pinning.description.is_empty() {
+        log::info!("vCPUs run on {}", config.pinning.description);
     }
     let kvm = kvm::open::open().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
@@ -160,7 +159,7 @@ fn make_plan<A: Arch>(
     files: &HostFiles,
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
-    let names = cores::names(&chosen.board);
+    let names = chosen.board.host.core_names();
     let (assumed, cores, known) = match args.host.as_deref() {
         Some("this") if args.page_size.is_some() => {
             return Err(anyhow!(
@@ -173,7 +172,7 @@ fn make_plan<A: Arch>(
             let board = named.map(boards::find).transpose()?;
             let board = with_pages(args, board.unwrap_or_else(|| chosen.board.clone()))?;
             let host = A::assumed_host(&board);
-            (Some(host), cores::assumed(&board), Some(board))
+            (Some(host), board.host.cores(), Some(board))
         }
     };
     let is_this = assumed.is_none();

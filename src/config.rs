@@ -18,7 +18,7 @@ use armlet_arch::image::Header;
 use armlet_arch::irq::GicChoice;
 use armlet_arch::size::parse_memory;
 use armlet_arch::switch::Switch;
-use armlet_arch::{Arch, Architecture, Board, FeatureWords, Request, Seeds};
+use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
 use linux_loader::cmdline::Cmdline;
 use std::path::Path;
 
@@ -173,16 +173,16 @@ fn read_checked<A: Arch>(
         .as_ref()
         .map(|path| Initrd::open(Path::new(path)))
         .transpose()?;
-    let words = FeatureWords {
+    let options = FeatureOptions {
         paravirtual: args.pv.as_deref(),
         exits: args.exits.as_deref(),
         pmu: switch("--pmu", args.pmu.as_deref(), defaults.pmu)?,
         sve: switch("--sve", args.sve.as_deref(), defaults.sve)?,
         pauth: switch("--pauth", args.pauth.as_deref(), defaults.pauth)?,
     };
-    let wishes = A::wishes(&words).map_err(|cause| anyhow!("{cause}"))?;
+    let features = A::feature_request(&options).map_err(|cause| anyhow!("{cause}"))?;
     let counters = match files {
-        Some(files) if words.pmu != Switch::Off => pinning.counters(|cpus| files.counters(cpus)),
+        Some(files) if options.pmu != Switch::Off => pinning.counters(|cpus| files.counters(cpus)),
         // A board does not say.
         _ => Counters::Only,
     };
@@ -199,11 +199,11 @@ fn read_checked<A: Arch>(
         virtio: wanted.iter().map(|device| device.name.clone()).collect(),
         pmem: pmem.collect::<Result<_>>()?,
         topology: Topology {
-            cores: pinning.told.clone(),
+            cores: pinning.guest_cores.clone(),
             caches: files.map_or_else(Vec::new, |files| files.caches(&pinning.alike)),
             counters,
         },
-        wishes,
+        features,
     };
     let chosen = ChosenValues {
         args,
@@ -216,7 +216,7 @@ fn read_checked<A: Arch>(
         pin: &policy,
         pinning: &pinning,
         pages,
-        features: &words,
+        features: &options,
         cmdline: &request.cmdline,
     };
     let settings = chosen.settings();
@@ -316,7 +316,7 @@ mod tests {
     use armlet_arch::aarch64::Aarch64;
 
     fn read_here(args: &MachineArgs, chosen: Chosen) -> Result<Config<Aarch64>> {
-        let cores = cores::assumed(&chosen.board);
+        let cores = chosen.board.host.cores();
         read::<Aarch64>(args, chosen, &cores, None)
     }
 

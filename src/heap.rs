@@ -1,9 +1,8 @@
 //! The memory that the program itself uses.
 
-use armlet_devices::sync::lock;
 use dlmalloc::Dlmalloc;
 use std::alloc::{GlobalAlloc, Layout};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// An allocator for the whole program.
 ///
@@ -20,7 +19,7 @@ impl Heap {
     }
 
     fn lock(&self) -> MutexGuard<'_, Dlmalloc> {
-        lock(&self.0)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -5,11 +5,10 @@
 //! stream: the VMM never holds a copy, only what the decompressor itself keeps (gzip 32 KiB, lz4
 //! at most 16 MiB, zstd, xz and lzma what their window asks for, at most [`MAX_WINDOW`]).
 
-use crate::eintr::uninterrupted;
 use crate::files::{self, Accepted};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use armlet_arch::elf::{MAX_NOTES, X86Elf};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
+use armlet_arch::image::{MAX_NOTES, X86Elf, X86Kernel};
 use ruzstd::decoding::{
     BlockDecodingStrategy, FrameDecoder, StreamingDecoder, errors::FrameDecoderError,
 };
@@ -76,8 +75,8 @@ impl Kernel {
         match &self.header {
             Header::Arm64(image) if image.image_size == 0 => 2 * self.file_size,
             Header::Arm64(image) => image.image_size,
-            Header::X86(image) => image.init_size,
-            Header::X86Elf(elf) => elf.memory().end - elf.memory().start,
+            Header::X86(X86Kernel::Bz(image)) => image.init_size,
+            Header::X86(X86Kernel::Elf(elf)) => elf.memory().end - elf.memory().start,
         }
     }
 
@@ -100,12 +99,12 @@ impl Kernel {
                 let endian = if image.big_endian { ", big-endian" } else { "" };
                 format!("{packing}arm64 Image, {size} MiB, {pages}{endian}")
             }
-            Header::X86(image) => format!(
+            Header::X86(X86Kernel::Bz(image)) => format!(
                 "{packing}x86_64 bzImage, {size} MiB, boot protocol {}.{:02}",
                 image.version >> 8,
                 image.version & 0xff
             ),
-            Header::X86Elf(_) => format!("x86_64 ELF vmlinux, {size} MiB"),
+            Header::X86(X86Kernel::Elf(_)) => format!("x86_64 ELF vmlinux, {size} MiB"),
         }
     }
 
@@ -124,7 +123,7 @@ impl Kernel {
     }
 
     fn load(&self, dst: &mut [u8]) -> Result<u64> {
-        if let Header::X86Elf(elf) = &self.header {
+        if let Header::X86(X86Kernel::Elf(elf)) = &self.header {
             return load_elf(&self.file, elf, self.file_size, dst);
         }
         let written = match self.packing.compression {
@@ -222,12 +221,12 @@ fn open_kernel(path: &Path) -> Result<Kernel> {
             check_extent(Some(image.payload.end), file_size)?;
             let mut packing = whole(None);
             packing.span = image.payload.clone();
-            (packing, Header::X86(image), None)
+            (packing, Header::X86(X86Kernel::Bz(image)), None)
         }
         Format::Elf { machine: X86_64 } => {
             let elf = open_elf(&file, &head)?;
             check_extent(Some(elf.extent()), file_size)?;
-            (whole(None), Header::X86Elf(elf), None)
+            (whole(None), Header::X86(X86Kernel::Elf(elf)), None)
         }
         Format::Elf { machine } => return Err(ImageError::Elf { machine }.into()),
         Format::Compressed(compression) => {
@@ -375,9 +374,11 @@ fn read_span(file: &File, span: &Range<u64>, opened: u64, dst: &mut [u8]) -> Res
 fn read_at(file: &File, dst: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < dst.len() {
-        match uninterrupted(|| file.read_at(&mut dst[done..], offset + done as u64))? {
-            0 => break,
-            got => done += got,
+        match file.read_at(&mut dst[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(done)
@@ -421,9 +422,10 @@ fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Re
     while done < dst.len() {
         // By pieces: after an error nobody knows how much of its piece was written.
         let end = dst.len().min(done + BUFFER);
-        match uninterrupted(|| reader.read(&mut dst[done..end])) {
+        match reader.read(&mut dst[done..end]) {
             Ok(0) => break,
             Ok(got) => done += got,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(damaged(error, compression, done)),
         }
     }

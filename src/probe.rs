@@ -576,7 +576,7 @@ mod tests {
                 gic_v3: false,
                 max_vcpus: 8,
                 guest_pages: vec![0x1000, 0x4000, 0x1_0000],
-                offered: aarch64::features::Offered {
+                offered: aarch64::Offered {
                     pmu: true,
                     ..Default::default()
                 },

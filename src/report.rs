@@ -1,8 +1,8 @@
 //! A plan for people and for programs.
 
 use crate::settings::Setting;
+use armlet_arch::Plan;
 use armlet_arch::irq::Spi;
-use armlet_arch::plan::Plan;
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Architecture, Range, Region, Width};
 use serde_json::{Value, json};

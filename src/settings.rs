@@ -5,7 +5,7 @@ use armlet_arch::backing::HugePages;
 use armlet_arch::cores::{PinPolicy, Pinning};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::size::show_size;
-use armlet_arch::{Architecture, Board, FeatureWords, WidthPolicy};
+use armlet_arch::{Architecture, Board, FeatureOptions, WidthPolicy};
 
 /// A value of the machine and who chose it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub struct ChosenValues<'a> {
     /// The host's pages.
     pub pages: HugePages,
     /// What a vCPU has.
-    pub features: &'a FeatureWords<'a>,
+    pub features: &'a FeatureOptions<'a>,
     /// The kernel's command line.
     pub cmdline: &'a str,
 }
@@ -51,7 +51,7 @@ impl ChosenValues<'_> {
     #[must_use]
     pub fn settings(&self) -> Vec<Setting> {
         let (args, guest) = (self.args, &self.board.guest);
-        let pinning = match self.pinning.words.as_str() {
+        let pinning = match self.pinning.description.as_str() {
             "" => self.pin.to_string(),
             words => format!("{}, to {words}", self.pin),
         };

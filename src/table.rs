@@ -101,6 +101,6 @@ fn request(board: &Board, memory: u64) -> Request<Aarch64> {
         virtio: Vec::new(),
         pmem: Vec::new(),
         topology: Default::default(),
-        wishes: Default::default(),
+        features: Default::default(),
     }
 }

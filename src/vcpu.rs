@@ -1,7 +1,6 @@
 //! A vCPU's thread: run, answer the exit, again.
 
 use crate::affinity;
-use crate::eintr::CallError;
 use crate::kvm::internal::describe_internal_error;
 use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{Hypercall, KvmArch, RawExit};
@@ -252,7 +251,7 @@ fn run<A: KvmArch>(
                 exits.count(reason(&exit));
                 answer(exit, &buses.memory)
             }
-            Err(error) if error.is_interrupted() => {
+            Err(error) if error.errno() == libc::EINTR => {
                 exits.count(Reason::Signal);
                 vcpu.set_kvm_immediate_exit(0);
                 continue;

@@ -6,7 +6,7 @@
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::board::{Profile, Severity};
-use armlet_arch::cores::{Cache, CacheKind, ToldCore};
+use armlet_arch::cores::{Cache, CacheKind, GuestCore};
 use armlet_arch::image::{Arm64Image, Placement};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::plan::MEMORY_UNIT;
@@ -51,7 +51,7 @@ fn request<A: Arch>(board: &Board) -> Request<A> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
-        wishes: Default::default(),
+        features: Default::default(),
         topology: Default::default(),
     }
 }
@@ -124,7 +124,7 @@ const CASES: &[Case] = &[
         board: VIRT,
         change: |request, _| {
             request.cpus = 3;
-            let core = |kind, capacity| ToldCore { kind, capacity };
+            let core = |kind, capacity| GuestCore { kind, capacity };
             request.topology.cores = vec![core(0, 530), core(1, 1024), core(1, 1024)];
         },
     },
@@ -713,7 +713,7 @@ fn memory_that_is_no_memory_is_refused() {
     assert!(ask(VIRT, &host(48), memory(128 * KIB)).is_ok());
     let without = ask(VIRT, &host(48), |request| {
         request.memory = 64 * KIB;
-        request.wishes.steal_time = Switch::Off;
+        request.features.steal_time = Switch::Off;
     });
     assert!(without.is_ok());
 }

@@ -1,7 +1,8 @@
 //! What pages of the host a guest's memory is made of.
 
+use crate::Architecture;
+use crate::range::Range;
 use crate::size::{parse_size, show_size};
-use crate::{Architecture, Range};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;

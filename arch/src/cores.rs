@@ -1,9 +1,12 @@
 //! Which of the host's CPUs each vCPU may run on, and what the guest is told of them.
 
-use crate::board::{Board, Midr};
+use crate::midr::Midr;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+
+/// The most computing power (Documentation/devicetree/bindings/cpu/cpu-capacity.txt).
+pub const FULL_CAPACITY: u32 = 1024;
 
 /// A CPU of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,45 +108,17 @@ pub struct HostCores {
     pub names: Vec<(Midr, String)>,
 }
 
-/// The cores that a board says its hosts have, numbered from 0 in the order of its file.
-#[must_use]
-pub fn assumed(board: &Board) -> HostCores {
-    let mut cores = Vec::new();
-    for cluster in &board.host.clusters {
-        for _ in 0..cluster.cpus {
-            cores.push(Core {
-                number: cores.len() as u32,
-                kind: cluster.midr,
-                capacity: cluster.capacity,
-            });
-        }
-    }
-    HostCores {
-        cores,
-        names: names(board),
-    }
-}
-
-/// The names that a board has for kinds of core.
-#[must_use]
-pub fn names(board: &Board) -> Vec<(Midr, String)> {
-    let clusters = board.host.clusters.iter();
-    clusters
-        .filter_map(|cluster| Some((cluster.midr?, cluster.core.clone())))
-        .collect()
-}
-
 /// Where the vCPUs run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pinning {
     /// The CPUs of each vCPU; empty where vCPUs run anywhere.
     pub cpus: Vec<Vec<u32>>,
-    /// In words: which CPUs, and why; empty where vCPUs run anywhere.
-    pub words: String,
+    /// Which CPUs and why, for people; empty where vCPUs run anywhere.
+    pub description: String,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// For each vCPU what the guest is told of its core; empty where all are alike.
-    pub told: Vec<ToldCore>,
+    pub guest_cores: Vec<GuestCore>,
     /// The CPUs that all vCPUs run on, where these are of one kind: what is true of their caches
     /// is true of the guest's.
     pub alike: Vec<u32>,
@@ -153,7 +128,7 @@ pub struct Pinning {
 
 /// What a guest is told of a vCPU's core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ToldCore {
+pub struct GuestCore {
     /// Its kind, from 0.
     pub kind: u32,
     /// Its computing power, where 1024 is the most.
@@ -237,7 +212,7 @@ fn to_one_kind(vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Pinning {
     };
     Pinning {
         cpus: vec![kind.cpus.clone(); vcpus as usize],
-        words: format!(
+        description: format!(
             "CPUs {} ({}): this host has {} kinds of core",
             runs(&kind.cpus),
             name(kind.midr, host),
@@ -257,7 +232,7 @@ fn by_list(list: &[Cpus], vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Resul
     }
     let all: Vec<u32> = host.cores.iter().map(|core| core.number).collect();
     let mut cpus = Vec::new();
-    let mut told = Vec::new();
+    let mut guest_cores = Vec::new();
     for entry in list.iter().cycle().take(vcpus as usize) {
         let numbers: Vec<u32> = (entry.first..=entry.last).collect();
         let missing = numbers.iter().find(|number| !all.contains(number));
@@ -272,7 +247,7 @@ fn by_list(list: &[Cpus], vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Resul
         let mut found = found.filter(|(_, kind)| kind.cpus.contains(&entry.first));
         let core = host.cores.iter().find(|core| core.number == entry.first);
         if let (Some((index, _)), Some(core)) = (found.next(), core) {
-            told.push(ToldCore {
+            guest_cores.push(GuestCore {
                 kind: index as u32,
                 capacity: core.capacity,
             });
@@ -294,16 +269,16 @@ fn by_list(list: &[Cpus], vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Resul
     }
     let used = cpus.concat();
     let alike = kinds_of(&used) == 1;
-    if alike || told.len() < cpus.len() {
-        told.clear();
+    if alike || guest_cores.len() < cpus.len() {
+        guest_cores.clear();
     }
     Ok(Pinning {
-        words: "those CPUs".to_owned(),
+        description: "those CPUs".to_owned(),
         alike: if alike { used } else { Vec::new() },
         kinds: kinds.len(),
         cpus,
         warnings,
-        told,
+        guest_cores,
     })
 }
 
@@ -363,7 +338,7 @@ pub struct Cache {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
     /// For each vCPU its core; empty where all are alike.
-    pub cores: Vec<ToldCore>,
+    pub cores: Vec<GuestCore>,
     /// The caches of all cores, by level; empty where they are not known or not alike.
     pub caches: Vec<Cache>,
     /// What can count what its vCPUs do.
@@ -378,7 +353,7 @@ pub enum Counters {
     Only,
     /// Those whose perf events have this type, since its vCPUs run on cores that these are of.
     Type(u32),
-    /// None: why, in words.
+    /// None, with the reason.
     None(String),
 }
 
@@ -414,7 +389,7 @@ mod tests {
     fn rk3588() -> HostCores {
         let parent = |_: &str, _: &str| Ok(("virt".to_owned(), VIRT.to_owned()));
         let profile = crate::board::Profile::read("rk3588", RK3588, &parent).expect("valid");
-        assumed(&profile.board)
+        profile.board.host.cores()
     }
 
     fn pinned(policy: &str, vcpus: u32) -> Result<Pinning, String> {
@@ -425,8 +400,11 @@ mod tests {
     fn two_kinds_of_core_give_a_guest_those_of_one_kind_the_fast_ones_if_they_suffice() {
         let pinning = pinned("auto", 4).expect("valid");
         assert_eq!(pinning.cpus, vec![vec![4, 5, 6, 7]; 4]);
-        assert!(pinning.words.contains("4-7 (Cortex-A76)"), "{pinning:?}");
-        assert_eq!((pinning.warnings.len(), pinning.told.len()), (0, 0));
+        assert!(
+            pinning.description.contains("4-7 (Cortex-A76)"),
+            "{pinning:?}"
+        );
+        assert_eq!((pinning.warnings.len(), pinning.guest_cores.len()), (0, 0));
         // There is no kind with six: the fast one is taken, and it is said that they share.
         let pinning = pinned("auto", 6).expect("valid");
         assert_eq!(pinning.cpus, vec![vec![4, 5, 6, 7]; 6]);
@@ -507,7 +485,7 @@ mod tests {
         let pinning = pinned("0,1,4,5-7", 4).expect("valid");
         assert_eq!(pinning.cpus, [vec![0], vec![1], vec![4], vec![5, 6, 7]]);
         let told: Vec<_> = pinning
-            .told
+            .guest_cores
             .iter()
             .map(|core| (core.kind, core.capacity))
             .collect();
@@ -515,7 +493,7 @@ mod tests {
         assert_eq!(pinning.alike, Vec::<u32>::new());
         let alike = pinned("4-7", 4).expect("valid");
         assert_eq!(alike.cpus, vec![vec![4, 5, 6, 7]; 4]);
-        assert!(alike.told.is_empty());
+        assert!(alike.guest_cores.is_empty());
         let mixed = pinned("3-4", 1).expect("valid");
         assert!(mixed.warnings[0].contains("several kinds"), "{mixed:?}");
     }

@@ -1,6 +1,7 @@
 //! Ranges of guest-physical addresses.
 
 use serde::Serialize;
+use std::borrow::Cow;
 use std::fmt;
 
 /// A range of guest-physical addresses in bytes: never empty, never past 2^64.
@@ -77,6 +78,15 @@ pub const fn align_up(address: u64, align: u64) -> Option<u64> {
         Some(sum) => Some(sum & !(align - 1)),
         None => None,
     }
+}
+
+/// A range of the machine's map with the name that people know it by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Region {
+    /// What lies there ("RAM bank 0", "GIC distributor").
+    pub name: Cow<'static, str>,
+    /// Where.
+    pub range: Range,
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! How many guest-physical (IPA) address bits a machine gets, and why.
 
-use crate::plan::PlanError;
-use crate::range::Range;
+use crate::error::PlanError;
+use crate::range::Region;
 use serde::{Deserialize, Serialize};
-use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -50,15 +49,6 @@ impl fmt::Display for WidthPolicy {
             WidthPolicy::Exact(bits) => write!(f, "{bits}"),
         }
     }
-}
-
-/// A range of the machine's map with the name that people know it by.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Region {
-    /// What lies there ("RAM bank 0", "GIC distributor").
-    pub name: Cow<'static, str>,
-    /// Where.
-    pub range: Range,
 }
 
 /// The chosen width with its reason.

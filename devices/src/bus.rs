@@ -1,7 +1,6 @@
 //! The bus: which device answers at an address.
 
-use crate::sync::lock;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Device;
 
@@ -148,7 +147,7 @@ impl Window {
     /// A thread that panicked inside a device has not made it unusable: its registers
     /// are plain data, and the guest of the other threads goes on.
     fn lock(&self) -> MutexGuard<'_, dyn Device + 'static> {
-        lock(&self.device)
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

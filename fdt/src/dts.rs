@@ -1,13 +1,21 @@
 //! Device-tree source text of a tree, in the notation of dtc.
 
-use crate::{Cell, Node, Value};
+use crate::node::{Cell, Node, Value};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Paths of the nodes that have a phandle.
 type Paths = BTreeMap<u32, String>;
 
-pub(crate) fn print(root: &Node) -> String {
+impl Node {
+    /// Device-tree source (`/dts-v1/;`) that dtc compiles to the same tree.
+    #[must_use]
+    pub fn to_dts(&self) -> String {
+        print(self)
+    }
+}
+
+fn print(root: &Node) -> String {
     let mut text = String::from("/dts-v1/;\n\n");
     let mut paths = Paths::new();
     find_phandles(root, "", &mut paths);

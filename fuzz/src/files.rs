@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use armlet::boards::BUILT_IN;
 use armlet::kernel::Kernel;
+use armlet_arch::Architecture;
 use armlet_arch::aarch64::Aarch64;
-use armlet_arch::board::{Architecture, Profile, Signature};
+use armlet_arch::board::{Profile, Signature};
 use armlet_arch::image::{HEAD, recognise};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Board, Request, plan};
@@ -86,7 +87,7 @@ fn plan_of<A: Arch>(board: &Board) {
         seeds: None,
         virtio: vec!["disk0".to_owned()],
         pmem: Vec::new(),
-        wishes: Default::default(),
+        features: Default::default(),
         topology: Default::default(),
     };
     match plan(board, &request, &A::assumed_host(board)) {

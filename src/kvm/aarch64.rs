@@ -1,13 +1,13 @@
 //! KVM on ARM64. The order of the calls is the kernel's wish
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
-use super::interrupts::Pins;
 use super::{Depth, Hypercall, KvmArch, RawExit};
 use crate::eintr::uninterrupted;
 use crate::probe::offers::Offers;
 use crate::probe::{ArmFacts, Virtualization};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use armlet_arch::aarch64::features::{Features, Offered, Pmu};
+use armlet_arch::aarch64::Offered;
+use armlet_arch::aarch64::features::{Features, Pmu};
 use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::ipa::{pa_range, pa_range_bits};
 use armlet_arch::aarch64::{Aarch64, Host};
@@ -132,12 +132,6 @@ impl KvmArch for Aarch64 {
             }
         }
         Ok((vcpus, chip))
-    }
-
-    fn pins(plan: &Plan<Self>) -> Pins {
-        // The first SPI's INTID is how many interrupts are none.
-        let others = Spi(0).intid();
-        Pins::Spis(plan.layout.irqchip.interrupts().saturating_sub(others))
     }
 
     fn irq_number(spi: Spi) -> u32 {

@@ -3,24 +3,24 @@
 
 mod cpuid;
 
-use super::interrupts::{Interrupts, Pins};
 use super::{Depth, KvmArch, PortAccess, RawExit};
 use crate::eintr::uninterrupted;
 use crate::probe::offers::Offers;
 use crate::probe::{ExitlessTimers, Virtualization, X86Facts};
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
-use armlet_arch::x86_64::boot::{BOOT_CS, BOOT_DS};
+use armlet_arch::x86_64::cpu::{BOOT_CS, BOOT_DS};
 use armlet_arch::x86_64::{Boot, Host, X86_64};
 use armlet_arch::{Plan, Range, Request, Width};
 use armlet_devices::Device;
 use armlet_devices::bus::Bus;
-use armlet_devices::ioapic::{IoApic, PINS};
+use armlet_devices::ioapic::{IoApic, Messages, PINS};
 use cpuid::Topology;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN,
-    KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_segment,
+    KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, Msrs, kvm_cpuid_entry2, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
@@ -114,27 +114,17 @@ impl KvmArch for X86_64 {
         Ok((vcpus, ()))
     }
 
-    fn chip_device(
-        interrupts: &Arc<Interrupts>,
-        plan: &Plan<Self>,
-    ) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+    fn chip_device(vm: &Arc<VmFd>, plan: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
         let chip = &plan.layout.irqchip;
         chip.messages.then(|| {
-            let interrupts = Arc::clone(interrupts);
+            let vm = Arc::clone(vm);
             let apic = IoApic::new(Box::new(move |messages| {
-                if let Err(error) = interrupts.send((0..).zip(messages.iter().copied())) {
-                    log::error!("the I/O APIC's pins stay as they were: {error:#}");
+                if let Err(error) = route(&vm, messages) {
+                    log::error!("cannot route interrupts: {error:#}");
                 }
             }));
             (chip.ioapic, Arc::new(Mutex::new(apic)) as _)
         })
-    }
-
-    fn pins(plan: &Plan<Self>) -> Pins {
-        match plan.layout.irqchip.messages {
-            true => Pins::None,
-            false => Pins::Pc,
-        }
     }
 
     fn irq_number(spi: Spi) -> u32 {
@@ -207,6 +197,26 @@ fn enable(vm: &VmFd, cap: u32, argument: u32) -> Result<()> {
     };
     wanted.args[0] = u64::from(argument);
     Ok(vm.enable_cap(&wanted)?)
+}
+
+/// Has KVM send these messages for interrupts, and nothing for the others.
+fn route(vm: &VmFd, messages: &Messages) -> Result<()> {
+    let pins = (0..).zip(messages);
+    let routes = pins.filter_map(|(gsi, message)| {
+        let message = (*message)?;
+        let mut route = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_MSI,
+            ..Default::default()
+        };
+        route.u.msi.address_lo = message.address as u32;
+        route.u.msi.address_hi = (message.address >> 32) as u32;
+        route.u.msi.data = message.data;
+        Some(route)
+    });
+    let routes: Vec<_> = routes.collect();
+    let routes = KvmIrqRouting::from_entries(&routes).context("too many pins")?;
+    Ok(vm.set_gsi_routing(&routes)?)
 }
 
 /// Nothing to do: caches are coherent with every kind of memory.

@@ -6,12 +6,11 @@
 use super::Backend;
 use anyhow::{Context, Result, bail};
 use armlet_devices::pl011::Output;
-use armlet_devices::sync::{lock, ring};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::console::{Console, Sink};
 use rustix::stdio;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -176,7 +175,8 @@ impl Outlet {
             std::mem::swap(&mut bytes, &mut waiting.bytes);
             waiting.on_their_way = bytes.len();
             if std::mem::take(&mut waiting.refused) {
-                ring(&self.room);
+                // The counter cannot overflow within the life of a machine.
+                let _ = self.room.write(1);
             }
             drop(waiting);
             output.write(&bytes);
@@ -196,6 +196,10 @@ impl Sink for Inlet {
     fn room(&self) -> Option<RawFd> {
         Some(self.0.room.as_raw_fd())
     }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

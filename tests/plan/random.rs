@@ -171,7 +171,7 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
                 seeds,
                 virtio: (0..virtio).map(|index| format!("device{index}")).collect(),
                 pmem,
-                wishes: Default::default(),
+                features: Default::default(),
                 topology: Default::default(),
             },
         )

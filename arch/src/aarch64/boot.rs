@@ -1,9 +1,10 @@
 //! Placement of kernel, initrd and device tree (Documentation/arch/arm64/booting.rst).
 
 use super::{Aarch64, Host};
-use crate::Range;
-use crate::plan::{Layout, Payload, PlanError, Request};
-use crate::range::align_up;
+use crate::arch::{Layout, Request};
+use crate::error::PlanError;
+use crate::machine::Payload;
+use crate::range::{Range, align_up};
 use crate::size::show_size;
 use crate::switch::Switch;
 
@@ -144,7 +145,7 @@ fn tree_room(request: &Request<Aarch64>) -> u64 {
 /// The bytes behind the device tree in which KVM tells of stolen time. None where that is not
 /// wanted.
 fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
-    match request.wishes.steal_time {
+    match request.features.steal_time {
         Switch::Off => 0,
         // Whole pages, since the guest takes them out of its RAM.
         _ => (STOLEN_TIME_SIZE * u64::from(request.cpus)).next_multiple_of(page_size(request)),
@@ -233,7 +234,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
-            wishes: Default::default(),
+            features: Default::default(),
             topology: Default::default(),
         }
     }
@@ -306,7 +307,7 @@ mod tests {
                 ..image()
             };
             let mut request = request(Some(kernel), Some(0x12_3456));
-            request.wishes.steal_time = steal_time;
+            request.features.steal_time = steal_time;
             let ram = |size| bank(0x4000_0000, size);
             let payload = place(&ram(512 * MIB), &request, &host()).expect("room");
             let clocks = stolen_time_room(&request);

@@ -2,11 +2,12 @@
 //! pointer authentication (Documentation/virt/kvm/api.rst, KVM_ARM_VCPU_INIT), and a clock of the
 //! time that it does not run (Documentation/virt/kvm/arm/pvtime.rst).
 
-use super::{Aarch64, Host};
+use super::{Aarch64, Host, Offered};
+use crate::arch::Request;
 use crate::cores::Counters;
-use crate::plan::{PlanError, Request};
+use crate::error::PlanError;
 use crate::switch::{Switch, pairs};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 /// The interrupt of performance counters: PPI 7, as on QEMU's virt machine. KVM raises what it is
 /// told to (Documentation/virt/kvm/devices/vcpu.rst, KVM_ARM_VCPU_PMU_V3_IRQ).
@@ -15,22 +16,9 @@ const PMU_INTID: u32 = 23;
 /// The name that `--pv` takes.
 const STEAL_TIME: &str = "steal-time";
 
-/// What KVM offers on a host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Offered {
-    /// Performance counters: PMUv3 (KVM_CAP_ARM_PMU_V3).
-    pub pmu: bool,
-    /// Scalable vectors: SVE (KVM_CAP_ARM_SVE).
-    pub sve: bool,
-    /// Pointer authentication, of addresses and generic (KVM_CAP_ARM_PTRAUTH_ADDRESS, _GENERIC).
-    pub pauth: bool,
-    /// Stolen time (KVM_CAP_STEAL_TIME).
-    pub steal_time: bool,
-}
-
 /// What was asked for by `--pmu`, `--sve`, `--pauth` and `--pv`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Wishes {
+pub struct FeatureRequest {
     /// Performance counters.
     pub pmu: Switch,
     /// Scalable vectors.
@@ -66,14 +54,14 @@ pub struct Pmu {
 
 /// What the guest gets on this host.
 pub(super) fn decide(request: &Request<Aarch64>, host: &Host) -> Result<Features, PlanError> {
-    let wishes = &request.wishes;
+    let wanted = &request.features;
     let offered = host.offered;
     Ok(Features {
-        pmu: pmu(wishes.pmu, &request.topology.counters, offered)?,
-        sve: switched(wishes.sve, "--sve on", offered.sve, offered)?,
-        pauth: switched(wishes.pauth, "--pauth on", offered.pauth, offered)?,
+        pmu: pmu(wanted.pmu, &request.topology.counters, offered)?,
+        sve: switched(wanted.sve, "--sve on", offered.sve, offered)?,
+        pauth: switched(wanted.pauth, "--pauth on", offered.pauth, offered)?,
         steal_time: switched(
-            wishes.steal_time,
+            wanted.steal_time,
             "--pv steal-time=on",
             offered.steal_time,
             offered,

@@ -1,12 +1,12 @@
 //! The GIC's frames: GICv2 or GICv3, and as many redistributors as there are vCPUs.
 
 use super::{Aarch64, Host};
-use crate::board::GicWindows;
+use crate::arch::Request;
+use crate::board::{Board, GicWindows};
+use crate::error::PlanError;
 use crate::irq::GicChoice;
-use crate::plan::{DEVICE_SIZE, PlanError, Request, VIRTIO_MMIO_SIZE};
-use crate::range::align_up;
-use crate::width::Region;
-use crate::{Board, Range};
+use crate::machine::{DEVICE_SIZE, VIRTIO_MMIO_SIZE};
+use crate::range::{Range, Region, align_up};
 use serde::Serialize;
 
 /// Most vCPUs behind a GICv2 (VGIC_V2_MAX_CPUS, include/kvm/arm_vgic.h).
@@ -287,7 +287,7 @@ mod tests {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
-            wishes: Default::default(),
+            features: Default::default(),
             topology: Default::default(),
         }
     }

@@ -1,8 +1,9 @@
 //! The IPA width: how many guest-physical address bits, and what they cost.
 
 use super::Host;
-use crate::plan::PlanError;
-use crate::width::{Offer, Region, Width, WidthPolicy};
+use crate::error::PlanError;
+use crate::range::Region;
+use crate::width::{Offer, Width, WidthPolicy};
 
 /// The width of a VM on a KVM that cannot be asked for one (KVM_PHYS_SHIFT).
 pub const LEGACY_BITS: u8 = 40;

@@ -1,20 +1,21 @@
 //! The device tree of an ARM64 machine. Each function cites the binding that it follows, below
 //! Documentation/devicetree/bindings/ of Linux or in dt-schema.
 
+mod cpus;
+
 use super::features::{Features, Pmu};
 use super::gic::Gic;
 use super::{Aarch64, Vcpu, boot};
-use crate::cores::{Cache, CacheKind, Topology};
+use crate::arch::{Layout, Plan, Request};
+use crate::board::Board;
 use crate::irq::Spi;
-use crate::plan::{DeviceKind, Layout, POWER_KEY_LINE, Placed, Request};
-use crate::{Board, Range};
+use crate::machine::{DeviceKind, POWER_KEY_LINE, Placed};
+use crate::range::Range;
 use armlet_fdt::{Cell, Node};
 
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
 const GPIO: u32 = 3;
-/// CPUs' phandles follow from here.
-const FIRST_CPU: u32 = 0x100;
 
 /// KEY_POWER (include/uapi/linux/input-event-codes.h).
 const KEY_POWER: u32 = 116;
@@ -22,6 +23,12 @@ const KEY_POWER: u32 = 116;
 /// Interrupt flags (arm,gic.yaml): edge, rising; level, active high.
 const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
+
+/// The device tree of a planned machine as a value, for printing.
+#[must_use]
+pub fn device_tree(board: &Board, plan: &Plan<Aarch64>, request: &Request<Aarch64>) -> Node {
+    build(board, &plan.layout, &plan.vcpus, &plan.features, request)
+}
 
 pub(super) fn build(
     board: &Board,
@@ -45,7 +52,7 @@ pub(super) fn build(
         root.child("aliases")
             .prop("serial0", format!("/{}", serial_name(console)).as_str());
     }
-    cpus(&mut root, vcpus, &request.topology);
+    cpus::cpus(&mut root, vcpus, &request.topology);
     for bank in &layout.ram {
         memory(&mut root, *bank);
     }
@@ -103,149 +110,6 @@ fn chosen(root: &mut Node, layout: &Layout<Aarch64>, request: &Request<Aarch64>)
     if let Some(seeds) = &request.seeds {
         node.prop("kaslr-seed", seeds.kaslr)
             .prop("rng-seed", &seeds.rng[..]);
-    }
-}
-
-/// arm/cpus.yaml; dt-schema cpu-map.yaml, cache-controller.yaml; cpu/cpu-capacity.txt.
-fn cpus(root: &mut Node, vcpus: &[Vcpu], topology: &Topology) {
-    let node = root.child("cpus");
-    node.prop("#address-cells", 1_u32)
-        .prop("#size-cells", 0_u32);
-    let caches = Caches::new(&topology.caches, vcpus.len() as u32);
-    for (index, vcpu) in vcpus.iter().enumerate() {
-        // KVM numbers no vCPU in Aff3, so one cell holds the affinity.
-        let affinity = vcpu.mpidr as u32;
-        let cpu = node
-            .child(format!("cpu@{affinity:x}"))
-            .prop("device_type", "cpu")
-            .prop("compatible", "arm,armv8")
-            .prop("reg", affinity)
-            .prop("enable-method", "psci")
-            .prop("phandle", FIRST_CPU + index as u32);
-        if let Some(core) = topology.cores.get(index) {
-            cpu.prop("capacity-dmips-mhz", core.capacity);
-        }
-        caches.of_cpu(cpu, index as u32);
-    }
-    caches.of_all(node);
-    let map = node.child("cpu-map");
-    if topology.cores.is_empty() {
-        for index in 0..vcpus.len() {
-            map.child(format!("cluster{}", index / 16))
-                .child(format!("core{}", index % 16))
-                .prop("cpu", Cell::Phandle(FIRST_CPU + index as u32));
-        }
-        return;
-    }
-    // A cluster for each kind of core, numbered from 0 on as they come up.
-    let mut kinds: Vec<u32> = Vec::new();
-    for core in &topology.cores {
-        if !kinds.contains(&core.kind) {
-            kinds.push(core.kind);
-        }
-    }
-    for (number, kind) in kinds.iter().enumerate() {
-        let cluster = map.child(format!("cluster{number}"));
-        let cores = topology.cores.iter().enumerate();
-        let cores = cores.filter(|(_, core)| core.kind == *kind);
-        for (number, (index, _)) in cores.enumerate() {
-            cluster
-                .child(format!("core{number}"))
-                .prop("cpu", Cell::Phandle(FIRST_CPU + index as u32));
-        }
-    }
-}
-
-/// The caches that can be described: those of level 1, and above them unified ones without a gap,
-/// of which a shared one has none above it that are not.
-struct Caches<'a> {
-    first: Vec<&'a Cache>,
-    above: Vec<&'a Cache>,
-    vcpus: u32,
-}
-
-impl<'a> Caches<'a> {
-    fn new(caches: &'a [Cache], vcpus: u32) -> Self {
-        let first = caches.iter().filter(|cache| cache.level == 1).collect();
-        let mut above: Vec<&Cache> = Vec::new();
-        for level in 2..=7 {
-            let of_level = |cache: &&Cache| cache.level == level;
-            match caches.iter().find(of_level) {
-                Some(cache)
-                    if cache.kind == CacheKind::Unified
-                        && (cache.shared || above.iter().all(|below| !below.shared)) =>
-                {
-                    above.push(cache);
-                }
-                _ => break,
-            }
-        }
-        Caches {
-            first,
-            above,
-            vcpus,
-        }
-    }
-
-    /// The phandle of the cache above level 1 with this index: a vCPU's own, or that of all.
-    fn phandle(&self, index: usize, vcpu: u32) -> u32 {
-        let owner = if self.above[index].shared { 0 } else { vcpu };
-        // Behind the phandles of the vCPUs.
-        FIRST_CPU + self.vcpus * (index as u32 + 1) + owner
-    }
-
-    fn of_cpu(&self, cpu: &mut Node, vcpu: u32) {
-        for cache in &self.first {
-            let prefix = match cache.kind {
-                CacheKind::Data => "d-cache",
-                CacheKind::Instruction => "i-cache",
-                CacheKind::Unified => "cache",
-            };
-            sizes(cpu, prefix, cache);
-        }
-        if !self.above.is_empty() {
-            cpu.prop("next-level-cache", Cell::Phandle(self.phandle(0, vcpu)));
-        }
-        // Own caches stand within one another's CPU, those of all beside the CPUs.
-        for (index, cache) in self.above.iter().enumerate() {
-            if !cache.shared {
-                self.describe(cpu, index, vcpu);
-            }
-        }
-    }
-
-    fn of_all(&self, cpus: &mut Node) {
-        for (index, cache) in self.above.iter().enumerate() {
-            if cache.shared {
-                self.describe(cpus, index, 0);
-            }
-        }
-    }
-
-    fn describe(&self, parent: &mut Node, index: usize, vcpu: u32) {
-        let cache = self.above[index];
-        let node = parent.child(format!("l{}-cache", cache.level));
-        node.prop("compatible", "cache")
-            .prop("cache-level", cache.level)
-            .prop("cache-unified", ());
-        sizes(node, "cache", cache);
-        if index + 1 < self.above.len() {
-            let next = self.phandle(index + 1, vcpu);
-            node.prop("next-level-cache", Cell::Phandle(next));
-        }
-        node.prop("phandle", self.phandle(index, vcpu));
-    }
-}
-
-fn sizes(node: &mut Node, prefix: &str, cache: &Cache) {
-    for (name, value) in [
-        ("size", cache.size),
-        ("line-size", cache.line),
-        ("sets", cache.sets),
-    ] {
-        if value > 0 {
-            node.prop(format!("{prefix}-{name}"), value);
-        }
     }
 }
 
@@ -421,8 +285,7 @@ fn virtio_mmio(root: &mut Node, device: &Placed) {
 mod tests {
     use super::*;
     use crate::irq::GicChoice;
-    use crate::plan::Seeds;
-    use crate::{Arch, Plan, plan};
+    use crate::{Arch, Seeds, plan};
     use armlet_fdt::Value;
 
     const VIRT: &str = include_str!("../../../boards/virt.toml");
@@ -439,7 +302,7 @@ mod tests {
             seeds: None,
             virtio: vec!["disk0".to_owned(), "rng".to_owned()],
             pmem: Vec::new(),
-            wishes: Default::default(),
+            features: Default::default(),
             topology: Default::default(),
         }
     }
@@ -496,7 +359,7 @@ mod tests {
         assert_eq!(flags(2, GicChoice::V3), [1, 7, 4]);
         assert_eq!(flags(2, GicChoice::V2), [1, 7, 0x304]);
         let mut without = request(1, GicChoice::V3);
-        without.wishes.pmu = crate::switch::Switch::Off;
+        without.features.pmu = crate::switch::Switch::Off;
         assert!(tree_of(VIRT, &without).at(&["pmu"]).is_none());
     }
 
@@ -508,7 +371,7 @@ mod tests {
         assert_eq!(get(&tree, &clocks, "reg"), Some(&Value::from(reg)));
         assert!(get(&tree, &clocks, "no-map").is_some());
         let mut without = request(3, GicChoice::V3);
-        without.wishes.steal_time = crate::switch::Switch::Off;
+        without.features.steal_time = crate::switch::Switch::Off;
         assert!(tree_of(VIRT, &without).at(&clocks[..1]).is_none());
     }
 

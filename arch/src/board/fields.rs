@@ -1,8 +1,9 @@
 //! The fields of one table of a board file, taken one by one, and the record of where each came
 //! from.
 
-use super::layers::{Entry, Item, Place, Tree};
-use super::{Architecture, BoardError};
+use super::error::{BoardError, Place};
+use super::layers::{Entry, Item, Tree};
+use crate::architecture::Architecture;
 use crate::size::parse_size;
 use crate::words::nearest;
 use std::cell::RefCell;
@@ -289,6 +290,15 @@ impl<'a> Fields<'a> {
     ) -> Result<Fields<'a>, BoardError> {
         self.optional_table(key)?
             .ok_or_else(|| self.missing(key, example))
+    }
+
+    /// The instruction set that the board's guests run.
+    pub(super) fn architecture(&mut self) -> Result<Architecture, BoardError> {
+        match self.string("arch", "\"aarch64\"")?.as_str() {
+            "aarch64" => Ok(Architecture::Aarch64),
+            "x86_64" => Ok(Architecture::X86_64),
+            other => Err(self.wrong("arch", format!("is '{other}'; use aarch64 or x86_64"))),
+        }
     }
 
     /// The tables of a list.

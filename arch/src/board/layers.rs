@@ -1,7 +1,6 @@
 //! A board file and those that it inherits from, as one tree of values that know where they stand.
 
-use super::BoardError;
-use std::fmt;
+use super::error::{BoardError, Place};
 use std::sync::Arc;
 use toml_span::value::ValueInner;
 use toml_span::{Span, Value};
@@ -12,24 +11,6 @@ const DEEPEST: usize = 8;
 /// Finds the file of a board that another inherits from: the first name is that of the file that
 /// names it, the second what it names. Gives the name by which further files see it, and its text.
 pub type Find<'a> = &'a dyn Fn(&str, &str) -> Result<(String, String), String>;
-
-/// Where a value stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// The board file, if it is not the one that was asked for.
-    pub parent: Option<Arc<str>>,
-    /// Its line, from 1.
-    pub line: usize,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.parent {
-            None => write!(f, "line {}", self.line),
-            Some(parent) => write!(f, "line {} of '{parent}'", self.line),
-        }
-    }
-}
 
 /// A value with its place.
 #[derive(Clone, Debug)]

@@ -1,7 +1,11 @@
 //! Tests of planning; `tests/plan.rs` of the root package holds those of whole machines.
 
+use super::map::place_ram;
 use super::*;
+use crate::Seeds;
 use crate::aarch64::{Aarch64, Host};
+use crate::irq::{GicChoice, Spi};
+use crate::width::WidthPolicy;
 
 const VIRT: &str = include_str!("../../../boards/virt.toml");
 const MIB: u64 = 1 << 20;
@@ -18,7 +22,7 @@ fn request() -> Request<Aarch64> {
         seeds: None,
         virtio: Vec::new(),
         pmem: Vec::new(),
-        wishes: Default::default(),
+        features: Default::default(),
         topology: Default::default(),
     }
 }

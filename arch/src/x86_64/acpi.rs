@@ -15,14 +15,12 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
+use super::low_memory::{ACPI_TABLES, RESET_VECTOR};
 use super::{Vcpu, X86_64};
+use crate::arch::Layout;
 use crate::board::PortKind;
-use crate::plan::{Blob, DeviceKind, Layout, Placed, PlacedPorts, PlanError};
-
-/// Where the tables lie: the RSDP is looked for here (ACPI 6.5, section 5.2.5.1).
-pub(super) const TABLES: u64 = 0xe_0000;
-/// Where the place for them ends.
-const TABLES_END: u64 = super::boot::RESET_VECTOR;
+use crate::error::PlanError;
+use crate::machine::{Blob, DeviceKind, Placed, PlacedPorts};
 
 const OEM: [u8; 6] = *b"ARMLET";
 const OEM_TABLE: [u8; 8] = *b"ARMLETPC";
@@ -53,7 +51,7 @@ pub(super) fn tables(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Result<Blob, Pl
     let root = append(&mut bytes, &to_bytes(&root));
     let rsdp = to_bytes(&Rsdp::new(OEM, root));
     bytes[..rsdp.len()].copy_from_slice(&rsdp);
-    let room = TABLES_END - TABLES;
+    let room = RESET_VECTOR - ACPI_TABLES;
     if bytes.len() as u64 > room {
         return Err(PlanError::BootProtocol(format!(
             "the ACPI tables take {} bytes, there is room for {room}; use fewer devices or vCPUs",
@@ -62,7 +60,7 @@ pub(super) fn tables(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Result<Blob, Pl
     }
     Ok(Blob {
         name: "ACPI tables",
-        address: TABLES,
+        address: ACPI_TABLES,
         bytes,
     })
 }
@@ -78,7 +76,7 @@ fn append(bytes: &mut Vec<u8>, table: &[u8]) -> u64 {
     let at = bytes.len().next_multiple_of(16);
     bytes.resize(at, 0);
     bytes.extend_from_slice(table);
-    TABLES + at as u64
+    ACPI_TABLES + at as u64
 }
 
 fn find(ports: &[PlacedPorts], kind: PortKind) -> Option<&PlacedPorts> {
@@ -275,10 +273,13 @@ mod tests {
         let request = Request {
             cpus,
             virtio: virtio.iter().map(|name| (*name).to_owned()).collect(),
-            ..crate::x86_64::tests::request(512 << 20)
+            ..crate::x86_64::plan::tests::request(512 << 20)
         };
         let plan = plan(&board, &request, &X86_64::assumed_host(&board)).expect("fits");
-        let tables = plan.blobs.into_iter().find(|blob| blob.address == TABLES);
+        let tables = plan
+            .blobs
+            .into_iter()
+            .find(|blob| blob.address == ACPI_TABLES);
         tables.expect("tables").bytes
     }
 
@@ -293,7 +294,7 @@ mod tests {
 
     /// The table at an address, by its own length, checked.
     fn table(all: &[u8], address: u64) -> &[u8] {
-        let at = (address - TABLES) as usize;
+        let at = (address - ACPI_TABLES) as usize;
         let length = number(all, at + 4, 4) as usize;
         let table = &all[at..at + length];
         assert_eq!(sum(table), 0, "{:?}", &table[..4]);

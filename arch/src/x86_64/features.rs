@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::Host;
-use crate::plan::PlanError;
+use crate::error::PlanError;
 use crate::switch::{Switch, pairs};
 
 /// A feature, by the name that options use and the bits of CPUID 0x4000_0001 EAX that stand for it.
@@ -53,7 +53,7 @@ const HLT: u32 = 2;
 
 /// What was asked for by `--pv` and `--exits`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct Wishes {
+pub struct FeatureRequest {
     /// By [`PARAVIRTUAL`].
     paravirtual: [Switch; PARAVIRTUAL.len()],
     realtime: Switch,
@@ -75,20 +75,20 @@ pub struct Features {
     pub exits_off: u32,
 }
 
-impl Wishes {
+impl FeatureRequest {
     /// Reads the values of `--pv` and `--exits`: `name=on|off|auto`, separated by commas.
     ///
     /// # Errors
     /// A name or a value that is not known.
-    pub fn parse(paravirtual: Option<&str>, exits: Option<&str>) -> Result<Wishes, String> {
-        let mut wishes = Wishes::default();
+    pub fn parse(paravirtual: Option<&str>, exits: Option<&str>) -> Result<FeatureRequest, String> {
+        let mut request = FeatureRequest::default();
         for (name, switch) in pairs("--pv", paravirtual)? {
             let known = PARAVIRTUAL.iter().map(|feature| feature.name);
             let index = known.clone().position(|known| known == name);
             let place = match (index, name) {
-                (Some(index), _) => &mut wishes.paravirtual[index],
-                (None, REALTIME) => &mut wishes.realtime,
-                (None, TSC_DEADLINE) => &mut wishes.tsc_deadline,
+                (Some(index), _) => &mut request.paravirtual[index],
+                (None, REALTIME) => &mut request.realtime,
+                (None, TSC_DEADLINE) => &mut request.tsc_deadline,
                 _ => {
                     let known = known.chain([REALTIME, TSC_DEADLINE]).collect::<Vec<_>>();
                     return Err(format!("--pv: '{name}' is not one of {}", known.join(", ")));
@@ -101,9 +101,9 @@ impl Wishes {
                 let known = EXITS.map(|(known, _)| known).join(", ");
                 return Err(format!("--exits: '{name}' is not one of {known}"));
             };
-            wishes.exits[index] = switch;
+            request.exits[index] = switch;
         }
-        Ok(wishes)
+        Ok(request)
     }
 
     /// What the host makes of them.
@@ -191,8 +191,8 @@ mod tests {
     }
 
     fn decided(pv: &str, exits: &str) -> Result<Features, String> {
-        let wishes = Wishes::parse(Some(pv), Some(exits))?;
-        wishes.decide(&host()).map_err(|error| error.to_string())
+        let request = FeatureRequest::parse(Some(pv), Some(exits))?;
+        request.decide(&host()).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -2,70 +2,24 @@
 
 mod acpi;
 pub mod boot;
+pub mod cpu;
 pub mod features;
+mod host;
+pub mod low_memory;
 pub mod phys;
+mod plan;
 mod pvh;
+mod zero_page;
 
-use self::features::{EXITS, Features, PARAVIRTUAL, Wishes};
-use crate::elf::X86Elf;
-use crate::image::{Header, ImageError, X86BzImage};
-use crate::plan::{Blob, Layout, Payload, PlanError, Request};
-use crate::switch::Switch;
-use crate::width::{Region, Width, WidthPolicy};
-use crate::{Arch, Architecture, Board, FeatureWords, Range};
+pub use host::Host;
+pub use plan::{IOAPIC_VCPUS, MAX_VCPUS};
+
+use crate::range::Range;
 use serde::Serialize;
 
-/// Most vCPUs with KVM's own I/O APIC, which names its target by 8 bits, of which 255 means all
-/// (82093AA datasheet, section 3.2.4, IOREDTBL bits 63:56).
-pub const IOAPIC_VCPUS: u32 = 255;
-/// Most vCPUs that KVM can be built for (arch/x86/kvm/Kconfig: KVM_MAX_NR_VCPUS).
-pub const MAX_VCPUS: u32 = 4096;
-/// Most vCPUs of KVM as it is usually built (arch/x86/include/asm/kvm_host.h: KVM_MAX_VCPUS).
-const USUAL_VCPUS: u32 = 1024;
-
-/// The I/O APIC's registers: where every PC has them (82093AA datasheet, section 3.0), and KVM's
-/// default (arch/x86/kvm/ioapic.h: IOAPIC_DEFAULT_BASE_ADDRESS).
-const IOAPIC: u64 = 0xfec0_0000;
-/// The local APICs' registers after reset, the same for each vCPU (Intel SDM volume 3, section
-/// 11.4.1; arch/x86/include/asm/apicdef.h: APIC_DEFAULT_PHYS_BASE).
-const LAPIC: u64 = 0xfee0_0000;
-/// Bytes of each of the two windows.
-const APIC_SIZE: u64 = 0x1000;
-
-/// What KVM itself takes of the address space on Intel CPUs that cannot run real mode as it is: a
-/// page table of one page (its default, arch/x86/include/asm/vmx.h:
-/// VMX_EPT_IDENTITY_PAGETABLE_ADDR) and behind it three pages of task state
-/// (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
-const IDENTITY_MAP: u64 = 0xfffb_c000;
-const TASK_STATE: u64 = IDENTITY_MAP + 0x1000;
-const TASK_STATE_SIZE: u64 = 0x3000;
-
-const KVM_TABLE: &str = "KVM's identity map";
-const KVM_TASK: &str = "KVM's task state";
-
-/// x86_64 as an [`Arch`].
+/// x86_64 as an [`Arch`](crate::Arch).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct X86_64;
-
-/// What KVM/x86 said of the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Host {
-    /// Most guest-physical address bits: CPUID 0x8000_0008 as KVM_GET_SUPPORTED_CPUID gives it,
-    /// EAX bits 23:16 where they are not 0, else bits 7:0 (arch/x86/kvm/cpuid.c).
-    pub phys_bits: u8,
-    /// Most vCPUs in one VM (KVM_CAP_MAX_VCPUS).
-    pub max_vcpus: u32,
-    /// CPUID 0x4000_0001 EAX, as KVM_GET_SUPPORTED_CPUID gives it.
-    pub paravirtual: u32,
-    /// Whether the local APIC's timer can have a deadline in TSC ticks
-    /// (KVM_CAP_TSC_DEADLINE_TIMER).
-    pub tsc_deadline: bool,
-    /// Whether the I/O APIC may be ours, and local APICs have numbers of 32 bits
-    /// (KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API).
-    pub wide_apic_ids: bool,
-    /// Instructions that need not be exits (KVM_CAP_X86_DISABLE_EXITS).
-    pub exits_off: u32,
-}
 
 /// The interrupt controllers, at fixed places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -82,15 +36,6 @@ pub struct Irqchip {
     pub task_state: Range,
 }
 
-/// A kernel in one of the forms that an x86_64 guest starts from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kernel {
-    /// A bzImage: its 64-bit entry, and a zero page.
-    Bz(X86BzImage),
-    /// An ELF file: its 32-bit entry, and a start info.
-    Elf(X86Elf),
-}
-
 /// A vCPU before its first instruction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Vcpu {
@@ -102,7 +47,7 @@ pub struct Vcpu {
 
 /// Registers of the boot CPU: long mode with paging (Documentation/arch/x86/boot.rst, section
 /// "64-bit Boot Protocol"), or for an ELF kernel protected mode without. Interrupts are off. CS is
-/// [`boot::BOOT_CS`], the other segments are [`boot::BOOT_DS`]. Further registers are 0.
+/// [`cpu::BOOT_CS`], the other segments are [`cpu::BOOT_DS`]. Further registers are 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Boot {
     /// The kernel's entry.
@@ -129,298 +74,4 @@ pub struct Boot {
     pub code: u64,
     /// The data segments' descriptor.
     pub data: u64,
-}
-
-impl Arch for X86_64 {
-    const ARCHITECTURE: Architecture = Architecture::X86_64;
-    type Host = Host;
-    type Kernel = Kernel;
-    type Irqchip = Irqchip;
-    type Wishes = Wishes;
-    type Features = Features;
-    type Vcpu = Vcpu;
-
-    fn kernel(header: &Header) -> Result<Kernel, ImageError> {
-        header.x86_64()
-    }
-
-    fn assumed_host(board: &Board) -> Host {
-        Host {
-            phys_bits: board.host.ipa_limit,
-            max_vcpus: USUAL_VCPUS,
-            // What Linux has had since 5.10.
-            paravirtual: PARAVIRTUAL
-                .iter()
-                .fold(0, |bits, feature| bits | feature.bits),
-            tsc_deadline: true,
-            wide_apic_ids: true,
-            exits_off: EXITS.iter().fold(0, |bits, (_, bit)| bits | bit),
-        }
-    }
-
-    fn wishes(words: &FeatureWords<'_>) -> Result<Wishes, String> {
-        let arm = [
-            ("--pmu", words.pmu),
-            ("--sve", words.sve),
-            ("--pauth", words.pauth),
-        ];
-        match arm.iter().find(|(_, switch)| *switch != Switch::Auto) {
-            None => Wishes::parse(words.paravirtual, words.exits),
-            Some((option, _)) => Err(format!("{option} is for aarch64 guests; leave it out")),
-        }
-    }
-
-    fn features(request: &Request<Self>, host: &Host) -> Result<Features, PlanError> {
-        request.wishes.decide(host)
-    }
-
-    fn differences(_: &Board, _: &Host) -> Vec<String> {
-        // Boards for x86_64 are generic.
-        Vec::new()
-    }
-
-    fn irqchip(
-        _board: &Board,
-        request: &Request<Self>,
-        host: &Host,
-        _ram: &[Range],
-    ) -> Result<Irqchip, PlanError> {
-        check_vcpus(request.cpus, host)?;
-        let window = |name: &str, start, size| {
-            Range::new(start, size).ok_or_else(|| PlanError::Wraps {
-                name: name.to_owned(),
-                start,
-                size,
-            })
-        };
-        Ok(Irqchip {
-            ioapic: window("I/O APIC", IOAPIC, APIC_SIZE)?,
-            lapic: window("local APICs", LAPIC, APIC_SIZE)?,
-            messages: request.cpus > IOAPIC_VCPUS,
-            identity_map: window(KVM_TABLE, IDENTITY_MAP, APIC_SIZE)?,
-            task_state: window(KVM_TASK, TASK_STATE, TASK_STATE_SIZE)?,
-        })
-    }
-
-    fn irqchip_regions(irqchip: &Irqchip) -> Vec<Region> {
-        [
-            ("I/O APIC", irqchip.ioapic),
-            ("local APICs", irqchip.lapic),
-            (KVM_TABLE, irqchip.identity_map),
-            (KVM_TASK, irqchip.task_state),
-        ]
-        .map(|(name, range)| Region {
-            name: name.into(),
-            range,
-        })
-        .to_vec()
-    }
-
-    fn width(highest: &Region, policy: WidthPolicy, host: &Host) -> Result<Width, PlanError> {
-        phys::width(highest, policy, host)
-    }
-
-    fn payload(ram: &[Range], request: &Request<Self>, _host: &Host) -> Result<Payload, PlanError> {
-        boot::place(ram, request)
-    }
-
-    fn vcpu(index: u32, payload: &Payload, _features: &Features, request: &Request<Self>) -> Vcpu {
-        Vcpu {
-            apic_id: index,
-            boot: (index == 0).then(|| boot::registers(payload, request.kernel.as_ref())),
-        }
-    }
-
-    fn blobs(
-        _board: &Board,
-        layout: &Layout<Self>,
-        vcpus: &[Vcpu],
-        _features: &Features,
-        request: &Request<Self>,
-    ) -> Result<Vec<Blob>, PlanError> {
-        boot::blobs(layout, vcpus, request)
-    }
-}
-
-fn check_vcpus(asked: u32, host: &Host) -> Result<(), PlanError> {
-    let (most, why) = match host.max_vcpus {
-        most if most > IOAPIC_VCPUS && !host.wide_apic_ids => (
-            IOAPIC_VCPUS,
-            format!("the I/O APIC of this host's KVM serves {IOAPIC_VCPUS}"),
-        ),
-        most @ 0..MAX_VCPUS => (most, format!("this host's KVM offers {most}")),
-        _ => (MAX_VCPUS, format!("KVM serves {MAX_VCPUS}")),
-    };
-    if asked > most {
-        return Err(PlanError::TooManyCpus { asked, most, why });
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::irq::GicChoice;
-    use crate::{Plan, plan};
-
-    const PC: &str = include_str!("../../../boards/pc.toml");
-
-    fn pc() -> Board {
-        Board::parse(PC).expect("valid")
-    }
-
-    pub(super) fn request(memory: u64) -> Request<X86_64> {
-        Request {
-            cpus: 1,
-            memory,
-            width: WidthPolicy::Fit,
-            gic: GicChoice::Auto,
-            kernel: None,
-            initrd: None,
-            cmdline: "console=ttyS0".to_owned(),
-            seeds: None,
-            virtio: Vec::new(),
-            pmem: Vec::new(),
-            wishes: Default::default(),
-            topology: Default::default(),
-        }
-    }
-
-    fn planned(board: &Board, request: &Request<X86_64>) -> Result<Plan<X86_64>, String> {
-        plan(board, request, &X86_64::assumed_host(board)).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn the_pc_board_plans_what_it_says() {
-        let board = pc();
-        assert_eq!(board.name, "pc");
-        assert_eq!(board.host.gic, []);
-        let plan = planned(&board, &request(board.guest.memory)).expect("fits");
-        assert_eq!(
-            plan.layout.ram,
-            [Range::new(0, 512 << 20).expect("not empty")]
-        );
-        assert_eq!(plan.width.bits, 32);
-        assert_eq!(plan.width.highest.name, "KVM's task state");
-        assert_eq!(plan.width.limit, 46);
-    }
-
-    #[test]
-    fn memory_beyond_3_gib_lies_above_4_gib() {
-        let ram = |memory| planned(&pc(), &request(memory)).expect("fits").layout.ram;
-        let bank = |start, size| Range::new(start, size).expect("not empty");
-        assert_eq!(ram(3 << 30), [bank(0, 3 << 30)]);
-        let plan = planned(&pc(), &request(4 << 30)).expect("fits");
-        assert_eq!(plan.layout.ram, [bank(0, 3 << 30), bank(4 << 30, 1 << 30)]);
-        assert_eq!((plan.width.bits, plan.width.levels), (33, 4));
-        let names: Vec<_> = plan.layout.regions().into_iter().map(|r| r.name).collect();
-        assert_eq!(
-            names,
-            [
-                "RAM bank 0",
-                "I/O APIC",
-                "local APICs",
-                "KVM's identity map",
-                "KVM's task state",
-                "RAM bank 1"
-            ]
-        );
-    }
-
-    #[test]
-    fn a_machine_wider_than_the_host_is_refused_with_what_fits() {
-        let host = Host {
-            phys_bits: 36,
-            max_vcpus: 8,
-            ..X86_64::assumed_host(&pc())
-        };
-        let error = plan(&pc(), &request(64 << 30), &host).expect_err("too wide");
-        assert_eq!(
-            error.to_string(),
-            "RAM bank 1 ends at 0x103fffffff and needs 37 address bits; this host offers 36; use --memory 63G or less"
-        );
-        assert!(plan(&pc(), &request(63 << 30), &host).is_ok());
-    }
-
-    #[test]
-    fn ram_over_the_interrupt_controllers_is_refused() {
-        let board =
-            Board::parse(&PC.replacen("up-to = \"3G\"", "up-to = \"4G\"", 1)).expect("valid");
-        assert_eq!(
-            planned(&board, &request(5 << 30)),
-            Err("RAM bank 0 (0x0-0xffffffff) and I/O APIC (0xfec00000-0xfec00fff) overlap on board 'pc'; that bank holds 4076M at most".to_owned())
-        );
-    }
-
-    #[test]
-    fn vcpus_are_limited_by_the_host_and_by_kvms_io_apic() {
-        let error = |cpus, max_vcpus, wide_apic_ids| {
-            let request = Request {
-                cpus,
-                ..request(512 << 20)
-            };
-            let host = Host {
-                max_vcpus,
-                wide_apic_ids,
-                ..X86_64::assumed_host(&pc())
-            };
-            plan(&pc(), &request, &host)
-                .expect_err("too many")
-                .to_string()
-        };
-        assert_eq!(
-            error(9, 8, true),
-            "9 vCPUs were asked for; this host's KVM offers 8; use --cpus 8 or fewer"
-        );
-        assert_eq!(
-            error(256, 4096, false),
-            "256 vCPUs were asked for; the I/O APIC of this host's KVM serves 255; use --cpus 255 or fewer"
-        );
-        assert_eq!(
-            error(4097, 5000, true),
-            "4097 vCPUs were asked for; KVM serves 4096; use --cpus 4096 or fewer"
-        );
-    }
-
-    #[test]
-    fn beyond_255_vcpus_the_io_apic_is_ours() {
-        for (cpus, messages) in [(255, false), (256, true), (1024, true)] {
-            let request = Request {
-                cpus,
-                ..request(512 << 20)
-            };
-            let plan = planned(&pc(), &request).expect("fits");
-            assert_eq!(plan.layout.irqchip.messages, messages, "{cpus} vCPUs");
-        }
-    }
-
-    #[test]
-    fn one_vcpu_starts_and_the_others_wait() {
-        let request = Request {
-            cpus: 255,
-            ..request(512 << 20)
-        };
-        let plan = planned(&pc(), &request).expect("fits");
-        let ids: Vec<_> = plan.vcpus.iter().map(|vcpu| vcpu.apic_id).collect();
-        assert_eq!(ids, (0..255).collect::<Vec<_>>());
-        let boots = plan.vcpus.iter().filter(|vcpu| vcpu.boot.is_some());
-        assert_eq!(boots.count(), 1);
-        assert_eq!(
-            plan.vcpus[0].boot,
-            Some(Boot {
-                rip: 0x10_0200,
-                rsi: 0x1000,
-                rbx: 0,
-                rflags: 2,
-                cr0: 0x8000_0011,
-                cr3: 0x3000,
-                cr4: 0x20,
-                efer: 0x500,
-                gdt_base: 0x2000,
-                gdt_limit: 31,
-                code: 0x00af_9b00_0000_ffff,
-                data: 0x00cf_9300_0000_ffff,
-            })
-        );
-    }
 }

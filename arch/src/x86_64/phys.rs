@@ -1,8 +1,9 @@
 //! The guest's physical address bits: how many it is told, and what they cost.
 
 use super::Host;
-use crate::plan::PlanError;
-use crate::width::{Offer, Region, Width, WidthPolicy};
+use crate::error::PlanError;
+use crate::range::Region;
+use crate::width::{Offer, Width, WidthPolicy};
 
 /// Bytes of a page, and the granule of EPT and NPT.
 const PAGE: u64 = 0x1000;

@@ -1,10 +1,10 @@
 //! What an ELF kernel reads at its start: `struct hvm_start_info` with its modules and its memory
 //! map (include/xen/interface/hvm/start_info.h; Documentation/arch/x86, "PVH").
 
-use super::boot::{CMDLINE, ZERO_PAGE};
-use super::{X86_64, acpi};
-use crate::Range;
-use crate::plan::Layout;
+use super::X86_64;
+use super::low_memory::{ACPI_TABLES, CMDLINE, ZERO_PAGE};
+use crate::arch::Layout;
+use crate::range::Range;
 
 const MAGIC: u32 = 0x336e_c578;
 /// The first version with a memory map.
@@ -32,7 +32,7 @@ pub(super) fn start_info(layout: &Layout<X86_64>, map: &[Range]) -> Vec<u8> {
         u32::from(initrd.is_some()),
     ];
     page.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    let addresses = [module, CMDLINE, acpi::TABLES, ZERO_PAGE + MAP];
+    let addresses = [module, CMDLINE, ACPI_TABLES, ZERO_PAGE + MAP];
     page.extend(addresses.iter().flat_map(|address| address.to_le_bytes()));
     page.extend((map.len() as u32).to_le_bytes());
     page.resize(MODULES as usize, 0);
@@ -52,22 +52,23 @@ pub(super) fn start_info(layout: &Layout<X86_64>, map: &[Range]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use crate::x86_64::{Boot, Kernel, X86_64};
+    use crate::image::{X86Elf, X86Kernel};
+    use crate::x86_64::{Boot, X86_64};
     use crate::{Arch, Board, Plan, PlanError, Range, Request, plan};
 
     const PC: &str = include_str!("../../../boards/pc.toml");
 
     fn planned(memory: u64, initrd: Option<u64>) -> Result<Plan<X86_64>, PlanError> {
-        let file = crate::elf::tests::vmlinux(0x100_0010);
-        let mut elf = crate::elf::X86Elf::parse(&file).expect("a kernel");
+        let file = crate::image::elf::tests::vmlinux(0x100_0010);
+        let mut elf = X86Elf::parse(&file).expect("a kernel");
         let notes = elf.notes.start as usize..elf.notes.end as usize;
         elf.find_entry(&file[notes]).expect("an entry");
         let board = Board::parse(PC).expect("valid");
         let request = Request {
-            kernel: Some(Kernel::Elf(elf)),
+            kernel: Some(X86Kernel::Elf(elf)),
             initrd,
             cmdline: "quiet".to_owned(),
-            ..crate::x86_64::tests::request(memory)
+            ..crate::x86_64::plan::tests::request(memory)
         };
         plan(&board, &request, &X86_64::assumed_host(&board))
     }

@@ -7,7 +7,6 @@
 //! There is no MULTIPORT: without it Linux takes port 0 for a console and its size from the
 //! configuration space (drivers/char/virtio_console.c: config_work_handler).
 
-use crate::sync::ring;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -177,8 +176,8 @@ impl Working {
         let mut refused = 0;
         let wants_more = loop {
             if refused == ENTRIES {
-                // The kick brings us back.
-                ring(queue.kick());
+                // The kick brings us back. The counter cannot overflow before it is read.
+                let _ = queue.kick().write(1);
                 self.waits = true;
                 break false;
             }
@@ -238,7 +237,8 @@ impl Working {
                 .or_else(|| queue.pop().map(|chain| (chain, 0)))
             {
                 if left == 0 {
-                    ring(queue.kick());
+                    // The counter cannot overflow before it is read.
+                    let _ = queue.kick().write(1);
                     self.stuck = Some((chain, sent));
                     queue.signal();
                     return is_long;

@@ -1,8 +1,7 @@
 //! The broker itself: starts processes, notes their ends, and leaves none behind.
 
 use super::{MOST_REQUEST, SOCKET, Word, sys};
-use crate::deadline::Deadline;
-use crate::eintr::uninterrupted;
+use crate::virtio::deadline::Deadline;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -93,7 +92,13 @@ fn wait(socket: &OwnedFd, kept: &[Kept]) -> Option<Event> {
         fds.push(PollFd::new(&process.pidfd, PollFlags::IN));
         fds.push(PollFd::new(&process.line, PollFlags::IN));
     }
-    uninterrupted(|| poll(&mut fds, None)).ok()?;
+    loop {
+        match poll(&mut fds, None) {
+            Ok(_) => break,
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
     let ready = fds.iter().position(|fd| !fd.revents().is_empty())?;
     Some(match ready {
         0 => Event::Request,
@@ -122,12 +127,13 @@ fn receive(socket: &OwnedFd) -> Asked {
     let mut words = vec![0; MOST_REQUEST];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = uninterrupted(|| {
+    let got = loop {
         let mut parts = [IoSliceMut::new(&mut words)];
-        recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
-    });
-    let Some(got) = received.ok().filter(|got| got.bytes > 0) else {
-        return Asked::Nothing;
+        match recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            Ok(got) if got.bytes > 0 => break got,
+            _ => return Asked::Nothing,
+        }
     };
     let mut files = Vec::new();
     for message in control.drain() {
@@ -220,7 +226,7 @@ fn end_group(leader: Pid) -> Option<i32> {
     let mut pause = FIRST_LOOK;
     let mut status = None;
     loop {
-        match uninterrupted(|| waitpgid(leader, WaitOptions::NOHANG)) {
+        match waitpgid(leader, WaitOptions::NOHANG) {
             Ok(Some((pid, how))) => {
                 if pid == leader {
                     status = Some(how.as_raw());
@@ -231,6 +237,7 @@ fn end_group(leader: Pid) -> Option<i32> {
                 std::thread::sleep(pause);
                 pause = (2 * pause).min(LONGEST_LOOK);
             }
+            Err(Errno::INTR) => {}
             Ok(None) => return None,
             Err(_) => return status,
         }

@@ -3,22 +3,21 @@
 //! where each frame follows its length in 4 bytes, and ends when the other end is closed.
 
 use self::stream::{Broken, LONGEST, Stream};
-use crate::deadline::Deadline;
-use crate::eintr;
 use crate::messages::LINES;
 use crate::virtio::broker::{self, Broker, Process};
+use crate::virtio::deadline::Deadline;
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
-use armlet_devices::sync::lock;
 use armlet_devices::virtio::Source;
 use armlet_devices::virtio::net::{Frame, Frames, Network, Room, Trouble, Woken};
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::ffi::OsString;
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -176,7 +175,7 @@ impl Passt {
         watch(self.process.end_fd(), EventSet::IN, OTHER)?;
         let mut events = [EpollEvent::default(); 3];
         // That there is room now is no news; that there is room again will be.
-        let _ = eintr::events(&epoll, 0, &mut events)?;
+        let _ = epoll.wait(0, &mut events)?;
         let mut frame = [0; 60];
         frame[..6].fill(0xff);
         frame[6..12].copy_from_slice(&mac);
@@ -204,7 +203,10 @@ impl Passt {
                 return Ok(());
             }
             let left = left.as_millis() as i32 + 1;
-            let count = eintr::events(&epoll, left, &mut events)?;
+            let count = match epoll.wait(left, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                count => count?,
+            };
             let of_socket = events[..count].iter().find(|event| event.data() == SOCKET);
             let Some(event) = of_socket else {
                 continue;
@@ -334,7 +336,7 @@ impl PasstFrames {
     }
 
     fn passt(&self) -> MutexGuard<'_, Passt> {
-        lock(&self.passt)
+        self.passt.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

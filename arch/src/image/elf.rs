@@ -4,7 +4,8 @@
 
 use std::ops::Range;
 
-use crate::image::{HEAD, ImageError, MAX_IMAGE_SIZE};
+use super::bytes::{HEAD, MAX_IMAGE_SIZE};
+use super::error::ImageError;
 
 /// Bytes of notes that are looked at: Linux has a few hundred.
 pub const MAX_NOTES: u64 = 0x1_0000;
