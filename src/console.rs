@@ -2,7 +2,8 @@
 
 use crate::messages::visible;
 use anyhow::{Context, Result};
-use armlet_devices::pl011::Output;
+use armlet_devices::action::Action;
+use armlet_devices::console::Output;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::stdio;
@@ -245,11 +246,11 @@ impl<W> Drop for StandardOutput<W> {
 }
 
 impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W> {
-    fn write(&mut self, mut bytes: &[u8]) {
+    fn write(&mut self, mut bytes: &[u8]) -> Action {
         while !bytes.is_empty() && !self.closed {
             // Once armlet stops, nothing waits for a reader any more.
             if self.stopping.load(Ordering::Relaxed) && !is_output_ready() {
-                return;
+                break;
             }
             match (self.write)(bytes) {
                 Ok(written) => {
@@ -269,9 +270,13 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W
                         "standard output is closed ({error}); the guest runs on, its console output is lost"
                     );
                 }
-                Err(error) => return self.lose(bytes.len(), error),
+                Err(error) => {
+                    self.lose(bytes.len(), error);
+                    break;
+                }
             }
         }
+        Action::None
     }
 }
 
@@ -302,7 +307,6 @@ const REASON_BYTES: usize = 160;
 /// a panic.
 pub struct PanicWatch {
     output: StandardOutput,
-    on_panic: Box<dyn Fn(String) + Send>,
     /// Bytes of [`PANIC`] seen in a row.
     matched: usize,
     /// The reason, as far as it was printed.
@@ -310,26 +314,25 @@ pub struct PanicWatch {
 }
 
 impl PanicWatch {
-    /// Calls `on_panic` with the reason that the guest gives.
+    /// Watches what passes to `output`.
     #[must_use]
-    pub fn new(output: StandardOutput, on_panic: Box<dyn Fn(String) + Send>) -> PanicWatch {
+    pub fn new(output: StandardOutput) -> PanicWatch {
         PanicWatch {
             output,
-            on_panic,
             matched: 0,
             reason: None,
         }
     }
 
-    fn watch(&mut self, byte: u8) {
+    fn watch(&mut self, byte: u8) -> Action {
         if let Some(reason) = &mut self.reason {
             if matches!(byte, b'\r' | b'\n') || reason.len() == REASON_BYTES {
-                (self.on_panic)(visible(reason, REASON_BYTES));
+                let reason = visible(reason, REASON_BYTES);
                 self.reason = None;
-            } else {
-                reason.push(byte);
+                return Action::panicked(reason);
             }
-            return;
+            reason.push(byte);
+            return Action::None;
         }
         // The first byte of the words is nowhere else in them, so a mismatch starts anew.
         self.matched = match byte == PANIC[self.matched] {
@@ -340,15 +343,17 @@ impl PanicWatch {
             self.matched = 0;
             self.reason = Some(Vec::new());
         }
+        Action::None
     }
 }
 
 impl Output for PanicWatch {
-    fn write(&mut self, bytes: &[u8]) {
-        self.output.write(bytes);
+    fn write(&mut self, bytes: &[u8]) -> Action {
+        let mut action = self.output.write(bytes);
         for &byte in bytes {
-            self.watch(byte);
+            action.add(self.watch(byte));
         }
+        action
     }
 }
 
@@ -388,17 +393,15 @@ mod tests {
     }
 
     fn reasons(printed: &[u8]) -> Vec<String> {
-        let reasons = Arc::new(Mutex::new(Vec::new()));
-        let kept = Arc::clone(&reasons);
         let mut output = StandardOutput::new(Arc::default());
         output.closed = true;
-        let on_panic = move |reason| kept.lock().expect("one thread").push(reason);
-        let mut watch = PanicWatch::new(output, Box::new(on_panic));
-        for byte in printed {
-            watch.write(&[*byte]);
-        }
-        let reasons = reasons.lock().expect("one thread");
-        reasons.clone()
+        let mut watch = PanicWatch::new(output);
+        let actions = printed.iter().map(|byte| watch.write(&[*byte]));
+        let reasons = actions.filter_map(|action| match action {
+            Action::Panicked(panic) => Some(panic.reason),
+            _ => None,
+        });
+        reasons.collect()
     }
 
     #[test]
@@ -432,13 +435,13 @@ mod tests {
         };
         let mut output = StandardOutput::by(Arc::default(), write);
         // Two go out, and two are lost on a full disk, as is the next one.
-        output.write(b"abcd");
-        output.write(b"e");
+        assert_eq!(output.write(b"abcd"), Action::None);
+        assert_eq!(output.write(b"e"), Action::None);
         assert_eq!(output.lost, 3);
         // There is room again.
-        output.write(b"fgh");
+        assert_eq!(output.write(b"fgh"), Action::None);
         assert_eq!(output.lost, 0);
-        output.write(b"i");
+        assert_eq!(output.write(b"i"), Action::None);
         assert_eq!((output.lost, output.closed), (1, false));
         assert_eq!(*taken.lock().expect("one thread"), b"abfgh");
     }
@@ -451,8 +454,8 @@ mod tests {
             Err(Errno::PIPE)
         };
         let mut output = StandardOutput::by(Arc::default(), write);
-        output.write(b"abc");
-        output.write(b"def");
+        assert_eq!(output.write(b"abc"), Action::None);
+        assert_eq!(output.write(b"def"), Action::None);
         assert!(output.closed);
         drop(output);
         assert_eq!(calls, 1);

@@ -8,7 +8,7 @@ use crate::memory::{self, IdleMemory};
 use crate::reactor::Reactor;
 use crate::serial::Serial;
 use crate::stats::Counters;
-use crate::vcpu::{Buses, Told, note_end};
+use crate::vcpu::Buses;
 use crate::virtio::Backend;
 use crate::virtio::console::HvcConsole;
 use crate::virtio::pmem::PmemImage;
@@ -220,7 +220,6 @@ fn attach<A: KvmArch>(
             irq.map(line)
                 .with_context(|| format!("the {kind} has no interrupt"))
         };
-        let on_reset = || Box::new(|| note_end(Told::Reset));
         let device: Arc<Mutex<dyn Device>> = match kind {
             PortKind::Uart16550 => {
                 let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
@@ -233,11 +232,10 @@ fn attach<A: KvmArch>(
                 serial
             }
             PortKind::Cmos => Arc::new(Mutex::new(Cmos::new())),
-            PortKind::I8042 => Arc::new(Mutex::new(I8042::new(on_reset()))),
-            PortKind::Reset => Arc::new(Mutex::new(ResetControl::new(on_reset()))),
+            PortKind::I8042 => Arc::new(Mutex::new(I8042::new())),
+            PortKind::Reset => Arc::new(Mutex::new(ResetControl::new())),
             PortKind::Acpi => {
-                let on_power_off = Box::new(|| note_end(Told::PowerOff));
-                let acpi = Arc::new(Mutex::new(AcpiPower::new(line()?, on_power_off)));
+                let acpi = Arc::new(Mutex::new(AcpiPower::new(line()?)));
                 devices.power_key = Some(Arc::clone(&acpi) as _);
                 acpi
             }

@@ -19,7 +19,7 @@ use crate::shutdown::{Due, Shutdown};
 use crate::signals::{self, Phase};
 use crate::stats::Counters;
 use crate::status::{Fault, Status};
-use crate::vcpu::{OffCheck, RunningVcpu, Shared, Told, note_panic, take_panic};
+use crate::vcpu::{OffCheck, RunningVcpu, Shared, Told};
 use crate::virtio;
 use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
@@ -201,7 +201,7 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
                 }
                 // Here, where a reader that does not read holds up a vCPU and not the loop.
                 if let Some(serial) = &serial {
-                    lock(serial).flush();
+                    queue.tell_action(lock(serial).flush());
                 }
                 if let Some(hvc) = &hvc {
                     hvc.drain(|| !halt.load(Ordering::Acquire));
@@ -257,11 +257,12 @@ pub fn run<A: KvmArch>(mut orders: Orders<A>) -> Result<Status> {
             vcpu.join();
         }
         if let Some(serial) = &machine.devices.serial {
-            lock(serial).flush();
+            events.queue.tell_action(lock(serial).flush());
         }
         if let Some(hvc) = &hvc {
             hvc.drain(console::is_output_ready);
         }
+        events.hear_last_words();
         if orders.stats {
             tell_counters(&machine.counters);
         }
@@ -433,15 +434,14 @@ impl Events {
 
     /// The virtio console of this terminal.
     fn open_hvc(&self) -> Result<Arc<HvcConsole>> {
-        let (room, panic) = (self.queue.clone(), self.queue.clone());
+        let (room, action) = (self.queue.clone(), self.queue.clone());
         // What the loop waits for is drained before armlet ends; nothing else stops the thread.
         let output = StandardOutput::new(Arc::default());
-        let on_panic = move |reason| {
-            let what = format!("the guest's kernel panicked: {reason}");
-            panic.tell(Event::Told(Told::Panicked(what)));
-        };
-        let output = PanicWatch::new(output, Box::new(on_panic));
-        let hvc = HvcConsole::open(Box::new(output), move || room.tell(Event::Room))?;
+        let hvc = HvcConsole::open(
+            Box::new(PanicWatch::new(output)),
+            move || room.tell(Event::Room),
+            move |told| action.tell_action(told),
+        )?;
         Ok(Arc::new(hvc))
     }
 
@@ -455,7 +455,7 @@ impl Events {
         let (room, burst, deadline) = (self.queue.clone(), self.queue.clone(), self.queue.clone());
         let output = StandardOutput::new(Arc::clone(stopping));
         Wires {
-            output: Box::new(PanicWatch::new(output, Box::new(note_panic))),
+            output: Box::new(PanicWatch::new(output)),
             on_room: Box::new(move || room.tell(Event::Room)),
             on_burst: Box::new(move || burst.tell(Event::Burst)),
             on_deadline: Box::new(move || deadline.tell(Event::Deadline)),
@@ -529,15 +529,14 @@ impl Events {
             self.set_alarm(devices)?;
         }
         if self.tick.is_some_and(|tick| tick <= now) {
-            let goes_on = devices
-                .serial
-                .as_ref()
-                .is_some_and(|serial| at_hand(serial).is_none_or(|mut serial| serial.tick()));
+            let goes_on = devices.serial.as_ref().is_some_and(|serial| {
+                at_hand(serial).is_none_or(|mut serial| {
+                    let (goes_on, action) = serial.tick();
+                    self.queue.tell_action(action);
+                    goes_on
+                })
+            });
             self.tick = goes_on.then(|| now + TICK);
-            if let Some(reason) = take_panic() {
-                let what = format!("the guest's kernel panicked: {reason}");
-                self.queue.tell(Event::Told(Told::Panicked(what)));
-            }
         }
         if self.feed.is_some_and(|feed| feed <= now) {
             self.feed = None;
@@ -580,12 +579,10 @@ impl Events {
         let news = self.queue.take();
         if let Some(what) = news.panicked {
             if self.on_panic == OnPanic::Exit {
+                self.panicked = true;
                 return Ok(Some(Ending::Failed(what)));
             }
-            // A guest may print those words as often as it likes.
-            if !std::mem::replace(&mut self.panicked, true) {
-                messages::say(&what);
-            }
+            self.say_panic(&what);
         }
         match news.end {
             Some(Told::PowerOff) => return Ok(Some(Ending::PowerOff)),
@@ -629,6 +626,21 @@ impl Events {
             self.feed(devices)?;
         }
         Ok(None)
+    }
+
+    /// Says that the guest's kernel panicked, once in a life: a guest may print those words as often
+    /// as it likes.
+    fn say_panic(&mut self, what: &str) {
+        if !std::mem::replace(&mut self.panicked, true) {
+            messages::say(what);
+        }
+    }
+
+    /// Says what was told after the loop ended, by vCPUs on their way to the end.
+    fn hear_last_words(&mut self) {
+        if let Some(what) = self.queue.take().panicked {
+            self.say_panic(&what);
+        }
     }
 
     /// Whether the guest was asked to power off.
@@ -738,7 +750,7 @@ impl Events {
                 Some(Escape::Help) => messages::say(ESCAPE_HELP),
                 Some(Escape::Break) => {
                     if let Some(mut serial) = devices.serial.as_deref().and_then(at_hand) {
-                        serial.receive_break();
+                        self.queue.tell_action(serial.receive_break());
                     }
                 }
                 None => {}
@@ -795,7 +807,8 @@ impl Events {
             self.input.session = session;
             return Handed::NotNow(session.map(|_| SETTLE));
         }
-        let (taken, wants_more) = serial.receive(&self.input.pending);
+        let (taken, wants_more, action) = serial.receive(&self.input.pending);
+        self.queue.tell_action(action);
         self.input.pending.drain(..taken);
         Handed::All { wants_more }
     }

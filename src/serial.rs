@@ -8,6 +8,7 @@
 
 use crate::kvm::burst::BurstWindow;
 use armlet_devices::Device;
+use armlet_devices::action::Action;
 use armlet_devices::console::{Console, Uart};
 use std::time::{Duration, Instant};
 
@@ -100,10 +101,10 @@ impl<U: Uart> Serial<U> {
 
     /// Shows the guest the registers as they are now; where a read would change something, it must
     /// be an exit again.
-    fn refresh(&mut self) {
+    fn refresh(&mut self) -> Action {
         let snapshot = self.snapshot();
         let (Some(window), Some(shown)) = (&mut self.window, &mut self.shown) else {
-            return;
+            return Action::None;
         };
         match snapshot {
             Some(now) if now == *shown => {}
@@ -111,17 +112,18 @@ impl<U: Uart> Serial<U> {
                 window.update(U::words(&now));
                 *shown = now;
             }
-            None => self.end_burst(),
+            None => return self.end_burst(),
         }
+        Action::None
     }
 
-    fn end_burst(&mut self) {
+    fn end_burst(&mut self) -> Action {
         let Some(window) = self.window.as_mut().filter(|_| self.shown.is_some()) else {
-            return;
+            return Action::None;
         };
         window.close();
         // What came before it was closed.
-        self.flush();
+        let action = self.flush();
         self.shown = None;
         // One that was not worth its while makes the next one harder to begin.
         self.threshold = match self.count < self.threshold {
@@ -129,26 +131,28 @@ impl<U: Uart> Serial<U> {
             false => BURST_BYTES,
         };
         self.count = 0;
+        action
     }
 }
 
 impl<U: Uart> Console for Serial<U> {
-    fn flush(&mut self) {
-        if let Some(window) = self.window.as_mut().filter(|_| self.shown.is_some()) {
-            self.taken.clear();
-            window.drain(&mut self.taken);
-            self.count = self.count.saturating_add(self.taken.len() as u32);
-            self.written |= !self.taken.is_empty();
-            self.uart.write_data(&self.taken);
-        }
+    fn flush(&mut self) -> Action {
+        let Some(window) = self.window.as_mut().filter(|_| self.shown.is_some()) else {
+            return Action::None;
+        };
+        self.taken.clear();
+        window.drain(&mut self.taken);
+        self.count = self.count.saturating_add(self.taken.len() as u32);
+        self.written |= !self.taken.is_empty();
+        self.uart.write_data(&self.taken)
     }
 
-    fn tick(&mut self) -> bool {
-        self.flush();
+    fn tick(&mut self) -> (bool, Action) {
+        let mut action = self.flush();
         if !std::mem::take(&mut self.written) {
-            self.end_burst();
+            action.add(self.end_burst());
         }
-        self.shown.is_some()
+        (self.shown.is_some(), action)
     }
 
     fn in_burst(&self) -> bool {
@@ -159,35 +163,39 @@ impl<U: Uart> Console for Serial<U> {
         self.uart.listening()
     }
 
-    fn receive(&mut self, input: &[u8]) -> (usize, bool) {
+    fn receive(&mut self, input: &[u8]) -> (usize, bool, Action) {
         let wanted = self.uart.wanted();
         let count = wanted.min(input.len());
-        if count > 0 {
-            self.end_burst();
-        }
-        (self.uart.receive(&input[..count]), wanted > count)
+        let action = match count > 0 {
+            true => self.end_burst(),
+            false => Action::None,
+        };
+        (self.uart.receive(&input[..count]), wanted > count, action)
     }
 
-    fn receive_break(&mut self) {
-        self.end_burst();
+    fn receive_break(&mut self) -> Action {
+        let action = self.end_burst();
         self.uart.receive_break();
+        action
     }
 }
 
 impl<U: Uart> Device for Serial<U> {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
-        self.flush();
-        self.uart.read(offset, data);
-        self.refresh();
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
+        let mut action = self.flush();
+        action.add(self.uart.read(offset, data));
+        action.add(self.refresh());
+        action
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        self.flush();
-        self.uart.write(offset, data);
-        self.refresh();
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
+        let mut action = self.flush();
+        action.add(self.uart.write(offset, data));
+        action.add(self.refresh());
         if offset == DATA {
             self.count();
         }
+        action
     }
 }
 
@@ -257,12 +265,15 @@ mod tests {
 
         fn read(&mut self, offset: u64) -> u32 {
             let mut data = [0xff; 4];
-            self.serial.read(offset, &mut data);
+            assert_eq!(self.serial.read(offset, &mut data), Action::None);
             u32::from_le_bytes(data)
         }
 
         fn write(&mut self, offset: u64, value: u32) {
-            self.serial.write(offset, &value.to_le_bytes());
+            assert_eq!(
+                self.serial.write(offset, &value.to_le_bytes()),
+                Action::None
+            );
         }
 
         /// What the guest reads until the flags say that there is no more.
@@ -296,16 +307,16 @@ mod tests {
         bench.write(LINE_CONTROL, FIFOS);
         assert_eq!(bench.read(LINE_CONTROL), FIFOS);
         // As narrow as the guest makes them.
-        bench.serial.write(MASK, &[0x20, 0x04]);
+        assert_eq!(bench.serial.write(MASK, &[0x20, 0x04]), Action::None);
         let mut byte = [0xff];
-        bench.serial.read(MASK, &mut byte);
+        assert_eq!(bench.serial.read(MASK, &mut byte), Action::None);
         assert_eq!(byte, [0x20]);
         assert_eq!(bench.read(MASK), 0x420);
         assert_eq!(bench.read(RAW), 0);
-        bench.serial.write(DATA, b"x");
+        assert_eq!(bench.serial.write(DATA, b"x"), Action::None);
         assert_eq!(bench.read(RAW), 0x20);
         let mut wide = [0xff; 8];
-        bench.serial.read(MASK, &mut wide);
+        assert_eq!(bench.serial.read(MASK, &mut wide), Action::None);
         assert_eq!(wide, [0; 8]);
         assert_eq!(bench.read(0xfe0), 0x11);
     }
@@ -315,24 +326,28 @@ mod tests {
         let mut bench = Bench::new();
         let text: Vec<u8> = (0..=255).cycle().take(4 * BURST_BYTES as usize).collect();
         for (index, &byte) in text.iter().enumerate() {
-            bench.serial.write(DATA, &[byte]);
+            assert_eq!(bench.serial.write(DATA, &[byte]), Action::None);
             assert_eq!(bench.calls().len(), index + 1);
         }
         assert_eq!(bench.calls().concat(), text);
         assert_eq!(bench.bursts.load(Ordering::Relaxed), 0);
-        assert!(!bench.serial.tick(), "no tick is wanted");
+        assert_eq!(
+            bench.serial.tick(),
+            (false, Action::None),
+            "no tick is wanted"
+        );
         assert_eq!(bench.calls().len(), text.len());
     }
 
     #[test]
     fn without_a_window_there_is_nothing_to_flush() {
         let mut bench = Bench::listening();
-        bench.serial.flush();
-        bench.serial.write(DATA, b"x");
-        bench.serial.flush();
-        bench.serial.flush();
+        assert_eq!(bench.serial.flush(), Action::None);
+        assert_eq!(bench.serial.write(DATA, b"x"), Action::None);
+        assert_eq!(bench.serial.flush(), Action::None);
+        assert_eq!(bench.serial.flush(), Action::None);
         assert_eq!(bench.calls(), [b"x".to_vec()]);
-        assert!(!bench.serial.tick());
+        assert_eq!(bench.serial.tick(), (false, Action::None));
         assert_eq!(bench.calls(), [b"x".to_vec()]);
         assert_eq!(bench.serial.listening(), Some(1));
     }
@@ -342,8 +357,8 @@ mod tests {
         let mut bench = Bench::new();
         bench.write(LINE_CONTROL, FIFOS);
         assert_eq!(bench.serial.listening(), None);
-        assert_eq!(bench.serial.receive(b""), (0, false));
-        assert_eq!(bench.serial.receive(b"early"), (0, false));
+        assert_eq!(bench.serial.receive(b""), (0, false, Action::None));
+        assert_eq!(bench.serial.receive(b"early"), (0, false, Action::None));
         assert!(bench.received().is_empty());
         assert_eq!(bench.rooms.load(Ordering::Relaxed), 0);
     }
@@ -352,25 +367,25 @@ mod tests {
     fn a_guest_that_listens_takes_what_fits_and_wants_the_rest_of_its_room() {
         let mut bench = Bench::listening();
         assert_eq!(bench.rooms.load(Ordering::Relaxed), 1);
-        assert_eq!(bench.serial.receive(b""), (0, true));
-        assert_eq!(bench.serial.receive(b"abc"), (3, true));
+        assert_eq!(bench.serial.receive(b""), (0, true, Action::None));
+        assert_eq!(bench.serial.receive(b"abc"), (3, true, Action::None));
         // 13 of 16 are free; what does not fit stays with the caller.
         let more: Vec<u8> = (0..20).collect();
-        assert_eq!(bench.serial.receive(&more), (13, false));
-        assert_eq!(bench.serial.receive(&more[13..]), (0, false));
+        assert_eq!(bench.serial.receive(&more), (13, false, Action::None));
+        assert_eq!(bench.serial.receive(&more[13..]), (0, false, Action::None));
         let expected = b"abc".iter().chain(&more[..13]);
         let expected: Vec<_> = expected.map(|&byte| u32::from(byte)).collect();
         assert_eq!(bench.received(), expected);
         assert_eq!(bench.rooms.load(Ordering::Relaxed), 2);
-        assert_eq!(bench.serial.receive(&more[13..]), (7, true));
+        assert_eq!(bench.serial.receive(&more[13..]), (7, true, Action::None));
     }
 
     #[test]
     fn input_that_just_fits_leaves_nothing_wanted() {
         let mut bench = Bench::listening();
-        assert_eq!(bench.serial.receive(&[b'x'; 16]), (16, false));
+        assert_eq!(bench.serial.receive(&[b'x'; 16]), (16, false, Action::None));
         bench.read(DATA);
-        assert_eq!(bench.serial.receive(b""), (0, true));
+        assert_eq!(bench.serial.receive(b""), (0, true, Action::None));
     }
 
     #[test]
@@ -378,11 +393,11 @@ mod tests {
         let mut bench = Bench::listening();
         assert_eq!(bench.serial.listening(), Some(1));
         bench.write(DATA, u32::from(b'x'));
-        bench.serial.receive(b"y");
+        assert_eq!(bench.serial.receive(b"y"), (1, true, Action::None));
         assert_eq!(bench.serial.listening(), Some(1));
         bench.write(MASK, 0);
         assert_eq!(bench.serial.listening(), None);
-        assert_eq!(bench.serial.receive(b"z"), (0, false));
+        assert_eq!(bench.serial.receive(b"z"), (0, false, Action::None));
         bench.write(MASK, RECEIVE);
         assert_eq!(bench.serial.listening(), Some(2));
         // Firmware asks the flags for input.
@@ -398,13 +413,13 @@ mod tests {
     fn a_break_comes_between_characters_whether_the_guest_listens_or_not() {
         const BREAK: u32 = 1 << 10;
         let mut bench = Bench::listening();
-        bench.serial.receive(b"a");
-        bench.serial.receive_break();
-        bench.serial.receive(b"b");
+        assert_eq!(bench.serial.receive(b"a"), (1, true, Action::None));
+        assert_eq!(bench.serial.receive_break(), Action::None);
+        assert_eq!(bench.serial.receive(b"b"), (1, true, Action::None));
         let expected = [u32::from(b'a'), BREAK, u32::from(b'b')];
         assert_eq!(bench.received(), expected);
         bench.write(MASK, 0);
-        bench.serial.receive_break();
+        assert_eq!(bench.serial.receive_break(), Action::None);
         assert_eq!(bench.received(), [BREAK]);
     }
 
@@ -412,8 +427,8 @@ mod tests {
     fn a_break_without_room_is_no_break() {
         let mut bench = Bench::listening();
         let text = [b'x'; 16];
-        assert_eq!(bench.serial.receive(&text), (16, false));
-        bench.serial.receive_break();
+        assert_eq!(bench.serial.receive(&text), (16, false, Action::None));
+        assert_eq!(bench.serial.receive_break(), Action::None);
         assert_eq!(bench.received(), text.map(u32::from));
     }
 }

@@ -7,11 +7,11 @@ use crate::kvm::{Hypercall, KvmArch, RawExit};
 use crate::stats::{Exits, Reason};
 use crate::virtio::pmem::{FileMemory, Missing};
 use anyhow::{Context, Result};
+use armlet_devices::action::{Action, Panic};
 use armlet_devices::bus::Bus;
 use armlet_devices::limit::{Admitted, RateLimit};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -83,8 +83,21 @@ pub enum Next {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// Go on; the guest's kernel printed that it panicked.
+    Panicked(Box<Panic>),
     /// The guest cannot go on: what happened.
     Failed(String),
+}
+
+impl From<Action> for Next {
+    fn from(action: Action) -> Next {
+        match action {
+            Action::None => Next::Run,
+            Action::Reset => Next::Reset,
+            Action::PowerOff => Next::PowerOff,
+            Action::Panicked(panic) => Next::Panicked(panic),
+        }
+    }
 }
 
 /// Answers an exit: a function over data, apart from any vCPU.
@@ -92,16 +105,16 @@ pub enum Next {
 pub fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
     match exit {
         VcpuExit::MmioRead(address, data) => match bus.read(address, data) {
-            true => Next::Run,
-            false => Next::Nowhere {
+            Some(action) => action.into(),
+            None => Next::Nowhere {
                 address,
                 size: data.len(),
                 write: false,
             },
         },
         VcpuExit::MmioWrite(address, data) => match bus.write(address, data) {
-            true => Next::Run,
-            false => Next::Nowhere {
+            Some(action) => action.into(),
+            None => Next::Nowhere {
                 address,
                 size: data.len(),
                 write: true,
@@ -157,6 +170,26 @@ pub enum Told {
     Asked,
     /// All vCPUs are off, for good.
     AllOff,
+}
+
+impl Told {
+    /// What an action of the guest's is told as, where no vCPU made the access: output that was
+    /// collected is handed on by other threads, too.
+    #[must_use]
+    pub fn by(action: Action) -> Option<Told> {
+        match action {
+            Action::None => None,
+            Action::Reset => Some(Told::Reset),
+            Action::PowerOff => Some(Told::PowerOff),
+            Action::Panicked(panic) => Some(Told::panicked(&panic, "")),
+        }
+    }
+
+    /// `place` says where, with a space before it.
+    fn panicked(panic: &Panic, place: &str) -> Told {
+        let reason = &panic.reason;
+        Told::Panicked(format!("the guest's kernel panicked{place}: {reason}"))
+    }
 }
 
 /// What all vCPUs of a machine share.
@@ -265,7 +298,7 @@ fn run<A: KvmArch>(
         };
         let next = match next {
             Next::Port => match A::answer_ports(vcpu, &buses.ports) {
-                Ok(access) if access.found => Next::Run,
+                Ok(access) if access.found => access.action.into(),
                 // Kernels of PCs look at many a port to see what there is: that is no fault.
                 Ok(access) => {
                     empty_ports.note(vcpu, A::position, log::Level::Info, || {
@@ -290,17 +323,12 @@ fn run<A: KvmArch>(
             },
             next => next,
         };
-        if let Some(reason) = take_panic() {
-            let place = A::position(vcpu);
-            tell(Told::Panicked(format!(
-                "the guest's kernel panicked on vCPU {index} at {place}: {reason}"
-            )));
-        }
-        if let Some(told) = take_end() {
-            return Some(told);
-        }
         match next {
             Next::Run | Next::Port | Next::Hypercall(_) | Next::NoPage | Next::InternalError => {}
+            Next::Panicked(panic) => {
+                let place = format!(" on vCPU {index} at {}", A::position(vcpu));
+                tell(Told::panicked(&panic, &place));
+            }
             Next::TripleFault => {
                 let place = A::position(vcpu);
                 log::warn!(
@@ -368,35 +396,6 @@ impl Faults {
     }
 }
 
-/// Notes that the guest's kernel printed that it panicked, by this thread's hand. A vCPU's thread
-/// tells of it with the vCPU's place when the exit is answered.
-pub fn note_panic(reason: String) {
-    PANIC.set(Some(reason));
-}
-
-/// The reason of a panic that was printed by this thread since it was last asked.
-#[must_use]
-pub fn take_panic() -> Option<String> {
-    PANIC.take()
-}
-
-/// Notes that the guest asked a device to end it. The vCPU's thread, which is this one, does so
-/// when the exit is answered.
-pub fn note_end(told: Told) {
-    END.set(Some(told));
-}
-
-fn take_end() -> Option<Told> {
-    END.take()
-}
-
-thread_local! {
-    /// What the guest asked a device for.
-    static END: Cell<Option<Told>> = const { Cell::new(None) };
-    /// The reason of a panic that was just printed.
-    static PANIC: Cell<Option<String>> = const { Cell::new(None) };
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,12 +405,19 @@ mod tests {
     struct Register(u8);
 
     impl Device for Register {
-        fn read(&mut self, offset: u64, data: &mut [u8]) {
+        fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
             data.fill(self.0 + offset as u8);
+            Action::None
         }
 
-        fn write(&mut self, _: u64, data: &[u8]) {
+        fn write(&mut self, _: u64, data: &[u8]) -> Action {
             self.0 = data[0];
+            match data {
+                b"off" => Action::PowerOff,
+                b"reset" => Action::Reset,
+                b"panic" => Action::panicked("asked to".to_owned()),
+                _ => Action::None,
+            }
         }
     }
 
@@ -437,6 +443,16 @@ mod tests {
             Next::Run
         );
         assert_eq!(data, [1; 4]);
+    }
+
+    #[test]
+    fn what_an_access_means_for_the_machine_is_what_comes_next() {
+        let bus = bus();
+        let next = |data| answer(VcpuExit::MmioWrite(0x1000, data), &bus);
+        assert_eq!(next(b"off"), Next::PowerOff);
+        assert_eq!(next(b"reset"), Next::Reset);
+        let reason = "asked to".to_owned();
+        assert_eq!(next(b"panic"), Next::Panicked(Box::new(Panic { reason })));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Device;
+use crate::action::Action;
 
 /// Windows of addresses and the devices behind them.
 ///
@@ -87,31 +88,21 @@ impl Bus {
 
     /// Reads `data.len()` bytes at `address` from the device there.
     ///
-    /// False when no device holds all of the bytes: `data` is then zeros, and the
-    /// caller counts and logs it.
-    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+    /// Returns what the access means for the machine. `None` when no device holds all of
+    /// the bytes: `data` is then zeros, and the caller counts and logs it.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> Option<Action> {
         data.fill(0);
-        match self.find(address, data.len()) {
-            Some((window, offset)) => {
-                window.lock().read(offset, data);
-                true
-            }
-            None => false,
-        }
+        let (window, offset) = self.find(address, data.len())?;
+        Some(window.lock().read(offset, data))
     }
 
     /// Writes `data` at `address` to the device there.
     ///
-    /// False when no device holds all of the bytes: nothing is then written, and the
-    /// caller counts and logs it.
-    pub fn write(&self, address: u64, data: &[u8]) -> bool {
-        match self.find(address, data.len()) {
-            Some((window, offset)) => {
-                window.lock().write(offset, data);
-                true
-            }
-            None => false,
-        }
+    /// Returns what the access means for the machine. `None` when no device holds all of
+    /// the bytes: nothing is then written, and the caller counts and logs it.
+    pub fn write(&self, address: u64, data: &[u8]) -> Option<Action> {
+        let (window, offset) = self.find(address, data.len())?;
+        Some(window.lock().write(offset, data))
     }
 
     /// The window that holds all `size` bytes from `address`, and the offset into it.
@@ -168,14 +159,19 @@ mod tests {
     }
 
     impl Device for Probe {
-        fn read(&mut self, offset: u64, data: &mut [u8]) {
+        fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
             self.reads.push((offset, data.len()));
             data.fill(self.name);
+            Action::None
         }
 
-        fn write(&mut self, offset: u64, data: &[u8]) {
+        fn write(&mut self, offset: u64, data: &[u8]) -> Action {
             assert_ne!(data, b"panic", "asked to");
             self.writes.push((offset, data.to_vec()));
+            match data {
+                b"reset" => Action::Reset,
+                _ => Action::None,
+            }
         }
     }
 
@@ -203,11 +199,11 @@ mod tests {
         bus.insert(0x1000, 0x1000, first.clone()).expect("free");
 
         let mut data = [9; 4];
-        assert!(bus.read(0x1ffc, &mut data));
+        assert_eq!(bus.read(0x1ffc, &mut data), Some(Action::None));
         assert_eq!(data, [1; 4]);
-        assert!(bus.read(0x2000, &mut data));
+        assert_eq!(bus.read(0x2000, &mut data), Some(Action::None));
         assert_eq!(data, [2; 4]);
-        assert!(bus.write(0x2010, b"ab"));
+        assert_eq!(bus.write(0x2010, b"ab"), Some(Action::None));
 
         assert_eq!(first.lock().expect("sound").reads, [(0xffc, 4)]);
         assert_eq!(second.lock().expect("sound").reads, [(0, 4)]);
@@ -218,33 +214,40 @@ mod tests {
     }
 
     #[test]
+    fn what_an_access_means_for_the_machine_is_passed_on() {
+        let bus = bus(&[(0x1000, 0x1000)]);
+        assert_eq!(bus.write(0x1000, b"reset"), Some(Action::Reset));
+        assert_eq!(bus.write(0x1000, b"no"), Some(Action::None));
+    }
+
+    #[test]
     fn nothing_there_reads_as_zeros() {
         let bus = bus(&[(0x1000, 0x1000)]);
         for address in [0, 0xfff, 0x2000, u64::MAX] {
             let mut data = [9; 1];
-            assert!(!bus.read(address, &mut data), "{address:#x}");
+            assert_eq!(bus.read(address, &mut data), None, "{address:#x}");
             assert_eq!(data, [0]);
-            assert!(!bus.write(address, &[1]));
+            assert_eq!(bus.write(address, &[1]), None);
         }
-        assert!(!Bus::new().read(0, &mut [0]));
+        assert_eq!(Bus::new().read(0, &mut [0]), None);
     }
 
     #[test]
     fn an_access_across_the_end_of_a_window_reaches_nobody() {
         let bus = bus(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
         let mut data = [9; 4];
-        assert!(!bus.read(0x1ffe, &mut data));
+        assert_eq!(bus.read(0x1ffe, &mut data), None);
         assert_eq!(data, [0; 4]);
-        assert!(!bus.write(0x1ffe, &[1; 4]));
-        assert!(!bus.read(0xffe, &mut data));
-        assert!(!bus.read(u64::MAX - 1, &mut data));
+        assert_eq!(bus.write(0x1ffe, &[1; 4]), None);
+        assert_eq!(bus.read(0xffe, &mut data), None);
+        assert_eq!(bus.read(u64::MAX - 1, &mut data), None);
     }
 
     #[test]
     fn an_access_of_no_bytes_reaches_nobody() {
         let bus = bus(&[(0, 0x1000)]);
-        assert!(!bus.read(0, &mut []));
-        assert!(!bus.write(0, &[]));
+        assert_eq!(bus.read(0, &mut []), None);
+        assert_eq!(bus.write(0, &[]), None);
     }
 
     #[test]
@@ -252,7 +255,7 @@ mod tests {
         let mut bus = Bus::new();
         assert_eq!(bus.insert(u64::MAX - 3, 4, probe(7)), Ok(()));
         let mut data = [0; 4];
-        assert!(bus.read(u64::MAX - 3, &mut data));
+        assert_eq!(bus.read(u64::MAX - 3, &mut data), Some(Action::None));
         assert_eq!(data, [7; 4]);
     }
 
@@ -313,7 +316,7 @@ mod tests {
         let thread = thread::spawn(move || victim.write(0x1000, b"panic"));
         assert!(thread.join().is_err());
         let mut data = [0; 1];
-        assert!(bus.read(0x1000, &mut data));
+        assert_eq!(bus.read(0x1000, &mut data), Some(Action::None));
         assert_eq!(data, [1]);
     }
 
@@ -338,7 +341,7 @@ mod tests {
                 let end = address + size as u64;
                 let there = list.iter().find(|&&(s, l, _)| s <= address && end <= s + l);
                 let mut data = vec![0xff; size];
-                prop_assert_eq!(bus.read(address, &mut data), there.is_some());
+                prop_assert_eq!(bus.read(address, &mut data).is_some(), there.is_some());
                 prop_assert_eq!(data, vec![there.map_or(0, |w| w.2); size]);
             }
         }

@@ -7,6 +7,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::Device;
+use crate::action::Action;
 
 /// An MC146818 with 128 bytes.
 pub struct Cmos {
@@ -161,16 +162,17 @@ impl Default for Cmos {
 }
 
 impl Device for Cmos {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         // The index cannot be read back.
         data.fill(0xff);
         if let (1, Some(first)) = (offset, data.first_mut()) {
             *first = self.read_register();
         }
+        Action::None
     }
 
     /// A write of two bytes sets the index and the register.
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         for (port, value) in (offset..).zip(data) {
             match port {
                 // Bit 7 masks the NMI.
@@ -179,6 +181,7 @@ impl Device for Cmos {
                 _ => {}
             }
         }
+        Action::None
     }
 }
 
@@ -223,9 +226,9 @@ mod tests {
     use super::*;
 
     fn read(cmos: &mut Cmos, register: u8) -> u8 {
-        cmos.write(0, &[register | 0x80]);
+        assert_eq!(cmos.write(0, &[register | 0x80]), Action::None);
         let mut data = [0];
-        cmos.read(1, &mut data);
+        assert_eq!(cmos.read(1, &mut data), Action::None);
         data[0]
     }
 
@@ -254,11 +257,11 @@ mod tests {
     #[test]
     fn the_guest_can_set_the_time() {
         let mut cmos = Cmos::with_clock(|| 1_709_251_198);
-        cmos.write(0, &[register::B, B_SET]);
+        assert_eq!(cmos.write(0, &[register::B, B_SET]), Action::None);
         for (register, value) in TIME.into_iter().zip([0, 0, 0, 6, 1, 1, 0, 0x20]) {
-            cmos.write(0, &[register, value]);
+            assert_eq!(cmos.write(0, &[register, value]), Action::None);
         }
-        cmos.write(0, &[register::B, 0]);
+        assert_eq!(cmos.write(0, &[register::B, 0]), Action::None);
         assert_eq!(time(&mut cmos), [0, 0, 0, 7, 1, 1, 0, 0x20]);
     }
 
@@ -266,8 +269,8 @@ mod tests {
     fn memory_holds_what_is_written() {
         let mut cmos = Cmos::new();
         for register in 0x10..0x30 {
-            cmos.write(0, &[register]);
-            cmos.write(1, &[register ^ 0xff]);
+            assert_eq!(cmos.write(0, &[register]), Action::None);
+            assert_eq!(cmos.write(1, &[register ^ 0xff]), Action::None);
         }
         for register in 0x10..0x30 {
             assert_eq!(read(&mut cmos, register), register ^ 0xff);
@@ -286,7 +289,7 @@ mod tests {
         fn nothing_written_panics(writes: Vec<(u8, u8)>) {
             let mut cmos = Cmos::new();
             for (register, value) in writes {
-                cmos.write(0, &[register, value]);
+                assert_eq!(cmos.write(0, &[register, value]), Action::None);
                 let _ = time(&mut cmos);
             }
         }

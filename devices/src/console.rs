@@ -1,18 +1,21 @@
 //! What serial consoles have in common: where their output goes, and how input comes to them.
 
 use crate::Device;
+use crate::action::Action;
 
 /// Where the guest's output goes.
 ///
 /// Called with the device locked: it should not wait for long, as a vCPU waits with it.
 pub trait Output: Send {
-    /// Takes the next bytes of the output, all of them, in order.
-    fn write(&mut self, bytes: &[u8]);
+    /// Takes the next bytes of the output, all of them, in order. Returns what they mean for the
+    /// machine.
+    fn write(&mut self, bytes: &[u8]) -> Action;
 }
 
 impl<F: FnMut(&[u8]) + Send> Output for F {
-    fn write(&mut self, bytes: &[u8]) {
+    fn write(&mut self, bytes: &[u8]) -> Action {
         self(bytes);
+        Action::None
     }
 }
 
@@ -35,8 +38,9 @@ pub trait Uart: Device {
     fn sends_by_interrupt(&self) -> bool;
 
     /// Does what writing each of `bytes` to the data register would do, with one call of the
-    /// output: for writes that were collected before they reached the device.
-    fn write_data(&mut self, bytes: &[u8]);
+    /// output: for writes that were collected before they reached the device. Returns what they mean
+    /// for the machine.
+    fn write_data(&mut self, bytes: &[u8]) -> Action;
 
     /// The number of the time that the guest listens; `None` while it does not. A caller that
     /// waits a moment and finds the same number knows that the guest has gone on listening.
@@ -55,7 +59,8 @@ pub trait Uart: Device {
     fn receive_break(&mut self) -> bool;
 }
 
-/// A serial console, as the one who feeds it sees it.
+/// A serial console, as the one who feeds it sees it. Whatever hands on output that was collected
+/// also returns what that output means for the machine.
 pub trait Console: Device {
     /// The number of the time of the guest's listening, `None` while it does not listen. Who
     /// waits a moment and finds the same number knows that the guest has gone on listening.
@@ -63,16 +68,16 @@ pub trait Console: Device {
 
     /// Gives the guest of `input` what it wants. Returns how many bytes it took, and whether it
     /// wants more than there were.
-    fn receive(&mut self, input: &[u8]) -> (usize, bool);
+    fn receive(&mut self, input: &[u8]) -> (usize, bool, Action);
 
     /// Sends the guest a break, if it has room for one.
-    fn receive_break(&mut self);
+    fn receive_break(&mut self) -> Action;
 
     /// Hands on output that was collected.
-    fn flush(&mut self);
+    fn flush(&mut self) -> Action;
 
-    /// Looks after collected output; false when no further tick is wanted.
-    fn tick(&mut self) -> bool;
+    /// Looks after collected output. Returns whether a further tick is wanted.
+    fn tick(&mut self) -> (bool, Action);
 
     /// Whether there may be output to hand on.
     fn in_burst(&self) -> bool;

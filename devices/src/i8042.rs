@@ -5,10 +5,10 @@
 //! tells no other way, and so that a kernel that looks for it gets an answer and does not wait.
 
 use crate::Device;
+use crate::action::Action;
 
 /// An 8042 and control port B.
 pub struct I8042 {
-    on_reset: Box<dyn Fn() + Send>,
     /// A byte for the guest.
     output: Option<u8>,
     /// The command byte.
@@ -40,10 +40,10 @@ const MODE: u8 = 0x34;
 const PORT_B_OUT: u8 = 1 << 5;
 
 impl I8042 {
-    /// A controller as after power-on. `on_reset` is called when the guest asks for a reset.
-    pub fn new(on_reset: Box<dyn Fn() + Send>) -> I8042 {
+    /// A controller as after power-on.
+    #[must_use]
+    pub fn new() -> I8042 {
         I8042 {
-            on_reset,
             output: None,
             mode: MODE,
             awaits: None,
@@ -52,7 +52,7 @@ impl I8042 {
         }
     }
 
-    fn command(&mut self, command: u8) {
+    fn command(&mut self, command: u8) -> Action {
         self.awaits = None;
         match command {
             0x20 => self.output = Some(self.mode),
@@ -68,26 +68,34 @@ impl I8042 {
             // The output port: not in reset, A20 on.
             0xd0 => self.output = Some(0x03),
             // Pulse of output bits that are 0 in the command; bit 0 is the CPU's reset.
-            0xf0..=0xff if command & 1 == 0 => (self.on_reset)(),
+            0xf0..=0xff if command & 1 == 0 => return Action::Reset,
             _ => {}
         }
+        Action::None
     }
 
-    fn data(&mut self, value: u8) {
+    fn data(&mut self, value: u8) -> Action {
         match self.awaits.take() {
             Some(0x60) => self.mode = value,
             // The output port with the reset bit clear.
-            Some(0xd1) if value & 1 == 0 => (self.on_reset)(),
+            Some(0xd1) if value & 1 == 0 => return Action::Reset,
             // As if it came from a device.
             Some(0xd2 | 0xd3) => self.output = Some(value),
             // For a keyboard or a mouse: none is there to answer.
             _ => {}
         }
+        Action::None
+    }
+}
+
+impl Default for I8042 {
+    fn default() -> I8042 {
+        I8042::new()
     }
 }
 
 impl Device for I8042 {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         data.fill(0);
         let value = match offset {
             offset::DATA => self.output.take().unwrap_or(0),
@@ -104,81 +112,73 @@ impl Device for I8042 {
         if let Some(first) = data.first_mut() {
             *first = value;
         }
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let Some(&value) = data.first() else { return };
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
+        let Some(&value) = data.first() else {
+            return Action::None;
+        };
         match offset {
-            offset::DATA => self.data(value),
+            offset::DATA => return self.data(value),
             offset::PORT_B => self.port_b = value & 0x03,
-            offset::COMMAND => self.command(value),
+            offset::COMMAND => return self.command(value),
             _ => {}
         }
+        Action::None
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use super::*;
-
-    fn controller() -> (I8042, Arc<AtomicUsize>) {
-        let resets = Arc::new(AtomicUsize::new(0));
-        let counted = Arc::clone(&resets);
-        let on_reset = move || {
-            counted.fetch_add(1, Ordering::Relaxed);
-        };
-        (I8042::new(Box::new(on_reset)), resets)
-    }
 
     fn read(controller: &mut I8042, offset: u64) -> u8 {
         let mut data = [0xee];
-        controller.read(offset, &mut data);
+        assert_eq!(controller.read(offset, &mut data), Action::None);
         data[0]
     }
 
     #[test]
     fn its_input_is_never_full_so_that_nobody_waits() {
-        let (mut controller, _) = controller();
-        controller.write(offset::DATA, &[0xed]);
+        let mut controller = I8042::new();
+        assert_eq!(controller.write(offset::DATA, &[0xed]), Action::None);
         assert_eq!(read(&mut controller, offset::COMMAND) & 0b11, 0);
     }
 
     #[test]
     fn a_reset_is_asked_for_in_two_ways() {
-        let (mut controller, resets) = controller();
-        controller.write(offset::COMMAND, &[0xff]);
-        controller.write(offset::DATA, &[0xfe]);
-        assert_eq!(resets.load(Ordering::Relaxed), 0);
-        controller.write(offset::COMMAND, &[0xfe]);
-        assert_eq!(resets.load(Ordering::Relaxed), 1);
-        controller.write(offset::COMMAND, &[0xd1]);
-        controller.write(offset::DATA, &[0x03]);
-        assert_eq!(resets.load(Ordering::Relaxed), 1);
-        controller.write(offset::COMMAND, &[0xd1]);
-        controller.write(offset::DATA, &[0x02]);
-        assert_eq!(resets.load(Ordering::Relaxed), 2);
+        let mut controller = I8042::new();
+        for (offset, value, action) in [
+            (offset::COMMAND, 0xff, Action::None),
+            (offset::DATA, 0xfe, Action::None),
+            (offset::COMMAND, 0xfe, Action::Reset),
+            (offset::COMMAND, 0xd1, Action::None),
+            (offset::DATA, 0x03, Action::None),
+            (offset::COMMAND, 0xd1, Action::None),
+            (offset::DATA, 0x02, Action::Reset),
+        ] {
+            assert_eq!(controller.write(offset, &[value]), action, "{value:#x}");
+        }
     }
 
     #[test]
     fn what_a_driver_asks_first_is_answered() {
-        let (mut controller, _) = controller();
-        controller.write(offset::COMMAND, &[0xaa]);
+        let mut controller = I8042::new();
+        assert_eq!(controller.write(offset::COMMAND, &[0xaa]), Action::None);
         assert_eq!(read(&mut controller, offset::COMMAND) & STATUS_OUTPUT, 1);
         assert_eq!(read(&mut controller, offset::DATA), 0x55);
         assert_eq!(read(&mut controller, offset::COMMAND) & STATUS_OUTPUT, 0);
-        controller.write(offset::COMMAND, &[0x60]);
-        controller.write(offset::DATA, &[0x47]);
-        controller.write(offset::COMMAND, &[0x20]);
+        assert_eq!(controller.write(offset::COMMAND, &[0x60]), Action::None);
+        assert_eq!(controller.write(offset::DATA, &[0x47]), Action::None);
+        assert_eq!(controller.write(offset::COMMAND, &[0x20]), Action::None);
         assert_eq!(read(&mut controller, offset::DATA), 0x47);
     }
 
     #[test]
     fn port_b_shows_time_passing() {
-        let (mut controller, _) = controller();
-        controller.write(offset::PORT_B, &[0xff]);
+        let mut controller = I8042::new();
+        assert_eq!(controller.write(offset::PORT_B, &[0xff]), Action::None);
         let (first, second) = (
             read(&mut controller, offset::PORT_B),
             read(&mut controller, offset::PORT_B),

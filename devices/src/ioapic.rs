@@ -6,6 +6,7 @@
 //! sends one message for each. What comes at a masked pin is lost, as with the hardware.
 
 use crate::Device;
+use crate::action::Action;
 
 /// Pins, as many as the hardware has.
 pub const PINS: usize = 24;
@@ -133,7 +134,7 @@ fn message(entry: u64) -> Option<Message> {
 
 impl Device for IoApic {
     /// Words; what is narrower reads their lowest bytes.
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let value = match offset {
             IOREGSEL => u32::from(self.selected),
             IOWIN => self.register(),
@@ -143,9 +144,10 @@ impl Device for IoApic {
         for (byte, of) in data.iter_mut().zip(value.to_le_bytes()) {
             *byte = of;
         }
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         let mut bytes = [0; 4];
         for (byte, of) in bytes.iter_mut().zip(data) {
             *byte = *of;
@@ -155,6 +157,7 @@ impl Device for IoApic {
             IOWIN => self.set_register(u32::from_le_bytes(bytes)),
             _ => {}
         }
+        Action::None
     }
 }
 
@@ -180,17 +183,23 @@ mod tests {
         }
 
         fn get(&mut self, register: u8) -> u32 {
-            self.apic
-                .write(IOREGSEL, &u32::from(register).to_le_bytes());
+            assert_eq!(
+                self.apic
+                    .write(IOREGSEL, &u32::from(register).to_le_bytes()),
+                Action::None
+            );
             let mut data = [0xee; 4];
-            self.apic.read(IOWIN, &mut data);
+            assert_eq!(self.apic.read(IOWIN, &mut data), Action::None);
             u32::from_le_bytes(data)
         }
 
         fn set(&mut self, register: u8, value: u32) {
-            self.apic
-                .write(IOREGSEL, &u32::from(register).to_le_bytes());
-            self.apic.write(IOWIN, &value.to_le_bytes());
+            assert_eq!(
+                self.apic
+                    .write(IOREGSEL, &u32::from(register).to_le_bytes()),
+                Action::None
+            );
+            assert_eq!(self.apic.write(IOWIN, &value.to_le_bytes()), Action::None);
         }
 
         fn last(&self) -> Messages {

@@ -4,6 +4,7 @@
 //! the [`bus::Bus`]) or an interrupt number. A device is given its wires as
 //! [`IrqLine`]s and closures, so each one is built and tested on any host.
 
+pub mod action;
 pub mod bus;
 pub mod cmos;
 pub mod console;
@@ -18,6 +19,8 @@ mod primecell;
 pub mod uart16550;
 pub mod virtio;
 
+use action::Action;
+
 /// A thing that answers reads and writes of the guest in one window of addresses.
 ///
 /// The data is in the guest's byte order on the bus, which is little-endian. A device
@@ -25,11 +28,12 @@ pub mod virtio;
 /// counted by the device.
 pub trait Device: Send {
     /// Answers a read of `data.len()` bytes at `offset` bytes into the window, and
-    /// fills all of `data`.
-    fn read(&mut self, offset: u64, data: &mut [u8]);
+    /// fills all of `data`. Returns what the access means for the machine.
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action;
 
-    /// Takes a write of `data.len()` bytes at `offset` bytes into the window.
-    fn write(&mut self, offset: u64, data: &[u8]);
+    /// Takes a write of `data.len()` bytes at `offset` bytes into the window. Returns what the
+    /// access means for the machine.
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action;
 }
 
 /// A wire from a device to an interrupt controller. The device does not know its number.

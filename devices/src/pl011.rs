@@ -19,6 +19,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::action::Action;
 pub use crate::console::Output;
 use crate::console::Uart;
 use crate::primecell::{self, Faults, Line, PrimeCell};
@@ -52,6 +53,8 @@ impl Snapshot {
 pub struct Pl011 {
     line: Line,
     output: Box<dyn Output>,
+    /// What the output of the access that is answered means for the machine.
+    action: Action,
     on_room: Box<dyn Fn() + Send>,
     /// Accesses that no register answers.
     faults: Faults,
@@ -208,6 +211,7 @@ impl Pl011 {
         Pl011 {
             line: Line::new(line),
             output,
+            action: Action::None,
             on_room,
             faults: Faults::of("PL011"),
             registers: Registers::at_reset(),
@@ -269,7 +273,7 @@ impl Pl011 {
 
     /// Sends bytes out, and in again when looped back.
     fn transmit(&mut self, bytes: &[u8]) {
-        self.output.write(bytes);
+        self.action.add(self.output.write(bytes));
         if self.is_looped_back() {
             for &byte in bytes {
                 self.loop_back(u16::from(byte));
@@ -512,13 +516,14 @@ impl Uart for Pl011 {
         fits
     }
 
-    fn write_data(&mut self, bytes: &[u8]) {
+    fn write_data(&mut self, bytes: &[u8]) -> Action {
         if bytes.is_empty() {
-            return;
+            return Action::None;
         }
         self.polls = 0;
         self.transmit(bytes);
         self.update_line();
+        std::mem::take(&mut self.action)
     }
 
     /// A read changes something while a character or an error waits to be read.
@@ -543,7 +548,7 @@ impl Uart for Pl011 {
 }
 
 impl Device for Pl011 {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let before = (self.listens(), self.wanted() > 0);
         self.polls = match offset {
             offset::FR => self.polls.saturating_add(1),
@@ -553,14 +558,16 @@ impl Device for Pl011 {
         let faults = primecell::read(self, offset, data);
         self.faults.note(faults, "read", offset, data.len());
         self.settle(before);
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         let before = (self.listens(), self.wanted() > 0);
         self.polls = 0;
         let faults = primecell::write(self, offset, data);
         self.faults.note(faults, "write", offset, data.len());
         self.settle(before);
+        std::mem::take(&mut self.action)
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vm_superio::rtc_pl031::NoEvents;
 use vm_superio::{Rtc, RtcState};
 
+use crate::action::Action;
 use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
@@ -196,18 +197,20 @@ impl PrimeCell for Pl031 {
 }
 
 impl Device for Pl031 {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         self.compare();
         let faults = primecell::read(self, offset, data);
         self.faults.note(faults, "read", offset, data.len());
         self.update_line();
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         self.compare();
         let faults = primecell::write(self, offset, data);
         self.faults.note(faults, "write", offset, data.len());
         self.update_line();
+        Action::None
     }
 }
 
@@ -242,12 +245,15 @@ mod tests {
 
         fn read(&mut self, offset: u16) -> u32 {
             let mut data = [0xff; 4];
-            self.clock.read(u64::from(offset), &mut data);
+            assert_eq!(self.clock.read(u64::from(offset), &mut data), Action::None);
             u32::from_le_bytes(data)
         }
 
         fn write(&mut self, offset: u16, value: u32) {
-            self.clock.write(u64::from(offset), &value.to_le_bytes());
+            assert_eq!(
+                self.clock.write(u64::from(offset), &value.to_le_bytes()),
+                Action::None
+            );
         }
 
         fn calls(&self) -> usize {
@@ -395,9 +401,12 @@ mod tests {
         let mut bench = Bench::new();
         for size in [1, 2, 8] {
             let mut data = vec![0xff; size];
-            bench.clock.read(0, &mut data);
+            assert_eq!(bench.clock.read(0, &mut data), Action::None);
             assert_eq!(data, vec![0; size]);
-            bench.clock.write(u64::from(offset::MR), &data);
+            assert_eq!(
+                bench.clock.write(u64::from(offset::MR), &data),
+                Action::None
+            );
         }
         assert_eq!(bench.clock.faults(), 6);
         for offset in [0x20, 0x02, 0xfdc, 0x1000] {
@@ -414,7 +423,7 @@ mod tests {
         let before = bench.clock.faults();
         assert_eq!(bench.read(offset::ICR), 0);
         let mut data = [0xff; 4];
-        bench.clock.read(0x1_0000, &mut data);
+        assert_eq!(bench.clock.read(0x1_0000, &mut data), Action::None);
         assert_eq!(data, [0; 4]);
         assert_eq!(bench.clock.faults(), before + 2);
     }
@@ -463,10 +472,11 @@ mod tests {
             let mut bench = Bench::new();
             for (offset, size, value, sleep) in events {
                 bench.sleep(sleep);
-                match value {
+                let action = match value {
                     Some(value) => bench.clock.write(offset, &value.to_le_bytes()[..size]),
                     None => bench.clock.read(offset, &mut vec![0; size]),
-                }
+                };
+                prop_assert_eq!(action, Action::None);
                 bench.clock.deadline();
                 bench.clock.poll();
                 let asserted = bench.read(offset::RIS) & bench.read(offset::IMSC);

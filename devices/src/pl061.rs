@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use crate::action::Action;
 use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
@@ -174,15 +175,17 @@ impl PrimeCell for Pl061 {
 }
 
 impl Device for Pl061 {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let faults = primecell::read(self, offset, data);
         self.faults.note(faults, "read", offset, data.len());
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         let faults = primecell::write(self, offset, data);
         self.faults.note(faults, "write", offset, data.len());
         self.update_line();
+        Action::None
     }
 }
 
@@ -208,12 +211,12 @@ mod tests {
         /// As Linux does: by bytes.
         fn read(&mut self, offset: u64) -> u8 {
             let mut data = [0xff];
-            self.gpio.read(offset, &mut data);
+            assert_eq!(self.gpio.read(offset, &mut data), Action::None);
             data[0]
         }
 
         fn write(&mut self, offset: u64, value: u8) {
-            self.gpio.write(offset, &[value]);
+            assert_eq!(self.gpio.write(offset, &[value]), Action::None);
         }
     }
 
@@ -239,9 +242,12 @@ mod tests {
             offset::IE,
             offset::AFSEL,
         ] {
-            bench.gpio.write(offset, &0x1234_56a5_u32.to_le_bytes());
+            assert_eq!(
+                bench.gpio.write(offset, &0x1234_56a5_u32.to_le_bytes()),
+                Action::None
+            );
             let mut word = [0xff; 4];
-            bench.gpio.read(offset, &mut word);
+            assert_eq!(bench.gpio.read(offset, &mut word), Action::None);
             assert_eq!(u32::from_le_bytes(word), 0xa5, "{offset:#x}");
         }
         assert_eq!(bench.gpio.faults(), 0);
@@ -385,9 +391,9 @@ mod tests {
         ] {
             let before = bench.gpio.faults();
             let mut data = vec![0xff; size];
-            bench.gpio.read(offset, &mut data);
+            assert_eq!(bench.gpio.read(offset, &mut data), Action::None);
             assert_eq!(data, vec![0; size], "{offset:#x}");
-            bench.gpio.write(offset, &vec![0xff; size]);
+            assert_eq!(bench.gpio.write(offset, &vec![0xff; size]), Action::None);
             assert_eq!(bench.gpio.faults(), before + 2, "{offset:#x}");
         }
         assert_eq!(bench.read(offset::DIR), 0);
@@ -434,10 +440,11 @@ mod tests {
         ) {
             let mut bench = Bench::new();
             for (offset, size, value, (line, high)) in events {
-                match value {
+                let action = match value {
                     Some(value) => bench.gpio.write(offset, &value[..size]),
                     None => bench.gpio.read(offset, &mut vec![0; size]),
-                }
+                };
+                prop_assert_eq!(action, Action::None);
                 bench.gpio.set_input(line % 10, high);
                 let asserted = bench.read(offset::RIS) & bench.read(offset::IE);
                 prop_assert_eq!(bench.read(offset::MIS), asserted);

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
+use crate::action::Action;
 use crate::console::{Output, Uart};
 use crate::{Device, IrqLine};
 
@@ -78,11 +79,15 @@ impl Trigger for Edge {
     }
 }
 
-struct Printer(Box<dyn Output>);
+struct Printer {
+    output: Box<dyn Output>,
+    /// What the output of the access that is answered means for the machine.
+    action: Action,
+}
 
 impl Write for Printer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes);
+        self.action.add(self.output.write(bytes));
         Ok(bytes.len())
     }
 
@@ -100,7 +105,13 @@ impl Uart16550 {
         on_room: Box<dyn Fn() + Send>,
     ) -> Uart16550 {
         Uart16550 {
-            registers: Serial::new(Edge(line), Printer(output)),
+            registers: Serial::new(
+                Edge(line),
+                Printer {
+                    output,
+                    action: Action::None,
+                },
+            ),
             on_room,
             breaks: Vec::new(),
             opened: false,
@@ -192,20 +203,22 @@ impl Uart16550 {
 
 impl Device for Uart16550 {
     /// Wider accesses are those of neighbouring ports, as on the ISA bus.
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let (listened, wanted) = (self.listens(), self.wanted());
         for (port, byte) in (offset..=offset::LAST).zip(data) {
             *byte = self.read_register(port);
         }
         self.settle(listened, wanted);
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         let (listened, wanted) = (self.listens(), self.wanted());
         for (port, byte) in (offset..=offset::LAST).zip(data) {
             self.write_register(port, *byte);
         }
         self.settle(listened, wanted);
+        std::mem::take(&mut self.registers.writer_mut().action)
     }
 }
 
@@ -229,17 +242,18 @@ impl Uart for Uart16550 {
         self.waits_for_room
     }
 
-    fn write_data(&mut self, bytes: &[u8]) {
+    fn write_data(&mut self, bytes: &[u8]) -> Action {
         let plain = !self.divisor_shown() && !self.is_looped_back() && !self.waits_for_room;
         if plain && !bytes.is_empty() {
             self.polls = 0;
             self.unasked = self.unasked.saturating_add(bytes.len());
-            self.registers.writer_mut().0.write(bytes);
-            return;
+            return self.registers.writer_mut().output.write(bytes);
         }
+        let mut action = Action::None;
         for byte in bytes {
-            self.write(offset::DATA, &[*byte]);
+            action.add(self.write(offset::DATA, &[*byte]));
         }
+        action
     }
 
     fn listening(&self) -> Option<u64> {
@@ -314,12 +328,12 @@ mod tests {
 
         fn read(&mut self, offset: u64) -> u8 {
             let mut data = [0xee];
-            self.uart.read(offset, &mut data);
+            assert_eq!(self.uart.read(offset, &mut data), Action::None);
             data[0]
         }
 
         fn write(&mut self, offset: u64, value: u8) {
-            self.uart.write(offset, &[value]);
+            assert_eq!(self.uart.write(offset, &[value]), Action::None);
         }
 
         fn interrupts(&self) -> usize {
@@ -452,15 +466,15 @@ mod tests {
     #[test]
     fn what_was_collected_is_as_if_it_had_been_written() {
         let mut bench = Bench::new();
-        bench.uart.write_data(b"one call");
+        assert_eq!(bench.uart.write_data(b"one call"), Action::None);
         assert_eq!(*bench.output.lock().expect("sound"), b"one call");
         // The divisor, and what comes back at once, are no output.
         bench.write(offset::LCR, 0x83);
-        bench.uart.write_data(&[12]);
+        assert_eq!(bench.uart.write_data(&[12]), Action::None);
         assert_eq!(bench.read(offset::DATA), 12);
         bench.write(offset::LCR, 0x03);
         bench.write(offset::MCR, MCR_LOOP);
-        bench.uart.write_data(b"back");
+        assert_eq!(bench.uart.write_data(b"back"), Action::None);
         let back: Vec<u8> = bench.received().into_iter().map(|pair| pair.0).collect();
         assert_eq!(back, b"back");
         bench.write(offset::MCR, 0);
@@ -470,13 +484,13 @@ mod tests {
     #[test]
     fn output_is_collected_of_those_who_look_before_they_send() {
         let mut bench = Bench::new();
-        bench.uart.write_data(&[b'x'; 16]);
+        assert_eq!(bench.uart.write_data(&[b'x'; 16]), Action::None);
         assert_eq!(bench.uart.snapshot(), Some(()));
         bench.write(offset::DATA, b'x');
         assert_eq!(bench.uart.snapshot(), None);
         bench.read(offset::LSR);
         assert_eq!(bench.uart.snapshot(), Some(()));
-        bench.uart.write_data(&[b'x'; 17]);
+        assert_eq!(bench.uart.write_data(&[b'x'; 17]), Action::None);
         assert_eq!(bench.uart.snapshot(), None);
     }
 
@@ -489,7 +503,7 @@ mod tests {
         // It has been told that there is room, and takes note.
         bench.read(2);
         let before = bench.interrupts();
-        bench.uart.write_data(b"x");
+        assert_eq!(bench.uart.write_data(b"x"), Action::None);
         assert_eq!(bench.interrupts(), before + 1);
         // The divisor's high byte is no mask.
         bench.write(offset::LCR, 0x83);
@@ -504,10 +518,10 @@ mod tests {
     fn the_divisor_is_no_data_and_no_interrupt_mask() {
         let mut bench = Bench::new();
         bench.write(offset::LCR, 0x83);
-        bench.uart.write(offset::DATA, &[1, 1]);
+        assert_eq!(bench.uart.write(offset::DATA, &[1, 1]), Action::None);
         assert_eq!(bench.uart.listening(), None);
         let mut divisor = [0; 2];
-        bench.uart.read(offset::DATA, &mut divisor);
+        assert_eq!(bench.uart.read(offset::DATA, &mut divisor), Action::None);
         assert_eq!(divisor, [1, 1]);
         assert!(bench.output.lock().expect("sound").is_empty());
     }

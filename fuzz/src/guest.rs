@@ -237,7 +237,7 @@ impl<S: Subject> Guest<S> {
     /// Reads a register.
     pub fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.mmio.read(offset, &mut data);
+        let _ = self.mmio.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
@@ -252,7 +252,7 @@ impl<S: Subject> Guest<S> {
         self.memory.tainted |= offset == QUEUE_READY && self.started;
         if offset != STATUS && offset != QUEUE_NOTIFY && offset < CONFIG {
             // The device does not hear of it.
-            self.mmio.write(offset, &value.to_le_bytes());
+            let _ = self.mmio.write(offset, &value.to_le_bytes());
             self.check_changing();
             return;
         }
@@ -261,7 +261,7 @@ impl<S: Subject> Guest<S> {
             self.note_kick(value);
         }
         let edges = self.line.0.load(Ordering::Relaxed);
-        self.mmio.write(offset, &value.to_le_bytes());
+        let _ = self.mmio.write(offset, &value.to_le_bytes());
         if self.started && !self.works {
             let status = self.read(STATUS);
             self.works = status & NEEDS_RESET == 0;
@@ -279,7 +279,7 @@ impl<S: Subject> Guest<S> {
     /// Writes QueueReady while the device works; `stopped` is the queue that it has to let go of.
     fn write_ready(&mut self, value: u32, stopped: Option<usize>) {
         self.before();
-        self.mmio.write(QUEUE_READY, &value.to_le_bytes());
+        let _ = self.mmio.write(QUEUE_READY, &value.to_le_bytes());
         if let Some(queue) = stopped {
             assert_eq!(self.read(QUEUE_READY), 0, "queue {queue} does not stop");
             // What was under way may have been completed until now.
@@ -862,11 +862,11 @@ impl<S: Subject> Guest<S> {
         let value = input.u64().to_le_bytes();
         if input.flag() {
             self.before();
-            self.mmio.write(CONFIG + offset, &value[..len]);
+            let _ = self.mmio.write(CONFIG + offset, &value[..len]);
             self.settle();
             self.after();
         }
-        self.mmio.read(CONFIG + offset, &mut data[..len]);
+        let _ = self.mmio.read(CONFIG + offset, &mut data[..len]);
         let shown = lock(&self.page.0);
         for (byte, at) in data[..len].iter().zip(CONFIG + offset..) {
             let word = shown.get(at as usize / 4).copied().unwrap_or(0);
@@ -889,14 +889,14 @@ impl<S: Subject> Guest<S> {
                 let value = input.u64().to_le_bytes();
                 let len = input.pick(&[1, 2, 8]);
                 self.before();
-                self.mmio.write(offset, &value[..len]);
+                let _ = self.mmio.write(offset, &value[..len]);
                 self.settle();
                 self.after();
             }
             _ => {
                 let mut data = [0xff; 8];
                 let len = input.pick(&[1, 2, 4, 8]);
-                self.mmio.read(offset, &mut data[..len]);
+                let _ = self.mmio.read(offset, &mut data[..len]);
                 if offset < CONFIG && len != 4 {
                     assert_eq!(data[..len], [0; 8][..len]);
                 }

@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use armlet_arch::irq::Spi;
 use armlet_arch::{Arch, Plan, Range, Request, Width};
 use armlet_devices::Device;
+use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
@@ -118,7 +119,7 @@ pub trait KvmArch: Arch {
 }
 
 /// An access to an I/O port that was answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortAccess {
     /// The port.
     pub port: u16,
@@ -126,6 +127,8 @@ pub struct PortAccess {
     pub write: bool,
     /// Whether a device stands there.
     pub found: bool,
+    /// What the access means for the machine.
+    pub action: Action,
 }
 
 /// What a hypercall was.

@@ -13,6 +13,7 @@ use armlet_arch::x86_64::cpu::{BOOT_CS, BOOT_DS};
 use armlet_arch::x86_64::{Boot, Host, X86_64};
 use armlet_arch::{Plan, Range, Request, Width};
 use armlet_devices::Device;
+use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::{IoApic, Messages, PINS};
 use cpuid::Topology;
@@ -157,24 +158,29 @@ impl KvmArch for X86_64 {
             u64::from(io.port),
             u32::from(io.direction) != KVM_EXIT_IO_IN,
         );
-        let mut found = true;
+        let (mut found, mut action) = (true, Action::None);
         // A string instruction accesses one port several times.
         for unit in data.chunks_exact_mut(size.max(1)) {
-            found &= match write {
+            let answered = match write {
                 true => ports.write(port, unit),
-                false => {
-                    ports.read(port, unit) || {
-                        // Nobody drives the bus.
+                false => ports.read(port, unit),
+            };
+            match answered {
+                Some(new) => action.add(new),
+                None => {
+                    found = false;
+                    // Nobody drives the bus.
+                    if !write {
                         unit.fill(0xff);
-                        false
                     }
                 }
-            };
+            }
         }
         Ok(PortAccess {
             port: io.port,
             write,
             found,
+            action,
         })
     }
 

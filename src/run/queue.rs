@@ -3,6 +3,7 @@
 
 use super::lock;
 use crate::vcpu::Told;
+use armlet_devices::action::Action;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -84,6 +85,13 @@ impl Queue {
         if lock(&self.news).add(event) {
             // The counter cannot overflow before the loop has read it.
             let _ = self.bell.write(1);
+        }
+    }
+
+    /// Tells what the guest's console output means for the machine.
+    pub(super) fn tell_action(&self, action: Action) {
+        if let Some(told) = Told::by(action) {
+            self.tell(Event::Told(told));
         }
     }
 

@@ -5,7 +5,8 @@
 
 use super::Backend;
 use anyhow::{Context, Result, bail};
-use armlet_devices::pl011::Output;
+use armlet_devices::action::Action;
+use armlet_devices::console::Output;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::console::{Console, Sink};
 use rustix::stdio;
@@ -64,13 +65,15 @@ pub struct HvcConsole {
 
 impl HvcConsole {
     /// A console whose output goes to `output`, which may wait for its reader. `on_room` is called
-    /// by the device's thread when the guest has room for input after it had none.
+    /// by the device's thread when the guest has room for input after it had none, `on_action` by
+    /// the thread that writes when the output means something for the machine.
     ///
     /// # Errors
     /// A host without room for another thread or descriptor.
     pub fn open(
         output: Box<dyn Output>,
         on_room: impl Fn() + Send + Sync + 'static,
+        on_action: impl Fn(Action) + Send + 'static,
     ) -> Result<HvcConsole> {
         let room = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
         let outlet = Arc::new(Outlet {
@@ -83,7 +86,7 @@ impl HvcConsole {
         std::thread::Builder::new()
             .name("console".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || writer.write_to(output))
+            .spawn(move || writer.write_to(output, on_action))
             .context("cannot start the thread console")?;
         Ok(HvcConsole {
             outlet,
@@ -159,7 +162,7 @@ impl Outlet {
     }
 
     /// The thread's life.
-    fn write_to(&self, mut output: Box<dyn Output>) {
+    fn write_to(&self, mut output: Box<dyn Output>, on_action: impl Fn(Action)) {
         let mut bytes = Vec::new();
         loop {
             let mut waiting = lock(&self.waiting);
@@ -179,7 +182,10 @@ impl Outlet {
                 let _ = self.room.write(1);
             }
             drop(waiting);
-            output.write(&bytes);
+            match output.write(&bytes) {
+                Action::None => {}
+                action => on_action(action),
+            }
             bytes.clear();
         }
     }
@@ -226,7 +232,7 @@ mod tests {
     #[test]
     fn output_is_taken_while_the_reader_does_not_read() {
         let (output, go, told) = gated();
-        let console = HvcConsole::open(output, || {}).expect("a thread");
+        let console = HvcConsole::open(output, || {}, |_| {}).expect("a thread");
         let mut sink = sink(&console);
         let chunk = vec![b'x'; 1000];
         let mut taken = 0;
@@ -245,7 +251,7 @@ mod tests {
     #[test]
     fn room_is_told_after_it_was_missed() {
         let (output, go, told) = gated();
-        let console = HvcConsole::open(output, || {}).expect("a thread");
+        let console = HvcConsole::open(output, || {}, |_| {}).expect("a thread");
         let mut sink = sink(&console);
         sink.write(b"first");
         // It is on its way now, or will be with what follows.
@@ -274,7 +280,7 @@ mod tests {
         let write = move |bytes: &[u8]| {
             let _ = tell.send(bytes.to_vec());
         };
-        let console = HvcConsole::open(Box::new(write), || {}).expect("a thread");
+        let console = HvcConsole::open(Box::new(write), || {}, |_| {}).expect("a thread");
         let mut sink = sink(&console);
         let wanted: Vec<u8> = (0..200_000_u32).map(|number| number as u8).collect();
         let mut rest = &wanted[..];
@@ -292,7 +298,7 @@ mod tests {
 
     #[test]
     fn each_guest_gets_a_device_of_its_own() {
-        let console = HvcConsole::open(Box::new(|_: &[u8]| {}), || {}).expect("a thread");
+        let console = HvcConsole::open(Box::new(|_: &[u8]| {}), || {}, |_| {}).expect("a thread");
         assert!(console.current().is_none());
         let first = console.device().expect("a device");
         let second = console.device().expect("a device");

@@ -364,7 +364,9 @@ mod tests {
             Arc::new(NoPage),
         )
         .expect("a window");
-        let mut write = |offset, value: u32| mmio.write(offset, &value.to_le_bytes());
+        let mut write = |offset, value: u32| {
+            let _ = mmio.write(offset, &value.to_le_bytes());
+        };
         for status in [0, 1, 3] {
             write(0x70, status);
         }
@@ -411,10 +413,10 @@ mod tests {
         )
         .expect("a window");
         let mut id = [0; 4];
-        mmio.read(0x8, &mut id);
+        let _ = mmio.read(0x8, &mut id);
         assert_eq!(id, [19, 0, 0, 0]);
         let mut cid = [0; 4];
-        mmio.read(0x100, &mut cid);
+        let _ = mmio.read(0x100, &mut cid);
         assert_eq!(cid, [3, 0, 0, 0]);
         let error = stream.read(&mut [0]).expect_err("no guest yet");
         assert_eq!(error.kind(), ErrorKind::WouldBlock);

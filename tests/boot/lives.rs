@@ -155,6 +155,20 @@ pub(crate) fn panics_once(armlet: Armlet) {
     assert!(errors.ends_with("x\\x1b[2J\n"), "{errors}");
 }
 
+/// Enough for a burst of output, and the last words of a kernel in it.
+pub(crate) fn burst_of_last_words() -> String {
+    format!("{}\nKernel panic - not syncing: at last\n", "x".repeat(96))
+}
+
+/// A guest that prints [`burst_of_last_words`], which are collected, and asks for a reset at once.
+pub(crate) fn panics_just_before_a_reset(armlet: Armlet) {
+    let armlet = armlet.option("--on-reset", "exit");
+    let outcome = armlet.option("--on-panic", "exit").run();
+    let errors = &outcome.errors;
+    assert!(errors.contains("kernel panicked"), "{errors}");
+    outcome.assert_status(4);
+}
+
 /// A guest that prints [`panics_20_times`] and "up", and hears nothing.
 pub(crate) fn heeds_signals_though_nobody_reads(armlet: Armlet) {
     // A full pipe: nothing more goes in before somebody reads.

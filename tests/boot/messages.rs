@@ -20,3 +20,10 @@ fn signals_act_though_nobody_reads_standard_error() {
     let Some(_) = rig::any() else { return };
     lives::heeds_signals_though_nobody_reads(Armlet::program(&panicking().stay()));
 }
+
+#[test]
+fn a_panic_in_a_burst_just_before_a_reset_is_heard() {
+    let Some(_) = rig::any() else { return };
+    let program = Program::default().print(&lives::burst_of_last_words());
+    lives::panics_just_before_a_reset(Armlet::program(&program.reset()));
+}

@@ -499,6 +499,15 @@ fn a_guest_panics_once_in_a_life() {
 }
 
 #[test]
+fn a_panic_in_a_burst_just_before_a_reset_is_heard() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print_looking(&lives::burst_of_last_words(), 16);
+    lives::panics_just_before_a_reset(Armlet::program(&program.out(I8042_COMMAND, 0xfe)));
+}
+
+#[test]
 fn signals_act_though_nobody_reads_standard_error() {
     if !rig::small() {
         return;

@@ -67,24 +67,24 @@ impl Bench {
 
     fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0xff; 4];
-        self.uart.read(offset, &mut data);
+        assert_eq!(self.uart.read(offset, &mut data), Action::None);
         u32::from_le_bytes(data)
     }
 
     /// As Linux reads this port: by halfwords.
     fn read16(&mut self, offset: u64) -> u16 {
         let mut data = [0xff; 2];
-        self.uart.read(offset, &mut data);
+        assert_eq!(self.uart.read(offset, &mut data), Action::None);
         self.feed_at_pace();
         u16::from_le_bytes(data)
     }
 
     fn write(&mut self, offset: u64, value: u32) {
-        self.uart.write(offset, &value.to_le_bytes());
+        assert_eq!(self.uart.write(offset, &value.to_le_bytes()), Action::None);
     }
 
     fn write16(&mut self, offset: u64, value: u16) {
-        self.uart.write(offset, &value.to_le_bytes());
+        assert_eq!(self.uart.write(offset, &value.to_le_bytes()), Action::None);
         self.feed_at_pace();
     }
 

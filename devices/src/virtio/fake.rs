@@ -84,12 +84,12 @@ impl<D: VirtioDevice + 'static> Guest<D> {
 
     pub(crate) fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.mmio.read(offset, &mut data);
+        let _ = self.mmio.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     pub(crate) fn write(&mut self, offset: u64, value: u32) {
-        self.mmio.write(offset, &value.to_le_bytes());
+        let _ = self.mmio.write(offset, &value.to_le_bytes());
     }
 
     /// Takes the device into use with all its queues (virtio 1.2, section 3.1.1).

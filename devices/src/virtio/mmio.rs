@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::transport::{DRIVER_OK, NEEDS_RESET, Transport};
 use super::{Interrupts, Link, VirtioDevice, lock};
+use crate::action::Action;
 use crate::{Device, IrqLine};
 
 /// Bytes of the window.
@@ -305,7 +306,7 @@ impl Mmio {
 }
 
 impl Device for Mmio {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         data.fill(0);
         let offset = offset as usize;
         if offset >= CONFIG {
@@ -313,9 +314,10 @@ impl Device for Mmio {
         } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
             *data = self.register(offset as u32).to_le_bytes();
         }
+        Action::None
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         let offset = offset as usize;
         if offset >= CONFIG {
             self.transport.write_config(offset - CONFIG, data);
@@ -327,6 +329,7 @@ impl Device for Mmio {
                 data.len()
             ));
         }
+        Action::None
     }
 }
 

@@ -135,12 +135,12 @@ impl Guest {
 
     pub(super) fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.mmio.read(offset, &mut data);
+        let _ = self.mmio.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&mut self, offset: u64, value: u32) {
-        self.mmio.write(offset, &value.to_le_bytes());
+        let _ = self.mmio.write(offset, &value.to_le_bytes());
     }
 
     /// Whether the link is up.

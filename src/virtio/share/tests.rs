@@ -82,7 +82,7 @@ impl Guest {
     }
 
     fn write(&mut self, offset: u64, value: u32) {
-        self.mmio.write(offset, &value.to_le_bytes());
+        let _ = self.mmio.write(offset, &value.to_le_bytes());
     }
 
     fn start(&mut self) {

@@ -68,14 +68,14 @@ fn registers_keep_the_bits_they_have() {
 #[test]
 fn narrow_accesses_see_the_low_bytes() {
     let mut bench = Bench::new();
-    bench.uart.write(offset::IBRD, &[0x34, 0x12]);
+    assert_eq!(bench.uart.write(offset::IBRD, &[0x34, 0x12]), Action::None);
     let mut byte = [0];
-    bench.uart.read(offset::IBRD, &mut byte);
+    assert_eq!(bench.uart.read(offset::IBRD, &mut byte), Action::None);
     assert_eq!(byte, [0x34]);
     assert_eq!(bench.read16(offset::IBRD), 0x1234);
     assert_eq!(bench.read(offset::IBRD), 0x1234);
     // A narrow write is a write of the register, with zeros above.
-    bench.uart.write(offset::IBRD, &[0x56]);
+    assert_eq!(bench.uart.write(offset::IBRD, &[0x56]), Action::None);
     assert_eq!(bench.read(offset::IBRD), 0x56);
     assert_eq!(bench.uart.faults(), 0);
 }
@@ -84,12 +84,12 @@ fn narrow_accesses_see_the_low_bytes() {
 fn wrong_accesses_are_zero_ignored_and_counted() {
     let mut bench = Bench::new();
     let mut wide = [0xff; 8];
-    bench.uart.read(offset::CR, &mut wide);
+    assert_eq!(bench.uart.read(offset::CR, &mut wide), Action::None);
     assert_eq!(wide, [0; 8]);
-    bench.uart.write(offset::DR, &[b'x'; 8]);
+    assert_eq!(bench.uart.write(offset::DR, &[b'x'; 8]), Action::None);
     assert_eq!(bench.output(), b"");
     let mut inside = [0xff; 1];
-    bench.uart.read(offset::CR + 1, &mut inside);
+    assert_eq!(bench.uart.read(offset::CR + 1, &mut inside), Action::None);
     assert_eq!(inside, [0]);
     assert_eq!(bench.uart.faults(), 3);
     for offset in [0x08, 0x14, 0x1c, 0x4c, 0x80, 0xfdc, 0x1000, u64::MAX - 3] {
@@ -126,9 +126,9 @@ fn unmasking_alone_raises_no_transmit_interrupt() {
 fn collected_writes_are_one_output() {
     let mut bench = Bench::new();
     bench.write(offset::IMSC, interrupt::TX);
-    bench.uart.write_data(b"");
+    assert_eq!(bench.uart.write_data(b""), Action::None);
     assert!(!bench.line.is_high());
-    bench.uart.write_data(b"many bytes");
+    assert_eq!(bench.uart.write_data(b"many bytes"), Action::None);
     assert_eq!(
         *bench.output.lock().expect("sound"),
         [b"many bytes".to_vec()]
@@ -145,7 +145,7 @@ fn looped_back_output_comes_in_and_input_waits() {
     assert_eq!(bench.uart.wanted(), 0);
     assert_eq!(bench.uart.receive(b"x"), 0);
     assert!(!bench.uart.receive_break());
-    bench.uart.write_data(b"ab");
+    assert_eq!(bench.uart.write_data(b"ab"), Action::None);
     bench.write(offset::DR, u32::from(b'c'));
     assert_eq!(bench.drain(), b"abc");
     assert_eq!(bench.rooms(), 0);
@@ -158,7 +158,7 @@ fn looped_back_output_comes_in_and_input_waits() {
 fn a_guest_can_overrun_itself_when_looped_back() {
     let mut bench = Bench::with_fifos();
     bench.write(offset::CR, 0x381);
-    bench.uart.write_data(&[b'x'; 17]);
+    assert_eq!(bench.uart.write_data(&[b'x'; 17]), Action::None);
     assert_ne!(bench.ris() & interrupt::OE, 0);
     assert_eq!(bench.read(offset::RSR_ECR), rsr::OVERRUN);
     assert_eq!(bench.read(offset::DR), u32::from(b'x') | dr::OVERRUN);
@@ -196,7 +196,7 @@ fn looped_back_modem_lines_follow_the_outputs() {
 fn reset_is_power_on() {
     let mut bench = Bench::new();
     linux_opens(&mut bench);
-    bench.uart.write_data(b"last words");
+    assert_eq!(bench.uart.write_data(b"last words"), Action::None);
     assert_eq!(bench.uart.receive(&[b'x'; 20]), 16);
     assert!(bench.line.is_high());
     let rooms = bench.rooms();

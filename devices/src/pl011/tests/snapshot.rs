@@ -112,7 +112,7 @@ fn there_is_none_while_an_error_waits() {
     assert_shows_what_is_read(&mut bench);
 
     bench.write(offset::CR, cr::LBE);
-    bench.uart.write_data(&[b'x'; FIFO_DEPTH + 1]);
+    assert_eq!(bench.uart.write_data(&[b'x'; FIFO_DEPTH + 1]), Action::None);
     bench.drain();
     assert_eq!(bench.uart.snapshot(), None);
     bench.write(offset::RSR_ECR, 0);
@@ -157,7 +157,7 @@ fn output_after_its_first_byte_leaves_it_as_it_is() {
         bench.write(offset::DR, u32::from(byte));
         assert_eq!(snapshot(&bench), during);
     }
-    bench.uart.write_data(b"and more");
+    assert_eq!(bench.uart.write_data(b"and more"), Action::None);
     assert_eq!(snapshot(&bench), during);
     bench.write(offset::ICR, interrupt::TX);
     assert_eq!(snapshot(&bench), before);

@@ -251,13 +251,13 @@ fn the_driver_writes_its_fields_only() {
         (0, &[1; 16]),
         (0xff, &[1; 1]),
     ] {
-        bench.guest.mmio.write(0x100 + offset, data);
+        let _ = bench.guest.mmio.write(0x100 + offset, data);
     }
     assert_eq!(bench.guest.mmio.faults(), 8);
     let fields = [TARGET, ACTUAL, COMMAND, POISON].map(|field| bench.config(field));
     assert_eq!(fields, [4096, 0, 0, 0]);
-    bench.guest.mmio.write(0x104, &7_u32.to_le_bytes());
-    bench.guest.mmio.write(0x10f, &[0xaa]);
+    let _ = bench.guest.mmio.write(0x104, &7_u32.to_le_bytes());
+    let _ = bench.guest.mmio.write(0x10f, &[0xaa]);
     assert_eq!(bench.config(ACTUAL), 7);
     assert_eq!(bench.config(POISON), 0xaa00_0000);
     assert_eq!(lock(&bench.guest.device).actual(), 7 * PAGE);

@@ -203,7 +203,7 @@ fn ask(guest: &mut Guest<Block>, readable: &[u8], room: usize) -> u8 {
 
 fn config(guest: &mut Guest<Block>, offset: usize, bytes: usize) -> u64 {
     let mut data = vec![0; bytes];
-    crate::Device::read(&mut guest.mmio, 0x100 + offset as u64, &mut data);
+    let _ = crate::Device::read(&mut guest.mmio, 0x100 + offset as u64, &mut data);
     data.iter()
         .rev()
         .fold(0, |value, byte| value << 8 | u64::from(*byte))
@@ -482,14 +482,14 @@ fn the_driver_chooses_the_mode_of_the_cache() {
     let (mut guest, fake) = start(ALL | FEATURE_CONFIG_WCE);
     let write = [header(OUT, 0), vec![0; 512]].concat();
     for (mode, durable) in [(0_u8, true), (1, false), (0, true)] {
-        crate::Device::write(&mut guest.mmio, 0x100 + 32, &[mode]);
+        let _ = crate::Device::write(&mut guest.mmio, 0x100 + 32, &[mode]);
         assert_eq!(config(&mut guest, 32, 1), u64::from(mode));
         ask(&mut guest, &write, 1);
         assert_eq!(fake.store().seen.last().map(|seen| seen.3), Some(durable));
     }
     // Nothing else can be written.
-    crate::Device::write(&mut guest.mmio, 0x100 + 32, &[2]);
-    crate::Device::write(&mut guest.mmio, 0x100, &[9; 8]);
+    let _ = crate::Device::write(&mut guest.mmio, 0x100 + 32, &[2]);
+    let _ = crate::Device::write(&mut guest.mmio, 0x100, &[9; 8]);
     assert_eq!(config(&mut guest, 32, 1), 0);
     assert_eq!(config(&mut guest, 0, 8), 128);
     // The next driver finds it as the first one did.
@@ -497,7 +497,7 @@ fn the_driver_chooses_the_mode_of_the_cache() {
     assert_eq!(config(&mut guest, 32, 1), 1);
     // Who did not ask for it cannot.
     guest.start(ALL);
-    crate::Device::write(&mut guest.mmio, 0x100 + 32, &[0]);
+    let _ = crate::Device::write(&mut guest.mmio, 0x100 + 32, &[0]);
     assert_eq!(config(&mut guest, 32, 1), 1);
 }
 
@@ -941,7 +941,7 @@ proptest! {
             guest.kick(0);
         }
         for (offset, value) in config {
-            crate::Device::write(&mut guest.mmio, 0x100 + offset, &value.to_le_bytes());
+            let _ = crate::Device::write(&mut guest.mmio, 0x100 + offset, &value.to_le_bytes());
         }
         guest.used(0);
         // Whatever it was, a reset makes it good.

@@ -348,7 +348,7 @@ fn emergency_characters_need_no_driver() {
     assert_eq!(bench.got(), b"oops");
     // They come before what is printed later.
     lock(&bench.reader).room = 0;
-    bench.guest.mmio.write(0x108, b"!");
+    let _ = bench.guest.mmio.write(0x108, b"!");
     bench.guest.start(0);
     bench.print(&[b"late"]);
     bench.read(100);
@@ -367,9 +367,9 @@ fn other_writes_to_the_configuration_change_nothing() {
     let mut bench = Bench::started(100);
     let generation = bench.guest.read(0xfc);
     for (offset, data) in [(0, &b"aaaa"[..]), (4, b"a"), (9, b"a"), (12, b"aaaa")] {
-        bench.guest.mmio.write(0x100 + offset, data);
+        let _ = bench.guest.mmio.write(0x100 + offset, data);
     }
-    bench.guest.mmio.write(0x108, b"");
+    let _ = bench.guest.mmio.write(0x108, b"");
     assert_eq!(bench.guest.read(0x100), 25 << 16 | 80);
     assert_eq!(bench.guest.read(0xfc), generation);
     assert_eq!(bench.got(), b"");

@@ -494,11 +494,11 @@ fn the_configuration_is_read_and_written_in_any_width() {
         (200, 4, vec![0; 4]),
     ] {
         let mut data = vec![0xff; len];
-        guest.mmio.read(CONFIG as u64 + offset, &mut data);
+        let _ = guest.mmio.read(CONFIG as u64 + offset, &mut data);
         assert_eq!(data, expected);
     }
-    guest.mmio.write(CONFIG as u64 + 5, &[7, 8]);
-    guest.mmio.write(CONFIG as u64 + 250, &[9]);
+    let _ = guest.mmio.write(CONFIG as u64 + 5, &[7, 8]);
+    let _ = guest.mmio.write(CONFIG as u64 + 250, &[9]);
     let writes = lock(&guest.device).writes.clone();
     assert_eq!(writes, [(5, vec![7, 8]), (250, vec![9])]);
     // It is the device that decides what it takes.
@@ -513,12 +513,12 @@ fn accesses_that_no_register_takes_are_counted() {
     }
     assert_eq!(guest.mmio.faults(), 5);
     for data in [&[1][..], &[1, 0], &[1; 8], &[]] {
-        guest.mmio.write(STATUS.into(), data);
+        let _ = guest.mmio.write(STATUS.into(), data);
     }
     assert_eq!(guest.mmio.faults(), 9);
     assert_eq!(guest.read(STATUS.into()), 0);
     let mut wide = [0xff; 8];
-    guest.mmio.read(MAGIC.into(), &mut wide);
+    let _ = guest.mmio.read(MAGIC.into(), &mut wide);
     assert_eq!(wide, [0; 8]);
 }
 
@@ -592,7 +592,10 @@ fn paged() -> (Mmio, Arc<RecordingPage>, Arc<Mutex<Keeper>>) {
 }
 
 fn perform(mmio: &mut Mmio, device: &Mutex<Keeper>, act: Act) {
-    let mut write = |offset: u32, value: u32| mmio.write(offset.into(), &value.to_le_bytes());
+    let mut write = |offset: u32, value: u32| {
+        let action = mmio.write(offset.into(), &value.to_le_bytes());
+        assert_eq!(action, Action::None);
+    };
     match act {
         Act::Write(offset, value) => write(offset, value),
         Act::Start(queues) => {
@@ -644,7 +647,7 @@ proptest! {
             }
             for offset in (0..WINDOW_SIZE).step_by(4) {
                 let mut data = [0; 4];
-                mmio.read(offset as u64, &mut data);
+                let _ = mmio.read(offset as u64, &mut data);
                 let read = u32::from_le_bytes(data);
                 prop_assert_eq!(page.load(offset), read, "{:#x} after {:?}", offset, step);
             }

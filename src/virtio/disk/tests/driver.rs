@@ -84,7 +84,7 @@ impl Guest {
     }
 
     pub(super) fn write(&mut self, offset: u64, value: u32) {
-        self.mmio.write(offset, &value.to_le_bytes());
+        let _ = self.mmio.write(offset, &value.to_le_bytes());
     }
 
     /// Fills the first queue with reads, all of them the same, in an indirect table.
