@@ -106,7 +106,11 @@ impl Frames for Wire {
         };
         let least = if self.has_header { HEADER } else { 1 };
         let most = MOST_BYTES - if self.has_header { 0 } else { HEADER };
-        let frame = vec![0x77; size.clamp(least, most)];
+        let mut frame = vec![0x77; size.clamp(least, most)];
+        if self.has_header {
+            // Nothing that a driver would have to agree to.
+            frame[..HEADER].fill(0);
+        }
         let placed = room.fill(&frame);
         assert_eq!(placed, frame.len(), "a frame has no room");
         Ok(placed)

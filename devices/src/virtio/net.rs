@@ -86,6 +86,10 @@ pub const HEADER: usize = 12;
 pub const MOST_BYTES: usize = HEADER + 14 + 4 + (64 << 10);
 /// Bytes of an Ethernet header, and so of the shortest frame.
 const LEAST_FRAME: usize = 14;
+/// Bytes of an Ethernet header with a VLAN tag: a frame may have as many beyond the MTU.
+const LONGEST_HEADER: usize = LEAST_FRAME + 4;
+/// The smallest MTU that a card may tell of (virtio 1.2, section 5.1.4.1), that of IPv4 (RFC 791).
+const LEAST_MTU: u16 = 68;
 /// The most frames that a queue moves in one go: then the driver hears of them, and the other
 /// queues get their turn.
 const BATCH: usize = 64;
@@ -100,7 +104,7 @@ pub trait Network: Send {
         1
     }
 
-    /// The MTU in bytes that the driver should use, where it is not Ethernet's 1500.
+    /// The MTU in bytes that the driver should use, where it is not Ethernet's 1500; it is told once.
     fn mtu(&self) -> Option<u16> {
         None
     }
@@ -238,13 +242,14 @@ impl<N: Frames> Net<N> {
 
     fn receive(&mut self, pair: usize) {
         let is_used = pair < self.card.active();
+        let offloads = self.card.offloads();
         let Some(receiver) = self.pairs.get_mut(pair).map(|pair| &mut pair.receiver) else {
             return;
         };
         if let Some(receiver) = receiver
             && is_used
             && !self.gone
-            && let Err(why) = receiver.run(&mut self.network, pair)
+            && let Err(why) = receiver.run(&mut self.network, pair, offloads)
         {
             self.lose(&why);
         }
@@ -311,12 +316,13 @@ impl<N: Frames> VirtioDevice for Net<N> {
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
         let pairs = self.card.start(&mut driver, &mut self.network)?;
         let (features, has_header) = (driver.features, self.network.has_header());
+        let longest = self.card.longest_frame();
         let link = Arc::clone(&driver.link);
         self.pairs = (0..pairs)
             .map(|pair| Pair {
                 receiver: driver
                     .take(2 * pair)
-                    .map(|queue| Receiver::new(queue, &link, features, has_header)),
+                    .map(|queue| Receiver::new(queue, &link, features, has_header, longest)),
                 transmitter: driver
                     .take(2 * pair + 1)
                     .map(|queue| Transmitter::new(queue, &link, has_header)),
@@ -348,12 +354,16 @@ impl<N: Frames> VirtioDevice for Net<N> {
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
         let index = usize::from(queue.index());
         let (features, has_header) = (self.card.agreed(), self.network.has_header());
+        let longest = self.card.longest_frame();
         if self.card.is_control(index) {
             self.card.set_control(Some(queue));
         } else if let Some(pair) = self.pairs.get_mut(index / 2) {
             let link = Arc::clone(queue.link());
             match index.is_multiple_of(2) {
-                true => pair.receiver = Some(Receiver::new(queue, &link, features, has_header)),
+                true => {
+                    let receiver = Receiver::new(queue, &link, features, has_header, longest);
+                    pair.receiver = Some(receiver);
+                }
                 false => pair.transmitter = Some(Transmitter::new(queue, &link, has_header)),
             }
         }

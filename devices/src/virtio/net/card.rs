@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{CONTROL_ENTRIES, ENTRIES, Network, feature};
+use super::{CONTROL_ENTRIES, ENTRIES, LEAST_MTU, LONGEST_HEADER, Network, feature};
 use crate::virtio::{ConfigSpace, Driver, Link, StartError, Virtqueue};
 
 /// VIRTIO_NET_S_LINK_UP (virtio 1.2, section 5.1.4).
@@ -12,9 +12,9 @@ const STATUS: usize = 6;
 
 /// VIRTIO_NET_CTRL_MAC and its command to set the address (virtio 1.2, section 5.1.6.5.2).
 const MAC_SET: [u8; 2] = [1, 1];
-/// VIRTIO_NET_CTRL_MQ: the number of pairs in use (section 5.1.6.5.5).
+/// VIRTIO_NET_CTRL_MQ: the number of pairs in use (section 5.1.6.5.6).
 const PAIRS_SET: [u8; 2] = [4, 0];
-/// VIRTIO_NET_CTRL_GUEST_OFFLOADS (section 5.1.6.5.6).
+/// VIRTIO_NET_CTRL_GUEST_OFFLOADS (section 5.1.6.5.8).
 const OFFLOADS_SET: [u8; 2] = [5, 0];
 /// VIRTIO_NET_OK and VIRTIO_NET_ERR.
 const ANSWERS: [u8; 2] = [0, 1];
@@ -23,6 +23,8 @@ const ANSWERS: [u8; 2] = [0, 1];
 pub(super) struct Card {
     mac: [u8; 6],
     pairs: u16,
+    /// In bytes, where the driver is told of it.
+    mtu: Option<u16>,
     features: u64,
     config: Arc<ConfigSpace>,
     is_up: bool,
@@ -56,7 +58,7 @@ impl Card {
         if pairs > 1 {
             features |= feature::MQ;
         }
-        let mtu = network.mtu();
+        let mtu = network.mtu().filter(|mtu| *mtu >= LEAST_MTU);
         if mtu.is_some() {
             features |= feature::MTU;
         }
@@ -69,6 +71,7 @@ impl Card {
         Card {
             mac,
             pairs,
+            mtu,
             features,
             config: ConfigSpace::new(config),
             is_up: network.is_up(),
@@ -156,6 +159,17 @@ impl Card {
     /// The features that the driver that runs agreed to.
     pub(super) fn agreed(&self) -> u64 {
         self.running.as_ref().map_or(0, |running| running.features)
+    }
+
+    /// Which of the offloads the driver wants now.
+    pub(super) fn offloads(&self) -> u64 {
+        self.running.as_ref().map_or(0, |running| running.offloads)
+    }
+
+    /// The most bytes of a frame that is not to be segmented, where the driver was told of an MTU.
+    pub(super) fn longest_frame(&self) -> Option<usize> {
+        let mtu = self.mtu.filter(|_| self.agreed() & feature::MTU != 0)?;
+        Some(usize::from(mtu) + LONGEST_HEADER)
     }
 
     /// Pairs of queues in use.

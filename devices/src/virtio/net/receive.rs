@@ -10,6 +10,17 @@ use crate::virtio::{Chain, Link, Virtqueue};
 
 /// Offset of num_buffers in the header, in bytes (virtio 1.2, section 5.1.6).
 const NUM_BUFFERS: usize = 10;
+/// VIRTIO_NET_HDR_F_NEEDS_CSUM and VIRTIO_NET_HDR_F_DATA_VALID, in the header's first byte.
+const NEEDS_CSUM: u8 = 1;
+const DATA_VALID: u8 = 2;
+/// VIRTIO_NET_HDR_GSO_*, in its second byte: what a driver must have agreed to for each.
+const SEGMENTED: [(u8, u64); 3] = [
+    (1, feature::GUEST_TSO4),
+    (4, feature::GUEST_TSO6),
+    (5, feature::GUEST_USO4 | feature::GUEST_USO6),
+];
+/// VIRTIO_NET_HDR_GSO_ECN, beside one of those.
+const ECN: u8 = 0x80;
 /// The most pieces of memory that a frame is offered while there are enough for one: with a last
 /// buffer of as many pieces as a request may have, each in two banks of memory, they are fewer
 /// than the 1024 that one system call takes.
@@ -26,6 +37,10 @@ pub(super) struct Receiver {
     /// Whether a frame may lie in several buffers.
     merges: bool,
     has_header: bool,
+    /// The most bytes of a frame that the driver gets in one piece, where it was told of an MTU.
+    longest: Option<usize>,
+    /// The header of the frame that was read last; zeros where the network has none.
+    header: [u8; HEADER],
     /// Buffers from the queue that are not used yet, in order.
     held: VecDeque<Held>,
     /// Bytes of all of them.
@@ -60,23 +75,27 @@ struct Waiting {
     placed: usize,
 }
 
-/// Room for a frame: the driver's buffers, and behind them one of ours.
+/// Room for a frame: where its header goes, if it has one; the driver's buffers, and behind them one
+/// of ours.
 pub struct Room<'a> {
     memory: &'a GuestMemoryMmap,
+    header: Option<&'a mut [u8]>,
     held: &'a VecDeque<Held>,
-    skip: usize,
     spill: &'a mut [u8],
 }
 
 impl<'a> Room<'a> {
     /// The bytes to write to, piece by piece; fewer than 1024 pieces.
     pub fn slices(self) -> impl Iterator<Item = VolatileSlice<'a>> {
-        let (memory, mut skip) = (self.memory, self.skip);
+        // The driver's header is written when the frame is handed over.
+        let (memory, mut skip) = (self.memory, HEADER);
         let held = self.held.iter().flat_map(move |held| {
             let skip = std::mem::take(&mut skip);
             slices(memory, held.chain.writable(), skip)
         });
-        held.chain(std::iter::once(VolatileSlice::from(self.spill)))
+        let header = self.header.into_iter().map(VolatileSlice::from);
+        let spill = std::iter::once(VolatileSlice::from(self.spill));
+        header.chain(held).chain(spill)
     }
 
     /// Writes a frame, as much as there is room for; returns its bytes.
@@ -101,12 +120,15 @@ impl Receiver {
         link: &Arc<Link>,
         features: u64,
         has_header: bool,
+        longest: Option<usize>,
     ) -> Receiver {
         Receiver {
             queue,
             link: Arc::clone(link),
             merges: features & feature::MRG_RXBUF != 0,
             has_header,
+            longest,
+            header: [0; HEADER],
             held: VecDeque::new(),
             room: 0,
             pieces: 0,
@@ -125,11 +147,17 @@ impl Receiver {
     }
 
     /// Hands over what has come, as far as the driver has buffers for it. What there is no buffer
-    /// for stays with the network, until the driver kicks.
+    /// for stays with the network, until the driver kicks. `offloads` are the features that the
+    /// driver wants of frames now.
     ///
     /// # Errors
     /// Why the network is gone.
-    pub(super) fn run(&mut self, network: &mut impl Frames, pair: usize) -> Result<(), String> {
+    pub(super) fn run(
+        &mut self,
+        network: &mut impl Frames,
+        pair: usize,
+        offloads: u64,
+    ) -> Result<(), String> {
         let mut left = BATCH;
         let mut result = Ok(());
         self.refused = 0;
@@ -158,10 +186,17 @@ impl Receiver {
             }
             match network.receive(pair, self.offer()) {
                 Ok(size) => {
-                    self.waiting = Some(Waiting {
-                        size: size + self.skip(),
-                        placed: self.room,
-                    });
+                    let size = if self.has_header { size } else { size + HEADER };
+                    match self.admit(size, offloads) {
+                        Ok(()) => {
+                            let placed = self.room;
+                            self.waiting = Some(Waiting { size, placed });
+                        }
+                        Err(why) => {
+                            left -= 1;
+                            self.link.fault(format_args!("{why}"));
+                        }
+                    }
                 }
                 Err(Trouble::Wait) => self.more = false,
                 Err(Trouble::Lost(why)) => {
@@ -178,18 +213,54 @@ impl Receiver {
         result
     }
 
-    /// Bytes before the frame that the network does not write.
-    fn skip(&self) -> usize {
-        if self.has_header { 0 } else { HEADER }
-    }
-
     fn offer(&mut self) -> Room<'_> {
         Room {
-            skip: self.skip(),
             memory: self.queue.memory(),
+            header: self.has_header.then_some(&mut self.header[..]),
             held: &self.held,
             spill: &mut self.spill,
         }
+    }
+
+    /// Has the header of a frame of `size` bytes, with it, ask no more of the driver than it agreed to
+    /// (virtio 1.2, sections 5.1.4.1 and 5.1.6.4.1). A TAP says of frames whose checksum the host has
+    /// seen that it is valid, whatever its offloads are (include/linux/virtio_net.h:
+    /// virtio_net_hdr_from_skb), and it may hold frames of the time before they were changed.
+    ///
+    /// # Errors
+    /// A frame that the driver cannot take.
+    fn admit(&mut self, size: usize, offloads: u64) -> Result<(), String> {
+        let [flags, kind, ..] = self.header;
+        let has = |features: u64| offloads & features == features;
+        if kind == 0 {
+            if let Some(most) = self.longest.filter(|most| size - HEADER > *most) {
+                let size = size - HEADER;
+                return Err(format!(
+                    "a frame of {size} bytes came, and the driver was told of {most} at most"
+                ));
+            }
+        } else {
+            let known = SEGMENTED.iter().find(|(known, _)| *known == kind & !ECN);
+            let agreed = known.is_some_and(|(_, needed)| has(*needed))
+                && (kind & ECN == 0 || has(feature::GUEST_ECN));
+            if !agreed {
+                return Err(format!(
+                    "a frame came that is to be segmented (type {kind:#x}), which the driver does not do"
+                ));
+            }
+        }
+        if has(feature::GUEST_CSUM) {
+            self.header[0] &= NEEDS_CSUM | DATA_VALID;
+            return Ok(());
+        }
+        if flags & NEEDS_CSUM != 0 {
+            return Err(
+                "a frame came whose checksum is to be completed, which the driver does not do"
+                    .to_owned(),
+            );
+        }
+        self.header[..NUM_BUFFERS].fill(0);
+        Ok(())
     }
 
     /// Takes buffers from the queue, as many as the next frame may well need; false without any.
@@ -254,12 +325,10 @@ impl Receiver {
         // costs more than some buffers too many: so the memory of long ones fades slowly.
         self.expected = frame.size.max(self.expected - self.expected / 8);
         let count = self.copy_spill(frame);
-        let mut header = [0; HEADER];
-        header[NUM_BUFFERS..].copy_from_slice(&(count as u16).to_le_bytes());
-        let from = if self.has_header { NUM_BUFFERS } else { 0 };
+        self.header[NUM_BUFFERS..].copy_from_slice(&(count as u16).to_le_bytes());
         self.held[0]
             .chain
-            .write(self.queue.memory(), from, &header[from..]);
+            .write(self.queue.memory(), 0, &self.header);
         for held in self.held.range(..count) {
             self.room -= held.room;
             self.pieces -= held.chain.writable().len();

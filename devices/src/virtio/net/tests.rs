@@ -1,5 +1,6 @@
 //! A network card between a driver and a network that both behave, and that do not.
 
+mod headers;
 mod outside;
 
 use std::collections::VecDeque;
