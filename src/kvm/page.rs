@@ -106,6 +106,18 @@ impl ReadOnlyPages {
         }
     }
 
+    /// Changes the two words at `offset` bytes, a multiple of 8, at once.
+    pub fn store_two(&self, offset: usize, value: u64) {
+        if offset.is_multiple_of(8) && offset + 8 <= self.memory.size {
+            // SAFETY: as in `store`; both architectures write an aligned 64-bit word as a whole.
+            unsafe {
+                let words: *mut u64 = self.memory.start.as_ptr().add(offset).cast();
+                words.write_volatile(value.to_le());
+                super::clean_to_memory(words.cast());
+            }
+        }
+    }
+
     /// Lets the guest read the memory in place of registers.
     ///
     /// # Errors

@@ -215,6 +215,10 @@ impl RegisterPage for SlotPage {
     fn store(&self, offset: usize, value: u32) {
         self.pages.store(self.offset + offset, value);
     }
+
+    fn store_two(&self, offset: usize, value: u64) {
+        self.pages.store_two(self.offset + offset, value);
+    }
 }
 
 /// An edge-triggered interrupt by irqfd.

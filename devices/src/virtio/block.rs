@@ -287,6 +287,10 @@ pub struct Block {
     readonly: bool,
     serial: [u8; SERIAL],
     features: u64,
+    /// What the driver agreed to, also before it starts.
+    agreed: u64,
+    /// Whether a write may be done before it reached stable storage.
+    writeback: bool,
     queues: Vec<Option<Virtqueue>>,
     running: Option<Running>,
     /// Queues whose turn it is, or that are held: the next request of each has no tag, or would be
@@ -309,13 +313,10 @@ pub struct Block {
     free: Vec<u16>,
 }
 
-/// What the driver agreed to.
+/// What a driver that started has.
 struct Running {
     link: Arc<Link>,
     memory: Arc<GuestMemoryMmap>,
-    features: u64,
-    /// Whether a write may be done before it reached stable storage.
-    writeback: bool,
 }
 
 /// What is under way of a queue.
@@ -369,6 +370,8 @@ impl Block {
             readonly: shape.readonly,
             serial,
             features,
+            agreed: 0,
+            writeback: true,
             queues: (0..shape.queues).map(|_| None).collect(),
             running: None,
             waiting: VecDeque::new(),
@@ -515,7 +518,7 @@ impl Block {
             0 => Order::Answer(IOERR),
             _ => self.order(running, &chain),
         };
-        let durable = !running.writeback;
+        let durable = !self.writeback;
         let mut pending = Pending {
             queue,
             chain,
@@ -593,12 +596,12 @@ impl Block {
             OUT => self.transfer(Operation::Write, sector, chain.readable_len() - HEADER),
             FLUSH => Ok(Order::Do(Operation::Flush, 0, 0)),
             GET_ID => Ok(Order::Identify),
-            DISCARD if running.features & FEATURE_DISCARD != 0 => {
+            DISCARD if self.agreed & FEATURE_DISCARD != 0 => {
                 self.range(running, chain, DISCARD_SECTORS, |flags| {
                     (flags == 0).then_some(Operation::Discard)
                 })
             }
-            WRITE_ZEROES if running.features & FEATURE_WRITE_ZEROES != 0 => {
+            WRITE_ZEROES if self.agreed & FEATURE_WRITE_ZEROES != 0 => {
                 self.range(running, chain, ZERO_SECTORS, |flags| {
                     let unmap = flags & UNMAP != 0;
                     (flags & !UNMAP == 0).then_some(Operation::WriteZeroes { unmap })
@@ -762,10 +765,9 @@ impl Block {
 
     /// The cache's mode as the driver sees it, where it can change it.
     fn set_writeback(&mut self, writeback: bool) {
-        self.config
-            .change(|bytes| bytes[field::WRITEBACK] = u8::from(writeback));
-        if let Some(running) = &mut self.running {
-            running.writeback = writeback;
+        if std::mem::replace(&mut self.writeback, writeback) != writeback {
+            self.config
+                .change(|bytes| bytes[field::WRITEBACK] = u8::from(writeback));
         }
     }
 }
@@ -788,34 +790,32 @@ impl VirtioDevice for Block {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        let Some(running) = &self.running else {
-            return;
-        };
-        let is_mode = running.features & FEATURE_CONFIG_WCE != 0 && offset == field::WRITEBACK;
-        match data {
-            [mode @ (0 | 1)] if is_mode => self.set_writeback(*mode == 1),
-            _ => running.link.fault(format_args!(
+        let is_mode = self.agreed & FEATURE_CONFIG_WCE != 0 && offset == field::WRITEBACK;
+        match (data, &self.running) {
+            ([mode @ (0 | 1)], _) if is_mode => self.set_writeback(*mode == 1),
+            (_, Some(running)) => running.link.fault(format_args!(
                 "the driver writes {data:?} to byte {offset} of the configuration"
             )),
+            _ => {}
         }
+    }
+
+    fn agree(&mut self, features: Option<u64>) {
+        self.agreed = features.unwrap_or(0);
+        // Sections 5.2.5.2 and 5.2.6.2: who does not flush is told that a write is done when it is
+        // stable. The next driver finds the cache as the first one did.
+        self.set_writeback(features.is_none_or(|features| features & FEATURE_FLUSH != 0));
     }
 
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
         for (index, queue) in self.queues.iter_mut().enumerate() {
             *queue = driver.take(index);
         }
-        // Section 5.2.6.2: who does not flush is told that a write is done when it is stable.
-        let flushes = driver.features & FEATURE_FLUSH != 0;
         self.engine.start(&driver.memory);
         self.running = Some(Running {
             link: driver.link,
             memory: driver.memory,
-            features: driver.features,
-            writeback: flushes,
         });
-        if !flushes {
-            self.set_writeback(false);
-        }
         for queue in self.queues.iter().flatten() {
             // Its thread begins the requests that are there, not the vCPU that starts it.
             let _ = queue.kick().write(1);
@@ -827,12 +827,8 @@ impl VirtioDevice for Block {
         self.waiting.clear();
         self.is_freed = false;
         self.end_requests();
-        if let Some(running) = self.running.take() {
+        if self.running.take().is_some() {
             self.engine.stop();
-            // The next driver finds the cache as the first one did.
-            if !running.writeback {
-                self.set_writeback(true);
-            }
         }
         self.queues.fill_with(|| None);
     }

@@ -63,6 +63,13 @@ const VENDOR: u32 = 0x4c4d_5241;
 pub trait RegisterPage: Send + Sync {
     /// The aligned word at `offset` bytes into the window reads as `value` from now on.
     fn store(&self, offset: usize, value: u32);
+
+    /// The two words at `offset` bytes, a multiple of 8, read as `value` from now on: where it can be,
+    /// who reads one of them as it is now finds no older one in the other.
+    fn store_two(&self, offset: usize, value: u64) {
+        self.store(offset, value as u32);
+        self.store(offset + 4, (value >> 32) as u32);
+    }
 }
 
 /// No such page: the guest's reads come to [`Mmio`].
@@ -209,10 +216,12 @@ impl Mmio {
             .config
             .set_watch(Box::new(move |bytes, generation| {
                 let most = bytes.len().min(WINDOW_SIZE - CONFIG);
-                for (index, chunk) in bytes[..most].chunks(4).enumerate() {
-                    let mut word = [0; 4];
-                    word[..chunk.len()].copy_from_slice(chunk);
-                    page.store(CONFIG + 4 * index, u32::from_le_bytes(word));
+                // No field that changes is longer than 8 bytes, or crosses their bounds: a driver never
+                // finds a part of one, be this thread stopped between two stores for long.
+                for (index, chunk) in bytes[..most].chunks(8).enumerate() {
+                    let mut words = [0; 8];
+                    words[..chunk.len()].copy_from_slice(chunk);
+                    page.store_two(CONFIG + 8 * index, u64::from_le_bytes(words));
                 }
                 // Last: a driver that saw some of the bytes before sees that they changed.
                 page.store(CONFIG_GENERATION as usize, generation);

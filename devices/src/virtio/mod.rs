@@ -63,6 +63,13 @@ pub trait VirtioDevice: Send {
         let _ = (offset, data);
     }
 
+    /// The driver agreed to these features (FEATURES_OK), or resets the device: then to none any more.
+    /// What its configuration space says and takes is as they ask from here on, also before the start
+    /// (virtio 1.2, section 3.1.1, step 7).
+    fn agree(&mut self, features: Option<u64>) {
+        let _ = features;
+    }
+
     /// The driver is ready: work begins, on the requests that are there already too.
     ///
     /// # Errors

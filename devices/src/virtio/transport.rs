@@ -216,8 +216,11 @@ impl Transport {
         let new = status & !self.status & !NEEDS_RESET;
         // Bits are only ever added.
         self.status |= new;
-        if new & FEATURES_OK != 0 && !self.features_work() {
-            self.status &= !FEATURES_OK;
+        if new & FEATURES_OK != 0 {
+            match self.features_work() {
+                true => lock(&self.device).agree(Some(self.accepted)),
+                false => self.status &= !FEATURES_OK,
+            }
         }
         if new & DRIVER_OK != 0 && !self.started {
             self.start();
@@ -320,6 +323,9 @@ impl Transport {
     fn reset(&mut self) {
         if std::mem::take(&mut self.started) {
             self.stop();
+        }
+        if self.status & FEATURES_OK != 0 {
+            lock(&self.device).agree(None);
         }
         self.works = false;
         self.status = 0;

@@ -1,3 +1,7 @@
+//! A disk between a driver and an engine that both behave, and that do not.
+
+mod agreed;
+
 use super::*;
 use crate::virtio::fake::{BASE, Guest, MEMORY};
 use proptest::prelude::*;

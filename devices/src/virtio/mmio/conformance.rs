@@ -8,12 +8,13 @@ use crate::virtio::balloon::{Balloon, Discard, Offer};
 use crate::virtio::block::{Block, Engine, Outcome, Request, Shape};
 use crate::virtio::console::{Console, Sink};
 use crate::virtio::fake::Guest;
+use crate::virtio::fs::{Fs, Server};
 use crate::virtio::net::feature as net;
 use crate::virtio::net::{Frame, Frames, Net, Network, Room, Trouble, Woken};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Limits, Vsock};
-use crate::virtio::{Source, VirtioDevice, block};
+use crate::virtio::{Link, Source, StartError, VirtioDevice, Virtqueue, block};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -93,6 +94,27 @@ impl Frames for World {
     }
 }
 
+impl Server for World {
+    fn start(
+        &mut self,
+        _features: u64,
+        _queues: &[Virtqueue],
+        _link: &Link,
+    ) -> Result<(), StartError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) {}
+
+    fn fd(&self) -> std::os::fd::RawFd {
+        -1
+    }
+
+    fn look(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
 const ALL_OFFLOADS: u64 = net::GUEST_OFFLOADS | net::HOST_OFFLOADS;
 
 /// What is done with each kind of device.
@@ -127,6 +149,7 @@ fn each(trial: &mut impl Trial) {
         bytes.fill(1);
         true
     })));
+    trial.of(Fs::new("share", 1, Box::new(world(0))).expect("descriptors"));
     trial.of(Pmem::new(0x1_0000_0000, 1 << 20, Box::new(|| true)));
     let offer = Offer {
         reporting: true,
@@ -241,13 +264,13 @@ fn each_configuration_is_read_before_features_ok() {
     struct Early;
     impl Trial for Early {
         fn of<D: VirtioDevice + 'static>(&mut self, device: D) {
-            let config = device.config();
+            let (config, features) = (device.config(), device.features());
             let mut guest = Guest::new(device);
             let early: Vec<u32> = (0..config.size())
                 .step_by(4)
                 .map(|at| guest.read(0x100 + at as u64))
                 .collect();
-            guest.negotiate(0);
+            guest.negotiate(features);
             let late: Vec<u32> = (0..config.size())
                 .step_by(4)
                 .map(|at| guest.read(0x100 + at as u64))

@@ -718,6 +718,51 @@ fn a_reader_of_the_page_sees_that_the_configuration_changed() {
 }
 
 #[test]
+fn a_reader_of_the_page_never_finds_a_part_of_a_field() {
+    /// The configuration's words as they are stored, those together that are stored at once.
+    #[derive(Default)]
+    struct Words(Mutex<Vec<(usize, Vec<u8>)>>);
+    impl RegisterPage for Words {
+        fn store(&self, offset: usize, value: u32) {
+            if offset >= CONFIG {
+                lock(&self.0).push((offset - CONFIG, value.to_le_bytes().to_vec()));
+            }
+        }
+
+        fn store_two(&self, offset: usize, value: u64) {
+            lock(&self.0).push((offset - CONFIG, value.to_le_bytes().to_vec()));
+        }
+    }
+    let device = Arc::new(Mutex::new(Keeper::new()));
+    let config = lock(&device).config();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), 0x1000)]);
+    let page = Arc::new(Words::default());
+    let (memory, line) = (Arc::new(memory.expect("memory")), FakeLine::new());
+    let mmio = Mmio::new(
+        "device".to_owned(),
+        device,
+        memory,
+        line,
+        None,
+        page.clone(),
+    );
+    let _mmio = mmio.expect("descriptors");
+    lock(&page.0).clear();
+    // A field of 8 bytes, and one of 6, as they are: the others of these 8 come with them.
+    config.change(|bytes| bytes[..8].fill(0xaa));
+    config.change(|bytes| bytes[..6].fill(0xbb));
+    let stored = lock(&page.0).clone();
+    let expected = [[0xaa; 8], [0xbb, 0xbb, 0xbb, 0xbb, 0xbb, 0xbb, 0xaa, 0xaa]];
+    for words in expected {
+        assert!(stored.contains(&(0, words.to_vec())), "{stored:x?}");
+    }
+    let whole = stored
+        .iter()
+        .all(|(offset, words)| *offset % 8 == 0 && words.len() == 8);
+    assert!(whole, "{stored:x?}");
+}
+
+#[test]
 fn addresses_count_when_the_device_starts() {
     let mut guest = guest();
     guest.negotiate(0);
