@@ -58,6 +58,8 @@ const DONE: u32 = 1;
 
 /// Bytes of a statistic: its tag (16 bits) and its value (64 bits).
 const STATISTIC: usize = 10;
+/// The most that are read of one buffer: one of each tag.
+const MOST_STATISTICS: usize = 1 << 16;
 
 /// Gives pages back to the host.
 pub trait Discard: Send {
@@ -341,6 +343,7 @@ impl Balloon {
     }
 
     fn take_hints(&mut self, chain: &Chain) {
+        let current = self.field(COMMAND);
         let Some(working) = &mut self.working else {
             return;
         };
@@ -354,8 +357,8 @@ impl Balloon {
                 self.tell(COMMAND, DONE);
                 return;
             }
-            // The round before this one may not have ended yet.
-            working.hinting = command == self.round && !self.hints.complete;
+            // The round before this one may not have ended yet. After a reset there is none: STOP.
+            working.hinting = command > DONE && u64::from(command) == current;
         }
         if !working.hinting {
             return;
@@ -534,14 +537,20 @@ impl Inside {
 
 fn read_statistics(chain: &Chain, memory: &GuestMemoryMmap) -> Statistics {
     let mut statistics = Statistics::default();
-    // Tags that are not known have room too.
+    // Those that are not known may be anywhere among them, and there are as many as there are tags
+    // (section 5.5.6.3.2).
     let mut buffer = [0; STATISTIC * 64];
-    let count = chain.read(memory, 0, &mut buffer);
-    let (entries, _) = buffer[..count].as_chunks::<STATISTIC>();
-    for [tag_low, tag_high, value @ ..] in entries {
-        let tag = u16::from_le_bytes([*tag_low, *tag_high]);
-        if let Some(known) = statistics.0.get_mut(usize::from(tag)) {
-            *known = Some(u64::from_le_bytes(*value));
+    for offset in (0..MOST_STATISTICS * STATISTIC).step_by(buffer.len()) {
+        let count = chain.read(memory, offset, &mut buffer);
+        let (entries, _) = buffer[..count].as_chunks::<STATISTIC>();
+        for [tag_low, tag_high, value @ ..] in entries {
+            let tag = u16::from_le_bytes([*tag_low, *tag_high]);
+            if let Some(known) = statistics.0.get_mut(usize::from(tag)) {
+                *known = Some(u64::from_le_bytes(*value));
+            }
+        }
+        if count < buffer.len() {
+            break;
         }
     }
     statistics

@@ -413,15 +413,15 @@ impl Running {
     /// Ends a connection for both ends.
     fn reset(&mut self, token: u64) {
         if let Some(connection) = self.connections.get(&token) {
-            self.resets.push_back(Header {
+            let mut header = Header {
                 src_cid: HOST_CID,
                 dst_cid: self.cid,
-                src_port: connection.host_port,
-                dst_port: connection.guest_port,
                 kind: STREAM,
                 op: Op::Reset.number(),
                 ..Header::default()
-            });
+            };
+            connection.name(&mut header);
+            self.resets.push_back(header);
             self.forget(token);
         }
     }

@@ -414,6 +414,20 @@ fn statistics_come_when_they_are_asked_for() {
     assert_eq!(lock(&bench.guest.device).statistics(), None);
 }
 
+#[test]
+fn any_number_of_unknown_statistics_is_passed_over() {
+    let mut bench = Bench::new(PAGE, NOTHING);
+    bench.guest.start(FEATURE_STATISTICS);
+    let entry = |tag: u16| [&tag.to_le_bytes()[..], &[1, 0, 0, 0, 0, 0, 0, 0]].concat();
+    let mut all: Vec<u8> = (1000..1000 + 70).flat_map(entry).collect();
+    all.extend(entry(4));
+    bench.guest.request(2, &[&all], &[]);
+    bench.guest.kick(2);
+    let device = lock(&bench.guest.device);
+    let known: Vec<_> = device.statistics().expect("statistics").iter().collect();
+    assert_eq!(known, [("free", 1)]);
+}
+
 /// As Linux does it: the round's command, free pages, and the end.
 #[test]
 fn hints_are_collected_and_nothing_goes_back() {
@@ -459,6 +473,20 @@ fn hints_are_collected_and_nothing_goes_back() {
     assert_eq!(bench.back(), []);
     assert!(lock(&bench.guest.device).ask_for_hints());
     assert_eq!(bench.config(COMMAND), round + 1);
+    assert_eq!(*lock(&bench.guest.device).hints(), Hints::default());
+}
+
+#[test]
+fn hints_of_the_round_before_a_reset_are_not_taken() {
+    let mut bench = Bench::started(PAGE, ALL);
+    assert!(lock(&bench.guest.device).ask_for_hints());
+    let round = bench.config(COMMAND);
+    let features = lock(&bench.guest.device).features();
+    bench.guest.start(features);
+    assert_eq!(bench.config(COMMAND), STOP);
+    bench.guest.request(3, &[&round.to_le_bytes()], &[]);
+    bench.guest.kick(3);
+    bench.report(3, &[(at(FREE), 1 << 20)]);
     assert_eq!(*lock(&bench.guest.device).hints(), Hints::default());
 }
 

@@ -175,14 +175,20 @@ impl Connection {
         sends | takes
     }
 
-    /// Completes the header of a packet that goes to the guest now with `len` bytes of data.
-    pub(super) fn sending(&mut self, op: Op, len: usize, header: &mut Header) {
+    /// Names the connection in the header of a packet to the guest, and says how much room there is:
+    /// each one of its packets does (virtio 1.2, section 5.10.6.3.2).
+    pub(super) fn name(&self, header: &mut Header) {
         header.src_port = self.host_port;
         header.dst_port = self.guest_port;
-        header.op = op.number();
-        header.len = len as u32;
         header.buf_alloc = BUFFER;
         header.fwd_cnt = self.forwarded;
+    }
+
+    /// Completes the header of a packet that goes to the guest now with `len` bytes of data.
+    pub(super) fn sending(&mut self, op: Op, len: usize, header: &mut Header) {
+        self.name(header);
+        header.op = op.number();
+        header.len = len as u32;
         self.told = self.forwarded;
         self.wants_credit = false;
         self.sent = self.sent.wrapping_add(len as u32);

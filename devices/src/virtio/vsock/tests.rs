@@ -529,7 +529,12 @@ fn the_guests_close_waits_for_the_host_to_take_all() {
         world.run();
     }
     assert!(received == sent);
-    world.expect(Op::Reset);
+    // Like each packet of a connection it says how much room there is.
+    let (reset, _) = world.expect(Op::Reset);
+    assert_eq!(
+        (reset.buf_alloc, reset.fwd_cnt),
+        (BUFFER, sent.len() as u32)
+    );
     assert!(is_ended(&stream));
 }
 
