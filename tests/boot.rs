@@ -86,6 +86,9 @@ mod software;
 #[allow(dead_code, reason = "some operations are of one architecture")]
 #[path = "boot/steps.rs"]
 mod steps;
+/// Queues that are stopped while the host's kernel or another process works on them, and set up again.
+#[path = "boot/stops.rs"]
+mod stops;
 /// A whole Debian system on a disk, from power-on to a login over ssh and a clean end.
 #[path = "boot/system.rs"]
 mod system;

@@ -91,14 +91,14 @@ fn runs(words: &str) -> bool {
 }
 
 /// An interface of the host by which guests are reached. It is removed with this.
-struct Tap {
-    name: &'static str,
+pub(crate) struct Tap {
+    pub(crate) name: &'static str,
     subnet: u8,
 }
 
 impl Tap {
     /// The host is 10.88.`subnet`.1. `None` where the host does not let us; this was said then.
-    fn new(name: &'static str, subnet: u8, queues: usize) -> Option<Tap> {
+    pub(crate) fn new(name: &'static str, subnet: u8, queues: usize) -> Option<Tap> {
         let many = if queues > 1 { " multi_queue" } else { "" };
         let made = match rig::program("ip") {
             Some(ip) => runs(&format!(

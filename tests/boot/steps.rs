@@ -291,6 +291,21 @@ impl Driver {
         steps.write(4, status, 0xf);
     }
 
+    /// Stops a queue and waits until the device is out of it (section 4.2.2.2).
+    pub(crate) fn stop_queue(&self, steps: &mut Steps, queue: usize) {
+        let ready = self.base + register::QUEUE_READY;
+        steps.write(4, self.base + register::QUEUE_SEL, queue as u64);
+        steps.write(4, ready, 0);
+        steps.wait(ready, u32::MAX, 0);
+    }
+
+    /// Sets a queue up that was stopped, its rings empty.
+    pub(crate) fn restart_queue(&mut self, steps: &mut Steps, queue: usize) {
+        let (size, ..) = self.queues[queue];
+        self.queues[queue] = (size, 0, 0);
+        self.start_queue(steps, queue);
+    }
+
     fn start_queue(&self, steps: &mut Steps, queue: usize) {
         let [descriptors, available, used] = self.rings(queue);
         // Memory may be as it was before a reset of the machine.

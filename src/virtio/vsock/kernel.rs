@@ -138,12 +138,14 @@ struct KernelDevice {
 struct Running {
     vhost: Vhost,
     link: Arc<Link>,
-    /// Which of [`RINGS`] the driver has set up; the kernel works on both or on none.
-    ready: [bool; 2],
+    /// The kicks of those of [`RINGS`] that the driver has set up; the kernel works on both or on
+    /// none.
+    kicks: [Option<Arc<EventFd>>; 2],
 }
 
 impl KernelDevice {
-    fn run(&self, driver: &mut Driver) -> Result<Vhost> {
+    fn run(&self, driver: &mut Driver) -> Result<(Vhost, [Option<Arc<EventFd>>; 2])> {
+        let mut kicks = [None, None];
         let vhost = self.claim.take()?;
         vhost.set_features(driver.features & vhost.features()?)?;
         vhost.set_memory(&driver.memory)?;
@@ -151,9 +153,10 @@ impl KernelDevice {
             let queue = driver.take(index);
             let queue = queue.with_context(|| format!("the driver left queue {index} out"))?;
             self.set_ring(&vhost, &queue)?;
+            kicks[index] = Some(Arc::clone(queue.kick()));
         }
         vhost.set_vsock_running(true)?;
-        Ok(vhost)
+        Ok((vhost, kicks))
     }
 
     fn set_ring(&self, vhost: &Vhost, queue: &Virtqueue) -> Result<()> {
@@ -183,13 +186,9 @@ impl VirtioDevice for KernelDevice {
 
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
         match self.run(&mut driver) {
-            Ok(vhost) => {
+            Ok((vhost, kicks)) => {
                 let link = driver.link;
-                self.running = Some(Running {
-                    vhost,
-                    link,
-                    ready: [true; 2],
-                });
+                self.running = Some(Running { vhost, link, kicks });
                 Ok(())
             }
             Err(error) => {
@@ -211,10 +210,10 @@ impl VirtioDevice for KernelDevice {
         let Some(running) = &mut self.running else {
             return;
         };
-        let Some(ready) = running.ready.get_mut(queue) else {
+        let Some(kick) = running.kicks.get_mut(queue) else {
             return;
         };
-        *ready = false;
+        *kick = None;
         let stopped = running.vhost.set_vsock_running(false);
         let cleared = stopped.and_then(|()| running.vhost.clear_ring(queue as u32));
         if let Err(error) = cleared {
@@ -235,12 +234,18 @@ impl VirtioDevice for KernelDevice {
         let Some(running) = &mut self.running else {
             return Ok(());
         };
-        running.ready[index] = set.is_ok();
-        let running = match running.ready {
-            [true, true] => set.and_then(|()| running.vhost.set_vsock_running(true)),
-            _ => set,
-        };
-        running.map_err(|error| StartError(format!("{error:#}")))
+        set.and_then(|()| {
+            running.kicks[index] = Some(Arc::clone(queue.kick()));
+            let [Some(first), Some(second)] = &running.kicks else {
+                return Ok(());
+            };
+            running.vhost.set_vsock_running(true)?;
+            // The kernel takes kicks of the other ring while it does not work, and forgets them
+            // (drivers/vhost/vsock.c: vhost_vsock_handle_tx_kick). The counters cannot overflow.
+            let _ = (first.write(1), second.write(1));
+            Ok(())
+        })
+        .map_err(|error| StartError(format!("{error:#}")))
     }
 
     fn kicked(&mut self, _queue: usize) {}
