@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::Device;
 use crate::action::Action;
+use crate::persist::{Persist, RestoreError};
 
 /// An MC146818 with 128 bytes.
 pub struct Cmos {
@@ -20,6 +21,8 @@ pub struct Cmos {
 }
 
 const SIZE: usize = 128;
+/// The bits of an index.
+const INDEX: u8 = SIZE as u8 - 1;
 
 /// Registers.
 mod register {
@@ -155,6 +158,50 @@ impl Cmos {
     }
 }
 
+/// The state of a [`Cmos`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CmosState {
+    /// The register that the data port shows.
+    pub index: u8,
+    /// All registers. Those of the time are of when it was last shown or set.
+    pub memory: [u8; SIZE],
+    /// Seconds that the guest's clock is ahead of the host's, which goes on meanwhile.
+    pub ahead: i64,
+}
+
+impl Persist for Cmos {
+    type State = CmosState;
+
+    fn save(&self) -> CmosState {
+        CmosState {
+            index: self.index,
+            memory: self.memory,
+            ahead: self.ahead,
+        }
+    }
+
+    fn restore(&mut self, state: &CmosState) -> Result<(), RestoreError> {
+        const DEVICE: &str = "CMOS clock";
+        RestoreError::check(DEVICE, "index", state.index, INDEX)?;
+        let fixed = [
+            ("register A", register::A, !0, A_RUNNING),
+            ("register B", register::B, !B_SET, B_24_HOURS),
+            ("register C", register::C, !0, 0),
+            ("register D", register::D, !0, 0),
+        ];
+        for (name, index, mask, value) in fixed {
+            let found = state.memory[usize::from(index)];
+            if found & mask != value {
+                return Err(RestoreError(format!(
+                    "the state of the {DEVICE} is not valid: {name} is {found:#x}, which no guest can make it"
+                )));
+            }
+        }
+        (self.index, self.memory, self.ahead) = (state.index, state.memory, state.ahead);
+        Ok(())
+    }
+}
+
 impl Default for Cmos {
     fn default() -> Cmos {
         Cmos::new()
@@ -176,7 +223,7 @@ impl Device for Cmos {
         for (port, value) in (offset..).zip(data) {
             match port {
                 // Bit 7 masks the NMI.
-                0 => self.index = value & 0x7f,
+                0 => self.index = value & INDEX,
                 1 => self.write_register(*value),
                 _ => {}
             }
@@ -224,6 +271,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, goes_on, refuses};
 
     fn read(cmos: &mut Cmos, register: u8) -> u8 {
         assert_eq!(cmos.write(0, &[register | 0x80]), Action::None);
@@ -277,7 +326,74 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_no_guest_can_write_is_not_restored() {
+        let mut cmos = Cmos::with_clock(|| 0);
+        let state = cmos.save();
+        refuses(
+            &mut cmos,
+            &CmosState {
+                index: 0x80,
+                ..state
+            },
+            "index 0x80",
+        );
+        for register in [register::A, register::B, register::C, register::D] {
+            let mut memory = state.memory;
+            memory[usize::from(register)] = 0x77;
+            refuses(&mut cmos, &CmosState { memory, ..state }, "is 0x77");
+        }
+    }
+
+    #[test]
+    fn the_time_goes_on_while_it_is_saved() {
+        let mut cmos = Cmos::with_clock(|| 1_000_000);
+        assert_eq!(cmos.write(0, &[register::YEAR, 0x30]), Action::None);
+        let mut later = Cmos::with_clock(|| 1_000_061);
+        later.restore(&cmos.save()).expect("a state that was saved");
+        let (before, after) = (time(&mut cmos), time(&mut later));
+        assert_eq!(after[0], before[0] + 1);
+        assert_eq!(after[1], before[1] + 1);
+        assert_eq!(after[2..], before[2..]);
+    }
+
+    /// Whole accesses: an index with its value, or a read.
+    fn accesses() -> impl Strategy<Value = Access> {
+        let register = prop_oneof![prop::sample::select(&TIME[..]), 0x0a..=0x0e_u8, any::<u8>()];
+        prop_oneof![
+            (register.clone(), any::<u8>())
+                .prop_map(|(index, value)| Access::Write(0, vec![index, value])),
+            register.prop_map(|index| Access::Write(0, vec![index])),
+            Just(Access::Read(1, 1)),
+            Just(Access::Read(0, 2)),
+        ]
+    }
+
     proptest! {
+        #[test]
+        fn it_goes_on_where_it_was_saved(
+            before in prop::collection::vec(accesses(), 0..40),
+            after in prop::collection::vec(accesses(), 0..40),
+        ) {
+            let make = || (Cmos::with_clock(|| 1_709_251_198), FakeLine::new());
+            goes_on(make, |device, access: &Access| access.make(device), &before, &after);
+        }
+
+        #[test]
+        fn nothing_restored_panics(ahead: i64, bytes: [u8; 32], setting: bool, reads: [u8; 32]) {
+            let mut cmos = Cmos::new();
+            let mut state = CmosState { ahead, ..cmos.save() };
+            for register in TIME {
+                state.memory[usize::from(register)] = bytes[usize::from(register) % 32];
+            }
+            state.memory[usize::from(register::B)] |= u8::from(setting) * B_SET;
+            prop_assert_eq!(cmos.restore(&state), Ok(()));
+            for register in reads {
+                read(&mut cmos, register);
+                let _ = cmos.write(0, &[register::B, register & B_SET]);
+            }
+        }
+
         #[test]
         fn dates_read_back(days in -1_000_000_i64..1_000_000) {
             let (year, month, day) = date(days);

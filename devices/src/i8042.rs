@@ -6,6 +6,7 @@
 
 use crate::Device;
 use crate::action::Action;
+use crate::persist::{Persist, RestoreError};
 
 /// An 8042 and control port B.
 pub struct I8042 {
@@ -36,6 +37,8 @@ const STATUS_SYSTEM: u8 = 1 << 2;
 const STATUS_UNLOCKED: u8 = 1 << 4;
 /// Command byte after a reset: both interfaces off, self-test passed.
 const MODE: u8 = 0x34;
+/// Port B: the bits that the guest writes.
+const PORT_B_WRITTEN: u8 = 0x03;
 /// Port B: timer channel 2 has run out, so that nobody waits for it.
 const PORT_B_OUT: u8 = 1 << 5;
 
@@ -56,8 +59,7 @@ impl I8042 {
         self.awaits = None;
         match command {
             0x20 => self.output = Some(self.mode),
-            // These take a data byte.
-            0x60 | 0xd1 | 0xd2 | 0xd3 | 0xd4 => self.awaits = Some(command),
+            _ if takes_data(command) => self.awaits = Some(command),
             // Tests: passed, and passed for either interface.
             0xaa => self.output = Some(0x55),
             0xa9 | 0xab => self.output = Some(0),
@@ -86,6 +88,65 @@ impl I8042 {
         }
         Action::None
     }
+}
+
+/// The state of an [`I8042`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct I8042State {
+    /// A byte for the guest.
+    pub output: Option<u8>,
+    /// The command byte.
+    pub mode: u8,
+    /// The command whose data byte is to come.
+    pub awaits: Option<u8>,
+    /// Bits 0 and 1 of port B.
+    pub port_b: u8,
+    /// Bit 4 of port B.
+    pub refresh: bool,
+}
+
+impl Persist for I8042 {
+    type State = I8042State;
+
+    fn save(&self) -> I8042State {
+        I8042State {
+            output: self.output,
+            mode: self.mode,
+            awaits: self.awaits,
+            port_b: self.port_b,
+            refresh: self.refresh,
+        }
+    }
+
+    fn restore(&mut self, state: &I8042State) -> Result<(), RestoreError> {
+        const DEVICE: &str = "keyboard controller";
+        RestoreError::check(DEVICE, "port B", state.port_b, PORT_B_WRITTEN)?;
+        if let Some(command) = state.awaits.filter(|command| !takes_data(*command)) {
+            return Err(RestoreError(format!(
+                "the state of the {DEVICE} is not valid: the command {command:#x} takes no data"
+            )));
+        }
+        let I8042State {
+            output,
+            mode,
+            awaits,
+            port_b,
+            refresh,
+        } = *state;
+        *self = I8042 {
+            output,
+            mode,
+            awaits,
+            port_b,
+            refresh,
+        };
+        Ok(())
+    }
+}
+
+/// Whether a byte at the data port belongs to this command.
+fn takes_data(command: u8) -> bool {
+    matches!(command, 0x60 | 0xd1..=0xd4)
 }
 
 impl Default for I8042 {
@@ -121,7 +182,7 @@ impl Device for I8042 {
         };
         match offset {
             offset::DATA => return self.data(value),
-            offset::PORT_B => self.port_b = value & 0x03,
+            offset::PORT_B => self.port_b = value & PORT_B_WRITTEN,
             offset::COMMAND => return self.command(value),
             _ => {}
         }
@@ -131,7 +192,11 @@ impl Device for I8042 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, accesses, goes_on, refuses};
 
     fn read(controller: &mut I8042, offset: u64) -> u8 {
         let mut data = [0xee];
@@ -184,5 +249,47 @@ mod tests {
             read(&mut controller, offset::PORT_B),
         );
         assert_eq!((first ^ second, first & 0x23), (0x10, 0x23));
+    }
+
+    #[test]
+    fn what_no_guest_can_bring_about_is_not_restored() {
+        let mut controller = I8042::new();
+        let state = controller.save();
+        let awaits = Some(0xaa);
+        refuses(
+            &mut controller,
+            &I8042State { awaits, ..state },
+            "the command 0xaa",
+        );
+        refuses(
+            &mut controller,
+            &I8042State { port_b: 4, ..state },
+            "port B 0x4",
+        );
+    }
+
+    fn commands() -> impl Strategy<Value = Access> {
+        let command = prop_oneof![
+            0xa0..=0xae_u8,
+            0xd0..=0xd4_u8,
+            Just(0x20),
+            Just(0x60),
+            any::<u8>()
+        ];
+        prop_oneof![
+            command.prop_map(|command| Access::Write(offset::COMMAND, vec![command])),
+            accesses(&[offset::DATA, offset::PORT_B, offset::COMMAND, 2], &[1, 2]),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_where_it_was_saved(
+            before in prop::collection::vec(commands(), 0..20),
+            after in prop::collection::vec(commands(), 0..20),
+        ) {
+            let make = || (I8042::new(), FakeLine::new());
+            goes_on(make, |device, access: &Access| access.make(device), &before, &after);
+        }
     }
 }

@@ -7,6 +7,7 @@
 
 use crate::Device;
 use crate::action::Action;
+use crate::persist::{Persist, RestoreError};
 
 /// Pins, as many as the hardware has.
 pub const PINS: usize = 24;
@@ -111,6 +112,44 @@ impl IoApic {
     }
 }
 
+/// The state of an [`IoApic`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoApicState {
+    /// Which register the window shows.
+    pub selected: u8,
+    /// The identity.
+    pub id: u32,
+    /// The redirection entries, by pin.
+    pub entries: [u64; PINS],
+}
+
+impl Persist for IoApic {
+    type State = IoApicState;
+
+    fn save(&self) -> IoApicState {
+        IoApicState {
+            selected: self.selected,
+            id: self.id,
+            entries: self.entries,
+        }
+    }
+
+    fn restore(&mut self, state: &IoApicState) -> Result<(), RestoreError> {
+        const DEVICE: &str = "I/O APIC";
+        RestoreError::check(DEVICE, "identity", state.id, ID_BITS)?;
+        for (pin, entry) in state.entries.iter().enumerate() {
+            let what = format!("entry {pin}");
+            RestoreError::check(DEVICE, &what, *entry, !entry::READ_ONLY)?;
+        }
+        let before = std::mem::replace(&mut self.entries, state.entries);
+        (self.selected, self.id) = (state.selected, state.id);
+        if before.map(message) != self.entries.map(message) {
+            (self.on_change)(&self.entries.map(message));
+        }
+        Ok(())
+    }
+}
+
 fn message(entry: u64) -> Option<Message> {
     if entry & entry::MASKED != 0 {
         return None;
@@ -165,7 +204,11 @@ impl Device for IoApic {
 mod tests {
     use std::sync::{Arc, Mutex};
 
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, accesses, goes_on, refuses};
 
     struct Bench {
         apic: IoApic,
@@ -270,5 +313,47 @@ mod tests {
         assert_eq!(bench.get(ID), 0x0f00_0000);
         bench.set(VERSION, 0);
         assert_eq!(bench.get(VERSION), IS_VERSION);
+    }
+
+    #[test]
+    fn a_restored_one_tells_what_its_pins_send() {
+        let mut bench = Bench::new();
+        bench.set(0x18, 0x40);
+        let state = bench.apic.save();
+        let mut other = Bench::new();
+        other.apic.restore(&state).expect("a state that was saved");
+        assert_eq!(other.last(), bench.last());
+        other.apic.restore(&state).expect("a state that was saved");
+        assert_eq!(other.changes(), 1, "the same again is no change");
+    }
+
+    #[test]
+    fn what_no_guest_can_write_is_not_restored() {
+        let mut bench = Bench::new();
+        let mut state = bench.apic.save();
+        state.id = 1;
+        refuses(&mut bench.apic, &state, "identity 0x1");
+        let mut state = bench.apic.save();
+        state.entries[23] = 1 << 14;
+        refuses(&mut bench.apic, &state, "entry 23");
+        assert_eq!(bench.changes(), 0);
+    }
+
+    fn events() -> impl Strategy<Value = Access> {
+        prop_oneof![
+            (0_u8..0x42).prop_map(|register| Access::Write(IOREGSEL, vec![register, 0, 0, 0])),
+            accesses(&[IOREGSEL, IOWIN, 8], &[1, 4]),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_where_it_was_saved(
+            before in prop::collection::vec(events(), 0..60),
+            after in prop::collection::vec(events(), 0..60),
+        ) {
+            let make = || (Bench::new().apic, FakeLine::new());
+            goes_on(make, |apic, access: &Access| access.make(apic), &before, &after);
+        }
     }
 }

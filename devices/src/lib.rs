@@ -11,6 +11,7 @@ pub mod console;
 pub mod i8042;
 pub mod ioapic;
 pub mod limit;
+pub mod persist;
 pub mod pl011;
 pub mod pl031;
 pub mod pl061;

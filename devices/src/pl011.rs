@@ -58,7 +58,7 @@ pub struct Pl011 {
     on_room: Box<dyn Fn() + Send>,
     /// Accesses that no register answers.
     faults: Faults,
-    registers: Registers,
+    registers: Pl011Registers,
     /// Received characters in the layout of UARTDR, oldest first.
     rx: VecDeque<u16>,
     /// A looped-back character was lost and none has been taken in since.
@@ -78,18 +78,29 @@ pub struct Pl011 {
 /// reading UARTFR and UARTCR in turn, so reads of other registers do not matter.
 const POLLS: u8 = 3;
 
-/// The registers that hold a value; the others are computed.
-struct Registers {
-    rsr: u32,
-    ilpr: u32,
-    ibrd: u32,
-    fbrd: u32,
-    lcr_h: u32,
-    cr: u32,
-    ifls: u32,
-    imsc: u32,
-    ris: u32,
-    dmacr: u32,
+/// The registers that hold a value; the others are computed (section 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pl011Registers {
+    /// UARTRSR.
+    pub rsr: u32,
+    /// UARTILPR.
+    pub ilpr: u32,
+    /// UARTIBRD.
+    pub ibrd: u32,
+    /// UARTFBRD.
+    pub fbrd: u32,
+    /// UARTLCR_H.
+    pub lcr_h: u32,
+    /// UARTCR.
+    pub cr: u32,
+    /// UARTIFLS.
+    pub ifls: u32,
+    /// UARTIMSC.
+    pub imsc: u32,
+    /// UARTRIS.
+    pub ris: u32,
+    /// UARTDMACR.
+    pub dmacr: u32,
 }
 
 /// Depth of either FIFO in characters, up to revision r1p4.
@@ -175,14 +186,15 @@ mod mask {
     pub(super) const LCR_H: u32 = 0xff;
     pub(super) const CR: u32 = 0xff87;
     pub(super) const IFLS: u32 = 0x3f;
+    pub(super) const RSR: u32 = 0xf;
     pub(super) const INTERRUPTS: u32 = 0x7ff;
     pub(super) const DMACR: u32 = 0x7;
 }
 
-impl Registers {
+impl Pl011Registers {
     /// The reset values (section 3.2, table 3-1).
-    fn at_reset() -> Registers {
-        Registers {
+    fn at_reset() -> Pl011Registers {
+        Pl011Registers {
             rsr: 0,
             ilpr: 0,
             ibrd: 0,
@@ -214,7 +226,7 @@ impl Pl011 {
             action: Action::None,
             on_room,
             faults: Faults::of("PL011"),
-            registers: Registers::at_reset(),
+            registers: Pl011Registers::at_reset(),
             rx: VecDeque::with_capacity(FIFO_DEPTH),
             overrun: false,
             polls: 0,
@@ -244,7 +256,7 @@ impl Pl011 {
     /// Back to power-on: registers, receive FIFO and line. Output is already out.
     pub fn reset(&mut self) {
         let before = (self.listens(), self.wanted() > 0);
-        self.registers = Registers::at_reset();
+        self.registers = Pl011Registers::at_reset();
         self.rx.clear();
         self.overrun = false;
         self.polls = 0;
@@ -570,6 +582,10 @@ impl Device for Pl011 {
         std::mem::take(&mut self.action)
     }
 }
+
+mod state;
+
+pub use state::Pl011State;
 
 #[cfg(test)]
 mod tests;

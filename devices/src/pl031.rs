@@ -17,6 +17,7 @@ use vm_superio::rtc_pl031::NoEvents;
 use vm_superio::{Rtc, RtcState};
 
 use crate::action::Action;
+use crate::persist::{Persist, RestoreError};
 use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
@@ -156,6 +157,72 @@ impl Pl031 {
     }
 }
 
+/// The state of a [`Pl031`]. Its times are those of the guest's clock, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pl031State {
+    /// RTCLR.
+    pub load: u32,
+    /// Seconds that the guest's clock is ahead of the host's, which goes on meanwhile.
+    pub ahead: i64,
+    /// RTCMR.
+    pub alarm: u32,
+    /// RTCIMSC.
+    pub mask: u32,
+    /// RTCRIS.
+    pub matched: bool,
+    /// Up to when the clock was compared with the alarm. An alarm of the time after it, up to the
+    /// restore, comes with the restore.
+    pub compared: u32,
+}
+
+/// As much as a clock of 32 bits can be ahead of another, or behind it, in seconds.
+const MOST_AHEAD: i64 = u32::MAX as i64;
+
+impl Persist for Pl031 {
+    type State = Pl031State;
+
+    fn save(&self) -> Pl031State {
+        let RtcState {
+            lr,
+            offset,
+            mr,
+            imsc,
+            ..
+        } = self.rtc.state();
+        Pl031State {
+            load: lr,
+            ahead: offset,
+            alarm: mr,
+            mask: imsc,
+            matched: self.matched,
+            compared: self.compared,
+        }
+    }
+
+    fn restore(&mut self, state: &Pl031State) -> Result<(), RestoreError> {
+        const DEVICE: &str = "PL031";
+        RestoreError::check(DEVICE, "RTCIMSC", state.mask, INTERRUPT)?;
+        if !(-MOST_AHEAD..=MOST_AHEAD).contains(&state.ahead) {
+            return Err(RestoreError(format!(
+                "the state of the {DEVICE} is not valid: its clock is {} s ahead of the host's, and has 32 bits",
+                state.ahead
+            )));
+        }
+        let registers = RtcState {
+            lr: state.load,
+            offset: state.ahead,
+            mr: state.alarm,
+            imsc: state.mask,
+            ris: 0,
+        };
+        self.rtc = Rtc::from_state(&registers, NoEvents);
+        (self.matched, self.compared) = (state.matched, state.compared);
+        self.poll();
+        (self.on_deadline)();
+        Ok(())
+    }
+}
+
 impl PrimeCell for Pl031 {
     /// RTCPeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 1, configuration 0, as
     /// QEMU's model and kvm-unit-tests have it. Linux matches 0x00041031 with any revision
@@ -222,6 +289,7 @@ mod tests {
 
     use super::*;
     use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, accesses, goes_on, refuses};
 
     struct Bench {
         clock: Pl031,
@@ -479,6 +547,103 @@ mod tests {
                 prop_assert_eq!(action, Action::None);
                 bench.clock.deadline();
                 bench.clock.poll();
+                let asserted = bench.read(offset::RIS) & bench.read(offset::IMSC);
+                prop_assert_eq!(bench.line.is_high(), asserted != 0);
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_guest_can_bring_about_is_not_restored() {
+        let mut clock = Bench::new().clock;
+        let state = clock.save();
+        refuses(&mut clock, &Pl031State { mask: 2, ..state }, "RTCIMSC 0x2");
+        let ahead = i64::MIN;
+        refuses(&mut clock, &Pl031State { ahead, ..state }, "s ahead");
+    }
+
+    #[test]
+    fn an_alarm_of_the_time_while_it_was_saved_comes_with_the_restore() {
+        let mut bench = Bench::new();
+        let now = bench.read(offset::DR);
+        bench.write(offset::IMSC, 1);
+        let state = Pl031State {
+            alarm: now - 50,
+            compared: now - 100,
+            ..bench.clock.save()
+        };
+        let mut other = Bench::new();
+        other
+            .clock
+            .restore(&state)
+            .expect("a state like a saved one");
+        assert!(other.line.is_high());
+        assert_eq!(other.calls(), 1, "the deadline is asked for anew");
+        assert_eq!(other.read(offset::MIS), 1);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Access(Access),
+        /// A write of about the time that it is.
+        SetNear(u16, u32),
+        Poll,
+    }
+
+    const REGISTERS: &[u64] = &[0x00, 0x04, 0x08, 0x0c, 0x10, 0x14, 0x18, 0x1c, 0xfe0];
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let near = prop::sample::select(&[offset::MR, offset::LR][..]);
+        let event = prop_oneof![
+            3 => accesses(REGISTERS, &[4]).prop_map(Event::Access),
+            1 => (near, 0_u32..5).prop_map(|(register, near)| Event::SetNear(register, near)),
+            1 => Just(Event::Poll),
+        ];
+        prop::collection::vec(event, 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_where_it_was_saved(before in events(), after in events()) {
+            let make = || {
+                let line = FakeLine::new();
+                (Pl031::new(line.clone(), Box::new(|| {})), line)
+            };
+            let act = |clock: &mut Pl031, event: &Event| match event {
+                Event::Access(access) => access.make(clock),
+                Event::SetNear(register, near) => {
+                    let value = clock.now().wrapping_add(*near);
+                    Access::Write(u64::from(*register), value.to_le_bytes().to_vec()).make(clock)
+                }
+                Event::Poll => {
+                    clock.poll();
+                    (Vec::new(), Action::None)
+                }
+            };
+            // Both look at the host's clock, one after the other: a case in which a second begins
+            // tells nothing.
+            loop {
+                let second = host_seconds();
+                let result = std::panic::catch_unwind(|| goes_on(make, act, &before, &after));
+                match result {
+                    Ok(()) => break,
+                    Err(_) if host_seconds() != second => {}
+                    Err(cause) => std::panic::resume_unwind(cause),
+                }
+            }
+        }
+
+        #[test]
+        fn nothing_restored_panics(
+            state in (any::<u32>(), any::<i64>(), any::<u32>(), 0_u32..2, any::<bool>(), any::<u32>()),
+        ) {
+            let (load, ahead, alarm, mask, matched, compared) = state;
+            let mut bench = Bench::new();
+            for ahead in [ahead, ahead % MOST_AHEAD] {
+                let state = Pl031State { load, ahead, alarm, mask, matched, compared };
+                let valid = (-MOST_AHEAD..=MOST_AHEAD).contains(&ahead);
+                prop_assert_eq!(bench.clock.restore(&state).is_ok(), valid);
+                bench.clock.deadline();
                 let asserted = bench.read(offset::RIS) & bench.read(offset::IMSC);
                 prop_assert_eq!(bench.line.is_high(), asserted != 0);
             }

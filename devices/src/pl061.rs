@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::action::Action;
+use crate::persist::{Persist, RestoreError};
 use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
@@ -15,31 +16,58 @@ pub struct Pl061 {
     line: Line,
     /// Accesses that no register answers.
     faults: Faults,
-    registers: Registers,
+    registers: Pl061Registers,
     /// The levels that the outside drives, on lines of either direction.
     inputs: u8,
 }
 
 /// The registers that hold a value; the others are computed. All are zero at reset
 /// (section 3.2).
-#[derive(Default)]
-struct Registers {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pl061Registers {
     /// What GPIODATA drives on outputs.
-    data: u8,
+    pub data: u8,
     /// GPIODIR: 1 is an output.
-    dir: u8,
+    pub dir: u8,
     /// GPIOIS: 1 detects a level, 0 an edge.
-    sense: u8,
+    pub sense: u8,
     /// GPIOIBE: 1 detects both edges.
-    both_edges: u8,
+    pub both_edges: u8,
     /// GPIOIEV: 1 detects high levels or rising edges, 0 low or falling.
-    event: u8,
+    pub event: u8,
     /// GPIOIE: 1 lets the interrupt through.
-    enable: u8,
+    pub enable: u8,
     /// Edges detected and not cleared.
-    edges: u8,
+    pub edges: u8,
     /// GPIOAFSEL: kept only, as no line has another function.
-    alternate: u8,
+    pub alternate: u8,
+}
+
+/// The state of a [`Pl061`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pl061State {
+    /// The registers that hold a value.
+    pub registers: Pl061Registers,
+    /// The levels that the outside drives. It goes on to do so.
+    pub inputs: u8,
+}
+
+impl Persist for Pl061 {
+    type State = Pl061State;
+
+    fn save(&self) -> Pl061State {
+        Pl061State {
+            registers: self.registers,
+            inputs: self.inputs,
+        }
+    }
+
+    /// Every state is one that a guest and the outside can make.
+    fn restore(&mut self, state: &Pl061State) -> Result<(), RestoreError> {
+        (self.registers, self.inputs) = (state.registers, state.inputs);
+        self.update_line();
+        Ok(())
+    }
 }
 
 /// Number of lines.
@@ -65,7 +93,7 @@ impl Pl061 {
         Pl061 {
             line: Line::new(line),
             faults: Faults::of("PL061"),
-            registers: Registers::default(),
+            registers: Pl061Registers::default(),
             inputs: 0,
         }
     }
@@ -96,7 +124,7 @@ impl Pl061 {
 
     /// Back to power-on. What drives the lines from outside goes on doing so.
     pub fn reset(&mut self) {
-        self.registers = Registers::default();
+        self.registers = Pl061Registers::default();
         self.update_line();
     }
 
@@ -195,6 +223,7 @@ mod tests {
 
     use super::*;
     use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, accesses, goes_on};
 
     struct Bench {
         gpio: Pl061,
@@ -452,6 +481,53 @@ mod tests {
                 let history = bench.line.history();
                 prop_assert!(history.iter().enumerate().all(|(i, &h)| h == (i % 2 == 0)));
             }
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Access(Access),
+        Drive(u8, bool),
+    }
+
+    const REGISTERS: &[u64] = &[
+        0x004,
+        0x0fc,
+        offset::DATA_LAST,
+        offset::DIR,
+        offset::IS,
+        offset::IBE,
+        offset::IEV,
+        offset::IE,
+        offset::RIS,
+        offset::MIS,
+        offset::IC,
+        offset::AFSEL,
+    ];
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let event = prop_oneof![
+            3 => accesses(REGISTERS, &[1, 2, 4]).prop_map(Event::Access),
+            1 => (0..LINES, any::<bool>()).prop_map(|(line, high)| Event::Drive(line, high)),
+        ];
+        prop::collection::vec(event, 0..60)
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_where_it_was_saved(before in events(), after in events()) {
+            let make = || {
+                let line = FakeLine::new();
+                (Pl061::new(line.clone()), line)
+            };
+            let act = |gpio: &mut Pl061, event: &Event| match event {
+                Event::Access(access) => (access.make(gpio), gpio.levels()),
+                Event::Drive(line, high) => {
+                    gpio.set_input(*line, *high);
+                    ((Vec::new(), Action::None), gpio.levels())
+                }
+            };
+            goes_on(make, act, &before, &after);
         }
     }
 }

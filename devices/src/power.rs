@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::action::Action;
+use crate::persist::{Persist, RestoreError};
 use crate::{Device, IrqLine};
 
 /// What somebody outside the machine presses to ask it to switch itself off.
@@ -64,12 +65,59 @@ impl Device for AcpiPower {
     }
 }
 
+/// The state of [`AcpiPower`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AcpiPowerState {
+    /// Sleep control.
+    pub control: u8,
+}
+
+impl Persist for AcpiPower {
+    type State = AcpiPowerState;
+
+    fn save(&self) -> AcpiPowerState {
+        AcpiPowerState {
+            control: self.control,
+        }
+    }
+
+    fn restore(&mut self, state: &AcpiPowerState) -> Result<(), RestoreError> {
+        let control = state.control;
+        RestoreError::check("ACPI power device", "sleep control", control, !SLEEP_ENABLE)?;
+        self.control = control;
+        Ok(())
+    }
+}
+
 /// The reset control register of Intel's chipsets, at port 0xcf9 (82801 datasheets, RST_CNT).
 #[derive(Default)]
 pub struct ResetControl {
     value: u8,
 }
 
+/// The state of [`ResetControl`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResetControlState {
+    /// The register.
+    pub value: u8,
+}
+
+impl Persist for ResetControl {
+    type State = ResetControlState;
+
+    fn save(&self) -> ResetControlState {
+        ResetControlState { value: self.value }
+    }
+
+    fn restore(&mut self, state: &ResetControlState) -> Result<(), RestoreError> {
+        RestoreError::check("reset control", "RST_CNT", state.value, RESET_BITS)?;
+        self.value = state.value;
+        Ok(())
+    }
+}
+
+/// The bits that the register keeps.
+const RESET_BITS: u8 = 0x0e;
 /// Reset the CPU.
 const RESET_CPU: u8 = 1 << 2;
 
@@ -92,7 +140,7 @@ impl Device for ResetControl {
         };
         // The bit has to go from 0 to 1.
         let rises = value & !self.value & RESET_CPU != 0;
-        self.value = value & 0x0e;
+        self.value = value & RESET_BITS;
         match rises {
             true => Action::Reset,
             false => Action::None,
@@ -102,8 +150,11 @@ impl Device for ResetControl {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, accesses, goes_on, refuses};
 
     #[test]
     fn soft_off_switches_off_and_no_other_sleep() {
@@ -137,5 +188,37 @@ mod tests {
         let mut value = [0];
         assert_eq!(register.read(0, &mut value), Action::None);
         assert_eq!(value, [0x0e]);
+    }
+
+    #[test]
+    fn what_no_guest_can_write_is_not_restored() {
+        let mut acpi = AcpiPower::new(FakeLine::new());
+        refuses(
+            &mut acpi,
+            &AcpiPowerState { control: 0x20 },
+            "sleep control 0x20",
+        );
+        let mut register = ResetControl::new();
+        refuses(
+            &mut register,
+            &ResetControlState { value: 0x16 },
+            "RST_CNT 0x16",
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn they_go_on_where_they_were_saved(
+            before in prop::collection::vec(accesses(&[0, 1], &[1, 2]), 0..20),
+            after in prop::collection::vec(accesses(&[0, 1], &[1, 2]), 0..20),
+        ) {
+            let acpi = || {
+                let line = FakeLine::new();
+                (AcpiPower::new(line.clone()), line)
+            };
+            goes_on(acpi, |device, access: &Access| access.make(device), &before, &after);
+            let register = || (ResetControl::new(), FakeLine::new());
+            goes_on(register, |device, access: &Access| access.make(device), &before, &after);
+        }
     }
 }

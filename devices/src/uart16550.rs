@@ -9,15 +9,18 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 
 use crate::action::Action;
 use crate::console::{Output, Uart};
+use crate::persist::{Persist, RestoreError};
 use crate::{Device, IrqLine};
 
 /// A 16550A UART.
 pub struct Uart16550 {
     registers: Serial<Edge, NoEvents, Printer>,
+    /// The line, for when the registers are made anew.
+    line: Arc<dyn IrqLine>,
     on_room: Box<dyn Fn() + Send>,
     /// How many characters stand before each received break, counted from the one before it.
     breaks: Vec<usize>,
@@ -66,6 +69,8 @@ const POLLS: u8 = 3;
 
 /// Characters that the transmitter holds (section 8.4).
 const FIFO_DEPTH: usize = 16;
+/// Characters that the receiver of [`vm_superio::Serial`] holds.
+const RECEIVER_DEPTH: usize = 64;
 
 /// One rising edge an interrupt.
 struct Edge(Arc<dyn IrqLine>);
@@ -106,12 +111,13 @@ impl Uart16550 {
     ) -> Uart16550 {
         Uart16550 {
             registers: Serial::new(
-                Edge(line),
+                Edge(Arc::clone(&line)),
                 Printer {
                     output,
                     action: Action::None,
                 },
             ),
+            line,
             on_room,
             breaks: Vec::new(),
             opened: false,
@@ -166,14 +172,26 @@ impl Uart16550 {
         }
     }
 
+    /// Throws away what was received.
+    fn empty_receiver(&mut self) {
+        // With the divisor in the data register's place nothing is taken out by reading. Neither
+        // write can fail.
+        let control = self.registers.read(offset::LCR as u8);
+        let _ = self
+            .registers
+            .write(offset::LCR as u8, control & !LCR_DIVISOR);
+        while !self.is_empty() {
+            self.registers.read(offset::DATA as u8);
+        }
+        let _ = self.registers.write(offset::LCR as u8, control);
+        self.breaks.clear();
+    }
+
     fn write_register(&mut self, offset: u64, value: u8) {
         self.polls = 0;
         match offset {
             offset::FCR if value & FCR_CLEAR_RECEIVER != 0 => {
-                while !self.is_empty() {
-                    self.registers.read(offset::DATA as u8);
-                }
-                self.breaks.clear();
+                self.empty_receiver();
                 // Linux does so when it opens and when it closes the port (drivers/tty/serial/
                 // 8250/8250_port.c: serial8250_clear_fifos). Between the two it masks the
                 // interrupt for each line of its log and goes on listening.
@@ -198,6 +216,75 @@ impl Uart16550 {
         if wanted == 0 && self.wanted() > 0 {
             (self.on_room)();
         }
+    }
+}
+
+/// The state of a [`Uart16550`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uart16550State {
+    /// The registers, and what was received.
+    pub registers: SerialState,
+    /// How many characters stand before each received break, counted from the one before it.
+    pub breaks: Vec<usize>,
+    /// Whether the guest takes input by interrupt, since it last emptied the receiver.
+    pub opened: bool,
+    /// Whether the guest takes an interrupt when it may send on.
+    pub waits_for_room: bool,
+    /// Characters sent since the guest last looked at the line status, up to one more than the
+    /// transmitter holds.
+    pub unasked: usize,
+    /// Reads of the line status by a guest that may wait for input.
+    pub polls: u8,
+}
+
+impl Persist for Uart16550 {
+    type State = Uart16550State;
+
+    fn save(&self) -> Uart16550State {
+        Uart16550State {
+            registers: self.registers.state(),
+            breaks: self.breaks.clone(),
+            opened: self.opened,
+            waits_for_room: self.waits_for_room,
+            unasked: self.unasked.min(FIFO_DEPTH + 1),
+            polls: self.polls.min(POLLS),
+        }
+    }
+
+    /// What is pending makes an edge again: an interrupt more is one that the guest finds nothing
+    /// for, an interrupt less is one that it waits for.
+    fn restore(&mut self, state: &Uart16550State) -> Result<(), RestoreError> {
+        const DEVICE: &str = "16550";
+        let received = state.registers.in_buffer.len();
+        RestoreError::check_count(DEVICE, "received characters", received, RECEIVER_DEPTH)?;
+        // In order, as each counts from the one before it.
+        let mut left = Some(received);
+        for ahead in &state.breaks {
+            left = left.and_then(|left| left.checked_sub(*ahead)?.checked_sub(1));
+        }
+        if left.is_none() {
+            let breaks = state.breaks.len();
+            return Err(RestoreError(format!(
+                "the state of the {DEVICE} is not valid: its {breaks} breaks are not among its {received} received characters"
+            )));
+        }
+        let (listened, wanted) = (self.listens(), self.wanted());
+        let printer = Printer {
+            output: std::mem::replace(
+                &mut self.registers.writer_mut().output,
+                Box::new(|_: &[u8]| {}),
+            ),
+            action: Action::None,
+        };
+        let edge = Edge(Arc::clone(&self.line));
+        // It cannot fail: the receiver's depth was checked, and the line does not.
+        self.registers = Serial::from_state(&state.registers, edge, NoEvents, printer)
+            .map_err(|error| RestoreError(format!("cannot restore the {DEVICE}: {error}")))?;
+        self.breaks.clone_from(&state.breaks);
+        (self.opened, self.waits_for_room) = (state.opened, state.waits_for_room);
+        (self.unasked, self.polls) = (state.unasked, state.polls);
+        self.settle(listened, wanted);
+        Ok(())
     }
 }
 
@@ -290,8 +377,11 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::fake::FakeLine;
+    use crate::persist::tests::{Access, accesses, goes_on, refuses};
 
     struct Bench {
         uart: Uart16550,
@@ -430,6 +520,17 @@ mod tests {
     }
 
     #[test]
+    fn the_receivers_reset_ends_while_the_divisor_is_shown() {
+        let mut bench = Bench::opened();
+        bench.uart.receive(b"old");
+        bench.write(offset::LCR, 0x83);
+        bench.write(offset::FCR, 0x07);
+        assert_eq!(bench.read(offset::LCR), 0x83);
+        bench.write(offset::LCR, 0x03);
+        assert!(bench.received().is_empty());
+    }
+
+    #[test]
     fn breaks_stand_where_they_came() {
         let mut bench = Bench::opened();
         bench.uart.receive(b"a");
@@ -524,5 +625,118 @@ mod tests {
         assert_eq!(bench.uart.read(offset::DATA, &mut divisor), Action::None);
         assert_eq!(divisor, [1, 1]);
         assert!(bench.output.lock().expect("sound").is_empty());
+    }
+
+    #[test]
+    fn what_no_guest_can_bring_about_is_not_restored() {
+        let mut uart = Bench::new().uart;
+        let saved = uart.save();
+        let mut state = saved.clone();
+        state.registers.in_buffer = vec![0; 65];
+        refuses(&mut uart, &state, "65 received characters");
+        for breaks in [vec![0], vec![usize::MAX, 1]] {
+            let state = Uart16550State {
+                breaks,
+                ..saved.clone()
+            };
+            refuses(&mut uart, &state, "breaks");
+        }
+    }
+
+    #[test]
+    fn a_received_byte_of_a_restored_one_is_told_of() {
+        let mut bench = Bench::opened();
+        bench.uart.receive(b"q");
+        let mut other = Bench::new();
+        other
+            .uart
+            .restore(&bench.uart.save())
+            .expect("a state that was saved");
+        assert_eq!(other.interrupts(), 1);
+        assert_eq!(other.rooms.load(Ordering::Relaxed), 1);
+        assert_eq!(other.received(), [(b'q', false)]);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Access(Access),
+        WriteData(Vec<u8>),
+        Receive(Vec<u8>),
+        Break,
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let bytes = || prop::collection::vec(any::<u8>(), 0..20);
+        let event = prop_oneof![
+            8 => accesses(&[0, 1, 2, 3, 4, 5, 6, 7], &[1, 2]).prop_map(Event::Access),
+            1 => bytes().prop_map(Event::WriteData),
+            1 => bytes().prop_map(Event::Receive),
+            1 => Just(Event::Break),
+        ];
+        prop::collection::vec(event, 0..60)
+    }
+
+    /// A UART whose output is what its accesses mean for the machine, and so part of their answers.
+    fn make() -> (Uart16550, Arc<FakeLine>) {
+        struct Told;
+
+        impl Output for Told {
+            fn write(&mut self, bytes: &[u8]) -> Action {
+                Action::panicked(format!("{bytes:?}"))
+            }
+        }
+
+        let line = FakeLine::new();
+        (
+            Uart16550::new(line.clone(), Box::new(Told), Box::new(|| {})),
+            line,
+        )
+    }
+
+    fn act(uart: &mut Uart16550, event: &Event) -> (Vec<u8>, Action, usize, bool) {
+        let (data, action) = match event {
+            Event::Access(access) => access.make(uart),
+            Event::WriteData(bytes) => (Vec::new(), uart.write_data(bytes)),
+            Event::Receive(bytes) => (vec![uart.receive(bytes) as u8], Action::None),
+            Event::Break => (vec![u8::from(uart.receive_break())], Action::None),
+        };
+        (data, action, uart.wanted(), uart.snapshot().is_some())
+    }
+
+    proptest! {
+        #[test]
+        fn it_goes_on_where_it_was_saved(before in events(), after in events()) {
+            goes_on(make, act, &before, &after);
+        }
+
+        #[test]
+        fn nothing_restored_panics(
+            registers in any::<[u8; 9]>(),
+            in_buffer in prop::collection::vec(any::<u8>(), 0..=64),
+            breaks in prop::collection::vec(0_usize..4, 0..8),
+            (opened, waits_for_room, unasked, polls) in any::<(bool, bool, usize, u8)>(),
+            after in events(),
+        ) {
+            let [low, high, ier, iir, lcr, lsr, mcr, msr, scratch] = registers;
+            let registers = SerialState {
+                baud_divisor_low: low,
+                baud_divisor_high: high,
+                interrupt_enable: ier,
+                interrupt_identification: iir,
+                line_control: lcr,
+                line_status: lsr,
+                modem_control: mcr,
+                modem_status: msr,
+                scratch,
+                in_buffer,
+            };
+            let state = Uart16550State { registers, breaks, opened, waits_for_room, unasked, polls };
+            let (mut uart, _) = make();
+            // Breaks may be more than characters.
+            let _ = uart.restore(&state);
+            for event in &after {
+                let _ = act(&mut uart, event);
+            }
+        }
     }
 }

@@ -13,6 +13,7 @@ mod linux;
 mod receiving;
 mod registers;
 mod snapshot;
+mod state;
 
 /// A UART with everything around it in sight.
 struct Bench {

@@ -1,0 +1,133 @@
+//! A PL011 that is saved, and another that goes on in its place.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::persist::Persist;
+use crate::persist::tests::{Access, accesses, goes_on, refuses};
+
+#[derive(Clone, Debug)]
+enum Event {
+    Access(Access),
+    WriteData(Vec<u8>),
+    Receive(Vec<u8>),
+    Break,
+}
+
+const REGISTERS: &[u64] = &[
+    offset::DR,
+    offset::RSR_ECR,
+    offset::FR,
+    offset::ILPR,
+    offset::IBRD,
+    offset::FBRD,
+    offset::LCR_H,
+    offset::CR,
+    offset::IFLS,
+    offset::IMSC,
+    offset::RIS,
+    offset::MIS,
+    offset::ICR,
+    offset::DMACR,
+    0xfe0,
+];
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let bytes = || prop::collection::vec(any::<u8>(), 0..20);
+    let event = prop_oneof![
+        8 => accesses(REGISTERS, &[1, 2, 4]).prop_map(Event::Access),
+        1 => bytes().prop_map(Event::WriteData),
+        1 => bytes().prop_map(Event::Receive),
+        1 => Just(Event::Break),
+    ];
+    prop::collection::vec(event, 0..80)
+}
+
+/// A UART whose output is what its accesses mean for the machine, and so part of their answers.
+fn make() -> (Pl011, Arc<FakeLine>) {
+    struct Told;
+
+    impl Output for Told {
+        fn write(&mut self, bytes: &[u8]) -> Action {
+            Action::panicked(format!("{bytes:?}"))
+        }
+    }
+
+    let line = FakeLine::new();
+    (
+        Pl011::new(line.clone(), Box::new(Told), Box::new(|| {})),
+        line,
+    )
+}
+
+fn act(uart: &mut Pl011, event: &Event) -> (Vec<u8>, Action, usize, Option<Snapshot>) {
+    let (data, action) = match event {
+        Event::Access(access) => access.make(uart),
+        Event::WriteData(bytes) => (Vec::new(), uart.write_data(bytes)),
+        Event::Receive(bytes) => (vec![uart.receive(bytes) as u8], Action::None),
+        Event::Break => (vec![u8::from(uart.receive_break())], Action::None),
+    };
+    (data, action, uart.wanted(), uart.snapshot())
+}
+
+#[test]
+fn a_restored_guest_that_listens_is_told_of() {
+    let mut bench = Bench::new();
+    bench.write(offset::IMSC, interrupt::RX | interrupt::RT);
+    let state = bench.uart.save();
+    let mut other = Bench::new();
+    other.uart.restore(&state).expect("a state that was saved");
+    assert_eq!(other.uart.listening(), Some(1));
+    assert_eq!(other.rooms(), 1);
+}
+
+#[test]
+fn what_no_guest_can_bring_about_is_not_restored() {
+    let (mut uart, _) = make();
+    let saved = uart.save();
+    let mut state = saved.clone();
+    state.registers.cr = 0x1_0000;
+    refuses(&mut uart, &state, "UARTCR 0x10000");
+    state = saved.clone();
+    state.received = vec![0; FIFO_DEPTH + 1];
+    refuses(&mut uart, &state, "17 received characters");
+    state = saved.clone();
+    state.received = vec![0x800];
+    refuses(&mut uart, &state, "0x800");
+}
+
+proptest! {
+    #[test]
+    fn it_goes_on_where_it_was_saved(before in events(), after in events()) {
+        goes_on(make, act, &before, &after);
+    }
+
+    #[test]
+    fn nothing_restored_panics(
+        registers in any::<[u32; 10]>(),
+        received in prop::collection::vec(0_u16..0x800, 0..=FIFO_DEPTH),
+        (overrun, polls) in any::<(bool, u8)>(),
+        after in events(),
+    ) {
+        let [rsr, ilpr, ibrd, fbrd, lcr_h, cr, ifls, imsc, ris, dmacr] = registers;
+        let registers = Pl011Registers {
+            rsr: rsr & mask::RSR,
+            ilpr: ilpr & mask::ILPR,
+            ibrd: ibrd & mask::IBRD,
+            fbrd: fbrd & mask::FBRD,
+            lcr_h: lcr_h & mask::LCR_H,
+            cr: cr & mask::CR,
+            ifls: ifls & mask::IFLS,
+            imsc: imsc & mask::INTERRUPTS,
+            ris: ris & mask::INTERRUPTS,
+            dmacr: dmacr & mask::DMACR,
+        };
+        let (mut uart, line) = make();
+        let state = Pl011State { registers, received, overrun, polls };
+        prop_assert_eq!(uart.restore(&state), Ok(()));
+        prop_assert_eq!(line.is_high(), registers.ris & registers.imsc != 0);
+        for event in &after {
+            let _ = act(&mut uart, event);
+        }
+    }
+}
