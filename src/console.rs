@@ -1,15 +1,19 @@
 //! The user's side of the serial console: terminal modes, escape keys, and output.
 
+use crate::deadline::wait_once;
+use crate::eintr::CallError;
 use crate::messages::visible;
 use anyhow::{Context, Result};
 use armlet_devices::action::Action;
 use armlet_devices::console::Output;
-use rustix::event::{PollFd, PollFlags, Timespec};
+use armlet_devices::sync::lock;
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::stdio;
 use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// The terminal's modes before armlet changed them; there while they are changed.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
@@ -99,7 +103,7 @@ impl Drop for RawTerminal {
 }
 
 fn saved() -> std::sync::MutexGuard<'static, Option<Termios>> {
-    SAVED.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&SAVED)
 }
 
 /// Gives the terminal back as it was before a [`RawTerminal`]. Handlers of signals may call it.
@@ -257,10 +261,11 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W
                     self.tell_lost();
                     bytes = &bytes[written..];
                 }
-                Err(Errno::INTR) => {}
+                // By a signal that may mean that armlet stops.
+                Err(error) if error.is_interrupted() => {}
                 // Not ours to change: others may have made the descriptor so.
                 Err(Errno::AGAIN) => {
-                    let _ = is_writable(None);
+                    let _ = wait_once(stdio::stdout(), PollFlags::OUT, None);
                 }
                 // Nobody will ever read it.
                 Err(error @ (Errno::PIPE | Errno::BADF | Errno::CONNRESET)) => {
@@ -283,19 +288,7 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W
 /// Whether standard output takes bytes without waiting, or never will.
 #[must_use]
 pub fn is_output_ready() -> bool {
-    is_writable(Some(&NOW))
-}
-
-const NOW: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 0,
-};
-
-/// Waits until standard output takes bytes, up to `limit`.
-fn is_writable(limit: Option<&Timespec>) -> bool {
-    let stdout = stdio::stdout();
-    let mut wait = [PollFd::new(&stdout, PollFlags::OUT)];
-    rustix::event::poll(&mut wait, limit).is_ok_and(|ready| ready > 0)
+    wait_once(stdio::stdout(), PollFlags::OUT, Some(Duration::ZERO)) == Ok(true)
 }
 
 /// The line in which a Linux kernel says that it panicked (kernel/panic.c: vpanic).

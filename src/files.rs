@@ -4,19 +4,23 @@
 //! things: a watchdog starts, a tape winds. So a path is looked up without opening what is there
 //! (O_PATH), its kind is checked, and then that very file is opened.
 
+use crate::deadline::Deadline;
+use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, bail};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::PollFlags;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Where the kernel shows the descriptors of this process, to be opened anew.
 const DESCRIPTORS: &str = "/proc/self/fd";
-/// What whoever reads a pipe has time for, in seconds.
-const PATIENCE: i64 = 10;
+/// What whoever reads a pipe has time for.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// The device number of /dev/null (Documentation/admin-guide/devices.txt).
 const NULL: (u32, u32) = (1, 3);
 
@@ -61,9 +65,14 @@ fn open_by(descriptors: &str, path: &Path, accepted: Accepted, writable: bool) -
 
 /// Finds what a path leads to and does not open it.
 fn look_up(path: &Path) -> io::Result<(OwnedFd, Stat)> {
-    let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let found = rustix::fs::fstat(&place)?;
+    let place = open_once(path, OFlags::PATH | OFlags::CLOEXEC)?;
+    let found = uninterrupted(|| rustix::fs::fstat(&place))?;
     Ok((place, found))
+}
+
+/// Opens what is there. A file system that is another process or machine can be interrupted.
+fn open_once(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    uninterrupted(|| rustix::fs::open(path, flags, Mode::empty()))
 }
 
 /// Opens what was found at a path.
@@ -76,14 +85,14 @@ fn reopen(
 ) -> io::Result<OwnedFd> {
     let access = access | OFlags::CLOEXEC | OFlags::NOCTTY;
     let same = format!("{descriptors}/{}", place.as_raw_fd());
-    match rustix::fs::open(same, access, Mode::empty()) {
+    match open_once(same.as_ref(), access) {
         // There is no /proc.
         Err(Errno::NOENT | Errno::NOTDIR) => {}
         opened => return Ok(opened?),
     }
     // Another file may have taken its place: a FIFO must not make this wait.
-    let file = rustix::fs::open(path, access | OFlags::NONBLOCK, Mode::empty())?;
-    let now = rustix::fs::fstat(&file)?;
+    let file = open_once(path, access | OFlags::NONBLOCK)?;
+    let now = uninterrupted(|| rustix::fs::fstat(&file))?;
     if (now.st_dev, now.st_ino) != (found.st_dev, found.st_ino) {
         return Err(io::Error::other("another file took its place meanwhile"));
     }
@@ -114,7 +123,7 @@ fn name_of(kind: FileType) -> &'static str {
 /// What the system says; a link of somebody else, something that is no file.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     let cwd = rustix::fs::CWD;
-    let found = match rustix::fs::statat(cwd, path, AtFlags::SYMLINK_NOFOLLOW) {
+    let found = match uninterrupted(|| rustix::fs::statat(cwd, path, AtFlags::SYMLINK_NOFOLLOW)) {
         // Not even a link that appears now is followed (open(2): O_EXCL).
         Err(Errno::NOENT) => return Ok(create(path)?.write_all(bytes)?),
         found => found?,
@@ -126,7 +135,7 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
             if ![0, user].contains(&found.st_uid) {
                 bail!("it is a link that user {} made", found.st_uid);
             }
-            match rustix::fs::stat(path)?.st_mode {
+            match uninterrupted(|| rustix::fs::stat(path))?.st_mode {
                 mode if FileType::from_raw_mode(mode) == FileType::RegularFile => {
                     replace(&std::fs::canonicalize(path)?, bytes)
                 }
@@ -140,13 +149,14 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Makes a file that is not there yet, for its owner alone.
 fn create(path: &Path) -> io::Result<File> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    // Not made again when it was interrupted: the file may be there now.
     Ok(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?.into())
 }
 
 /// Puts a new file in the place of another.
 fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut number = [0; 8];
-    rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty())?;
+    uninterrupted(|| getrandom(&mut number, GetRandomFlags::empty()))?;
     let mut name = path.file_name().context("it is no file")?.to_owned();
     name.push(format!(".{:016x}", u64::from_ne_bytes(number)));
     let new: PathBuf = path.with_file_name(name);
@@ -180,17 +190,11 @@ fn write_to(path: &Path, bytes: &[u8]) -> Result<()> {
     };
     let mut left = bytes;
     while !left.is_empty() {
-        match pipe.write(left) {
+        match uninterrupted(|| pipe.write(left)) {
             Ok(count) => left = &left[count..],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let patience = Timespec {
-                    tv_sec: PATIENCE,
-                    tv_nsec: 0,
-                };
-                let mut wanted = [PollFd::new(&pipe, PollFlags::OUT)];
-                if rustix::event::poll(&mut wanted, Some(&patience))? == 0 {
-                    bail!("its reader has not read for {PATIENCE} s");
+                if !Deadline::after(PATIENCE).wait(&pipe, PollFlags::OUT)? {
+                    bail!("its reader has not read for {PATIENCE:?}");
                 }
             }
             Err(error) => return Err(error.into()),
@@ -202,6 +206,8 @@ fn write_to(path: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::deadline::wait_once;
+    use crate::eintr::tests::under_fire;
     use std::io::Read;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
     use std::os::unix::net::UnixListener;
@@ -249,13 +255,8 @@ mod tests {
         let name = name.into_string().expect("ASCII");
         let refusal = refused(Path::new(&name), Accepted::FileOrDisk);
         assert!(refusal.ends_with("a character device"), "{refusal}");
-        let mut watched = [PollFd::new(&master, PollFlags::IN)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let ready = rustix::event::poll(&mut watched, Some(&now)).expect("polled");
-        assert_eq!(ready, 0, "it was opened and closed again");
+        let ready = wait_once(&master, PollFlags::IN, Some(Duration::ZERO));
+        assert_eq!(ready, Ok(false), "it was opened and closed again");
     }
 
     #[test]
@@ -359,5 +360,31 @@ mod tests {
         write_private(Path::new("/dev/null"), b"x").expect("written");
         let error = write_private(Path::new("/dev/zero"), b"x").expect_err("a device");
         assert!(error.to_string().contains("is a character device"));
+    }
+
+    #[test]
+    fn signals_do_not_stop_the_writing_to_a_pipe() {
+        let folder = folder();
+        let path = folder.path().join("fifo");
+        fifo(&path);
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let reader = rustix::fs::open(&path, flags, Mode::empty()).expect("opens");
+        let size = 1 << 20;
+        let (written, done) = std::sync::mpsc::channel();
+        let slow = std::thread::spawn(move || {
+            let mut text = vec![0; 1 << 16];
+            let mut seen = 0;
+            // By little: it is waited for again and again.
+            while seen < size || done.try_recv().is_err() {
+                std::thread::sleep(Duration::from_millis(1));
+                seen += rustix::io::read(&reader, &mut text).unwrap_or(0);
+            }
+            seen
+        });
+        under_fire(move || {
+            write_private(&path, &vec![7; size]).expect("written, whatever came between");
+            written.send(()).expect("a reader");
+        });
+        assert_eq!(slow.join().expect("no failure in the thread"), size);
     }
 }

@@ -1,8 +1,9 @@
 //! The memory that the program itself uses.
 
+use armlet_devices::sync::lock;
 use dlmalloc::Dlmalloc;
 use std::alloc::{GlobalAlloc, Layout};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// An allocator for the whole program.
 ///
@@ -19,7 +20,7 @@ impl Heap {
     }
 
     fn lock(&self) -> MutexGuard<'_, Dlmalloc> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

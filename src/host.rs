@@ -1,5 +1,6 @@
 //! What this host says of itself in /proc and /sys, as plain data.
 
+use crate::eintr::uninterrupted;
 use armlet_arch::board::Identity;
 use armlet_arch::cores::FULL_CAPACITY;
 use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
@@ -282,9 +283,10 @@ impl HostFiles {
     fn text(&self, path: &str) -> Option<String> {
         let mut buffer = [0; MAX_BYTES];
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let file = openat(CWD, self.root.join(path), flags, Mode::empty()).ok()?;
+        let path = self.root.join(path);
+        let file = uninterrupted(|| openat(CWD, &path, flags, Mode::empty())).ok()?;
         // sysfs, and what /proc shows of a device tree, give all at once.
-        let length = rustix::io::read(file, &mut buffer).ok()?;
+        let length = uninterrupted(|| rustix::io::read(&file, &mut buffer)).ok()?;
         let text = std::str::from_utf8(buffer.get(..length)?).ok()?;
         let text = text.trim_matches(['\0', '\n', ' ']);
         (!text.is_empty()).then(|| text.to_owned())

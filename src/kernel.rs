@@ -5,6 +5,7 @@
 //! stream: the VMM never holds a copy, only what the decompressor itself keeps (gzip 32 KiB, lz4
 //! at most 16 MiB, zstd, xz and lzma what their window asks for, at most [`MAX_WINDOW`]).
 
+use crate::eintr::uninterrupted;
 use crate::files::{self, Accepted};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
@@ -374,11 +375,9 @@ fn read_span(file: &File, span: &Range<u64>, opened: u64, dst: &mut [u8]) -> Res
 fn read_at(file: &File, dst: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < dst.len() {
-        match file.read_at(&mut dst[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(got) => done += got,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match uninterrupted(|| file.read_at(&mut dst[done..], offset + done as u64))? {
+            0 => break,
+            got => done += got,
         }
     }
     Ok(done)
@@ -422,10 +421,9 @@ fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Re
     while done < dst.len() {
         // By pieces: after an error nobody knows how much of its piece was written.
         let end = dst.len().min(done + BUFFER);
-        match reader.read(&mut dst[done..end]) {
+        match uninterrupted(|| reader.read(&mut dst[done..end])) {
             Ok(0) => break,
             Ok(got) => done += got,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(damaged(error, compression, done)),
         }
     }

@@ -16,6 +16,7 @@ pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod console;
+pub mod deadline;
 pub mod eintr;
 pub mod files;
 pub mod heap;

@@ -3,6 +3,7 @@
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
+use crate::kvm::interrupts::Interrupts;
 use crate::kvm::stats::Statistics;
 use crate::memory::{self, IdleMemory};
 use crate::reactor::Reactor;
@@ -18,6 +19,7 @@ use armlet_arch::irq::Spi;
 use armlet_arch::machine::POWER_KEY_LINE;
 use armlet_arch::{DeviceKind, PortKind, Range};
 use armlet_arch::{Placed, PlacedPorts, Plan};
+use armlet_devices::Device;
 use armlet_devices::bus::Bus;
 use armlet_devices::cmos::Cmos;
 use armlet_devices::console::{Console, Output};
@@ -26,10 +28,10 @@ use armlet_devices::pl011::Pl011;
 use armlet_devices::pl031::Pl031;
 use armlet_devices::pl061::Pl061;
 use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
+use armlet_devices::sync::lock;
 use armlet_devices::uart16550::Uart16550;
-use armlet_devices::{Device, IrqLine};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// A machine as KVM has it, with its devices, before its vCPUs run.
@@ -69,7 +71,7 @@ struct GpioKey(Arc<Mutex<Pl061>>);
 
 impl PowerKey for GpioKey {
     fn set_pressed(&mut self, pressed: bool) {
-        let mut gpio = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut gpio = lock(&self.0);
         gpio.set_input(POWER_KEY_LINE as u8, pressed);
     }
 }
@@ -85,26 +87,6 @@ pub struct Wires {
     pub on_burst: Box<dyn Fn() + Send>,
     /// The clock's alarm was set anew.
     pub on_deadline: Box<dyn Fn() + Send>,
-}
-
-/// An interrupt line of a device: an SPI of KVM's controller.
-struct SpiLine {
-    vm: Arc<VmFd>,
-    number: u32,
-}
-
-impl IrqLine for SpiLine {
-    fn set(&self, high: bool) {
-        // It fails for a number that the controller does not have, which the plan excludes.
-        if let Err(error) = self.vm.set_irq_line(self.number, high) {
-            log::error!("cannot set interrupt line {:#x}: {error}", self.number);
-        }
-    }
-
-    fn pulse(&self) {
-        self.set(true);
-        self.set(false);
-    }
 }
 
 /// Makes the planned machine on `memory`, with the backends in the order of their slots.
@@ -131,8 +113,10 @@ pub fn assemble<A: KvmArch>(
         true => Arc::clone(memory),
         false => Arc::new(memory::with_pmem(memory, images)?),
     };
-    let mut slots = Slots::new(&vm, memory, &whole, plan)?;
-    let (mut buses, devices) = attach::<A>(&vm, vcpus.first(), plan, wires, |placed, slot| {
+    let interrupts = Interrupts::new(&vm, A::pins(plan));
+    let mut slots = Slots::new(&vm, &interrupts, [memory, &whole], plan)?;
+    let kvm = (&vm, &interrupts);
+    let (mut buses, devices) = attach::<A>(kvm, vcpus.first(), plan, wires, |placed, slot| {
         let backend = backends
             .get(slot as usize)
             .with_context(|| format!("{placed} has no backend"))?;
@@ -158,18 +142,13 @@ pub fn assemble<A: KvmArch>(
 }
 
 fn attach<A: KvmArch>(
-    vm: &Arc<VmFd>,
+    (vm, interrupts): (&Arc<VmFd>, &Arc<Interrupts>),
     vcpu: Option<&VcpuFd>,
     plan: &Plan<A>,
     wires: Wires,
     mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
 ) -> Result<(Buses, Devices)> {
-    let line = |spi: Spi| -> Arc<dyn IrqLine> {
-        Arc::new(SpiLine {
-            vm: Arc::clone(vm),
-            number: A::irq_number(spi),
-        })
-    };
+    let line = |spi: Spi| interrupts.line::<A>(spi);
     let mut bus = Bus::new();
     let mut devices = Devices::default();
     let Wires {
@@ -206,7 +185,7 @@ fn attach<A: KvmArch>(
         };
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }
-    if let Some((window, device)) = A::chip_device(vm, plan) {
+    if let Some((window, device)) = A::chip_device(interrupts, plan) {
         bus.insert(window.start(), window.size(), device)?;
     }
     let mut ports = Bus::new();

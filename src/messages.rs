@@ -6,8 +6,11 @@
 //! kind is the place in the source, or what has a [`RateLimit`] of its own.
 
 use crate::console;
+use crate::deadline::{Deadline, wait_once};
+use crate::eintr::uninterrupted;
 use armlet_devices::limit::{Admitted, LIMITED, RateLimit, take_held_back};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use armlet_devices::sync::lock;
+use rustix::event::PollFlags;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
@@ -15,8 +18,8 @@ use rustix::stdio;
 use std::fmt::Write;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 
 /// What a pipe takes as a whole, in bytes (`limits.h` of Linux).
 const PIPE_BUF: usize = 4096;
@@ -128,7 +131,7 @@ pub fn install() {
 /// Says a line from a signal's handler: at once or not at all, without locks and a heap.
 pub fn say_from_handler(line: &[u8]) {
     let stderr = stdio::stderr();
-    if is_writable(stderr, Duration::ZERO) {
+    if is_ready(stderr) {
         let _ = rustix::io::write(stderr, line);
     }
 }
@@ -164,7 +167,7 @@ struct Log(Mutex<Vec<(Site, RateLimit)>>);
 impl Log {
     /// Counts a message of `site`; `None` if it is held back.
     fn admit(&self, site: Site) -> Option<Admitted> {
-        let mut sites = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sites = lock(&self.0);
         let index = sites.iter().position(|(known, _)| *known == site);
         let index = index.unwrap_or_else(|| {
             sites.push((site, RateLimit::new(BURST)));
@@ -201,7 +204,7 @@ static BEHIND: AtomicBool = AtomicBool::new(false);
 
 fn outlet() -> MutexGuard<'static, Outlet> {
     static OUTLET: Mutex<Outlet> = Mutex::new(Outlet::new(&BEHIND));
-    OUTLET.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&OUTLET)
 }
 
 /// How a descriptor is written without waiting and without O_NONBLOCK, which would be set for
@@ -234,19 +237,14 @@ impl Way {
         match self {
             Way::Socket => rustix::net::send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
             Way::Reopened(own) => rustix::io::write(own, bytes),
-            Way::Polled if is_writable(fd, Duration::ZERO) => rustix::io::write(fd, bytes),
+            Way::Polled if is_ready(fd) => rustix::io::write(fd, bytes),
             Way::Polled => Err(Errno::AGAIN),
         }
     }
 }
 
-fn is_writable(fd: BorrowedFd<'_>, limit: Duration) -> bool {
-    let limit = Timespec {
-        tv_sec: limit.as_secs().cast_signed(),
-        tv_nsec: limit.subsec_nanos().into(),
-    };
-    let mut wait = [PollFd::new(&fd, PollFlags::OUT)];
-    rustix::event::poll(&mut wait, Some(&limit)).is_ok_and(|ready| ready > 0)
+fn is_ready(fd: BorrowedFd<'_>) -> bool {
+    wait_once(fd, PollFlags::OUT, Some(Duration::ZERO)) == Ok(true)
 }
 
 /// Messages on their way to a descriptor.
@@ -299,9 +297,8 @@ impl Outlet {
             }
             let way = self.way.get_or_insert_with(|| Way::of(self.fd));
             let part = &self.waiting[..self.waiting.len().min(PIPE_BUF)];
-            match way.write(self.fd, part) {
+            match uninterrupted(|| way.write(self.fd, part)) {
                 Ok(count) => drop(self.waiting.drain(..count)),
-                Err(Errno::INTR) => {}
                 // There is nobody left to tell.
                 Err(Errno::PIPE | Errno::BADF | Errno::CONNRESET | Errno::NOTCONN) => {
                     self.waiting.clear();
@@ -316,16 +313,16 @@ impl Outlet {
     }
 
     fn finish(&mut self, limit: Duration) {
-        let end = Instant::now() + limit;
+        let deadline = Deadline::after(limit);
         self.flush();
         while !self.waiting.is_empty() {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() || !is_writable(self.fd, left) {
+            let is_ready = deadline.wait(self.fd, PollFlags::OUT) == Ok(true);
+            if !is_ready || deadline.left().is_zero() {
                 return;
             }
             self.flush();
             // A file on a full disk is always ready.
-            std::thread::sleep(left.min(Duration::from_millis(1)));
+            std::thread::sleep(deadline.left().min(Duration::from_millis(1)));
         }
     }
 }

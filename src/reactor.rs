@@ -3,12 +3,14 @@
 //! Light devices share the event loop's thread, which watches the reactor's own descriptor; a busy
 //! device has a [`Worker`].
 
+use crate::eintr::events;
 use crate::signals;
 use anyhow::{Context, Result};
+use armlet_devices::sync::{lock, ring};
 use armlet_devices::virtio::VirtioDevice;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -54,7 +56,7 @@ impl Reactor {
     ) -> Result<()> {
         let index = (self.devices.len() as u64) << 32;
         let (sources, takes_kicks) = {
-            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            let device = lock(&device);
             (device.sources(), device.takes_kicks())
         };
         for (source, token) in sources.iter().zip(index..) {
@@ -99,11 +101,7 @@ impl Reactor {
     /// What the system says of the wait.
     pub fn turn(&self, timeout: i32) -> Result<bool> {
         let mut ready = [EpollEvent::default(); EVENTS];
-        let count = match self.epoll.wait(timeout, &mut ready) {
-            Ok(count) => count,
-            Err(error) if error.raw_os_error() == Some(libc::EINTR) => 0,
-            Err(error) => return Err(error).context("cannot wait for devices"),
-        };
+        let count = events(&self.epoll, timeout, &mut ready).context("cannot wait for devices")?;
         let mut rang = false;
         for event in &ready[..count] {
             match event.data() {
@@ -123,8 +121,7 @@ impl Reactor {
         if token & KICK != 0 {
             let _ = watched.kicks[index].read();
         }
-        let device = watched.device.lock();
-        let mut device = device.unwrap_or_else(PoisonError::into_inner);
+        let mut device = lock(&watched.device);
         match token & KICK {
             0 => device.ready(index),
             _ => device.kicked(index),
@@ -180,8 +177,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         signals::waiting_for(format_args!("{} to stop", self.name));
         self.stopping.store(true, Ordering::Release);
-        // The counter cannot overflow: nobody else writes it.
-        let _ = self.bell.write(1);
+        ring(&self.bell);
         if let Some(thread) = self.thread.take() {
             // A panic in it has been reported where it happened.
             let _ = thread.join();

@@ -8,6 +8,7 @@ use crate::config::{Config, fresh_seeds};
 use crate::console::{
     self, ESCAPE_HELP, Escape, EscapeFilter, PanicWatch, RawTerminal, StandardOutput,
 };
+use crate::eintr::{events, uninterrupted};
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Devices, Wires};
@@ -24,12 +25,13 @@ use crate::virtio;
 use crate::virtio::console::{ConsoleKind, HvcConsole, terminal_size};
 use anyhow::{Context, Result};
 use armlet_devices::console::Console;
+use armlet_devices::sync::lock;
 use kvm_ioctls::Kvm;
 use rustix::io::Errno;
 use rustix::stdio;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -478,11 +480,8 @@ impl Events {
         self.feed(devices)?;
         let mut ready = [EpollEvent::default(); 4];
         loop {
-            let count = match self.epoll.wait(self.timeout(), &mut ready) {
-                Ok(count) => count,
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => 0,
-                Err(error) => return Err(error).context("cannot wait for events"),
-            };
+            let count = events(&self.epoll, self.timeout(), &mut ready)
+                .context("cannot wait for events")?;
             for event in &ready[..count] {
                 let ending = match event.data() {
                     INPUT => self.read_input(devices)?,
@@ -717,14 +716,15 @@ impl Events {
 
     fn read_input(&mut self, devices: &Devices) -> Result<Option<Ending>> {
         let mut buffer = [0_u8; INPUT_BYTES];
-        let count = match rustix::io::read(stdio::stdin(), &mut buffer) {
+        // It is ready, or does not wait.
+        let count = match uninterrupted(|| rustix::io::read(stdio::stdin(), &mut buffer)) {
             Ok(0) => {
                 self.input.ended = true;
                 self.watch_input(false)?;
                 return Ok(None);
             }
             Ok(count) => count,
-            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(Errno::AGAIN) => 0,
             Err(error) => {
                 log::warn!("cannot read standard input ({error}); the guest gets no more of it");
                 self.input.ended = true;
@@ -815,7 +815,7 @@ impl Events {
 
     fn read_file(&mut self) {
         let mut buffer = [0_u8; INPUT_BYTES];
-        match rustix::io::read(stdio::stdin(), &mut buffer) {
+        match uninterrupted(|| rustix::io::read(stdio::stdin(), &mut buffer)) {
             Ok(0) | Err(_) => self.input.ended = true,
             Ok(count) => self.input.pending.extend_from_slice(&buffer[..count]),
         }
@@ -845,10 +845,6 @@ impl Events {
         }
         Ok(())
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The console, if it can be used without waiting for a reader of the output: neither for a vCPU

@@ -11,10 +11,11 @@ use crate::console;
 use crate::messages;
 use crate::status::Status;
 use anyhow::{Context, Result};
+use armlet_devices::sync::lock;
 use std::fmt::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How long a phase other than [`Phase::Running`] may take until something is said, and how long an
@@ -136,7 +137,7 @@ pub fn end_with(status: Status) {
 
 /// Says what is waited for from here on, for the sentence that tells of a wait that lasts too long.
 pub fn waiting_for(what: impl fmt::Display) {
-    let mut wait = WAIT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut wait = lock(&WAIT);
     *wait = Words::none();
     // What does not fit is cut.
     let _ = write!(wait, "{what}");
@@ -211,7 +212,6 @@ fn ring() {
     if fd >= 0 {
         // SAFETY: the bell is never closed.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        // The counter cannot overflow before the loop has read it.
         let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
     }
 }

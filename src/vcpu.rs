@@ -1,6 +1,7 @@
 //! A vCPU's thread: run, answer the exit, again.
 
 use crate::affinity;
+use crate::eintr::CallError;
 use crate::kvm::internal::describe_internal_error;
 use crate::kvm::kick::{Kickable, kick};
 use crate::kvm::{Hypercall, KvmArch, RawExit};
@@ -284,7 +285,7 @@ fn run<A: KvmArch>(
                 exits.count(reason(&exit));
                 answer(exit, &buses.memory)
             }
-            Err(error) if error.errno() == libc::EINTR => {
+            Err(error) if error.is_interrupted() => {
                 exits.count(Reason::Signal);
                 vcpu.set_kvm_immediate_exit(0);
                 continue;

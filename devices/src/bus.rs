@@ -1,6 +1,7 @@
 //! The bus: which device answers at an address.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync::lock;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::Device;
 use crate::action::Action;
@@ -138,7 +139,7 @@ impl Window {
     /// A thread that panicked inside a device has not made it unusable: its registers
     /// are plain data, and the guest of the other threads goes on.
     fn lock(&self) -> MutexGuard<'_, dyn Device + 'static> {
-        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.device)
     }
 }
 

@@ -1,8 +1,8 @@
 //! How often a message of one kind is shown.
 
+use crate::sync::lock;
 use std::fmt;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -88,7 +88,7 @@ impl RateLimit {
     }
 
     fn admit_at(&self, now: Instant) -> Option<Admitted> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         state.count += 1;
         let quiet = state.last.replace(now).map(|last| now - last);
         if quiet.is_some_and(|quiet| quiet >= LONGEST_PAUSE) {
@@ -118,7 +118,7 @@ impl RateLimit {
     /// Counts an occurrence, and logs what `line` makes of the counts unless it is held back.
     pub fn log<T: fmt::Display>(&self, level: log::Level, line: impl FnOnce(Admitted) -> T) {
         if level > log::max_level() {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = lock(&self.state);
             state.count += 1;
         } else if let Some(admitted) = self.admit() {
             log::log!(target: LIMITED, level, "{}", line(admitted));
@@ -128,7 +128,7 @@ impl RateLimit {
     /// Occurrences so far.
     #[must_use]
     pub fn count(&self) -> u64 {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
         state.count
     }
 }

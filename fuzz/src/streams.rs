@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use armlet::virtio::deadline::Deadline;
+use armlet::deadline::Deadline;
 use armlet::virtio::net::passt::stream::{Broken, LONGEST, Stream};
 use armlet::virtio::vhost_user::VhostUser;
 use rustix::fs::{MemfdFlags, memfd_create};

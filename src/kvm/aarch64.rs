@@ -1,6 +1,7 @@
 //! KVM on ARM64. The order of the calls is the kernel's wish
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
+use super::interrupts::Pins;
 use super::{Depth, Hypercall, KvmArch, RawExit};
 use crate::eintr::uninterrupted;
 use crate::probe::offers::Offers;
@@ -132,6 +133,12 @@ impl KvmArch for Aarch64 {
             }
         }
         Ok((vcpus, chip))
+    }
+
+    fn pins(plan: &Plan<Self>) -> Pins {
+        // The first SPI's INTID is how many interrupts are none.
+        let others = Spi(0).intid();
+        Pins::Spis(plan.layout.irqchip.interrupts().saturating_sub(others))
     }
 
     fn irq_number(spi: Spi) -> u32 {

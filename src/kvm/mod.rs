@@ -6,11 +6,13 @@ use armlet_arch::{Arch, Plan, Range, Request, Width};
 use armlet_devices::Device;
 use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
+use interrupts::{Interrupts, Pins};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 
 pub mod burst;
 pub mod internal;
+pub mod interrupts;
 pub mod kick;
 pub mod open;
 pub mod page;
@@ -77,9 +79,12 @@ pub trait KvmArch: Arch {
 
     /// The part of the interrupt controller that is a device of ours, and where it stands. Mostly
     /// KVM has all of it.
-    fn chip_device(_: &Arc<VmFd>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+    fn chip_device(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
         None
     }
+
+    /// The pins of the interrupt controllers that [`Self::populate`] made in KVM.
+    fn pins(plan: &Plan<Self>) -> Pins;
 
     /// The number by which KVM_IRQ_LINE knows an interrupt.
     fn irq_number(spi: Spi) -> u32;

@@ -1,8 +1,9 @@
 //! KVM's own counters, read through a descriptor (Documentation/virt/kvm/api.rst, 4.133,
 //! KVM_GET_STATS_FD; since Linux 5.15).
 
+use crate::eintr::uninterrupted;
 use kvm_bindings::{KVMIO, kvm_stats_header};
-use rustix::io::{Errno, pread};
+use rustix::io::pread;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl, ioctl_expr};
 
@@ -85,15 +86,12 @@ impl Statistics {
 
     fn fill(&self, mut bytes: &mut [u8], mut offset: u64) -> std::io::Result<()> {
         while !bytes.is_empty() {
-            match pread(&self.fd, &mut *bytes, offset) {
-                Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => {
-                    bytes = &mut bytes[count..];
-                    offset += count as u64;
-                }
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            let count = uninterrupted(|| pread(&self.fd, &mut *bytes, offset))?;
+            if count == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
             }
+            bytes = &mut bytes[count..];
+            offset += count as u64;
         }
         Ok(())
     }

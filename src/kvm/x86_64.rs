@@ -3,6 +3,7 @@
 
 mod cpuid;
 
+use super::interrupts::{Interrupts, Pins};
 use super::{Depth, KvmArch, PortAccess, RawExit};
 use crate::eintr::uninterrupted;
 use crate::probe::offers::Offers;
@@ -15,13 +16,12 @@ use armlet_arch::{Plan, Range, Request, Width};
 use armlet_devices::Device;
 use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
-use armlet_devices::ioapic::{IoApic, Messages, PINS};
+use armlet_devices::ioapic::{IoApic, PINS};
 use cpuid::Topology;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN,
-    KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, Msrs, kvm_cpuid_entry2, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_msr_entry, kvm_regs, kvm_segment,
+    KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
@@ -115,17 +115,27 @@ impl KvmArch for X86_64 {
         Ok((vcpus, ()))
     }
 
-    fn chip_device(vm: &Arc<VmFd>, plan: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+    fn chip_device(
+        interrupts: &Arc<Interrupts>,
+        plan: &Plan<Self>,
+    ) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
         let chip = &plan.layout.irqchip;
         chip.messages.then(|| {
-            let vm = Arc::clone(vm);
+            let interrupts = Arc::clone(interrupts);
             let apic = IoApic::new(Box::new(move |messages| {
-                if let Err(error) = route(&vm, messages) {
-                    log::error!("cannot route interrupts: {error:#}");
+                if let Err(error) = interrupts.send((0..).zip(messages.iter().copied())) {
+                    log::error!("the I/O APIC's pins stay as they were: {error:#}");
                 }
             }));
             (chip.ioapic, Arc::new(Mutex::new(apic)) as _)
         })
+    }
+
+    fn pins(plan: &Plan<Self>) -> Pins {
+        match plan.layout.irqchip.messages {
+            true => Pins::None,
+            false => Pins::Pc,
+        }
     }
 
     fn irq_number(spi: Spi) -> u32 {
@@ -203,26 +213,6 @@ fn enable(vm: &VmFd, cap: u32, argument: u32) -> Result<()> {
     };
     wanted.args[0] = u64::from(argument);
     Ok(vm.enable_cap(&wanted)?)
-}
-
-/// Has KVM send these messages for interrupts, and nothing for the others.
-fn route(vm: &VmFd, messages: &Messages) -> Result<()> {
-    let pins = (0..).zip(messages);
-    let routes = pins.filter_map(|(gsi, message)| {
-        let message = (*message)?;
-        let mut route = kvm_irq_routing_entry {
-            gsi,
-            type_: KVM_IRQ_ROUTING_MSI,
-            ..Default::default()
-        };
-        route.u.msi.address_lo = message.address as u32;
-        route.u.msi.address_hi = (message.address >> 32) as u32;
-        route.u.msi.data = message.data;
-        Some(route)
-    });
-    let routes: Vec<_> = routes.collect();
-    let routes = KvmIrqRouting::from_entries(&routes).context("too many pins")?;
-    Ok(vm.set_gsi_routing(&routes)?)
 }
 
 /// Nothing to do: caches are coherent with every kind of memory.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 /// An outlet to a descriptor that lives as long as the tests.
 fn outlet_to(fd: impl Into<OwnedFd>) -> Outlet {
@@ -56,12 +57,7 @@ fn drain(outlet: &mut Outlet, mut reader: impl Read + AsFd) -> String {
 }
 
 fn is_readable(fd: BorrowedFd<'_>) -> bool {
-    let mut wait = [PollFd::new(&fd, PollFlags::IN)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 50_000_000,
-    };
-    rustix::event::poll(&mut wait, Some(&now)).is_ok_and(|ready| ready > 0)
+    wait_once(fd, PollFlags::IN, Some(Duration::from_millis(50))) == Ok(true)
 }
 
 fn is_nonblocking(fd: BorrowedFd<'_>) -> bool {

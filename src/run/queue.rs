@@ -1,9 +1,9 @@
 //! What other threads tell the event loop: at most one of each kind at a time, however often a guest
 //! causes it.
 
-use super::lock;
 use crate::vcpu::Told;
 use armlet_devices::action::Action;
+use armlet_devices::sync::{lock, ring};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -83,8 +83,7 @@ impl Queue {
     pub(super) fn tell(&self, event: Event) {
         // What was said and not taken yet has rung already.
         if lock(&self.news).add(event) {
-            // The counter cannot overflow before the loop has read it.
-            let _ = self.bell.write(1);
+            ring(&self.bell);
         }
     }
 

@@ -5,8 +5,9 @@
 //! Nobody is asked at another time, so that a guest which idles is left alone.
 
 use super::Told;
+use armlet_devices::sync::lock;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 const NOBODY: usize = usize::MAX;
 
@@ -38,7 +39,7 @@ impl OffCheck {
     /// Begins the question, for vCPU `index` is off now. Returns what is to be told.
     #[must_use]
     pub fn begin(&self, index: usize) -> Told {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.last);
         *last = index;
         self.ask(0, index)
     }
@@ -58,7 +59,7 @@ impl OffCheck {
         if self.asked() != Some(index) {
             return None;
         }
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = lock(&self.last);
         if self.asked() != Some(index) {
             return None;
         }

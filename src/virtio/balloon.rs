@@ -5,10 +5,11 @@ use super::options::Options;
 use super::pages;
 use anyhow::{Result, bail};
 use armlet_arch::size::{parse_memory, show_size};
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const FLAG: &str = "--balloon";
@@ -154,10 +155,6 @@ impl Discard for HostPages {
         }
         false
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

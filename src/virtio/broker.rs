@@ -15,7 +15,8 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-use super::deadline::Deadline;
+use crate::deadline::Deadline;
+use crate::eintr::uninterrupted;
 use crate::messages;
 use anyhow::{Context, Result, bail};
 use rustix::event::PollFlags;
@@ -178,9 +179,9 @@ impl Broker {
         let deadline = Deadline::after(PATIENCE);
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
-            match sendmsg(&self.socket, &[IoSlice::new(request)], &mut control, flags) {
+            let message = [IoSlice::new(request)];
+            match uninterrupted(|| sendmsg(&self.socket, &message, &mut control, flags)) {
                 Ok(_) => return Ok(()),
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if deadline.wait(&self.socket, PollFlags::OUT)? => {}
                 Err(Errno::AGAIN) => bail!("it was not started within {PATIENCE:?}"),
                 Err(Errno::PIPE | Errno::CONNRESET) => bail!("{BROKER_GONE}"),
@@ -282,9 +283,8 @@ impl Process {
     fn hear(&mut self, deadline: Deadline) -> Option<Word> {
         let mut bytes = [0; Word::BYTES];
         loop {
-            match recv(&self.line, &mut bytes, RecvFlags::DONTWAIT) {
+            match uninterrupted(|| recv(&self.line, &mut bytes, RecvFlags::DONTWAIT)) {
                 Ok((Word::BYTES, _)) => return Word::from_bytes(bytes),
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => match deadline.wait(&self.line, PollFlags::IN) {
                     Ok(true) => {}
                     _ => return None,
@@ -328,12 +328,11 @@ impl Words {
         let mut lines = Vec::new();
         let mut part = [0; MOST_WORDS];
         for _ in 0..MOST_READS {
-            match rustix::io::read(&self.pipe, &mut part) {
+            match uninterrupted(|| rustix::io::read(&self.pipe, &mut part)) {
                 Ok(len @ 1..) => {
                     self.rest.extend(&part[..len]);
                     self.take_lines(&mut lines);
                 }
-                Err(Errno::INTR) => {}
                 _ => break,
             }
         }

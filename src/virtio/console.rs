@@ -7,11 +7,12 @@ use super::Backend;
 use anyhow::{Context, Result, bail};
 use armlet_devices::action::Action;
 use armlet_devices::console::Output;
+use armlet_devices::sync::{lock, ring};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::console::{Console, Sink};
 use rustix::stdio;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -178,8 +179,7 @@ impl Outlet {
             std::mem::swap(&mut bytes, &mut waiting.bytes);
             waiting.on_their_way = bytes.len();
             if std::mem::take(&mut waiting.refused) {
-                // The counter cannot overflow within the life of a machine.
-                let _ = self.room.write(1);
+                ring(&self.room);
             }
             drop(waiting);
             match output.write(&bytes) {
@@ -202,10 +202,6 @@ impl Sink for Inlet {
     fn room(&self) -> Option<RawFd> {
         Some(self.0.room.as_raw_fd())
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use super::Backend;
 use super::locks::Use;
 use super::options::{Options, path_first};
 use anyhow::{Context, Result, bail};
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};
 use complaints::Complaints;
@@ -26,7 +27,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use uring::UringEngine;
 
 /// The flag.
@@ -480,11 +481,6 @@ impl Backend for Disk {
     fn is_busy(&self) -> bool {
         true
     }
-}
-
-/// A thread that panicked has been reported; the data behind its locks are plain.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

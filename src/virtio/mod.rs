@@ -24,7 +24,6 @@ mod alone;
 pub mod balloon;
 pub mod broker;
 pub mod console;
-pub mod deadline;
 pub mod disk;
 pub mod locks;
 pub mod net;

@@ -346,16 +346,19 @@ fn byte_lock(file: &File, command: i32, kind: i32, offset: u64) -> io::Result<i3
     lock.l_whence = libc::SEEK_SET as _;
     lock.l_start = offset as _;
     lock.l_len = 1;
-    // SAFETY: the descriptor is open, and the call reads and writes `lock` and keeps nothing of it.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
-    if done == 0 {
-        return Ok(i32::from(lock.l_type));
-    }
-    let error = io::Error::last_os_error();
-    match Errno::from_io_error(&error) {
-        Some(Errno::ACCESS | Errno::AGAIN) => Err(io::ErrorKind::WouldBlock.into()),
-        _ => Err(error),
-    }
+    uninterrupted(|| {
+        // SAFETY: the descriptor is open, and the call reads and writes `lock` and keeps nothing of
+        // it.
+        let done = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
+        if done == 0 {
+            return Ok(i32::from(lock.l_type));
+        }
+        let error = io::Error::last_os_error();
+        match Errno::from_io_error(&error) {
+            Some(Errno::ACCESS | Errno::AGAIN) => Err(io::ErrorKind::WouldBlock.into()),
+            _ => Err(error),
+        }
+    })
 }
 
 #[cfg(test)]

@@ -10,13 +10,14 @@ use crate::files::{self, Accepted};
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::pmem::Pmem;
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 const FLAG: &str = "--pmem";
@@ -249,7 +250,7 @@ impl FileMemory {
     ///
     /// `seen` is how often that was done when the access was made. Returns whether to try again.
     pub fn detach_missing(&self, missing: Missing, seen: &mut u64) -> bool {
-        let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut detached = lock(&self.detached);
         let before = std::mem::replace(seen, detached.times);
         if before < detached.times {
             // Another vCPU met it first.

@@ -10,18 +10,20 @@ mod daemon;
 
 use super::Backend;
 use super::broker::Broker;
-use super::deadline::Deadline;
 use super::options::Options;
+use crate::deadline::Deadline;
+use crate::eintr::events;
 use crate::messages::LINES;
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::fs::{Fs, Server, TAG};
 use armlet_devices::virtio::{Link, StartError, VirtioDevice, Virtqueue};
 use daemon::{Daemon, Launch};
 use std::fs;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -154,7 +156,7 @@ impl Backend for Share {
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = lock(&self.next);
         if next.is_none() {
             *next = Some(self.launch.start(&self.name, Deadline::after(PATIENCE))?);
         }
@@ -193,11 +195,7 @@ impl Virtiofsd {
     fn run(&self, features: u64, queues: &[Virtqueue], link: &Link) -> Result<Daemon> {
         // The guest's CPU waits meanwhile, so there is one for both of them.
         let deadline = Deadline::after(PATIENCE);
-        let kept = self
-            .next
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let kept = lock(&self.next).take();
         // One that died while it waited is not missed.
         if let Some(daemon) = kept
             && self
@@ -266,7 +264,7 @@ impl Server for Virtiofsd {
 
     fn look(&mut self) -> Result<(), String> {
         // What is ready is looked at in any case.
-        let _ = self.epoll.wait(0, &mut [EpollEvent::default(); 2]);
+        let _ = events(&self.epoll, 0, &mut [EpollEvent::default(); 2]);
         let Some(daemon) = &mut self.running else {
             return Ok(());
         };

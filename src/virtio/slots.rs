@@ -3,6 +3,7 @@
 
 use super::Backend;
 use crate::kvm::KvmArch;
+use crate::kvm::interrupts::Interrupts;
 use crate::kvm::page::ReadOnlyPages;
 use crate::reactor::{Reactor, Worker};
 use crate::signals;
@@ -10,6 +11,7 @@ use anyhow::{Context, Result};
 use armlet_arch::{DeviceKind, Range};
 use armlet_arch::{Placed, Plan};
 use armlet_devices::IrqLine;
+use armlet_devices::sync::ring;
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use std::sync::{Arc, Mutex, TryLockError};
@@ -22,6 +24,7 @@ const SLOT: u32 = 1001;
 /// The virtio slots of a machine that is being made.
 pub struct Slots {
     vm: Arc<VmFd>,
+    interrupts: Arc<Interrupts>,
     /// RAM, and with it persistent memory.
     ram: Arc<GuestMemoryMmap>,
     memory: Arc<GuestMemoryMmap>,
@@ -35,19 +38,20 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The slots of the planned machine, all empty. `memory` is its `ram` and what else devices
-    /// read and write.
+    /// The slots of the planned machine, all empty. `ram` is its RAM, and `memory` that and what else
+    /// devices read and write.
     ///
     /// # Errors
     /// A process without room for more descriptors.
     pub fn new<A: KvmArch>(
         vm: &Arc<VmFd>,
-        ram: &Arc<GuestMemoryMmap>,
-        memory: &Arc<GuestMemoryMmap>,
+        interrupts: &Arc<Interrupts>,
+        [ram, memory]: [&Arc<GuestMemoryMmap>; 2],
         plan: &Plan<A>,
     ) -> Result<Slots> {
         Ok(Slots {
             vm: Arc::clone(vm),
+            interrupts: Arc::clone(interrupts),
             ram: Arc::clone(ram),
             memory: Arc::clone(memory),
             pages: pages(plan).map(Arc::new),
@@ -70,13 +74,7 @@ impl Slots {
         let name = backend.name();
         signals::waiting_for(format_args!("{name} to be made"));
         let device = backend.device().with_context(|| name.clone())?;
-        let call = Arc::new(event()?);
-        self.vm
-            .register_irqfd(&call, A::gsi(placed.spi))
-            .with_context(|| {
-                let (line, _) = A::ARCHITECTURE.interrupts();
-                format!("KVM takes no irqfd for {line} {}", placed.spi.0)
-            })?;
+        let call = self.interrupts.edge::<A>(placed.spi)?;
         let window = placed.window;
         let page: Arc<dyn RegisterPage> = match &self.pages {
             Some(pages) => Arc::new(SlotPage {
@@ -232,7 +230,6 @@ impl IrqLine for CallLine {
     }
 
     fn pulse(&self) {
-        // The counter cannot overflow: KVM takes it at once.
-        let _ = self.0.write(1);
+        ring(&self.0);
     }
 }

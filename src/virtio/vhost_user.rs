@@ -4,8 +4,9 @@
 //! The other process is not trusted to answer: answers are bounded in size and checked, and all of
 //! a conversation has one deadline.
 
-use super::deadline::Deadline;
 use super::pages::is_persistent;
+use crate::deadline::Deadline;
+use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::virtio::Virtqueue;
 use rustix::event::PollFlags;
@@ -113,8 +114,8 @@ impl VhostUser {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let heard = recv(&self.socket, &mut [0_u8], flags);
-        matches!(heard, Err(Errno::AGAIN | Errno::INTR))
+        let heard = uninterrupted(|| recv(&self.socket, &mut [0_u8], flags));
+        heard == Err(Errno::AGAIN)
     }
 
     /// Has the other process work in `memory`, on these queues with the negotiated `features`;
@@ -254,11 +255,10 @@ impl VhostUser {
         message.u32(request as u32).u32(flags);
         message.u32(payload.len() as u32).0.extend(payload);
         loop {
-            match self.socket.send_with_fds(&[&*message.0], files) {
+            match uninterrupted(|| self.socket.send_with_fds(&[&*message.0], files)) {
                 Ok(sent) if sent == message.0.len() => return Ok(()),
                 Ok(_) => bail!("it takes no more messages, at {request:?}"),
                 Err(error) => match Errno::from_raw_os_error(error.errno()) {
-                    Errno::INTR => {}
                     Errno::AGAIN => self.wait(PollFlags::OUT, request, deadline)?,
                     error => return Err(explain(error, request)),
                 },
@@ -293,10 +293,9 @@ impl VhostUser {
 
     fn read(&self, mut rest: &mut [u8], request: Request, deadline: Deadline) -> Result<()> {
         while !rest.is_empty() {
-            match recv(&self.socket, &mut *rest, RecvFlags::empty()) {
+            match uninterrupted(|| recv(&self.socket, &mut *rest, RecvFlags::empty())) {
                 Ok((0, _)) => return Err(hung_up(request)),
                 Ok((count, _)) => rest = &mut rest[count..],
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => self.wait(PollFlags::IN, request, deadline)?,
                 Err(error) => return Err(explain(error, request)),
             }

@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, section 5.2). An [`Engine`] carries its requests out, at once or
 //! many at a time.
 
+use crate::sync::ring;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -472,9 +473,11 @@ impl Block {
                 return;
             } else {
                 // A driver that fills the ring as fast as it is emptied does not keep the device's
-                // lock: the kick brings us back. The counter cannot overflow before it is read.
+                // lock: the kick brings us back.
                 let kick = self.queue(index).map(|queue| Arc::clone(queue.kick()));
-                let _ = kick.map(|kick| kick.write(1));
+                if let Some(kick) = kick {
+                    ring(&kick);
+                }
                 return;
             }
         }
@@ -818,7 +821,7 @@ impl VirtioDevice for Block {
         });
         for queue in self.queues.iter().flatten() {
             // Its thread begins the requests that are there, not the vCPU that starts it.
-            let _ = queue.kick().write(1);
+            ring(queue.kick());
         }
         Ok(())
     }
@@ -848,9 +851,8 @@ impl VirtioDevice for Block {
         }
         // Those that wait may have their turn now.
         while let Some(waiting) = self.waiting.pop_front() {
-            if let Some(ring) = self.queue(waiting) {
-                // The counter cannot overflow before it is read.
-                let _ = ring.kick().write(1);
+            if let Some(queue) = self.queue(waiting) {
+                ring(queue.kick());
             }
         }
     }

@@ -7,6 +7,7 @@
 //! There is no MULTIPORT: without it Linux takes port 0 for a console and its size from the
 //! configuration space (drivers/char/virtio_console.c: config_work_handler).
 
+use crate::sync::ring;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -176,8 +177,8 @@ impl Working {
         let mut refused = 0;
         let wants_more = loop {
             if refused == ENTRIES {
-                // The kick brings us back. The counter cannot overflow before it is read.
-                let _ = queue.kick().write(1);
+                // The kick brings us back.
+                ring(queue.kick());
                 self.waits = true;
                 break false;
             }
@@ -237,8 +238,7 @@ impl Working {
                 .or_else(|| queue.pop().map(|chain| (chain, 0)))
             {
                 if left == 0 {
-                    // The counter cannot overflow before it is read.
-                    let _ = queue.kick().write(1);
+                    ring(queue.kick());
                     self.stuck = Some((chain, sent));
                     queue.signal();
                     return is_long;

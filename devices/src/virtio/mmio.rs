@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::transport::{DRIVER_OK, NEEDS_RESET, Transport};
-use super::{Interrupts, Link, VirtioDevice, lock};
+use super::{Interrupts, Link, Vector, VirtioDevice, lock};
 use crate::action::Action;
 use crate::{Device, IrqLine};
 
@@ -134,12 +134,10 @@ impl Shared {
 struct Wire(Arc<Shared>);
 
 impl Interrupts for Wire {
-    fn queue_used(&self, _queue: u16) {
-        self.0.line.pulse();
-    }
-
-    fn config_changed(&self) {
-        self.0.change(|state| state.config_changed = true);
+    fn signal(&self, vector: Vector) {
+        if vector == Vector::Config {
+            self.0.change(|state| state.config_changed = true);
+        }
         self.0.line.pulse();
     }
 
@@ -155,7 +153,7 @@ impl Interrupts for Wire {
         }
     }
 
-    fn call(&self, _queue: u16) -> Option<Arc<EventFd>> {
+    fn descriptor(&self, _: Vector) -> Option<Arc<EventFd>> {
         self.0.call.clone()
     }
 }

@@ -6,10 +6,11 @@
 //! device's thread waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
 
 use crate::limit::{Admitted, RateLimit};
+pub(crate) use crate::sync::lock;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -156,20 +157,28 @@ impl Driver {
 #[error("{0}")]
 pub struct StartError(pub String);
 
+/// What a device interrupts the guest for. Each transport has its own interrupt for it: one line for
+/// all over MMIO, an entry of a table over PCI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vector {
+    /// The configuration space or the device's status changed.
+    Config,
+    /// A buffer of this queue was used (virtio 1.2, section 2.3).
+    Queue(u16),
+}
+
 /// How a transport interrupts the guest. What differs between transports, and nothing else.
 pub trait Interrupts: Send + Sync {
-    /// A buffer of this queue was used (virtio 1.2, section 2.3).
-    fn queue_used(&self, queue: u16);
-
-    /// The configuration space or the device's status changed.
-    fn config_changed(&self);
+    /// Interrupts the guest for this.
+    fn signal(&self, vector: Vector);
 
     /// Shows DEVICE_NEEDS_RESET in the device's status (virtio 1.2, section 2.1.2).
     fn needs_reset(&self);
 
-    /// A descriptor by which another process or the kernel interrupts the guest for a queue
-    /// (a vhost call descriptor); `None` where the transport has none.
-    fn call(&self, queue: u16) -> Option<Arc<EventFd>>;
+    /// A descriptor by which another process or the kernel interrupts the guest (a vhost call
+    /// descriptor); `None` where the transport has none. It stays the same whatever interrupt the
+    /// driver chooses.
+    fn descriptor(&self, vector: Vector) -> Option<Arc<EventFd>>;
 }
 
 /// A device's way to its driver: interrupts, and a count of what the driver did wrong.
@@ -198,18 +207,18 @@ impl Link {
 
     /// A buffer of this queue was used: interrupts the guest.
     pub fn queue_used(&self, queue: u16) {
-        self.interrupts.queue_used(queue);
+        self.interrupts.signal(Vector::Queue(queue));
     }
 
     /// The configuration space changed: interrupts the guest.
     pub fn config_changed(&self) {
-        self.interrupts.config_changed();
+        self.interrupts.signal(Vector::Config);
     }
 
-    /// As [`Interrupts::call`].
+    /// As [`Interrupts::descriptor`], for a queue.
     #[must_use]
     pub fn call(&self, queue: u16) -> Option<Arc<EventFd>> {
-        self.interrupts.call(queue)
+        self.interrupts.descriptor(Vector::Queue(queue))
     }
 
     /// Counts what the driver did wrong, and logs it at a limited rate. The device goes on.
@@ -305,9 +314,4 @@ impl ConfigInner {
             watch(&self.bytes, self.generation);
         }
     }
-}
-
-/// A thread that panicked has been reported; the data behind its locks is plain.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,5 +1,6 @@
 //! A virtqueue of which no entry is trusted: requests come out whole and checked, or not at all.
 
+use crate::sync::ring;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -330,8 +331,7 @@ impl Virtqueue {
                 break;
             }
             if left == 0 {
-                // The counter cannot overflow before it is read.
-                let _ = self.kick.write(1);
+                ring(&self.kick);
                 break;
             }
         }

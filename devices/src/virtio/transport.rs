@@ -1,6 +1,7 @@
 //! The register machine that every transport has: status, features, queues and their start
 //! (virtio 1.2, sections 2.1, 2.2, 3.1).
 
+use crate::sync::ring;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
@@ -185,8 +186,8 @@ impl Transport {
             started.map_err(|error| format!("it does not start queue {index}: {error}"))
         });
         match started {
-            // What is there already is served. The counter cannot overflow before it is read.
-            Ok(()) => drop(kick.write(1)),
+            // What is there already is served.
+            Ok(()) => ring(kick),
             Err(what) => self.link.broken(format_args!("{what}")),
         }
     }
@@ -194,8 +195,7 @@ impl Transport {
     /// The driver kicks a queue by a register, where no ioeventfd takes it.
     pub(crate) fn kick(&self, index: u32) {
         match self.kicks.get(index as usize) {
-            // The counter cannot overflow before it is read.
-            Some(kick) => drop(kick.write(1)),
+            Some(kick) => ring(kick),
             None => self
                 .link
                 .fault(format_args!("the driver kicks queue {index}, which is not")),

@@ -9,6 +9,7 @@
 //! Nothing here blocks, and what a connection takes is bounded: of the guest's data at most
 //! `connection::BUFFER` bytes while the host does not read, and nothing of the host's.
 
+use crate::sync::ring;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -299,8 +300,7 @@ impl Running {
         self.to_guest.signal();
         self.from_guest.signal();
         if more {
-            // The counter cannot overflow before it is read.
-            let _ = self.from_guest.kick().write(1);
+            ring(self.from_guest.kick());
         }
     }
 

@@ -1,7 +1,8 @@
 //! The broker itself: starts processes, notes their ends, and leaves none behind.
 
 use super::{MOST_REQUEST, SOCKET, Word, sys};
-use crate::virtio::deadline::Deadline;
+use crate::deadline::Deadline;
+use crate::eintr::uninterrupted;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -92,13 +93,7 @@ fn wait(socket: &OwnedFd, kept: &[Kept]) -> Option<Event> {
         fds.push(PollFd::new(&process.pidfd, PollFlags::IN));
         fds.push(PollFd::new(&process.line, PollFlags::IN));
     }
-    loop {
-        match poll(&mut fds, None) {
-            Ok(_) => break,
-            Err(Errno::INTR) => {}
-            Err(_) => return None,
-        }
-    }
+    uninterrupted(|| poll(&mut fds, None)).ok()?;
     let ready = fds.iter().position(|fd| !fd.revents().is_empty())?;
     Some(match ready {
         0 => Event::Request,
@@ -127,13 +122,12 @@ fn receive(socket: &OwnedFd) -> Asked {
     let mut words = vec![0; MOST_REQUEST];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got = loop {
+    let received = uninterrupted(|| {
         let mut parts = [IoSliceMut::new(&mut words)];
-        match recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            Ok(got) if got.bytes > 0 => break got,
-            _ => return Asked::Nothing,
-        }
+        recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+    });
+    let Some(got) = received.ok().filter(|got| got.bytes > 0) else {
+        return Asked::Nothing;
     };
     let mut files = Vec::new();
     for message in control.drain() {
@@ -226,7 +220,7 @@ fn end_group(leader: Pid) -> Option<i32> {
     let mut pause = FIRST_LOOK;
     let mut status = None;
     loop {
-        match waitpgid(leader, WaitOptions::NOHANG) {
+        match uninterrupted(|| waitpgid(leader, WaitOptions::NOHANG)) {
             Ok(Some((pid, how))) => {
                 if pid == leader {
                     status = Some(how.as_raw());
@@ -237,7 +231,6 @@ fn end_group(leader: Pid) -> Option<i32> {
                 std::thread::sleep(pause);
                 pause = (2 * pause).min(LONGEST_LOOK);
             }
-            Err(Errno::INTR) => {}
             Ok(None) => return None,
             Err(_) => return status,
         }

@@ -112,10 +112,7 @@ impl Image {
                 .is_some_and(|direct| !at.is_multiple_of(direct.offset as u64));
             let count = match is_cut && at >= len {
                 true => 0,
-                false => match self.file.read_at(&mut bytes[done..], at) {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                    count => count?,
-                },
+                false => uninterrupted(|| self.file.read_at(&mut bytes[done..], at))?,
             };
             match count {
                 0 if at >= len => {
@@ -155,7 +152,7 @@ impl Image {
     pub(super) fn flush(&self) -> io::Result<()> {
         let result = match self.readonly {
             true => Ok(()),
-            false => uninterrupted(|| rustix::fs::fdatasync(&self.file)),
+            false => uninterrupted(|| rustix::fs::fdatasync(&self.file)).map_err(io::Error::from),
         };
         self.flushed(result)
     }
@@ -209,7 +206,9 @@ impl Image {
     }
 
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
-        uninterrupted(|| rustix::fs::fallocate(&self.file, mode, offset, len))
+        Ok(uninterrupted(|| {
+            rustix::fs::fallocate(&self.file, mode, offset, len)
+        })?)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -13,6 +13,7 @@ use super::complaints::{Complaints, cancelled};
 use super::sys::MOST_AT_ONCE;
 use crate::messages::visible;
 use anyhow::{Context, Result, bail};
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
 use extended::Extended;
 use header::{Compression, Header};
@@ -96,7 +97,7 @@ impl Image {
         let below = Arc::new(Storage::try_from(file)?);
         let backing = &mut backing.into_iter();
         let image = Image::on(path, below, &header, readonly, backing, complaints)?;
-        super::lock(&image.access).unchanged = unchanged;
+        lock(&image.access).unchanged = unchanged;
         Ok(image)
     }
 
@@ -140,11 +141,11 @@ impl Image {
         if end.is_none_or(|end| end > self.size) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        super::lock(&self.access).disk.read(bytes, offset)
+        lock(&self.access).disk.read(bytes, offset)
     }
 
     fn perform(&self, memory: &GuestMemoryMmap, request: &Request<'_>) -> io::Result<()> {
-        let mut access = super::lock(&self.access);
+        let mut access = lock(&self.access);
         let (offset, len) = (request.offset, request.len);
         if !matches!(request.operation, Operation::Read | Operation::Flush) {
             access.prepare()?;
@@ -578,7 +579,7 @@ impl Engine for Qcow2Engine {
         }
         // What a guest leaves behind is an image that needs no repair, even if armlet is killed
         // before the next one.
-        let mut access = super::lock(&self.image.access);
+        let mut access = lock(&self.image.access);
         if access.unchanged.is_some() {
             return;
         }

@@ -4,10 +4,12 @@
 //! Guest memory is shared with the guest anyway, so nothing here makes references to it; the
 //! kernel gets addresses. [`Mover`] and [`Ring`] keep the memory alive as long as it has them.
 
+use crate::deadline::wait_once;
+use crate::eintr::{CallError, uninterrupted};
 use armlet_devices::virtio::block::Data;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -124,14 +126,12 @@ impl Pieces {
             if pieces.is_empty() {
                 return Ok(());
             }
-            match move_once(file.as_raw_fd(), pieces, direction, offset, 0) {
-                Ok(0) => return Err(end_of(direction)),
-                Ok(done) => {
+            match uninterrupted(|| move_once(file.as_raw_fd(), pieces, direction, offset, 0))? {
+                0 => return Err(end_of(direction)),
+                done => {
                     self.advance(done);
                     offset += done as u64;
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
             }
         }
     }
@@ -385,12 +385,7 @@ impl Ring {
         let slot = &mut self.slots[usize::from(slot)];
         assert!(!slot.is_under_way, "the kernel has the pieces of this slot");
         let pieces = slot.pieces.next();
-        let done = loop {
-            match move_once(file.as_raw_fd(), pieces, direction, offset, 0) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result?,
-            }
-        };
+        let done = uninterrupted(|| move_once(file.as_raw_fd(), pieces, direction, offset, 0))?;
         slot.pieces.advance(done);
         Ok(done)
     }
@@ -491,16 +486,16 @@ impl Ring {
         }
         // SAFETY: the ring is open for as long as `self` is borrowed.
         let fd = unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
-        let mut wait = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
         // Interrupted, it is called again; and completions that had no room yet are in the kernel.
-        let _ = poll(&mut wait, Timespec::try_from(most).ok().as_ref());
+        let _ = wait_once(fd, PollFlags::IN, Some(most));
         self.enter(0);
     }
 
     fn enter(&mut self, want: usize) {
         match self.ring.submit_and_wait(want) {
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // It is asked again, or what there is suffices.
+            Err(error) if error.is_interrupted() => {}
             // The host is out of memory, or slow to take up completions (EBUSY); nothing else can
             // happen to a ring that works. What was begun must be handed over some time.
             Err(error) => {
@@ -551,10 +546,12 @@ impl Drop for Ring {
 /// What the device says; `Unsupported` where it cannot.
 pub(super) fn discard_blocks(device: &File, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];
-    // SAFETY: the call reads two numbers from `range` (block/ioctl.c: blk_ioctl_discard).
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) };
-    match done {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    uninterrupted(|| {
+        // SAFETY: the call reads two numbers from `range` (block/ioctl.c: blk_ioctl_discard).
+        let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) };
+        match done {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    })
 }

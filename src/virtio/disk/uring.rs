@@ -5,6 +5,7 @@
 use super::complaints::cancelled;
 use super::image::{Alignment, Image, PlainEngine};
 use super::sys::{Direction, Ring, end_of};
+use crate::eintr::CallError;
 use armlet_devices::virtio::block::{Engine, Operation, Outcome, Request};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -142,9 +143,10 @@ impl UringEngine {
             match self.ring.try_now(tag, file, direction, offset) {
                 Ok(0) => return Err(end_of(direction)),
                 Ok(moved) => return Ok(moved as u64),
+                Err(error) if error.is_interrupted() => return Ok(0),
                 Err(error) => match Errno::from_io_error(&error) {
                     Some(Errno::OPNOTSUPP | Errno::NOSYS) => *tries = false,
-                    Some(Errno::AGAIN | Errno::INTR) => return Ok(0),
+                    Some(Errno::AGAIN) => return Ok(0),
                     _ => return Err(error),
                 },
             }
@@ -194,10 +196,9 @@ impl UringEngine {
                 return self.moved(tag, direction, moved);
             }
             (Step::Move(direction), Err(error)) => {
-                if !matches!(
-                    Errno::from_io_error(&error),
-                    Some(Errno::AGAIN | Errno::INTR | Errno::CANCELED)
-                ) {
+                let errno = Errno::from_io_error(&error);
+                let gave_up = matches!(errno, Some(Errno::AGAIN | Errno::CANCELED));
+                if !gave_up && !error.is_interrupted() {
                     return Some(Err(error));
                 }
                 // The kernel gave up on the way, and not because it cannot.
@@ -210,7 +211,7 @@ impl UringEngine {
             }
             (Step::Allocate(mode), Err(error)) => {
                 let refused = self.image.refuses(mode, &error);
-                if !refused && Errno::from_io_error(&error) != Some(Errno::INTR) {
+                if !refused && !error.is_interrupted() {
                     return Some(Err(error));
                 }
                 let request = Request {
@@ -226,7 +227,7 @@ impl UringEngine {
                 return Some(self.plain.perform(&request));
             }
             (Step::Allocate(_), Ok(_)) => return self.changed(tag),
-            (Step::Sync, Err(error)) if Errno::from_io_error(&error) == Some(Errno::INTR) => {
+            (Step::Sync, Err(error)) if error.is_interrupted() => {
                 self.push(tag);
             }
             (Step::Sync, result) => return Some(self.image.flushed(result.map(drop))),

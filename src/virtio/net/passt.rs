@@ -3,21 +3,22 @@
 //! where each frame follows its length in 4 bytes, and ends when the other end is closed.
 
 use self::stream::{Broken, LONGEST, Stream};
+use crate::deadline::Deadline;
+use crate::eintr;
 use crate::messages::LINES;
 use crate::virtio::broker::{self, Broker, Process};
-use crate::virtio::deadline::Deadline;
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::Source;
 use armlet_devices::virtio::net::{Frame, Frames, Network, Room, Trouble, Woken};
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::ffi::OsString;
-use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -175,7 +176,7 @@ impl Passt {
         watch(self.process.end_fd(), EventSet::IN, OTHER)?;
         let mut events = [EpollEvent::default(); 3];
         // That there is room now is no news; that there is room again will be.
-        let _ = epoll.wait(0, &mut events)?;
+        let _ = eintr::events(&epoll, 0, &mut events)?;
         let mut frame = [0; 60];
         frame[..6].fill(0xff);
         frame[6..12].copy_from_slice(&mac);
@@ -203,10 +204,7 @@ impl Passt {
                 return Ok(());
             }
             let left = left.as_millis() as i32 + 1;
-            let count = match epoll.wait(left, &mut events) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                count => count?,
-            };
+            let count = eintr::events(&epoll, left, &mut events)?;
             let of_socket = events[..count].iter().find(|event| event.data() == SOCKET);
             let Some(event) = of_socket else {
                 continue;
@@ -336,7 +334,7 @@ impl PasstFrames {
     }
 
     fn passt(&self) -> MutexGuard<'_, Passt> {
-        self.passt.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.passt)
     }
 }
 

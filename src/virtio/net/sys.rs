@@ -1,6 +1,7 @@
 //! System calls for network cards that no library has in a safe form: vectors of guest memory,
 //! the ioctls of TAPs, descriptors that go from process to process.
 
+use crate::eintr::uninterrupted;
 use rustix::io::FdFlags;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -131,17 +132,7 @@ fn with_vector<'a>(
         true => &few[..count],
         false => &many,
     };
-    loop {
-        match usize::try_from(call(vector)) {
-            Ok(size) => return Ok(size),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
+    uninterrupted(|| usize::try_from(call(vector)).map_err(|_| io::Error::last_os_error()))
 }
 
 /// Makes `tun` a queue of the interface `name`, with the flags IFF_... of TUNSETIFF.
@@ -152,7 +143,7 @@ pub(super) fn set_interface(tun: &OwnedFd, name: &str, flags: c_int) -> io::Resu
     let mut request = Request::new(name)?;
     request.value.flags = flags as i16;
     // SAFETY: TUNSETIFF reads and writes a struct ifreq.
-    done(unsafe { ioctl_with_mut_ref(tun, TUNSETIFF, &mut request) })
+    done(|| unsafe { ioctl_with_mut_ref(tun, TUNSETIFF, &mut request) })
 }
 
 /// The name of a TAP's interface, and its flags IFF_... .
@@ -162,7 +153,7 @@ pub(super) fn set_interface(tun: &OwnedFd, name: &str, flags: c_int) -> io::Resu
 pub(super) fn interface(tun: &OwnedFd) -> io::Result<(String, u32)> {
     let mut request = Request::new("")?;
     // SAFETY: TUNGETIFF writes a struct ifreq.
-    done(unsafe { ioctl_with_mut_ref(tun, TUNGETIFF, &mut request) })?;
+    done(|| unsafe { ioctl_with_mut_ref(tun, TUNGETIFF, &mut request) })?;
     let name = request.name.split(|byte| *byte == 0).next();
     let name = String::from_utf8_lossy(name.unwrap_or_default());
     Ok((name.into_owned(), request.flags()))
@@ -174,7 +165,7 @@ pub(super) fn interface(tun: &OwnedFd) -> io::Result<(String, u32)> {
 /// What the kernel says.
 pub(super) fn set_header_size(tun: &OwnedFd, bytes: usize) -> io::Result<()> {
     // SAFETY: TUNSETVNETHDRSZ reads an int.
-    done(unsafe { ioctl_with_ref(tun, TUNSETVNETHDRSZ, &(bytes as c_int)) })
+    done(|| unsafe { ioctl_with_ref(tun, TUNSETVNETHDRSZ, &(bytes as c_int)) })
 }
 
 /// Says which work (TUN_F_...) may be left to the reader of a TAP's frames.
@@ -183,7 +174,7 @@ pub(super) fn set_header_size(tun: &OwnedFd, bytes: usize) -> io::Result<()> {
 /// EINVAL where the kernel does not know one of the bits.
 pub(super) fn set_offload(tun: &OwnedFd, offload: u32) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes a number.
-    done(unsafe { ioctl_with_val(tun, TUNSETOFFLOAD, c_ulong::from(offload)) })
+    done(|| unsafe { ioctl_with_val(tun, TUNSETOFFLOAD, c_ulong::from(offload)) })
 }
 
 /// Puts a queue of a TAP into use or takes it out.
@@ -197,7 +188,7 @@ pub(super) fn set_queue(tun: &OwnedFd, used: bool) -> io::Result<()> {
         false => libc::IFF_DETACH_QUEUE,
     } as i16;
     // SAFETY: TUNSETQUEUE reads a struct ifreq.
-    done(unsafe { ioctl_with_ref(tun, TUNSETQUEUE, &request) })
+    done(|| unsafe { ioctl_with_ref(tun, TUNSETQUEUE, &request) })
 }
 
 /// The MTU of an interface in bytes. `socket` is any socket, in whose namespace it is looked for.
@@ -207,7 +198,7 @@ pub(super) fn set_queue(tun: &OwnedFd, used: bool) -> io::Result<()> {
 pub(super) fn mtu(socket: &OwnedFd, name: &str) -> io::Result<u32> {
     let mut request = Request::new(name)?;
     // SAFETY: SIOCGIFMTU reads and writes a struct ifreq.
-    done(unsafe { ioctl_with_mut_ref(socket, SIOCGIFMTU, &mut request) })?;
+    done(|| unsafe { ioctl_with_mut_ref(socket, SIOCGIFMTU, &mut request) })?;
     // SAFETY: all of the union is initialised, and each value is one of these numbers.
     let mtu = unsafe { request.value.number };
     Ok(u32::try_from(mtu).unwrap_or_default())
@@ -220,7 +211,7 @@ pub(super) fn mtu(socket: &OwnedFd, name: &str) -> io::Result<u32> {
 pub(super) fn flags(socket: &OwnedFd, name: &str) -> io::Result<u32> {
     let mut request = Request::new(name)?;
     // SAFETY: SIOCGIFFLAGS reads and writes a struct ifreq.
-    done(unsafe { ioctl_with_mut_ref(socket, SIOCGIFFLAGS, &mut request) })?;
+    done(|| unsafe { ioctl_with_mut_ref(socket, SIOCGIFFLAGS, &mut request) })?;
     Ok(request.flags())
 }
 
@@ -237,12 +228,12 @@ pub(super) fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(ours)
 }
 
-/// What an ioctl returned, as a result.
-fn done(returned: c_int) -> io::Result<()> {
-    match returned {
+/// What an ioctl returns, as a result. Those of a TAP wait for the lock of all interfaces.
+fn done(mut call: impl FnMut() -> c_int) -> io::Result<()> {
+    uninterrupted(|| match call() {
         0.. => Ok(()),
         _ => Err(io::Error::last_os_error()),
-    }
+    })
 }
 
 #[cfg(test)]

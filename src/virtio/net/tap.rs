@@ -2,6 +2,7 @@
 
 use super::sys;
 use anyhow::{Context, Result, anyhow, bail};
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::Source;
 use armlet_devices::virtio::net::feature::{
     CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN,
@@ -15,7 +16,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::raw::c_int;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// The device that each TAP comes from.
 const TUN: &str = "/dev/net/tun";
@@ -227,7 +228,7 @@ impl Tap {
     }
 
     fn try_configure(&self, pairs: usize, offloads: u64) -> Result<(), (&'static str, io::Error)> {
-        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut active = lock(&self.active);
         // One by one, and the count with them: what fails leaves it true.
         while *active != pairs {
             let attach = *active < pairs;

@@ -1,9 +1,9 @@
 //! A virtiofsd: where it is, how it is started, what it says, and how it ends.
 
 use super::{Cache, Sandbox, ShareOptions};
+use crate::deadline::Deadline;
 use crate::eintr::uninterrupted;
 use crate::virtio::broker::{self, Broker, Process};
-use crate::virtio::deadline::Deadline;
 use crate::virtio::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
 use std::ffi::{OsStr, OsString};

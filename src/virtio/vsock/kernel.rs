@@ -4,12 +4,13 @@
 use crate::virtio::Backend;
 use crate::virtio::vhost::Vhost;
 use anyhow::{Context, Result, anyhow};
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::{
     ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue,
 };
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 const PATH: &str = "/dev/vhost-vsock";
@@ -88,11 +89,7 @@ fn claim(cid: u32) -> Result<Vhost> {
 impl Claim {
     /// The kernel's device for a driver that starts.
     fn take(&self) -> Result<Vhost> {
-        let kept = self
-            .vhost
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let kept = lock(&self.vhost).take();
         kept.map_or_else(|| claim(self.cid), Ok)
     }
 
@@ -100,7 +97,7 @@ impl Claim {
     fn renew(&self) {
         match claim(self.cid) {
             Ok(vhost) => {
-                *self.vhost.lock().unwrap_or_else(PoisonError::into_inner) = Some(vhost);
+                *lock(&self.vhost) = Some(vhost);
             }
             // The next driver tries again, and hears it.
             Err(error) => log::warn!("vsock: {error:#}"),

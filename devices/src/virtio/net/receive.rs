@@ -1,5 +1,6 @@
 //! Frames from the network to the driver.
 
+use crate::sync::ring;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -164,8 +165,8 @@ impl Receiver {
         self.queue.silence();
         while (self.waiting.is_some() || self.more) && !self.queue.is_broken() {
             if left == 0 || self.refused >= BATCH {
-                // The other queues first; the kick brings us back. The counter cannot overflow.
-                let _ = self.queue.kick().write(1);
+                // The other queues first; the kick brings us back.
+                ring(self.queue.kick());
                 break;
             }
             let has_room = match self.waiting {

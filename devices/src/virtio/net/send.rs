@@ -1,5 +1,6 @@
 //! Frames from the driver to the network.
 
+use crate::sync::ring;
 use std::sync::Arc;
 
 use super::{BATCH, Frame, Frames, HEADER, LEAST_FRAME, MOST_BYTES, Trouble};
@@ -48,8 +49,8 @@ impl Transmitter {
         self.queue.silence();
         while result.is_ok() {
             if left == 0 {
-                // The other queues first; the kick brings us back. The counter cannot overflow.
-                let _ = self.queue.kick().write(1);
+                // The other queues first; the kick brings us back.
+                ring(self.queue.kick());
                 break;
             }
             let Some(chain) = self.queue.pop() else {

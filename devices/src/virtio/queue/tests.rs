@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
-use crate::virtio::Interrupts;
+use crate::virtio::{Interrupts, Vector};
 
 /// Three banks; the second begins where the first ends, and before the third is a hole.
 const BANKS: [(u64, usize); 3] = [(0x1_0000, 0x1_0000), (0x2_0000, 0x8000), (0x4_0000, 0x8000)];
@@ -34,17 +34,15 @@ struct Heard {
 }
 
 impl Interrupts for Arc<Heard> {
-    fn queue_used(&self, _queue: u16) {
+    fn signal(&self, _: Vector) {
         self.interrupts.fetch_add(1, Ordering::Relaxed);
     }
-
-    fn config_changed(&self) {}
 
     fn needs_reset(&self) {
         self.resets.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn call(&self, _queue: u16) -> Option<Arc<EventFd>> {
+    fn descriptor(&self, _: Vector) -> Option<Arc<EventFd>> {
         None
     }
 }

@@ -1,7 +1,7 @@
 //! One connection between a port of the guest and a Unix socket of the host.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
@@ -222,7 +222,7 @@ impl Connection {
                     return Err(Dead);
                 };
                 let wanted = slice.len();
-                let read = retry(|| self.stream.read_volatile(&mut slice));
+                let read = retry_on_memory(|| self.stream.read_volatile(&mut slice));
                 match read {
                     Ok(0) => self.ended = true,
                     Ok(len) => done += len,
@@ -281,7 +281,7 @@ impl Connection {
                 let Ok(slice) = slice else {
                     return done;
                 };
-                match retry(|| self.stream.write_volatile(&slice)) {
+                match retry_on_memory(|| self.stream.write_volatile(&slice)) {
                     Ok(written) => {
                         done += written;
                         if written < slice.len() {
@@ -303,13 +303,12 @@ impl Connection {
     pub(super) fn flush(&mut self) {
         while !self.waiting.is_empty() {
             let (first, _) = self.waiting.as_slices();
-            match (&self.stream).write(first) {
+            match retry(|| (&self.stream).write(first)) {
                 Ok(written) => {
                     self.waiting.drain(..written);
                     self.forwarded = self.forwarded.wrapping_add(written as u32);
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(ErrorKind::WouldBlock) => return,
                 Err(_) => self.deafen(),
             }
         }
@@ -369,12 +368,11 @@ impl Connection {
         loop {
             // One by one: what follows the line is for the guest.
             let mut byte = [0];
-            match (&self.stream).read(&mut byte) {
+            match retry(|| (&self.stream).read(&mut byte)) {
                 Ok(1) if byte == *b"\n" => break,
                 Ok(1) if line.len() < LONGEST_LINE => line.push(byte[0]),
                 Ok(_) => return Err(Dead),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(ErrorKind::WouldBlock) => return Ok(None),
                 Err(_) => return Err(Dead),
             }
         }
@@ -392,7 +390,7 @@ impl Connection {
     pub(super) fn establish(&mut self) -> Result<(), Dead> {
         let line = format!("OK {}\n", self.host_port);
         // The first bytes into an empty buffer: they all fit.
-        match (&self.stream).write(line.as_bytes()) {
+        match retry(|| (&self.stream).write(line.as_bytes())) {
             Ok(written) if written == line.len() => {
                 self.state = State::Open;
                 Ok(())
@@ -402,16 +400,25 @@ impl Connection {
     }
 }
 
-/// Calls again what a signal broke off; an error of memory is one of the stream.
-fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> Result<usize, ErrorKind> {
+/// Calls again what a signal broke off.
+fn retry(mut call: impl FnMut() -> io::Result<usize>) -> Result<usize, ErrorKind> {
     loop {
         match call() {
             Ok(done) => return Ok(done),
-            Err(VolatileMemoryError::IOError(error)) => match error.kind() {
-                ErrorKind::Interrupted => {}
-                kind => return Err(kind),
-            },
-            Err(_) => return Err(ErrorKind::Other),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.kind()),
         }
     }
+}
+
+/// As [`retry`], with guest memory: an error of memory is one of the stream.
+fn retry_on_memory(
+    mut call: impl FnMut() -> Result<usize, VolatileMemoryError>,
+) -> Result<usize, ErrorKind> {
+    retry(|| {
+        call().map_err(|error| match error {
+            VolatileMemoryError::IOError(error) => error,
+            other => io::Error::other(other),
+        })
+    })
 }

@@ -6,9 +6,10 @@
 //!
 //! The format: QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 
+use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, bail};
 use std::fs::File;
-use std::io::{ErrorKind, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 /// Bytes of the header of version 2, and of the part that every version 3 has.
@@ -304,11 +305,11 @@ impl Header {
 pub(super) fn read_up_to(file: &File, data: &mut [u8], offset: u64) -> Result<usize> {
     let mut done = 0;
     while done < data.len() {
-        match file.read_at(&mut data[done..], offset.saturating_add(done as u64)) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error).context("cannot read its tables"),
+        let at = offset.saturating_add(done as u64);
+        let read = uninterrupted(|| file.read_at(&mut data[done..], at));
+        match read.context("cannot read its tables")? {
+            0 => break,
+            count => done += count,
         }
     }
     Ok(done)

@@ -110,7 +110,7 @@ impl Layer {
     }
 
     fn tables(&self) -> Option<MutexGuard<'_, Tables>> {
-        self.0.tables.as_ref().map(super::super::lock)
+        self.0.tables.as_ref().map(armlet_devices::sync::lock)
     }
 
     fn writable(&self) -> io::Result<MutexGuard<'_, Tables>> {

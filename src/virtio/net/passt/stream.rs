@@ -1,6 +1,7 @@
 //! Frames in a stream, each behind its length in 4 bytes (QEMU's "-netdev stream"). Reading and
 //! writing end where they like, and neither loses a byte or waits.
 
+use crate::eintr::uninterrupted;
 use crate::virtio::net::sys;
 use rustix::io::Errno;
 use std::ops::Range;
@@ -46,9 +47,8 @@ impl Stream {
     /// Sends the rest of a frame of which a part was sent.
     pub fn flush(&mut self) -> Result<(), Broken> {
         while !self.output.is_empty() {
-            match rustix::io::write(&self.socket, &self.output) {
+            match uninterrupted(|| rustix::io::write(&self.socket, &self.output)) {
                 Ok(size) => drop(self.output.drain(..size)),
-                Err(Errno::INTR) => {}
                 Err(error) => return Err(broken(error)),
             }
         }
@@ -93,10 +93,9 @@ impl Stream {
                 Ok(Some(frame)) => return Ok(take(&self.input.bytes[frame])),
                 Ok(None) => {}
             }
-            match rustix::io::read(&self.socket, self.input.space()) {
+            match uninterrupted(|| rustix::io::read(&self.socket, self.input.space())) {
                 Ok(0) => return Err(Broken::Closed),
                 Ok(size) => self.input.end += size,
-                Err(Errno::INTR) => {}
                 Err(error) => return Err(broken(error)),
             }
         }

@@ -41,7 +41,7 @@ fn the_mode_of_the_cache_is_there_once_features_are_agreed_on() {
 fn a_driver_may_choose_the_mode_of_the_cache_before_it_starts() {
     let (mut guest, fake) = guest();
     let set = |guest: &mut Guest<Block>, mode: u8| {
-        crate::Device::write(&mut guest.mmio, WRITEBACK, &[mode]);
+        let _ = crate::Device::write(&mut guest.mmio, WRITEBACK, &[mode]);
         config(guest, 32, 1)
     };
     guest.negotiate(ALL | FEATURE_CONFIG_WCE);

@@ -1,9 +1,22 @@
-//! Waits for descriptors, none of them longer than until a deadline.
+//! Waits for descriptors: once, or until a deadline.
 
+use crate::eintr::uninterrupted;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
+
+/// Waits until `fd` is ready for one of `events` or its other end is closed, up to `limit`, or
+/// without an end. Returns whether it is.
+///
+/// # Errors
+/// What poll(2) says; EINTR where a signal came in between.
+pub fn wait_once(fd: impl AsFd, events: PollFlags, limit: Option<Duration>) -> Result<bool, Errno> {
+    // One that is too long for the kernel has no end.
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    let ready = poll(&mut [PollFd::new(&fd, events)], limit.as_ref())?;
+    Ok(ready > 0)
+}
 
 /// When something is waited for no longer. What consists of several waits has one of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,19 +53,7 @@ impl Deadline {
     /// # Errors
     /// What poll(2) says, but for a signal that came in between.
     pub fn wait(&self, fd: impl AsFd, events: PollFlags) -> Result<bool, Errno> {
-        let mut fds = [PollFd::new(&fd, events)];
-        loop {
-            let left = self.left();
-            let timeout = Timespec {
-                tv_sec: left.as_secs().cast_signed(),
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            match poll(&mut fds, Some(&timeout)) {
-                Ok(ready) => return Ok(ready > 0),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
+        uninterrupted(|| wait_once(&fd, events, Some(self.left())))
     }
 }
 

@@ -1,0 +1,247 @@
+//! The interrupts of a VM and their one owner: lines, irqfds, and KVM's table of what each GSI leads
+//! to. Nothing else calls KVM_IRQ_LINE, KVM_IRQFD or KVM_SET_GSI_ROUTING.
+//!
+//! KVM_SET_GSI_ROUTING replaces the whole table (Documentation/virt/kvm/api.rst), and with it the
+//! routes of pins that KVM made by itself. So the table is kept here as a value, pins and messages
+//! together, and given to KVM as one.
+
+use super::KvmArch;
+use anyhow::{Context, Result};
+use armlet_arch::irq::Spi;
+use armlet_devices::IrqLine;
+use armlet_devices::ioapic::{Message, PINS};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
+};
+use kvm_ioctls::VmFd;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The pins of the interrupt controllers in KVM, to which it has GSIs lead from the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pins {
+    /// None: there are local APICs only.
+    None,
+    /// GSI n leads to SPI n, for so many SPIs of a GIC (arch/arm64/kvm/vgic/vgic-irqfd.c:
+    /// `kvm_vgic_setup_default_irq_routing`).
+    Spis(u32),
+    /// GSI n leads to pin n of the I/O APIC, and those of the 8259s to both (arch/x86/kvm/irq.c:
+    /// `default_routing`).
+    Pc,
+}
+
+impl Pins {
+    /// GSI, number of the controller (`KVM_IRQCHIP_*`) and its pin of each.
+    fn routes(self) -> Vec<[u32; 3]> {
+        match self {
+            Pins::None => Vec::new(),
+            Pins::Spis(count) => (0..count).map(|spi| [spi, 0, spi]).collect(),
+            Pins::Pc => {
+                let first = (0..8).map(|gsi| [gsi, 0, gsi]);
+                let second = (8..16).map(|gsi| [gsi, 1, gsi - 8]);
+                let io_apic = (0..PINS as u32).map(|gsi| [gsi, 2, gsi]);
+                first.chain(second).chain(io_apic).collect()
+            }
+        }
+    }
+}
+
+/// What each GSI leads to.
+#[derive(Debug, PartialEq, Eq)]
+struct Table {
+    pins: Pins,
+    /// By GSI.
+    messages: BTreeMap<u32, Message>,
+}
+
+impl Table {
+    /// Changes what GSIs send; returns whether that is anything new.
+    fn set_messages(&mut self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> bool {
+        let mut changed = false;
+        for (gsi, message) in changes {
+            changed |= match message {
+                Some(message) => self.messages.insert(gsi, message) != Some(message),
+                None => self.messages.remove(&gsi).is_some(),
+            };
+        }
+        changed
+    }
+
+    /// The table as KVM takes it.
+    fn entries(&self) -> Vec<kvm_irq_routing_entry> {
+        let pins = self.pins.routes().into_iter().map(|[gsi, chip, pin]| {
+            let mut entry = kvm_irq_routing_entry {
+                gsi,
+                type_: KVM_IRQ_ROUTING_IRQCHIP,
+                ..Default::default()
+            };
+            entry.u.irqchip.irqchip = chip;
+            entry.u.irqchip.pin = pin;
+            entry
+        });
+        let messages = self.messages.iter().map(|(&gsi, message)| {
+            let mut entry = kvm_irq_routing_entry {
+                gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                ..Default::default()
+            };
+            entry.u.msi.address_lo = message.address as u32;
+            entry.u.msi.address_hi = (message.address >> 32) as u32;
+            entry.u.msi.data = message.data;
+            entry
+        });
+        pins.chain(messages).collect()
+    }
+}
+
+/// A VM's interrupts.
+pub struct Interrupts {
+    vm: Arc<VmFd>,
+    table: Mutex<Table>,
+}
+
+impl Interrupts {
+    /// Those of a VM whose controllers in KVM have these pins.
+    #[must_use]
+    pub fn new(vm: &Arc<VmFd>, pins: Pins) -> Arc<Interrupts> {
+        Arc::new(Interrupts {
+            vm: Arc::clone(vm),
+            table: Mutex::new(Table {
+                pins,
+                messages: BTreeMap::new(),
+            }),
+        })
+    }
+
+    /// A level-triggered line.
+    #[must_use]
+    pub fn line<A: KvmArch>(&self, spi: Spi) -> Arc<dyn IrqLine> {
+        Arc::new(Level {
+            vm: Arc::clone(&self.vm),
+            number: A::irq_number(spi),
+        })
+    }
+
+    /// A descriptor that makes an edge on this line by being written (an irqfd). Whatever its GSI
+    /// leads to later, the descriptor stays the same.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors, and what KVM says.
+    pub fn edge<A: KvmArch>(&self, spi: Spi) -> Result<Arc<EventFd>> {
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        self.vm
+            .register_irqfd(&event, A::gsi(spi))
+            .with_context(|| {
+                let (line, _) = A::ARCHITECTURE.interrupts();
+                format!("KVM takes no irqfd for {line} {}", spi.0)
+            })?;
+        Ok(Arc::new(event))
+    }
+
+    /// Has each of these GSIs send a message from now on, or nothing.
+    ///
+    /// # Errors
+    /// What KVM says of the table.
+    pub fn send(&self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> Result<()> {
+        // Held until KVM has it: of two changes the later one is to stay.
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if !table.set_messages(changes) {
+            return Ok(());
+        }
+        let entries = table.entries();
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .with_context(|| format!("{} routes of interrupts are too many", entries.len()))?;
+        self.vm
+            .set_gsi_routing(&routing)
+            .with_context(|| format!("KVM does not take {} routes of interrupts", entries.len()))
+    }
+}
+
+/// A level-triggered line of KVM's controller.
+struct Level {
+    vm: Arc<VmFd>,
+    number: u32,
+}
+
+impl IrqLine for Level {
+    fn set(&self, high: bool) {
+        // It fails for a number that the controller does not have, which the plan excludes.
+        if let Err(error) = self.vm.set_irq_line(self.number, high) {
+            log::error!("cannot set interrupt line {:#x}: {error}", self.number);
+        }
+    }
+
+    fn pulse(&self) {
+        self.set(true);
+        self.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(data: u32) -> Message {
+        Message {
+            address: 0x1_fee0_0000,
+            data,
+        }
+    }
+
+    fn table() -> Table {
+        Table {
+            pins: Pins::Spis(2),
+            messages: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn messages_leave_the_routes_of_pins_in_the_table() {
+        let mut table = table();
+        assert!(table.set_messages([(32, Some(message(7))), (33, None)].into_iter()));
+        let entries = table.entries();
+        let kinds: Vec<(u32, u32)> = entries
+            .iter()
+            .map(|entry| (entry.gsi, entry.type_))
+            .collect();
+        assert_eq!(
+            kinds,
+            [
+                (0, KVM_IRQ_ROUTING_IRQCHIP),
+                (1, KVM_IRQ_ROUTING_IRQCHIP),
+                (32, KVM_IRQ_ROUTING_MSI)
+            ]
+        );
+        // SAFETY: the type says which member of the union is the valid one.
+        let (pin, sent) = unsafe { (entries[1].u.irqchip, entries[2].u.msi) };
+        assert_eq!((pin.irqchip, pin.pin), (0, 1));
+        assert_eq!((sent.address_lo, sent.address_hi), (0xfee0_0000, 1));
+        assert_eq!(sent.data, 7);
+    }
+
+    #[test]
+    fn pins_of_a_pc_are_those_that_kvm_makes() {
+        let routes = Pins::Pc.routes();
+        assert_eq!(routes.len(), 40);
+        let of = |gsi| -> Vec<[u32; 3]> {
+            let routes = routes.iter().copied();
+            routes.filter(|route| route[0] == gsi).collect()
+        };
+        assert_eq!(of(4), [[4, 0, 4], [4, 2, 4]]);
+        assert_eq!(of(12), [[12, 1, 4], [12, 2, 12]]);
+        assert_eq!(of(23), [[23, 2, 23]]);
+        assert_eq!(Pins::None.routes(), [[0; 3]; 0]);
+    }
+
+    #[test]
+    fn what_changes_nothing_is_not_given_to_kvm_again() {
+        let mut table = table();
+        assert!(!table.set_messages([(32, None)].into_iter()));
+        assert!(table.set_messages([(32, Some(message(1)))].into_iter()));
+        assert!(!table.set_messages([(32, Some(message(1)))].into_iter()));
+        assert!(table.set_messages([(32, Some(message(2)))].into_iter()));
+        assert!(table.set_messages([(32, None)].into_iter()));
+        assert_eq!(table, self::table());
+    }
+}
