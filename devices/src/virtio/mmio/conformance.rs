@@ -260,6 +260,27 @@ fn no_device_offers_a_feature_without_those_that_it_requires() {
 }
 
 #[test]
+fn each_subset_of_its_features_is_taken() {
+    struct Subsets;
+    impl Trial for Subsets {
+        fn of<D: VirtioDevice + 'static>(&mut self, device: D) {
+            let offered = device.features();
+            let bits = (0..64).map(|bit| offered & 1 << bit);
+            let bits: Vec<u64> = bits.filter(|bit| *bit != 0).collect();
+            let mut guest = Guest::new(device);
+            guest.negotiate(0);
+            for bit in bits {
+                // It looks whether FEATURES_OK stands.
+                guest.negotiate(bit);
+                guest.negotiate(offered & !bit);
+            }
+            assert_eq!(guest.mmio.faults(), 0);
+        }
+    }
+    each(&mut Subsets);
+}
+
+#[test]
 fn each_configuration_is_read_before_features_ok() {
     struct Early;
     impl Trial for Early {

@@ -147,5 +147,13 @@ fn an_mtu_that_no_driver_could_use_is_not_told() {
         let features = lock(&guest.device).features();
         assert_eq!(features & MTU != 0, told != 0, "{mtu}");
         assert_eq!(guest.read(0x108) >> 16, told);
+        // Nor does it change, whatever the host does with its own.
+        network.change(|wire| {
+            wire.mtu = Some(1400);
+            wire.woken = Some(Woken::Link(false));
+        });
+        guest.start(features);
+        wake(&guest, 0);
+        assert_eq!(guest.read(0x108) >> 16, told);
     }
 }
