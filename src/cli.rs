@@ -210,8 +210,7 @@ macro_rules! machine_command {
             /// sockets between guest and host: cid=N[,uds=PATH], by Unix sockets or vhost
             #[argh(option, arg_name = "VSOCK")]
             pub vsock: Option<String>,
-            /// memory balloon: on, or [size=SIZE][,reporting=on|off][,hinting=on|off]
-            /// [,deflate-on-oom=on|off]
+            /// memory balloon: on, or [size=SIZE][,reporting=on|off][,deflate-on-oom=on|off]
             #[argh(option, arg_name = "BALLOON")]
             pub balloon: Option<String>,
             /// entropy for the guest: on (default) or off
@@ -290,8 +289,8 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// what to do when the guest asks for a reset: restart (default) or exit, with status 5
         #[argh(option, arg_name = "restart|exit")]
         pub on_reset: Option<String>,
-        /// what to do when the guest's kernel panics, as its console says: report (default) and
-        /// let it go on, or exit, with status 4
+        /// what to do when the guest's kernel panics, as its console says, or turns its last CPU
+        /// off (PSCI CPU_OFF): report (default) and let it go on, or exit, with status 4
         #[argh(option, arg_name = "report|exit")]
         pub on_panic: Option<String>,
         /// seconds that the guest may take to power off after SIGTERM, before it is stopped with

@@ -5,10 +5,9 @@ use super::options::Options;
 use super::pages;
 use anyhow::{Result, bail};
 use armlet_arch::size::{parse_memory, show_size};
-use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -18,21 +17,15 @@ const FLAG: &str = "--balloon";
 pub struct GuestBalloon {
     offer: Offer,
     /// Bytes that it should hold.
-    target: AtomicU64,
-    /// Bytes of the guest's memory.
-    memory: u64,
-    /// The device of the guest that runs now.
-    current: Mutex<Option<Arc<Mutex<Balloon>>>>,
+    target: u64,
 }
 
 /// A balloon as the user asks for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonOptions {
     offer: Offer,
-    /// Bytes that it should hold at first.
+    /// Bytes that it should hold.
     target: u64,
-    /// Bytes of the guest's memory.
-    memory: u64,
 }
 
 impl BalloonOptions {
@@ -47,7 +40,8 @@ impl BalloonOptions {
         let size = options.take("size")?.unwrap_or_else(|| "0".to_owned());
         let offer = Offer {
             reporting: options.toggle("reporting")?.unwrap_or(true),
-            hinting: options.toggle("hinting")?.unwrap_or(false),
+            // It is made for migration.
+            hinting: false,
             deflate_on_oom: options.toggle("deflate-on-oom")?.unwrap_or(true),
         };
         options.finish()?;
@@ -56,11 +50,7 @@ impl BalloonOptions {
             Err(what) => bail!("{FLAG} '{text}': {what}"),
         };
         check_target(target, memory)?;
-        Ok(BalloonOptions {
-            offer,
-            target,
-            memory,
-        })
+        Ok(BalloonOptions { offer, target })
     }
 
     /// The balloon.
@@ -68,9 +58,7 @@ impl BalloonOptions {
     pub fn open(&self) -> GuestBalloon {
         GuestBalloon {
             offer: self.offer,
-            target: AtomicU64::new(self.target),
-            memory: self.memory,
-            current: Mutex::default(),
+            target: self.target,
         }
     }
 }
@@ -87,39 +75,15 @@ fn check_target(bytes: u64, memory: u64) -> Result<()> {
     Ok(())
 }
 
-impl GuestBalloon {
-    /// The balloon should hold this many bytes from now on, in this guest and those after it.
-    ///
-    /// # Errors
-    /// As much as the guest has, or more.
-    pub fn set_target(&self, bytes: u64) -> Result<()> {
-        check_target(bytes, self.memory)?;
-        self.target.store(bytes, Ordering::Relaxed);
-        if let Some(balloon) = self.current() {
-            lock(&balloon).set_target(bytes);
-        }
-        Ok(())
-    }
-
-    /// The device of the guest that runs now: its size, its statistics, its hints.
-    #[must_use]
-    pub fn current(&self) -> Option<Arc<Mutex<Balloon>>> {
-        lock(&self.current).clone()
-    }
-}
-
 impl Backend for GuestBalloon {
     fn name(&self) -> String {
         "balloon".to_owned()
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
-        let mut current = lock(&self.current);
-        let target = self.target.load(Ordering::Relaxed);
-        let balloon = Balloon::new(target, self.offer, Box::new(HostPages::default()));
-        let balloon = Arc::new(Mutex::new(balloon));
-        *current = Some(Arc::clone(&balloon));
-        Ok(balloon)
+        let pages = Box::new(HostPages::default());
+        let balloon = Balloon::new(self.target, self.offer, pages);
+        Ok(Arc::new(Mutex::new(balloon)))
     }
 
     fn takes_memory(&self) -> bool {
@@ -174,15 +138,15 @@ mod tests {
             deflate_on_oom: true,
         };
         assert_eq!(balloon.offer, defaults);
-        assert_eq!(balloon.target.load(Ordering::Relaxed), 0);
-        let balloon = open("size=512M,reporting=off,hinting,deflate-on-oom=off").expect("valid");
+        assert_eq!(balloon.target, 0);
+        let balloon = open("size=512M,reporting=off,deflate-on-oom=off").expect("valid");
         let others = Offer {
             reporting: false,
-            hinting: true,
+            hinting: false,
             deflate_on_oom: false,
         };
         assert_eq!(balloon.offer, others);
-        assert_eq!(balloon.target.load(Ordering::Relaxed), 512 << 20);
+        assert_eq!(balloon.target, 512 << 20);
     }
 
     #[test]
@@ -192,23 +156,19 @@ mod tests {
         assert!(wrong("size=512").contains("write 512M"));
         assert!(wrong("size=lots").contains("'size=lots'"));
         assert!(wrong("reporting=perhaps").contains("use on or off"));
-        assert!(wrong("bigger").contains("use on, size, reporting, hinting, deflate-on-oom"));
+        assert!(wrong("bigger").contains("use on, size, reporting, deflate-on-oom"));
         assert!(wrong("").contains("an empty part"));
     }
 
     #[test]
-    fn the_target_outlives_a_guest() {
+    fn what_nobody_hears_is_not_offered() {
+        // Free page hints (VIRTIO_BALLOON_F_FREE_PAGE_HINT, bit 3) are asked for by migration.
+        let error = open("hinting=on")
+            .map(|_| ())
+            .expect_err("it has no effect");
+        assert!(error.to_string().contains("hinting"), "{error}");
         let balloon = open("size=256M").expect("valid");
-        assert!(balloon.current().is_none());
-        balloon.device().expect("a device");
-        let first = balloon.current().expect("a device");
-        assert_eq!(lock(&first).target(), 256 << 20);
-        balloon.set_target(512 << 20).expect("it fits");
-        assert_eq!(lock(&first).target(), 512 << 20);
-        assert!(balloon.set_target(1 << 30).is_err());
-        balloon.device().expect("a device");
-        let second = balloon.current().expect("a device");
-        assert!(!Arc::ptr_eq(&first, &second));
-        assert_eq!(lock(&second).target(), 512 << 20);
+        let device = balloon.device().expect("a device");
+        assert_eq!(device.lock().expect("sound").features() & 1 << 3, 0);
     }
 }

@@ -4,6 +4,7 @@
 //! device on it.
 
 mod complaints;
+mod growth;
 mod image;
 mod opened;
 #[cfg(feature = "qcow2")]
@@ -27,7 +28,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use uring::UringEngine;
 
 /// The flag.
@@ -185,7 +186,6 @@ impl DiskOptions {
             name,
             storage,
             shape,
-            current: Mutex::new(Weak::new()),
         })
     }
 
@@ -238,15 +238,25 @@ impl DiskOptions {
         let Opened {
             file, is_device, ..
         } = opened;
-        let image = Arc::new(Image::new(
+        let mut image = Image::new(
             file,
             is_device,
             self.readonly,
             direct,
             shape.block_size,
             complaints,
-        ));
+        );
         shape.size = image.set_len(size);
+        if size == 0
+            && !is_device
+            && let Err(error) = image.watch_growth()
+        {
+            log::warn!(
+                "{name}: disk image {} is empty, and this host does not tell when it is filled ({error}); the guest sees that after its next reset",
+                path.display()
+            );
+        }
+        let image = Arc::new(image);
         let uring = self.ring(name, &image)?;
         let storage = Storage::Raw {
             image,
@@ -393,8 +403,6 @@ pub struct Disk {
     name: String,
     storage: Storage,
     shape: Shape,
-    /// The device of the guest that runs.
-    current: Mutex<Weak<Mutex<Block>>>,
 }
 
 enum Storage {
@@ -420,20 +428,7 @@ impl Storage {
 }
 
 impl Disk {
-    /// Looks how large the image is now, and tells a guest that runs of a change. Returns the
-    /// size in bytes.
-    ///
-    /// # Errors
-    /// An image that cannot be looked at any more.
-    pub fn refresh(&self) -> Result<u64> {
-        let size = self.size()?;
-        let device = lock(&self.current).upgrade();
-        if let Some(device) = device {
-            lock(&device).set_size(size);
-        }
-        Ok(size)
-    }
-
+    /// Looks how large the image is now, in bytes.
     fn size(&self) -> Result<u64> {
         match &self.storage {
             Storage::Raw { image, .. } => {
@@ -473,9 +468,7 @@ impl Backend for Disk {
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let mut shape = self.shape.clone();
         shape.size = self.size()?;
-        let device = Arc::new(Mutex::new(Block::new(&shape, self.engine()?)));
-        *lock(&self.current) = Arc::downgrade(&device);
-        Ok(device)
+        Ok(Arc::new(Mutex::new(Block::new(&shape, self.engine()?))))
     }
 
     fn is_busy(&self) -> bool {

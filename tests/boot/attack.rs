@@ -350,7 +350,7 @@ fn no_seed_of_attacks_hurts_armlet() {
         ),
         ("--pmem", format!("path={}", path("pmem"))),
         ("--vsock", format!("cid=3,uds={}", path("vsock"))),
-        ("--balloon", "reporting=on,hinting=on".to_owned()),
+        ("--balloon", "reporting=on".to_owned()),
     ];
     if rig::program("passt").is_some() {
         options.push(("--net", "user".to_owned()));

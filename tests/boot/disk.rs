@@ -312,6 +312,34 @@ echo alive";
     assert!(outcome.errors.contains("disk0"), "{}", outcome.errors);
 }
 
+#[test]
+fn an_empty_image_that_is_filled_grows_under_its_guest() {
+    let Some(rig) = rig::main() else { return };
+    let script = "
+for disk in vda vdb; do
+    echo EMPTY $(cat /sys/block/$disk/size)
+    until [ $(cat /sys/block/$disk/size) != 0 ]; do sleep 0.1; done
+    echo FILLED $(cat /sys/block/$disk/size)
+    dd if=/dev/$disk bs=64k status=none | tail -n 1
+done";
+    let mut armlet = Armlet::devices(rig, script);
+    let images = ["sync", "io_uring"].map(|engine| (engine, armlet.file(engine, b"")));
+    for (engine, image) in &images {
+        let option = format!("path={},engine={engine}", image.display());
+        armlet = armlet.option("--disk", option);
+    }
+    let mut guest = armlet.start();
+    for (engine, image) in &images {
+        guest.expect("EMPTY 0");
+        let mut contents = "some fifteen b.\n".repeat(MIB / 16 - 1);
+        contents += &format!("{engine:>15}\n");
+        fs::write(image, contents).expect("room");
+        guest.expect("FILLED 2048");
+        guest.expect(&format!(" {engine}"));
+    }
+    guest.end().assert_status(0);
+}
+
 /// How often armlet is killed, by each of two tests that may run at once.
 const KILLS: u64 = 26;
 

@@ -158,6 +158,17 @@ pub trait Engine: Send {
         None
     }
 
+    /// A descriptor that is readable when the storage may have become longer: then
+    /// [`Self::grown`] looks.
+    fn growth_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// Bytes of the storage, if there are more than before.
+    fn grown(&mut self) -> Option<u64> {
+        None
+    }
+
     /// No request is under way, none comes before the next start: memory is let go.
     fn stop(&mut self);
 }
@@ -881,15 +892,23 @@ impl VirtioDevice for Block {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let source = self.engine.source().map(|fd| Source {
+        let fds = [self.engine.source(), self.engine.growth_fd()];
+        let source = |fd| Source {
             fd,
             output: false,
             edge: false,
-        });
-        source.into_iter().collect()
+        };
+        fds.into_iter().flatten().map(source).collect()
     }
 
-    fn ready(&mut self, _source: usize) {
+    fn ready(&mut self, source: usize) {
+        let of_requests = usize::from(self.engine.source().is_some());
+        if self.engine.growth_fd().is_some() && source == of_requests {
+            if let Some(size) = self.engine.grown() {
+                self.set_size(size);
+            }
+            return;
+        }
         self.collect();
         self.turn();
     }

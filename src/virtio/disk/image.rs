@@ -2,6 +2,7 @@
 //! a time.
 
 use super::complaints::{Complaints, cancelled};
+use super::growth::GrowthWatch;
 use super::sys::{self, Direction, MOST_AT_ONCE, Mover};
 use crate::eintr::uninterrupted;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
@@ -10,6 +11,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::io::{Seek, SeekFrom};
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -40,6 +42,8 @@ pub(super) struct Image {
     block: u64,
     /// Bytes of the file, or device, when it was last looked at.
     len: AtomicU64,
+    /// For an image that was empty when it was opened.
+    growth: Option<GrowthWatch>,
     /// What the file system or the device refused once is not tried again.
     cannot_punch: AtomicBool,
     cannot_zero: AtomicBool,
@@ -65,15 +69,43 @@ impl Image {
             complaints,
             block: block.into(),
             len: AtomicU64::new(0),
+            growth: None,
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
             lost: AtomicBool::new(false),
         }
     }
 
+    /// Hears of it from now on when somebody has filled the image.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(super) fn watch_growth(&mut self) -> Result<(), Errno> {
+        self.growth = Some(GrowthWatch::new(&self.file)?);
+        Ok(())
+    }
+
+    /// The descriptor that is readable when the image may have grown, if that is watched.
+    pub(super) fn growth_fd(&self) -> Option<RawFd> {
+        self.growth.as_ref().map(GrowthWatch::as_raw_fd)
+    }
+
+    /// Looks how long the image is now. Returns how many bytes the guest sees, if there are more
+    /// than before; of a file that was cut the reads and writes tell.
+    pub(super) fn grown(&self) -> Option<u64> {
+        self.growth.as_ref()?.drain();
+        let len = (&self.file).seek(SeekFrom::End(0)).ok()?;
+        (len > self.len.load(Relaxed)).then(|| self.set_len(len))
+    }
+
     /// The file has this many bytes. Returns how many the guest sees: as with QEMU, what a file
     /// lacks in its last block reads as zeroes, and is there as soon as it is written.
     pub(super) fn set_len(&self, len: u64) -> u64 {
+        let len = match self.direct {
+            // What goes past the page cache goes in whole blocks. One that grew was not refused.
+            Some(direct) if !self.readonly => len - len % direct.offset as u64,
+            _ => len,
+        };
         self.len.store(len, Relaxed);
         match self.is_device {
             true => len,
@@ -408,6 +440,14 @@ impl Engine for PlainEngine {
         let result = self.perform(request);
         let complaints = &self.image.complaints;
         Some(complaints.outcome(request.operation, request.offset, request.len, result))
+    }
+
+    fn growth_fd(&self) -> Option<RawFd> {
+        self.image.growth_fd()
+    }
+
+    fn grown(&mut self) -> Option<u64> {
+        self.image.grown()
     }
 
     fn stop(&mut self) {

@@ -356,6 +356,14 @@ impl Engine for UringEngine {
         self.ring.cancel();
     }
 
+    fn growth_fd(&self) -> Option<RawFd> {
+        self.image.growth_fd()
+    }
+
+    fn grown(&mut self) -> Option<u64> {
+        self.image.grown()
+    }
+
     fn depth(&self) -> u16 {
         DEPTH
     }

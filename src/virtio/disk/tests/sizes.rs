@@ -2,6 +2,7 @@
 
 use super::*;
 use std::process::Command;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 const ENGINES: [&str; 2] = ["engine=sync", "engine=io_uring"];
 
@@ -111,7 +112,7 @@ fn qemu_sees_the_same_size() {
 }
 
 #[test]
-fn an_empty_image_is_a_disk_that_can_grow() {
+fn an_empty_image_that_is_filled_grows_under_its_guest() {
     let folder = Folder::new();
     for options in ["engine=sync", "engine=io_uring", "readonly", "cache=none"] {
         let image = folder.with("empty.img", b"");
@@ -125,11 +126,39 @@ fn an_empty_image_is_a_disk_that_can_grow() {
         };
         let first = disk.device().expect("a device");
         assert_eq!(capacity(&first), 0);
+        let sources = first.lock().expect("sound").sources();
+        let index = sources.len().checked_sub(1).expect("one for growth");
+        let epoll = Epoll::new().expect("a descriptor");
+        let event = EpollEvent::new(EventSet::IN, 0);
+        epoll
+            .ctl(ControlOperation::Add, sources[index].fd, event)
+            .expect("it can be waited for");
+        let ready = || {
+            let count = epoll.wait(0, &mut [EpollEvent::default()]);
+            count.expect("a wait") == 1
+        };
+        assert!(!ready());
         std::fs::write(&image, pattern()).expect("room");
-        // The guest that starts next has it, and one that is told.
-        assert_eq!(capacity(&disk.device().expect("a device")), SIZE as u64);
-        assert_eq!(disk.refresh().expect("a size"), SIZE as u64);
-        assert!(Bench::new(&disk).read(0, SIZE) == pattern());
+        assert!(ready(), "{options}");
+        first.lock().expect("sound").ready(index);
+        assert!(!ready());
+        assert_eq!(capacity(&first), SIZE as u64);
+        let mut bench = Bench::new(&disk);
+        assert!(bench.read(0, SIZE) == pattern());
+        if options != "readonly" {
+            bench.write(0, &[7; 4096]);
+            assert!(!ready(), "a guest's write is none of it");
+        }
+        // It goes on growing, and what is cut is told by reads and writes.
+        for (size, seen) in [(SIZE + 4096, SIZE + 4096), (4096, SIZE + 4096)] {
+            let file = File::options().write(true).open(&image).expect("a file");
+            file.set_len(size as u64).expect("room");
+            drop(file);
+            first.lock().expect("sound").ready(index);
+            assert_eq!(capacity(&first), seen as u64);
+        }
+        // The guest that starts next has what there is.
+        assert_eq!(capacity(&disk.device().expect("a device")), 4096);
     }
 }
 
