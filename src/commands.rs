@@ -6,6 +6,7 @@ use crate::config::{self, Config};
 use crate::files;
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
+use crate::messages::{visible_json, visible_lines};
 use crate::run::{OnPanic, OnReset};
 use crate::status::{Fault, Status};
 use crate::{boards, host, probe, report, run, shutdown, table};
@@ -32,15 +33,20 @@ pub fn execute(command: &Command) -> Result<Status> {
     }
 }
 
-/// Prints on standard output, which may be closed.
+/// Prints on standard output, which may be closed. Control characters are made visible, whoever they
+/// come from.
 ///
 /// # Errors
 /// What the system says of the write.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
+    out.write_all(visible_lines(text).as_bytes())
         .and_then(|()| out.flush())
         .context("cannot write to standard output")
+}
+
+fn print_json(value: &serde_json::Value) -> Result<()> {
+    print(&visible_json(&format!("{value:#}\n")))
 }
 
 fn run(args: &RunArgs) -> Result<Status> {
@@ -271,7 +277,7 @@ fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> R
     let cmdline = &config.request.cmdline;
     if args.json {
         let settings = &config.settings;
-        return print(&format!("{:#}\n", report::json(plan, settings, cmdline)));
+        return print_json(&report::json(plan, settings, cmdline));
     }
     let kernel = config.kernel.as_ref().map(|kernel| kernel.describe());
     print(&report::text(plan, kernel.as_deref(), &config.settings))
@@ -295,7 +301,7 @@ pub fn write_tree<A: Arch>(path: &str, plan: &Plan<A>) -> Result<()> {
 fn probe(args: &ProbeArgs) -> Result<Status> {
     let report = probe::probe();
     match args.json {
-        true => print(&format!("{:#}\n", report.json()))?,
+        true => print_json(&report.json())?,
         false => print(&report.text())?,
     }
     Ok(match report.runs_guests() {
@@ -328,7 +334,7 @@ fn boards(args: &BoardsArgs) -> Result<Status> {
                 })
             })
             .collect();
-        print(&format!("{:#}\n", json!(known)))?;
+        print_json(&json!(known))?;
         return Ok(Status::Success);
     }
     for board in known {

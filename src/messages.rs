@@ -15,8 +15,10 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 use rustix::stdio;
+use std::ffi::OsStr;
 use std::fmt::Write;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -74,6 +76,69 @@ pub fn visible(text: &[u8], longest: usize) -> String {
         let _ = write!(shown, "... ({left} more bytes)");
     }
     shown
+}
+
+/// As [`visible`], of a text of several lines: the ends of its lines and its tabs stay.
+#[must_use]
+pub fn visible_lines(text: &str) -> String {
+    let mut shown = String::new();
+    for character in text.chars() {
+        match character {
+            '\n' | '\t' => shown.push(character),
+            _ => show(character, &mut shown),
+        }
+    }
+    shown
+}
+
+/// Makes what a terminal would not show visible in JSON, whose value stays the same.
+#[must_use]
+pub fn visible_json(json: &str) -> String {
+    let mut shown = String::new();
+    for character in json.chars() {
+        if character != '\n' && character.is_control() || deceives(character) {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                // Writing to a String cannot fail.
+                let _ = write!(shown, "\\u{unit:04x}");
+            }
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
+/// A name as a word of a command that a user is told to give to a shell; a path is never taken for
+/// an option or a protocol of QEMU ("nbd:"). With control characters in it, for shells that know
+/// `$'...'` (POSIX.1-2024, 2.2.4).
+#[must_use]
+pub fn shell_word(name: impl AsRef<OsStr>) -> String {
+    let bytes = name.as_ref().as_bytes();
+    let first = bytes.split(|byte| *byte == b'/').next().unwrap_or(bytes);
+    let before = match first.starts_with(b"-") || first.contains(&b':') {
+        true => "./",
+        false => "",
+    };
+    let text = str::from_utf8(bytes).ok();
+    match text.filter(|text| !text.chars().any(|c| c.is_control() || deceives(c))) {
+        Some(text) if !text.is_empty() && text.chars().all(is_plain) => format!("{before}{text}"),
+        // Advice stands in single quotes.
+        Some(text) if !text.contains(['"', '$', '`', '\\', '!']) => format!("\"{before}{text}\""),
+        Some(text) => format!("'{before}{}'", text.replace('\'', "'\\''")),
+        None => {
+            let escape = |byte: &u8| match byte {
+                b'\'' | b'\\' | ..=0x1f | 0x7f.. => format!("\\x{byte:02x}"),
+                _ => char::from(*byte).to_string(),
+            };
+            let escaped: String = bytes.iter().map(escape).collect();
+            format!("$'{before}{escaped}'")
+        }
+    }
+}
+
+/// Whether a shell takes a character as it is, wherever it stands in a word.
+fn is_plain(character: char) -> bool {
+    character.is_alphanumeric() || "@%+=:,./_-".contains(character)
 }
 
 /// The lines that another program said, made visible and cut, without empty ones.

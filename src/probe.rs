@@ -6,6 +6,7 @@ use crate::host::HugePagePolicy;
 use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch};
 use crate::memory::huge_page;
+use crate::messages::visible;
 use crate::{boards, host};
 use anyhow::Result;
 use armlet_arch::board::Severity;
@@ -271,7 +272,8 @@ impl Report {
         let mut out = String::new();
         // Writing to a String cannot fail.
         for (_, label, value) in self.facts() {
-            let _ = writeln!(out, "{label:<28} {}", show(&value));
+            let value = visible(show(&value).as_bytes(), usize::MAX);
+            let _ = writeln!(out, "{label:<28} {value}");
         }
         let _ = writeln!(out, "\nDiagnosis");
         let findings = self.diagnosis();
@@ -284,7 +286,9 @@ impl Report {
                 Severity::Limits => "LIMITS",
                 Severity::Note => "note  ",
             };
-            let _ = writeln!(out, "  {mark}  {}\n          {}", finding.what, finding.fix);
+            let [what, fix] =
+                [finding.what, finding.fix].map(|text| visible(text.as_bytes(), usize::MAX));
+            let _ = writeln!(out, "  {mark}  {what}\n          {fix}");
         }
         out
     }

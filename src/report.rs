@@ -1,5 +1,6 @@
 //! A plan for people and for programs.
 
+use crate::messages::visible;
 use crate::settings::Setting;
 use armlet_arch::Plan;
 use armlet_arch::irq::Spi;
@@ -22,7 +23,7 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
     let _ = writeln!(
         out,
         "Board {} ({}), {} vCPU{}, {} of memory",
-        plan.board,
+        shown(&plan.board),
         A::ARCHITECTURE,
         plan.vcpus.len(),
         if plan.vcpus.len() == 1 { "" } else { "s" },
@@ -64,9 +65,15 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
     let widest = settings.iter().map(|setting| setting.from.len()).max();
     let widest = widest.unwrap_or(0);
     for Setting { name, value, from } in settings {
+        let (value, from) = (shown(value), shown(from));
         let _ = writeln!(out, "  {from:<widest$}  {name}: {value}");
     }
     out
+}
+
+/// A name on a line of its own, whoever gave it.
+fn shown(text: &str) -> String {
+    visible(text.as_bytes(), usize::MAX)
 }
 
 fn address_bits(width: &Width) -> String {
@@ -150,7 +157,7 @@ fn table(out: &mut String, rows: &[Row]) {
             row.range.start(),
             row.range.last(),
             show_size(row.range.size()),
-            row.what
+            shown(&row.what)
         );
     }
 }

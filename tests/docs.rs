@@ -37,6 +37,29 @@ const REWRITE: &str =
     "--help says something else; UPDATE_GOLDEN=1 cargo test --test docs rewrites it";
 
 #[test]
+fn what_is_printed_has_no_control_characters_of_others() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let board = folder.path().join("board.toml");
+    let text = "name = \"m\u{202e}ine\"\ninherits = \"virt\"\n";
+    fs::write(&board, text).expect("a board");
+    let board = board.to_str().expect("UTF-8");
+    let machine = ["--board", board];
+    for more in [&[][..], &["--json"], &["--dts"]] {
+        let printed = stdout(&[&["plan"], &machine[..], more].concat());
+        let is_shown = |c: char| matches!(c, '\n' | '\t' | ' '..='~');
+        let hidden: String = printed.chars().filter(|c| !is_shown(*c)).collect();
+        assert!(hidden.is_empty(), "{more:?}: {hidden:?} in\n{printed}");
+        if more == ["--json"] {
+            let value: serde_json::Value = serde_json::from_str(&printed).expect("JSON");
+            assert_eq!(value["board"], "m\u{202e}ine");
+        }
+        if more.is_empty() {
+            assert!(printed.starts_with("Board m\\u{202e}ine ("));
+        }
+    }
+}
+
+#[test]
 fn the_table_of_boards_is_that_of_the_tool() {
     let path = document("boards.md");
     const MARK: &str = "<!-- armlet boards --table -->\n";

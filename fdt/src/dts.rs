@@ -99,7 +99,14 @@ fn escape(text: &str) -> String {
             '"' | '\\' => vec!['\\', c],
             '\n' => vec!['\\', 'n'],
             '\t' => vec!['\\', 't'],
-            c => vec![c],
+            ' '..='~' => vec![c],
+            // Bytes by their numbers, so that a terminal shows them (dtc's util.c: get_escape_char).
+            _ => c
+                .encode_utf8(&mut [0; 4])
+                .bytes()
+                .flat_map(|byte| format!("\\x{byte:02x}").into_bytes())
+                .map(char::from)
+                .collect(),
         })
         .collect()
 }
@@ -126,13 +133,15 @@ mod tests {
             .prop("cell", 7_u32)
             .prop("wide", 0x1_0000_0002_u64)
             .prop("text", "say \"hi\"\\")
+            .prop("terminal", "\u{1b}[2J\u{202e}a")
             .prop("list", ["a", "b"])
             .prop("bytes", &[0_u8, 255][..]);
         root.child("leaf@1").prop("reg", [1_u32, 2]);
         assert_eq!(
             root.to_dts(),
             "/dts-v1/;\n\n/ {\n\tempty;\n\tcell = <0x7>;\n\twide = <0x1 0x2>;\n\
-             \ttext = \"say \\\"hi\\\"\\\\\";\n\tlist = \"a\", \"b\";\n\tbytes = [00 ff];\n\n\
+             \ttext = \"say \\\"hi\\\"\\\\\";\n\
+             \tterminal = \"\\x1b[2J\\xe2\\x80\\xaea\";\n\tlist = \"a\", \"b\";\n\tbytes = [00 ff];\n\n\
              \tleaf@1 {\n\t\treg = <0x1 0x2>;\n\t};\n};\n"
         );
     }

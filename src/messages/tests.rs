@@ -56,6 +56,61 @@ fn drain(outlet: &mut Outlet, mut reader: impl Read + AsFd) -> String {
     String::from_utf8(text).expect("UTF-8")
 }
 
+#[test]
+fn what_is_printed_has_no_control_characters_but_ends_of_lines() {
+    let hostile = "a\x1b[2Jb\u{9b}c\u{202e}d\re\nf\tg\u{e0001}";
+    assert_eq!(
+        visible_lines(hostile),
+        "a\\x1b[2Jb\\u{9b}c\\u{202e}d\\re\nf\tg\\u{e0001}"
+    );
+    let json = format!("{:#}\n", serde_json::json!({ hostile: [hostile] }));
+    let shown = visible_json(&json);
+    assert!(
+        shown
+            .bytes()
+            .all(|byte| byte == b'\n' || (b' '..0x7f).contains(&byte))
+    );
+    let value: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!(value[hostile][0], hostile);
+}
+
+#[test]
+fn a_shell_takes_a_word_of_advice_for_the_name_that_is_meant() {
+    let names: [&[u8]; 12] = [
+        b"disk.img",
+        b"/srv/a b.img",
+        b"it's",
+        b"say \"hi\"",
+        b"$HOME/`id`!x\\",
+        b"a;b|c&d>e*f?g[h]",
+        b"-f",
+        b"nbd:x",
+        "gr\u{fc}n.img".as_bytes(),
+        b"two\nlines\x1b'[2J\\",
+        b"no \xff UTF-8",
+        "\u{202e}gmi.ksid".as_bytes(),
+    ];
+    for name in names {
+        let word = shell_word(OsStr::from_bytes(name));
+        assert_eq!(
+            visible(word.as_bytes(), LONGEST),
+            word,
+            "it is shown as it is"
+        );
+        let output = std::process::Command::new("bash")
+            .args(["-c", &format!("printf %s {word}")])
+            .output();
+        let Ok(output) = output else {
+            println!("skipped: bash is not here");
+            return;
+        };
+        let taken = output.stdout.strip_prefix(b"./").unwrap_or(&output.stdout);
+        assert_eq!(taken, name, "{word}");
+    }
+    assert_eq!(shell_word("a b"), "\"a b\"");
+    assert_eq!(shell_word("/srv/disk-1.img"), "/srv/disk-1.img");
+}
+
 fn is_readable(fd: BorrowedFd<'_>) -> bool {
     wait_once(fd, PollFlags::IN, Some(Duration::from_millis(50))) == Ok(true)
 }

@@ -16,6 +16,7 @@ mod uring;
 use super::Backend;
 use super::locks::Use;
 use super::options::{Options, path_first};
+use crate::messages::shell_word;
 use anyhow::{Context, Result, bail};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
@@ -171,8 +172,9 @@ impl DiskOptions {
         if !shape.size.is_multiple_of(SECTOR) {
             let more = SECTOR - shape.size % SECTOR;
             bail!(
-                "disk image {shown} has {} bytes, which are no whole sectors; 'qemu-img resize {shown} +{more}' fills up the last one",
-                shape.size
+                "disk image {shown} has {} bytes, which are no whole sectors; 'qemu-img resize {} +{more}' fills up the last one",
+                shape.size,
+                shell_word(&self.path)
             );
         }
         let read = |offset, bytes: &mut [u8]| storage.peek(offset, bytes);
@@ -305,7 +307,8 @@ impl DiskOptions {
         // What is only read can end anywhere.
         if !self.readonly && !size.is_multiple_of(alignment.offset as u64) {
             bail!(
-                "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {path}', or use cache=writeback",
+                "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {}', or use cache=writeback",
+                shell_word(&self.path),
                 align = alignment.offset,
             );
         }
@@ -341,8 +344,9 @@ impl DiskOptions {
     #[cfg(not(feature = "qcow2"))]
     fn qcow2(&self, _name: &str, _opened: Opened) -> Result<(Storage, Shape)> {
         bail!(
-            "disk image {}: this armlet was built without qcow2; 'qemu-img convert -O raw' makes a raw image of it",
-            self.path.display()
+            "disk image {}: this armlet was built without qcow2; 'qemu-img convert -O raw {} NEW' makes a raw image of it",
+            self.path.display(),
+            shell_word(&self.path)
         )
     }
 

@@ -7,6 +7,7 @@ use super::options::{Options, path_first};
 use super::pages;
 use crate::eintr::uninterrupted;
 use crate::files::{self, Accepted};
+use crate::messages::shell_word;
 use crate::status::{Fault, Status};
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
@@ -88,8 +89,9 @@ impl PmemImage {
         let size = size_of(&file).with_context(|| format!("{FLAG}: {shown}"))?;
         if size == 0 || !size.is_multiple_of(ALIGN) {
             bail!(
-                "{FLAG}: {shown} has {size} bytes, not a multiple of 2 MiB; 'truncate -s {}M {shown}' makes it one",
-                size.next_multiple_of(ALIGN).max(ALIGN) >> 20
+                "{FLAG}: {shown} has {size} bytes, not a multiple of 2 MiB; 'truncate -s {}M {}' makes it one",
+                size.next_multiple_of(ALIGN).max(ALIGN) >> 20,
+                shell_word(&path)
             );
         }
         let used = match readonly {
@@ -431,6 +433,23 @@ mod tests {
         }
         assert!(refused("path=/dev/null").contains("neither a file nor a block device"));
         assert!(refused("path=a,size=3").contains("use path, readonly"));
+    }
+
+    #[test]
+    fn what_is_advised_can_be_followed_whatever_the_path() {
+        let folder = Folder::new();
+        for name in ["a b", "it's $HOME", "say \"hi\"", "grün"] {
+            let path = folder.path(name);
+            fs::write(&path, b"short").expect("a file");
+            let error = refused(&format!("path={path}"));
+            let (_, advice) = error.split_once("'truncate ").expect("advice");
+            let (command, _) = advice.rsplit_once("' makes it one").expect("its end");
+            let done = std::process::Command::new("sh")
+                .args(["-c", &format!("truncate {command}")])
+                .status();
+            assert!(done.expect("a shell").success(), "{error}");
+            PmemImage::open(&format!("path={path}"), 0).expect("an image now");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod zstd;
 use super::QCOW2;
 use super::complaints::{Complaints, cancelled};
 use super::sys::MOST_AT_ONCE;
-use crate::messages::visible;
+use crate::messages::{shell_word, visible};
 use anyhow::{Context, Result, bail};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
@@ -392,9 +392,10 @@ pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
     let repair = match readonly {
         true => Repair::default(),
         false => survey(file, &header).with_context(|| {
-            let path = path.display();
             format!(
-                "qcow2 image {path} is damaged ('qemu-img convert --salvage -O qcow2 {path} NEW' saves what can be read)"
+                "qcow2 image {} is damaged ('qemu-img convert --salvage -O qcow2 {} NEW' saves what can be read)",
+                path.display(),
+                shell_word(path)
             )
         })?,
     };
@@ -402,12 +403,11 @@ pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
 }
 
 fn look_at_header(path: &Path, file: &File, readonly: bool) -> Result<Header> {
-    let shown = path.display().to_string();
     let header = Header::read(file).and_then(|header| {
-        header.check_features(&shown, readonly)?;
+        header.check_features(path, readonly)?;
         Ok(header)
     });
-    header.with_context(|| format!("cannot open qcow2 image {shown}"))
+    header.with_context(|| format!("cannot open qcow2 image {}", path.display()))
 }
 
 impl Found {
@@ -464,8 +464,9 @@ fn open_chain(
                 Some("raw") => open_raw(other, file, backing)?,
                 None if !begins_like_qcow2(&file) => open_raw(other, file, backing)?,
                 _ => bail!(
-                    "qcow2 image {shown} does not say that {} is raw or qcow2; 'qemu-img rebase -u -F FORMAT -b FILE {shown}' does",
-                    other.display()
+                    "qcow2 image {shown} does not say that {} is raw or qcow2; 'qemu-img rebase -u -F FORMAT -b FILE {}' does",
+                    other.display(),
+                    shell_word(path)
                 ),
             };
             behind_it = Some(behind);

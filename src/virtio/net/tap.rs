@@ -1,6 +1,7 @@
 //! TAP interfaces of the host (`--net tap=`): drivers/net/tun.c, Documentation/networking/tuntap.
 
 use super::sys;
+use crate::messages::shell_word;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::Source;
@@ -139,7 +140,10 @@ impl Tap {
         };
         if tap.state() == State::Down {
             let name = &tap.name;
-            log::warn!("{name} is down, and so is the guest's link; 'ip link set {name} up'");
+            log::warn!(
+                "{name} is down, and so is the guest's link; 'ip link set {} up'",
+                shell_word(name)
+            );
         }
         tap.configure(1, 0).map_err(|what| anyhow!(what))?;
         Ok(tap)
@@ -300,6 +304,7 @@ fn open_tun() -> Result<OwnedFd> {
 fn making(name: &str, queues: u16) -> String {
     let user = rustix::process::geteuid().as_raw();
     let multi_queue = if queues > 1 { " multi_queue" } else { "" };
+    let name = shell_word(name);
     format!(
         "'ip tuntap add dev {name} mode tap user {user}{multi_queue}' and 'ip link set {name} up', \
          as root, make it"
@@ -309,7 +314,13 @@ fn making(name: &str, queues: u16) -> String {
 /// Why the interface was not opened, and what would work.
 fn refusal(name: &str, queues: u16, error: &io::Error) -> String {
     // 'ip tuntap' does not change one that is there.
-    let remade = || format!("'ip link del {name}', {}", making(name, queues));
+    let remade = || {
+        format!(
+            "'ip link del {}', {}",
+            shell_word(name),
+            making(name, queues)
+        )
+    };
     match error.raw_os_error() {
         Some(libc::EPERM) => format!("{name} belongs to another user; {}", remade()),
         Some(libc::EBUSY) => format!("{name} is in use; each guest needs one of its own"),

@@ -7,10 +7,14 @@
 //! The format: QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 
 use crate::eintr::uninterrupted;
+use crate::messages::shell_word;
 use anyhow::{Context, Result, bail};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// Bytes of the header of version 2, and of the part that every version 3 has.
 const HEADER_2: usize = 72;
@@ -231,43 +235,45 @@ impl Header {
     ///
     /// # Errors
     /// As above.
-    pub(super) fn check_features(&self, path: &str, readonly: bool) -> Result<()> {
+    pub(super) fn check_features(&self, path: &Path, readonly: bool) -> Result<()> {
+        let word = shell_word(path);
         match self.crypt_method {
             CRYPT_NONE => {}
             method @ (CRYPT_AES | CRYPT_LUKS) => bail!(
-                "it is encrypted ({}), which armlet does not do; decrypt it: qemu-img convert --object secret,id=s,file=PASSPHRASE_FILE --image-opts driver=qcow2,encrypt.key-secret=s,file.filename={path} -O qcow2 NEW",
+                "it is encrypted ({}), which armlet does not do; decrypt it: qemu-img convert --object secret,id=s,file=PASSPHRASE_FILE --image-opts driver=qcow2,encrypt.key-secret=s,file.filename={} -O qcow2 NEW",
                 match method {
                     CRYPT_AES => "AES",
                     _ => "LUKS",
-                }
+                },
+                as_option(path)
             ),
             method => bail!("it is encrypted in way {method}, which armlet does not know"),
         }
         let unknown = self.features & !KNOWN;
         if unknown != 0 {
             bail!(
-                "it needs feature {} of the format, which armlet does not know; 'qemu-img convert -O qcow2 {path} NEW' by the QEMU that made it makes one without",
+                "it needs feature {} of the format, which armlet does not know; 'qemu-img convert -O qcow2 {word} NEW' by the QEMU that made it makes one without",
                 unknown.trailing_zeros()
             );
         }
         if self.features & DATA_FILE != 0 {
             bail!(
-                "it has its data in another file, which armlet does not do; 'qemu-img convert -O qcow2 {path} NEW' makes one file of it"
+                "it has its data in another file, which armlet does not do; 'qemu-img convert -O qcow2 {word} NEW' makes one file of it"
             );
         }
         if self.has_extended_l2() && !readonly {
             bail!(
-                "it has extended L2 entries, and armlet can only read such images: add readonly, or 'qemu-img convert -O qcow2 {path} NEW' makes an image without"
+                "it has extended L2 entries, and armlet can only read such images: add readonly, or 'qemu-img convert -O qcow2 {word} NEW' makes an image without"
             );
         }
         if self.is_dirty() && !readonly && (self.snapshots > 0 || self.has_bitmaps) {
             bail!(
-                "it was not closed in order, and has snapshots or bitmaps, with which armlet cannot repair it: qemu-img check -r all {path}"
+                "it was not closed in order, and has snapshots or bitmaps, with which armlet cannot repair it: qemu-img check -r all {word}"
             );
         }
         if self.features & CORRUPT != 0 && !readonly {
             bail!(
-                "it is marked as corrupt and can only be read: add readonly, or repair it: qemu-img check -r all {path}"
+                "it is marked as corrupt and can only be read: add readonly, or repair it: qemu-img check -r all {word}"
             );
         }
         Ok(())
@@ -299,6 +305,17 @@ impl Header {
     pub(super) fn has_extended_l2(&self) -> bool {
         self.features & EXTENDED_L2 != 0
     }
+}
+
+/// A path as the last value among options of QEMU, which end at commas, and there as a word of a
+/// shell.
+fn as_option(path: &Path) -> String {
+    let bytes = path.as_os_str().as_bytes();
+    let doubled: Vec<u8> = bytes
+        .iter()
+        .flat_map(|byte| std::iter::repeat_n(*byte, 1 + usize::from(*byte == b',')))
+        .collect();
+    shell_word(OsStr::from_bytes(&doubled))
 }
 
 /// Reads as much as there is; returns how many bytes that was.
