@@ -7,7 +7,7 @@ use crate::files;
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::messages::{visible_json, visible_lines};
-use crate::run::{OnPanic, OnReset};
+use crate::run::{OnPanic, OnReset, RunOptions};
 use crate::status::{Fault, Status};
 use crate::{boards, host, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
@@ -50,6 +50,14 @@ fn print_json(value: &serde_json::Value) -> Result<()> {
 }
 
 fn run(args: &RunArgs) -> Result<Status> {
+    run::run(run_options(args)?)
+}
+
+/// All that running a guest takes, as the command line says it.
+///
+/// # Errors
+/// What is not known or not there, and a host without KVM.
+pub fn run_options(args: &RunArgs) -> Result<RunOptions<HostArch>> {
     let machine = args.machine();
     verbosity(&machine);
     let on_reset = match args.on_reset.as_deref() {
@@ -101,7 +109,7 @@ fn run(args: &RunArgs) -> Result<Status> {
     }
     let kvm = kvm::open::open().fault(Status::Host)?;
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
-    run::run(run::Orders {
+    Ok(RunOptions {
         kvm,
         host,
         config,
@@ -111,6 +119,7 @@ fn run(args: &RunArgs) -> Result<Status> {
         seeded: !machine.deterministic,
         stats: args.stats,
         dump_dtb: args.dump_dtb.clone(),
+        commander: None,
     })
 }
 

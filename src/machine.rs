@@ -9,7 +9,7 @@ use crate::memory::{self, IdleMemory};
 use crate::reactor::Reactor;
 use crate::serial::Serial;
 use crate::stats::Counters;
-use crate::vcpu::Buses;
+use crate::vcpu::{Buses, NotHeld, OffCheck, RunningVcpu, Shared, VcpuEvent, Vcpus};
 use crate::virtio::Backend;
 use crate::virtio::console::HvcConsole;
 use crate::virtio::pmem::PmemImage;
@@ -31,14 +31,20 @@ use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
 use armlet_devices::sync::lock;
 use armlet_devices::uart16550::Uart16550;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// A machine as KVM has it, with its devices, before its vCPUs run.
+/// A machine as KVM has it, with its devices: the one owner of all of them.
 pub struct Machine<A: KvmArch> {
     vm: Arc<VmFd>,
-    /// vCPUs, by index.
-    pub vcpus: Vec<VcpuFd>,
+    /// vCPUs, by index, until they run.
+    idle: Vec<VcpuFd>,
+    /// vCPUs that run.
+    pub vcpus: Vcpus,
+    /// Set when no reader of the console is waited for any more.
+    pub stopping: Arc<AtomicBool>,
     /// Who answers at which address.
     pub buses: Arc<Buses>,
     /// The devices that the event loop talks to.
@@ -87,6 +93,8 @@ pub struct Wires {
     pub on_burst: Box<dyn Fn() + Send>,
     /// The clock's alarm was set anew.
     pub on_deadline: Box<dyn Fn() + Send>,
+    /// Set by the machine when it stops: no reader of the output is to be waited for any more.
+    pub stopping: Arc<AtomicBool>,
 }
 
 /// Makes the planned machine on `memory`, with the backends in the order of their slots.
@@ -106,6 +114,7 @@ pub fn assemble<A: KvmArch>(
     for (index, (image, range)) in images.zip(&plan.layout.pmem).enumerate() {
         memory::give_pmem(image, *range, index, &vm)?;
     }
+    let stopping = Arc::clone(&wires.stopping);
     let (vcpus, chip) = A::populate(kvm, &vm, plan)?;
     let images = backends.iter().filter_map(|backend| backend.pmem());
     let images: Vec<_> = images.zip(plan.layout.pmem.iter().copied()).collect();
@@ -132,7 +141,9 @@ pub fn assemble<A: KvmArch>(
     Ok(Machine {
         vm,
         counters,
-        vcpus,
+        idle: vcpus,
+        vcpus: Vcpus::default(),
+        stopping,
         buses: Arc::new(buses),
         devices,
         light,
@@ -156,6 +167,7 @@ fn attach<A: KvmArch>(
         on_room,
         on_burst,
         on_deadline,
+        stopping: _,
     } = wires;
     let mut console = Some((output, on_room, on_burst));
     let mut on_deadline = Some(on_deadline);
@@ -261,7 +273,7 @@ impl<A: KvmArch> Machine<A> {
     pub fn count(&mut self) {
         let no_vm = |error| log::warn!("KVM does not show its counters ({error})");
         self.counters.vm = Statistics::of(&*self.vm).map_err(no_vm).ok();
-        let vcpus = self.vcpus.iter().map(Statistics::of);
+        let vcpus = self.idle.iter().map(Statistics::of);
         self.counters.vcpus = vcpus.filter_map(Result::ok).collect();
     }
 
@@ -279,7 +291,7 @@ impl<A: KvmArch> Machine<A> {
         let payload = &plan.layout.payload;
         // SAFETY: no driver has started a device of this machine yet, and those of the guest before
         // ended with its machine.
-        let mut idle = unsafe { IdleMemory::new(memory, &mut self.vcpus) };
+        let mut idle = unsafe { IdleMemory::new(memory, &mut self.idle) };
         if let (Some(kernel), Some(range)) = (kernel, payload.kernel) {
             kernel.load_into(idle.slice_mut(range)?)?;
         }
@@ -294,5 +306,66 @@ impl<A: KvmArch> Machine<A> {
                 })?;
         }
         Ok(())
+    }
+
+    /// Lets the vCPUs run, each on a thread of its own: the one with an index on `cpus(index)`, or
+    /// anywhere where there are none. Each tells by what `tell` makes.
+    ///
+    /// # Errors
+    /// A host without room for another thread.
+    pub fn start<T: Fn(VcpuEvent) + Send + 'static>(
+        &mut self,
+        cpus: impl Fn(usize) -> Vec<u32>,
+        tell: impl Fn() -> T,
+    ) -> Result<()> {
+        let off = Arc::new(OffCheck::new(self.idle.len()));
+        let shared = Shared {
+            buses: Arc::clone(&self.buses),
+            off: Arc::clone(&off),
+        };
+        let idle = std::mem::take(&mut self.idle).into_iter();
+        for (index, (vcpu, exits)) in idle.zip(&self.counters.exits).enumerate() {
+            let (shared, exits) = (shared.clone(), Arc::clone(exits));
+            let vcpu = RunningVcpu::start::<A>(index, vcpu, shared, cpus(index), exits, tell())?;
+            self.vcpus.add(vcpu, &off);
+        }
+        Ok(())
+    }
+
+    /// Holds the machine: no vCPU runs until [`Self::resume`]. What the host does for the guest's
+    /// devices goes on.
+    ///
+    /// # Errors
+    /// What is waited for longer than `limit`, in a sentence, after which the machine runs on.
+    pub fn pause(&self, limit: Duration) -> Result<(), String> {
+        self.vcpus.pause(limit).map_err(|error| match error {
+            NotHeld::Busy(..) => format!("{error}{}", self.what_is_waited_for()),
+            NotHeld::Ended(_) => error.to_string(),
+        })
+    }
+
+    /// Lets a machine that is held run on.
+    pub fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Has all vCPUs end, also of a machine that is held.
+    ///
+    /// # Errors
+    /// What is waited for longer than `limit`, for a message. It is to end still: ask again.
+    pub fn stop(&self, limit: Duration) -> Result<(), String> {
+        self.stopping.store(true, Ordering::Release);
+        self.vcpus
+            .stop(limit)
+            .map_err(|index| format!("vCPU {index} to stop{}", self.what_is_waited_for()))
+    }
+
+    /// What a vCPU may wait for, as the end of a sentence.
+    fn what_is_waited_for(&self) -> String {
+        let devices = self.workers.at_work();
+        match devices.is_empty() {
+            true => String::new(),
+            false => format!(", which waits for {devices}"),
+        }
     }
 }

@@ -3,7 +3,7 @@
 use crate::affinity;
 use crate::eintr::CallError;
 use crate::kvm::internal::describe_internal_error;
-use crate::kvm::kick::{Kickable, kick};
+use crate::kvm::kick::{self, Kickable};
 use crate::kvm::{Hypercall, KvmArch, RawExit};
 use crate::stats::{Exits, Reason};
 use crate::virtio::pmem::{FileMemory, Missing};
@@ -14,11 +14,14 @@ use armlet_devices::limit::{Admitted, RateLimit};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+mod all;
+mod control;
 mod off;
 
+pub use all::{NotHeld, Vcpus};
+use control::Control;
 pub use off::OffCheck;
 
 /// Small, so that a huge page never backs it: the deepest call is a device's register access.
@@ -158,7 +161,7 @@ fn reason(exit: &VcpuExit<'_>) -> Reason {
 
 /// What a vCPU tells the event loop.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum VcpuEvent {
     /// The guest powered itself off.
     PowerOff,
     /// The guest asked for a reset.
@@ -173,23 +176,23 @@ pub enum Told {
     AllOff,
 }
 
-impl Told {
+impl VcpuEvent {
     /// What an action of the guest's is told as, where no vCPU made the access: output that was
     /// collected is handed on by other threads, too.
     #[must_use]
-    pub fn by(action: Action) -> Option<Told> {
+    pub fn by(action: Action) -> Option<VcpuEvent> {
         match action {
             Action::None => None,
-            Action::Reset => Some(Told::Reset),
-            Action::PowerOff => Some(Told::PowerOff),
-            Action::Panicked(panic) => Some(Told::panicked(&panic, "")),
+            Action::Reset => Some(VcpuEvent::Reset),
+            Action::PowerOff => Some(VcpuEvent::PowerOff),
+            Action::Panicked(panic) => Some(VcpuEvent::panicked(&panic, "")),
         }
     }
 
     /// `place` says where, with a space before it.
-    fn panicked(panic: &Panic, place: &str) -> Told {
+    fn panicked(panic: &Panic, place: &str) -> VcpuEvent {
         let reason = &panic.reason;
-        Told::Panicked(format!("the guest's kernel panicked{place}: {reason}"))
+        VcpuEvent::Panicked(format!("the guest's kernel panicked{place}: {reason}"))
     }
 }
 
@@ -198,8 +201,6 @@ impl Told {
 pub struct Shared {
     /// Who answers the guest.
     pub buses: Arc<Buses>,
-    /// Whether they are to stop.
-    pub stopping: Arc<AtomicBool>,
     /// Whether they are all off.
     pub off: Arc<OffCheck>,
 }
@@ -207,12 +208,12 @@ pub struct Shared {
 /// A running vCPU.
 pub struct RunningVcpu {
     thread: JoinHandle<()>,
+    control: Arc<Control<VcpuFd>>,
 }
 
 impl RunningVcpu {
     /// Starts vCPU `index` on a thread of its own, on these CPUs of the host, or on any where there
-    /// are none. It runs until it is told that it is stopping and
-    /// [kicked](Self::kick), or until it has something to tell.
+    /// are none. It runs until it is asked to stop, or until it has something to tell that ends it.
     ///
     /// # Errors
     /// A host without room for another thread.
@@ -222,36 +223,35 @@ impl RunningVcpu {
         shared: Shared,
         cpus: Vec<u32>,
         exits: Arc<Exits>,
-        tell: impl Fn(Told) + Send + 'static,
+        tell: impl Fn(VcpuEvent) + Send + 'static,
     ) -> Result<RunningVcpu> {
+        // Before there is a thread that may be kicked.
+        kick::install();
+        let control = Arc::new(Control::default());
+        let asked = Arc::clone(&control);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                let _end = asked.until_end();
                 let _kickable = Kickable::new(&mut vcpu);
                 if !cpus.is_empty()
                     && let Err(error) = affinity::run_on(&cpus)
                 {
-                    tell(Told::Failed(format!("vCPU {index} {error:#}")));
+                    tell(VcpuEvent::Failed(format!("vCPU {index} {error:#}")));
                     return;
                 }
-                if let Some(told) = run::<A>(index, &mut vcpu, &shared, &exits, &tell) {
+                if let Some(told) = run::<A>(index, &mut vcpu, &asked, &shared, &exits, &tell) {
                     tell(told);
                 }
             })
             .with_context(|| format!("cannot start a thread for vCPU {index}"))?;
-        Ok(RunningVcpu { thread })
+        Ok(RunningVcpu { thread, control })
     }
 
     /// Makes the vCPU leave the guest soon, wherever it is.
     pub fn kick(&self) {
-        kick(&self.thread);
-    }
-
-    /// Whether its thread has ended.
-    #[must_use]
-    pub fn is_finished(&self) -> bool {
-        self.thread.is_finished()
+        kick::kick(&self.thread);
     }
 
     /// Waits for the end of its thread.
@@ -264,22 +264,20 @@ impl RunningVcpu {
 fn run<A: KvmArch>(
     index: usize,
     vcpu: &mut VcpuFd,
+    control: &Control<VcpuFd>,
     shared: &Shared,
     exits: &Exits,
-    tell: &impl Fn(Told),
-) -> Option<Told> {
-    let Shared {
-        buses,
-        stopping,
-        off,
-    } = shared;
+    tell: &impl Fn(VcpuEvent),
+) -> Option<VcpuEvent> {
+    let Shared { buses, off } = shared;
     let faults = Faults::of(index);
     let empty_ports = Faults::of(index);
     let mut seen = Vec::new();
-    while !stopping.load(Ordering::Acquire) {
-        if let Some(told) = off.answer(index, || A::is_off(vcpu)) {
-            tell(told);
-        }
+    // It may have been asked before it could be kicked.
+    if !control.obey(vcpu) {
+        return None;
+    }
+    loop {
         let next = match vcpu.run() {
             Ok(exit) => {
                 exits.count(reason(&exit));
@@ -287,7 +285,14 @@ fn run<A: KvmArch>(
             }
             Err(error) if error.is_interrupted() => {
                 exits.count(Reason::Signal);
+                // First, as the next kick is for what is asked after the look at it.
                 vcpu.set_kvm_immediate_exit(0);
+                if let Some(told) = off.answer(index, || A::is_off(vcpu)) {
+                    tell(told);
+                }
+                if !control.obey(vcpu) {
+                    return None;
+                }
                 continue;
             }
             Err(error) if error.errno() == libc::EAGAIN => continue,
@@ -328,14 +333,14 @@ fn run<A: KvmArch>(
             Next::Run | Next::Port | Next::Hypercall(_) | Next::NoPage | Next::InternalError => {}
             Next::Panicked(panic) => {
                 let place = format!(" on vCPU {index} at {}", A::position(vcpu));
-                tell(Told::panicked(&panic, &place));
+                tell(VcpuEvent::panicked(&panic, &place));
             }
             Next::TripleFault => {
                 let place = A::position(vcpu);
                 log::warn!(
                     "vCPU {index} at {place} faulted in the handler of a double fault: the machine resets"
                 );
-                return Some(Told::Reset);
+                return Some(VcpuEvent::Reset);
             }
             Next::Nowhere {
                 address,
@@ -353,16 +358,15 @@ fn run<A: KvmArch>(
                 }),
                 Err(error) => return Some(failed::<A>(index, vcpu, &format!("{error:#}"))),
             },
-            Next::PowerOff => return Some(Told::PowerOff),
-            Next::Reset => return Some(Told::Reset),
+            Next::PowerOff => return Some(VcpuEvent::PowerOff),
+            Next::Reset => return Some(VcpuEvent::Reset),
             Next::Failed(cause) => return Some(failed::<A>(index, vcpu, &cause)),
         }
     }
-    None
 }
 
-fn failed<A: KvmArch>(index: usize, vcpu: &VcpuFd, cause: &str) -> Told {
-    Told::Failed(format!("vCPU {index} at {}: {cause}", A::position(vcpu)))
+fn failed<A: KvmArch>(index: usize, vcpu: &VcpuFd, cause: &str) -> VcpuEvent {
+    VcpuEvent::Failed(format!("vCPU {index} at {}: {cause}", A::position(vcpu)))
 }
 
 /// The guest's faults on one vCPU: all counted, few logged.

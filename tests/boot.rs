@@ -19,6 +19,9 @@ mod bad;
 /// Boards: recognised, planned for, refused.
 #[path = "boot/boards.rs"]
 mod boards;
+/// Machines that are held, by commands.
+#[path = "boot/commanded.rs"]
+mod commanded;
 /// The console: every byte, in order, both ways, and no time taken while nothing comes.
 #[path = "boot/console.rs"]
 mod console;

@@ -9,6 +9,9 @@ mod archive;
 /// What is no good anywhere, and how it is refused.
 #[path = "boot/bad.rs"]
 mod bad;
+/// Machines that are held, by commands.
+#[path = "boot/commanded.rs"]
+mod commanded;
 /// Kills and power cuts while a guest writes: what it flushed is there.
 #[path = "boot/cuts.rs"]
 mod cuts;

@@ -21,17 +21,7 @@ impl Kickable {
     /// (Documentation/virt/kvm/api.rst, section 5).
     #[must_use]
     pub fn new(vcpu: &mut VcpuFd) -> Kickable {
-        extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-            let run = KVM_RUN.get();
-            if !run.is_null() {
-                // SAFETY: the pointer is this thread's own, set while its vCPU lives; nothing
-                // else writes this byte, and the kernel reads it at the next KVM_RUN.
-                unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
-            }
-        }
         KVM_RUN.set(std::ptr::from_mut(vcpu.get_kvm_run()));
-        // It fails for an invalid signal only.
-        let _ = register_signal_handler(signal(), kicked);
         Kickable(())
     }
 }
@@ -42,7 +32,22 @@ impl Drop for Kickable {
     }
 }
 
-/// Kicks a thread. One that has ended already feels nothing.
+/// Has the signal of kicks handled. It goes before the first [`kick`]: without a handler that signal
+/// would end the process.
+pub fn install() {
+    extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let run = KVM_RUN.get();
+        if !run.is_null() {
+            // SAFETY: the pointer is this thread's own, set while its vCPU lives; nothing
+            // else writes this byte, and the kernel reads it at the next KVM_RUN.
+            unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+        }
+    }
+    // It fails for an invalid signal only.
+    let _ = register_signal_handler(signal(), kicked);
+}
+
+/// Kicks a thread. One that has ended already feels nothing, nor does one that is not [`Kickable`].
 pub fn kick<T>(thread: &JoinHandle<T>) {
     let _ = thread.kill(signal());
 }

@@ -1,9 +1,11 @@
 //! What other threads tell the event loop: at most one of each kind at a time, however often a guest
 //! causes it.
 
-use crate::vcpu::Told;
+use super::command::Command;
+use crate::vcpu::VcpuEvent;
 use armlet_devices::action::Action;
 use armlet_devices::sync::{lock, ring};
+use std::fmt;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -11,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 #[derive(Debug)]
 pub(super) enum Event {
     /// A vCPU has something to tell.
-    Told(Told),
+    Vcpu(VcpuEvent),
     /// The console takes input.
     Room,
     /// A burst of output began.
@@ -20,13 +22,20 @@ pub(super) enum Event {
     Deadline,
 }
 
+/// Commands that wait. Each is answered before its sender sends the next, as a rule.
+const COMMANDS: usize = 16;
+
 /// What happened since the event loop looked.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct News {
+    /// What was asked, in order.
+    pub(super) commands: Vec<Command>,
+    /// Whether nobody looks any more.
+    closed: bool,
     /// The guest's kernel said that it panicked; the first time that it did.
     pub(super) panicked: Option<String>,
     /// The guest's end or reset: the first that was told.
-    pub(super) end: Option<Told>,
+    pub(super) end: Option<VcpuEvent>,
     /// A vCPU is asked whether it is off.
     pub(super) asked: bool,
     /// All vCPUs are off.
@@ -43,14 +52,14 @@ impl News {
     /// Adds an event; returns whether it says what was not said yet.
     fn add(&mut self, event: Event) -> bool {
         let flag = match event {
-            Event::Told(Told::Panicked(what)) => {
+            Event::Vcpu(VcpuEvent::Panicked(what)) => {
                 let is_first = self.panicked.is_none();
                 self.panicked.get_or_insert(what);
                 return is_first;
             }
-            Event::Told(Told::Asked) => &mut self.asked,
-            Event::Told(Told::AllOff) => &mut self.all_off,
-            Event::Told(told) => {
+            Event::Vcpu(VcpuEvent::Asked) => &mut self.asked,
+            Event::Vcpu(VcpuEvent::AllOff) => &mut self.all_off,
+            Event::Vcpu(told) => {
                 let is_first = self.end.is_none();
                 self.end.get_or_insert(told);
                 return is_first;
@@ -64,7 +73,7 @@ impl News {
 }
 
 /// One end of the queue. Whoever tells something wakes the event loop.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Queue {
     news: Arc<Mutex<News>>,
     bell: Arc<EventFd>,
@@ -89,22 +98,66 @@ impl Queue {
 
     /// Tells what the guest's console output means for the machine.
     pub(super) fn tell_action(&self, action: Action) {
-        if let Some(told) = Told::by(action) {
-            self.tell(Event::Told(told));
+        if let Some(told) = VcpuEvent::by(action) {
+            self.tell(Event::Vcpu(told));
         }
+    }
+
+    /// Asks for something; what there is no room for, or nobody to do it, comes back.
+    pub(super) fn ask(&self, command: Command) -> Result<(), Command> {
+        let mut news = lock(&self.news);
+        if news.closed || news.commands.len() == COMMANDS {
+            return Err(command);
+        }
+        news.commands.push(command);
+        ring(&self.bell);
+        Ok(())
+    }
+
+    /// Takes what was told. What was asked stays, for the guest's next life.
+    pub(super) fn take_events(&self) -> News {
+        let mut events = self.take();
+        let commands = std::mem::take(&mut events.commands);
+        if !commands.is_empty() {
+            // Others may have asked meanwhile.
+            lock(&self.news).commands.splice(0..0, commands);
+            ring(&self.bell);
+        }
+        events
+    }
+
+    /// Takes nothing any more. Who waits for an answer hears that there will be none.
+    pub(super) fn close(&self) {
+        let mut news = lock(&self.news);
+        news.closed = true;
+        let commands = std::mem::take(&mut news.commands);
+        // They may do anything when they are dropped.
+        drop(news);
+        drop(commands);
     }
 
     /// Takes what was told.
     pub(super) fn take(&self) -> News {
         // What is told after this read rings again.
         let _ = self.bell.read();
-        std::mem::take(&mut lock(&self.news))
+        let mut news = lock(&self.news);
+        let closed = news.closed;
+        let taken = std::mem::take(&mut *news);
+        news.closed = closed;
+        taken
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue").finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::command::Reply;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     fn queue() -> Queue {
@@ -117,8 +170,8 @@ mod tests {
         for number in 0..65_776 {
             queue.tell(Event::Deadline);
             queue.tell(Event::Room);
-            queue.tell(Event::Told(Told::Panicked(number.to_string())));
-            queue.tell(Event::Told(Told::Asked));
+            queue.tell(Event::Vcpu(VcpuEvent::Panicked(number.to_string())));
+            queue.tell(Event::Vcpu(VcpuEvent::Asked));
         }
         assert_eq!(queue.bell.read().expect("it rang"), 4);
         queue.tell(Event::Burst);
@@ -135,8 +188,40 @@ mod tests {
     #[test]
     fn the_first_end_is_the_one() {
         let queue = queue();
-        queue.tell(Event::Told(Told::Reset));
-        queue.tell(Event::Told(Told::PowerOff));
-        assert_eq!(queue.take().end, Some(Told::Reset));
+        queue.tell(Event::Vcpu(VcpuEvent::Reset));
+        queue.tell(Event::Vcpu(VcpuEvent::PowerOff));
+        assert_eq!(queue.take().end, Some(VcpuEvent::Reset));
+    }
+
+    #[test]
+    fn commands_wait_in_order_up_to_a_number_and_through_a_reset() {
+        let queue = queue();
+        for index in 0..COMMANDS {
+            let command = Command::WithVcpu(index, Box::new(|_| {}));
+            assert!(queue.ask(command).is_ok());
+        }
+        assert!(matches!(queue.ask(Command::Help), Err(Command::Help)));
+        queue.tell(Event::Room);
+        queue.take_events();
+        assert!(queue.bell.read().is_ok(), "they are not forgotten");
+        let news = queue.take();
+        assert!(!news.room);
+        let indices = news.commands.iter().map(|command| match command {
+            Command::WithVcpu(index, _) => *index,
+            _ => panic!("another command"),
+        });
+        assert!(indices.eq(0..COMMANDS));
+    }
+
+    #[test]
+    fn who_asks_one_that_has_ended_hears_of_it() {
+        let queue = queue();
+        let (reply, answered) = Reply::channel();
+        assert!(queue.ask(Command::Resume(reply)).is_ok());
+        queue.close();
+        assert!(answered.recv().is_err());
+        assert!(queue.ask(Command::Help).is_err());
+        queue.take();
+        assert!(queue.ask(Command::Help).is_err());
     }
 }

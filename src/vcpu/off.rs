@@ -4,7 +4,7 @@
 //! one after another, until one is found that is on: each looks at its own state, on its own thread.
 //! Nobody is asked at another time, so that a guest which idles is left alone.
 
-use super::Told;
+use super::VcpuEvent;
 use armlet_devices::sync::lock;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -38,7 +38,7 @@ impl OffCheck {
 
     /// Begins the question, for vCPU `index` is off now. Returns what is to be told.
     #[must_use]
-    pub fn begin(&self, index: usize) -> Told {
+    pub fn begin(&self, index: usize) -> VcpuEvent {
         let mut last = lock(&self.last);
         *last = index;
         self.ask(0, index)
@@ -54,8 +54,8 @@ impl OffCheck {
     /// Answers for vCPU `index`, if that is the one that is asked; `is_off` looks at its state.
     /// Returns what is to be told.
     #[must_use]
-    pub fn answer(&self, index: usize, is_off: impl FnOnce() -> bool) -> Option<Told> {
-        // Before each entry of the guest: without the lock, and mostly that is all.
+    pub fn answer(&self, index: usize, is_off: impl FnOnce() -> bool) -> Option<VcpuEvent> {
+        // Whenever it was kicked: without the lock, and mostly that is all.
         if self.asked() != Some(index) {
             return None;
         }
@@ -72,12 +72,12 @@ impl OffCheck {
     }
 
     /// Asks the first vCPU from `from` on that is not `last`. The caller has the lock.
-    fn ask(&self, from: usize, last: usize) -> Told {
+    fn ask(&self, from: usize, last: usize) -> VcpuEvent {
         let next = (from..self.vcpus).find(|index| *index != last);
         self.asked.store(next.unwrap_or(NOBODY), Ordering::Release);
         match next {
-            Some(_) => Told::Asked,
-            None => Told::AllOff,
+            Some(_) => VcpuEvent::Asked,
+            None => VcpuEvent::AllOff,
         }
     }
 }
@@ -89,24 +89,28 @@ mod tests {
     #[test]
     fn an_only_vcpu_that_is_off_is_all() {
         let check = OffCheck::new(1);
-        assert_eq!(check.begin(0), Told::AllOff);
+        assert_eq!(check.begin(0), VcpuEvent::AllOff);
         assert_eq!(check.asked(), None);
     }
 
     #[test]
     fn all_others_are_asked_until_one_is_on() {
         let check = OffCheck::new(4);
-        assert_eq!(check.begin(1), Told::Asked);
+        assert_eq!(check.begin(1), VcpuEvent::Asked);
         assert_eq!(check.asked(), Some(0));
-        assert_eq!(check.answer(0, || true), Some(Told::Asked));
+        assert_eq!(check.answer(0, || true), Some(VcpuEvent::Asked));
         // The one that went off is not asked.
         assert_eq!(check.asked(), Some(2));
         assert_eq!(check.answer(2, || false), None);
         assert_eq!(check.asked(), None);
         assert_eq!(check.answer(3, || true), None);
 
-        assert_eq!(check.begin(2), Told::Asked);
-        for (index, told) in [(0, Told::Asked), (1, Told::Asked), (3, Told::AllOff)] {
+        assert_eq!(check.begin(2), VcpuEvent::Asked);
+        for (index, told) in [
+            (0, VcpuEvent::Asked),
+            (1, VcpuEvent::Asked),
+            (3, VcpuEvent::AllOff),
+        ] {
             assert_eq!(check.asked(), Some(index));
             assert_eq!(check.answer(index, || true), Some(told));
         }
@@ -117,7 +121,7 @@ mod tests {
     fn who_is_not_asked_looks_at_nothing() {
         let check = OffCheck::new(3);
         assert_eq!(check.answer(1, || unreachable!()), None);
-        assert_eq!(check.begin(0), Told::Asked);
+        assert_eq!(check.begin(0), VcpuEvent::Asked);
         assert_eq!(check.asked(), Some(1));
         assert_eq!(check.answer(2, || unreachable!()), None);
     }
@@ -126,12 +130,12 @@ mod tests {
     fn an_answer_from_before_another_went_off_does_not_count() {
         let check = OffCheck::new(3);
         // vCPU 1 is off when it is asked; then vCPU 2 turns it on and goes off itself.
-        assert_eq!(check.begin(0), Told::Asked);
-        assert_eq!(check.answer(1, || true), Some(Told::Asked));
+        assert_eq!(check.begin(0), VcpuEvent::Asked);
+        assert_eq!(check.answer(1, || true), Some(VcpuEvent::Asked));
         assert_eq!(check.asked(), Some(2));
-        assert_eq!(check.begin(2), Told::Asked);
+        assert_eq!(check.begin(2), VcpuEvent::Asked);
         assert_eq!(check.answer(2, || true), None);
-        assert_eq!(check.answer(0, || true), Some(Told::Asked));
+        assert_eq!(check.answer(0, || true), Some(VcpuEvent::Asked));
         assert_eq!(check.answer(1, || false), None);
         assert_eq!(check.asked(), None);
     }

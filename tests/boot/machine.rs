@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, GLANCE, MARKER};
-use crate::rig;
-use crate::software::Program;
+use crate::software::{Program, UARTDR};
+use crate::{commanded, rig};
 use rustix::process::Signal;
 use std::fs;
 use std::path::PathBuf;
@@ -94,4 +94,38 @@ fn guest_memory_is_in_huge_pages_under_both_policies() {
         guest.signal(Signal::INT);
         guest.end().assert_status(6);
     }
+}
+
+#[test]
+fn a_held_guest_stands_still_and_goes_on() {
+    let Some(_) = rig::any() else { return };
+    let ticks = Program::default().print(commanded::TICKS).wait(100_000);
+    let program = Program::default().print(commanded::FIRST);
+    // One that goes off again, and one that was never on.
+    let program = program.cpu_on(1, &Program::default().cpu_off());
+    let armlet = Armlet::program(&program.wait_for_off(1).then(&ticks.again()));
+    commanded::is_held_and_goes_on(armlet, 3, "PC 0x");
+}
+
+#[test]
+fn a_guest_whose_vcpus_access_devices_without_end_is_held() {
+    let Some(_) = rig::any() else { return };
+    // UARTFR, whose reading changes nothing.
+    let busy = Program::default().read(UARTDR + 0x18).again();
+    let ticks = Program::default()
+        .print(commanded::TICKS)
+        .wait(10_000)
+        .again();
+    let program = Program::default().print(commanded::FIRST);
+    let program = program.cpu_on(1, &busy).cpu_on(2, &busy).cpu_on(3, &busy);
+    let armlet = Armlet::program(&program.then(&ticks));
+    commanded::is_held_and_goes_on(armlet, 4, "PC 0x");
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
+    let Some(_) = rig::any() else { return };
+    let ticks = Program::default().print(commanded::TICKS).again();
+    let program = Program::default().print(commanded::FIRST).then(&ticks);
+    commanded::is_not_held_while_nobody_reads(Armlet::program(&program));
 }

@@ -182,6 +182,24 @@ impl Program {
         self.load(4, address).instruction(0xd61f_0080)
     }
 
+    /// Does all of this again and again: B to its start.
+    pub(crate) fn again(self) -> Program {
+        let back = self.code.len().wrapping_neg() as u32 & 0x3ff_ffff;
+        self.instruction(0x1400_0000 | back)
+    }
+
+    /// Goes on with `other`.
+    pub(crate) fn then(mut self, other: &Program) -> Program {
+        self.code.extend(&other.code);
+        self
+    }
+
+    /// Takes some time: SUBS X2, X2, #1; B.NE to it.
+    pub(crate) fn wait(self, turns: u64) -> Program {
+        let program = self.load(2, turns).instruction(0xf100_0442);
+        program.instruction(0x54ff_ffe1)
+    }
+
     /// Stays where it is, awake: B to itself.
     pub(crate) fn stay(self) -> Program {
         self.instruction(0x1400_0000)

@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, Input};
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
-use crate::{lives, rig};
+use crate::{commanded, lives, rig};
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -587,4 +587,25 @@ fn a_full_disk_silences_the_console_only_while_it_is_full() {
         7 - text.len()
     );
     assert!(outcome.errors.ends_with(&lost), "{}", outcome.errors);
+}
+
+/// A guest that ticks, as machines that are held want it, with so many turns between.
+fn ticking(turns: u32) -> Program {
+    let ticks = Program::default().print_looking(commanded::TICKS, 10);
+    let first = Program::default().print_looking(commanded::FIRST, 16);
+    first.then(&ticks.wait_awake(turns).again())
+}
+
+#[test]
+fn a_held_guest_stands_still_and_goes_on() {
+    if rig::small() {
+        commanded::is_held_and_goes_on(Armlet::program(&ticking(100_000)), 2, "RIP 0x");
+    }
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
+    if rig::small() {
+        commanded::is_not_held_while_nobody_reads(Armlet::program(&ticking(1)));
+    }
 }

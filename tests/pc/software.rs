@@ -272,6 +272,24 @@ impl Program {
         self.out(SLEEP_CONTROL, POWER_OFF).stay()
     }
 
+    /// Does all of this again and again: JMP to its start.
+    pub(crate) fn again(self) -> Program {
+        let back = (self.code.len() as u32 + 5).wrapping_neg();
+        self.bytes(&[0xe9]).bytes(&back.to_le_bytes())
+    }
+
+    /// Goes on with `other`.
+    pub(crate) fn then(self, other: &Program) -> Program {
+        self.bytes(&other.code)
+    }
+
+    /// Takes some time: MOV ECX, turns; LOOP to itself.
+    pub(crate) fn wait_awake(self, turns: u32) -> Program {
+        self.bytes(&[0xb9])
+            .bytes(&turns.to_le_bytes())
+            .bytes(&[0xe2, 0xfe])
+    }
+
     /// Stays where it is, awake: JMP to itself.
     pub(crate) fn stay(self) -> Program {
         self.bytes(&[0xeb, 0xfe])

@@ -1,0 +1,158 @@
+//! All vCPUs of a machine: held, let go on, ended together.
+
+use super::control::Stand;
+use super::{OffCheck, RunningVcpu};
+use crate::deadline::Deadline;
+use kvm_ioctls::VcpuFd;
+use std::fmt::{self, Display};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How soon vCPUs that were asked for something are kicked again; each time it takes twice as long.
+const FIRST_KICK: Duration = Duration::from_micros(50);
+/// The longest that it takes then.
+const LONGEST_TO_KICK: Duration = Duration::from_millis(10);
+
+/// The running vCPUs of a machine.
+#[derive(Default)]
+pub struct Vcpus {
+    running: Vec<RunningVcpu>,
+    off: Option<Arc<OffCheck>>,
+}
+
+/// Why vCPUs are not held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotHeld {
+    /// This one does not come out of what it does within so long.
+    Busy(usize, Duration),
+    /// This one has ended: the guest asked for its end or its reset.
+    Ended(usize),
+}
+
+impl Display for NotHeld {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NotHeld::Busy(index, limit) => {
+                let limit = limit.as_millis();
+                write!(f, "vCPU {index} does not pause within {limit} ms")
+            }
+            NotHeld::Ended(index) => {
+                write!(f, "vCPU {index} has ended, as the guest ends or is reset")
+            }
+        }
+    }
+}
+
+impl Vcpus {
+    /// Adds the next one. All of a machine share one `off`.
+    pub fn add(&mut self, vcpu: RunningVcpu, off: &Arc<OffCheck>) {
+        self.running.push(vcpu);
+        self.off = Some(Arc::clone(off));
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Kicks the one that is asked whether it is off, if one is.
+    pub fn kick_asked(&self) {
+        let asked = self.off.as_ref().and_then(|off| off.asked());
+        if let Some(vcpu) = asked.and_then(|index| self.running.get(index)) {
+            vcpu.kick();
+        }
+    }
+
+    /// Has vCPU `index` do `task` on its own thread, out of the guest. Returns
+    /// false where there is none, or it has ended.
+    #[must_use]
+    pub fn ask(&self, index: usize, task: impl FnOnce(&mut VcpuFd) + Send + 'static) -> bool {
+        let Some(vcpu) = self.running.get(index) else {
+            return false;
+        };
+        let asked = vcpu.control.ask(task);
+        vcpu.kick();
+        asked
+    }
+
+    /// Holds all of them between two instructions of the guest, until [`Self::resume`]. Those that
+    /// wait in the guest, or are off, are held as well.
+    ///
+    /// # Errors
+    /// One that is not held, after which all go on: its access waits longer than `limit` for a
+    /// device or for a reader of the console, or it has ended.
+    pub fn pause(&self, limit: Duration) -> Result<(), NotHeld> {
+        for vcpu in &self.running {
+            vcpu.control.pause();
+        }
+        let held = match self.kick_while(Stand::Running, limit) {
+            Err(index) => Err(NotHeld::Busy(index, limit)),
+            Ok(()) => {
+                let stands = self.running.iter().map(|vcpu| vcpu.control.stand());
+                match { stands }.position(|stand| stand == Stand::Ended) {
+                    Some(index) => Err(NotHeld::Ended(index)),
+                    None => Ok(()),
+                }
+            }
+        };
+        if held.is_err() {
+            self.resume();
+        }
+        held
+    }
+
+    /// Lets all go on.
+    pub fn resume(&self) {
+        for vcpu in &self.running {
+            vcpu.control.run();
+        }
+    }
+
+    /// Ends all of them, whether they are held or not.
+    ///
+    /// # Errors
+    /// The first that has not ended after `limit`. It is to end still: ask again.
+    pub fn stop(&self, limit: Duration) -> Result<(), usize> {
+        for vcpu in &self.running {
+            vcpu.control.stop();
+        }
+        // A paused one is running for as long as it takes it to end.
+        self.kick_while(Stand::Paused, limit)?;
+        self.kick_while(Stand::Running, limit)
+    }
+
+    /// Kicks those that stand at `stand` until there are none. A kick may come just before a thread
+    /// begins to wait for something else than the guest, so it is repeated, at first soon: most
+    /// threads need one.
+    ///
+    /// # Errors
+    /// The first that stands there after `limit`.
+    fn kick_while(&self, stand: Stand, limit: Duration) -> Result<(), usize> {
+        let deadline = Deadline::after(limit);
+        let mut pause = FIRST_KICK;
+        loop {
+            let standing = (0..).zip(&self.running);
+            let mut standing = standing.filter(|(_, vcpu)| vcpu.control.stand() == stand);
+            let Some((index, first)) = standing.next() else {
+                return Ok(());
+            };
+            if deadline.left().is_zero() {
+                return Err(index);
+            }
+            first.kick();
+            for (_, vcpu) in standing {
+                vcpu.kick();
+            }
+            first.control.wait_while(stand, pause.min(deadline.left()));
+            pause = (2 * pause).min(LONGEST_TO_KICK);
+        }
+    }
+
+    /// Waits for the end of all threads, which have been stopped.
+    pub fn join(&mut self) {
+        for vcpu in self.running.drain(..) {
+            vcpu.join();
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! What a vCPU's thread is asked to do: run, pause, do something with its vCPU, stop.
+//!
+//! The thread looks at it when it was kicked, which is when KVM_RUN says EINTR, and at no other time:
+//! a guest that runs pays nothing for it. A kick cannot be missed, as it has KVM_RUN return at once if
+//! it comes before ([`crate::kvm::kick`]); and KVM_RUN has then completed the access that was answered
+//! last (Documentation/virt/kvm/api.rst, section 5: immediate_exit), so that the vCPU's registers are
+//! those of a guest between two instructions.
+
+use armlet_devices::sync::lock;
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+/// What a vCPU is to do from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Run,
+    Pause,
+    Stop,
+}
+
+/// Where a vCPU's thread stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stand {
+    /// It runs the guest, or answers an exit.
+    Running,
+    /// It waits to be told to go on, and does what it is asked meanwhile.
+    Paused,
+    /// It has ended.
+    Ended,
+}
+
+/// Something to do with a vCPU, on its thread.
+type Task<V> = Box<dyn FnOnce(&mut V) + Send>;
+
+struct Asked<V> {
+    mode: Mode,
+    tasks: VecDeque<Task<V>>,
+    stand: Stand,
+}
+
+/// Between a vCPU's thread and whoever asks it. Whoever asks also kicks the thread.
+pub(super) struct Control<V> {
+    asked: Mutex<Asked<V>>,
+    /// Something was asked, or the thread stands elsewhere.
+    changed: Condvar,
+}
+
+impl<V> Default for Control<V> {
+    fn default() -> Control<V> {
+        Control {
+            asked: Mutex::new(Asked {
+                mode: Mode::Run,
+                tasks: VecDeque::new(),
+                stand: Stand::Running,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl<V> Control<V> {
+    /// The thread is to run the guest.
+    pub(super) fn run(&self) {
+        self.set(Mode::Run);
+    }
+
+    /// The thread is to wait, out of the guest.
+    pub(super) fn pause(&self) {
+        self.set(Mode::Pause);
+    }
+
+    /// The thread is to end.
+    pub(super) fn stop(&self) {
+        self.set(Mode::Stop);
+    }
+
+    fn set(&self, mode: Mode) {
+        lock(&self.asked).mode = mode;
+        self.changed.notify_all();
+    }
+
+    /// Has the thread do `task` with its vCPU, between two instructions of the guest, whether it is
+    /// paused or not. Returns false, and drops it, if the thread has ended; a thread that ends before
+    /// it comes to it drops it, too.
+    #[must_use]
+    pub(super) fn ask(&self, task: impl FnOnce(&mut V) + Send + 'static) -> bool {
+        let mut asked = lock(&self.asked);
+        if asked.stand == Stand::Ended {
+            return false;
+        }
+        asked.tasks.push_back(Box::new(task));
+        self.changed.notify_all();
+        true
+    }
+
+    /// Where the thread stands.
+    #[must_use]
+    pub(super) fn stand(&self) -> Stand {
+        lock(&self.asked).stand
+    }
+
+    /// Waits up to `limit` for the thread to stand elsewhere than `stand`.
+    pub(super) fn wait_while(&self, stand: Stand, limit: Duration) {
+        let asked = lock(&self.asked);
+        let waited = self
+            .changed
+            .wait_timeout_while(asked, limit, |asked| asked.stand == stand);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Does what is asked: for the thread, out of the guest. Returns whether to run the guest.
+    #[must_use]
+    pub(super) fn obey(&self, vcpu: &mut V) -> bool {
+        let mut asked = lock(&self.asked);
+        loop {
+            if let Some(task) = asked.tasks.pop_front() {
+                // It may take its time, and ask something itself.
+                drop(asked);
+                task(vcpu);
+                asked = lock(&self.asked);
+                continue;
+            }
+            match asked.mode {
+                Mode::Run => {
+                    asked.stand = Stand::Running;
+                    return true;
+                }
+                Mode::Stop => return false,
+                Mode::Pause => {
+                    if asked.stand != Stand::Paused {
+                        asked.stand = Stand::Paused;
+                        self.changed.notify_all();
+                    }
+                    let waited = self.changed.wait(asked);
+                    asked = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    /// Marks the thread as ended when it is dropped.
+    #[must_use]
+    pub(super) fn until_end(&self) -> UntilEnd<'_, V> {
+        UntilEnd(self)
+    }
+}
+
+/// See [`Control::until_end`].
+pub(super) struct UntilEnd<'a, V>(&'a Control<V>);
+
+impl<V> Drop for UntilEnd<'_, V> {
+    fn drop(&mut self) {
+        let mut asked = lock(&self.0.asked);
+        asked.stand = Stand::Ended;
+        let dropped = std::mem::take(&mut asked.tasks);
+        self.0.changed.notify_all();
+        // What waits for their answers hears of it without the lock.
+        drop(asked);
+        drop(dropped);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::mpsc::{RecvError, channel};
+    use std::thread::JoinHandle;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A thread that counts as a guest would, and looks at its control each time.
+    fn start(control: &Arc<Control<u64>>) -> (JoinHandle<u64>, Arc<AtomicU64>) {
+        let control = Arc::clone(control);
+        let count = Arc::new(AtomicU64::new(0));
+        let shown = Arc::clone(&count);
+        let run = move || {
+            let _end = control.until_end();
+            let mut vcpu = 0;
+            while control.obey(&mut vcpu) {
+                vcpu += 1;
+                shown.store(vcpu, Ordering::Relaxed);
+                std::thread::yield_now();
+            }
+            vcpu
+        };
+        (std::thread::spawn(run), count)
+    }
+
+    fn read(control: &Control<u64>) -> u64 {
+        let (answer, answered) = channel();
+        assert!(control.ask(move |vcpu| answer.send(*vcpu).expect("who asks waits")));
+        answered.recv().expect("an answer")
+    }
+
+    #[test]
+    fn a_paused_thread_stands_still_answers_and_goes_on() {
+        let control = Arc::new(Control::default());
+        let (thread, count) = start(&control);
+        while count.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
+        for _ in 0..50 {
+            control.pause();
+            control.wait_while(Stand::Running, LONG);
+            assert_eq!(control.stand(), Stand::Paused);
+            let held = read(&control);
+            std::thread::yield_now();
+            assert_eq!(count.load(Ordering::Relaxed), held);
+            assert_eq!(read(&control), held, "and it is paused still");
+            assert_eq!(control.stand(), Stand::Paused);
+            control.run();
+            while count.load(Ordering::Relaxed) == held {
+                std::thread::yield_now();
+            }
+        }
+        control.stop();
+        let end = thread.join().expect("no panic");
+        assert_eq!(end, count.load(Ordering::Relaxed));
+        assert_eq!(control.stand(), Stand::Ended);
+    }
+
+    #[test]
+    fn a_running_thread_answers_and_a_paused_one_stops() {
+        let control = Arc::new(Control::default());
+        let (thread, count) = start(&control);
+        let first = read(&control);
+        while count.load(Ordering::Relaxed) <= first {
+            std::thread::yield_now();
+        }
+        assert!(control.ask(|vcpu| *vcpu += 1_000_000));
+        assert!(read(&control) > 1_000_000);
+        control.pause();
+        control.wait_while(Stand::Running, LONG);
+        control.stop();
+        control.wait_while(Stand::Paused, LONG);
+        assert_eq!(control.stand(), Stand::Ended);
+        thread.join().expect("no panic");
+    }
+
+    #[test]
+    fn who_asks_a_thread_that_ends_hears_that_there_is_no_answer() {
+        let control: Control<u64> = Control::default();
+        let (answer, answered) = channel();
+        let end = control.until_end();
+        assert!(control.ask(move |vcpu| answer.send(*vcpu).expect("who asks waits")));
+        drop(end);
+        assert_eq!(answered.recv(), Err(RecvError));
+        assert!(!control.ask(|_| unreachable!()));
+    }
+
+    #[test]
+    fn a_wait_for_a_thread_has_an_end() {
+        let control: Control<u64> = Control::default();
+        control.pause();
+        control.wait_while(Stand::Running, Duration::from_millis(1));
+        assert_eq!(control.stand(), Stand::Running);
+    }
+}

@@ -1,0 +1,237 @@
+//! Machines that are held: armlet in a process of the tests', commanded by lines through a FIFO, as
+//! no option of armlet's commands it yet.
+
+use crate::guest::{Armlet, GLANCE, Guest};
+use armlet::cli::{self, Command, Parsed};
+use armlet::commands;
+use armlet::kvm::{HostArch, KvmArch};
+use armlet::messages;
+use armlet::run::command::{self as asked, By, Commands, Reply};
+use rustix::fs::{CWD, Mode};
+use rustix::pipe::PipeFlags;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::channel;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// Arguments, one a line, and the FIFO's path.
+const ARGUMENTS: &str = "COMMANDED_ARGUMENTS";
+const FIFO: &str = "COMMANDED_FIFO";
+/// Longer than any answer takes, which has a deadline of its own.
+const LONG: Duration = Duration::from_secs(60);
+/// What the guests here print again and again, each after this word.
+pub(crate) const TICKS: &str = "0123456789";
+pub(crate) const FIRST: &str = "ticks:";
+
+/// Armlet itself, for the tests below: it ends as armlet does.
+#[test]
+#[ignore = "run by others"]
+fn armlet_in_this_process() {
+    let (Ok(arguments), Ok(fifo)) = (std::env::var(ARGUMENTS), std::env::var(FIFO)) else {
+        return;
+    };
+    messages::install();
+    let mut arguments: Vec<String> = arguments.lines().map(str::to_owned).collect();
+    // A shell cuts what is empty at the end, so there is a last one that is not.
+    arguments.pop();
+    let Parsed::Cli(cli) = cli::parse(&arguments) else {
+        panic!("no command: {arguments:?}");
+    };
+    let Some(Command::Run(args)) = cli.command else {
+        panic!("another command: {arguments:?}");
+    };
+    let mut options = commands::run_options(&args).expect("a machine");
+    options.commander = Some(Box::new(move |commands| {
+        std::thread::spawn(move || serve(&commands, &fifo));
+    }));
+    let status = armlet::run::run(options).expect("a guest that runs");
+    messages::finish();
+    std::process::exit(status.code().into());
+}
+
+/// Sends the commands that come through the FIFO, and says what came of each.
+fn serve(commands: &Commands, fifo: &str) {
+    let lines = BufReader::new(File::open(fifo).expect("a FIFO")).lines();
+    for line in lines {
+        let line = line.expect("text");
+        let words: Vec<&str> = line.split(' ').collect();
+        let said = match words[..] {
+            ["pause"] => pause(commands),
+            ["resume"] => resume(commands),
+            ["where", vcpu] => position(commands, vcpu.parse().expect("a number")),
+            ["again", times] => {
+                let times: u32 = times.parse().expect("a number");
+                let each = (0..times).map(|_| [pause(commands), resume(commands)].concat());
+                let good = each.filter(|said| said == "held.goes on.").count();
+                format!("{good} of {times}.")
+            }
+            ["stop"] => {
+                let _ = commands.send(asked::Command::Stop(By::Key));
+                return;
+            }
+            _ => panic!("no command: {line}"),
+        };
+        messages::say(&said);
+    }
+}
+
+fn pause(commands: &Commands) -> String {
+    let (reply, answer) = Reply::channel();
+    if commands.send(asked::Command::Pause(reply)).is_err() {
+        return "not taken.".to_owned();
+    }
+    match answer.recv_timeout(LONG).expect("an answer") {
+        Ok(()) => "held.".to_owned(),
+        Err(why) => format!("not held: {why}."),
+    }
+}
+
+fn resume(commands: &Commands) -> String {
+    let (reply, answer) = Reply::channel();
+    if commands.send(asked::Command::Resume(reply)).is_err() {
+        return "not taken.".to_owned();
+    }
+    answer.recv_timeout(LONG).expect("an answer");
+    "goes on.".to_owned()
+}
+
+fn position(commands: &Commands, vcpu: usize) -> String {
+    let (answer, answered) = channel();
+    let task = Box::new(move |vcpu: &mut kvm_ioctls::VcpuFd| {
+        let _ = answer.send(HostArch::position(vcpu));
+    });
+    let sent = commands.send(asked::Command::WithVcpu(vcpu, task));
+    match (sent.is_ok(), answered.recv_timeout(LONG)) {
+        (true, Ok(position)) => format!("vCPU {vcpu} is at {position}."),
+        _ => format!("there is no vCPU {vcpu}."),
+    }
+}
+
+/// A guest and what commands it.
+struct Commanded {
+    guest: Guest,
+    fifo: File,
+}
+
+impl Commanded {
+    /// Starts a guest, with `output` as its standard output where the test looks after it.
+    fn start(armlet: Armlet, output: Option<OwnedFd>) -> Commanded {
+        // Whatever is in the folder lives as long as the guest.
+        let fifo = armlet.file("commands", b"");
+        fs::remove_file(&fifo).expect("a file of ours");
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::mkfifoat(CWD, &fifo, mode).expect("a FIFO");
+        let this = std::env::current_exe().expect("this program");
+        let test = "--exact --ignored --nocapture commanded::armlet_in_this_process";
+        let script = format!(
+            "shift; {ARGUMENTS}=\"$(printf '%s\\n' \"$@\" .)\" {FIFO}={} exec {} {test}",
+            fifo.display(),
+            this.display()
+        );
+        let words = ["sh", "-c", &script, "sh"].map(OsStr::new);
+        let guest = armlet.through(&words).start_with(output);
+        // Opened for both, it waits for nobody (fifo(7)).
+        let fifo = File::options().read(true).write(true).open(&fifo);
+        let fifo = fifo.expect("a FIFO");
+        Commanded { guest, fifo }
+    }
+
+    fn command(&mut self, line: &str, said: &str) {
+        writeln!(self.fifo, "{line}").expect("armlet reads it");
+        self.guest.expect_error(said);
+    }
+
+    /// The ticks so far, none of which is missing or twice.
+    fn ticks(&self) -> usize {
+        let said = self.guest.said();
+        let (_, ticks) = said.split_once(FIRST).expect("the first word");
+        let wanted = TICKS.bytes().cycle();
+        assert!(
+            ticks
+                .bytes()
+                .zip(wanted)
+                .all(|(tick, wanted)| tick == wanted)
+        );
+        ticks.len()
+    }
+
+    /// Waits until there are more ticks than these.
+    fn goes_on(&mut self, ticks: usize) {
+        while self.ticks() <= ticks {
+            // Which fails when it takes too long.
+            self.guest.expect("0");
+        }
+    }
+}
+
+/// A guest that prints [`FIRST`] and then [`TICKS`] for ever. Its first vCPU is told of as `position`;
+/// of its `vcpus` the others do not run.
+pub(crate) fn is_held_and_goes_on(armlet: Armlet, vcpus: usize, position: &str) {
+    let mut commanded = Commanded::start(armlet.cpus(vcpus), None);
+    commanded.guest.expect(FIRST);
+    for _ in 0..3 {
+        let before = commanded.ticks();
+        commanded.goes_on(before);
+        commanded.command("pause", "held.\n");
+        // What was collected, and what is in the pipe.
+        sleep(Duration::from_millis(300));
+        let held = commanded.ticks();
+        for vcpu in 0..vcpus {
+            let said = match vcpu {
+                0 => format!("vCPU 0 is at {position}"),
+                _ => format!("vCPU {vcpu} is at "),
+            };
+            commanded.command(&format!("where {vcpu}"), &said);
+        }
+        commanded.command(&format!("where {vcpus}"), "there is no vCPU");
+        sleep(Duration::from_millis(500));
+        assert_eq!(commanded.ticks(), held, "it does not stand still");
+        // Twice is as good as once.
+        commanded.command("pause", "held.\n");
+        commanded.command("resume", "goes on.\n");
+        commanded.goes_on(held);
+        commanded.command("where 0", &format!("vCPU 0 is at {position}"));
+    }
+    commanded.command("again 100", "100 of 100.\n");
+    let after = commanded.ticks();
+    commanded.goes_on(after);
+    // A machine that is held can be stopped.
+    commanded.command("pause", "held.\n");
+    writeln!(commanded.fifo, "stop").expect("armlet reads it");
+    commanded.guest.end().assert_status(6);
+}
+
+/// Such a guest, whose output nobody reads: its vCPU waits for a reader, and is told of.
+pub(crate) fn is_not_held_while_nobody_reads(armlet: Armlet) {
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
+    rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("a page");
+    let mut commanded = Commanded::start(armlet, Some(writer));
+    // Until the pipe has not got fuller for a second.
+    let waiting = || rustix::io::ioctl_fionread(&reader).expect("a pipe");
+    let (mut last, mut same) = (0, 0);
+    let deadline = Instant::now() + LONG;
+    while last < 1024 || same < 50 {
+        sleep(GLANCE);
+        assert!(
+            Instant::now() < deadline,
+            "the pipe does not fill: {last} bytes"
+        );
+        let now = waiting();
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    let said = "not held: vCPU 0 does not pause within 5000 ms.\n";
+    commanded.command("pause", said);
+    let mut reader = File::from(reader);
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while reader.read(&mut bytes).is_ok_and(|count| count > 0) {}
+    });
+    commanded.command("pause", "held.\n");
+    commanded.command("resume", "goes on.\n");
+    writeln!(commanded.fifo, "stop").expect("armlet reads it");
+    commanded.guest.end().assert_status(6);
+}
