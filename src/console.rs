@@ -343,8 +343,19 @@ impl PanicWatch {
 impl Output for PanicWatch {
     fn write(&mut self, bytes: &[u8]) -> Action {
         let mut action = self.output.write(bytes);
-        for &byte in bytes {
-            action.add(self.watch(byte));
+        let mut rest = bytes;
+        while let Some((&byte, behind)) = rest.split_first() {
+            if self.matched > 0 || self.reason.is_some() {
+                action.add(self.watch(byte));
+                rest = behind;
+                continue;
+            }
+            // Most output has nothing of the words.
+            let Some(begin) = rest.iter().position(|byte| *byte == PANIC[0]) else {
+                break;
+            };
+            self.matched = 1;
+            rest = &rest[begin + 1..];
         }
         action
     }
@@ -405,6 +416,21 @@ mod tests {
         assert!(reasons(b"Kernel panic - not syncing: unfinished").is_empty());
         let endless = [PANIC, &[b'x'; 1000]].concat();
         assert_eq!(reasons(&endless)[0].len(), REASON_BYTES);
+    }
+
+    #[test]
+    fn a_panic_is_noticed_however_its_words_are_cut() {
+        let printed = b"[ 1.0] Kern KKernel panic - not syncing: at last\nand on";
+        for size in 1..=printed.len() {
+            let mut output = StandardOutput::new(Arc::default());
+            output.closed = true;
+            let mut watch = PanicWatch::new(output);
+            let mut action = Action::None;
+            for part in printed.chunks(size) {
+                action.add(watch.write(part));
+            }
+            assert_eq!(action, Action::panicked("at last".to_owned()), "{size}");
+        }
     }
 
     #[test]

@@ -255,7 +255,7 @@ impl Events {
 
     fn read_queue<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
         let devices = &machine.devices;
-        let news = self.queue.take();
+        let news = self.queue.take_events();
         if let Some(what) = news.panicked {
             if self.on_panic == OnPanic::Exit {
                 self.panicked = true;
@@ -302,7 +302,7 @@ impl Events {
         if news.room {
             self.feed(devices)?;
         }
-        for command in news.commands {
+        for command in self.queue.take_commands() {
             let ending = self.obey(command, machine);
             if ending.is_some() {
                 return Ok(ending);

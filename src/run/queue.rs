@@ -29,7 +29,7 @@ const COMMANDS: usize = 16;
 #[derive(Default)]
 pub(super) struct News {
     /// What was asked, in order.
-    pub(super) commands: Vec<Command>,
+    commands: Vec<Command>,
     /// Whether nobody looks any more.
     closed: bool,
     /// The guest's kernel said that it panicked; the first time that it did.
@@ -114,16 +114,25 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes what was told. What was asked stays, for the guest's next life.
+    /// Takes what was told. What was asked stays: a guest that is reset is asked in its next life.
     pub(super) fn take_events(&self) -> News {
-        let mut events = self.take();
-        let commands = std::mem::take(&mut events.commands);
-        if !commands.is_empty() {
-            // Others may have asked meanwhile.
-            lock(&self.news).commands.splice(0..0, commands);
+        // What is told after this read rings again.
+        let _ = self.bell.read();
+        let mut news = lock(&self.news);
+        let kept = News {
+            commands: std::mem::take(&mut news.commands),
+            closed: news.closed,
+            ..News::default()
+        };
+        if !kept.commands.is_empty() {
             ring(&self.bell);
         }
-        events
+        std::mem::replace(&mut news, kept)
+    }
+
+    /// Takes what was asked, in order.
+    pub(super) fn take_commands(&self) -> Vec<Command> {
+        std::mem::take(&mut lock(&self.news).commands)
     }
 
     /// Takes nothing any more. Who waits for an answer hears that there will be none.
@@ -134,17 +143,6 @@ impl Queue {
         // They may do anything when they are dropped.
         drop(news);
         drop(commands);
-    }
-
-    /// Takes what was told.
-    pub(super) fn take(&self) -> News {
-        // What is told after this read rings again.
-        let _ = self.bell.read();
-        let mut news = lock(&self.news);
-        let closed = news.closed;
-        let taken = std::mem::take(&mut *news);
-        news.closed = closed;
-        taken
     }
 }
 
@@ -175,11 +173,11 @@ mod tests {
         }
         assert_eq!(queue.bell.read().expect("it rang"), 4);
         queue.tell(Event::Burst);
-        let news = queue.take();
+        let news = queue.take_events();
         assert_eq!(news.panicked.as_deref(), Some("0"));
         assert!(news.deadline && news.room && news.burst && news.asked);
         assert!(news.end.is_none() && !news.all_off);
-        let news = queue.take();
+        let news = queue.take_events();
         assert!(!news.deadline && !news.room && !news.burst && news.panicked.is_none());
         queue.tell(Event::Deadline);
         assert_eq!(queue.bell.read().expect("it rings again"), 1);
@@ -190,7 +188,7 @@ mod tests {
         let queue = queue();
         queue.tell(Event::Vcpu(VcpuEvent::Reset));
         queue.tell(Event::Vcpu(VcpuEvent::PowerOff));
-        assert_eq!(queue.take().end, Some(VcpuEvent::Reset));
+        assert_eq!(queue.take_events().end, Some(VcpuEvent::Reset));
     }
 
     #[test]
@@ -201,16 +199,18 @@ mod tests {
             assert!(queue.ask(command).is_ok());
         }
         assert!(matches!(queue.ask(Command::Help), Err(Command::Help)));
-        queue.tell(Event::Room);
-        queue.take_events();
+        // The guest is reset.
+        queue.tell(Event::Vcpu(VcpuEvent::Reset));
+        assert_eq!(queue.take_events().end, Some(VcpuEvent::Reset));
+        assert!(queue.take_events().end.is_none());
         assert!(queue.bell.read().is_ok(), "they are not forgotten");
-        let news = queue.take();
-        assert!(!news.room);
-        let indices = news.commands.iter().map(|command| match command {
+        let commands = queue.take_commands();
+        let indices = commands.iter().map(|command| match command {
             Command::WithVcpu(index, _) => *index,
             _ => panic!("another command"),
         });
         assert!(indices.eq(0..COMMANDS));
+        assert!(queue.take_commands().is_empty());
     }
 
     #[test]
@@ -221,7 +221,7 @@ mod tests {
         queue.close();
         assert!(answered.recv().is_err());
         assert!(queue.ask(Command::Help).is_err());
-        queue.take();
+        queue.take_events();
         assert!(queue.ask(Command::Help).is_err());
     }
 }
