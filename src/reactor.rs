@@ -188,7 +188,7 @@ impl Drop for Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use armlet_devices::virtio::{ConfigSpace, Driver, Source, StartError, Virtqueue};
+    use armlet_devices::virtio::{ConfigSpace, Driver, Positions, Source, StartError, Virtqueue};
     use std::sync::mpsc::{Sender, channel};
 
     /// A device that tells what it is called for.
@@ -215,7 +215,11 @@ mod tests {
             Ok(())
         }
 
-        fn stop(&mut self) {}
+        fn quiesce(&mut self) -> Positions {
+            Positions::new()
+        }
+
+        fn reset(&mut self) {}
 
         fn stop_queue(&mut self, _queue: usize) {}
 

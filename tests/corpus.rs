@@ -19,7 +19,12 @@ fn replay(target: &str) {
         let path = input.expect("an entry").path();
         // Shown with what a target says when it falls.
         println!("{path:?}");
-        fuzz::run(target, &fs::read(&path).expect("an input"));
+        let input = fs::read(&path).expect("an input");
+        fuzz::run(target, &input);
+        for every in [1, 3] {
+            println!("{path:?}, held after every {every}");
+            fuzz::run_held(target, &input, every);
+        }
         count += 1;
     }
     assert!(count > 0, "{folder:?} has no inputs");

@@ -39,6 +39,19 @@ impl Discard for Zeroes {
 struct Host {
     done: Ranges,
     fails: Arc<Mutex<bool>>,
+    offer: Offer,
+    page: u64,
+}
+
+impl Host {
+    fn device(&self, target: u64) -> Balloon {
+        let discard = Zeroes {
+            page: self.page,
+            done: Arc::clone(&self.done),
+            fails: Arc::clone(&self.fails),
+        };
+        Balloon::new(target, self.offer, Box::new(discard))
+    }
 }
 
 impl Subject for Host {
@@ -97,6 +110,10 @@ impl Subject for Host {
         false
     }
 
+    fn fresh(&mut self) -> Option<Balloon> {
+        Some(self.device(0))
+    }
+
     fn touched(&mut self) -> Vec<(u64, u64)> {
         std::mem::take(&mut lock(&self.done))
     }
@@ -111,12 +128,12 @@ pub fn balloon(data: &[u8]) {
         hinting: shape & 2 != 0,
         deflate_on_oom: shape & 4 != 0,
     };
-    let (done, fails) = (Ranges::default(), Arc::default());
-    let discard = Zeroes {
+    let host = Host {
+        done: Ranges::default(),
+        fails: Arc::default(),
+        offer,
         page: [4096, 4096, 8192, 16384][usize::from(shape >> 3 & 3)],
-        done: Arc::clone(&done),
-        fails: Arc::clone(&fails),
     };
-    let device = Balloon::new(input.u32().into(), offer, Box::new(discard));
-    Guest::new(Host { done, fails }, Arc::new(Mutex::new(device))).run(&mut input);
+    let device = host.device(input.u32().into());
+    Guest::new(host, Arc::new(Mutex::new(device))).run(&mut input);
 }

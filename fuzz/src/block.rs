@@ -155,6 +155,7 @@ impl Engine for Fake {
 
 struct World {
     disk: Arc<Mutex<Disk>>,
+    shape: Shape,
 }
 
 impl World {
@@ -236,6 +237,12 @@ impl Subject for World {
         }
     }
 
+    fn fresh(&mut self) -> Option<Block> {
+        self.shape.size = lock(&self.disk).size;
+        let engine = Box::new(Fake(Arc::clone(&self.disk)));
+        Some(Block::new(&self.shape, engine))
+    }
+
     fn finish(&mut self, device: &Mutex<Block>) {
         loop {
             let mut disk = lock(&self.disk);
@@ -290,5 +297,5 @@ pub fn block(data: &[u8]) {
     };
     let device = Block::new(&shape, Box::new(Fake(Arc::clone(&disk))));
     let device = Arc::new(Mutex::new(device));
-    Guest::new(World { disk }, device).run(&mut input);
+    Guest::new(World { disk, shape }, device).run(&mut input);
 }

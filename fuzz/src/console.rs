@@ -31,6 +31,7 @@ struct Terminal {
     /// What was typed and not taken.
     typed: Vec<u8>,
     has_reader: bool,
+    size: Option<(u16, u16)>,
 }
 
 impl Terminal {
@@ -78,6 +79,11 @@ impl Subject for Terminal {
         }
     }
 
+    fn fresh(&mut self) -> Option<Console> {
+        let reader = Box::new(Reader(Arc::clone(&self.room)));
+        Some(Console::new(reader, Box::new(|| ()), self.size))
+    }
+
     fn finish(&mut self, device: &Mutex<Console>) {
         *lock(&self.room) = usize::MAX;
         lock(device).ready(0);
@@ -99,6 +105,7 @@ pub fn console(data: &[u8]) {
         room,
         typed: Vec::new(),
         has_reader: false,
+        size,
     };
     Guest::new(world, Arc::new(Mutex::new(device))).run(&mut input);
 }

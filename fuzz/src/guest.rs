@@ -14,6 +14,14 @@ use super::input::Input;
 use super::memory::{BASE, END, HOLE, Memory, TABLES};
 use super::ring::{INDIRECT, NEXT, Ring, WRITE};
 
+mod hold;
+
+#[allow(
+    unused_imports,
+    reason = "tests/corpus.rs has it, and a fuzzer does not"
+)]
+pub use hold::holding;
+
 /// Registers of virtio over MMIO (virtio 1.2, section 4.2.2), by their offsets in bytes.
 pub mod register {
     pub const DEVICE_FEATURES: u64 = 0x10;
@@ -82,6 +90,14 @@ pub trait Subject {
     fn is_idle(&self) -> bool {
         false
     }
+
+    /// Nothing stands in the way of a device that starts again.
+    fn heal(&mut self, device: &Mutex<Self::Device>) {
+        let _ = device;
+    }
+
+    /// Another device of the same kind, that no driver has touched, in the same world.
+    fn fresh(&mut self) -> Option<Self::Device>;
 
     /// Whether another process works on the rings now.
     fn has_other_worker(&self) -> bool {
@@ -164,6 +180,9 @@ pub struct Guest<S: Subject> {
     data_from: u64,
     free: u64,
     free_table: u64,
+    /// Steps since the machine was held; how often it was.
+    steps: usize,
+    holds: usize,
 }
 
 impl<S: Subject> Guest<S> {
@@ -210,6 +229,8 @@ impl<S: Subject> Guest<S> {
             data_from: DATA,
             free: DATA,
             free_table: TABLES,
+            steps: 0,
+            holds: 0,
         };
         guest.forget();
         guest.check_registers();
@@ -749,6 +770,7 @@ impl<S: Subject> Guest<S> {
         while !input.is_empty() && left > 0 {
             left -= 1;
             self.step(input);
+            self.hold_in_turn();
         }
         self.end();
     }
@@ -775,6 +797,7 @@ impl<S: Subject> Guest<S> {
                 176..=191 => self.initialise(input),
                 _ => self.step(input),
             }
+            self.hold_in_turn();
         }
         self.end();
     }
@@ -847,6 +870,7 @@ impl<S: Subject> Guest<S> {
             }
             240..=247 => self.any_register(input),
             248..=251 => self.replace_queue(queue, input),
+            255 => self.hold(input.flag()),
             _ => self.write(STATUS, input.pick(&[0, 1, 3, 11, 15, 64, 79, 128, 4])),
         }
     }

@@ -42,6 +42,16 @@ pub const TARGETS: &[Target] = &[
     ("vsock", vsock::vsock),
 ];
 
+/// As [`run`], with a machine that is held after every so many steps of its guest, and goes on with
+/// the same device or another in its stead.
+///
+/// # Panics
+/// What a target finds.
+#[allow(dead_code, reason = "tests/corpus.rs does it, and a fuzzer does not")]
+pub fn run_held(name: &str, data: &[u8], every: usize) {
+    guest::holding(every, || run(name, data));
+}
+
 /// Does what the target of this name does with an input.
 ///
 /// # Panics

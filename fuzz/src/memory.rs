@@ -175,6 +175,20 @@ impl Memory {
         }
     }
 
+    /// All of it, as it is.
+    pub fn all(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for (offset, len) in BANKS {
+            let mut bytes = vec![0; len as usize];
+            let read = self
+                .guest
+                .read_slice(&mut bytes, GuestAddress(BASE + offset));
+            read.expect("it is memory");
+            all.extend(bytes);
+        }
+        all
+    }
+
     /// Takes note of what the device wrote, all of which it must be allowed to.
     pub fn check(&mut self) {
         for (offset, len) in BANKS {

@@ -136,8 +136,9 @@ impl Rings for Wire {
         }
     }
 
-    fn stop(&mut self) {
+    fn stop(&mut self) -> Vec<(u16, u16)> {
         lock(&self.state).rings = false;
+        Vec::new()
     }
 
     fn start_queue(&mut self, queue: &Virtqueue) -> Result<(), String> {
@@ -159,6 +160,7 @@ impl Rings for Wire {
 
 struct World {
     state: Arc<Mutex<State>>,
+    wire: Wire,
     pairs: usize,
 }
 
@@ -236,6 +238,7 @@ impl World {
     fn heal(&mut self) {
         let mut state = lock(&self.state);
         state.sending = Ok(());
+        state.configurable = true;
         state.woken = Woken::Frames(0);
     }
 }
@@ -253,8 +256,16 @@ impl Subject for World {
         }
     }
 
+    fn heal(&mut self, _device: &Mutex<Net<Wire>>) {
+        World::heal(self);
+    }
+
+    fn fresh(&mut self) -> Option<Net<Wire>> {
+        Some(Net::new(self.wire.clone(), MAC))
+    }
+
     fn finish(&mut self, device: &Mutex<Net<Wire>>) {
-        self.heal();
+        World::heal(self);
         lock(device).ready(0);
     }
 
@@ -288,6 +299,15 @@ impl Subject for RingWorld {
         false
     }
 
+    fn heal(&mut self, _device: &Mutex<RingNet<Wire>>) {
+        World::heal(&mut self.0);
+    }
+
+    fn fresh(&mut self) -> Option<RingNet<Wire>> {
+        let card = RingNet::new(self.0.wire.clone(), MAC);
+        Some(card.expect("descriptors"))
+    }
+
     fn is_drained(&self, _queue: usize) -> bool {
         false
     }
@@ -317,7 +337,11 @@ pub fn net(data: &[u8]) {
             _ => input.u64() & (feature::GUEST_OFFLOADS | feature::HOST_OFFLOADS),
         },
     };
-    let world = World { state, pairs };
+    let world = World {
+        state,
+        wire: wire.clone(),
+        pairs,
+    };
     if shape & 0xc0 == 0xc0 {
         let device = RingNet::new(wire, MAC).expect("descriptors");
         Guest::new(RingWorld(world), Arc::new(Mutex::new(device))).run(&mut input);

@@ -11,6 +11,21 @@ use super::input::Input;
 
 struct Entropy(Arc<AtomicBool>);
 
+impl Entropy {
+    fn device(&self) -> Rng {
+        let works = Arc::clone(&self.0);
+        let mut next = 0_u8;
+        Rng::new(Box::new(move |buffer| {
+            assert!(buffer.len() <= 256);
+            for byte in &mut *buffer {
+                next = next.wrapping_add(1);
+                *byte = next;
+            }
+            works.load(Ordering::Relaxed)
+        }))
+    }
+}
+
 impl Subject for Entropy {
     type Device = Rng;
 
@@ -22,6 +37,10 @@ impl Subject for Entropy {
         self.0.store(input.flag(), Ordering::Relaxed);
     }
 
+    fn fresh(&mut self) -> Option<Rng> {
+        Some(self.device())
+    }
+
     fn is_drained(&self, _queue: usize) -> bool {
         true
     }
@@ -29,22 +48,20 @@ impl Subject for Entropy {
 
 /// The entropy device.
 pub fn rng(data: &[u8]) {
-    let works = Arc::new(AtomicBool::new(true));
-    let source = Arc::clone(&works);
-    let mut next = 0_u8;
-    let device = Rng::new(Box::new(move |buffer| {
-        assert!(buffer.len() <= 256);
-        for byte in &mut *buffer {
-            next = next.wrapping_add(1);
-            *byte = next;
-        }
-        source.load(Ordering::Relaxed)
-    }));
-    let device = Arc::new(Mutex::new(device));
-    Guest::new(Entropy(works), device).run(&mut Input::new(data));
+    let world = Entropy(Arc::new(AtomicBool::new(true)));
+    let device = Arc::new(Mutex::new(world.device()));
+    Guest::new(world, device).run(&mut Input::new(data));
 }
 
 struct Storage(Arc<AtomicBool>);
+
+impl Storage {
+    fn device(&self) -> Pmem {
+        let works = Arc::clone(&self.0);
+        let flush = move || works.load(Ordering::Relaxed);
+        Pmem::new(1 << 32, 1 << 21, Box::new(flush))
+    }
+}
 
 impl Subject for Storage {
     type Device = Pmem;
@@ -61,6 +78,10 @@ impl Subject for Storage {
         self.0.store(input.flag(), Ordering::Relaxed);
     }
 
+    fn fresh(&mut self) -> Option<Pmem> {
+        Some(self.device())
+    }
+
     fn is_drained(&self, _queue: usize) -> bool {
         true
     }
@@ -68,9 +89,7 @@ impl Subject for Storage {
 
 /// Persistent memory.
 pub fn pmem(data: &[u8]) {
-    let works = Arc::new(AtomicBool::new(true));
-    let storage = Arc::clone(&works);
-    let flush = Box::new(move || storage.load(Ordering::Relaxed));
-    let device = Arc::new(Mutex::new(Pmem::new(1 << 32, 1 << 21, flush)));
-    Guest::new(Storage(works), device).run(&mut Input::new(data));
+    let world = Storage(Arc::new(AtomicBool::new(true)));
+    let device = Arc::new(Mutex::new(world.device()));
+    Guest::new(world, device).run(&mut Input::new(data));
 }

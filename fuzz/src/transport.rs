@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use armlet_devices::virtio::{
-    ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link, StartError,
-    VirtioDevice, Virtqueue,
+    ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link, Positions,
+    StartError, VirtioDevice, Virtqueue, quiesced,
 };
 
 use super::guest::{Guest, Subject};
@@ -63,8 +63,17 @@ impl VirtioDevice for Probe {
         }
     }
 
-    fn stop(&mut self) {
-        assert!(self.working.take().is_some(), "stopped, and not started");
+    fn quiesce(&mut self) -> Positions {
+        let mut working = self.working.take();
+        quiesced(
+            working
+                .iter_mut()
+                .flat_map(|(queues, _)| queues.iter_mut().flatten()),
+        )
+    }
+
+    fn reset(&mut self) {
+        self.working = None;
     }
 
     fn stop_queue(&mut self, queue: usize) {
@@ -107,7 +116,26 @@ impl VirtioDevice for Probe {
 }
 
 /// Changes that do not come from the driver.
-struct World;
+struct World {
+    features: u64,
+    sizes: Vec<u16>,
+    config: Arc<ConfigSpace>,
+}
+
+impl World {
+    fn device(&self) -> Probe {
+        // What it holds now is what the host says that it holds.
+        let mut bytes = vec![0; self.config.size()];
+        self.config.read(0, &mut bytes);
+        Probe {
+            features: self.features,
+            sizes: self.sizes.clone(),
+            config: ConfigSpace::new(bytes),
+            refuses: false,
+            working: None,
+        }
+    }
+}
 
 impl Subject for World {
     type Device = Probe;
@@ -147,6 +175,16 @@ impl Subject for World {
         }
     }
 
+    fn heal(&mut self, device: &Mutex<Probe>) {
+        device.lock().expect("nobody panicked").refuses = false;
+    }
+
+    fn fresh(&mut self) -> Option<Probe> {
+        let device = self.device();
+        self.config = device.config();
+        Some(device)
+    }
+
     fn is_drained(&self, _queue: usize) -> bool {
         true
     }
@@ -158,16 +196,15 @@ pub fn transport(data: &[u8]) {
     let shape = input.u8();
     let count = usize::from(shape & 7) + 1;
     let sizes = (0..count).map(|_| 1 << input.below(11)).collect();
-    let device = Probe {
+    let mut world = World {
         // The transport's own bits are not a device's to offer.
         features: if input.flag() { input.u64() } else { 0b1011 }
             & !(FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_IDX),
         sizes,
         config: ConfigSpace::new(vec![0x11; input.below(80)]),
-        refuses: false,
-        working: None,
     };
-    let guest = Guest::new(World, Arc::new(Mutex::new(device)));
+    let device = world.fresh().expect("a device");
+    let guest = Guest::new(world, Arc::new(Mutex::new(device)));
     match shape & 0x80 {
         0 => guest.run_registers(&mut input),
         _ => guest.run(&mut input),

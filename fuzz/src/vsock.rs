@@ -33,9 +33,30 @@ type Peers = Arc<Mutex<Vec<UnixStream>>>;
 struct Host {
     peers: Peers,
     address: SocketAddr,
+    listener: UnixListener,
 }
 
 impl Host {
+    fn device(&self) -> Vsock {
+        let made = Arc::clone(&self.peers);
+        let connect = move |port: u32| {
+            let mut made = lock(&made);
+            if port % 5 == 4 || made.len() >= PEERS {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            let (ours, theirs) = UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            made.push(ours);
+            Ok(theirs)
+        };
+        let limits = Limits {
+            connections: 1024,
+            descriptors: i32::MAX,
+        };
+        let listener = self.listener.try_clone().expect("descriptors");
+        Vsock::new(CID, listener, Box::new(connect), limits).expect("descriptors")
+    }
+
     fn dial(&mut self, input: &mut Input<'_>) {
         let mut peers = lock(&self.peers);
         if peers.len() >= PEERS {
@@ -151,6 +172,10 @@ impl Subject for Host {
         }
     }
 
+    fn fresh(&mut self) -> Option<Vsock> {
+        Some(self.device())
+    }
+
     fn finish(&mut self, device: &Mutex<Vsock>) {
         lock(device).ready(0);
         assert!(lock(device).connections() <= 1024);
@@ -169,23 +194,11 @@ pub fn vsock(data: &[u8]) {
         while listener.accept().is_ok() {}
         (listener.try_clone().expect("descriptors"), address.clone())
     });
-    let peers = Peers::default();
-    let made = Arc::clone(&peers);
-    let connect = move |port: u32| {
-        let mut made = lock(&made);
-        if port % 5 == 4 || made.len() >= PEERS {
-            return Err(io::ErrorKind::ConnectionRefused.into());
-        }
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        made.push(ours);
-        Ok(theirs)
+    let host = Host {
+        peers: Peers::default(),
+        address,
+        listener,
     };
-    let limits = Limits {
-        connections: 1024,
-        descriptors: i32::MAX,
-    };
-    let device = Vsock::new(CID, listener, Box::new(connect), limits).expect("descriptors");
-    let device = Arc::new(Mutex::new(device));
-    Guest::new(Host { peers, address }, device).run(&mut Input::new(data));
+    let device = Arc::new(Mutex::new(host.device()));
+    Guest::new(host, device).run(&mut Input::new(data));
 }

@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The flag.
 const FLAG: &str = "--share";
@@ -217,11 +218,7 @@ impl Virtiofsd {
         link: &Link,
         deadline: Deadline,
     ) -> Result<()> {
-        let mut calls = Vec::new();
-        for queue in queues {
-            let call = link.call(queue.index());
-            calls.push(call.context("virtiofsd has no way to interrupt the guest")?);
-        }
+        let calls = calls(queues, link)?;
         let rings: Vec<_> = queues
             .iter()
             .zip(calls.iter().map(|call| &**call))
@@ -239,6 +236,15 @@ impl Virtiofsd {
     }
 }
 
+/// What interrupts the guest for each queue.
+fn calls(queues: &[Virtqueue], link: &Link) -> Result<Vec<Arc<EventFd>>> {
+    let call = |queue: &Virtqueue| {
+        let call = link.call(queue.index());
+        call.context("virtiofsd has no way to interrupt the guest")
+    };
+    queues.iter().map(call).collect()
+}
+
 impl Server for Virtiofsd {
     fn start(
         &mut self,
@@ -251,6 +257,44 @@ impl Server for Virtiofsd {
             StartError(format!("virtiofsd does not take up its work: {error:#}"))
         })?);
         Ok(())
+    }
+
+    fn pause(&mut self, queues: &[Virtqueue]) -> Result<Vec<(u16, u16)>, String> {
+        let Some(daemon) = &self.running else {
+            return Err("virtiofsd ended".to_owned());
+        };
+        let indexes: Vec<u16> = queues.iter().map(Virtqueue::index).collect();
+        let paused = daemon
+            .connection()
+            .pause(&indexes, Deadline::after(PATIENCE));
+        match paused {
+            Ok(bases) => Ok(indexes.into_iter().zip(bases).collect()),
+            Err(error) => {
+                // It is out of guest memory when it is gone.
+                self.running = None;
+                Err(format!(
+                    "virtiofsd does not let go of its queues: {error:#}"
+                ))
+            }
+        }
+    }
+
+    fn resume(&mut self, queues: &[Virtqueue], link: &Link) -> Result<(), StartError> {
+        let resume = || -> Result<()> {
+            let daemon = self.running.as_ref().context("it ended")?;
+            let calls = calls(queues, link)?;
+            let rings: Vec<_> = queues
+                .iter()
+                .zip(calls.iter().map(|call| &**call))
+                .collect();
+            daemon
+                .connection()
+                .resume(&rings, Deadline::after(PATIENCE))
+        };
+        resume().map_err(|error| {
+            self.running = None;
+            StartError(format!("virtiofsd does not go on with its work: {error:#}"))
+        })
     }
 
     fn stop(&mut self) {

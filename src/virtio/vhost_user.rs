@@ -46,6 +46,7 @@ enum Request {
     SetVringNum = 8,
     SetVringAddr = 9,
     SetVringBase = 10,
+    GetVringBase = 11,
     SetVringKick = 12,
     SetVringCall = 13,
     GetProtocolFeatures = 15,
@@ -135,6 +136,41 @@ impl VhostUser {
         let features = features | self.features & PROTOCOL_FEATURES;
         self.set_number(Request::SetFeatures, features, deadline)?;
         self.set_memory(memory, deadline)?;
+        self.set_rings(queues, deadline)
+    }
+
+    /// Has the other process let go of the queues of these indexes and keep what it knows of the
+    /// guest; it is out of guest memory when this returns. Returns which request of each it would
+    /// have taken next.
+    ///
+    /// # Errors
+    /// As of [`Self::start`].
+    pub fn pause(&self, queues: &[u16], deadline: Deadline) -> Result<Vec<u16>> {
+        let pause = |index: &u16| {
+            let mut payload = Payload::default();
+            payload.u32(u32::from(*index)).u32(0);
+            let request = Request::GetVringBase;
+            self.send(request, VERSION, &payload.0, &[], deadline)?;
+            // struct vhost_vring_state: the index, and the number behind it.
+            let state = self.answer(request, deadline)?;
+            let (about, base) = (state as u32, (state >> 32) as u32);
+            match u16::try_from(base) {
+                Ok(base) if about == u32::from(*index) => Ok(base),
+                _ => bail!("it answers {request:?} of queue {index} with {base} of queue {about}"),
+            }
+        };
+        queues.iter().map(pause).collect()
+    }
+
+    /// Has the other process go on with queues that it let go of, each from where it stands.
+    ///
+    /// # Errors
+    /// As of [`Self::start`].
+    pub fn resume(&self, queues: &[(&Virtqueue, &EventFd)], deadline: Deadline) -> Result<()> {
+        self.set_rings(queues, deadline)
+    }
+
+    fn set_rings(&self, queues: &[(&Virtqueue, &EventFd)], deadline: Deadline) -> Result<()> {
         for ((queue, call), index) in queues.iter().zip(0..) {
             self.set_ring(index, queue, call, deadline)?;
         }

@@ -15,7 +15,10 @@ use std::sync::Arc;
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::{Chain, ConfigSpace, Driver, Link, StartError, VirtioDevice, Virtqueue};
+use super::{
+    Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, StartError,
+    VirtioDevice, Virtqueue, quiesced,
+};
 
 /// Device ID.
 const ID: u32 = 5;
@@ -127,6 +130,31 @@ pub struct Hints {
     pub complete: bool,
 }
 
+/// What a balloon has of its own beside its queues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BalloonState {
+    /// Its configuration: the pages that it should hold and holds, the command of hinting, and what
+    /// free pages are filled with.
+    pub target: u32,
+    /// As [`Self::target`].
+    pub actual: u32,
+    /// As [`Self::target`].
+    pub command: u32,
+    /// As [`Self::target`].
+    pub poison: u32,
+    /// What the guest last said of its memory.
+    pub statistics: Option<Statistics>,
+    /// What it said of free pages.
+    pub hints: Hints,
+    /// The command of the last round of hints.
+    pub round: u32,
+    /// Whether the guest takes part in it.
+    pub hinting: bool,
+    /// Pages of 4 KiB in the balloon, where the host's are larger: by bank of memory its address,
+    /// and a bit for each page.
+    pub inside: Option<Vec<(u64, Vec<u64>)>>,
+}
+
 /// A memory balloon.
 pub struct Balloon {
     offer: Offer,
@@ -139,6 +167,15 @@ pub struct Balloon {
     /// Bytes given back to the host, ever.
     discarded: u64,
     working: Option<Working>,
+    /// What the driver's use of it left, while the machine is held.
+    paused: Option<Paused>,
+}
+
+/// What a driver's use of the balloon leaves while the machine is held.
+#[derive(Default)]
+struct Paused {
+    hinting: bool,
+    inside: Option<Inside>,
 }
 
 /// What a queue is for.
@@ -182,6 +219,7 @@ impl Balloon {
             round: DONE,
             discarded: 0,
             working: None,
+            paused: None,
         }
     }
 
@@ -507,6 +545,23 @@ impl Inside {
         )
     }
 
+    /// Whether it tells of the pages of this memory.
+    fn is_of(&self, memory: &GuestMemoryMmap) -> bool {
+        let banks = Inside::new(memory);
+        let shape = |bank: &Bank| (bank.start, bank.words.len());
+        self.0.iter().map(shape).eq(banks.0.iter().map(shape))
+    }
+
+    fn save(&self) -> Vec<(u64, Vec<u64>)> {
+        let banks = self.0.iter();
+        banks.map(|bank| (bank.start, bank.words.clone())).collect()
+    }
+
+    fn restore(banks: Vec<(u64, Vec<u64>)>) -> Inside {
+        let banks = banks.into_iter();
+        Inside(banks.map(|(start, words)| Bank { start, words }).collect())
+    }
+
     /// The word and the bit of a page; banks that share a word share the first of them.
     fn find(&mut self, page: u64) -> Option<(&mut u64, u32)> {
         self.0.iter_mut().find_map(|bank| {
@@ -638,14 +693,20 @@ impl VirtioDevice for Balloon {
         let queues: Vec<_> = queues.collect();
         let larger = self.discard.page_size() > PAGE;
         let count = queues.len();
+        let Paused { hinting, inside } = self.paused.take().unwrap_or_default();
+        let inside = match inside {
+            // Banks of other memory would tell of other pages.
+            Some(inside) if larger && inside.is_of(&driver.memory) => Some(inside),
+            _ => larger.then(|| Inside::new(&driver.memory)),
+        };
         self.working = Some(Working {
-            inside: larger.then(|| Inside::new(&driver.memory)),
+            inside,
             memory: driver.memory,
             link: driver.link,
             features: driver.features,
             queues,
             asked: None,
-            hinting: false,
+            hinting,
             pages: Vec::new(),
         });
         for index in 0..count {
@@ -654,8 +715,83 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        let Some(mut working) = self.working.take() else {
+            return Positions::new();
+        };
+        // The last one that was taken from its queue.
+        if let Some(asked) = working.asked.take()
+            && let Some(queue) = working.queue(Role::Statistics)
+        {
+            queue.hand_back([asked]);
+        }
+        self.paused = Some(Paused {
+            hinting: working.hinting,
+            inside: working.inside,
+        });
+        quiesced(
+            working
+                .queues
+                .iter_mut()
+                .filter_map(|(_, queue)| queue.as_mut()),
+        )
+    }
+
+    fn save(&self) -> DeviceState {
+        let field = |offset| self.field(offset) as u32;
+        let paused = self.paused.as_ref();
+        let inside = paused.and_then(|paused| paused.inside.as_ref());
+        DeviceState::Balloon(Box::new(BalloonState {
+            target: field(TARGET),
+            actual: field(ACTUAL),
+            command: field(COMMAND),
+            poison: field(POISON),
+            statistics: self.statistics.clone(),
+            hints: self.hints.clone(),
+            round: self.round,
+            hinting: paused.is_some_and(|paused| paused.hinting),
+            inside: inside.map(Inside::save),
+        }))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        if state.hints.ranges.len() > MOST_HINTS {
+            return Err(RestoreError(format!(
+                "{} ranges of hints, of which {MOST_HINTS} are kept",
+                state.hints.ranges.len()
+            )));
+        }
+        let is_range = |range: &(u64, u64)| range.0.checked_add(range.1).is_some();
+        if state.hints.bytes > i64::MAX as u64 || !state.hints.ranges.iter().all(is_range) {
+            let what = "hints of more bytes than there are addresses";
+            return Err(RestoreError(what.to_owned()));
+        }
+        self.config.change(|config| {
+            for (offset, value) in [
+                (TARGET, state.target),
+                (ACTUAL, state.actual),
+                (COMMAND, state.command),
+                (POISON, state.poison),
+            ] {
+                put(config, offset, value);
+            }
+        });
+        self.statistics.clone_from(&state.statistics);
+        self.hints.clone_from(&state.hints);
+        self.round = state.round;
+        self.paused = Some(Paused {
+            hinting: state.hinting,
+            inside: state.inside.clone().map(Inside::restore),
+        });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
         self.working = None;
+        self.paused = None;
         self.statistics = None;
         self.hints = Hints::default();
         // All pages are the guest's again.

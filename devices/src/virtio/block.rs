@@ -11,7 +11,15 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::queue::{Segment, parts};
-use super::{Chain, ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+use super::{
+    Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue, quiesced,
+};
+
+mod shape;
+
+pub use shape::Shape;
+use shape::{config_bytes, field, put};
 
 /// Device ID.
 const ID: u32 = 2;
@@ -73,48 +81,6 @@ const SERIAL: usize = 20;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
-
-/// Offsets in the configuration space (virtio 1.2, section 5.2.4).
-mod field {
-    pub(super) const CAPACITY: usize = 0;
-    pub(super) const SEG_MAX: usize = 12;
-    pub(super) const BLK_SIZE: usize = 20;
-    pub(super) const PHYSICAL_BLOCK_EXP: usize = 24;
-    pub(super) const MIN_IO_SIZE: usize = 26;
-    pub(super) const OPT_IO_SIZE: usize = 28;
-    pub(super) const WRITEBACK: usize = 32;
-    pub(super) const NUM_QUEUES: usize = 34;
-    pub(super) const MAX_DISCARD_SECTORS: usize = 36;
-    pub(super) const MAX_DISCARD_SEG: usize = 40;
-    pub(super) const DISCARD_SECTOR_ALIGNMENT: usize = 44;
-    pub(super) const MAX_WRITE_ZEROES_SECTORS: usize = 48;
-    pub(super) const MAX_WRITE_ZEROES_SEG: usize = 52;
-    pub(super) const WRITE_ZEROES_MAY_UNMAP: usize = 56;
-    /// As far as the features reach that are offered here.
-    pub(super) const END: usize = 60;
-}
-
-/// What the guest sees of a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shape {
-    /// Its size in bytes; what lies behind the last whole sector is not seen.
-    pub size: u64,
-    /// Whether the guest may only read it.
-    pub readonly: bool,
-    /// Its serial number: up to 20 bytes, more are cut off.
-    pub serial: String,
-    /// Its queues: 1 or more.
-    pub queues: u16,
-    /// Bytes of the smallest piece that the guest should read or write: a power of two from 512.
-    pub block_size: u32,
-    /// Bytes of the smallest piece that the storage writes without reading it first: a power of
-    /// two from `block_size`.
-    pub physical_block_size: u32,
-    /// Bytes that are best read or written at once; 0 where nobody knows.
-    pub optimal_io_size: u32,
-    /// Bytes of the smallest piece that can be discarded: a multiple of 512.
-    pub discard_granularity: u32,
-}
 
 /// Carries a disk's requests out.
 pub trait Engine: Send {
@@ -288,6 +254,15 @@ impl<'a> Data<'a> {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+}
+
+/// What a disk has of its own beside its queues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockState {
+    /// Its size in bytes, in whole sectors.
+    pub capacity: u64,
+    /// Whether a write may be done before it reached stable storage.
+    pub writeback: bool,
 }
 
 /// A block device.
@@ -837,7 +812,22 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        if self.running.is_none() {
+            return Positions::new();
+        }
+        // What is under way ends; what nobody has taken from a queue that waits stays there.
+        self.waiting.clear();
+        self.wait_until("a pause", Block::is_idle, Block::collect);
+        self.is_freed = false;
+        let positions = quiesced(self.queues.iter_mut().flatten());
+        self.running = None;
+        self.engine.stop();
+        self.queues.fill_with(|| None);
+        positions
+    }
+
+    fn reset(&mut self) {
         self.waiting.clear();
         self.is_freed = false;
         self.end_requests();
@@ -845,6 +835,27 @@ impl VirtioDevice for Block {
             self.engine.stop();
         }
         self.queues.fill_with(|| None);
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(BlockState {
+            capacity: self.capacity,
+            writeback: self.writeback,
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Block(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        if state.capacity != self.capacity {
+            return Err(RestoreError(format!(
+                "the disk has {} bytes, and had {} when it was saved; it needs the same image",
+                self.capacity, state.capacity
+            )));
+        }
+        self.set_writeback(state.writeback);
+        Ok(())
     }
 
     fn stop_queue(&mut self, queue: usize) {
@@ -916,7 +927,7 @@ impl VirtioDevice for Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.stop();
+        self.reset();
     }
 }
 
@@ -925,37 +936,6 @@ fn status_of(outcome: Outcome) -> u8 {
         Outcome::Done => OK,
         Outcome::Failed => IOERR,
     }
-}
-
-fn config_bytes(shape: &Shape) -> Vec<u8> {
-    let mut bytes = vec![0; field::END];
-    let mut set = |offset, value: &[u8]| put(&mut bytes, offset, value);
-    let blocks = |size: u32| size / shape.block_size;
-    let exponent = blocks(shape.physical_block_size).max(1).ilog2() as u8;
-    let min_io = u16::try_from(blocks(shape.physical_block_size)).unwrap_or(1);
-    set(field::CAPACITY, &(shape.size / SECTOR).to_le_bytes());
-    set(field::SEG_MAX, &SEG_MAX.to_le_bytes());
-    set(field::BLK_SIZE, &shape.block_size.to_le_bytes());
-    set(field::PHYSICAL_BLOCK_EXP, &[exponent]);
-    set(field::MIN_IO_SIZE, &min_io.to_le_bytes());
-    let optimal = blocks(shape.optimal_io_size);
-    set(field::OPT_IO_SIZE, &optimal.to_le_bytes());
-    set(field::WRITEBACK, &[1]);
-    set(field::NUM_QUEUES, &shape.queues.to_le_bytes());
-    if !shape.readonly {
-        let granularity = shape.discard_granularity / SECTOR as u32;
-        set(field::MAX_DISCARD_SECTORS, &DISCARD_SECTORS.to_le_bytes());
-        set(field::MAX_DISCARD_SEG, &1_u32.to_le_bytes());
-        set(field::DISCARD_SECTOR_ALIGNMENT, &granularity.to_le_bytes());
-        set(field::MAX_WRITE_ZEROES_SECTORS, &ZERO_SECTORS.to_le_bytes());
-        set(field::MAX_WRITE_ZEROES_SEG, &1_u32.to_le_bytes());
-        set(field::WRITE_ZEROES_MAY_UNMAP, &[1]);
-    }
-    bytes
-}
-
-fn put(bytes: &mut [u8], offset: usize, value: &[u8]) {
-    bytes[offset..offset + value.len()].copy_from_slice(value);
 }
 
 /// Little-endian words.

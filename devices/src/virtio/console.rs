@@ -11,7 +11,10 @@ use crate::sync::ring;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use super::{Chain, ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+use super::{
+    Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue, quiesced,
+};
 
 /// Device ID.
 const ID: u32 = 3;
@@ -54,6 +57,17 @@ pub trait Sink: Send {
     fn room(&self) -> Option<RawFd>;
 }
 
+/// What a console has of its own beside its queues.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConsoleState {
+    /// Emergency characters for which there was no room.
+    pub late: Vec<u8>,
+    /// Bytes of the next request for output that were written already.
+    pub sent: usize,
+    /// Whether a driver has the console in use.
+    pub in_use: bool,
+}
+
 /// A console.
 pub struct Console {
     sink: Box<dyn Sink>,
@@ -66,6 +80,9 @@ pub struct Console {
     /// How often a driver began to listen.
     sessions: u64,
     working: Option<Working>,
+    /// While a driver has the console in use and the machine is held: bytes of the next request for
+    /// output that were written already.
+    paused: Option<usize>,
 }
 
 /// What there is while the driver uses the device.
@@ -76,6 +93,8 @@ struct Working {
     has_size: bool,
     /// A request that was taken, and how many of its bytes the sink took.
     stuck: Option<(Chain, usize)>,
+    /// How many bytes of the next request the sink took before a pause.
+    sent: usize,
     /// Whether there was a buffer for input once.
     listens: bool,
     /// Whether input waits for a buffer.
@@ -105,6 +124,7 @@ impl Console {
             late: Vec::new(),
             sessions: 0,
             working: None,
+            paused: None,
         }
     }
 
@@ -235,7 +255,7 @@ impl Working {
             while let Some((chain, sent)) = self
                 .stuck
                 .take()
-                .or_else(|| queue.pop().map(|chain| (chain, 0)))
+                .or_else(|| Some((queue.pop()?, std::mem::take(&mut self.sent))))
             {
                 if left == 0 {
                     ring(queue.kick());
@@ -341,13 +361,17 @@ impl VirtioDevice for Console {
     }
 
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
-        self.sessions += 1;
+        let paused = self.paused.take();
+        if paused.is_none() {
+            self.sessions += 1;
+        }
         self.working = Some(Working {
             receive: driver.take(RECEIVE),
             transmit: driver.take(TRANSMIT),
             has_size: driver.features & FEATURE_SIZE != 0,
             link: driver.link,
             stuck: None,
+            sent: paused.unwrap_or(0),
             listens: false,
             waits: true,
             told_writer: false,
@@ -359,8 +383,50 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        let Some(mut working) = self.working.take() else {
+            return Positions::new();
+        };
+        let mut sent = working.sent;
+        if let (Some(queue), Some((chain, part))) = (&mut working.transmit, working.stuck) {
+            queue.hand_back([chain]);
+            sent = part;
+        }
+        self.paused = Some(sent);
+        let queues = [&mut working.receive, &mut working.transmit];
+        quiesced(queues.into_iter().flatten())
+    }
+
+    fn reset(&mut self) {
         self.working = None;
+        self.paused = None;
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Console(ConsoleState {
+            late: self.late.clone(),
+            sent: self.paused.unwrap_or(0),
+            in_use: self.paused.is_some(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Console(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        if state.late.len() > MOST_LATE {
+            return Err(RestoreError(format!(
+                "{} emergency characters wait, of which {MOST_LATE} are kept",
+                state.late.len()
+            )));
+        }
+        self.late.clone_from(&state.late);
+        self.paused = state.in_use.then_some(state.sent);
+        if state.in_use {
+            // Whoever gives input sees a driver that begins to listen.
+            self.sessions += 1;
+        }
+        Ok(())
     }
 
     fn stop_queue(&mut self, queue: usize) {
@@ -375,6 +441,7 @@ impl VirtioDevice for Console {
             _ => {
                 working.transmit = None;
                 working.stuck = None;
+                working.sent = 0;
             }
         }
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::mmio::{Mmio, NoPage};
+use super::mmio::{Mmio, MmioState, NoPage};
 use super::{FEATURE_VERSION_1, VirtioDevice, lock};
 use crate::Device;
 use crate::fake::FakeLine;
@@ -224,6 +224,47 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         // A queue with very many requests kicks itself.
         while kick.read().is_ok() {
             lock(&self.device).kicked(index);
+        }
+    }
+
+    /// Holds the machine and lets it go on.
+    pub(crate) fn pause(&mut self) {
+        self.mmio.quiesce();
+        self.mmio.resume();
+        self.follow_kicks();
+    }
+
+    /// Holds the machine; it goes on with `device`, which has not seen this driver, in the stead of
+    /// the one before. Returns what was saved of that one.
+    pub(crate) fn move_to(&mut self, device: D) -> MmioState {
+        self.mmio.quiesce();
+        let state = self.mmio.save().expect("it is held");
+        let device = Arc::new(Mutex::new(device));
+        let mmio = Mmio::new(
+            "device".to_owned(),
+            device.clone(),
+            self.memory.clone(),
+            self.line.clone(),
+            None,
+            Arc::new(NoPage),
+        );
+        // The one before ends before the new one begins.
+        self.mmio = mmio.expect("descriptors");
+        self.device = device;
+        self.mmio.quiesce();
+        self.mmio.restore(&state).expect("it is as the one before");
+        assert_eq!(self.mmio.save().expect("it is held"), state);
+        self.mmio.resume();
+        self.follow_kicks();
+        state
+    }
+
+    /// Calls the device for its kicks.
+    fn follow_kicks(&mut self) {
+        for (queue, kick) in self.mmio.kicks().to_vec().iter().enumerate() {
+            while kick.read().is_ok() {
+                lock(&self.device).kicked(queue);
+            }
         }
     }
 

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::{Chain, ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+use super::{
+    Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue, quiesced,
+};
 
 /// Device ID.
 const ID: u32 = 26;
@@ -26,6 +29,9 @@ const FUSE_OUT: usize = 16;
 /// EIO, as FUSE writes errors.
 const FUSE_EIO: i32 = -5;
 
+/// What the end of a server means.
+const CONSEQUENCE: &str = "the guest gets I/O errors until its driver starts again";
+
 /// Sources: the server, and the kicks that it does not take any more.
 const SERVER: usize = 0;
 const KICKS: usize = 1;
@@ -40,6 +46,20 @@ pub trait Server: Send {
     fn start(&mut self, features: u64, queues: &[Virtqueue], link: &Link)
     -> Result<(), StartError>;
 
+    /// Has it let go of these queues and keep what it knows of the guest; it does not touch guest
+    /// memory from here on. Returns for each queue, by its index, which request it would have taken
+    /// next.
+    ///
+    /// # Errors
+    /// What went wrong, in words; it has stopped then.
+    fn pause(&mut self, queues: &[Virtqueue]) -> Result<Vec<(u16, u16)>, String>;
+
+    /// Has it go on with these queues, each from where it stands.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    fn resume(&mut self, queues: &[Virtqueue], link: &Link) -> Result<(), StartError>;
+
     /// Has it stop; it does not touch guest memory from here on.
     fn stop(&mut self);
 
@@ -51,12 +71,21 @@ pub trait Server: Send {
     fn look(&mut self) -> Result<(), String>;
 }
 
+/// What a file system device has of its own beside its queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FsState {
+    /// Who answers the driver's requests, where one uses the device.
+    pub served: Option<Served>,
+}
+
 /// A file system device.
 pub struct Fs {
     config: Arc<ConfigSpace>,
     requests: u16,
     server: Box<dyn Server>,
     running: Option<Running>,
+    /// Who answered, while the machine is held; and whether the server is another one than then.
+    paused: Option<Paused>,
     /// Waits for the kicks of the queues of a server that ended.
     kicks: Epoll,
 }
@@ -68,9 +97,15 @@ struct Running {
     served: Served,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Paused {
+    served: Served,
+    is_other: bool,
+}
+
 /// Who answers requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Served {
+pub enum Served {
     /// The server.
     Well,
     /// This device, with errors, as the server ended.
@@ -95,6 +130,7 @@ impl Fs {
             requests,
             server,
             running: None,
+            paused: None,
             kicks: Epoll::new()?,
         })
     }
@@ -107,11 +143,16 @@ impl Fs {
         if running.served != Served::Well {
             return;
         }
-        log::error!(
-            "{}: {why}; the guest gets I/O errors until its driver starts again",
-            running.link.name()
-        );
+        log::error!("{}: {why}; {CONSEQUENCE}", running.link.name());
+        self.take_over();
         self.serve_alone();
+    }
+
+    /// The server works no more: what it did not complete is the first that is taken next.
+    fn take_over(&mut self) {
+        for queue in self.running.iter_mut().flat_map(|now| &mut now.queues) {
+            queue.adopt(None);
+        }
     }
 
     /// From here on requests are answered here, with errors.
@@ -121,9 +162,39 @@ impl Fs {
         };
         running.served = Served::Alone;
         for queue in &mut running.queues {
-            queue.resume();
             watch(&self.kicks, queue);
             refuse_all(queue);
+        }
+    }
+
+    /// Goes on where the device was held, or another one in its stead.
+    fn go_on(&mut self, driver: Driver, paused: Paused) {
+        let running = self.running.insert(Running {
+            queues: driver.queues.into_iter().flatten().collect(),
+            link: driver.link,
+            features: driver.features,
+            served: paused.served,
+        });
+        let resumed = match paused {
+            Paused {
+                served: Served::Well,
+                is_other: true,
+            } => Err(StartError(
+                "its server knows nothing of the guest that was saved".to_owned(),
+            )),
+            Paused {
+                served: Served::Well,
+                ..
+            } => self.server.resume(&running.queues, &running.link),
+            Paused {
+                served: Served::Alone,
+                ..
+            } => return self.serve_alone(),
+            _ => return,
+        };
+        if let Err(why) = resumed {
+            log::error!("{}: {why}; {CONSEQUENCE}", running.link.name());
+            self.serve_alone();
         }
     }
 
@@ -147,6 +218,10 @@ impl VirtioDevice for Fs {
     }
 
     fn start(&mut self, driver: Driver) -> Result<(), StartError> {
+        if let Some(paused) = self.paused.take() {
+            self.go_on(driver, paused);
+            return Ok(());
+        }
         let queues: Option<Vec<Virtqueue>> = driver.queues.into_iter().collect();
         let Some(queues) = queues else {
             return Err(StartError("the driver left a queue out".to_owned()));
@@ -164,7 +239,61 @@ impl VirtioDevice for Fs {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        let Some(mut running) = self.running.take() else {
+            return Positions::new();
+        };
+        match running.served {
+            Served::Well => match self.server.pause(&running.queues) {
+                Ok(bases) => {
+                    for queue in &mut running.queues {
+                        let base = bases.iter().find(|(index, _)| *index == queue.index());
+                        queue.adopt(base.map(|(_, base)| *base));
+                    }
+                }
+                Err(why) => {
+                    let name = running.link.name();
+                    log::error!("{name}: {why}; {CONSEQUENCE}");
+                    running.served = Served::Alone;
+                    running
+                        .queues
+                        .iter_mut()
+                        .for_each(|queue| queue.adopt(None));
+                }
+            },
+            Served::Alone => {
+                for queue in &running.queues {
+                    unwatch(&self.kicks, queue);
+                }
+            }
+            Served::Later => {}
+        }
+        self.paused = Some(Paused {
+            served: running.served,
+            is_other: false,
+        });
+        quiesced(&mut running.queues)
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Fs(FsState {
+            served: self.paused.map(|paused| paused.served),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Fs(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        let is_other = true;
+        self.paused = state.served.map(|served| Paused { served, is_other });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if self.paused.take().is_some() {
+            self.server.stop();
+        }
         let Some(running) = self.running.take() else {
             return;
         };
@@ -190,6 +319,7 @@ impl VirtioDevice for Fs {
         match running.served {
             Served::Well => {
                 self.server.stop();
+                self.take_over();
                 self.serve_alone();
             }
             Served::Alone => unwatch(&self.kicks, &ring),
@@ -319,6 +449,11 @@ mod tests {
     struct State {
         starts: Vec<(u64, usize)>,
         stops: usize,
+        pauses: usize,
+        /// What it would take next, of each queue.
+        base: [u16; 2],
+        /// Where it went on in each queue, each time.
+        resumed: Vec<Vec<u16>>,
         dead: Option<&'static str>,
         refuses: bool,
     }
@@ -332,6 +467,29 @@ mod tests {
         ) -> Result<(), StartError> {
             let mut state = lock(&self.state);
             state.starts.push((features, queues.len()));
+            match state.refuses {
+                true => Err(StartError("not today".to_owned())),
+                false => Ok(()),
+            }
+        }
+
+        fn pause(&mut self, queues: &[Virtqueue]) -> Result<Vec<(u16, u16)>, String> {
+            let mut state = lock(&self.state);
+            state.pauses += 1;
+            match state.dead {
+                Some(why) => Err(why.to_owned()),
+                // It has done what it took.
+                None => Ok(queues
+                    .iter()
+                    .map(|queue| (queue.index(), state.base[usize::from(queue.index())]))
+                    .collect()),
+            }
+        }
+
+        fn resume(&mut self, queues: &[Virtqueue], _link: &Link) -> Result<(), StartError> {
+            let bases = queues.iter().map(Virtqueue::next_available).collect();
+            let mut state = lock(&self.state);
+            state.resumed.push(bases);
             match state.refuses {
                 true => Err(StartError("not today".to_owned())),
                 false => Ok(()),
@@ -504,6 +662,71 @@ mod tests {
         kick(&mut guest, 1);
         assert!(guest.used(1).is_empty(), "it is the server's");
         assert_eq!(guest.mmio.faults(), 0);
+    }
+
+    #[test]
+    fn a_server_goes_on_where_it_let_go() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        let done = guest.request(1, &[&request(1)], &[100]);
+        guest.request(1, &[&request(2)], &[100]);
+        complete(&mut guest, 1, done);
+        lock(&server.state).base = [0, 1];
+        guest.pause();
+        {
+            let state = lock(&server.state);
+            assert_eq!((state.starts.len(), state.pauses, state.stops), (1, 1, 0));
+            assert_eq!(state.resumed, [[0, 1]]);
+        }
+        // A reset while it is held ends it.
+        guest.mmio.quiesce();
+        guest.write(0x70, 0);
+        assert_eq!(lock(&server.state).stops, 1);
+        guest.mmio.resume();
+        guest.start(0);
+        assert_eq!(lock(&server.state).starts.len(), 2);
+    }
+
+    #[test]
+    fn a_server_that_is_another_one_knows_nothing_of_the_guest() {
+        let (device, server) = share();
+        let mut guest = Guest::started(device, 0);
+        let done = guest.request(1, &[&request(1)], &[100]);
+        complete(&mut guest, 1, done);
+        lock(&server.state).base = [0, 1];
+        guest.request(1, &[&request(2)], &[100]);
+        assert_eq!(guest.used(1).len(), 1);
+        let (device, other) = share();
+        guest.move_to(device);
+        // Its first answer: the request that nobody had taken.
+        kick(&mut guest, 1);
+        assert_eq!(guest.used(1)[0].1, failed(2));
+        assert!(lock(&other.state).starts.is_empty());
+        // So it stays, wherever it goes on.
+        guest.move_to(share().0);
+        guest.request(1, &[&request(3)], &[100]);
+        kick(&mut guest, 1);
+        assert_eq!(guest.used(1)[0].1, failed(3));
+        assert!(!guest.is_broken());
+    }
+
+    #[test]
+    fn a_server_that_ends_while_the_machine_is_held_fails_what_it_left() {
+        for refuses in [false, true] {
+            let (device, server) = share();
+            let mut guest = Guest::started(device, 0);
+            guest.request(1, &[&request(1)], &[100]);
+            match refuses {
+                // It does not come back, or does not even let go.
+                true => lock(&server.state).refuses = true,
+                false => lock(&server.state).dead = Some("it was killed"),
+            }
+            guest.pause();
+            assert_eq!(guest.used(1)[0].1, failed(1));
+            guest.request(1, &[&request(2)], &[100]);
+            kick(&mut guest, 1);
+            assert_eq!(guest.used(1)[0].1, failed(2));
+        }
     }
 
     #[test]

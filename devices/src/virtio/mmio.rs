@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::transport::{DRIVER_OK, NEEDS_RESET, Transport};
-use super::{Interrupts, Link, Vector, VirtioDevice, lock};
+use super::transport::{DRIVER_OK, NEEDS_RESET, Transport, TransportState};
+use super::{Interrupts, Link, RestoreError, Vector, VirtioDevice, lock};
 use crate::action::Action;
 use crate::{Device, IrqLine};
 
@@ -88,6 +88,23 @@ pub struct Mmio {
     features_select: u32,
     accept_select: u32,
     queue_select: u32,
+}
+
+/// A window and its device while the machine is held: plain data, by which another one goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MmioState {
+    /// What every transport has.
+    pub transport: TransportState,
+    /// DeviceFeaturesSel.
+    pub features_select: u32,
+    /// DriverFeaturesSel.
+    pub accept_select: u32,
+    /// QueueSel.
+    pub queue_select: u32,
+    /// Whether Status shows DEVICE_NEEDS_RESET.
+    pub needs_reset: bool,
+    /// Whether InterruptStatus says that the configuration changed.
+    pub config_changed: bool,
 }
 
 /// What the device's thread changes too.
@@ -207,6 +224,53 @@ impl Mmio {
         self.transport.link.faults()
     }
 
+    /// The machine is held: the device finishes or hands back what it has taken, and works no more
+    /// until [`Self::resume`]. No vCPU runs then.
+    pub fn quiesce(&mut self) {
+        self.transport.quiesce();
+    }
+
+    /// The machine goes on, and the device where it stood.
+    pub fn resume(&mut self) {
+        self.transport.resume();
+    }
+
+    /// The window and its device, while the machine is held.
+    ///
+    /// # Errors
+    /// A machine that runs.
+    pub fn save(&self) -> Result<MmioState, RestoreError> {
+        let shown = *lock(&self.shared.state);
+        Ok(MmioState {
+            transport: self.transport.save()?,
+            features_select: self.features_select,
+            accept_select: self.accept_select,
+            queue_select: self.queue_select,
+            needs_reset: shown.status & NEEDS_RESET != 0,
+            config_changed: shown.config_changed,
+        })
+    }
+
+    /// Makes a window that no driver has touched, of a machine that is held, the same as one that
+    /// was saved, and its device with it. Nothing that `state` says is trusted.
+    ///
+    /// # Errors
+    /// What window or device cannot be; nothing was changed then.
+    pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
+        self.transport.restore(&state.transport)?;
+        self.features_select = state.features_select;
+        self.accept_select = state.accept_select;
+        self.queue_select = state.queue_select;
+        let needs_reset = if state.needs_reset { NEEDS_RESET } else { 0 };
+        let status = self.transport.status() | needs_reset;
+        self.shared.change(|shown| {
+            shown.status = status;
+            shown.config_changed = state.config_changed;
+        });
+        self.show_changing();
+        Ok(())
+    }
+
     /// Keeps the configuration space in the page.
     fn show_config(&self) {
         let page = Arc::clone(&self.page);
@@ -265,6 +329,10 @@ impl Mmio {
                 "the driver writes to {offset:#x}, where no register takes it"
             )),
         }
+        self.show_changing();
+    }
+
+    fn show_changing(&self) {
         for offset in CHANGING {
             self.page.store(offset as usize, self.register(offset));
         }

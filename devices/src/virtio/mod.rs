@@ -30,7 +30,8 @@ pub mod vsock;
 #[cfg(test)]
 pub(crate) mod fake;
 
-pub use queue::{Chain, Virtqueue};
+pub use queue::{Chain, Position, Virtqueue};
+pub use transport::{QueueState, TransportState};
 
 /// VIRTIO_F_INDIRECT_DESC, bit 28 (virtio 1.2, section 6).
 pub const FEATURE_INDIRECT: u64 = 1 << 28;
@@ -40,6 +41,11 @@ pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
 pub const FEATURE_VERSION_1: u64 = 1 << 32;
 
 /// A kind of virtio device: what it offers, and the work that it does.
+///
+/// Its life: [`start`](Self::start), work, then [`quiesce`](Self::quiesce) and `start` again, as
+/// often as its machine is held and goes on, or [`reset`](Self::reset) and the next driver. While it
+/// does not work it can be [saved](Self::save), and a device that no driver has touched can be
+/// [made the same](Self::restore).
 ///
 /// It stands behind a mutex that the thread that does its work holds while it works; a vCPU takes
 /// it to start and to stop the device, and to write its configuration.
@@ -71,15 +77,40 @@ pub trait VirtioDevice: Send {
         let _ = features;
     }
 
-    /// The driver is ready: work begins, on the requests that are there already too.
+    /// The driver is ready: work begins, or goes on as it was when the device was quiesced or saved.
+    /// Requests that are there already are served too.
     ///
     /// # Errors
     /// A backend that cannot be started; the device then asks the driver for a reset.
     fn start(&mut self, driver: Driver) -> Result<(), StartError>;
 
-    /// The driver resets the device, or the machine ends: all work that began ends, and guest
-    /// memory is not touched from here on. A device that was not started does nothing.
-    fn stop(&mut self);
+    /// Ends the work for now: each request that was taken is completed, or handed back so that it
+    /// is the next one that is taken, and guest memory is not touched from here on. What the driver
+    /// set stays. Returns where the work on each queue stands; a queue that is not among them stands
+    /// where it stood at the start. A device that was not started does nothing.
+    fn quiesce(&mut self) -> Positions;
+
+    /// The driver resets the device, or the machine ends: all work that began ends as soon as it
+    /// can, answered or not, guest memory is not touched from here on, and what the driver set is
+    /// forgotten. A device that was not started does nothing.
+    fn reset(&mut self);
+
+    /// What the device has of its own beside its queues, while it does not work.
+    fn save(&self) -> DeviceState {
+        DeviceState::Plain
+    }
+
+    /// Makes a device that no driver has touched the same as one that was saved. Nothing that
+    /// `state` says is trusted.
+    ///
+    /// # Errors
+    /// What this device cannot be; it is as before then.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Plain => Ok(()),
+            other => Err(RestoreError::kind(other)),
+        }
+    }
 
     /// The driver stops one queue while the device works (virtio 1.2, section 4.2.2.2): neither its
     /// rings nor the buffers of its requests are touched from here on. What the driver made
@@ -149,6 +180,59 @@ impl Driver {
     /// Takes the queue of this index; `None` where the driver left it out or it was taken.
     pub fn take(&mut self, index: usize) -> Option<Virtqueue> {
         self.queues.get_mut(index).and_then(Option::take)
+    }
+}
+
+/// Where the work on queues stands, by their indexes.
+pub type Positions = Vec<(u16, Position)>;
+
+/// Ends the work on queues, all of whose requests were completed or handed back.
+#[must_use = "where the work goes on later"]
+pub fn quiesced<'a>(queues: impl IntoIterator<Item = &'a mut Virtqueue>) -> Positions {
+    let queues = queues.into_iter();
+    queues
+        .map(|queue| (queue.index(), queue.quiesce()))
+        .collect()
+}
+
+/// What a device has of its own beside its queues: plain data, by which another device goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceState {
+    /// Nothing.
+    Plain,
+    /// A memory balloon's.
+    Balloon(Box<balloon::BalloonState>),
+    /// A disk's.
+    Block(block::BlockState),
+    /// A console's.
+    Console(console::ConsoleState),
+    /// A file system's.
+    Fs(fs::FsState),
+    /// A network card's.
+    Net(net::NetState),
+    /// A socket device's.
+    Vsock(vsock::VsockState),
+}
+
+/// Why a device cannot be made the same as one that was saved, in words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct RestoreError(pub String);
+
+impl RestoreError {
+    /// The state is that of another kind of device.
+    #[must_use]
+    pub fn kind(state: &DeviceState) -> RestoreError {
+        let kind = match state {
+            DeviceState::Plain => "a device without one",
+            DeviceState::Balloon(_) => "a balloon",
+            DeviceState::Block(_) => "a disk",
+            DeviceState::Console(_) => "a console",
+            DeviceState::Fs(_) => "a shared folder",
+            DeviceState::Net(_) => "a network card",
+            DeviceState::Vsock(_) => "a socket device",
+        };
+        RestoreError(format!("the state is that of {kind}"))
     }
 }
 
@@ -298,6 +382,23 @@ impl ConfigSpace {
     #[must_use]
     pub fn generation(&self) -> u32 {
         lock(&self.inner).generation
+    }
+
+    /// All of its bytes and the number that changes with them.
+    fn contents(&self) -> (Vec<u8>, u32) {
+        let inner = lock(&self.inner);
+        (inner.bytes.clone(), inner.generation)
+    }
+
+    /// Goes on from the generation of a space that was saved with these bytes: a driver that read
+    /// a part of it before sees whether the rest is of the same.
+    fn follow(&self, bytes: &[u8], generation: u32) {
+        let mut inner = lock(&self.inner);
+        inner.generation = match inner.bytes == bytes {
+            true => generation,
+            false => generation.wrapping_add(2),
+        };
+        inner.tell();
     }
 
     /// Has `watch` called now and at each change, in order.

@@ -12,7 +12,10 @@ use self::card::Card;
 use self::receive::Receiver;
 use self::send::Transmitter;
 use super::queue::{Segment, parts};
-use super::{ConfigSpace, Driver, Source, StartError, VirtioDevice, Virtqueue};
+use super::{
+    ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError, VirtioDevice,
+    Virtqueue,
+};
 
 mod card;
 mod receive;
@@ -21,6 +24,7 @@ mod send;
 #[cfg(test)]
 mod tests;
 
+pub use card::NetSession;
 pub use receive::Room;
 pub use rings::{RingNet, Rings};
 
@@ -207,6 +211,18 @@ fn slices<'a>(
         .map_while(Result::ok)
 }
 
+/// What a network card has of its own beside its queues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetState {
+    /// The MAC address that the driver sees.
+    pub mac: [u8; 6],
+    /// What the driver asked for, where one uses the card.
+    pub session: Option<NetSession>,
+    /// Frames that came and wait for the driver's buffers, with virtio's header: at most one a pair
+    /// of queues, by the pair's number.
+    pub frames: Vec<(u16, Vec<u8>)>,
+}
+
 /// A network card of which this process moves each frame.
 pub struct Net<N: Frames> {
     card: Card,
@@ -214,6 +230,8 @@ pub struct Net<N: Frames> {
     pairs: Vec<Pair>,
     /// Whether the network is gone: then what is sent is thrown away.
     gone: bool,
+    /// Frames that wait for the driver's buffers while the machine is held, by pair.
+    frames: Vec<(u16, Vec<u8>)>,
 }
 
 /// A pair of queues, as far as the driver has them.
@@ -231,6 +249,7 @@ impl<N: Frames> Net<N> {
             network,
             pairs: Vec::new(),
             gone: false,
+            frames: Vec::new(),
         }
     }
 
@@ -328,6 +347,12 @@ impl<N: Frames> VirtioDevice for Net<N> {
                     .map(|queue| Transmitter::new(queue, &link, has_header)),
             })
             .collect();
+        for (pair, frame) in std::mem::take(&mut self.frames) {
+            let pair = self.pairs.get_mut(usize::from(pair));
+            if let Some(receiver) = pair.and_then(|pair| pair.receiver.as_mut()) {
+                receiver.put(&frame);
+            }
+        }
         self.card.serve(&mut self.network);
         for pair in 0..pairs {
             self.move_frames(pair);
@@ -335,9 +360,46 @@ impl<N: Frames> VirtioDevice for Net<N> {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        let mut positions = self.card.quiesce();
+        for (pair, number) in self.pairs.drain(..).zip(0..) {
+            if let Some(receiver) = pair.receiver {
+                let (position, frame) = receiver.quiesce();
+                positions.push(position);
+                self.frames.extend(frame.map(|frame| (number, frame)));
+            }
+            positions.extend(pair.transmitter.map(|mut queue| queue.quiesce()));
+        }
+        positions
+    }
+
+    fn reset(&mut self) {
         self.pairs.clear();
-        self.card.stop(&mut self.network);
+        self.frames.clear();
+        self.card.reset(&mut self.network);
+    }
+
+    fn save(&self) -> DeviceState {
+        let (mac, session) = self.card.save();
+        DeviceState::Net(NetState {
+            mac,
+            session,
+            frames: self.frames.clone(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Net(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        let is_frame = |(_, frame): &(u16, Vec<u8>)| (HEADER..=MOST_BYTES).contains(&frame.len());
+        if state.frames.len() > usize::from(u16::MAX) || !state.frames.iter().all(is_frame) {
+            let what = format!("a frame waits that has not {HEADER} to {MOST_BYTES} bytes");
+            return Err(RestoreError(what));
+        }
+        self.card.restore(state.mac, state.session)?;
+        self.frames.clone_from(&state.frames);
+        Ok(())
     }
 
     fn stop_queue(&mut self, queue: usize) {

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::{Chain, ConfigSpace, Driver, Link, StartError, VirtioDevice, Virtqueue};
+use super::{
+    Chain, ConfigSpace, Driver, Link, Positions, StartError, VirtioDevice, Virtqueue, quiesced,
+};
 
 /// Device ID.
 const ID: u32 = 27;
@@ -59,7 +61,12 @@ impl VirtioDevice for Pmem {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        let mut working = self.working.take();
+        quiesced(working.iter_mut().map(|(queue, _)| queue))
+    }
+
+    fn reset(&mut self) {
         self.working = None;
     }
 
@@ -216,6 +223,22 @@ mod tests {
         guest.start(0);
         guest.kick(0);
         assert_eq!(lock(&storage).flushes, 0);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+    }
+
+    #[test]
+    fn a_flush_is_answered_by_whichever_device_goes_on() {
+        let mut guest = Guest::started(pmem().0, 0);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+        guest.pause();
+        guest.mmio.quiesce();
+        guest.request(0, &[&[0; 4]], &[4]);
+        guest.kick(0);
+        assert!(guest.used(0).is_empty());
+        let (other, storage) = pmem();
+        guest.move_to(other);
+        assert_eq!(guest.used(0)[0].1, [0; 4]);
+        assert_eq!(lock(&storage).flushes, 1);
         assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
     }
 

@@ -75,6 +75,22 @@ pub struct Segment {
     pub len: usize,
 }
 
+/// Where a device stands in a queue while it does not work on it: plain data, by which it goes on
+/// later, or another device in its stead.
+///
+/// Every request before `next_available` was answered: what was taken and not answered was handed
+/// back ([`Virtqueue::hand_back`]). A queue that the driver has just set up is at the start of both
+/// rings ([`Position::default`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Index in the available ring of the request that is taken next, modulo 2^16.
+    pub next_available: u16,
+    /// Index in the used ring of the request that is completed next, modulo 2^16.
+    pub next_used: u16,
+    /// Whether the driver broke the ring: nothing is taken from it until it is set up again.
+    pub broken: bool,
+}
+
 /// Where a ring lies, as the driver set it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
@@ -87,14 +103,15 @@ pub struct Addresses {
 }
 
 impl Virtqueue {
-    /// The queue `index` of `size` entries with its rings at `addresses`.
+    /// The queue `index` of `size` entries with its rings at `addresses`, on which the work goes on
+    /// at `position`.
     ///
     /// # Errors
     /// What is wrong with size or addresses, in words.
     pub(crate) fn new(
         index: u16,
         (most, size): (u16, u16),
-        addresses: Addresses,
+        (addresses, position): (Addresses, Position),
         event_idx: bool,
         memory: Arc<GuestMemoryMmap>,
         link: Arc<Link>,
@@ -125,6 +142,8 @@ impl Virtqueue {
             .and_then(|()| queue.try_set_used_ring_address(GuestAddress(addresses.used)));
         set.map_err(|error| format!("queue {index}: {error}"))?;
         queue.set_event_idx(event_idx);
+        queue.set_next_avail(position.next_available);
+        queue.set_next_used(position.next_used);
         queue.set_ready(true);
         Ok(Virtqueue {
             index,
@@ -132,9 +151,9 @@ impl Virtqueue {
             memory,
             link,
             kick,
-            broken: false,
+            broken: position.broken,
             unsignalled: false,
-            signalled: 0,
+            signalled: position.next_used,
             spare: Vec::new(),
         })
     }
@@ -217,6 +236,26 @@ impl Virtqueue {
     pub fn undo_pop(&mut self, chain: Chain) {
         self.queue.go_to_previous_position();
         self.keep(chain);
+    }
+
+    /// Puts the requests that were popped last back, all of them in a row: the next [`Self::pop`]
+    /// gets the first of them again.
+    pub fn hand_back(&mut self, chains: impl IntoIterator<Item = Chain>) {
+        for chain in chains {
+            self.undo_pop(chain);
+        }
+    }
+
+    /// Interrupts the driver for what was completed, if it wants to hear of it, and tells where the
+    /// work stands. All requests that were popped have been completed or handed back.
+    #[must_use = "where the work goes on later"]
+    pub fn quiesce(&mut self) -> Position {
+        self.signal();
+        Position {
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+            broken: self.broken,
+        }
     }
 
     /// Keeps a request's lists for the next one, unless they are large.
@@ -344,13 +383,14 @@ impl Virtqueue {
         self.queue.next_avail()
     }
 
-    /// Goes on where another process or the kernel stopped working on the ring: at the first
-    /// request that it did not complete, if it completes them in order.
-    pub fn resume(&mut self) {
+    /// Goes on where another process or the kernel stopped working on the ring: at the request
+    /// `next`, or, where it does not say, at the first one that it did not complete, if it completes
+    /// them in order.
+    pub fn adopt(&mut self, next: Option<u16>) {
         let used = self.queue.used_ring() + 2;
         match load_u16(&self.memory, used) {
             Some(index) => {
-                self.queue.set_next_avail(index);
+                self.queue.set_next_avail(next.unwrap_or(index));
                 self.queue.set_next_used(index);
                 self.signalled = index;
             }
@@ -437,6 +477,16 @@ impl Chain {
             done += part.len;
         }
         done
+    }
+
+    /// Copies what lies in the writable buffers, from their first byte on: what was put there before.
+    pub(crate) fn read_back(&self, memory: &GuestMemoryMmap, data: &mut [u8]) {
+        let mut done = 0;
+        for part in parts(&self.writable, 0, data.len()) {
+            // All of it is memory.
+            let _ = memory.read_slice(&mut data[done..done + part.len], part.address);
+            done += part.len;
+        }
     }
 
     /// Copies to the writable buffers at `offset` bytes; returns how many bytes there was room

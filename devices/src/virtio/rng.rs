@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ConfigSpace, Driver, StartError, VirtioDevice, Virtqueue};
+use super::{ConfigSpace, Driver, Positions, StartError, VirtioDevice, Virtqueue, quiesced};
 
 /// Device ID.
 const ID: u32 = 4;
@@ -53,7 +53,11 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        quiesced(self.queue.take().iter_mut())
+    }
+
+    fn reset(&mut self) {
         self.queue = None;
     }
 
@@ -128,6 +132,22 @@ mod tests {
         assert!(guest.used(0).is_empty());
         guest.set_up_queue(0);
         assert_eq!(guest.answer(0, &[], &[2]), [1, 2]);
+    }
+
+    #[test]
+    fn requests_are_served_by_whichever_device_goes_on() {
+        let mut guest = Guest::started(counting(), 0);
+        assert_eq!(guest.answer(0, &[], &[2]), [1, 2]);
+        guest.pause();
+        assert_eq!(guest.answer(0, &[], &[2]), [3, 4]);
+        // Made while nobody serves.
+        guest.mmio.quiesce();
+        guest.request(0, &[], &[2]);
+        guest.kick(0);
+        assert!(guest.used(0).is_empty());
+        guest.move_to(counting());
+        assert_eq!(guest.used(0)[0].1, [1, 2]);
+        assert_eq!(guest.answer(0, &[], &[1]), [3]);
     }
 
     #[test]

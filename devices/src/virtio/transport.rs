@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::queue::Addresses;
+use super::queue::{Addresses, Position};
 use super::{
-    ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link,
-    VirtioDevice, Virtqueue, lock,
+    ConfigSpace, DeviceState, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link,
+    RestoreError, VirtioDevice, Virtqueue, lock,
 };
 
 /// How long a reset waits for the device's lock before the user hears of it, and how often it looks.
@@ -41,6 +41,8 @@ pub(crate) struct Transport {
     started: bool,
     /// Whether the device took the start.
     works: bool,
+    /// While the machine is held: the configuration as the driver last could read it.
+    held: Option<(Vec<u8>, u32)>,
     /// As [`VirtioDevice::cancel_flag`].
     cancel: Option<Arc<AtomicBool>>,
 }
@@ -54,6 +56,46 @@ pub(crate) struct QueueRegisters {
     pub(crate) addresses: Addresses,
     /// Whether the device has it: one that cannot be is ready, and the device asks for a reset.
     in_use: bool,
+    /// Where the device goes on, while it does not work on it.
+    position: Position,
+}
+
+/// A transport while its machine is held: plain data, by which another one goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TransportState {
+    /// The device ID.
+    pub id: u32,
+    /// The features that the driver accepted.
+    pub accepted: u64,
+    /// The status bits that the driver set.
+    pub status: u32,
+    /// Whether the driver started the device.
+    pub started: bool,
+    /// Whether the device took the start.
+    pub works: bool,
+    /// The queues by index.
+    pub queues: Vec<QueueState>,
+    /// The configuration space.
+    pub config: Vec<u8>,
+    /// Its generation.
+    pub generation: u32,
+    /// What the device has of its own.
+    pub device: DeviceState,
+}
+
+/// A queue as the driver set it up, and where the device stands in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueState {
+    /// Its entries, as the driver wrote them.
+    pub size: u32,
+    /// Whether the driver said that it is ready.
+    pub ready: bool,
+    /// Whether the device has it.
+    pub in_use: bool,
+    /// Where its rings lie.
+    pub addresses: Addresses,
+    /// Where the device goes on.
+    pub position: Position,
 }
 
 impl QueueRegisters {
@@ -64,6 +106,7 @@ impl QueueRegisters {
             ready: false,
             addresses: Addresses::default(),
             in_use: false,
+            position: Position::default(),
         }
     }
 }
@@ -101,6 +144,7 @@ impl Transport {
             queues: sizes.into_iter().map(QueueRegisters::new).collect(),
             started: false,
             works: false,
+            held: None,
             cancel,
         })
     }
@@ -174,15 +218,22 @@ impl Transport {
             if !std::mem::take(&mut queue.in_use) {
                 return;
             }
-            self.lock_device().stop_queue(index as usize);
+            if self.held.is_none() {
+                self.lock_device().stop_queue(index as usize);
+            }
             // A kick that nobody took is not for the queue that is set up next.
             let _ = kick.read();
             return;
         }
+        queue.position = Position::default();
         let made = self.make_queue(index as usize);
         self.queues[index as usize].in_use = made.is_ok();
         let started = made.and_then(|queue| {
-            let started = self.lock_device().start_queue(queue);
+            // A device that is held gets it with the others.
+            let started = match self.held.is_none() {
+                true => self.lock_device().start_queue(queue),
+                false => Ok(()),
+            };
             started.map_err(|error| format!("it does not start queue {index}: {error}"))
         });
         match started {
@@ -237,23 +288,29 @@ impl Transport {
             self.link.broken(what);
             return;
         }
-        let queues = match self.make_queues() {
+        let queues = match self.make_queues(|queue| queue.ready) {
             Ok(queues) => queues,
             Err(what) => {
                 self.link.broken(format_args!("{what}"));
                 return;
             }
         };
+        (self.started, self.works) = (true, true);
+        for queue in &mut self.queues {
+            queue.in_use = queue.ready;
+        }
+        if self.held.is_none() {
+            self.start_device(queues);
+        }
+    }
+
+    fn start_device(&mut self, queues: Vec<Option<Virtqueue>>) {
         let driver = Driver {
             features: self.accepted,
             queues,
             memory: Arc::clone(&self.memory),
             link: Arc::clone(&self.link),
         };
-        self.started = true;
-        for queue in &mut self.queues {
-            queue.in_use = queue.ready;
-        }
         let started = lock(&self.device).start(driver);
         self.works = started.is_ok();
         if let Err(error) = started {
@@ -261,14 +318,177 @@ impl Transport {
         }
     }
 
-    fn make_queues(&self) -> Result<Vec<Option<Virtqueue>>, String> {
+    fn make_queues(
+        &self,
+        is_wanted: impl Fn(&QueueRegisters) -> bool,
+    ) -> Result<Vec<Option<Virtqueue>>, String> {
         let queues = self.queues.iter().enumerate();
         queues
             .map(|(index, registers)| {
-                let ready = registers.ready.then(|| self.make_queue(index));
-                ready.transpose()
+                let wanted = is_wanted(registers).then(|| self.make_queue(index));
+                wanted.transpose()
             })
             .collect()
+    }
+
+    /// The machine is held: the device works no more until [`Self::resume`], and is out of guest
+    /// memory when this returns.
+    pub(crate) fn quiesce(&mut self) {
+        if self.held.is_some() {
+            return;
+        }
+        // One that did not take the start may have begun with a part of it.
+        if self.started {
+            let positions = self.lock_device().quiesce();
+            for (index, position) in positions {
+                if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+                    queue.position = position;
+                }
+            }
+        }
+        self.held = Some(self.config.contents());
+    }
+
+    /// The machine goes on, and the device where it stood.
+    pub(crate) fn resume(&mut self) {
+        let Some((config, _)) = self.held.take() else {
+            return;
+        };
+        if !self.works {
+            return;
+        }
+        match self.make_queues(|queue| queue.in_use) {
+            Ok(queues) => self.start_device(queues),
+            // The driver cannot have changed them, and memory does not go away.
+            Err(what) => self.link.broken(format_args!("{what}")),
+        }
+        if self.config.contents().0 != config {
+            self.link.config_changed();
+        }
+        for (queue, kick) in self.queues.iter().zip(&self.kicks) {
+            if queue.in_use {
+                // For a kick that was taken while nobody worked.
+                ring(kick);
+            }
+        }
+    }
+
+    /// All of it, while the machine is held.
+    ///
+    /// # Errors
+    /// A machine that runs.
+    pub(crate) fn save(&self) -> Result<TransportState, RestoreError> {
+        let Some((config, generation)) = &self.held else {
+            return Err(RestoreError("a device that works cannot be saved".into()));
+        };
+        let queues = self.queues.iter().map(|queue| QueueState {
+            size: queue.size,
+            ready: queue.ready,
+            in_use: queue.in_use,
+            addresses: queue.addresses,
+            position: queue.position,
+        });
+        Ok(TransportState {
+            id: self.id,
+            accepted: self.accepted,
+            status: self.status,
+            started: self.started,
+            works: self.works,
+            queues: queues.collect(),
+            config: config.clone(),
+            generation: *generation,
+            device: lock(&self.device).save(),
+        })
+    }
+
+    /// Makes a transport that is held, and that no driver has touched, the same as one that was
+    /// saved. Nothing that `state` says is trusted.
+    ///
+    /// # Errors
+    /// What the transport or its device cannot be; nothing was changed then.
+    pub(crate) fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
+        self.check(state).map_err(RestoreError)?;
+        let before = self.queues.clone();
+        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
+            *queue = QueueRegisters {
+                most: queue.most,
+                size: saved.size,
+                ready: saved.ready,
+                addresses: saved.addresses,
+                in_use: saved.in_use,
+                position: saved.position,
+            };
+        }
+        // Rings are looked up with the features and the sizes that hold from here on.
+        let accepted = std::mem::replace(&mut self.accepted, state.accepted);
+        let made = self.make_queues(|queue| queue.in_use && state.works);
+        let agreed = (state.status & FEATURES_OK != 0).then_some(state.accepted);
+        let restored = made.map_err(RestoreError).and_then(|_| {
+            let mut device = lock(&self.device);
+            // What was set since holds, and not what follows from the features.
+            if agreed.is_some() {
+                device.agree(agreed);
+            }
+            let restored = device.restore(&state.device);
+            if restored.is_err() && agreed.is_some() {
+                device.agree(None);
+            }
+            restored
+        });
+        if restored.is_err() {
+            (self.queues, self.accepted) = (before, accepted);
+            return restored;
+        }
+        self.status = state.status;
+        (self.started, self.works) = (state.started, state.works);
+        self.config.follow(&state.config, state.generation);
+        self.held = Some((state.config.clone(), state.generation));
+        Ok(())
+    }
+
+    /// Whether a state can be one of this transport.
+    fn check(&self, state: &TransportState) -> Result<(), String> {
+        if self.held.is_none() || self.started || self.status != 0 {
+            return Err("a driver has the device in use already".to_owned());
+        }
+        if state.id != self.id {
+            let (saved, id) = (state.id, self.id);
+            return Err(format!(
+                "the state is that of device ID {saved}; this is {id}"
+            ));
+        }
+        let (saved, count) = (state.queues.len(), self.queues.len());
+        if saved != count {
+            return Err(format!("the state has {saved} queues; the device {count}"));
+        }
+        let size = self.config.size();
+        if state.config.len() != size {
+            return Err(format!(
+                "the state has {} bytes of configuration; the device {size}",
+                state.config.len()
+            ));
+        }
+        let lacking = state.accepted & !self.offered;
+        if state.status & FEATURES_OK != 0 && lacking != 0 {
+            return Err(format!(
+                "the driver agreed to features {lacking:#x}, which the device does not offer here"
+            ));
+        }
+        let is_started = FEATURES_OK | DRIVER_OK;
+        let agrees = state.status & NEEDS_RESET == 0
+            && (!state.started || state.status & is_started == is_started)
+            && (!state.works || state.started)
+            && state
+                .queues
+                .iter()
+                .all(|queue| !queue.in_use || queue.ready && state.started);
+        match agrees {
+            true => Ok(()),
+            false => Err(format!(
+                "status {:#x} does not go with what is said of the device's start and its queues",
+                state.status
+            )),
+        }
     }
 
     fn make_queue(&self, index: usize) -> Result<Virtqueue, String> {
@@ -277,7 +497,7 @@ impl Transport {
         Virtqueue::new(
             index as u16,
             (registers.most, size),
-            registers.addresses,
+            (registers.addresses, registers.position),
             self.accepted & FEATURE_EVENT_IDX != 0,
             Arc::clone(&self.memory),
             Arc::clone(&self.link),
@@ -285,13 +505,13 @@ impl Transport {
         )
     }
 
-    /// Stops the device, which may be at work with its lock held.
-    fn stop(&self) {
+    /// Resets the device, which may be at work with its lock held.
+    fn reset_device(&self) {
         if let Some(cancel) = &self.cancel {
             cancel.store(true, Ordering::Release);
         }
         let mut device = self.lock_device();
-        device.stop();
+        device.reset();
         if let Some(cancel) = &self.cancel {
             cancel.store(false, Ordering::Release);
         }
@@ -322,7 +542,7 @@ impl Transport {
 
     fn reset(&mut self) {
         if std::mem::take(&mut self.started) {
-            self.stop();
+            self.reset_device();
         }
         if self.status & FEATURES_OK != 0 {
             lock(&self.device).agree(None);

@@ -20,10 +20,16 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use self::connection::{Connection, Dead, Got, State};
 use self::packet::{HEADER, Header, Op, STREAM};
-use super::{Chain, ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+use super::{
+    Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue, quiesced,
+};
 
 mod connection;
+mod events;
 mod packet;
+
+pub use events::{EVENTS, Events};
 
 /// Device ID.
 const ID: u32 = 19;
@@ -47,8 +53,8 @@ const TURN: usize = 512;
 const MOST_DATA: usize = 64 << 10;
 /// The most connections that are taken in one turn.
 const ACCEPTS: usize = 32;
-/// The most events that are looked at in one turn.
-const EVENTS: usize = 64;
+/// The most events of descriptors that are looked at in one turn.
+const WAKES: usize = 64;
 /// Ports of the host's side for those who connect to the guest: from here up, clear of those that
 /// guests listen and connect to.
 const FIRST_PORT: u32 = 1 << 30;
@@ -69,6 +75,19 @@ pub struct Limits {
     pub descriptors: RawFd,
 }
 
+/// What a socket device has of its own beside its queues. Connections are not among it: their ends
+/// are those of this host's processes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VsockState {
+    /// Whether a driver has the device in use.
+    pub in_use: bool,
+    /// Whether there were connections, or the guest has not heard of the end of earlier ones.
+    pub had_connections: bool,
+    /// Packets without data for which the guest had no buffers, as they stand in one: that there is
+    /// no such connection.
+    pub packets: Vec<[u8; HEADER]>,
+}
+
 /// A socket device.
 pub struct Vsock {
     cid: u32,
@@ -78,6 +97,20 @@ pub struct Vsock {
     /// The queue to the guest and that from it, where the driver stopped one of them: there are no
     /// connections then.
     parked: [Option<Virtqueue>; 2],
+    /// Whether a driver has the device in use.
+    in_use: bool,
+    held: Held,
+    events: Events,
+}
+
+/// What a driver's use of the device left, while the machine is held.
+enum Held {
+    /// Nothing: the device works, or nobody uses it.
+    No,
+    /// Connections, unless one of the queues was stopped.
+    Here(Option<Box<Running>>),
+    /// What another device left, whose connections are not here.
+    Moved(VsockState),
 }
 
 /// The host's side.
@@ -135,6 +168,9 @@ impl Vsock {
             host,
             running: None,
             parked: [None, None],
+            in_use: false,
+            held: Held::No,
+            events: Events::default(),
         })
     }
 
@@ -145,8 +181,13 @@ impl Vsock {
         running.map_or(0, |running| running.connections.len())
     }
 
-    /// Begins to work on both queues.
-    fn run(&mut self, to_guest: Virtqueue, from_guest: Virtqueue) {
+    /// Begins to work on both queues, with these packets to be sent first.
+    fn run(
+        &mut self,
+        to_guest: Virtqueue,
+        from_guest: Virtqueue,
+        packets: impl IntoIterator<Item = Header>,
+    ) {
         let running = self.running.insert(Running {
             cid: u64::from(self.cid),
             link: Arc::clone(to_guest.link()),
@@ -157,11 +198,34 @@ impl Vsock {
             next_token: 0,
             next_port: FIRST_PORT,
             waiting: VecDeque::new(),
-            resets: VecDeque::new(),
+            resets: packets.into_iter().collect(),
             // Who came before the driver did waits still.
             accepting: true,
         });
         running.turn(&mut self.host);
+    }
+
+    /// Takes up the queues that there are, when the machine goes on.
+    fn go_on(&mut self, queues: [Option<Virtqueue>; 2], held: Held) {
+        let (running, packets) = match held {
+            Held::No => (None, Vec::new()),
+            Held::Here(running) => (running, Vec::new()),
+            Held::Moved(state) => (None, state.packets),
+        };
+        match queues {
+            [Some(to_guest), Some(from_guest)] => match running {
+                Some(mut running) => {
+                    running.link = Arc::clone(to_guest.link());
+                    (running.to_guest, running.from_guest) = (to_guest, from_guest);
+                    self.running.insert(*running).turn(&mut self.host);
+                }
+                None => {
+                    let packets = packets.iter().map(Header::from_bytes);
+                    self.run(to_guest, from_guest, packets);
+                }
+            },
+            parked => self.parked = parked,
+        }
     }
 }
 
@@ -183,23 +247,94 @@ impl VirtioDevice for Vsock {
     }
 
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
+        self.events.set_queue(driver.take(EVENTS));
+        self.events.tell();
         let (to_guest, from_guest) = (driver.take(RECEIVE), driver.take(TRANSMIT));
+        self.in_use = true;
+        let held = std::mem::replace(&mut self.held, Held::No);
+        if !matches!(held, Held::No) {
+            self.go_on([to_guest, from_guest], held);
+            return Ok(());
+        }
         let (Some(to_guest), Some(from_guest)) = (to_guest, from_guest) else {
+            self.reset();
             return Err(StartError("a socket device needs both queues".to_owned()));
         };
-        self.run(to_guest, from_guest);
+        self.run(to_guest, from_guest, []);
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        if !std::mem::take(&mut self.in_use) {
+            return Positions::new();
+        }
+        let mut positions = quiesced(self.parked.iter_mut().flatten());
+        self.parked = [None, None];
+        positions.extend(self.events.quiesce());
+        let mut running = self.running.take();
+        if let Some(Running {
+            to_guest,
+            from_guest,
+            ..
+        }) = &mut running
+        {
+            positions.extend(quiesced([to_guest, from_guest]));
+        }
+        self.held = Held::Here(running.map(Box::new));
+        positions
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(match &self.held {
+            Held::No => VsockState::default(),
+            Held::Moved(state) => state.clone(),
+            Held::Here(running) => {
+                let running = running.as_ref();
+                let packets = running.map(|running| running.resets.iter());
+                VsockState {
+                    in_use: true,
+                    had_connections: self.events.owes_reset()
+                        || running.is_some_and(|running| !running.connections.is_empty()),
+                    packets: packets
+                        .into_iter()
+                        .flatten()
+                        .map(|packet| packet.to_bytes())
+                        .collect(),
+                }
+            }
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        let most = MOST_RESETS + self.host.limits.connections;
+        let has_data = |packet: &[u8; HEADER]| Header::from_bytes(packet).len != 0;
+        if state.packets.len() > most || state.packets.iter().any(has_data) {
+            return Err(RestoreError(format!(
+                "more than {most} packets wait for the guest, or some that have data"
+            )));
+        }
+        if state.in_use {
+            self.events.owe_reset(state.had_connections);
+            self.held = Held::Moved(state.clone());
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
         // The host's ends see their connections close.
         self.running = None;
+        self.held = Held::No;
         self.parked = [None, None];
+        self.events = Events::default();
+        self.in_use = false;
     }
 
     fn stop_queue(&mut self, queue: usize) {
-        // Nothing is ever sent in that of events.
         if queue > TRANSMIT {
+            self.events.set_queue(None);
             return;
         }
         if let Some(running) = self.running.take() {
@@ -210,18 +345,25 @@ impl VirtioDevice for Vsock {
 
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
         let index = usize::from(queue.index());
-        if index <= TRANSMIT {
-            self.parked[index] = Some(queue);
+        match self.parked.get_mut(index) {
+            Some(place) => *place = Some(queue),
+            None => {
+                self.events.set_queue(Some(queue));
+                self.events.tell();
+            }
         }
         if self.parked.iter().all(Option::is_some)
             && let [Some(to_guest), Some(from_guest)] = std::mem::take(&mut self.parked)
         {
-            self.run(to_guest, from_guest);
+            self.run(to_guest, from_guest, []);
         }
         Ok(())
     }
 
-    fn kicked(&mut self, _queue: usize) {
+    fn kicked(&mut self, queue: usize) {
+        if queue == EVENTS {
+            self.events.tell();
+        }
         if let Some(running) = &mut self.running {
             running.turn(&mut self.host);
         }
@@ -236,16 +378,20 @@ impl VirtioDevice for Vsock {
     }
 
     fn ready(&mut self, _source: usize) {
-        let mut events = [EpollEvent::default(); EVENTS];
+        let mut events = [EpollEvent::default(); WAKES];
         // An error is a signal that came in between: what is ready stays so.
         let count = self.host.epoll.wait(0, &mut events).unwrap_or(0);
-        let Some(running) = &mut self.running else {
-            return;
+        let running = match (&mut self.running, &mut self.held) {
+            (Some(running), _) => running,
+            (None, Held::Here(Some(running))) => &mut **running,
+            _ => return,
         };
         for event in &events[..count] {
             running.note(event.data(), event.event_set());
         }
-        running.turn(&mut self.host);
+        if let Some(running) = &mut self.running {
+            running.turn(&mut self.host);
+        }
     }
 }
 

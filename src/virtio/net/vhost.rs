@@ -93,15 +93,16 @@ impl VhostNet {
         kernel.set_net_backend(ring, Some(&self.tap.queues()[pair]))
     }
 
-    /// Has the kernel out of a ring.
-    fn end_ring(&self, (pair, ring): (usize, u32)) {
+    /// Has the kernel out of a ring. Returns which request it would have taken next, if it tells.
+    fn end_ring(&self, (pair, ring): (usize, u32)) -> Option<u16> {
         let kernel = &self.kernel[pair];
         // First the work ends, and then the ring can be cleared.
         let stopped = kernel.set_net_backend(ring, None::<&OwnedFd>);
         let cleared = kernel.clear_ring(ring);
-        if let Err(error) = stopped.and(cleared) {
-            log::warn!("vhost-net: {error:#}");
-        }
+        stopped
+            .and(cleared)
+            .inspect_err(|error| log::warn!("vhost-net: {error:#}"))
+            .ok()
     }
 }
 
@@ -161,15 +162,18 @@ impl Rings for VhostNet {
         _link: &Link,
     ) -> Result<(), String> {
         self.begin(features, memory, queues).map_err(|error| {
-            self.stop();
+            let _ = self.stop();
             format!("{error:#}")
         })
     }
 
-    fn stop(&mut self) {
-        for place in std::mem::take(&mut self.rings) {
-            self.end_ring(place);
-        }
+    fn stop(&mut self) -> Vec<(u16, u16)> {
+        let rings = std::mem::take(&mut self.rings).into_iter();
+        let end = |(pair, ring): (usize, u32)| {
+            let queue = 2 * pair as u16 + ring as u16;
+            Some((queue, self.end_ring((pair, ring))?))
+        };
+        rings.filter_map(end).collect()
     }
 
     fn start_queue(&mut self, queue: &Virtqueue) -> Result<(), String> {

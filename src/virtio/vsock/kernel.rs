@@ -3,10 +3,12 @@
 
 use crate::virtio::Backend;
 use crate::virtio::vhost::Vhost;
-use anyhow::{Context, Result, anyhow};
-use armlet_devices::sync::lock;
+use anyhow::{Context, Result, anyhow, bail};
+use armlet_devices::sync::{lock, ring};
+use armlet_devices::virtio::vsock::{EVENTS, Events, VsockState};
 use armlet_devices::virtio::{
-    ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue,
+    ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue, quiesced,
 };
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
@@ -18,8 +20,8 @@ const PATH: &str = "/dev/vhost-vsock";
 const ID: u32 = 19;
 /// VIRTIO_VSOCK_F_SEQPACKET, the one feature of its own that the kernel may have.
 const FEATURE_SEQPACKET: u64 = 1 << 1;
-/// Entries of the queues to and from the guest, and of the one for events. That one stays ours
-/// and has none: they are for guests that were moved to another host.
+/// Entries of the queues to and from the guest, and of the one for events. That one stays ours: its
+/// one event is for guests that go on elsewhere.
 const ENTRIES: [u16; 3] = [256, 256, 8];
 /// The queues that the kernel works on, by their numbers here and there.
 const RINGS: [usize; 2] = [0, 1];
@@ -118,6 +120,8 @@ impl Backend for KernelVsock {
             claim: Arc::clone(&self.claim),
             errors,
             running: None,
+            held: None,
+            events: Events::default(),
         })))
     }
 }
@@ -130,30 +134,64 @@ struct KernelDevice {
     /// Written by the kernel when it gives up on a ring.
     errors: EventFd,
     running: Option<Running>,
+    /// While a driver has the device in use and the machine is held: the kernel's device with the
+    /// guest's connections, if they are here.
+    held: Option<Option<Vhost>>,
+    events: Events,
 }
 
 struct Running {
     vhost: Vhost,
     link: Arc<Link>,
-    /// The kicks of those of [`RINGS`] that the driver has set up; the kernel works on both or on
-    /// none.
-    kicks: [Option<Arc<EventFd>>; 2],
+    /// Those of [`RINGS`] that the driver has set up; the kernel works on both or on none.
+    queues: [Option<Virtqueue>; 2],
+}
+
+impl Running {
+    /// Has the kernel work on both rings, if both are there.
+    fn run(&self) -> Result<()> {
+        let [Some(first), Some(second)] = &self.queues else {
+            return Ok(());
+        };
+        self.vhost.set_vsock_running(true)?;
+        // The kernel takes kicks of the other ring while it does not work, and forgets them
+        // (drivers/vhost/vsock.c: vhost_vsock_handle_tx_kick).
+        ring(first.kick());
+        ring(second.kick());
+        Ok(())
+    }
 }
 
 impl KernelDevice {
-    fn run(&self, driver: &mut Driver) -> Result<(Vhost, [Option<Arc<EventFd>>; 2])> {
-        let mut kicks = [None, None];
-        let vhost = self.claim.take()?;
-        vhost.set_features(driver.features & vhost.features()?)?;
-        vhost.set_memory(&driver.memory)?;
-        for index in RINGS {
-            let queue = driver.take(index);
-            let queue = queue.with_context(|| format!("the driver left queue {index} out"))?;
-            self.set_ring(&vhost, &queue)?;
-            kicks[index] = Some(Arc::clone(queue.kick()));
+    /// Begins the work, or goes on with the kernel's device that was `held`.
+    fn run(&self, driver: &mut Driver, held: Option<Option<Vhost>>) -> Result<Running> {
+        let goes_on = held.is_some();
+        let vhost = match held.flatten() {
+            Some(vhost) => vhost,
+            None => {
+                let vhost = self.claim.take()?;
+                vhost.set_features(driver.features & vhost.features()?)?;
+                vhost.set_memory(&driver.memory)?;
+                vhost
+            }
+        };
+        let queues = RINGS.map(|index| driver.take(index));
+        for (queue, index) in queues.iter().zip(RINGS) {
+            match queue {
+                Some(queue) => self.set_ring(&vhost, queue)?,
+                // It may have stopped one since.
+                None if goes_on => {}
+                None => bail!("the driver left queue {index} out"),
+            }
         }
-        vhost.set_vsock_running(true)?;
-        Ok((vhost, kicks))
+        let link = Arc::clone(&driver.link);
+        let running = Running {
+            vhost,
+            link,
+            queues,
+        };
+        running.run()?;
+        Ok(running)
     }
 
     fn set_ring(&self, vhost: &Vhost, queue: &Virtqueue) -> Result<()> {
@@ -182,10 +220,12 @@ impl VirtioDevice for KernelDevice {
     }
 
     fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
-        match self.run(&mut driver) {
-            Ok((vhost, kicks)) => {
-                let link = driver.link;
-                self.running = Some(Running { vhost, link, kicks });
+        let held = self.held.take();
+        match self.run(&mut driver, held) {
+            Ok(running) => {
+                self.running = Some(running);
+                self.events.set_queue(driver.take(EVENTS));
+                self.events.tell();
                 Ok(())
             }
             Err(error) => {
@@ -195,22 +235,73 @@ impl VirtioDevice for KernelDevice {
         }
     }
 
-    fn stop(&mut self) {
-        if let Some(Running { vhost, .. }) = self.running.take() {
+    fn quiesce(&mut self) -> Positions {
+        let Some(mut running) = self.running.take() else {
+            return Positions::new();
+        };
+        let mut stopped = running.vhost.set_vsock_running(false);
+        for queue in running.queues.iter_mut().flatten() {
+            let base = running.vhost.clear_ring(queue.index().into());
+            queue.adopt(base.as_ref().ok().copied());
+            stopped = stopped.and(base.map(drop));
+        }
+        let mut positions = quiesced(running.queues.iter_mut().flatten());
+        positions.extend(self.events.quiesce());
+        self.held = Some(match stopped {
+            Ok(()) => Some(running.vhost),
+            Err(error) => {
+                log::warn!("vsock: the kernel does not stop: {error:#}; connections are lost");
+                // Without its device it is out of guest memory for sure.
+                drop(running.vhost);
+                self.claim.renew();
+                self.events.owe_reset(true);
+                None
+            }
+        });
+        positions
+    }
+
+    fn save(&self) -> DeviceState {
+        let in_use = self.held.is_some();
+        DeviceState::Vsock(VsockState {
+            in_use,
+            // The kernel does not tell.
+            had_connections: in_use,
+            packets: Vec::new(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock(state) = state else {
+            return Err(RestoreError::kind(state));
+        };
+        // Packets that wait are about connections that are not here.
+        self.events.owe_reset(state.had_connections);
+        self.held = state.in_use.then_some(None);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.events = Events::default();
+        let running = self.running.take().map(|running| running.vhost);
+        let vhost = running.or_else(|| self.held.take().flatten());
+        if let Some(vhost) = vhost {
             // When this returns the kernel is out of guest memory, and the address is free.
             drop(vhost);
             self.claim.renew();
         }
+        self.held = None;
     }
 
     fn stop_queue(&mut self, queue: usize) {
         let Some(running) = &mut self.running else {
             return;
         };
-        let Some(kick) = running.kicks.get_mut(queue) else {
+        let Some(place) = running.queues.get_mut(queue) else {
+            self.events.set_queue(None);
             return;
         };
-        *kick = None;
+        *place = None;
         let stopped = running.vhost.set_vsock_running(false);
         let cleared = stopped.and_then(|()| running.vhost.clear_ring(queue as u32));
         if let Err(error) = cleared {
@@ -218,31 +309,27 @@ impl VirtioDevice for KernelDevice {
                 "the kernel does not stop queue {queue}: {error:#}"
             ));
             // Without its device it is out of guest memory for sure.
-            self.stop();
+            self.reset();
         }
     }
 
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
         let index = usize::from(queue.index());
-        let Some(running) = self.running.as_ref().filter(|_| RINGS.contains(&index)) else {
+        let Some(running) = &self.running else {
             return Ok(());
         };
+        if !RINGS.contains(&index) {
+            self.events.set_queue(Some(queue));
+            self.events.tell();
+            return Ok(());
+        }
         let set = self.set_ring(&running.vhost, &queue);
         let Some(running) = &mut self.running else {
             return Ok(());
         };
-        set.and_then(|()| {
-            running.kicks[index] = Some(Arc::clone(queue.kick()));
-            let [Some(first), Some(second)] = &running.kicks else {
-                return Ok(());
-            };
-            running.vhost.set_vsock_running(true)?;
-            // The kernel takes kicks of the other ring while it does not work, and forgets them
-            // (drivers/vhost/vsock.c: vhost_vsock_handle_tx_kick). The counters cannot overflow.
-            let _ = (first.write(1), second.write(1));
-            Ok(())
-        })
-        .map_err(|error| StartError(format!("{error:#}")))
+        running.queues[index] = set.is_ok().then_some(queue);
+        set.and_then(|()| running.run())
+            .map_err(|error| StartError(format!("{error:#}")))
     }
 
     fn kicked(&mut self, _queue: usize) {}

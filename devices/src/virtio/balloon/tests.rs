@@ -71,6 +71,23 @@ impl Bench {
         }
     }
 
+    /// The machine is held and goes on, with another balloon in the stead of this one if it `moves`.
+    fn hold(&mut self, moves: bool) {
+        if !moves {
+            self.guest.pause();
+            return;
+        }
+        let (offer, page_size) = {
+            let device = lock(&self.guest.device);
+            (device.offer, device.discard.page_size())
+        };
+        let host = FakeHost {
+            page_size,
+            log: Arc::clone(&self.log),
+        };
+        self.guest.move_to(Balloon::new(0, offer, Box::new(host)));
+    }
+
     /// A driver that takes all that is offered, as Linux does where it fills free pages.
     fn started(page_size: u64, offer: Offer) -> Bench {
         let mut bench = Bench::new(page_size, offer);
@@ -546,6 +563,67 @@ fn a_buffer_outside_memory_fails_its_request_only() {
     assert_eq!(bench.back(), [(u64::from(FREE) * PAGE, PAGE)]);
 }
 
+#[test]
+fn what_the_guest_said_holds_and_its_buffer_for_statistics_is_there() {
+    for moves in [false, true] {
+        let mut bench = Bench::started(PAGE, ALL);
+        let statistic = [&[4, 0][..], &77_u64.to_le_bytes()].concat();
+        let head = bench.guest.request(2, &[&statistic], &[]);
+        bench.guest.kick(2);
+        lock(&bench.guest.device).set_target(8 << 20);
+        bench.guest.write(0x104, 5);
+        assert!(lock(&bench.guest.device).ask_for_hints());
+        let round = bench.guest.read(0x108);
+        bench.guest.request(3, &[&round.to_le_bytes()], &[]);
+        bench.guest.request(3, &[], &[64]);
+        bench.guest.kick(3);
+        assert_eq!(bench.guest.used(3).len(), 2);
+        let hints = lock(&bench.guest.device).hints().clone();
+        assert_eq!((hints.bytes, hints.complete), (64, false));
+        bench.hold(moves);
+        assert_eq!(bench.guest.used(2).len(), 0, "the buffer is kept");
+        {
+            let mut device = lock(&bench.guest.device);
+            assert_eq!((device.target(), device.actual()), (8 << 20, 5 * PAGE));
+            assert_eq!(*device.hints(), hints);
+            let said = device.statistics().expect("it said something");
+            assert_eq!(said.iter().collect::<Vec<_>>(), [("free", 77)]);
+            assert!(device.ask_for_statistics());
+            assert!(!device.ask_for_statistics(), "it was asked");
+        }
+        assert_eq!(bench.guest.used(2)[0].0, head);
+        // The round goes on.
+        bench.guest.request(3, &[], &[64]);
+        bench.guest.request(3, &[&STOP.to_le_bytes()], &[]);
+        bench.guest.kick(3);
+        let device = lock(&bench.guest.device);
+        assert_eq!((device.hints().bytes, device.hints().complete), (128, true));
+    }
+}
+
+#[test]
+fn hints_that_cannot_be_are_refused() {
+    let bench = Bench::new(PAGE, ALL);
+    let mut device = lock(&bench.guest.device);
+    let DeviceState::Balloon(good) = device.save() else {
+        panic!("it is a balloon");
+    };
+    for (ranges, bytes) in [
+        (vec![(0, 0); MOST_HINTS + 1], 0),
+        (vec![(u64::MAX, 1)], 1),
+        (Vec::new(), u64::MAX),
+    ] {
+        let mut state = good.clone();
+        state.hints.ranges = ranges;
+        state.hints.bytes = bytes;
+        let refused = device.restore(&DeviceState::Balloon(state));
+        assert!(refused.is_err());
+    }
+    device
+        .restore(&DeviceState::Balloon(good))
+        .expect("it can be");
+}
+
 proptest! {
     /// A page of the host goes back when the last of its parts comes in, and at no other time.
     #[test]
@@ -555,12 +633,17 @@ proptest! {
             (any::<bool>(), prop::collection::vec(FREE..FREE + 48, 1..40)),
             1..20,
         ),
+        holds in prop::collection::vec(prop::option::weighted(0.3, any::<bool>()), 20),
     ) {
         let parts = 1 << shift;
         let host = u64::from(parts) * PAGE;
         let mut bench = Bench::started(host, NOTHING);
         let mut inside: BTreeSet<u32> = BTreeSet::new();
-        for (inflate, pages) in acts {
+        for ((inflate, pages), hold) in acts.into_iter().zip(holds) {
+            if let Some(moves) = hold {
+                bench.hold(moves);
+                prop_assert_eq!(bench.back(), []);
+            }
             if !inflate {
                 bench.deflate(&pages);
                 inside.retain(|page| !pages.contains(page));

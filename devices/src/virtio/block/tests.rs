@@ -9,6 +9,8 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
+mod held;
+
 const SIZE: usize = 64 << 10;
 const ALL: u64 = FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
 

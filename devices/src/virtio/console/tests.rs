@@ -67,6 +67,21 @@ impl Bench {
         bench
     }
 
+    /// The machine is held and goes on, with another console in the stead of this one if it `moves`.
+    fn hold(&mut self, moves: bool) {
+        if !moves {
+            self.guest.pause();
+            return;
+        }
+        let sink = Box::new(FakeSink(Arc::clone(&self.reader)));
+        let rooms = Arc::clone(&self.rooms);
+        let on_room = move || {
+            rooms.fetch_add(1, Ordering::Relaxed);
+        };
+        let console = Console::new(sink, Box::new(on_room), Some((80, 25)));
+        self.guest.move_to(console);
+    }
+
     fn print(&mut self, parts: &[&[u8]]) {
         self.guest.request(TRANSMIT, parts, &[]);
         self.guest.kick(TRANSMIT);
@@ -410,6 +425,7 @@ enum Act {
     Read(usize),
     Buffer(usize),
     Type(Vec<u8>),
+    Hold(bool),
 }
 
 fn acts() -> impl Strategy<Value = Vec<Act>> {
@@ -419,6 +435,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         (0..30_usize).prop_map(Act::Read),
         (1..30_usize).prop_map(Act::Buffer),
         bytes().prop_map(Act::Type),
+        any::<bool>().prop_map(Act::Hold),
     ];
     prop::collection::vec(act, 0..60)
 }
@@ -483,6 +500,14 @@ proptest! {
                     typed.extend(&bytes);
                     pending.extend(bytes);
                 }
+                Act::Hold(moves) => {
+                    let session = lock(&bench.guest.device).listening();
+                    bench.hold(moves);
+                    if !moves && session.is_some() {
+                        let now = lock(&bench.guest.device).listening();
+                        prop_assert!(now.is_none() || now == session, "it is the same driver");
+                    }
+                }
             }
             let (taken, _) = bench.type_in(&pending);
             pending.drain(..taken);
@@ -498,6 +523,35 @@ proptest! {
         prop_assert_eq!(completed + bench.printed(), requests);
         prop_assert!(!bench.guest.is_broken());
     }
+}
+
+#[test]
+fn output_goes_on_in_the_middle_of_a_request() {
+    for moves in [false, true] {
+        let mut bench = Bench::started(3);
+        bench.print(&[b"stuck in the middle"]);
+        bench.print(&[b", and more"]);
+        let _ = bench.guest.mmio.write(0x108, b"!");
+        bench.hold(moves);
+        assert_eq!((bench.got(), bench.printed()), (b"stu".to_vec(), 0));
+        bench.read(100);
+        assert_eq!(bench.got(), b"stu!ck in the middle, and more");
+        assert_eq!(bench.printed(), 2);
+    }
+}
+
+#[test]
+fn a_state_with_more_than_a_console_keeps_is_refused() {
+    let state = DeviceState::Console(ConsoleState {
+        late: vec![b'x'; MOST_LATE + 1],
+        ..ConsoleState::default()
+    });
+    let device = Arc::clone(&Bench::new(0).guest.device);
+    let error = lock(&device).restore(&state).expect_err("refused");
+    assert_eq!(
+        error.0,
+        "4097 emergency characters wait, of which 4096 are kept"
+    );
 }
 
 #[test]

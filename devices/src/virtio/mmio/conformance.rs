@@ -104,6 +104,14 @@ impl Server for World {
         Ok(())
     }
 
+    fn pause(&mut self, _queues: &[Virtqueue]) -> Result<Vec<(u16, u16)>, String> {
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self, _queues: &[Virtqueue], _link: &Link) -> Result<(), StartError> {
+        Ok(())
+    }
+
     fn stop(&mut self) {}
 
     fn fd(&self) -> std::os::fd::RawFd {

@@ -11,8 +11,8 @@ use crate::fake::FakeLine;
 use crate::virtio::fake::{BASE, Guest};
 use crate::virtio::transport::FEATURES_OK;
 use crate::virtio::{
-    Chain, ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, StartError,
-    Virtqueue,
+    Chain, ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Positions,
+    StartError, Virtqueue, quiesced,
 };
 
 /// A feature that the device offers.
@@ -30,6 +30,7 @@ struct Keeper {
     kept: Vec<(usize, Chain)>,
     link: Option<Arc<Link>>,
     features: Vec<u64>,
+    pauses: usize,
     stops: usize,
     queue_stops: usize,
     writes: Vec<(usize, Vec<u8>)>,
@@ -45,6 +46,7 @@ impl Keeper {
             kept: Vec::new(),
             link: None,
             features: Vec::new(),
+            pauses: 0,
             stops: 0,
             queue_stops: 0,
             writes: Vec::new(),
@@ -97,7 +99,23 @@ impl VirtioDevice for Keeper {
         }
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
+        self.pauses += 1;
+        for (index, chain) in self.kept.drain(..) {
+            if let Some(queue) = &mut self.queues[index] {
+                queue.hand_back([chain]);
+            }
+        }
+        quiesced(
+            self.queues
+                .drain(..)
+                .flatten()
+                .collect::<Vec<_>>()
+                .iter_mut(),
+        )
+    }
+
+    fn reset(&mut self) {
         self.stops += 1;
         self.queues.clear();
         self.kept.clear();
@@ -142,6 +160,8 @@ impl RecordingPage {
         lock(&self.0).get(&offset).copied().unwrap_or(0)
     }
 }
+
+mod held;
 
 fn guest() -> Guest<Keeper> {
     Guest::new(Keeper::new())

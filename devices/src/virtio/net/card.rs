@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::{CONTROL_ENTRIES, ENTRIES, LEAST_MTU, LONGEST_HEADER, Network, feature};
-use crate::virtio::{ConfigSpace, Driver, Link, StartError, Virtqueue};
+use crate::virtio::quiesced;
+use crate::virtio::{ConfigSpace, Driver, Link, Positions, RestoreError, StartError, Virtqueue};
 
 /// VIRTIO_NET_S_LINK_UP (virtio 1.2, section 5.1.4).
 const LINK_UP: u16 = 1;
@@ -19,6 +20,16 @@ const OFFLOADS_SET: [u8; 2] = [5, 0];
 /// VIRTIO_NET_OK and VIRTIO_NET_ERR.
 const ANSWERS: [u8; 2] = [0, 1];
 
+/// What a driver asked a card for by the control queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetSession {
+    /// Pairs of queues in use.
+    pub pairs: u16,
+    /// Of the offloads that the driver agreed to take ([`feature::GUEST_OFFLOADS`]), those that it
+    /// wants now.
+    pub offloads: u64,
+}
+
 /// A card without its queues of frames.
 pub(super) struct Card {
     mac: [u8; 6],
@@ -29,6 +40,8 @@ pub(super) struct Card {
     config: Arc<ConfigSpace>,
     is_up: bool,
     running: Option<Running>,
+    /// What the driver asked for, while the machine is held.
+    paused: Option<NetSession>,
 }
 
 /// What a driver that runs has asked for.
@@ -76,6 +89,7 @@ impl Card {
             config: ConfigSpace::new(config),
             is_up: network.is_up(),
             running: None,
+            paused: None,
         }
     }
 
@@ -93,14 +107,22 @@ impl Card {
         sizes
     }
 
-    /// A driver starts, with one pair in use. Returns the pairs of queues that it may have.
+    /// A driver starts, with one pair in use, or goes on with what it asked for before. Returns the
+    /// pairs of queues that it may have.
     pub(super) fn start(
         &mut self,
         driver: &mut Driver,
         network: &mut impl Network,
     ) -> Result<usize, StartError> {
         let features = driver.features;
-        network.configure(1, features).map_err(StartError)?;
+        let NetSession { pairs, offloads } = self.paused.take().unwrap_or(NetSession {
+            pairs: 1,
+            offloads: features & feature::GUEST_OFFLOADS,
+        });
+        let others = features & !feature::GUEST_OFFLOADS;
+        network
+            .configure(pairs, offloads | others)
+            .map_err(StartError)?;
         let control = match features & feature::CTRL_VQ != 0 {
             true => driver.take(self.control_index(features)),
             false => None,
@@ -109,8 +131,8 @@ impl Card {
             features,
             link: Arc::clone(&driver.link),
             control,
-            active: 1,
-            offloads: features & feature::GUEST_OFFLOADS,
+            active: pairs,
+            offloads,
         });
         Ok(match features & feature::MQ != 0 {
             true => usize::from(self.pairs),
@@ -118,9 +140,63 @@ impl Card {
         })
     }
 
+    /// The machine is held: returns where the control queue stands.
+    pub(super) fn quiesce(&mut self) -> Positions {
+        let Some(mut running) = self.running.take() else {
+            return Positions::new();
+        };
+        self.paused = Some(NetSession {
+            pairs: running.active,
+            offloads: running.offloads,
+        });
+        quiesced(running.control.as_mut())
+    }
+
+    /// The address and what the driver asked for, while the machine is held.
+    pub(super) fn save(&self) -> ([u8; 6], Option<NetSession>) {
+        let mut mac = [0; 6];
+        self.config.read(0, &mut mac);
+        (mac, self.paused)
+    }
+
+    /// Goes on with what was saved.
+    ///
+    /// # Errors
+    /// What this card cannot be.
+    pub(super) fn restore(
+        &mut self,
+        mac: [u8; 6],
+        session: Option<NetSession>,
+    ) -> Result<(), RestoreError> {
+        if !is_unicast(mac) {
+            return Err(RestoreError(format!(
+                "no card can have the MAC address {mac:02x?}"
+            )));
+        }
+        if let Some(NetSession { pairs, offloads }) = session {
+            if !(1..=self.pairs).contains(&pairs) {
+                let most = self.pairs;
+                return Err(RestoreError(format!(
+                    "{pairs} pairs of queues were in use, and the network has 1 to {most}"
+                )));
+            }
+            let lacking = offloads & !(self.features & feature::GUEST_OFFLOADS);
+            if lacking != 0 {
+                return Err(RestoreError(format!(
+                    "the driver has offloads {lacking:#x}, which the network does not have here"
+                )));
+            }
+        }
+        self.config
+            .change(|config| config[..6].copy_from_slice(&mac));
+        self.paused = session;
+        Ok(())
+    }
+
     /// The driver is gone.
-    pub(super) fn stop(&mut self, network: &mut impl Network) {
-        if self.running.take().is_none() {
+    pub(super) fn reset(&mut self, network: &mut impl Network) {
+        let (running, paused) = (self.running.take(), self.paused.take());
+        if running.is_none() && paused.is_none() {
             return;
         }
         // Whoever comes next configures it anew; what goes wrong here is heard of then.

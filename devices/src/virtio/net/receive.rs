@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::{BATCH, Frames, HEADER, MOST_BYTES, Trouble, feature, slices};
-use crate::virtio::{Chain, Link, Virtqueue};
+use crate::virtio::{Chain, Link, Position, Virtqueue};
 
 /// Offset of num_buffers in the header, in bytes (virtio 1.2, section 5.1.6).
 const NUM_BUFFERS: usize = 10;
@@ -139,6 +139,45 @@ impl Receiver {
             // It may have frames from the time before the driver.
             more: true,
             refused: 0,
+        }
+    }
+
+    /// Hands the driver's buffers back. Returns where the queue stands, and the frame that was read
+    /// and waits for more of them, with its header; there may be none.
+    pub(super) fn quiesce(mut self) -> ((u16, Position), Option<Vec<u8>>) {
+        let frame = self.waiting.map(|frame| self.copy_frame(frame));
+        let held = self.held.drain(..).map(|held| held.chain);
+        self.queue.hand_back(held);
+        ((self.queue.index(), self.queue.quiesce()), frame)
+    }
+
+    /// A frame that was read, wherever it lies.
+    fn copy_frame(&self, frame: Waiting) -> Vec<u8> {
+        let mut bytes = vec![0; frame.size];
+        let (placed, spilled) = bytes.split_at_mut(frame.placed.min(frame.size));
+        let mut at = 0;
+        for held in &self.held {
+            let end = (at + held.room).min(placed.len());
+            held.chain
+                .read_back(self.queue.memory(), &mut placed[at..end]);
+            at = end;
+        }
+        spilled.copy_from_slice(&self.spill[..spilled.len()]);
+        bytes[..NUM_BUFFERS].copy_from_slice(&self.header[..NUM_BUFFERS]);
+        bytes[NUM_BUFFERS..HEADER].fill(0);
+        bytes
+    }
+
+    /// Has a frame that was read before: it is the next one that the driver gets.
+    pub(super) fn put(&mut self, frame: &[u8]) {
+        let header = frame.first_chunk();
+        if let (Some(header), Some(place)) = (header, self.spill.get_mut(..frame.len())) {
+            place.copy_from_slice(frame);
+            self.header = *header;
+            self.waiting = Some(Waiting {
+                size: frame.len(),
+                placed: 0,
+            });
         }
     }
 

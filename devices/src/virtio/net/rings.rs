@@ -7,12 +7,15 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::card::Card;
-use super::{ID, Network, Woken};
-use crate::virtio::{ConfigSpace, Driver, Link, Source, StartError, VirtioDevice, Virtqueue};
+use super::{ID, NetState, Network, Woken};
+use crate::virtio::{
+    ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue,
+};
 
 /// A [`Network`] that works on queues in guest memory: vhost-net.
 pub trait Rings: Network {
-    /// Begins to work on queues: kicks come by [`Virtqueue::kick`], the guest is interrupted by
+    /// Begins to work on queues, each from its [`Position`](crate::virtio::Position) on: kicks come by [`Virtqueue::kick`], the guest is interrupted by
     /// [`Link::call`]. A queue's index says what it is: even ones get frames, odd ones send them.
     ///
     /// # Errors
@@ -25,8 +28,10 @@ pub trait Rings: Network {
         link: &Link,
     ) -> Result<(), String>;
 
-    /// Ends the work: from here on guest memory is not touched.
-    fn stop(&mut self);
+    /// Ends the work: from here on guest memory is not touched. Returns for each queue, by its
+    /// index, which request it would have taken next ([`Virtqueue::next_available`]), as far as the
+    /// host tells.
+    fn stop(&mut self) -> Vec<(u16, u16)>;
 
     /// Begins to work on one queue more, as [`Self::start`] does.
     ///
@@ -118,15 +123,47 @@ impl<N: Rings> VirtioDevice for RingNet<N> {
         Ok(())
     }
 
-    fn stop(&mut self) {
+    fn quiesce(&mut self) -> Positions {
         if self.card.link().is_none() {
-            return;
+            return Positions::new();
         }
-        self.network.stop();
-        // It is there, unless the device did not start.
+        let bases = self.network.stop();
+        // It is there, unless the driver left it out.
         let _ = self.watch_control(ControlOperation::Delete);
+        let mut positions = self.card.quiesce();
+        positions.extend(self.queues.drain(..).map(|mut queue| {
+            let base = bases.iter().find(|(index, _)| *index == queue.index());
+            queue.adopt(base.map(|(_, base)| *base));
+            (queue.index(), queue.quiesce())
+        }));
+        positions
+    }
+
+    fn reset(&mut self) {
+        if self.card.link().is_some() {
+            let _ = self.network.stop();
+            // It is there, unless the device did not start.
+            let _ = self.watch_control(ControlOperation::Delete);
+        }
         self.queues.clear();
-        self.card.stop(&mut self.network);
+        self.card.reset(&mut self.network);
+    }
+
+    fn save(&self) -> DeviceState {
+        let (mac, session) = self.card.save();
+        DeviceState::Net(NetState {
+            mac,
+            session,
+            frames: Vec::new(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            // The host moves its frames by itself, and cannot be given any.
+            DeviceState::Net(state) => self.card.restore(state.mac, state.session),
+            other => Err(RestoreError::kind(other)),
+        }
     }
 
     fn stop_queue(&mut self, queue: usize) {

@@ -4,7 +4,7 @@ use crate::sync::ring;
 use std::sync::Arc;
 
 use super::{BATCH, Frame, Frames, HEADER, LEAST_FRAME, MOST_BYTES, Trouble};
-use crate::virtio::{Chain, Link, Virtqueue};
+use crate::virtio::{Chain, Link, Position, Virtqueue};
 
 /// A queue of frames to send.
 pub(super) struct Transmitter {
@@ -23,6 +23,11 @@ impl Transmitter {
             has_header,
             blocked: false,
         }
+    }
+
+    /// Where its queue stands; nothing of it is held here.
+    pub(super) fn quiesce(&mut self) -> (u16, Position) {
+        (self.queue.index(), self.queue.quiesce())
     }
 
     /// The network may take frames again.

@@ -8,6 +8,8 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use super::*;
 use crate::virtio::{Interrupts, Vector};
 
+mod positions;
+
 /// Three banks; the second begins where the first ends, and before the third is a hole.
 const BANKS: [(u64, usize); 3] = [(0x1_0000, 0x1_0000), (0x2_0000, 0x8000), (0x4_0000, 0x8000)];
 /// Entries.
@@ -78,7 +80,7 @@ impl Bench {
         let queue = Virtqueue::new(
             0,
             (SIZE, SIZE),
-            RINGS,
+            (RINGS, Position::default()),
             event_idx,
             Arc::clone(&memory),
             Arc::clone(&link),
@@ -460,7 +462,8 @@ fn memory_that_cannot_be_written_is_only_read() {
         used: READ_ONLY,
         ..RINGS
     };
-    let queue = Virtqueue::new(0, (SIZE, SIZE), addresses, false, memory, link, kick);
+    let place = (addresses, Position::default());
+    let queue = Virtqueue::new(0, (SIZE, SIZE), place, false, memory, link, kick);
     assert!(queue.err().expect("refused").contains("used ring"));
 }
 
@@ -540,7 +543,8 @@ fn rings_outside_memory_are_refused() {
     let make = |size, addresses| {
         let (memory, link) = (Arc::clone(&bench.memory), Arc::clone(&bench.link));
         let kick = Arc::clone(&bench.kick);
-        Virtqueue::new(7, (SIZE, size), addresses, false, memory, link, kick)
+        let place = (addresses, Position::default());
+        Virtqueue::new(7, (SIZE, size), place, false, memory, link, kick)
             .map(|_| ())
             .expect_err("no such rings")
     };
@@ -666,7 +670,7 @@ fn a_queue_goes_on_where_another_stopped() {
     }
     // The kernel did three of them.
     bench.put(RINGS.used + 2, &3_u16.to_le_bytes());
-    bench.queue.resume();
+    bench.queue.adopt(None);
     let mut heads = Vec::new();
     bench.queue.serve(|queue, chain| {
         heads.push(chain.head());
@@ -677,7 +681,7 @@ fn a_queue_goes_on_where_another_stopped() {
     let mut bench = Bench::new();
     bench.offer_plain();
     bench.put(RINGS.used + 2, &9_u16.to_le_bytes());
-    bench.queue.resume();
+    bench.queue.adopt(None);
     assert!(bench.queue.pop().is_none() && bench.queue.is_broken());
 }
 

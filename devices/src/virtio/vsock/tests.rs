@@ -15,6 +15,8 @@ use super::*;
 use crate::virtio::fake::Guest;
 use crate::virtio::lock;
 
+mod held;
+
 const CID: u32 = 7;
 /// Bytes of data in each of the guest's buffers.
 const ROOM: usize = 2000;

@@ -1,0 +1,78 @@
+//! What the guest sees of a disk, and the configuration space that says so.
+
+use super::{DISCARD_SECTORS, SECTOR, SEG_MAX, ZERO_SECTORS};
+
+/// Offsets in the configuration space (virtio 1.2, section 5.2.4).
+pub(super) mod field {
+    pub(in crate::virtio::block) const CAPACITY: usize = 0;
+    pub(in crate::virtio::block) const SEG_MAX: usize = 12;
+    pub(in crate::virtio::block) const BLK_SIZE: usize = 20;
+    pub(in crate::virtio::block) const PHYSICAL_BLOCK_EXP: usize = 24;
+    pub(in crate::virtio::block) const MIN_IO_SIZE: usize = 26;
+    pub(in crate::virtio::block) const OPT_IO_SIZE: usize = 28;
+    pub(in crate::virtio::block) const WRITEBACK: usize = 32;
+    pub(in crate::virtio::block) const NUM_QUEUES: usize = 34;
+    pub(in crate::virtio::block) const MAX_DISCARD_SECTORS: usize = 36;
+    pub(in crate::virtio::block) const MAX_DISCARD_SEG: usize = 40;
+    pub(in crate::virtio::block) const DISCARD_SECTOR_ALIGNMENT: usize = 44;
+    pub(in crate::virtio::block) const MAX_WRITE_ZEROES_SECTORS: usize = 48;
+    pub(in crate::virtio::block) const MAX_WRITE_ZEROES_SEG: usize = 52;
+    pub(in crate::virtio::block) const WRITE_ZEROES_MAY_UNMAP: usize = 56;
+    /// As far as the features reach that are offered here.
+    pub(in crate::virtio::block) const END: usize = 60;
+}
+
+/// What the guest sees of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Its size in bytes; what lies behind the last whole sector is not seen.
+    pub size: u64,
+    /// Whether the guest may only read it.
+    pub readonly: bool,
+    /// Its serial number: up to 20 bytes, more are cut off.
+    pub serial: String,
+    /// Its queues: 1 or more.
+    pub queues: u16,
+    /// Bytes of the smallest piece that the guest should read or write: a power of two from 512.
+    pub block_size: u32,
+    /// Bytes of the smallest piece that the storage writes without reading it first: a power of
+    /// two from `block_size`.
+    pub physical_block_size: u32,
+    /// Bytes that are best read or written at once; 0 where nobody knows.
+    pub optimal_io_size: u32,
+    /// Bytes of the smallest piece that can be discarded: a multiple of 512.
+    pub discard_granularity: u32,
+}
+
+/// The configuration space of a disk.
+pub(super) fn config_bytes(shape: &Shape) -> Vec<u8> {
+    let mut bytes = vec![0; field::END];
+    let mut set = |offset, value: &[u8]| put(&mut bytes, offset, value);
+    let blocks = |size: u32| size / shape.block_size;
+    let exponent = blocks(shape.physical_block_size).max(1).ilog2() as u8;
+    let min_io = u16::try_from(blocks(shape.physical_block_size)).unwrap_or(1);
+    set(field::CAPACITY, &(shape.size / SECTOR).to_le_bytes());
+    set(field::SEG_MAX, &SEG_MAX.to_le_bytes());
+    set(field::BLK_SIZE, &shape.block_size.to_le_bytes());
+    set(field::PHYSICAL_BLOCK_EXP, &[exponent]);
+    set(field::MIN_IO_SIZE, &min_io.to_le_bytes());
+    let optimal = blocks(shape.optimal_io_size);
+    set(field::OPT_IO_SIZE, &optimal.to_le_bytes());
+    set(field::WRITEBACK, &[1]);
+    set(field::NUM_QUEUES, &shape.queues.to_le_bytes());
+    if !shape.readonly {
+        let granularity = shape.discard_granularity / SECTOR as u32;
+        set(field::MAX_DISCARD_SECTORS, &DISCARD_SECTORS.to_le_bytes());
+        set(field::MAX_DISCARD_SEG, &1_u32.to_le_bytes());
+        set(field::DISCARD_SECTOR_ALIGNMENT, &granularity.to_le_bytes());
+        set(field::MAX_WRITE_ZEROES_SECTORS, &ZERO_SECTORS.to_le_bytes());
+        set(field::MAX_WRITE_ZEROES_SEG, &1_u32.to_le_bytes());
+        set(field::WRITE_ZEROES_MAY_UNMAP, &[1]);
+    }
+    bytes
+}
+
+/// Writes a field of the configuration space.
+pub(super) fn put(bytes: &mut [u8], offset: usize, value: &[u8]) {
+    bytes[offset..offset + value.len()].copy_from_slice(value);
+}
