@@ -10,12 +10,13 @@ use anyhow::{Context, Result};
 use armlet_arch::irq::Spi;
 use armlet_devices::IrqLine;
 use armlet_devices::ioapic::{Message, PINS};
+use armlet_devices::sync::lock;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The pins of the interrupt controllers in KVM, to which it has GSIs lead from the start.
@@ -145,7 +146,7 @@ impl Interrupts {
     /// What KVM says of the table.
     pub fn send(&self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> Result<()> {
         // Held until KVM has it: of two changes the later one is to stay.
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = lock(&self.table);
         if !table.set_messages(changes) {
             return Ok(());
         }

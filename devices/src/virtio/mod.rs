@@ -30,6 +30,7 @@ pub mod vsock;
 #[cfg(test)]
 pub(crate) mod fake;
 
+pub use crate::persist::RestoreError;
 pub use queue::{Chain, Position, Virtqueue};
 pub use transport::{QueueState, TransportState};
 
@@ -213,11 +214,6 @@ pub enum DeviceState {
     /// A socket device's.
     Vsock(vsock::VsockState),
 }
-
-/// Why a device cannot be made the same as one that was saved, in words.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct RestoreError(pub String);
 
 impl RestoreError {
     /// The state is that of another kind of device.
