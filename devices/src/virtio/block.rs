@@ -8,16 +8,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileMemory};
 
-use super::queue::{Segment, parts};
+#[cfg(test)]
+use super::queue::Segment;
 use super::{
     Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
     VirtioDevice, Virtqueue, quiesced,
 };
 
+mod data;
 mod shape;
 
+pub use data::{Data, Place};
 pub use shape::Shape;
 use shape::{config_bytes, field, put};
 
@@ -161,24 +164,34 @@ pub struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// A read or write in parts of up to `most` bytes, a multiple of 512, of which only the last
-    /// one has to be durable; anything else as it is.
-    pub fn in_parts(self, most: usize) -> impl Iterator<Item = Request<'a>> {
+    /// Has a read or write carried out in parts of up to `most` bytes, a multiple of 512, of which
+    /// only the last one has to be durable; anything else as it is.
+    ///
+    /// # Errors
+    /// The first of `each`, which ends it.
+    pub fn each_part<E>(
+        &self,
+        most: usize,
+        mut each: impl FnMut(&Request<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let has_data = matches!(self.operation, Operation::Read | Operation::Write);
-        let step = if has_data { most as u64 } else { u64::MAX };
-        let starts = (0..).map(move |part: u64| part.saturating_mul(step));
-        starts
-            .take_while(move |start| *start == 0 || *start < self.len)
-            .map(move |start| {
-                let len = step.min(self.len - start);
-                Request {
-                    offset: self.offset + start,
-                    len,
-                    data: self.data.slice(start as usize, len as usize),
-                    durable: self.durable && start + len == self.len,
-                    ..self
-                }
-            })
+        let most = most as u64;
+        if !has_data || self.len <= most {
+            return each(self);
+        }
+        let mut start = 0;
+        while start < self.len {
+            let len = most.min(self.len - start);
+            each(&Request {
+                offset: self.offset + start,
+                len,
+                data: self.data.slice(start as usize, len as usize),
+                durable: self.durable && start + len == self.len,
+                ..*self
+            })?;
+            start += len;
+        }
+        Ok(())
     }
 }
 
@@ -207,53 +220,6 @@ pub enum Outcome {
     Done,
     /// The storage failed; the engine has told the user.
     Failed,
-}
-
-/// A part of some pieces of guest memory, all of which are there.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Data<'a> {
-    segments: &'a [Segment],
-    skip: usize,
-    len: usize,
-}
-
-impl<'a> Data<'a> {
-    /// `len` bytes from `skip`; fewer where there are fewer.
-    #[must_use]
-    pub fn new(segments: &'a [Segment], skip: usize, len: usize) -> Data<'a> {
-        Data {
-            segments,
-            skip,
-            len,
-        }
-    }
-
-    /// Its pieces in order.
-    pub fn parts(&self) -> impl Iterator<Item = Segment> + 'a {
-        parts(self.segments, self.skip, self.len)
-    }
-
-    /// The part of it that begins `offset` bytes later, of `len` bytes.
-    #[must_use]
-    pub fn slice(&self, offset: usize, len: usize) -> Data<'a> {
-        Data {
-            skip: self.skip + offset,
-            len: len.min(self.len.saturating_sub(offset)),
-            ..*self
-        }
-    }
-
-    /// Its bytes.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
 }
 
 /// What a disk has of its own beside its queues.
@@ -571,13 +537,12 @@ impl Block {
 
     /// What a request wants, as far as it may have it.
     fn order(&self, running: &Running, chain: &Chain) -> Order {
-        let mut header = [0; HEADER];
-        if chain.read(&running.memory, 0, &mut header) < HEADER {
+        let Some(header) = chain.read_first(&running.memory) else {
             running.link.fault(format_args!(
                 "a request has less than {HEADER} bytes of header"
             ));
             return Order::Answer(IOERR);
-        }
+        };
         let [kind, _, low, high] = words(&header);
         let sector = u64::from(high) << 32 | u64::from(low);
         let checked = match kind {
@@ -671,22 +636,29 @@ impl Block {
         let Some(queue) = self.queue(queue) else {
             return;
         };
-        if !chain.is_whole() {
-            // Where the byte is not in memory either, nobody can be told more.
-            if let Some(last) = chain.last_writable() {
-                let _ = queue.memory().write_obj(status, last);
+        match chain.last_writable() {
+            Some(last) => {
+                if let Ok(slice) = queue.memory().get_slice(last, 1)
+                    && let Ok(place) = slice.get_ref(0)
+                {
+                    place.store(status);
+                }
             }
+            None if chain.is_whole() => {
+                let head = chain.head();
+                queue.break_ring(format_args!(
+                    "the request at descriptor {head} has no room for its status"
+                ));
+                return;
+            }
+            // Nobody can be told more.
+            None => {}
+        }
+        if !chain.is_whole() {
             queue.complete(chain, 0);
             return;
         }
-        let Some(last) = chain.writable_len().checked_sub(1) else {
-            let head = chain.head();
-            queue.break_ring(format_args!(
-                "the request at descriptor {head} has no room for its status"
-            ));
-            return;
-        };
-        chain.write(queue.memory(), last, &[status]);
+        let last = chain.writable_len().saturating_sub(1);
         // The bytes from the first on that are there for sure.
         let written = match is_read && status == OK || last == 0 {
             true => last + 1,

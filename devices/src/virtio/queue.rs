@@ -2,13 +2,11 @@
 
 use crate::sync::ring;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory,
-    VolatileSlice,
+    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory, VolatileSlice,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,6 +25,17 @@ const KEPT_SEGMENTS: usize = 64;
 
 /// Bytes of a descriptor (virtio 1.2, section 2.7.5).
 const DESCRIPTOR: u32 = 16;
+/// VIRTQ_DESC_F_NEXT (virtio 1.2, section 2.7.5, as the next two).
+const NEXT: u16 = 1;
+/// VIRTQ_DESC_F_WRITE.
+const WRITE: u16 = 2;
+/// VIRTQ_DESC_F_INDIRECT.
+const INDIRECT: u16 = 4;
+/// VIRTQ_USED_F_NO_NOTIFY (virtio 1.2, section 2.7.8).
+const NO_NOTIFY: u16 = 1;
+/// Where the index of the available and of the used ring lies, and where its entries begin.
+const INDEX: usize = 2;
+const ENTRIES: usize = 4;
 
 /// PROT_WRITE (include/uapi/asm-generic/mman-common.h): persistent memory may lack it.
 const PROT_WRITE: i32 = 2;
@@ -34,9 +43,20 @@ const PROT_WRITE: i32 = 2;
 const NO_INTERRUPT: u16 = 1;
 
 /// A queue that is in use.
+///
+/// It works on the rings by itself, and not by the crate `virtio-queue`: that looks guest memory up
+/// at each access, which would be most of what a request costs us.
 pub struct Virtqueue {
     index: u16,
-    queue: Queue,
+    size: u16,
+    event_idx: bool,
+    /// The next entry of the available ring that is taken; it runs over, as the ring's own index.
+    next_available: u16,
+    /// The next entry of the used ring that is written; it runs over.
+    next_used: u16,
+    descriptors: Area,
+    available: Area,
+    used: Area,
     memory: Arc<GuestMemoryMmap>,
     link: Arc<Link>,
     kick: Arc<EventFd>,
@@ -60,6 +80,8 @@ pub struct Chain {
     head: u16,
     readable: Vec<Segment>,
     writable: Vec<Segment>,
+    /// Bytes of the readable and of the writable ones.
+    bytes: [usize; 2],
     /// Whether a readable buffer, and a writable one, is not in memory.
     lacks: [bool; 2],
     /// The last writable byte, if it is in memory.
@@ -117,11 +139,11 @@ impl Virtqueue {
         link: Arc<Link>,
         kick: Arc<EventFd>,
     ) -> Result<Virtqueue, String> {
-        let mut queue =
-            Queue::new(most).map_err(|error| format!("queue {index} of {most}: {error}"))?;
-        queue
-            .try_set_size(size)
-            .map_err(|_| format!("queue {index} has {size} entries; it takes up to {most}"))?;
+        if !size.is_power_of_two() || size > most {
+            return Err(format!(
+                "queue {index} has {size} entries; it takes up to {most}"
+            ));
+        }
         let count = usize::from(size);
         for (name, address, align, bytes) in [
             ("descriptor table", addresses.descriptors, 16, 16 * count),
@@ -129,25 +151,23 @@ impl Virtqueue {
             ("used ring", addresses.used, 4, 6 + 8 * count),
         ] {
             let start = GuestAddress(address);
-            let fits = is_memory(&memory, start, bytes, address == addresses.used);
+            let fits = Regions::new(&memory).are_memory(start, bytes, address == addresses.used);
             if !(address.is_multiple_of(align) && fits) {
                 return Err(format!(
                     "queue {index} has its {name} at {address:#x}, where no {bytes} bytes of aligned memory are"
                 ));
             }
         }
-        let set = queue
-            .try_set_desc_table_address(GuestAddress(addresses.descriptors))
-            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(addresses.available)))
-            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(addresses.used)));
-        set.map_err(|error| format!("queue {index}: {error}"))?;
-        queue.set_event_idx(event_idx);
-        queue.set_next_avail(position.next_available);
-        queue.set_next_used(position.next_used);
-        queue.set_ready(true);
+        let area = |address, bytes| Area::new(&memory, GuestAddress(address), bytes);
         Ok(Virtqueue {
             index,
-            queue,
+            size,
+            event_idx,
+            next_available: position.next_available,
+            next_used: position.next_used,
+            descriptors: area(addresses.descriptors, 16 * count),
+            available: area(addresses.available, 6 + 2 * count),
+            used: area(addresses.used, 6 + 8 * count),
             memory,
             link,
             kick,
@@ -167,16 +187,16 @@ impl Virtqueue {
     /// Its entries.
     #[must_use]
     pub fn size(&self) -> u16 {
-        self.queue.size()
+        self.size
     }
 
     /// Where its rings lie.
     #[must_use]
     pub fn addresses(&self) -> Addresses {
         Addresses {
-            descriptors: self.queue.desc_table(),
-            available: self.queue.avail_ring(),
-            used: self.queue.used_ring(),
+            descriptors: self.descriptors.start.0,
+            available: self.available.start.0,
+            used: self.used.start.0,
         }
     }
 
@@ -203,18 +223,37 @@ impl Virtqueue {
         if self.broken {
             return None;
         }
-        let popped = match self.queue.iter(&*self.memory) {
-            Ok(mut iter) => iter.next(),
-            Err(error) => {
-                self.break_ring(format_args!("the available ring is wrong: {error}"));
-                return None;
-            }
+        let available = &self.available;
+        let index = available.load(&self.memory, INDEX, Ordering::Acquire);
+        let Some(index) = index else {
+            self.break_ring(format_args!("the available ring is not in memory"));
+            return None;
         };
-        let head = popped?.head_index();
+        let waiting = index.wrapping_sub(self.next_available);
+        if waiting == 0 {
+            return None;
+        }
+        let size = self.size;
+        if waiting > size {
+            self.break_ring(format_args!(
+                "the available ring is wrong: it has {waiting} requests in {size} entries"
+            ));
+            return None;
+        }
+        let slot = ENTRIES + 2 * usize::from(self.next_available % self.size);
+        let Some(head) = available.load(&self.memory, slot, Ordering::Relaxed) else {
+            self.break_ring(format_args!("the available ring is not in memory"));
+            return None;
+        };
+        self.next_available = self.next_available.wrapping_add(1);
         let mut chain = self.spare.pop().unwrap_or_default();
         chain.reset(head);
-        let table = GuestAddress(self.queue.desc_table());
-        let table = Table::new(&self.memory, table, self.queue.size());
+        let table = Table {
+            memory: &self.memory,
+            address: self.descriptors.start,
+            entries: self.size,
+            whole: self.descriptors.slice(),
+        };
         match chain.fill(&self.memory, table, head) {
             Ok(()) => {
                 if !chain.is_whole() {
@@ -234,7 +273,7 @@ impl Virtqueue {
 
     /// Puts the request that was popped last back: the next [`Self::pop`] gets it again.
     pub fn undo_pop(&mut self, chain: Chain) {
-        self.queue.go_to_previous_position();
+        self.next_available = self.next_available.wrapping_sub(1);
         self.keep(chain);
     }
 
@@ -252,8 +291,8 @@ impl Virtqueue {
     pub fn quiesce(&mut self) -> Position {
         self.signal();
         Position {
-            next_available: self.queue.next_avail(),
-            next_used: self.queue.next_used(),
+            next_available: self.next_available,
+            next_used: self.next_used,
             broken: self.broken,
         }
     }
@@ -271,10 +310,8 @@ impl Virtqueue {
         if self.broken {
             return;
         }
-        match self.queue.add_used(&*self.memory, chain.head, written) {
-            Ok(()) => self.unsignalled = true,
-            Err(error) => self.break_ring(format_args!("cannot complete a request: {error}")),
-        }
+        self.put_used(chain.head, written);
+        self.show_used();
         self.keep(chain);
     }
 
@@ -285,23 +322,33 @@ impl Virtqueue {
         if self.broken {
             return;
         }
-        let used = self.queue.used_ring();
-        let mut next = self.queue.next_used();
-        let mut result = Ok(());
         for (chain, written) in chains {
-            // struct virtq_used_elem (section 2.7.8), behind two words of 16 bits.
-            let slot = GuestAddress(used + 4 + 8 * u64::from(next % self.queue.size()));
-            let entry = [u32::from(chain.head).to_le(), written.to_le()];
-            result = result.and(self.memory.write_obj(entry, slot));
-            next = next.wrapping_add(1);
+            self.put_used(chain.head, written);
             self.keep(chain);
         }
-        self.queue.set_next_used(next);
-        let index = GuestAddress(used + 2);
-        result = result.and(self.memory.store(next.to_le(), index, Ordering::Release));
-        match result {
-            Ok(()) => self.unsignalled = true,
-            Err(error) => self.break_ring(format_args!("cannot complete requests: {error}")),
+        self.show_used();
+    }
+
+    /// Puts a request into the used ring, where the driver does not see it yet.
+    fn put_used(&mut self, head: u16, written: u32) {
+        // struct virtq_used_elem (section 2.7.8).
+        let slot = ENTRIES + 8 * usize::from(self.next_used % self.size);
+        let entry = [u32::from(head).to_le(), written.to_le()];
+        self.next_used = self.next_used.wrapping_add(1);
+        if self.used.put(&self.memory, slot, entry).is_none() {
+            self.break_ring(format_args!("the used ring is not in memory"));
+        }
+    }
+
+    /// Has the driver see what was put into the used ring.
+    fn show_used(&mut self) {
+        if self.broken {
+            return;
+        }
+        let (used, next) = (&self.used, self.next_used);
+        match used.store(&self.memory, INDEX, next, Ordering::Release) {
+            Some(()) => self.unsignalled = true,
+            None => self.break_ring(format_args!("the used ring is not in memory")),
         }
     }
 
@@ -319,24 +366,30 @@ impl Virtqueue {
     /// Whether the driver wants to hear of what was completed since it was last asked (virtio 1.2,
     /// section 2.7.7.2).
     fn wants_interrupt(&mut self) -> Option<bool> {
-        let used = self.queue.next_used();
+        let used = self.next_used;
         let before = std::mem::replace(&mut self.signalled, used);
         // What was completed is to be seen before it is read what the driver wants.
         fence(Ordering::SeqCst);
-        let available = self.queue.avail_ring();
-        if !self.queue.event_idx_enabled() {
-            let flags = load_u16(&self.memory, available)?;
-            return Some(flags & NO_INTERRUPT == 0);
+        let at = match self.event_idx {
+            true => ENTRIES + 2 * usize::from(self.size),
+            false => 0,
+        };
+        let said = self.available.load(&self.memory, at, Ordering::Acquire)?;
+        match self.event_idx {
+            true => Some(used.wrapping_sub(said).wrapping_sub(1) < used.wrapping_sub(before)),
+            false => Some(said & NO_INTERRUPT == 0),
         }
-        let event = available + 4 + 2 * u64::from(self.queue.size());
-        let wanted = load_u16(&self.memory, event)?;
-        Some(used.wrapping_sub(wanted).wrapping_sub(1) < used.wrapping_sub(before))
     }
 
     /// Asks the driver not to kick while the queue is looked after anyway.
     pub fn silence(&mut self) {
-        // It is a hint: without it there are kicks too many.
-        let _ = self.queue.disable_notification(&*self.memory);
+        // With event indexes it kicks once for each time that it is asked to.
+        if !self.event_idx {
+            // It is a hint: without it there are kicks too many.
+            let _ = self
+                .used
+                .store(&self.memory, 0, NO_NOTIFY, Ordering::Relaxed);
+        }
     }
 
     /// Asks the driver to kick again; true when there is something new already, which it will not
@@ -345,10 +398,18 @@ impl Virtqueue {
         if self.broken {
             return false;
         }
-        match self.queue.enable_notification(&*self.memory) {
-            Ok(more) => more,
-            Err(error) => {
-                self.break_ring(format_args!("cannot ask for kicks: {error}"));
+        let (at, value) = match self.event_idx {
+            true => (ENTRIES + 8 * usize::from(self.size), self.next_available),
+            false => (0, 0),
+        };
+        let asked = self.used.store(&self.memory, at, value, Ordering::Relaxed);
+        // The driver sees what it is asked for, or what it did before is seen here.
+        fence(Ordering::SeqCst);
+        let index = self.available.load(&self.memory, INDEX, Ordering::Relaxed);
+        match index.filter(|_| asked.is_some()) {
+            Some(index) => index != self.next_available,
+            None => {
+                self.break_ring(format_args!("its rings are not in memory"));
                 false
             }
         }
@@ -380,18 +441,17 @@ impl Virtqueue {
     /// Where the next request is taken from the available ring, for vhost.
     #[must_use]
     pub fn next_available(&self) -> u16 {
-        self.queue.next_avail()
+        self.next_available
     }
 
     /// Goes on where another process or the kernel stopped working on the ring: at the request
     /// `next`, or, where it does not say, at the first one that it did not complete, if it completes
     /// them in order.
     pub fn adopt(&mut self, next: Option<u16>) {
-        let used = self.queue.used_ring() + 2;
-        match load_u16(&self.memory, used) {
+        match self.used.load(&self.memory, INDEX, Ordering::Acquire) {
             Some(index) => {
-                self.queue.set_next_avail(next.unwrap_or(index));
-                self.queue.set_next_used(index);
+                self.next_available = next.unwrap_or(index);
+                self.next_used = index;
                 self.signalled = index;
             }
             None => self.break_ring(format_args!("the used ring is not in memory")),
@@ -423,6 +483,7 @@ impl Chain {
         self.head = head;
         self.readable.clear();
         self.writable.clear();
+        self.bytes = [0; 2];
         self.lacks = [false; 2];
         self.last = None;
     }
@@ -455,13 +516,13 @@ impl Chain {
     /// Bytes of the buffers that the device reads.
     #[must_use]
     pub fn readable_len(&self) -> usize {
-        self.readable.iter().map(|segment| segment.len).sum()
+        self.bytes[0]
     }
 
     /// Bytes of the buffers that the device writes.
     #[must_use]
     pub fn writable_len(&self) -> usize {
-        self.writable.iter().map(|segment| segment.len).sum()
+        self.bytes[1]
     }
 
     /// Copies from the readable buffers at `offset` bytes; returns how many bytes there were.
@@ -505,10 +566,23 @@ impl Chain {
         done
     }
 
+    /// Reads a value of the readable buffers at their beginning; `None` where there are not so many
+    /// bytes.
+    #[must_use]
+    pub fn read_first<T: ByteValued + Default>(&self, memory: &GuestMemoryMmap) -> Option<T> {
+        // As a rule all of it lies in the first buffer.
+        if let Some(first) = self.readable.first()
+            && first.len >= size_of::<T>()
+            && let Ok(slice) = memory.get_slice(first.address, size_of::<T>())
+        {
+            return Some(slice.get_ref(0).ok()?.load());
+        }
+        let mut value = T::default();
+        let there = self.read(memory, 0, value.as_mut_slice());
+        (there == size_of::<T>()).then_some(value)
+    }
+
     /// Takes the request apart whose first descriptor is `head` of `table`.
-    ///
-    /// This is what `virtio_queue::DescriptorChain` does, which looks each descriptor's memory up
-    /// by itself; that would be most of what a request costs us.
     fn fill<'a>(
         &mut self,
         memory: &'a GuestMemoryMmap,
@@ -516,6 +590,7 @@ impl Chain {
         head: u16,
     ) -> Result<(), &'static str> {
         const ASTRAY: &str = "does not end, or leads out of its table";
+        let mut regions = Regions::new(memory);
         let mut index = head;
         let mut left = table.entries;
         let mut is_indirect = false;
@@ -524,33 +599,40 @@ impl Chain {
         while left > 0 {
             left -= 1;
             let descriptor = table.get(index).ok_or(ASTRAY)?;
-            let len = descriptor.len();
-            if descriptor.refers_to_indirect_table() {
+            let len = descriptor.len;
+            if descriptor.flags & INDIRECT != 0 {
                 let entries = u16::try_from(len / DESCRIPTOR).map_err(|_| ASTRAY)?;
                 if is_indirect || len % DESCRIPTOR != 0 {
                     return Err(ASTRAY);
                 }
-                table = Table::new(memory, descriptor.addr(), entries);
+                let (address, bytes) = (GuestAddress(descriptor.address), len as usize);
+                table = Table {
+                    memory,
+                    address,
+                    entries,
+                    whole: regions.slice(address, bytes),
+                };
                 (index, left, is_indirect) = (0, entries, true);
                 continue;
             }
             bytes = bytes.checked_add(len).ok_or(ASTRAY)?;
-            self.add(memory, &descriptor)?;
-            if !descriptor.has_next() {
+            self.add(&mut regions, descriptor)?;
+            if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
-            index = descriptor.next();
+            index = descriptor.next;
         }
         Err(ASTRAY)
     }
 
     fn add(
         &mut self,
-        memory: &GuestMemoryMmap,
-        descriptor: &Descriptor,
+        regions: &mut Regions<'_>,
+        descriptor: Descriptor,
     ) -> Result<(), &'static str> {
-        let (address, len) = (descriptor.addr(), descriptor.len() as usize);
-        let is_writable = descriptor.is_write_only();
+        let address = GuestAddress(descriptor.address);
+        let len = descriptor.len as usize;
+        let is_writable = descriptor.flags & WRITE != 0;
         let segments = match is_writable {
             true => &mut self.writable,
             false if !self.writable.is_empty() || self.lacks[1] => {
@@ -564,7 +646,7 @@ impl Chain {
         if segments.len() == MOST_SEGMENTS {
             return Err("has too many buffers");
         }
-        let is_there = is_memory(memory, address, len, is_writable);
+        let is_there = regions.are_memory(address, len, is_writable);
         if is_writable {
             let last = address.checked_add(len as u64 - 1);
             self.last = last.filter(|_| is_there);
@@ -573,35 +655,169 @@ impl Chain {
         *lacks |= !is_there;
         if !*lacks {
             segments.push(Segment { address, len });
+            self.bytes[usize::from(is_writable)] += len;
         }
         Ok(())
     }
 }
 
-/// Whether all of a range is memory that may be read, and written where `to_write`.
-fn is_memory(memory: &GuestMemoryMmap, start: GuestAddress, len: usize, to_write: bool) -> bool {
-    let (mut at, mut left) = (start, len);
-    loop {
-        // Most lie in one region.
-        let Some((region, offset)) = memory.to_region_addr(at) else {
-            return false;
-        };
-        if to_write && region.prot() & PROT_WRITE == 0 {
-            return false;
+/// Finds where addresses lie in guest memory: fast where one lies in the same region as the one
+/// before it, as nearly all do.
+pub(super) struct Regions<'a> {
+    memory: &'a GuestMemoryMmap,
+    last: Option<&'a GuestRegionMmap>,
+}
+
+impl<'a> Regions<'a> {
+    pub(super) fn new(memory: &'a GuestMemoryMmap) -> Regions<'a> {
+        Regions { memory, last: None }
+    }
+
+    /// The region of an address, and how many bytes behind its beginning the address is.
+    #[inline]
+    pub(super) fn find(&mut self, address: GuestAddress) -> Option<(&'a GuestRegionMmap, usize)> {
+        if let Some(region) = self.last
+            && let Some(offset) = region.to_region_addr(address)
+        {
+            return Some((region, offset.0 as usize));
         }
-        let there = region.size() - offset.0 as usize;
-        if left <= there {
-            return true;
-        }
-        left -= there;
-        match at.checked_add(there as u64) {
-            Some(next) => at = next,
-            None => return false,
+        let (region, offset) = self.memory.to_region_addr(address)?;
+        self.last = Some(region);
+        Some((region, offset.0 as usize))
+    }
+
+    /// Bytes that lie in one region.
+    fn slice(&mut self, address: GuestAddress, bytes: usize) -> Option<VolatileSlice<'a>> {
+        let (region, offset) = self.find(address)?;
+        VolatileMemory::get_slice(&**region, offset, bytes).ok()
+    }
+
+    /// Whether all of a range is memory that may be read, and written where `to_write`.
+    fn are_memory(&mut self, start: GuestAddress, len: usize, to_write: bool) -> bool {
+        let (mut at, mut left) = (start, len);
+        loop {
+            let Some((region, offset)) = self.find(at) else {
+                return false;
+            };
+            if to_write && region.prot() & PROT_WRITE == 0 {
+                return false;
+            }
+            let there = region.size() - offset;
+            if left <= there {
+                return true;
+            }
+            left -= there;
+            match at.checked_add(there as u64) {
+                Some(next) => at = next,
+                None => return false,
+            }
         }
     }
 }
 
-/// A table of descriptors, where it is looked up once.
+/// One of the three parts of a ring, which is looked up once. All of it is memory.
+struct Area {
+    start: GuestAddress,
+    bytes: usize,
+    /// The mapping that it lies in and how far behind its beginning, if it lies in one.
+    place: Option<(Arc<MmapRegion>, usize)>,
+}
+
+impl Area {
+    fn new(memory: &GuestMemoryMmap, start: GuestAddress, bytes: usize) -> Area {
+        let place = memory.to_region_addr(start).and_then(|(region, offset)| {
+            let offset = offset.0 as usize;
+            let fits = bytes <= region.size() - offset;
+            fits.then(|| (region.get_mmap(), offset))
+        });
+        Area {
+            start,
+            bytes,
+            place,
+        }
+    }
+
+    /// All of it, if it lies in one region.
+    fn slice(&self) -> Option<VolatileSlice<'_>> {
+        let (mapping, start) = self.place.as_ref()?;
+        VolatileMemory::get_slice(&**mapping, *start, self.bytes).ok()
+    }
+
+    /// The little-endian number at so many bytes.
+    #[inline]
+    fn load(&self, memory: &GuestMemoryMmap, offset: usize, order: Ordering) -> Option<u16> {
+        let value = match &self.place {
+            Some((mapping, start)) => {
+                let number = mapping.get_atomic_ref::<AtomicU16>(start + offset);
+                number.ok()?.load(order)
+            }
+            None => {
+                let address = self.start.checked_add(offset as u64)?;
+                memory.load(address, order).ok()?
+            }
+        };
+        Some(u16::from_le(value))
+    }
+
+    /// As [`Self::load`], the other way.
+    #[inline]
+    fn store(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: usize,
+        value: u16,
+        order: Ordering,
+    ) -> Option<()> {
+        match &self.place {
+            Some((mapping, start)) => {
+                let number = mapping.get_atomic_ref::<AtomicU16>(start + offset);
+                number.ok()?.store(value.to_le(), order);
+            }
+            None => {
+                let address = self.start.checked_add(offset as u64)?;
+                memory.store(value.to_le(), address, order).ok()?;
+            }
+        }
+        Some(())
+    }
+
+    /// Writes an entry of the used ring at so many bytes.
+    #[inline]
+    fn put(&self, memory: &GuestMemoryMmap, offset: usize, entry: [u32; 2]) -> Option<()> {
+        match &self.place {
+            Some((mapping, start)) => mapping.get_ref(start + offset).ok()?.store(entry),
+            None => {
+                let address = self.start.checked_add(offset as u64)?;
+                memory.write_obj(entry, address).ok()?;
+            }
+        }
+        Some(())
+    }
+}
+
+/// struct virtq_desc (virtio 1.2, section 2.7.5).
+#[derive(Clone, Copy, Debug)]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    /// The one that has these bytes.
+    fn of(words: [u64; 2]) -> Descriptor {
+        let [address, rest] = words.map(u64::from_le);
+        Descriptor {
+            address,
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
+        }
+    }
+}
+
+/// A table of descriptors.
 struct Table<'a> {
     memory: &'a GuestMemoryMmap,
     address: GuestAddress,
@@ -610,30 +826,21 @@ struct Table<'a> {
     whole: Option<VolatileSlice<'a>>,
 }
 
-impl<'a> Table<'a> {
-    fn new(memory: &'a GuestMemoryMmap, address: GuestAddress, entries: u16) -> Table<'a> {
-        let bytes = usize::from(entries) * DESCRIPTOR as usize;
-        Table {
-            memory,
-            address,
-            entries,
-            whole: memory.get_slice(address, bytes).ok(),
-        }
-    }
-
+impl Table<'_> {
     /// A descriptor; `None` where the table ends before, or is not in memory.
     fn get(&self, index: u16) -> Option<Descriptor> {
         if index >= self.entries {
             return None;
         }
         let offset = usize::from(index) * DESCRIPTOR as usize;
-        match &self.whole {
-            Some(whole) => Some(whole.get_ref(offset).ok()?.load()),
+        let words = match &self.whole {
+            Some(whole) => whole.get_ref(offset).ok()?.load(),
             None => {
                 let address = self.address.checked_add(offset as u64)?;
-                self.memory.read_obj(address).ok()
+                self.memory.read_obj(address).ok()?
             }
-        }
+        };
+        Some(Descriptor::of(words))
     }
 }
 
@@ -657,9 +864,9 @@ pub fn parts(
     })
 }
 
-/// Loads a little-endian 16-bit number of a ring, for tests and checks.
-#[must_use]
-pub fn load_u16(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
+/// Loads a little-endian 16-bit number of a ring.
+#[cfg(test)]
+fn load_u16(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
     memory
         .load::<u16>(GuestAddress(address), Ordering::Acquire)
         .map(u16::from_le)

@@ -6,11 +6,10 @@ use super::growth::GrowthWatch;
 use super::sys::{self, Direction, MOST_AT_ONCE, Mover};
 use crate::eintr::uninterrupted;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::io::{Seek, SeekFrom};
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -94,7 +93,7 @@ impl Image {
     /// than before; of a file that was cut the reads and writes tell.
     pub(super) fn grown(&self) -> Option<u64> {
         self.growth.as_ref()?.drain();
-        let len = (&self.file).seek(SeekFrom::End(0)).ok()?;
+        let len = rustix::fs::seek(&self.file, SeekFrom::End(0)).ok()?;
         (len > self.len.load(Relaxed)).then(|| self.set_len(len))
     }
 
@@ -169,7 +168,7 @@ impl Image {
             return Ok(());
         }
         // The place in the file means nothing: all reads and writes say where.
-        let size = (&self.file).seek(SeekFrom::End(0))?;
+        let size = rustix::fs::seek(&self.file, SeekFrom::End(0))?;
         let end = offset.saturating_add(len).min(self.len.load(Relaxed));
         match size >= end {
             true => Ok(()),
@@ -361,11 +360,9 @@ impl PlainEngine {
         if !matches!(request.operation, Operation::Read | Operation::Flush) {
             self.image.check_end(request.offset, request.len)?;
         }
-        let result = request.in_parts(MOST_AT_ONCE).try_for_each(|part| {
-            match request.cancelled.load(Relaxed) {
-                true => Err(cancelled()),
-                false => self.perform_part(&part),
-            }
+        let result = request.each_part(MOST_AT_ONCE, |part| match part.cancelled.load(Relaxed) {
+            true => Err(cancelled()),
+            false => self.perform_part(part),
         });
         // What one request needs is not kept for ever.
         if let Some(mover) = &mut self.mover {

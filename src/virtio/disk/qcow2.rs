@@ -560,13 +560,12 @@ impl Engine for Qcow2Engine {
     fn begin(&mut self, request: &Request<'_>) -> Option<Outcome> {
         let result = match &self.memory {
             // In parts, so that a reset does not wait for all of it.
-            Some(memory) => {
-                let mut parts = request.in_parts(MOST_AT_ONCE);
-                parts.try_for_each(|part| match part.cancelled.load(Ordering::Relaxed) {
+            Some(memory) => request.each_part(MOST_AT_ONCE, |part| {
+                match part.cancelled.load(Ordering::Relaxed) {
                     true => Err(cancelled()),
-                    false => self.image.perform(memory, &part),
-                })
-            }
+                    false => self.image.perform(memory, part),
+                }
+            }),
             None => Err(Errno::FAULT.into()),
         };
         let complaints = &self.image.complaints;

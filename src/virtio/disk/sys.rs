@@ -6,7 +6,7 @@
 
 use crate::deadline::wait_once;
 use crate::eintr::{CallError, uninterrupted};
-use armlet_devices::virtio::block::Data;
+use armlet_devices::virtio::block::{Data, Place};
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
 use rustix::event::PollFlags;
@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 /// The most pieces that one call takes (UIO_MAXIOV, include/uapi/linux/uio.h).
 const MOST_PIECES: usize = 1024;
@@ -44,49 +44,35 @@ pub(super) enum Direction {
     Write,
 }
 
-/// What `struct iovec` is, with an address that may go from thread to thread.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    address: usize,
-    len: usize,
-}
-
-const _: () = assert!(size_of::<Piece>() == size_of::<libc::iovec>());
+const _: () = assert!(size_of::<Place>() == size_of::<libc::iovec>());
 
 /// Pieces of guest memory, of which the first ones are done with.
 #[derive(Debug, Default)]
 struct Pieces {
-    list: Vec<Piece>,
+    list: Vec<Place>,
     first: usize,
+    /// Bytes that are left.
+    left: usize,
 }
 
 impl Pieces {
     fn set(&mut self, memory: &GuestMemoryMmap, data: &Data<'_>) -> io::Result<()> {
         self.list.clear();
         self.first = 0;
-        for part in data.parts() {
-            // A buffer may lie in several regions that meet.
-            for slice in memory.get_slices(part.address, part.len) {
-                let slice = slice.map_err(|_| Errno::FAULT)?;
-                let start = slice.ptr_guard_mut().as_ptr() as usize;
-                for at in (0..slice.len()).step_by(MOST_AT_ONCE) {
-                    self.list.push(Piece {
-                        address: start + at,
-                        len: MOST_AT_ONCE.min(slice.len() - at),
-                    });
-                }
-            }
-        }
+        let bytes = data.places(memory, MOST_AT_ONCE, &mut self.list);
+        self.left = bytes.ok_or(Errno::FAULT)?;
         Ok(())
     }
 
     /// As many as one call takes; none is longer than [`MOST_AT_ONCE`].
-    fn next(&self) -> &[Piece] {
+    fn next(&self) -> &[Place] {
         let left = &self.list[self.first..];
+        if self.left <= MOST_AT_ONCE && left.len() <= MOST_PIECES {
+            return left;
+        }
         let left = &left[..left.len().min(MOST_PIECES)];
         let mut bytes = 0;
-        let mut fits = |piece: &Piece| {
+        let mut fits = |piece: &Place| {
             bytes += piece.len;
             bytes <= MOST_AT_ONCE
         };
@@ -97,11 +83,19 @@ impl Pieces {
     /// Keeps no more memory than most requests need.
     fn release(&mut self) {
         self.first = 0;
+        self.left = 0;
         self.list.clear();
-        self.list.shrink_to(KEPT_PIECES);
+        if self.list.capacity() > KEPT_PIECES {
+            self.list.shrink_to(KEPT_PIECES);
+        }
     }
 
     fn advance(&mut self, mut done: usize) {
+        self.left = self.left.saturating_sub(done);
+        if self.left == 0 {
+            self.first = self.list.len();
+            return;
+        }
         for piece in &mut self.list[self.first..] {
             if done < piece.len {
                 piece.address += done;
@@ -115,7 +109,7 @@ impl Pieces {
 
     fn is_aligned(&self, address: usize, len: usize) -> bool {
         let aligned =
-            |piece: &Piece| piece.address.is_multiple_of(address) && piece.len.is_multiple_of(len);
+            |piece: &Place| piece.address.is_multiple_of(address) && piece.len.is_multiple_of(len);
         self.list.iter().all(aligned)
     }
 
@@ -151,7 +145,7 @@ pub(super) fn end_of(direction: Direction) -> io::Error {
 /// One call: returns the bytes that it moved.
 fn move_once(
     fd: RawFd,
-    pieces: &[Piece],
+    pieces: &[Place],
     direction: Direction,
     offset: u64,
     flags: i32,

@@ -538,6 +538,37 @@ fn indexes_run_over_and_nothing_is_lost() {
 }
 
 #[test]
+fn rings_may_lie_in_banks_that_meet() {
+    // Each part of the ring lies in two, and one entry of the used ring, too.
+    let ends = [0x1_0000, 0x1_0020, 0x1_1008, 0x1_2010, 0x2_0000];
+    let banks: Vec<_> = ends
+        .windows(2)
+        .map(|ends| (ends[0], (ends[1] - ends[0]) as usize))
+        .collect();
+    for event_idx in [false, true] {
+        let mut bench = Bench::of(&banks, event_idx);
+        for round in 0..3 * SIZE {
+            bench.offer_plain();
+            let mut served = 0;
+            bench.queue.serve(|queue, chain| {
+                served += 1;
+                assert_eq!(chain.writable_len(), 4);
+                queue.complete(chain, round.into());
+            });
+            assert_eq!((served, bench.used()), (1, round + 1));
+            let slot = RINGS.used + 4 + 8 * u64::from(round % SIZE);
+            let entry: [u32; 2] = bench.memory.read_obj(GuestAddress(slot)).expect("memory");
+            assert_eq!(entry, [u32::from(round % SIZE), round.into()]);
+        }
+        assert!(!bench.queue.is_broken());
+        assert_eq!(
+            bench.interrupts(),
+            if event_idx { 1 } else { 3 * usize::from(SIZE) }
+        );
+    }
+}
+
+#[test]
 fn rings_outside_memory_are_refused() {
     let bench = Bench::new();
     let make = |size, addresses| {
