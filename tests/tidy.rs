@@ -98,7 +98,7 @@ fn dependencies_point_one_way() {
 
 #[test]
 fn modules_use_one_another_in_no_circle() {
-    let crates = ["arch/src/lib.rs", "fdt/src/lib.rs"];
+    let crates = ["arch/src/lib.rs", "fdt/src/lib.rs", "xtask/src/main.rs"];
     let mut found = Vec::new();
     for root in crates {
         let (folder, _) = root.rsplit_once('/').expect("a folder");
@@ -303,7 +303,7 @@ fn names_say_what_a_thing_is() {
 fn a_file_is_short_enough_to_read() {
     const MOST: usize = 1000;
     const MOST_WHERE_SPLIT: usize = 600;
-    const SPLIT: &[&str] = &["arch/", "fdt/"];
+    const SPLIT: &[&str] = &["arch/", "fdt/", "xtask/"];
     let mut findings = Findings::new("a file is too long; split it by what it says");
     for file in sources(ALL) {
         let is_split = SPLIT.iter().any(|folder| file.path.starts_with(folder));

@@ -16,11 +16,12 @@ use crate::assets::{self, Choice};
 use crate::boot;
 use crate::elf;
 use crate::figures::{self, Figures, Row};
-use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::host::{Ended, HostFile, HostSpec, Job};
 use crate::isa::Isa;
 use crate::measure::Pass;
 use crate::packages::{Kernel, Store};
 use crate::progress::say;
+use crate::rig;
 use crate::runner;
 
 /// How armlet is started. The guest's memory is that with which the peers were measured.
@@ -286,7 +287,7 @@ impl Bench {
             }
             Ok(())
         };
-        match host::run(store, &spec, &job, None, &mut print)? {
+        match rig::run(store, &spec, &job, None, &mut print)? {
             Ended::Exit(0) => Ok(lines),
             ended => bail!("measuring {} failed ({ended:?})\n{said}", vmm.name),
         }

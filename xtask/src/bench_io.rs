@@ -5,8 +5,10 @@
 //! busy; what is counted meanwhile is divided by the number of operations. The measuring itself is
 //! [`crate::measure_io`].
 
-use std::collections::BTreeMap;
+mod tables;
+
 use std::fmt::Write as _;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,12 +25,11 @@ use crate::isa::Isa;
 use crate::measure_io::{GUEST_ADDRESS, HOST_ADDRESS, PORT, READY};
 use crate::packages::Store;
 use crate::progress::say;
+use crate::rig;
+use tables::{tables, text};
 
 /// How long everything may take.
 const LIMIT: Duration = Duration::from_secs(5400);
-
-/// What the issue asks for: memory of a VMM with one disk and one network card, KiB.
-const MEMORY_KIB: f64 = 2560.0;
 
 /// Measure what armlet's devices cost, beside QEMU's, in one run.
 ///
@@ -418,231 +419,15 @@ fn measure(store: &Store, job: &Job) -> Result<Vec<Value>> {
         }
         Ok(())
     };
-    match host::run(store, &spec, job, None, &mut print)? {
+    match rig::run(store, &spec, job, None, &mut print)? {
         Ended::Exit(0) => Ok(lines),
         ended => Err(anyhow!("measuring failed ({ended:?})\n{said}")),
     }
 }
 
-fn text<'a>(line: &'a Value, key: &str) -> &'a str {
-    line[key].as_str().unwrap_or("?")
-}
-
-/// What one VMM took for one operation.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Row {
-    /// Instructions of the VMM in user space.
-    user: f64,
-    /// Of those, on threads that are not vCPUs.
-    user_workers: f64,
-    /// Instructions of the host's kernel on behalf of the VMM's threads.
-    kernel: f64,
-    /// Instructions of the host's kernel on behalf of anybody.
-    kernel_all: f64,
-    guest: f64,
-    user_exits: f64,
-    exits: f64,
-    nanos: f64,
-}
-
-impl Row {
-    /// The mean over `lines`, each divided by its operations.
-    fn of(lines: &[&Value]) -> Row {
-        let mut row = Row::default();
-        for line in lines {
-            let per = |number: f64| {
-                let operations = line["operations"].as_f64().unwrap_or(1.0).max(1.0);
-                number / unit(text(line, "name")).0.recip() / operations / lines.len() as f64
-            };
-            let sum = |key: &str, all: bool| {
-                let threads = line[key].as_object().into_iter().flatten();
-                let counted = threads
-                    .filter(|(name, _)| all || !name.contains("vcpu") && !name.starts_with("CPU"));
-                counted.filter_map(|(_, count)| count.as_f64()).sum::<f64>()
-            };
-            let number = |key: &str| line[key].as_f64().unwrap_or(0.0);
-            row.user += per(sum("user", true));
-            row.user_workers += per(sum("user", false));
-            row.kernel += per(sum("kernel", true));
-            row.kernel_all += per(number("kernel_all"));
-            row.guest += per(number("guest"));
-            row.user_exits += per(number("user_exits"));
-            row.exits += per(number("exits"));
-            row.nanos += per(number("nanos"));
-        }
-        row
-    }
-}
-
-/// How many of the guest's operations make one of the table, and what that is called.
-fn unit(name: &str) -> (f64, &'static str) {
-    match name {
-        "send" | "receive" | "some-bytes" => (65536.0, "64 KiB"),
-        "serial" | "virtio" => (1.0, "byte"),
-        "request-response" => (1.0, "request and response"),
-        _ => (1.0, "request"),
-    }
-}
-
-/// The tables, and what of the goals is met.
-fn tables(lines: &[Value]) -> String {
-    let mut out = String::new();
-    let mut names: Vec<(&str, &str)> = Vec::new();
-    for line in lines.iter().filter(|line| line["operations"].is_number()) {
-        let key = (text(line, "work"), text(line, "name"));
-        if !names.contains(&key) && key.0 != "memory" {
-            names.push(key);
-        }
-    }
-    let mut goals = Vec::new();
-    for (work, name) in names {
-        let mut vmms: BTreeMap<usize, (&str, Vec<&Value>)> = BTreeMap::new();
-        let of_row = lines
-            .iter()
-            .enumerate()
-            .filter(|(_, line)| text(line, "work") == work && text(line, "name") == name);
-        for (index, line) in of_row {
-            let vmm = text(line, "vmm");
-            let known = vmms.values_mut().find(|(known, _)| *known == vmm);
-            match known {
-                Some((_, lines)) => lines.push(line),
-                None => drop(vmms.insert(index, (vmm, vec![line]))),
-            }
-        }
-        let rows = vmms
-            .into_values()
-            .map(|(vmm, lines)| (vmm, Row::of(&lines)));
-        let rows = rows.collect::<Vec<_>>();
-        let _ = writeln!(
-            out,
-            "{work}: {name}, for each {}\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
-            unit(name).1,
-            "",
-            "VMM",
-            "(workers)",
-            "its kernel",
-            "kernel",
-            "guest",
-            "to user",
-            "exits",
-            "us"
-        );
-        for (vmm, row) in &rows {
-            let _ = writeln!(
-                out,
-                "  {vmm:<18}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>9.3}{:>9.3}{:>10.2}",
-                row.user,
-                row.user_workers,
-                row.kernel,
-                row.kernel_all,
-                row.guest,
-                row.user_exits,
-                row.exits,
-                row.nanos / 1e3
-            );
-        }
-        out.push('\n');
-        goals.extend(goal(work, name, &rows));
-    }
-    let memory = lines
-        .iter()
-        .filter(|line| text(line, "name") == "memory" && text(line, "work") == "memory");
-    for line in memory {
-        let kib = line["vmm_rss_kib"].as_f64().unwrap_or(0.0);
-        let threads = line["threads"].as_array().into_iter().flatten();
-        let threads = threads.filter_map(Value::as_str).collect::<Vec<_>>();
-        let vmm = text(line, "vmm");
-        let _ = writeln!(
-            out,
-            "memory with one disk and one network card: {vmm} {kib:.0} KiB; threads: {}",
-            threads.join(" ")
-        );
-        if vmm == "armlet" {
-            goals.push((
-                format!("memory at most {MEMORY_KIB} KiB: {kib:.0}"),
-                kib <= MEMORY_KIB,
-            ));
-        }
-    }
-    if !goals.is_empty() {
-        out.push_str("\nGoals:\n");
-    }
-    for (goal, met) in goals {
-        let _ = writeln!(out, "  {} {goal}", if met { "met   " } else { "MISSED" });
-    }
-    out.push_str(
-        "\nVMM: instructions in user space; its kernel: of the host's kernel on its threads; kernel: \
-         of the host's kernel, whoever runs. us: virtual microseconds, one instruction a \
-         nanosecond.\n",
-    );
-    out
-}
-
-/// What is asked of armlet in this row.
-fn goal(work: &str, name: &str, rows: &[(&str, Row)]) -> Vec<(String, bool)> {
-    let is_ours = |vmm: &str| vmm.starts_with("armlet");
-    let ours = rows.iter().filter(|(vmm, _)| is_ours(vmm));
-    let mut goals = Vec::new();
-    if work == "disk" && name.starts_with("4k") {
-        let least = |ours: bool| {
-            let users = rows.iter().filter(|(vmm, _)| is_ours(vmm) == ours);
-            users.map(|(_, row)| row.user).reduce(f64::min)
-        };
-        if let (Some(armlet), Some(peer)) = (least(true), least(false)) {
-            let goal = format!("{name}: VMM's instructions {armlet:.0}, best peer {peer:.0}");
-            goals.push((goal, armlet <= peer));
-        }
-    }
-    if work == "disk" || work == "net" {
-        for (vmm, row) in ours {
-            let goal = format!("{name}, {vmm}: exits to user space {:.3}", row.user_exits);
-            // The console and the timer of a guest that sleeps leave a few.
-            goals.push((goal, row.user_exits < 0.02));
-        }
-    }
-    goals
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn line(vmm: &str, name: &str, user: u64, exits: u64) -> Value {
-        json!({
-            "vmm": vmm, "work": "disk", "run": 1, "name": name, "operations": 100,
-            "nanos": 1_000_000, "user": {"vcpu0": 1000, "disk0": user}, "kernel": {"disk0": 5000},
-            "kernel_all": 9000, "guest": 70_000, "user_exits": exits, "exits": 300,
-        })
-    }
-
-    #[test]
-    fn figures_are_divided_by_operations() {
-        let line = line("armlet", "4k-random-read-1", 200_000, 1);
-        let row = Row::of(&[&line]);
-        assert_eq!((row.user, row.user_workers), (2010.0, 2000.0));
-        assert_eq!(
-            (row.exits, row.user_exits, row.nanos),
-            (3.0, 0.01, 10_000.0)
-        );
-    }
-
-    #[test]
-    fn goals_compare_with_the_best_peer() {
-        let lines = [
-            line("armlet, io_uring", "4k-random-read-1", 100_000, 0),
-            line("QEMU, io_uring", "4k-random-read-1", 300_000, 0),
-            line("QEMU, threads", "4k-random-read-1", 50_000, 90),
-        ];
-        let text = tables(&lines);
-        assert!(
-            text.contains("MISSED 4k-random-read-1: VMM's instructions 1010, best peer 510"),
-            "{text}"
-        );
-        assert!(
-            text.contains("met    4k-random-read-1, armlet, io_uring: exits"),
-            "{text}"
-        );
-    }
 
     #[test]
     fn every_setup_names_its_devices() {

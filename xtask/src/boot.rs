@@ -14,6 +14,7 @@ use crate::isa::Isa;
 use crate::marker::Filter;
 use crate::packages::Store;
 use crate::progress::say;
+use crate::rig;
 use crate::small_std;
 use crate::terminal::RawTerminal;
 
@@ -113,7 +114,7 @@ impl Boot {
         } else {
             None
         };
-        let ended = host::run(&store, &spec, &job, terminal.as_ref(), &mut print)?;
+        let ended = rig::run(&store, &spec, &job, terminal.as_ref(), &mut print)?;
         drop(terminal);
         match ended {
             Ended::Left => {
@@ -212,7 +213,7 @@ pub(crate) fn build_with(
     let toolchain = isa.toolchain()?;
     say(&format!("building {program} for {}", toolchain.target));
     let started = Instant::now();
-    let mut cargo = crate::cargo();
+    let mut cargo = crate::repository::cargo();
     cargo.args(["build", "--package", program, "--bin", program]);
     cargo.args(["--target", &toolchain.target]);
     cargo.args(&toolchain.args).envs(toolchain.env.clone());
@@ -242,7 +243,7 @@ pub(crate) fn build_with(
     ));
 
     let profile = if release { "release" } else { "debug" };
-    let built = crate::target_folder()?
+    let built = crate::repository::target_folder()?
         .join(&toolchain.target)
         .join(profile)
         .join(program);

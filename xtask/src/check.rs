@@ -390,7 +390,7 @@ fn chosen<'a>(list: Option<&str>, all: &[&'a str]) -> Result<Vec<&'a str>> {
 }
 
 fn cargo(arguments: &[&str]) -> Command {
-    let mut cargo = crate::cargo();
+    let mut cargo = crate::repository::cargo();
     cargo.args(arguments);
     cargo
 }
@@ -499,7 +499,7 @@ mod tests {
 
     /// The test program's modules and its tests, as `module::test`, from its sources.
     fn tests_of(program: &str) -> Vec<String> {
-        let folder = crate::repository().join("tests");
+        let folder = crate::repository::repository().join("tests");
         let root = std::fs::read_to_string(folder.join(format!("{program}.rs"))).unwrap();
         let paths = root
             .lines()

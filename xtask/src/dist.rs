@@ -51,8 +51,8 @@ const GUESTS: &str = "etc/armlet";
 impl Dist {
     /// Makes the release and gives the exit status.
     pub(crate) fn run(&self) -> Result<i32> {
-        let sources = crate::repository();
-        let out = crate::target_folder()?.join("dist");
+        let sources = crate::repository::repository();
+        let out = crate::repository::target_folder()?.join("dist");
         if out.exists() {
             fs::remove_dir_all(&out).with_context(|| format!("cannot empty {out:?}"))?;
         }
@@ -128,7 +128,7 @@ fn build(sources: &Path, target: &Path, architecture: &Architecture) -> Result<P
     .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
     .chain(small_std::FLAGS.map(str::to_owned))
     .collect();
-    let mut cargo = crate::cargo();
+    let mut cargo = crate::repository::cargo();
     small_std::add(&mut cargo)?;
     let status = cargo
         .current_dir(sources)
@@ -371,7 +371,7 @@ mod tests {
 
     #[test]
     fn the_package_has_the_folder_that_its_unit_reads() {
-        let unit = fs::read_to_string(crate::repository().join(UNIT)).unwrap();
+        let unit = fs::read_to_string(crate::repository::repository().join(UNIT)).unwrap();
         assert!(unit.contains(&format!("EnvironmentFile=/{GUESTS}/%i.conf")));
         let folder = tempfile::tempdir().unwrap();
         let (out, tree) = (folder.path().join("out"), folder.path().join("tree"));
@@ -385,7 +385,7 @@ mod tests {
         ] {
             fs::write(out.join(file), "").unwrap();
         }
-        let sources = crate::repository();
+        let sources = crate::repository::repository();
         let package = Package {
             sources: &sources,
             out: &out,
@@ -412,7 +412,7 @@ mod tests {
 
     #[test]
     fn a_stop_by_the_unit_is_armlets_own() {
-        let unit = fs::read_to_string(crate::repository().join(UNIT)).unwrap();
+        let unit = fs::read_to_string(crate::repository::repository().join(UNIT)).unwrap();
         let value = |key: &str| {
             let line = unit.lines().find_map(|line| line.strip_prefix(key));
             line.unwrap_or_else(|| panic!("no {key}")).to_owned()
@@ -425,7 +425,7 @@ mod tests {
 
     #[test]
     fn systemd_finds_no_fault_in_the_unit() {
-        let unit = fs::read_to_string(crate::repository().join(UNIT)).unwrap();
+        let unit = fs::read_to_string(crate::repository::repository().join(UNIT)).unwrap();
         let program = "/usr/bin/armlet";
         assert!(unit.contains(&format!("ExecStart={program} run ")));
         let folder = std::env::temp_dir().join(format!("armlet-unit-{}", std::process::id()));

@@ -54,7 +54,7 @@ struct Outcome {
 impl Fuzz {
     /// Feeds the targets one after another; 0 when none fell.
     pub(crate) fn run(&self) -> Result<i32> {
-        let folder = crate::repository().join("fuzz");
+        let folder = crate::repository::repository().join("fuzz");
         let all = targets(&folder)?;
         for target in &self.targets {
             ensure!(
@@ -194,7 +194,7 @@ fn longest(target: &str) -> u32 {
 /// The command that builds a target with coverage and address sanitizer, and runs it.
 fn run(tool: &Path, target: &str) -> Command {
     let mut command = Command::new(tool);
-    command.current_dir(crate::repository());
+    command.current_dir(crate::repository::repository());
     // Both are options of nightly compilers, which a stable one has as well.
     command.env("RUSTC_BOOTSTRAP", "1");
     // Errors are no news here, and where they arise is costly to tell.
@@ -232,7 +232,7 @@ fn cargo_fuzz(store: &Store) -> Result<PathBuf> {
     say(&format!(
         "installing cargo-fuzz {CARGO_FUZZ} from crates.io into {folder:?}; it takes some minutes"
     ));
-    let mut install = crate::cargo();
+    let mut install = crate::repository::cargo();
     install.args(["install", "cargo-fuzz", "--locked", "--quiet"]);
     install
         .args(["--version", CARGO_FUZZ, "--root"])
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn each_target_is_a_program_of_the_package() {
-        let folder = crate::repository().join("fuzz");
+        let folder = crate::repository::repository().join("fuzz");
         let manifest = fs::read_to_string(folder.join("Cargo.toml")).expect("a manifest");
         let targets = targets(&folder).expect("targets");
         assert!(!targets.is_empty());

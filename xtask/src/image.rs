@@ -368,7 +368,7 @@ fn install(
         log.take(bytes);
         Ok(())
     };
-    let ended = host::run(store, &spec, &job, None, &mut print)?;
+    let ended = host::run(store, &spec, &job, Vec::new(), None, &mut print)?;
     if !matches!(ended, Ended::Exit(0)) {
         bail!("the installation failed ({ended:?})\n{}", log.end());
     }

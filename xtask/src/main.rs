@@ -6,6 +6,7 @@ mod bench;
 mod bench_io;
 mod boot;
 mod check;
+mod command;
 mod dist;
 mod elf;
 mod figures;
@@ -24,6 +25,8 @@ mod packages;
 mod perf;
 mod procfs;
 mod progress;
+mod repository;
+mod rig;
 mod runner;
 mod signals;
 mod small_std;
@@ -32,12 +35,10 @@ mod toolchain;
 mod trace;
 mod vm;
 mod vmlinux;
-mod watched;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::sync::OnceLock;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
@@ -51,6 +52,7 @@ use crate::measure::Measure;
 use crate::measure_io::MeasureIo;
 use crate::packages::Store;
 use crate::progress::say;
+use crate::repository::is_checkout;
 use crate::terminal::RawTerminal;
 
 /// Build, boot and test armlet, on any Debian or Ubuntu machine.
@@ -127,7 +129,7 @@ fn run() -> Result<i32> {
     // These run in emulated hosts and in guests.
     if !matches!(task, Some("measure" | "measure-io" | "load")) {
         ensure!(
-            repository().join(MARK).is_file(),
+            is_checkout(),
             "this is no checkout of armlet; run 'cargo xtask' in one"
         );
     }
@@ -236,110 +238,10 @@ impl Host {
                 .and_then(|()| out.flush())
                 .context("cannot write standard output")
         };
-        match host::run(&store, &spec, &job, terminal.as_ref(), &mut print)? {
+        match rig::run(&store, &spec, &job, terminal.as_ref(), &mut print)? {
             Ended::Exit(status) => Ok(status),
             Ended::Left => Ok(0),
             Ended::Signal(signal) => Ok(128 + signal),
         }
-    }
-}
-
-/// The repository's root folder: where this program runs for, not where it was compiled. A checkout
-/// that is moved or copied with its build keeps the program.
-fn repository() -> PathBuf {
-    static FOUND: OnceLock<PathBuf> = OnceLock::new();
-    let look = || {
-        let said = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
-        let current = std::env::current_dir().ok();
-        let this = std::env::current_exe().ok();
-        repository_from([said, current.clone(), this].into_iter().flatten())
-            .or(current)
-            .unwrap_or_default()
-    };
-    FOUND.get_or_init(look).clone()
-}
-
-/// The first folder that is a repository of armlet among `places` and what they lie in: cargo says
-/// where the package is that it runs, and else the current folder or this program lies in it.
-fn repository_from(places: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
-    let is_root = |folder: &&Path| folder.join(MARK).is_file();
-    for place in places {
-        if let Some(root) = place.ancestors().find(is_root) {
-            return Some(root.to_owned());
-        }
-    }
-    None
-}
-
-/// A file that armlet's repository has, and no other.
-const MARK: &str = "packaging/armlet@.service";
-
-/// The folder into which cargo builds: this program lies in `debug` below it.
-fn target_folder() -> Result<PathBuf> {
-    let this = std::env::current_exe().context("cannot tell where xtask lies")?;
-    let folder = this
-        .parent()
-        .and_then(Path::parent)
-        .context("xtask lies in no target folder")?;
-    Ok(folder.to_owned())
-}
-
-/// The cargo that started this program, to be run in the repository.
-fn cargo() -> Command {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.current_dir(repository());
-    command
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_checkout_that_was_copied_with_its_build_works_on_itself() {
-        let folder = tempfile::tempdir().unwrap();
-        let copy = folder.path().join("copy");
-        std::fs::create_dir_all(copy.join("target/debug")).unwrap();
-        std::fs::create_dir_all(copy.join("xtask/src")).unwrap();
-        std::fs::create_dir_all(copy.join("packaging")).unwrap();
-        std::fs::write(copy.join(MARK), "").unwrap();
-        let xtask = copy.join("target/debug/xtask");
-        std::fs::copy(std::env::current_exe().unwrap(), &xtask).unwrap();
-        for (said, current) in [
-            (Some(copy.join("xtask")), folder.path().to_owned()),
-            (None, copy.join("xtask/src")),
-            (None, folder.path().to_owned()),
-        ] {
-            let mut command = Command::new(&xtask);
-            command
-                .env_remove("CARGO_MANIFEST_DIR")
-                .current_dir(current);
-            if let Some(said) = said {
-                command.env("CARGO_MANIFEST_DIR", said);
-            }
-            // This test program's own copy, which says where it takes the repository to be.
-            let output = command
-                .args([
-                    "--exact",
-                    "tests::says_its_repository",
-                    "--nocapture",
-                    "--ignored",
-                ])
-                .output()
-                .unwrap();
-            let text = String::from_utf8_lossy(&output.stdout);
-            let found = text
-                .lines()
-                .find_map(|line| line.split("repository: ").nth(1));
-            assert_eq!(found, copy.to_str(), "{output:?}");
-        }
-    }
-
-    #[test]
-    #[ignore = "asked by the test above in a program of its own"]
-    fn says_its_repository() {
-        println!("repository: {}", repository().display());
     }
 }

@@ -13,11 +13,12 @@ use argh::FromArgs;
 
 use crate::assets::{self, Choice};
 use crate::bench::ARMLET;
-use crate::host::{self, Ended, HostFile, HostSpec, Job, TRACED};
+use crate::host::{Ended, HostFile, HostSpec, Job, TRACED};
 use crate::isa::Isa;
 use crate::measure::{self, Pass};
 use crate::packages::Store;
 use crate::progress::say;
+use crate::rig;
 use crate::{boot, runner};
 
 /// What is written, below the workspace's folder.
@@ -46,7 +47,7 @@ impl Order {
         );
         let store = Store::open()?;
         let assets = assets::prepare(&store, isa, Choice::Standard)?;
-        let target = crate::target_folder()?;
+        let target = crate::repository::target_folder()?;
         let (map, log) = (target.join("order.map"), target.join("order.log"));
         let flags = [
             format!("-Clink-arg=-Map={}", map.display()),
@@ -73,7 +74,7 @@ impl Order {
             bytes >> 10,
             sections.values().map(|section| section.size).sum::<u64>() >> 10,
         ));
-        let path = crate::repository().join(FILE);
+        let path = crate::repository::repository().join(FILE);
         std::fs::write(&path, script(&ran)).with_context(|| format!("cannot write {path:?}"))?;
         say(&format!("written: {}", path.display()));
         Ok(0)
@@ -108,7 +109,7 @@ fn trace(store: &Store, assets: &Path, armlet: &Path, log: &Path) -> Result<()> 
         said.extend_from_slice(bytes);
         Ok(())
     };
-    match host::run(store, &spec, &job, None, &mut print)? {
+    match rig::run(store, &spec, &job, None, &mut print)? {
         Ended::Exit(0) => Ok(()),
         ended => bail!(
             "the guest failed ({ended:?})\n{}",

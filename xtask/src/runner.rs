@@ -15,9 +15,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::assets::{self, Choice};
-use crate::host::{self, Ended, HostFile, HostSpec, Job};
+use crate::host::{Ended, HostFile, HostSpec, Job};
 use crate::isa::Isa;
 use crate::packages::Store;
+use crate::rig;
 
 /// Files above this size are no sources or golden files, so the host does without them.
 const LARGEST_REPOSITORY_FILE: u64 = 4 << 20;
@@ -45,14 +46,14 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
         mode: 0o755,
     }];
     files.extend(armlet_beside(&binary));
-    let repository = crate::repository();
+    let repository = crate::repository::repository();
     files.extend(repository_files(&repository)?);
     // Hundreds of small files, which one test reads and each host would have to unpack.
     let corpus = repository.join("fuzz/corpus");
     let name = binary.file_name().unwrap_or_default().to_string_lossy();
     files.retain(|file| name.starts_with("corpus-") || !file.to.starts_with(&corpus));
     files.extend(asset_files(&prepared, isa, choice));
-    files.extend(released(&crate::target_folder()?, isa));
+    files.extend(released(&crate::repository::target_folder()?, isa));
 
     let mut environment = std::env::vars()
         .filter(|(name, _)| PASSED_ON.iter().any(|start| name.starts_with(start)))
@@ -78,7 +79,7 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
             .and_then(|()| out.flush())
             .context("cannot write standard output")
     };
-    match host::run(
+    match rig::run(
         &store,
         &HostSpec::from_environment()?,
         &job,

@@ -1,7 +1,6 @@
 //! SIGTERM, SIGINT and SIGHUP while an emulated host runs: QEMU has to end with xtask, and a
 //! terminal has to be as it was.
 
-use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
@@ -9,29 +8,29 @@ use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::host::Event;
+/// Takes a signal, and says whether somebody still listens.
+type Listener = Box<dyn Fn(i32) -> bool + Send>;
 
-/// To whom a signal is told; nobody, when it shall end the program as if it were not caught.
-static LISTENER: Mutex<Option<Sender<Event>>> = Mutex::new(None);
+/// Who hears of signals. Without one a signal ends the program as if it were not caught.
+static LISTENER: Mutex<Option<Listener>> = Mutex::new(None);
 
 /// Set once this process catches signals, which it then does until its end.
 static CAUGHT: OnceLock<()> = OnceLock::new();
 
-/// Tells `sender` about signals until this is dropped.
+/// Passes signals on until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch;
 
 impl Watch {
-    pub(crate) fn start(sender: Sender<Event>) -> Result<Self> {
-        *listener() = Some(sender);
+    /// Passes signals to `heard`, which says whether somebody still hears of them.
+    pub(crate) fn start(heard: impl Fn(i32) -> bool + Send + 'static) -> Result<Self> {
+        *listener() = Some(Box::new(heard));
         if CAUGHT.set(()).is_ok() {
             let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]);
             let mut signals = signals.context("cannot catch signals")?;
             thread::spawn(move || {
                 for signal in signals.forever() {
-                    let told = listener()
-                        .as_ref()
-                        .is_some_and(|sender| sender.send(Event::Signal(signal)).is_ok());
+                    let told = listener().as_ref().is_some_and(|heard| heard(signal));
                     if !told {
                         std::process::exit(128 + signal);
                     }
@@ -48,6 +47,6 @@ impl Drop for Watch {
     }
 }
 
-fn listener() -> MutexGuard<'static, Option<Sender<Event>>> {
+fn listener() -> MutexGuard<'static, Option<Listener>> {
     LISTENER.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,8 +10,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 
+use crate::command::output_of;
 use crate::progress::say;
-use crate::toolchain::{Compiler, output_of};
+use crate::toolchain::Compiler;
 
 /// What cargo is told in addition.
 const ARGUMENTS: [&str; 2] = [

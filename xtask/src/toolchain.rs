@@ -10,35 +10,34 @@
 //! Static glibc alone is over half a megabyte, so the last is for need only. What is made lies in
 //! the user's cache folder, and so do the notes about what failed: delete a note to try again.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+mod apt;
+mod cache;
+mod compiler;
+mod sysroot;
+
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::progress::say;
-use crate::watched::run_watched;
+use apt::{install, package_of};
+use cache::Cache;
+use compiler::version;
+use sysroot::{MUSL, RECIPE, make_sysroot};
 
-const MUSL: &str = "aarch64-unknown-linux-musl";
+use crate::command::{output_of, run_watched};
+pub(crate) use compiler::Compiler;
+
 const GNU: &str = "aarch64-unknown-linux-gnu";
-
-/// To be raised when the way in which the sysroot is made changes (then also `cargo clean`: cargo
-/// tells standard libraries apart by the compiler's version only).
-const RECIPE: u32 = 1;
 
 /// How long rustup may do nothing before we take the network for unreachable.
 const RUSTUP_SILENCE: Duration = Duration::from_secs(30);
 
-/// How long a failure is believed to last.
-const NOTE_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
-
 /// The compiler of Debian that is installed when `/usr/bin/rustc` is missing or too old.
 const DEBIAN_RUSTC: &str = "rustc-web";
-
-/// Packages that hold LLVM's static unwinder, of which the first that the archive has is taken.
-const UNWINDERS: [&str; 2] = ["libunwind-14-dev:arm64", "libunwind-19-dev:arm64"];
 
 /// What to add to `cargo build --target <target>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,137 +107,6 @@ impl Toolchain {
         let target = self.target.replace('-', "_").to_uppercase();
         format!("CARGO_TARGET_{target}_{setting}")
     }
-}
-
-/// A Rust compiler.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Compiler {
-    program: PathBuf,
-    pub(crate) sysroot: PathBuf,
-    release: String,
-    commit: String,
-    host: String,
-}
-
-impl Compiler {
-    pub(crate) fn ask(program: &Path) -> Result<Self> {
-        let about = output_of(Command::new(program).arg("-vV"))?;
-        let sysroot = output_of(Command::new(program).args(["--print", "sysroot"]))?;
-        let value = |key: &str| {
-            let mut lines = about.lines().filter_map(|line| line.split_once(": "));
-            let found = lines.find(|(name, _)| *name == key);
-            found
-                .map(|(_, value)| value.to_owned())
-                .with_context(|| format!("{program:?} -vV does not tell its {key}"))
-        };
-        Ok(Self {
-            program: program.to_owned(),
-            sysroot: PathBuf::from(sysroot.trim()),
-            release: value("release")?,
-            commit: value("commit-hash")?,
-            host: value("host")?,
-        })
-    }
-
-    fn has_std(&self, target: &str) -> bool {
-        let folder = self.sysroot.join("lib/rustlib").join(target).join("lib");
-        let is_std = |name: &str| {
-            (name.starts_with("libstd-") || name == "libstd.rlib") && name.ends_with(".rlib")
-        };
-        fs::read_dir(folder).is_ok_and(|mut entries| {
-            entries.any(|entry| {
-                entry.is_ok_and(|entry| entry.file_name().to_str().is_some_and(is_std))
-            })
-        })
-    }
-
-    /// The linker that comes with rustup's compilers.
-    fn rust_lld(&self) -> Option<PathBuf> {
-        let tools = self.sysroot.join("lib/rustlib").join(&self.host);
-        let linker = tools.join("bin/rust-lld");
-        linker.is_file().then_some(linker)
-    }
-
-    /// The linker for a self-contained target.
-    fn linker(&self) -> String {
-        match self.rust_lld() {
-            Some(path) => path.display().to_string(),
-            // Binutils link musl programs just as well, only the file is padded more.
-            None if self.host.starts_with("aarch64") => "ld".to_owned(),
-            None => "aarch64-linux-gnu-ld".to_owned(),
-        }
-    }
-
-    /// The version and build, as part of a file's name.
-    fn key(&self) -> String {
-        let commit = self.commit.get(..9).unwrap_or(&self.commit);
-        format!("{}-{commit}", self.release)
-    }
-}
-
-/// The folder in which results and notes are kept.
-#[derive(Debug)]
-struct Cache {
-    root: PathBuf,
-}
-
-impl Cache {
-    /// Opens `$XDG_CACHE_HOME/armlet`, or `~/.cache/armlet`.
-    fn open() -> Result<Self> {
-        let base = match std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from) {
-            Some(folder) if folder.is_absolute() => folder,
-            _ => {
-                let home = std::env::var_os("HOME");
-                let home = home.context("neither HOME nor XDG_CACHE_HOME is set")?;
-                PathBuf::from(home).join(".cache")
-            }
-        };
-        Self::at(base.join("armlet"))
-    }
-
-    fn at(root: PathBuf) -> Result<Self> {
-        let folder = root.join("sysroot");
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {folder:?}"))?;
-        Ok(Self { root })
-    }
-
-    fn sysroot(&self, name: &str) -> PathBuf {
-        self.root.join("sysroot").join(name)
-    }
-
-    /// Holds this part of the cache for this process until the returned file is closed.
-    fn lock(&self) -> Result<File> {
-        let path = self.sysroot("lock");
-        let file = File::create(&path).with_context(|| format!("cannot create {path:?}"))?;
-        if file.try_lock().is_err() {
-            say("waiting for another xtask that prepares the compiler");
-            file.lock()
-                .with_context(|| format!("cannot lock {path:?}"))?;
-        }
-        Ok(file)
-    }
-
-    /// Tries `what` unless it failed lately, and notes when it fails.
-    fn remember<T>(&self, what: &str, attempt: impl FnOnce() -> Result<T>) -> Result<T> {
-        let note = self.sysroot(&format!("failed-{what}"));
-        if let Some(reason) = recent(&note, NOTE_AGE) {
-            bail!("{reason} (noted in {})", note.display());
-        }
-        let result = attempt();
-        if let Err(error) = &result {
-            fs::write(&note, format!("{error:#}"))
-                .with_context(|| format!("cannot write {note:?}"))?;
-        }
-        result
-    }
-}
-
-/// The note's text, unless it is older than `age`.
-fn recent(note: &Path, age: Duration) -> Option<String> {
-    let written = fs::metadata(note).and_then(|about| about.modified()).ok()?;
-    let recent = written.elapsed().is_ok_and(|passed| passed < age);
-    let text = fs::read_to_string(note).ok()?;
-    recent.then(|| text.trim().to_owned())
 }
 
 /// The active compiler, with the musl target that was made for it.
@@ -330,27 +198,6 @@ fn debian_compiler() -> Result<Compiler> {
     })
 }
 
-/// Major and minor number.
-fn version(text: &str) -> (u32, u32) {
-    let mut numbers = text
-        .split('.')
-        .map(|number| number.parse().unwrap_or_default());
-    (
-        numbers.next().unwrap_or_default(),
-        numbers.next().unwrap_or_default(),
-    )
-}
-
-/// The package that `/usr/bin/rustc` belongs to, and its version.
-fn package_of(compiler: &Compiler) -> Result<(String, String)> {
-    let owner = output_of(Command::new("dpkg-query").arg("-S").arg(&compiler.program))?;
-    let (package, _) = owner
-        .split_once(':')
-        .with_context(|| format!("no package owns {:?}", compiler.program))?;
-    let version = output_of(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))?;
-    Ok((package.to_owned(), version))
-}
-
 /// Debian's glibc target, linked statically.
 fn debian_gnu(compiler: &Compiler) -> Result<Toolchain> {
     let mut missing = Vec::new();
@@ -374,47 +221,6 @@ fn debian_gnu(compiler: &Compiler) -> Result<Toolchain> {
         .static_glibc())
 }
 
-/// Installs packages on this machine, and says so.
-fn install(packages: &[&str]) -> Result<()> {
-    ensure!(
-        Path::new("/usr/bin/apt-get").exists(),
-        "there is no apt-get to install {} with",
-        packages.join(" ")
-    );
-    let foreign = output_of(Command::new("dpkg").arg("--print-foreign-architectures"))?;
-    if packages.iter().any(|name| name.ends_with(":arm64"))
-        && !foreign.lines().any(|line| line == "arm64")
-    {
-        say("adding the architecture arm64 to dpkg");
-        as_root(&["dpkg", "--add-architecture", "arm64"])?;
-    }
-    say(&format!("installing with apt-get: {}", packages.join(" ")));
-    as_root(&["apt-get", "-q", "update"])?;
-    let install = [
-        "apt-get",
-        "-q",
-        "install",
-        "--yes",
-        "--no-install-recommends",
-    ];
-    as_root(&[&install, packages].concat())
-}
-
-fn as_root(command: &[&str]) -> Result<()> {
-    let root = fs::metadata("/proc/self").is_ok_and(|about| about.uid() == 0);
-    let prefix: &[&str] = if root { &[] } else { &["sudo"] };
-    let words = [prefix, &["env", "DEBIAN_FRONTEND=noninteractive"], command].concat();
-    // Sudo may ask for a password, so it keeps the terminal.
-    let status = Command::new(words[0])
-        .args(&words[1..])
-        .stdout(Stdio::null())
-        .status();
-    let words = words.join(" ");
-    let status = status.with_context(|| format!("cannot run {words}"))?;
-    ensure!(status.success(), "{words} failed");
-    Ok(())
-}
-
 /// Debian's compiler with a musl target of our own.
 fn debian_musl(cache: &Cache, compiler: &Compiler, linker: &str) -> Result<Toolchain> {
     let name = format!("{}-r{RECIPE}", compiler.key());
@@ -431,372 +237,13 @@ fn debian_musl(cache: &Cache, compiler: &Compiler, linker: &str) -> Result<Toolc
         .with("RUSTDOC", &program("rustdoc")))
 }
 
-/// Makes the sysroot `folder`, of which nothing is to be seen before it is complete and tried.
-fn make_sysroot(cache: &Cache, compiler: &Compiler, linker: &str, folder: &Path) -> Result<()> {
-    say("making a musl target from Debian's packages (once, in 1 to 2 minutes)");
-    if !Path::new("/usr/bin/aarch64-linux-gnu-gcc").exists() {
-        install(&["gcc-aarch64-linux-gnu"])?;
-    }
-    // Always the same path: it goes into the hashes by which crates know the standard library.
-    let work = cache.sysroot("work");
-    remove_folder(&work)?;
-    let log = cache.sysroot("std.log");
-    let made = make_in(&work, compiler, linker, &log).and_then(|sysroot| {
-        fs::rename(&sysroot, folder).with_context(|| format!("cannot make {folder:?}"))
-    });
-    remove_folder(&work)?;
-    made
-}
-
-fn make_in(work: &Path, compiler: &Compiler, linker: &str, log: &Path) -> Result<PathBuf> {
-    let root = work.join("root");
-    fs::create_dir_all(&root).with_context(|| format!("cannot create {root:?}"))?;
-    fetch(work, compiler, &root)?;
-
-    let source = format!("usr/src/rustc-{}/library", compiler.release);
-    let rlibs = build_std(work, compiler, &root.join(source), log)?;
-
-    let sysroot = work.join("sysroot");
-    assemble(&sysroot, compiler, &rlibs, &root)?;
-    try_out(&sysroot, compiler, linker, work)?;
-    Ok(sysroot)
-}
-
-/// Unpacks the packages that are needed into `root`.
-///
-/// None is installed: a private set of package lists finds those for ARM64 on a machine that does
-/// not have that architecture, and nobody has to be root.
-fn fetch(work: &Path, compiler: &Compiler, root: &Path) -> Result<()> {
-    let (package, version) = package_of(compiler)?;
-    let source = format!("{}-src={version}", package.replacen("rustc", "rust", 1));
-    let apt = Apt::open(work.join("apt"))?;
-    let mut archives = apt.download(&[&source, "musl-dev:arm64"])?;
-    let unwinder = UNWINDERS.iter().find_map(|one| apt.download(&[one]).ok());
-    archives.extend(unwinder.with_context(|| format!("there is none of {UNWINDERS:?}"))?);
-    for archive in archives {
-        unpack(&archive, root)?;
-    }
-    Ok(())
-}
-
-/// Unpacks a package, but of the compiler's source only the library, which is a sixth of it.
-fn unpack(archive: &Path, root: &Path) -> Result<()> {
-    let mut dpkg = Command::new("dpkg")
-        .arg("--fsys-tarfile")
-        .arg(archive)
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot run dpkg")?;
-    let data = dpkg.stdout.take().context("dpkg has no output")?;
-    let unpacked = Command::new("tar")
-        .arg("-xC")
-        .arg(root)
-        .arg("--no-wildcards-match-slash")
-        .args(["compiler", "src"].map(|part| format!("--exclude=./usr/src/rustc-*/{part}")))
-        .stdin(data)
-        .status()
-        .context("cannot run tar")?;
-    let read = dpkg.wait().context("cannot wait for dpkg")?;
-    ensure!(
-        unpacked.success() && read.success(),
-        "cannot unpack {archive:?}"
-    );
-    Ok(())
-}
-
-/// An apt with its own lists of packages.
-#[derive(Debug)]
-struct Apt {
-    folder: PathBuf,
-    native: String,
-}
-
-impl Apt {
-    fn open(folder: PathBuf) -> Result<Self> {
-        for part in ["lists/partial", "cache/archives/partial"] {
-            let part = folder.join(part);
-            fs::create_dir_all(&part).with_context(|| format!("cannot create {part:?}"))?;
-        }
-        let native = output_of(Command::new("dpkg").arg("--print-architecture"))?;
-        let native = native.trim().to_owned();
-        let apt = Self { folder, native };
-        // A single list that fails is of no interest if the packages are found all the same.
-        if let Err(error) = output_of(apt.command().arg("update")) {
-            say(&format!("{error:#}"));
-        }
-        Ok(apt)
-    }
-
-    fn command(&self) -> Command {
-        let folder = self.folder.display();
-        let mut command = Command::new("apt-get");
-        command.current_dir(&self.folder).arg("-q");
-        for option in [
-            format!("APT::Architectures::={}", self.native),
-            "APT::Architectures::=arm64".to_owned(),
-            "APT::Sandbox::User=root".to_owned(),
-            "Acquire::Languages=none".to_owned(),
-            format!("Dir::State::Lists={folder}/lists"),
-            format!("Dir::Cache={folder}/cache"),
-        ] {
-            command.arg("-o").arg(option);
-        }
-        command
-    }
-
-    /// Downloads packages and gives the files that were not there before.
-    fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        let before = files(&self.folder, ".deb")?;
-        output_of(self.command().arg("download").args(packages))?;
-        let mut archives = files(&self.folder, ".deb")?;
-        archives.retain(|path| !before.contains(path));
-        Ok(archives)
-    }
-}
-
-/// Builds the standard library, and gives the folder of its crates.
-///
-/// What it depends on lies beside it in the source package, so no crate is downloaded.
-fn build_std(work: &Path, compiler: &Compiler, source: &Path, log: &Path) -> Result<PathBuf> {
-    let build = work.join("build");
-    let stub = build.join("src");
-    fs::create_dir_all(&stub).with_context(|| format!("cannot create {stub:?}"))?;
-    write(&stub.join("lib.rs"), "")?;
-    write(&build.join("Cargo.toml"), &std_manifest(source))?;
-    let lock = source.join("Cargo.lock");
-    fs::copy(&lock, build.join("Cargo.lock")).with_context(|| format!("cannot copy {lock:?}"))?;
-
-    let remap = format!(
-        "--remap-path-prefix={}=/rustc/{}/library",
-        source.display(),
-        compiler.commit
-    );
-    // Bitcode lets the final program be optimised together with the standard library.
-    let flags = [
-        "-Zforce-unstable-if-unmarked",
-        "-Cembed-bitcode=yes",
-        &remap,
-    ];
-    let vendored = format!("source.vendored.directory={:?}", source.join("vendor"));
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .current_dir(&build)
-        .args(["build", "--release", "--offline", "--target", MUSL])
-        .args(["--config", "source.crates-io.replace-with=\"vendored\""])
-        .args(["--config", &vendored])
-        // The standard library may use what is unstable.
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTC", &compiler.program)
-        .env("RUSTC_WRAPPER", "")
-        .env("RUSTC_WORKSPACE_WRAPPER", "")
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
-        .env("CARGO_TARGET_DIR", build.join("target"))
-        .env("CARGO_INCREMENTAL", "0")
-        .env("__CARGO_DEFAULT_LIB_METADATA", "armlet");
-    // A crate may take long to compile without a word.
-    let silence = Duration::from_secs(600);
-    run_watched(&mut cargo, log, &[build.join("target")], silence)
-        .with_context(|| format!("std does not build (see {})", log.display()))?;
-    Ok(build.join("target").join(MUSL).join("release/deps"))
-}
-
-/// A crate that depends on the standard library as the compiler's own build does.
-///
-/// The library's own workspace would not do: Debian leaves out what its tests depend on. Without
-/// the feature `backtrace` a program is 170 KiB smaller; a stripped one has no names to show.
-fn std_manifest(source: &Path) -> String {
-    let path = |name: &str| format!("{{ path = {:?} }}", source.join(name));
-    let library = source.join("std");
-    let features = r#"["panic-unwind", "optimize_for_size"]"#;
-    format!(
-        r#"cargo-features = ["profile-rustflags"]
-
-[package]
-name = "sysroot"
-version = "0.0.0"
-edition = "2024"
-
-[workspace]
-
-[dependencies]
-std = {{ path = {library:?}, features = {features} }}
-proc_macro = {proc_macro}
-test = {test}
-
-[patch.crates-io]
-rustc-std-workspace-core = {core}
-rustc-std-workspace-alloc = {alloc}
-rustc-std-workspace-std = {std}
-
-[profile.release]
-opt-level = "s"
-codegen-units = 1
-
-[profile.release.package.compiler_builtins]
-codegen-units = 10000
-
-[profile.release.package.panic_abort]
-rustflags = ["-Cpanic=abort"]
-"#,
-        proc_macro = path("proc_macro"),
-        test = path("test"),
-        core = path("rustc-std-workspace-core"),
-        alloc = path("rustc-std-workspace-alloc"),
-        std = path("rustc-std-workspace-std"),
-    )
-}
-
-/// Puts together what the compiler looks for in a sysroot.
-fn assemble(sysroot: &Path, compiler: &Compiler, rlibs: &Path, root: &Path) -> Result<()> {
-    let rustlib = sysroot.join("lib/rustlib");
-    let library = rustlib.join(MUSL).join("lib");
-    let contained = library.join("self-contained");
-    let bin = sysroot.join("bin");
-    for folder in [&contained, &bin] {
-        fs::create_dir_all(folder).with_context(|| format!("cannot create {folder:?}"))?;
-    }
-
-    // Build scripts and procedural macros are for this machine.
-    let host = compiler.sysroot.join("lib/rustlib").join(&compiler.host);
-    symlink(&host, rustlib.join(&compiler.host))
-        .with_context(|| format!("cannot link {host:?} into the sysroot"))?;
-    for file in files(rlibs, ".rlib")? {
-        if !name_of(&file).starts_with("libsysroot-") {
-            copy_into(&file, &library)?;
-        }
-    }
-
-    let musl = root.join("usr/lib/aarch64-linux-musl");
-    for file in files(&musl, ".o")?.into_iter().chain(files(&musl, ".a")?) {
-        copy_into(&file, &contained)?;
-    }
-    for name in ["crtbegin.o", "crtbeginS.o", "crtend.o", "crtendS.o"] {
-        let mut gcc = Command::new("aarch64-linux-gnu-gcc");
-        let path = output_of(gcc.arg(format!("-print-file-name={name}")))?;
-        copy_into(Path::new(path.trim()), &contained)?;
-    }
-    // This unwinder was compiled for glibc, whose checking fprintf is the one function that musl
-    // lacks. It is called only to complain before aborting.
-    let unwinder = unwinder(root)?;
-    let mut objcopy = Command::new("aarch64-linux-gnu-objcopy");
-    objcopy.args(["--redefine-sym", "__fprintf_chk=abort"]);
-    output_of(objcopy.arg(&unwinder).arg(contained.join("libunwind.a")))?;
-
-    for name in ["rustc", "rustdoc"] {
-        let script = bin.join(name);
-        let program = compiler.program.with_file_name(name);
-        write(&script, &wrapper(&program))?;
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
-            .with_context(|| format!("cannot make {script:?} executable"))?;
-    }
-    Ok(())
-}
-
-/// A script that starts `program` with the sysroot in whose `bin` the script lies.
-fn wrapper(program: &Path) -> String {
-    let program = program.display();
-    format!("#!/bin/sh\nexec {program} --sysroot \"${{0%/bin/*}}\" \"$@\"\n")
-}
-
-/// The static unwinder below `root`.
-fn unwinder(root: &Path) -> Result<PathBuf> {
-    let library = root.join("usr/lib");
-    let entries = fs::read_dir(&library).with_context(|| format!("cannot list {library:?}"))?;
-    let mut folders = entries.flatten().map(|entry| entry.path());
-    folders
-        .find(|folder| name_of(folder).starts_with("llvm-"))
-        .map(|folder| folder.join("lib/libunwind.a"))
-        .filter(|file| file.is_file())
-        .context("the unwinder's package has no libunwind.a")
-}
-
-/// Links a program against the new sysroot, as tests and as releases are.
-fn try_out(sysroot: &Path, compiler: &Compiler, linker: &str, work: &Path) -> Result<()> {
-    let source = work.join("try.rs");
-    write(
-        &source,
-        "fn main() {\n\
-         let caught = std::panic::catch_unwind(|| panic!(\"{:?}\", std::time::Instant::now()));\n\
-         let joined = std::thread::spawn(|| std::fs::read(\"/proc/self/stat\")).join();\n\
-         println!(\"{:?} {:.1}\", joined.is_ok(), f64::from(u8::from(caught.is_err())));\n\
-         }\n",
-    )?;
-    for flags in [
-        ["-Cpanic=unwind", "-Clto=off"],
-        ["-Cpanic=abort", "-Clto=fat"],
-    ] {
-        let mut rustc = Command::new(&compiler.program);
-        rustc
-            .arg("--sysroot")
-            .arg(sysroot)
-            .args(["--edition=2024", "--target", MUSL])
-            .arg(format!("-Clinker={linker}"))
-            .args(flags)
-            .arg("-o")
-            .arg(work.join("try"))
-            .arg(&source);
-        output_of(&mut rustc).context("the new target links no program")?;
-    }
-    Ok(())
-}
-
-/// The files in `folder` whose names end so, in the order of names.
-fn files(folder: &Path, end: &str) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("cannot list {folder:?}"))?;
-    let paths = entries.flatten().map(|entry| entry.path());
-    let mut paths = paths
-        .filter(|path| name_of(path).ends_with(end))
-        .collect::<Vec<_>>();
-    paths.sort();
-    Ok(paths)
-}
-
-fn name_of(path: &Path) -> &str {
-    path.file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or_default()
-}
-
-fn copy_into(file: &Path, folder: &Path) -> Result<()> {
-    fs::copy(file, folder.join(name_of(file))).with_context(|| format!("cannot copy {file:?}"))?;
-    Ok(())
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).with_context(|| format!("cannot write {path:?}"))
-}
-
-fn remove_folder(folder: &Path) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {folder:?}"))?;
-    }
-    Ok(())
-}
-
-/// The line of a command's output that says what is wrong.
-pub(crate) fn complaint(text: &str) -> &str {
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let error = lines
-        .clone()
-        .find(|line| line.starts_with("error") || line.starts_with("E:"));
-    error.or_else(|| lines.next_back()).unwrap_or("it failed")
-}
-
-pub(crate) fn output_of(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).output();
-    let output = output.with_context(|| format!("cannot run {name}"))?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        return Err(anyhow!("{name}: {}", complaint(&text)));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use super::cache::recent;
+    use super::sysroot::{std_manifest, wrapper};
     use super::*;
+    use anyhow::bail;
 
     fn compiler(sysroot: &Path) -> Compiler {
         Compiler {
@@ -886,27 +333,6 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_command_is_ended_and_a_busy_one_is_not() {
-        let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("log");
-        let watched = [folder.path().join("downloads")];
-        fs::create_dir(&watched[0]).unwrap();
-        let shell = |script: &str| {
-            let mut command = Command::new("sh");
-            command.args(["-c", script]).current_dir(folder.path());
-            run_watched(&mut command, &log, &watched, Duration::from_secs(1))
-        };
-        let started = std::time::Instant::now();
-        let error = shell("echo start; exec sleep 60").unwrap_err();
-        assert_eq!(error.to_string(), "nothing came for 1 s");
-        assert!(started.elapsed() < Duration::from_secs(30));
-
-        shell("for n in 1 2 3 4 5 6; do echo $n >> downloads/a; sleep 0.3; done").unwrap();
-        let error = shell("echo 'error: no route'; echo done; exit 1").unwrap_err();
-        assert_eq!(error.to_string(), "error: no route");
-    }
-
-    #[test]
     fn the_wrapper_finds_its_sysroot() {
         let folder = tempfile::tempdir().unwrap();
         let bin = folder.path().join("a b/bin");
@@ -919,18 +345,6 @@ mod tests {
             folder.path().join("a b").display()
         );
         assert_eq!(output, expected);
-    }
-
-    #[test]
-    fn the_line_that_matters_is_quoted() {
-        let cargo = "warning: x\nerror: no matching package\nsearched: rand\n";
-        assert_eq!(complaint(cargo), "error: no matching package");
-        assert_eq!(
-            complaint("Get:1 x\nE: Unable to locate y\n"),
-            "E: Unable to locate y"
-        );
-        assert_eq!(complaint("a\nlast\n\n"), "last");
-        assert_eq!(complaint(""), "it failed");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Tests of how packages are found, on texts as apt prints them.
 
+use super::apt::dependencies;
+use super::release::{source_signature, sources};
 use super::*;
 
 const DEBIAN: &str = "\
