@@ -31,7 +31,7 @@ pub struct X86BzImage {
 }
 
 impl X86BzImage {
-    /// Reads the setup header from the start of a bzImage; [`HEAD`] bytes suffice.
+    /// Reads the setup header from the start of a bzImage; [`HEAD`](super::HEAD) bytes suffice.
     ///
     /// # Errors
     /// Fewer bytes than the header takes, another magic number, a protocol before 2.12, a 32-bit
