@@ -16,7 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The most events that one turn takes; what is more waits for the next.
-const EVENTS: usize = 16;
+const EVENTS: usize = 8;
 /// The bit of an epoll token that tells a kick from a source.
 const KICK: u64 = 1 << 31;
 /// The token of a worker's bell.
@@ -30,7 +30,8 @@ pub struct Reactor {
 
 struct Watched {
     device: Arc<Mutex<dyn VirtioDevice>>,
-    kicks: Vec<Arc<EventFd>>,
+    /// They stay open for as long as they are waited for.
+    _kicks: Vec<Arc<EventFd>>,
 }
 
 impl Reactor {
@@ -74,9 +75,15 @@ impl Reactor {
             false => Vec::new(),
         };
         for (kick, queue) in kicks.iter().zip(0..) {
-            self.watch(kick.as_raw_fd(), EventSet::IN, index | KICK | queue)?;
+            // Each kick is told of once, so that nobody has to read it away. Its counter only grows,
+            // and will not run over.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            self.watch(kick.as_raw_fd(), events, index | KICK | queue)?;
         }
-        self.devices.push(Watched { device, kicks });
+        self.devices.push(Watched {
+            device,
+            _kicks: kicks,
+        });
         Ok(())
     }
 
@@ -117,10 +124,6 @@ impl Reactor {
             return;
         };
         let index = (token as u32 & !(KICK as u32)) as usize;
-        // A kick is taken before the queue is looked at: one that comes later rings again.
-        if token & KICK != 0 {
-            let _ = watched.kicks[index].read();
-        }
         let mut device = lock(&watched.device);
         match token & KICK {
             0 => device.ready(index),
@@ -275,6 +278,32 @@ mod tests {
         drop(worker);
         drop(device);
         assert!(told.recv().is_err(), "nobody calls any more");
+    }
+
+    #[test]
+    fn kicks_are_told_of_until_they_were_heard() {
+        let (tell, told) = channel();
+        let device = Told {
+            tell,
+            source: event(),
+            takes_kicks: true,
+        };
+        let kicks = [Arc::new(event())];
+        // One that came before anybody listened counts.
+        kicks[0].write(1).expect("a kick");
+        let mut reactor = Reactor::new().expect("a reactor");
+        reactor
+            .add(Arc::new(Mutex::new(device)), &kicks)
+            .expect("watched");
+        for kicked in [0, 2, 1] {
+            for _ in 0..kicked {
+                kicks[0].write(1).expect("a kick");
+            }
+            reactor.turn(0).expect("a turn");
+            assert_eq!(told.try_recv().expect("a call"), "kick 0");
+            reactor.turn(0).expect("a turn");
+            assert!(told.try_recv().is_err(), "nothing is new");
+        }
     }
 
     #[test]
