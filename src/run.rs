@@ -153,6 +153,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         if terminal.is_none() {
             terminal = RawTerminal::enter()?;
+            if terminal.is_some() || hvc.is_some() {
+                signals::follow_terminal();
+            }
         }
         // A guest that runs is asked to power off, also before the loop looks for the first time.
         signals::enter(Phase::Running);

@@ -84,9 +84,8 @@ pub fn survive_file_size_limit() {
     }
 }
 
-/// Has signals handled: those that ask for an end, SIGCONT, SIGWINCH and, if it is `counted`,
-/// SIGUSR1. One that is ignored stays so, as nohup(1) wants it. Returns what is readable when one
-/// came.
+/// Has signals handled: those that ask for an end, the alarm and, if it is `counted`, SIGUSR1. One
+/// that is ignored stays so, as nohup(1) wants it. Returns what is readable when one came.
 ///
 /// # Errors
 /// A process without room for another descriptor.
@@ -102,19 +101,21 @@ pub fn install(counted: bool) -> Result<&'static EventFd> {
     };
     BELL.store(bell.as_raw_fd(), Ordering::Release);
     let usr1 = counted.then_some(libc::SIGUSR1);
-    let signals = [
-        libc::SIGTERM,
-        libc::SIGINT,
-        libc::SIGHUP,
-        libc::SIGWINCH,
-        libc::SIGCONT,
-        libc::SIGALRM,
-    ];
+    let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
     for signal in signals.into_iter().chain(usr1) {
-        handle(signal);
+        if !is_ignored(signal) {
+            handle(signal);
+        }
     }
+    handle(libc::SIGALRM);
     enter(Phase::Starting);
     Ok(bell)
+}
+
+/// Has the signals handled that tell of a terminal: SIGWINCH and SIGCONT.
+pub fn follow_terminal() {
+    handle(libc::SIGWINCH);
+    handle(libc::SIGCONT);
 }
 
 /// Begins a phase, and the time that it may take.
@@ -153,7 +154,7 @@ pub fn take() -> Taken {
         resized: take(&RESIZED),
         continued: take(&CONTINUED),
     };
-    if !taken.stop {
+    if taken.power_key && !taken.stop {
         // The event loop does what was asked for.
         alarm(0);
     }
@@ -165,15 +166,21 @@ fn alarm(seconds: u32) {
     unsafe { libc::alarm(seconds) };
 }
 
+/// Whether who started armlet has a signal ignored.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all fields are numbers and pointers for which zero is a value, and the call writes to
+    // `now` alone.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        let asked = libc::sigaction(signal, std::ptr::null(), &raw mut now);
+        asked == 0 && now.sa_sigaction == libc::SIG_IGN
+    }
+}
+
 fn handle(signal: libc::c_int) {
     // SAFETY: all fields are numbers and pointers for which zero is a value; the handler does only
     // what is safe in one, and the calls work on sets of our own.
     unsafe {
-        let mut old: libc::sigaction = std::mem::zeroed();
-        let asked = libc::sigaction(signal, std::ptr::null(), &raw mut old);
-        if asked == 0 && old.sa_sigaction == libc::SIG_IGN {
-            return;
-        }
         let mut new: libc::sigaction = std::mem::zeroed();
         let handler: extern "C" fn(libc::c_int) = caught;
         new.sa_sigaction = handler as usize;
