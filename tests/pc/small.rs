@@ -447,6 +447,22 @@ fn what_is_typed_reaches_a_guest_that_polls() {
 }
 
 #[test]
+fn a_receiver_is_emptied_while_the_divisor_is_shown() {
+    if !rig::small() {
+        return;
+    }
+    let program = Program::default().print("type\n").wait_for_input();
+    // LCR: the divisor's turn, and back; FCR between: both FIFOs emptied.
+    let program = program.out(UART + 3, 0x83).out(UART + 2, 0x07);
+    let program = program.out(UART + 3, 0x03).print("empty\n").power_off();
+    let mut guest = Armlet::program(&program).input(Input::Pipe).start();
+    guest.expect("type\n");
+    guest.send(b"x");
+    guest.expect("empty\n");
+    guest.end().assert_status(0);
+}
+
+#[test]
 fn ctrl_a_x_leaves_and_the_terminal_is_as_before() {
     if !rig::small() {
         return;

@@ -131,13 +131,20 @@ impl Program {
             .bytes(&[0x41, 0x89, 0x00])
     }
 
-    /// Echoes what comes in, up to a `q`.
-    pub(crate) fn echo(self) -> Program {
+    /// Waits, awake, until there is input: TEST AL, 1 of the line status; JZ back to the start.
+    pub(crate) fn wait_for_input(self) -> Program {
         let test = Program::default().input(UART + 5).bytes(&[0xa8, 1]);
-        // JZ back to the start.
         let wait = test.code.len() as i8 + 2;
         let test = test.bytes(&[0x74, wait.wrapping_neg() as u8]);
-        let echo = test.input(UART).bytes(&[0xee, 0x3c, b'q']);
+        self.bytes(&test.code)
+    }
+
+    /// Echoes what comes in, up to a `q`.
+    pub(crate) fn echo(self) -> Program {
+        let echo = Program::default()
+            .wait_for_input()
+            .input(UART)
+            .bytes(&[0xee, 0x3c, b'q']);
         // JNE back to the start.
         let all = echo.code.len() as i8 + 2;
         let echo = echo.bytes(&[0x75, all.wrapping_neg() as u8]);
