@@ -1,10 +1,10 @@
-use crate::guest::{Armlet, GLANCE, Guest};
+use crate::guest::{Armlet, GLANCE, Guest, Input};
 use crate::interpreter::{BOARD, RINGS, SECOND, image, strike};
 use crate::rig;
 use crate::steps::{Driver, Part, QUEUE, Steps, register, slots};
-use rustix::process::Signal;
 use std::fs;
-use std::thread::sleep;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 /// How long guests attack, in seconds, and the first seed: what a guest does hangs on its seed
@@ -14,10 +14,17 @@ const SEED: &str = "ARMLET_ATTACK_SEED";
 const USUALLY: u64 = 20;
 
 /// How often a guest does all of its steps.
-const ROUNDS: u32 = 4;
+const ROUNDS: u32 = 5;
 
-/// The longest that one guest may take.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// What the guest says at the end of each, when no device has anything to do, and then it waits.
+const MARK: &str = "\nall devices are at rest\n";
+/// How often armlet is looked at while it does: what comes and goes by itself does not count.
+const LOOKS: usize = 10;
+/// By how many KiB memory may differ from round to round.
+const SLACK: usize = 512;
+
+/// The device that is attacked, and by which the guest speaks between rounds.
+const CONSOLE: &str = "console";
 
 /// Bytes of the host's memory that are set aside for rings and buffers: devices write nowhere else,
 /// or they would change the guest's own steps.
@@ -25,6 +32,9 @@ const ROOM: u64 = 16 << 20;
 
 /// Where the guest counts its rounds.
 const COUNTER: u64 = RINGS + (64 << 20);
+
+/// Which piece of memory the driver has by which the guest speaks: behind the room of the others.
+const SPEAKER: u64 = 32;
 
 /// Numbers without a pattern, always the same for one seed: xorshift64*.
 pub(crate) struct Random(u64);
@@ -117,8 +127,9 @@ fn registers(steps: &mut Steps, random: &mut Random, base: u64, count: usize) {
     }
 }
 
-/// A chain that may be broken: too long, in a circle, out of memory, the wrong way round.
-fn chain(random: &mut Random) -> Vec<Part> {
+/// A chain that may be broken: too long, in a circle, out of memory, the wrong way round. A console
+/// would print one that is long and in memory, so that it gets none.
+fn chain(random: &mut Random, is_console: bool) -> Vec<Part> {
     let length = match random.below(16) {
         0 => 1 + random.below(2 * u64::from(QUEUE)),
         _ => 1 + random.below(4),
@@ -127,6 +138,7 @@ fn chain(random: &mut Random) -> Vec<Part> {
     for index in 0..length {
         let size = match random.below(6) {
             0 => 0,
+            1 if is_console => random.next() as u32 | 1 << 30,
             1 => random.next() as u32,
             2 => 16,
             3 => 44,
@@ -143,7 +155,7 @@ fn chain(random: &mut Random) -> Vec<Part> {
 }
 
 /// Starts a device, by the rules or nearly, and gives it rings that are right, wrong, or become so.
-fn rings(steps: &mut Steps, random: &mut Random, driver: &mut Driver) {
+fn rings(steps: &mut Steps, random: &mut Random, driver: &mut Driver, is_console: bool) {
     let queues = 1 + random.below(3) as usize;
     // Some devices take fewer entries.
     let size = random.of(&[QUEUE, QUEUE, 8]);
@@ -171,7 +183,7 @@ fn rings(steps: &mut Steps, random: &mut Random, driver: &mut Driver) {
         let content = random.content(64);
         let at = driver.buffers() + (random.below(0x7_0000) & !7);
         steps.place(at, &content);
-        let mut chain = chain(random);
+        let mut chain = chain(random, is_console);
         if random.below(2) == 0 {
             // A header that says something, where devices look for it.
             chain.insert(0, (at, random.of(&[4, 12, 16, 40, 44, 64]), false));
@@ -223,7 +235,8 @@ fn resets(steps: &mut Steps, random: &mut Random, driver: &mut Driver) {
 fn round(steps: &mut Steps, random: &mut Random, slots: &[(String, u64)]) {
     for _ in 0..3 * slots.len() {
         let index = random.below(slots.len() as u64);
-        let base = slots[index as usize].1;
+        let (name, base) = &slots[index as usize];
+        let (base, is_console) = (*base, name == CONSOLE);
         let mut driver = Driver::new(base, index).hasty();
         match random.below(6) {
             0 => registers(steps, random, base, 200),
@@ -234,9 +247,29 @@ fn round(steps: &mut Steps, random: &mut Random, slots: &[(String, u64)]) {
             }
             2 => resets(steps, random, &mut driver),
             3 => strike(steps, random, 200),
-            _ => rings(steps, random, &mut driver),
+            _ => rings(steps, random, &mut driver, is_console),
         }
     }
+}
+
+/// Has all devices rest, says so by the console, and waits for a byte from the host.
+fn rest(steps: &mut Steps, slots: &[(String, u64)]) {
+    for &(_, base) in slots {
+        steps.write(4, base + register::STATUS, 0);
+    }
+    let (input, output) = (0, 1);
+    let mut speaker = Driver::new(console(slots), SPEAKER);
+    speaker.start(steps, 0, &[8; 2]);
+    let text = speaker.buffers();
+    steps.place(text, MARK.as_bytes());
+    speaker.request(steps, output, &[(text, MARK.len() as u32, false)]);
+    speaker.request(steps, input, &[(text + 0x1000, 1, true)]);
+}
+
+/// The virtio console's first register.
+fn console(slots: &[(String, u64)]) -> u64 {
+    let found = slots.iter().find(|(name, _)| name == CONSOLE);
+    found.expect("a virtio console").1
 }
 
 /// What guests of this seed do, [`ROUNDS`] times, until they power off.
@@ -247,8 +280,11 @@ fn attack(seed: u64, slots: &[(String, u64)]) -> Steps {
     let begin = steps.position();
     steps.jump(begin);
     let theirs = steps.position();
+    // It goes on for ever, and does not interrupt the first one when that speaks.
+    let others = slots.iter().filter(|(name, _)| name != CONSOLE);
+    let others: Vec<u64> = others.map(|(_, base)| *base).collect();
     for _ in 0..8 {
-        let base = slots[random.below(slots.len() as u64) as usize].1;
+        let base = random.of(&others);
         registers(&mut steps, &mut random, base, 100);
     }
     steps.jump(theirs);
@@ -258,8 +294,7 @@ fn attack(seed: u64, slots: &[(String, u64)]) -> Steps {
     steps.write(4, COUNTER, u64::from(ROUNDS));
     let start = steps.position();
     round(&mut steps, &mut random, slots);
-    steps.enable_console();
-    steps.print("\nround\n");
+    rest(&mut steps, slots);
     steps.repeat(COUNTER, start);
     // No request is under way any more, and the machine ends in order.
     for &(_, base) in slots {
@@ -269,9 +304,9 @@ fn attack(seed: u64, slots: &[(String, u64)]) -> Steps {
     steps
 }
 
-/// Descriptors, threads and KiB of anonymous memory of armlet's process; `None` once it has ended.
-fn holdings(guest: &Guest) -> Option<[usize; 3]> {
-    let folder = format!("/proc/{}", guest.pid());
+/// Descriptors, threads and KiB of anonymous memory of a process; `None` once it has ended.
+fn holdings(pid: u32) -> Option<[usize; 3]> {
+    let folder = format!("/proc/{pid}");
     let count = |what: &str| Some(fs::read_dir(format!("{folder}/{what}")).ok()?.count());
     let status = fs::read_to_string(format!("{folder}/status")).ok()?;
     let line = status
@@ -279,6 +314,36 @@ fn holdings(guest: &Guest) -> Option<[usize; 3]> {
         .find_map(|line| line.strip_prefix("RssAnon:"))?;
     let resident = line.split_whitespace().next()?.parse().ok()?;
     Some([count("fd")?, count("task")?, resident])
+}
+
+/// What armlet holds while its guest's devices rest: the least of some looks.
+fn at_rest(guest: &Guest) -> [usize; 3] {
+    let mut least = [usize::MAX; 3];
+    for _ in 0..LOOKS {
+        if let Some(now) = holdings(guest.pid()) {
+            least = [0, 1, 2].map(|index| least[index].min(now[index]));
+        }
+        sleep(GLANCE);
+    }
+    least
+}
+
+/// Whether there is more of something after each round. The first may be the first use of a device.
+fn grows(rounds: &[[usize; 3]], what: usize, slack: usize) -> bool {
+    let counts: Vec<usize> = rounds.iter().skip(1).map(|round| round[what]).collect();
+    let (first, last) = (counts[0], counts[counts.len() - 1]);
+    counts.is_sorted_by(|before, after| before < after) && last > first + slack
+}
+
+#[test]
+fn what_grows_after_each_round_is_told_from_what_comes_and_goes() {
+    let rounds = |counts: [usize; 5]| counts.map(|count| [count, 0, 10 * count]);
+    assert!(grows(&rounds([9, 5, 6, 7, 8]), 0, 0));
+    assert!(!grows(&rounds([9, 5, 6, 6, 8]), 0, 0));
+    assert!(!grows(&rounds([1, 7, 7, 7, 7]), 0, 0));
+    assert!(!grows(&rounds([1, 7, 8, 9, 10]), 1, 0));
+    assert!(grows(&rounds([1, 7, 8, 9, 10]), 2, 29));
+    assert!(!grows(&rounds([1, 7, 8, 9, 10]), 2, 30));
 }
 
 /// Runs the guest of one seed to its end.
@@ -290,37 +355,52 @@ fn survives(seed: u64, options: &[(&str, String)], slots: &[(String, u64)]) {
     );
     let mut armlet = Armlet::image(&image(&steps))
         .option("--board", BOARD)
+        .input(Input::Pipe)
         .cpus(2);
     for (name, value) in options {
         armlet = armlet.option(name, value);
     }
     let mut guest = armlet.start();
-    let mut most = [0; 3];
-    while guest.runs() {
-        if let Some(now) = holdings(&guest) {
-            most = [0, 1, 2].map(|index| most[index].max(now[index]));
+    let most = [const { AtomicUsize::new(0) }; 3];
+    let is_over = AtomicBool::new(false);
+    let pid = guest.pid();
+    let mut rounds = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                for (most, now) in most.iter().zip(holdings(pid).unwrap_or_default()) {
+                    most.fetch_max(now, Ordering::Relaxed);
+                }
+                sleep(GLANCE);
+            }
+        });
+        let _ends = Ends(&is_over);
+        for _ in 0..ROUNDS {
+            guest.expect(MARK);
+            rounds.push(at_rest(&guest));
+            guest.send(b"g");
         }
-        if guest.age() > PATIENCE {
-            println!("seed {seed}: it has not ended after {PATIENCE:?}");
-            guest.signal(Signal::INT);
-            guest.end().assert_status(0);
-            unreachable!("it was stopped");
-        }
-        sleep(GLANCE);
-    }
+    });
     let outcome = guest.end();
+    let [descriptors, threads, kib] = most.map(AtomicUsize::into_inner);
     println!(
-        "seed {seed}: at most {most:?}; {} bytes of messages",
+        "seed {seed}: at most {:?}, at rest {rounds:?}; {} bytes of output, {} of messages",
+        [descriptors, threads, kib],
+        outcome.bytes.len(),
         outcome.errors.len()
     );
     outcome.assert_status(0);
-    let rounds = outcome.text().matches("\nround\n").count();
-    assert_eq!(rounds, ROUNDS as usize, "seed {seed}: rounds");
-    let [descriptors, threads, kib] = most;
     assert!(descriptors < 200, "seed {seed}: {descriptors} descriptors");
     assert!(threads < 50, "seed {seed}: {threads} threads");
     // All of the guest's 256 MiB are among it where nobody shares them.
     assert!(kib < (256 + 64) << 10, "seed {seed}: {kib} KiB of memory");
+    for (what, slack) in [(0, 0), (1, 0), (2, SLACK)] {
+        let name = ["descriptors", "threads", "KiB of memory"][what];
+        assert!(
+            !grows(&rounds, what, slack),
+            "seed {seed}: more {name} after each round: {rounds:?}"
+        );
+    }
     let messages = outcome.errors.lines().count();
     assert!(messages < 1000, "seed {seed}: {messages} messages");
     // How a panic of armlet's own begins; programs that work for devices have theirs.
@@ -329,6 +409,15 @@ fn survives(seed: u64, options: &[(&str, String)], slots: &[(String, u64)]) {
         .lines()
         .any(|line| line.starts_with("thread '"));
     assert!(!panicked, "seed {seed}: {}", outcome.errors);
+}
+
+/// Says that it is over, also where a check fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -351,6 +440,7 @@ fn no_seed_of_attacks_hurts_armlet() {
         ("--pmem", format!("path={}", path("pmem"))),
         ("--vsock", format!("cid=3,uds={}", path("vsock"))),
         ("--balloon", "reporting=on".to_owned()),
+        ("--console", "virtio".to_owned()),
     ];
     if rig::program("passt").is_some() {
         options.push(("--net", "user".to_owned()));
