@@ -3,7 +3,7 @@
 use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
-use crate::files;
+use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::messages::{visible_json, visible_lines};
@@ -12,13 +12,11 @@ use crate::status::{Fault, Status};
 use crate::{boards, host, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
-use armlet_arch::board::Severity;
 use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
 use serde_json::json;
 use std::io::Write;
-use std::path::Path;
 
 /// Does what the command line says.
 ///
@@ -226,62 +224,6 @@ fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
     Ok(board)
 }
 
-/// Says what of a machine that can be made does not suit the host; `host` is this one, where the
-/// machine is for this one.
-pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
-    for warning in &config.pinning.warnings {
-        log::warn!("{warning}");
-    }
-    let board = &config.board;
-    let differences = host.map(|host| A::differences(board, host));
-    if let Some(differences) = differences.filter(|found| !found.is_empty()) {
-        log::warn!(
-            "board '{}' is for another host: {}; the guest gets what is here, and --board auto takes the board that this host is",
-            board.name,
-            differences.join(", ")
-        );
-    }
-}
-
-/// Plans the machine for a host that is, or is taken for, the board `known`. What cannot be planned is a wrong request, unless the host is what limits.
-///
-/// # Errors
-/// [`armlet_arch::PlanError`], and pages that the plan's memory cannot be made of.
-pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host, known: &Board) -> Result<Plan<A>> {
-    use armlet_arch::PlanError;
-    let plan = armlet_arch::plan(&config.board, &config.request, host).or_else(|error| {
-        let status = match error {
-            PlanError::TooWide { .. }
-            | PlanError::WidthNotOffered { .. }
-            | PlanError::IrqchipNotOffered { .. }
-            | PlanError::FeatureNotOffered { .. }
-            | PlanError::PageSize { .. } => Status::Host,
-            _ => Status::Usage,
-        };
-        let no_irqchip = matches!(error, PlanError::IrqchipNotOffered { .. });
-        let mut notes = known.host.notes.iter();
-        let stops = notes.find(|note| no_irqchip && note.severity == Severity::Stops);
-        let result = Err(error);
-        match stops {
-            // The reason is the board's; that of the plan would say the same in general words.
-            Some(note) => Err(anyhow!(
-                "no guest runs on a host like board '{}': {}; {}",
-                known.name,
-                note.what,
-                note.fix
-            )),
-            None => result.map_err(Into::into),
-        }
-        .fault(status)
-    })?;
-    let pages = config.backing.pages;
-    pages
-        .check(A::ARCHITECTURE, plan.width.host_page, &plan.layout.ram)
-        .map_err(|cause| anyhow!("--hugepages {pages}: {cause}"))
-        .fault(Status::Usage)?;
-    Ok(plan)
-}
-
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
     let cmdline = &config.request.cmdline;
     if args.json {
@@ -290,21 +232,6 @@ fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> R
     }
     let kernel = config.kernel.as_ref().map(|kernel| kernel.describe());
     print(&report::text(plan, kernel.as_deref(), &config.settings))
-}
-
-/// Writes the plan's device tree to a file that only its owner may read.
-///
-/// # Errors
-/// A file that cannot be written.
-pub fn write_tree<A: Arch>(path: &str, plan: &Plan<A>) -> Result<()> {
-    let tree = plan
-        .blobs
-        .iter()
-        .find(|blob| blob.name == aarch64::DEVICE_TREE);
-    let tree = tree.context("this machine has no device tree")?;
-    // It holds the guest's seeds.
-    files::write_private(Path::new(path), &tree.bytes)
-        .with_context(|| format!("cannot write the device tree to '{path}'"))
 }
 
 fn probe(args: &ProbeArgs) -> Result<Status> {

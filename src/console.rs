@@ -2,7 +2,7 @@
 
 use crate::deadline::wait_once;
 use crate::eintr::CallError;
-use crate::messages::visible;
+use crate::visible::visible;
 use anyhow::{Context, Result};
 use armlet_devices::action::Action;
 use armlet_devices::console::Output;

@@ -5,9 +5,9 @@
 //! other threads tell; this file is what happens from one life to the next.
 
 use crate::affinity;
-use crate::commands::{decide, warn_of_host, write_tree};
 use crate::config::{Config, fresh_seeds};
 use crate::console::{self, RawTerminal};
+use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};

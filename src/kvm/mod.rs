@@ -11,9 +11,11 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 
 pub mod burst;
+pub mod facts;
 pub mod internal;
 pub mod interrupts;
 pub mod kick;
+pub mod offers;
 pub mod open;
 pub mod page;
 pub mod stats;
@@ -62,7 +64,7 @@ pub trait KvmArch: Arch {
     ///
     /// # Errors
     /// As [`Self::probe`].
-    fn facts(kvm: &Kvm) -> Result<crate::probe::Virtualization>;
+    fn facts(kvm: &Kvm) -> Result<facts::Virtualization>;
 
     /// Creates the VM with its address width.
     ///

@@ -3,11 +3,11 @@
 
 mod cpuid;
 
+use super::facts::{ExitlessTimers, Virtualization, X86Facts};
 use super::interrupts::{Interrupts, Pins};
+use super::offers::Offers;
 use super::{Depth, KvmArch, PortAccess, RawExit};
 use crate::eintr::uninterrupted;
-use crate::probe::offers::Offers;
-use crate::probe::{ExitlessTimers, Virtualization, X86Facts};
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
 use armlet_arch::x86_64::cpu::{BOOT_CS, BOOT_DS};

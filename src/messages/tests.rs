@@ -1,12 +1,15 @@
 //! Messages to pipes, terminals, sockets and files of these tests' own.
 
 use super::*;
+use crate::visible::deceives;
 use proptest::prelude::*;
 use rustix::pipe::PipeFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 

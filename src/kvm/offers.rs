@@ -73,7 +73,7 @@ impl Offers {
     }
 
     /// Those of any architecture, as `armlet probe` shows them.
-    pub(super) fn facts(&self) -> Vec<(&'static str, &'static str, Value)> {
+    pub fn facts(&self) -> Vec<(&'static str, &'static str, Value)> {
         let flags = self.guest_memfd.unwrap_or(0);
         let known = MEMFD_FLAGS.iter().enumerate();
         let mut flags_shown: Vec<String> = known
@@ -104,7 +104,7 @@ impl Offers {
     }
 
     /// Those of ARM64.
-    pub(super) fn arm_facts(&self) -> Vec<(&'static str, &'static str, Value)> {
+    pub fn arm_facts(&self) -> Vec<(&'static str, &'static str, Value)> {
         let mut facts = self.facts();
         facts.extend([
             (

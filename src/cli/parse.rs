@@ -1,0 +1,167 @@
+//! Reads the arguments, and turns what is wrong with them into one line.
+
+use super::{Cli, unknown};
+use argh::{EarlyExit, FromArgs};
+
+/// What the arguments come to: a command line, or a text and whether it is an error.
+#[derive(Debug)]
+pub enum Parsed {
+    /// Go on with this.
+    Cli(Box<Cli>),
+    /// Print this help on standard output and leave.
+    Help(String),
+    /// Print this line on standard error and leave with [`crate::status::Status::Usage`].
+    Wrong(String),
+}
+
+/// Reads the arguments behind the program's name.
+#[must_use]
+pub fn parse(arguments: &[String]) -> Parsed {
+    let split = split_assignments(arguments);
+    let words: Vec<&str> = split.iter().map(String::as_str).collect();
+    match Cli::from_args(&["armlet"], &words) {
+        Ok(cli) => Parsed::Cli(Box::new(cli)),
+        Err(EarlyExit {
+            output,
+            status: Ok(()),
+        }) => Parsed::Help(output),
+        Err(EarlyExit {
+            output,
+            status: Err(()),
+        }) => Parsed::Wrong(one_line(&output, &words)),
+    }
+}
+
+/// `--option=value` as the two words that argh reads.
+fn split_assignments(arguments: &[String]) -> Vec<String> {
+    arguments
+        .iter()
+        .flat_map(|word| match word.split_once('=') {
+            Some((name, value)) if name.starts_with("--") && name.len() > 2 => {
+                vec![name.to_owned(), value.to_owned()]
+            }
+            _ => vec![word.clone()],
+        })
+        .collect()
+}
+
+/// argh's message in one line, with the option that is meant where one is not known.
+fn one_line(output: &str, words: &[&str]) -> String {
+    let message = output
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
+    match message.strip_prefix("Unrecognized argument: ") {
+        Some(word) => unknown::explain(word, words),
+        None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Command;
+
+    fn parse_words(words: &str) -> Parsed {
+        let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        parse(&words)
+    }
+
+    fn wrong(words: &str) -> String {
+        match parse_words(words) {
+            Parsed::Wrong(line) => line,
+            other => panic!("{words}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn values_may_follow_an_equals_sign_or_a_space() {
+        for words in [
+            "run --kernel=Image --memory=1G --cmdline=root=/dev/vda",
+            "run --kernel Image --memory 1G --cmdline root=/dev/vda",
+            "run -k Image -m 1G -p root=/dev/vda",
+        ] {
+            let Parsed::Cli(cli) = parse_words(words) else {
+                panic!("{words}");
+            };
+            let Some(Command::Run(run)) = cli.command else {
+                panic!("{words}");
+            };
+            assert_eq!(run.kernel.as_deref(), Some("Image"));
+            assert_eq!(run.memory.as_deref(), Some("1G"));
+            assert_eq!(run.cmdline.as_deref(), Some("root=/dev/vda"));
+        }
+    }
+
+    #[test]
+    fn options_of_other_vmms_are_answered_with_the_one_that_is_meant() {
+        for (words, meant) in [
+            ("run -kernel Image", "use --kernel"),
+            ("run -append quiet", "use --cmdline"),
+            ("run --append=quiet", "use --cmdline"),
+            ("run -smp 4", "use --cpus"),
+            ("run -drive file=x,format=qcow2", "use --disk path=IMG"),
+            ("run -nographic", "leave it out: the guest's console"),
+            ("run -net user", "use --net"),
+            ("run -cpu host", "--pmu"),
+            ("plan --mem 1G", "use --memory"),
+            ("plan --ram=1G", "use --memory"),
+            ("run --params quiet", "use --cmdline"),
+            ("run --network mode=user", "use --net user"),
+            ("run --api-sock /tmp/s", "no API"),
+            ("run -m1G", "use -m 1G"),
+            ("run -m=1G", "use -m 1G"),
+            ("run --cpu 4", "use --cpus"),
+            ("run --memroy 1G", "use --memory"),
+            ("run vmlinuz", "a kernel is named by --kernel"),
+            ("-kernel Image", "armlet run -kernel"),
+            ("--kernel Image", "armlet run --kernel"),
+            ("-m 1G", "armlet run -m"),
+            ("probe --kernel Image", "an option of 'armlet run'"),
+            ("--versoin", "(valid here: --version, --help)"),
+        ] {
+            let line = wrong(words);
+            assert!(!line.contains('\n') && line.len() < 260, "{line}");
+            assert!(line.contains(meant), "{words}: {line}");
+        }
+        // What is advised is there.
+        let Parsed::Help(help) = parse_words("run --help") else {
+            panic!("no help");
+        };
+        for word in unknown::advised() {
+            assert!(help.contains(&format!("{word} ")), "{word}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_option_is_refused_in_one_line_with_the_valid_ones() {
+        let line = wrong("run --kernle Image");
+        assert!(!line.contains('\n'));
+        assert!(
+            line.contains("--kernle") && line.contains("--kernel"),
+            "{line}"
+        );
+        let line = wrong("plan --on-reset exit");
+        assert!(line.contains("an option of 'armlet run'"), "{line}");
+        let line = wrong("run --frobnicate");
+        assert!(line.contains("--kernel, --initrd"), "{line}");
+    }
+
+    #[test]
+    fn an_unknown_command_is_refused_with_the_valid_ones() {
+        let line = wrong("start");
+        assert!(line.contains("run, plan, probe, boards"), "{line}");
+    }
+
+    #[test]
+    fn each_command_has_help_with_examples() {
+        for command in ["run", "plan", "probe", "boards"] {
+            match parse_words(&format!("{command} --help")) {
+                Parsed::Help(text) => assert!(text.contains("Examples:"), "{text}"),
+                other => panic!("{command}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The plan of a configured machine for a host, and what there is to be said of it.
+
+use crate::config::Config;
+use crate::files;
+use crate::status::{Fault, Status};
+use anyhow::{Context, Result, anyhow};
+use armlet_arch::aarch64;
+use armlet_arch::board::Severity;
+use armlet_arch::{Arch, Board, Plan};
+use std::path::Path;
+
+/// Says what of a machine that can be made does not suit the host; `host` is this one, where the
+/// machine is for this one.
+pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
+    for warning in &config.pinning.warnings {
+        log::warn!("{warning}");
+    }
+    let board = &config.board;
+    let differences = host.map(|host| A::differences(board, host));
+    if let Some(differences) = differences.filter(|found| !found.is_empty()) {
+        log::warn!(
+            "board '{}' is for another host: {}; the guest gets what is here, and --board auto takes the board that this host is",
+            board.name,
+            differences.join(", ")
+        );
+    }
+}
+
+/// Plans the machine for a host that is, or is taken for, the board `known`. What cannot be planned is a wrong request, unless the host is what limits.
+///
+/// # Errors
+/// [`armlet_arch::PlanError`], and pages that the plan's memory cannot be made of.
+pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host, known: &Board) -> Result<Plan<A>> {
+    use armlet_arch::PlanError;
+    let plan = armlet_arch::plan(&config.board, &config.request, host).or_else(|error| {
+        let status = match error {
+            PlanError::TooWide { .. }
+            | PlanError::WidthNotOffered { .. }
+            | PlanError::IrqchipNotOffered { .. }
+            | PlanError::FeatureNotOffered { .. }
+            | PlanError::PageSize { .. } => Status::Host,
+            _ => Status::Usage,
+        };
+        let no_irqchip = matches!(error, PlanError::IrqchipNotOffered { .. });
+        let mut notes = known.host.notes.iter();
+        let stops = notes.find(|note| no_irqchip && note.severity == Severity::Stops);
+        let result = Err(error);
+        match stops {
+            // The reason is the board's; that of the plan would say the same in general words.
+            Some(note) => Err(anyhow!(
+                "no guest runs on a host like board '{}': {}; {}",
+                known.name,
+                note.what,
+                note.fix
+            )),
+            None => result.map_err(Into::into),
+        }
+        .fault(status)
+    })?;
+    let pages = config.backing.pages;
+    pages
+        .check(A::ARCHITECTURE, plan.width.host_page, &plan.layout.ram)
+        .map_err(|cause| anyhow!("--hugepages {pages}: {cause}"))
+        .fault(Status::Usage)?;
+    Ok(plan)
+}
+
+/// Writes the plan's device tree to a file that only its owner may read.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write_tree<A: Arch>(path: &str, plan: &Plan<A>) -> Result<()> {
+    let tree = plan
+        .blobs
+        .iter()
+        .find(|blob| blob.name == aarch64::DEVICE_TREE);
+    let tree = tree.context("this machine has no device tree")?;
+    // It holds the guest's seeds.
+    files::write_private(Path::new(path), &tree.bytes)
+        .with_context(|| format!("cannot write the device tree to '{path}'"))
+}
