@@ -1,6 +1,9 @@
 //! Guest memory: memory of this process, aligned so that KVM can map it in huge blocks.
 
+mod huge;
 mod pool;
+
+pub use huge::huge_page;
 
 use crate::virtio::pmem::PmemImage;
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -164,13 +167,6 @@ fn advice_on_lock(bytes: u64, limit: Option<(Option<u64>, Option<u64>)>) -> Stri
         }
         _ => format!("cannot lock {size}, this host has no such room; use less --memory"),
     }
-}
-
-/// Bytes of a huge page of anonymous memory on a host with pages of `page` bytes: what one page of
-/// page tables maps. 2 MiB on 4 KiB pages, 32 MiB on 16 KiB, 512 MiB on 64 KiB.
-#[must_use]
-pub const fn huge_page(page: usize) -> usize {
-    page / 8 * page
 }
 
 /// A mapping of `size` bytes of ours at an address that suits huge pages.

@@ -11,9 +11,14 @@
 //! Each wait here has a deadline.
 
 mod keeper;
+mod protocol;
 mod sys;
 #[cfg(test)]
 mod tests;
+
+pub use protocol::SOCKET;
+
+use protocol::{MOST_REQUEST, Word};
 
 use crate::deadline::Deadline;
 use crate::eintr::uninterrupted;
@@ -38,13 +43,8 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The number of the socket that a program is given. It has standard input, output and error
-/// beside it, and no other descriptor.
-pub const SOCKET: RawFd = 3;
 /// Where programs are that no folder of `$PATH` has.
 const FOLDERS: [&str; 2] = ["/usr/local/bin", "/usr/bin"];
-/// The most bytes of a request: a program and its arguments.
-const MOST_REQUEST: usize = 64 << 10;
 /// How long the broker may take for what needs nobody else.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a process may take to end once it is killed.
@@ -66,43 +66,6 @@ pub fn find(name: &str, path: Option<&OsStr>, folders: &[&str]) -> Option<PathBu
             folder.is_absolute() && program.is_file() && access(&program, Access::EXEC_OK).is_ok();
         is_program.then_some(program)
     })
-}
-
-/// What the broker says on a process's line: a kind and a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
-    /// It runs, with this ID.
-    Started(i32),
-    /// It could not be started: an errno.
-    Failed(i32),
-    /// It has ended, and all that it started with it: a status of waitpid(2).
-    Ended(i32),
-}
-
-impl Word {
-    const BYTES: usize = 5;
-
-    fn to_bytes(self) -> [u8; Word::BYTES] {
-        let (kind, number) = match self {
-            Word::Started(number) => (0, number),
-            Word::Failed(number) => (1, number),
-            Word::Ended(number) => (2, number),
-        };
-        let mut bytes = [kind; Word::BYTES];
-        bytes[1..].copy_from_slice(&number.to_le_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: [u8; Word::BYTES]) -> Option<Word> {
-        let [kind, number @ ..] = bytes;
-        let number = i32::from_le_bytes(number);
-        match kind {
-            0 => Some(Word::Started(number)),
-            1 => Some(Word::Failed(number)),
-            2 => Some(Word::Ended(number)),
-            _ => None,
-        }
-    }
 }
 
 /// The process that starts others. When this is dropped, or armlet ends, all of them end.

@@ -1,6 +1,7 @@
 //! The broker itself: starts processes, notes their ends, and leaves none behind.
 
-use super::{MOST_REQUEST, SOCKET, Word, sys};
+use super::protocol::{MOST_REQUEST, SOCKET, Word};
+use super::sys;
 use crate::deadline::Deadline;
 use crate::eintr::uninterrupted;
 use rustix::event::{PollFd, PollFlags, poll};
