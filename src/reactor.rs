@@ -8,12 +8,13 @@ use crate::signals;
 use anyhow::{Context, Result};
 use armlet_devices::sync::{lock, ring};
 use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::mailbox::{Mailbox, Owner};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The most events that one turn takes; what is more waits for the next.
 const EVENTS: usize = 8;
@@ -102,52 +103,81 @@ impl Reactor {
 
     /// Serves what is ready, waiting up to `timeout` ms for it (-1: for ever).
     ///
-    /// Returns whether a worker's bell rang.
-    ///
     /// # Errors
     /// What the system says of the wait.
-    pub fn turn(&self, timeout: i32) -> Result<bool> {
+    pub fn turn(&self, timeout: i32) -> Result<()> {
         let mut ready = [EpollEvent::default(); EVENTS];
         let count = events(&self.epoll, timeout, &mut ready).context("cannot wait for devices")?;
-        let mut rang = false;
         for event in &ready[..count] {
-            match event.data() {
-                BELL => rang = true,
-                token => self.serve(token),
+            if let Some((watched, of)) = self.find(event.data()) {
+                of.call(&mut *lock(&watched.device));
             }
         }
-        Ok(rang)
+        Ok(())
     }
 
-    fn serve(&self, token: u64) {
-        let Some(watched) = self.devices.get((token >> 32) as usize) else {
-            return;
-        };
+    /// As [`Self::turn`], with no end to the wait, for the thread that owns the one device. It looks
+    /// for post after each event.
+    fn work(&self, owner: &mut Owner<'_>) -> Result<()> {
+        let mut ready = [EpollEvent::default(); EVENTS];
+        let count = events(&self.epoll, -1, &mut ready).context("cannot wait for devices")?;
+        for event in &ready[..count] {
+            owner.answer_post();
+            if let Some((_, of)) = self.find(event.data()) {
+                of.call(owner.device());
+            }
+        }
+        owner.answer_post();
+        Ok(())
+    }
+
+    /// The device of a token, and what it is called for; `None` for a bell.
+    fn find(&self, token: u64) -> Option<(&Watched, Event)> {
+        if token == BELL {
+            return None;
+        }
+        let watched = self.devices.get((token >> 32) as usize)?;
         let index = (token as u32 & !(KICK as u32)) as usize;
-        let mut device = lock(&watched.device);
-        match token & KICK {
-            0 => device.ready(index),
-            _ => device.kicked(index),
+        if token & KICK == 0 {
+            return Some((watched, Event::Source(index)));
+        }
+        Some((watched, Event::Kick(index)))
+    }
+}
+
+/// What a device is called for.
+#[derive(Clone, Copy)]
+enum Event {
+    Source(usize),
+    Kick(usize),
+}
+
+impl Event {
+    fn call(self, device: &mut dyn VirtioDevice) {
+        match self {
+            Event::Source(index) => device.ready(index),
+            Event::Kick(queue) => device.kicked(queue),
         }
     }
 }
 
-/// A thread that serves a reactor until it is dropped.
+/// A thread that owns a device until it is dropped.
 pub struct Worker {
     name: String,
     thread: Option<JoinHandle<()>>,
     stopping: Arc<AtomicBool>,
-    bell: EventFd,
+    mailbox: Arc<Mailbox>,
 }
 
 impl Worker {
-    /// Starts the thread, called `name` (up to 15 bytes).
+    /// Starts the thread, called `name` (up to 15 bytes). It owns the device of `mailbox`, which is
+    /// the one of `reactor`.
     ///
     /// # Errors
     /// A host without room for another thread.
-    pub fn start(name: String, reactor: Reactor) -> Result<Worker> {
-        let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
-        reactor.watch(bell.as_raw_fd(), EventSet::IN, BELL)?;
+    pub fn start(name: String, reactor: Reactor, mailbox: Arc<Mailbox>) -> Result<Worker> {
+        reactor.watch(mailbox.bell().as_raw_fd(), EventSet::IN, BELL)?;
+        let owned = Arc::clone(&mailbox);
         let stopping = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&stopping);
         let what = format!("cannot start the thread {name}");
@@ -156,8 +186,9 @@ impl Worker {
             .name(name)
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                let mut owner = owned.own();
                 while !stop.load(Ordering::Acquire) {
-                    if let Err(error) = reactor.turn(-1) {
+                    if let Err(error) = reactor.work(&mut owner) {
                         log::error!("a device stops working: {error:#}");
                         return;
                     }
@@ -168,7 +199,7 @@ impl Worker {
             name: kept,
             thread: Some(thread),
             stopping,
-            bell,
+            mailbox,
         })
     }
 }
@@ -180,7 +211,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         signals::waiting_for(format_args!("{} to stop", self.name));
         self.stopping.store(true, Ordering::Release);
-        ring(&self.bell);
+        ring(self.mailbox.bell());
         if let Some(thread) = self.thread.take() {
             // A panic in it has been reported where it happened.
             let _ = thread.join();
@@ -191,8 +222,10 @@ impl Drop for Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use armlet_devices::virtio::mailbox::Access;
     use armlet_devices::virtio::{ConfigSpace, Driver, Positions, Source, StartError, Virtqueue};
     use std::sync::mpsc::{Sender, channel};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     /// A device that tells what it is called for.
     struct Told {
@@ -268,14 +301,26 @@ mod tests {
         let mut reactor = Reactor::new().expect("a reactor");
         let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
         reactor.add(Arc::clone(&device), &kicks).expect("watched");
-        let worker = Worker::start("worker".to_owned(), reactor).expect("a thread");
+        let mailbox = Mailbox::new(Arc::clone(&device)).expect("a descriptor");
+        let mailbox = Arc::new(mailbox);
+        let worker = Worker::start("worker".to_owned(), reactor, Arc::clone(&mailbox));
+        let worker = worker.expect("a thread");
         kicks[1].write(1).expect("a kick");
         assert_eq!(told.recv().expect("a call"), "kick 1");
         source.write(1).expect("ready");
         assert_eq!(told.recv().expect("a call"), "source 0");
         kicks[0].write(1).expect("a kick");
         assert_eq!(told.recv().expect("a call"), "kick 0");
+        // The thread that owns the device does what is posted.
+        let (answer, answered) = channel();
+        let post = move |_: &mut dyn VirtioDevice| {
+            let name = std::thread::current().name().map(str::to_owned);
+            answer.send(name).expect("the test listens");
+        };
+        mailbox.run(format_args!("a test"), Box::new(post));
+        assert_eq!(answered.recv(), Ok(Some("worker".to_owned())));
         drop(worker);
+        drop(mailbox);
         drop(device);
         assert!(told.recv().is_err(), "nobody calls any more");
     }

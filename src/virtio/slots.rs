@@ -12,6 +12,7 @@ use armlet_arch::{DeviceKind, Range};
 use armlet_arch::{Placed, Plan};
 use armlet_devices::IrqLine;
 use armlet_devices::sync::ring;
+use armlet_devices::virtio::mailbox::Mailbox;
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use std::sync::{Arc, Mutex, TryLockError};
@@ -88,24 +89,30 @@ impl Slots {
             true => &self.ram,
             false => &self.memory,
         });
-        let mmio = Mmio::new(
-            name.clone(),
-            Arc::clone(&device),
-            memory,
-            line,
-            Some(call),
-            page,
-        );
-        let mmio = mmio.with_context(|| format!("cannot make the registers of {name}"))?;
-        self.catch_kicks(window, &mmio);
-        match backend.is_busy() {
+        let no_room = || format!("cannot make the registers of {name}");
+        let mmio = match backend.is_busy() {
             true => {
+                let mailbox = Mailbox::new(Arc::clone(&device)).with_context(no_room)?;
+                let mailbox = Arc::new(mailbox);
+                let access = Arc::clone(&mailbox);
+                let mmio = Mmio::of(name.clone(), access, memory, line, Some(call), page)
+                    .with_context(no_room)?;
+                self.catch_kicks(window, &mmio);
                 let mut reactor = Reactor::new()?;
                 reactor.add(device, mmio.kicks())?;
-                self.workers.push(Worker::start(name.clone(), reactor)?);
+                let worker = Worker::start(name.clone(), reactor, mailbox)?;
+                self.workers.push(worker);
+                mmio
             }
-            false => self.light.add(device, mmio.kicks())?,
-        }
+            false => {
+                let access = Arc::clone(&device);
+                let mmio = Mmio::new(name.clone(), access, memory, line, Some(call), page)
+                    .with_context(no_room)?;
+                self.catch_kicks(window, &mmio);
+                self.light.add(device, mmio.kicks())?;
+                mmio
+            }
+        };
         let mmio = Arc::new(Mutex::new(mmio));
         self.filled.push((name, Arc::clone(&mmio)));
         Ok(mmio)

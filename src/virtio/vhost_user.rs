@@ -634,6 +634,37 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_that_it_lets_go_of_has_a_number() {
+        // The index of the ring in the lower half, the number in the upper one.
+        for (answer, told) in [
+            (1 | 7 << 32, Some(7)),
+            (1 | 0xffff << 32, Some(0xffff)),
+            (7 << 32, None),
+            (1 | 0x1_0000 << 32, None),
+        ] {
+            let (socket, thread) = backend(move |message| match message.request {
+                11 => Some(reply(11, answer)),
+                _ => obedient(message),
+            });
+            let connection = VhostUser::connect(socket, soon()).expect("an obedient one");
+            let paused = connection.pause(&[1], soon());
+            connection.hang_up();
+            let messages = thread.join().expect("it ran");
+            let message = messages.last().expect("a message");
+            assert_eq!((message.request, message.flags), (11, VERSION));
+            assert_eq!(message.payload, [1, 0, 0, 0, 0, 0, 0, 0]);
+            match (paused, told) {
+                (Ok(bases), Some(told)) => assert_eq!(bases, [told]),
+                (Err(error), None) => {
+                    let error = error.to_string();
+                    assert!(error.contains("GetVringBase of queue 1"), "{error}");
+                }
+                (paused, told) => panic!("{paused:?}, not {told:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn a_refusal_is_an_error() {
         let (socket, _thread) = backend(|message| match message.request {
             5 => Some(reply(5, 22)),

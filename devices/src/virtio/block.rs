@@ -258,8 +258,10 @@ pub struct Block {
     is_freed: bool,
     /// By queue: what is under way of it.
     loads: Vec<Load>,
-    /// Whether a reset wants the device's lock.
+    /// Whether the device is to be reset.
     cancelled: Arc<AtomicBool>,
+    /// Whether somebody waits for it, to reset it or else.
+    wanted: Arc<AtomicBool>,
     /// Requests under way, by tag.
     slots: Vec<Option<Pending>>,
     /// Tags that are free, of those that were in use before.
@@ -331,6 +333,7 @@ impl Block {
             is_freed: false,
             loads: vec![Load::default(); usize::from(shape.queues)],
             cancelled: Arc::default(),
+            wanted: Arc::default(),
             slots: Vec::new(),
             free: Vec::new(),
         }
@@ -389,12 +392,8 @@ impl Block {
             queue.silence();
             let mut is_held = false;
             let emptied = loop {
-                if self.cancelled.load(Ordering::Relaxed) {
-                    // Whoever waits for the lock stops the device.
-                    self.engine.submit();
-                    return;
-                }
-                if *left == 0 {
+                // Whoever waits for the device, to reset it or else, gets it between two requests.
+                if *left == 0 || self.wanted.load(Ordering::Relaxed) {
                     break false;
                 }
                 is_held = !self.has_tag();
@@ -861,6 +860,10 @@ impl VirtioDevice for Block {
 
     fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
         Some(Arc::clone(&self.cancelled))
+    }
+
+    fn wanted_flag(&self) -> Option<Arc<AtomicBool>> {
+        Some(Arc::clone(&self.wanted))
     }
 
     fn kicked(&mut self, queue: usize) {

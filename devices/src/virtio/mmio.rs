@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::mailbox::{Access, Direct};
 use super::transport::{DRIVER_OK, NEEDS_RESET, Transport, TransportState};
 use super::{Interrupts, Link, RestoreError, Vector, VirtioDevice, lock};
 use crate::action::Action;
@@ -176,14 +177,29 @@ impl Interrupts for Wire {
 }
 
 impl Mmio {
-    /// The window of `device`, called `name` in messages. Its interrupts go to the edge-triggered
-    /// `line`; `call` is a descriptor that does the same by being written, where there is one.
+    /// The window of a `device` that nobody keeps for long; else as [`Mmio::of`].
     ///
     /// # Errors
     /// A process without room for more descriptors.
     pub fn new(
         name: String,
         device: Arc<Mutex<dyn VirtioDevice>>,
+        memory: Arc<GuestMemoryMmap>,
+        line: Arc<dyn IrqLine>,
+        call: Option<Arc<EventFd>>,
+        page: Arc<dyn RegisterPage>,
+    ) -> std::io::Result<Mmio> {
+        Mmio::of(name, Arc::new(Direct(device)), memory, line, call, page)
+    }
+
+    /// The window of `device`, called `name` in messages. Its interrupts go to the edge-triggered
+    /// `line`; `call` is a descriptor that does the same by being written, where there is one.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub fn of(
+        name: String,
+        device: Arc<dyn Access>,
         memory: Arc<GuestMemoryMmap>,
         line: Arc<dyn IrqLine>,
         call: Option<Arc<EventFd>>,

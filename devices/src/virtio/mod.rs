@@ -19,6 +19,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod mailbox;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
@@ -48,8 +49,8 @@ pub const FEATURE_VERSION_1: u64 = 1 << 32;
 /// does not work it can be [saved](Self::save), and a device that no driver has touched can be
 /// [made the same](Self::restore).
 ///
-/// It stands behind a mutex that the thread that does its work holds while it works; a vCPU takes
-/// it to start and to stop the device, and to write its configuration.
+/// A busy device is owned by the thread that does its work, a light one stands behind a lock; a
+/// transport reaches either by [`mailbox::Access`].
 pub trait VirtioDevice: Send {
     /// Its device ID (virtio 1.2, section 5: 1 is a network card, 2 a block device).
     fn id(&self) -> u32;
@@ -125,9 +126,15 @@ pub trait VirtioDevice: Send {
     /// A backend that refuses it; the device then asks the driver for a reset.
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError>;
 
-    /// A flag that is set before the device's lock is taken to stop it, and cleared by the same
-    /// hand: a device that works for long with its lock held looks at it, and ends what it does.
+    /// A flag that is set while the device is to be reset: one that is in the middle of a long
+    /// request looks at it, and ends what it does.
     fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
+        None
+    }
+
+    /// A flag that is set while somebody waits for the device: one that has many requests to serve
+    /// gives way between two of them, and kicks itself for the rest.
+    fn wanted_flag(&self) -> Option<Arc<AtomicBool>> {
         None
     }
 

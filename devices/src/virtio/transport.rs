@@ -3,21 +3,18 @@
 
 use crate::sync::ring;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::mailbox::Access;
 use super::queue::{Addresses, Position};
 use super::{
     ConfigSpace, DeviceState, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link,
     RestoreError, VirtioDevice, Virtqueue, lock,
 };
 
-/// How long a reset waits for the device's lock before the user hears of it, and how often it looks.
-const PATIENCE: Duration = Duration::from_secs(2);
-const GLANCE: Duration = Duration::from_micros(100);
 /// DRIVER_OK (virtio 1.2, section 2.1).
 pub(crate) const DRIVER_OK: u32 = 4;
 /// FEATURES_OK.
@@ -27,7 +24,7 @@ pub(crate) const NEEDS_RESET: u32 = 64;
 
 /// What a transport's registers are about.
 pub(crate) struct Transport {
-    pub(crate) device: Arc<Mutex<dyn VirtioDevice>>,
+    device: Arc<dyn Access>,
     pub(crate) id: u32,
     pub(crate) config: Arc<ConfigSpace>,
     pub(crate) link: Arc<Link>,
@@ -43,8 +40,9 @@ pub(crate) struct Transport {
     works: bool,
     /// While the machine is held: the configuration as the driver last could read it.
     held: Option<(Vec<u8>, u32)>,
-    /// As [`VirtioDevice::cancel_flag`].
+    /// As [`VirtioDevice::cancel_flag`] and [`VirtioDevice::wanted_flag`].
     cancel: Option<Arc<AtomicBool>>,
+    wanted: Option<Arc<AtomicBool>>,
 }
 
 /// What the driver says of a queue.
@@ -117,16 +115,18 @@ impl Transport {
     /// # Errors
     /// A process without room for more descriptors.
     pub(crate) fn new(
-        device: Arc<Mutex<dyn VirtioDevice>>,
+        device: Arc<dyn Access>,
         memory: Arc<GuestMemoryMmap>,
         link: Arc<Link>,
     ) -> std::io::Result<Transport> {
-        let (id, features, config, sizes, cancel) = {
-            let device = lock(&device);
-            let (config, sizes) = (device.config(), device.queue_sizes());
-            let cancel = device.cancel_flag();
-            (device.id(), device.features(), config, sizes, cancel)
-        };
+        let what = format_args!("{}: a look at it", link.name());
+        let ((id, features), (config, sizes), (cancel, wanted)) = ask(&*device, what, |device| {
+            (
+                (device.id(), device.features()),
+                (device.config(), device.queue_sizes()),
+                (device.cancel_flag(), device.wanted_flag()),
+            )
+        });
         let kicks = sizes
             .iter()
             .map(|_| Ok(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)))
@@ -146,6 +146,7 @@ impl Transport {
             works: false,
             held: None,
             cancel,
+            wanted,
         })
     }
 
@@ -219,7 +220,9 @@ impl Transport {
                 return;
             }
             if self.held.is_none() {
-                self.lock_device().stop_queue(index as usize);
+                self.ask("the stop of a queue", move |device| {
+                    device.stop_queue(index as usize);
+                });
             }
             // A kick that nobody took is not for the queue that is set up next.
             let _ = kick.read();
@@ -231,7 +234,7 @@ impl Transport {
         let started = made.and_then(|queue| {
             // A device that is held gets it with the others.
             let started = match self.held.is_none() {
-                true => self.lock_device().start_queue(queue),
+                true => self.ask("the start of a queue", |device| device.start_queue(queue)),
                 false => Ok(()),
             };
             started.map_err(|error| format!("it does not start queue {index}: {error}"))
@@ -255,7 +258,10 @@ impl Transport {
 
     /// The driver writes the configuration space.
     pub(crate) fn write_config(&mut self, offset: usize, data: &[u8]) {
-        lock(&self.device).write_config(offset, data);
+        let data = data.to_vec();
+        self.ask("a write to the configuration", move |device| {
+            device.write_config(offset, &data);
+        });
     }
 
     /// The driver writes its status; 0 resets the device.
@@ -269,7 +275,7 @@ impl Transport {
         self.status |= new;
         if new & FEATURES_OK != 0 {
             match self.features_work() {
-                true => lock(&self.device).agree(Some(self.accepted)),
+                true => self.agree(Some(self.accepted)),
                 false => self.status &= !FEATURES_OK,
             }
         }
@@ -311,7 +317,7 @@ impl Transport {
             memory: Arc::clone(&self.memory),
             link: Arc::clone(&self.link),
         };
-        let started = lock(&self.device).start(driver);
+        let started = self.ask("the start", |device| device.start(driver));
         self.works = started.is_ok();
         if let Err(error) = started {
             self.link.broken(format_args!("it does not start: {error}"));
@@ -339,7 +345,7 @@ impl Transport {
         }
         // One that did not take the start may have begun with a part of it.
         if self.started {
-            let positions = self.lock_device().quiesce();
+            let positions = self.ask("a pause", |device| device.quiesce());
             for (index, position) in positions {
                 if let Some(queue) = self.queues.get_mut(usize::from(index)) {
                     queue.position = position;
@@ -397,7 +403,7 @@ impl Transport {
             queues: queues.collect(),
             config: config.clone(),
             generation: *generation,
-            device: lock(&self.device).save(),
+            device: self.ask("the saving of its state", |device| device.save()),
         })
     }
 
@@ -423,17 +429,19 @@ impl Transport {
         let accepted = std::mem::replace(&mut self.accepted, state.accepted);
         let made = self.make_queues(|queue| queue.in_use && state.works);
         let agreed = (state.status & FEATURES_OK != 0).then_some(state.accepted);
+        let saved = state.device.clone();
         let restored = made.map_err(RestoreError).and_then(|_| {
-            let mut device = lock(&self.device);
-            // What was set since holds, and not what follows from the features.
-            if agreed.is_some() {
-                device.agree(agreed);
-            }
-            let restored = device.restore(&state.device);
-            if restored.is_err() && agreed.is_some() {
-                device.agree(None);
-            }
-            restored
+            self.ask("the restoring of its state", move |device| {
+                // What was set since holds, and not what follows from the features.
+                if agreed.is_some() {
+                    device.agree(agreed);
+                }
+                let restored = device.restore(&saved);
+                if restored.is_err() && agreed.is_some() {
+                    device.agree(None);
+                }
+                restored
+            })
         });
         if restored.is_err() {
             (self.queues, self.accepted) = (before, accepted);
@@ -505,39 +513,39 @@ impl Transport {
         )
     }
 
-    /// Resets the device, which may be at work with its lock held.
+    fn agree(&self, features: Option<u64>) {
+        self.ask("an agreement on features", move |device| {
+            device.agree(features);
+        });
+    }
+
+    /// Resets the device, which may be in the middle of a request.
     fn reset_device(&self) {
         if let Some(cancel) = &self.cancel {
             cancel.store(true, Ordering::Release);
         }
-        let mut device = self.lock_device();
-        device.reset();
+        self.ask("a reset", |device| device.reset());
         if let Some(cancel) = &self.cancel {
             cancel.store(false, Ordering::Release);
         }
     }
 
-    /// The device as soon as whoever works with it lets go of it. Says so where that takes long: it
-    /// may wait for what the host does not finish.
-    fn lock_device(&self) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
-        let (begun, mut told) = (Instant::now(), PATIENCE);
-        loop {
-            match self.device.try_lock() {
-                Ok(device) => return device,
-                Err(TryLockError::Poisoned(device)) => return device.into_inner(),
-                Err(TryLockError::WouldBlock) => {}
-            }
-            let waited = begun.elapsed();
-            if waited >= told {
-                told *= 2;
-                log::warn!(
-                    "{}: a reset has waited {} s for the end of a request that the host is at work on",
-                    self.link.name(),
-                    waited.as_secs()
-                );
-            }
-            std::thread::sleep(GLANCE);
+    /// Does something with the device as soon as whoever works with it comes to it: after one
+    /// request at most.
+    fn ask<T: Send + 'static>(
+        &self,
+        what: &str,
+        work: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
+    ) -> T {
+        if let Some(wanted) = &self.wanted {
+            wanted.store(true, Ordering::Release);
         }
+        let what = format_args!("{}: {what}", self.link.name());
+        let answer = ask(&*self.device, what, work);
+        if let Some(wanted) = &self.wanted {
+            wanted.store(false, Ordering::Release);
+        }
+        answer
     }
 
     fn reset(&mut self) {
@@ -545,7 +553,7 @@ impl Transport {
             self.reset_device();
         }
         if self.status & FEATURES_OK != 0 {
-            lock(&self.device).agree(None);
+            self.agree(None);
         }
         self.works = false;
         self.status = 0;
@@ -564,4 +572,18 @@ impl Drop for Transport {
     fn drop(&mut self) {
         self.reset();
     }
+}
+
+/// Does something with a device, and returns what came of it.
+fn ask<T: Send + 'static>(
+    device: &dyn Access,
+    what: std::fmt::Arguments<'_>,
+    work: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
+) -> T {
+    let answer = Arc::new(Mutex::new(None));
+    let place = Arc::clone(&answer);
+    let letter = move |device: &mut dyn VirtioDevice| *lock(&place) = Some(work(device));
+    device.run(what, Box::new(letter));
+    let answer = lock(&answer).take();
+    answer.expect("what is posted is done")
 }

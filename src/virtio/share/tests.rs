@@ -377,6 +377,39 @@ fn drivers_and_guests_come_and_go() {
     }
 }
 
+#[test]
+fn a_session_goes_on_after_the_machine_was_held() {
+    let Some((folder, share)) = share("") else {
+        return;
+    };
+    let mut guest = Guest::new(&share);
+    guest.start();
+    assert_eq!(guest.read("letter"), b"dear guest");
+    for round in 0..3 {
+        guest.mmio.quiesce();
+        let state = guest.mmio.save().expect("it is held");
+        let mut positions = state.transport.queues.iter().map(|queue| queue.position);
+        let last = positions.next_back().expect("a queue for requests");
+        assert_eq!(last.next_available, guest.requests);
+        assert_eq!(last.next_used, guest.requests);
+        let name = format!("answer{round}");
+        guest.mmio.resume();
+        assert_eq!(guest.create(&name), 0);
+        assert!(folder.path().join(&name).is_file());
+        // The same session: it was not begun anew.
+        assert_eq!(guest.look_up("nothing"), Err(-2));
+    }
+    let count = kill_servers(folder.path());
+    assert_ne!(count, 0);
+    guest.mmio.quiesce();
+    guest.mmio.resume();
+    guest.post(LOOKUP, ROOT, b"letter\0", 128);
+    while guest.used() != guest.requests {
+        guest.run_device();
+    }
+    assert_eq!(guest.answer().0, EIO);
+}
+
 /// Kills the processes that serve this folder, waits until they are gone, and counts them.
 fn kill_servers(folder: &Path) -> usize {
     let folder = folder.as_os_str().as_encoded_bytes();

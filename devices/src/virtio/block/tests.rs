@@ -653,13 +653,13 @@ fn what_one_queue_has_under_way_is_bounded_in_bytes() {
 }
 
 #[test]
-fn a_reset_that_waits_for_the_lock_ends_the_work() {
+fn a_reset_that_waits_for_the_disk_gets_it() {
     let (mut guest, fake) = start(ALL);
     let device = guest.device.clone();
-    let flag = super::super::lock(&device).cancel_flag().expect("a flag");
+    let flag = super::super::lock(&device).wanted_flag().expect("a flag");
     flag.store(true, Ordering::Release);
     guest.request(0, &[&header(IN, 0)], &[512, 1]);
-    guest.kick(0);
+    super::super::lock(&device).kicked(0);
     assert!(fake.store().seen.is_empty(), "nothing is begun");
     guest.start(ALL);
     assert!(!flag.load(Ordering::Acquire), "whoever set it cleared it");

@@ -88,6 +88,48 @@ fn the_caches_mode_is_as_the_driver_set_it() {
     }
 }
 
+/// An engine during each of whose requests somebody begins to wait for the device.
+#[derive(Clone, Default)]
+struct Wanting(Arc<Mutex<(usize, Option<Arc<AtomicBool>>)>>);
+
+impl Engine for Wanting {
+    fn start(&mut self, _memory: &Arc<GuestMemoryMmap>) {}
+
+    fn begin(&mut self, _request: &Request<'_>) -> Option<Outcome> {
+        let (done, wanted) = &mut *lock(&self.0);
+        *done += 1;
+        if let Some(wanted) = wanted {
+            wanted.store(true, Ordering::Release);
+        }
+        Some(Outcome::Done)
+    }
+
+    fn stop(&mut self) {}
+}
+
+#[test]
+fn whoever_waits_for_a_disk_waits_for_one_request() {
+    let engine = Wanting::default();
+    let device = Block::new(&shape(), Box::new(engine.clone()));
+    let wanted = device.wanted_flag().expect("it has many requests to serve");
+    let mut guest = Guest::started(device, ALL);
+    guest.kick(0);
+    lock(&engine.0).1 = Some(Arc::clone(&wanted));
+    for sector in 0..5 {
+        write(&mut guest, sector, 7);
+    }
+    for done in 1..=5 {
+        lock(&guest.device).kicked(0);
+        assert_eq!(lock(&engine.0).0, done);
+        assert_eq!(guest.used(0).len(), 1, "what was done is told");
+        // Whoever waited has it, and is done; then it goes on by itself.
+        wanted.store(false, Ordering::Release);
+        assert!(guest.mmio.kicks()[0].read().is_ok(), "it forgets the rest");
+    }
+    guest.kick(0);
+    assert_eq!(lock(&engine.0).0, 5);
+}
+
 #[test]
 fn another_image_is_refused() {
     let state = DeviceState::Block(BlockState {
