@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::{self, sleep};
+use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 
@@ -184,13 +185,23 @@ wait";
     guest.end().assert_status(0);
 }
 
+/// The host and a folder to share; `None` where it has no virtiofsd, which was said then.
+fn sharing() -> Option<(&'static Rig, TempDir)> {
+    let rig = rig::main()?;
+    rig::program("virtiofsd")?;
+    Some((rig, tempfile::tempdir().expect("a temporary folder")))
+}
+
+/// The option that shares a folder.
+fn shared(folder: &TempDir) -> String {
+    format!("tag=shared,path={}", folder.path().display())
+}
+
 #[test]
 fn a_folder_of_the_host_is_read_and_written() {
-    let Some(rig) = rig::main() else { return };
-    if rig::program("virtiofsd").is_none() {
+    let Some((rig, folder)) = sharing() else {
         return;
-    }
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    };
     let tree = folder.path().join("tree");
     for number in 0..100 {
         let path = tree.join(format!("{}/{}", number % 7, number % 11));
@@ -208,10 +219,7 @@ mv '/share/copy/1/1/file 1' /share/moved; rm -r /share/copy/2
 ln -s moved /share/link; cat /share/link | wc -c
 umount /share && echo UNMOUNTED";
     let outcome = Armlet::devices(rig, script)
-        .option(
-            "--share",
-            format!("tag=shared,path={}", folder.path().display()),
-        )
+        .option("--share", shared(&folder))
         .run();
     let said = outcome.script();
     assert_eq!(said.trim(), "100\n977\nUNMOUNTED", "{}", outcome.errors);
@@ -287,10 +295,7 @@ chroot /mnt /tmp/bin/sh /tmp/work 2>&1 || echo BAD
 umount /mnt/home/share && echo UNMOUNTED";
     let outcome = with_tools(rig, tools, script)
         .memory("512M")
-        .option(
-            "--share",
-            format!("tag=shared,path={}", folder.path().display()),
-        )
+        .option("--share", shared(&folder))
         .run();
     let said = outcome.script();
     // The guest's clock may be behind the host's, which sets the files' times.
@@ -311,11 +316,9 @@ umount /mnt/home/share && echo UNMOUNTED";
 
 #[test]
 fn a_share_whose_daemon_is_killed_harms_nothing_else() {
-    let Some(rig) = rig::main() else { return };
-    if rig::program("virtiofsd").is_none() {
+    let Some((rig, folder)) = sharing() else {
         return;
-    }
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    };
     let script = "
 mkdir /share
 mount -t virtiofs shared /share && echo MOUNTED
@@ -324,10 +327,7 @@ cat /share/file 2>&1 | sed -n 's,.*\\(I/O\\|Input/output\\) error.*,I/O error,p'
 echo ALIVE";
     let mut guest = Armlet::devices(rig, script)
         .input(Input::Pipe)
-        .option(
-            "--share",
-            format!("tag=shared,path={}", folder.path().display()),
-        )
+        .option("--share", shared(&folder))
         .start();
     guest.expect("MOUNTED");
     let started = started(guest.pid(), "virtiofsd");
@@ -342,21 +342,16 @@ echo ALIVE";
 
 #[test]
 fn virtiofsd_ends_with_armlet_and_knows_nothing_of_it() {
-    let Some(rig) = rig::main() else { return };
-    if rig::program("virtiofsd").is_none() {
+    let Some((rig, folder)) = sharing() else {
         return;
-    }
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    };
     let script = "
 mkdir /share
 mount -t virtiofs shared /share && echo MOUNTED
 sleep 1000";
     for signal in [Signal::INT, Signal::KILL] {
         let mut guest = Armlet::devices(rig, script)
-            .option(
-                "--share",
-                format!("tag=shared,path={}", folder.path().display()),
-            )
+            .option("--share", shared(&folder))
             .start();
         guest.expect("MOUNTED");
         let servers = started(guest.pid(), "virtiofsd");

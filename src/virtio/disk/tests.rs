@@ -391,32 +391,9 @@ fn a_request_may_have_more_pieces_than_a_system_call() {
     }
 }
 
-#[test]
-fn a_file_that_was_cut_off_is_an_io_error() {
-    for options in [
-        "engine=sync",
-        "engine=io_uring",
-        "engine=io_uring,cache=none",
-    ] {
-        let folder = Folder::new();
-        let image = folder.image();
-        let Some(disk) = open_or_skip(&format!("path={image},{options}")) else {
-            continue;
-        };
-        let mut bench = Bench::new(&disk);
-        let file = File::options().write(true).open(&image).expect("a file");
-        file.set_len(SIZE as u64 / 2).expect("cut off");
-        for offset in [SIZE / 2, SIZE / 2 - 4096] {
-            let mut bytes = vec![0; 8192];
-            let outcome = bench.run(Operation::Read, offset, &mut bytes, &[], false);
-            assert_eq!(outcome, Outcome::Failed, "{options} at {offset}");
-        }
-        assert!(bench.read(0, SIZE / 2) == pattern()[..SIZE / 2]);
-    }
-}
-
-#[test]
-fn a_file_that_was_cut_off_does_not_grow_back() {
+/// Has `check` look at a disk of each engine whose file was cut in half after it was opened: its
+/// options, and the file.
+fn cut_in_half(check: impl Fn(&str, Bench, File)) {
     for options in [
         "engine=sync",
         "engine=io_uring",
@@ -428,10 +405,29 @@ fn a_file_that_was_cut_off_does_not_grow_back() {
         let Some(disk) = open_or_skip(&format!("path={image},{options}")) else {
             continue;
         };
-        let mut bench = Bench::new(&disk);
+        let bench = Bench::new(&disk);
         let file = File::options().write(true).open(&image).expect("a file");
+        file.set_len(SIZE as u64 / 2).expect("cut off");
+        check(options, bench, file);
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_off_is_an_io_error() {
+    cut_in_half(|options, mut bench, _| {
+        for offset in [SIZE / 2, SIZE / 2 - 4096] {
+            let mut bytes = vec![0; 8192];
+            let outcome = bench.run(Operation::Read, offset, &mut bytes, &[], false);
+            assert_eq!(outcome, Outcome::Failed, "{options} at {offset}");
+        }
+        assert!(bench.read(0, SIZE / 2) == pattern()[..SIZE / 2]);
+    });
+}
+
+#[test]
+fn a_file_that_was_cut_off_does_not_grow_back() {
+    cut_in_half(|options, mut bench, file| {
         let half = SIZE / 2;
-        file.set_len(half as u64).expect("cut off");
         let operations = [
             Operation::Write,
             Operation::WriteZeroes { unmap: false },
@@ -457,7 +453,7 @@ fn a_file_that_was_cut_off_does_not_grow_back() {
         assert_eq!(bench.flush(), Outcome::Done);
         file.set_len(SIZE as u64).expect("it grows again");
         bench.write(SIZE - 4096, &[8; 4096]);
-    }
+    });
 }
 
 #[test]

@@ -161,15 +161,18 @@ fn has_qemu() -> bool {
     found == [true; 2]
 }
 
+/// The formats that armlet and QEMU can both be tried with here.
+fn formats() -> &'static [&'static str] {
+    match (has_qemu(), cfg!(feature = "qcow2")) {
+        (false, _) => &[],
+        (true, false) => &["raw"],
+        (true, true) => &["raw", "qcow2"],
+    }
+}
+
 #[test]
 fn images_are_shared_with_qemu_where_that_is_safe() {
-    if !has_qemu() {
-        return;
-    }
-    for format in ["raw", "qcow2"] {
-        if format == "qcow2" && !cfg!(feature = "qcow2") {
-            continue;
-        }
+    for format in formats() {
         let images = Images::new(format);
         for (ours, together) in table(format) {
             for theirs in [Reads, Writes, Base] {
@@ -195,13 +198,7 @@ fn images_are_shared_with_qemu_where_that_is_safe() {
 
 #[test]
 fn qemu_img_copies_what_a_guest_does_not_write() {
-    if !has_qemu() {
-        return;
-    }
-    for format in ["raw", "qcow2"] {
-        if format == "qcow2" && !cfg!(feature = "qcow2") {
-            continue;
-        }
+    for format in formats() {
         let images = Images::new(format);
         let (base, copy) = (images.path("base"), images.path("copy"));
         for ours in [Ours::Reads, Ours::Writes, Ours::Base, Ours::BaseOfReader] {
