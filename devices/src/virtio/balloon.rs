@@ -20,6 +20,8 @@ use super::{
     VirtioDevice, Virtqueue, quiesced,
 };
 
+pub use super::state::{BalloonState, Hints, Statistics};
+
 /// Device ID.
 const ID: u32 = 5;
 /// VIRTIO_BALLOON_F_MUST_TELL_HOST: pages are used again only after we were told.
@@ -83,76 +85,6 @@ pub struct Offer {
     pub hinting: bool,
     /// Whether it may take pages out rather than end a program.
     pub deflate_on_oom: bool,
-}
-
-/// What the guest last said of its memory.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Statistics([Option<u64>; STATISTICS.len()]);
-
-/// By tag (section 5.5.6.4, and include/uapi/linux/virtio_balloon.h from 10 on): bytes, or counts
-/// where the name is of events.
-const STATISTICS: [&str; 16] = [
-    "swapped-in",
-    "swapped-out",
-    "major-faults",
-    "minor-faults",
-    "free",
-    "total",
-    "available",
-    "disk-caches",
-    "hugetlb-allocations",
-    "hugetlb-failures",
-    "oom-kills",
-    "allocation-stalls",
-    "async-scanned",
-    "direct-scanned",
-    "async-reclaimed",
-    "direct-reclaimed",
-];
-
-impl Statistics {
-    /// The statistics that the guest gave, by name: "free", "available".
-    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
-        let named = STATISTICS.into_iter().zip(self.0);
-        named.filter_map(|(name, value)| value.map(|value| (name, value)))
-    }
-}
-
-/// Pages that the guest said were free, after a call of [`Balloon::ask_for_hints`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hints {
-    /// Guest-physical address and bytes of each range, in the order of their coming. What of it
-    /// was written since the call is in use.
-    pub ranges: Vec<(u64, u64)>,
-    /// Bytes of all hints, those of the ranges that were too many to keep among them.
-    pub bytes: u64,
-    /// Whether the guest has said all.
-    pub complete: bool,
-}
-
-/// What a balloon has of its own beside its queues.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BalloonState {
-    /// Its configuration: the pages that it should hold and holds, the command of hinting, and what
-    /// free pages are filled with.
-    pub target: u32,
-    /// As [`Self::target`].
-    pub actual: u32,
-    /// As [`Self::target`].
-    pub command: u32,
-    /// As [`Self::target`].
-    pub poison: u32,
-    /// What the guest last said of its memory.
-    pub statistics: Option<Statistics>,
-    /// What it said of free pages.
-    pub hints: Hints,
-    /// The command of the last round of hints.
-    pub round: u32,
-    /// Whether the guest takes part in it.
-    pub hinting: bool,
-    /// Pages of 4 KiB in the balloon, where the host's are larger: by bank of memory its address,
-    /// and a bit for each page.
-    pub inside: Option<Vec<(u64, Vec<u64>)>>,
 }
 
 /// A memory balloon.

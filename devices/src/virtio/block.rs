@@ -20,16 +20,13 @@ use super::{
 mod data;
 mod shape;
 
+pub use super::state::BlockState;
 pub use data::{Data, Place};
 pub use shape::Shape;
-use shape::{config_bytes, field, put};
+use shape::{DISCARD_SECTORS, ENTRIES, SECTOR, ZERO_SECTORS, config_bytes, field, put};
 
 /// Device ID.
 const ID: u32 = 2;
-/// Entries of each queue.
-const ENTRIES: u16 = 256;
-/// The most buffers of one request's data: header and status take two more entries.
-const SEG_MAX: u32 = ENTRIES as u32 - 2;
 /// The most bytes of one read or write. Drivers make far smaller ones; a guest that points at the
 /// same memory over and over would keep the host busy with one request for ever.
 const MOST_BYTES: usize = 1 << 30;
@@ -37,12 +34,6 @@ const MOST_BYTES: usize = 1 << 30;
 const TURN: u16 = ENTRIES;
 /// How long a reset waits for the storage before the user hears of it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The unit of sector numbers, in bytes, whatever the block size.
-const SECTOR: u64 = 512;
-/// The most sectors of a discard: 1 GiB.
-const DISCARD_SECTORS: u32 = 1 << 21;
-/// The most sectors of a write of zeroes: 128 MiB, for hosts where each zero has to be written.
-const ZERO_SECTORS: u32 = 1 << 18;
 
 /// VIRTIO_BLK_F_SEG_MAX, bit 2 (virtio 1.2, section 5.2.3, as all of these).
 pub const FEATURE_SEG_MAX: u64 = 1 << 2;
@@ -220,15 +211,6 @@ pub enum Outcome {
     Done,
     /// The storage failed; the engine has told the user.
     Failed,
-}
-
-/// What a disk has of its own beside its queues.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BlockState {
-    /// Its size in bytes, in whole sectors.
-    pub capacity: u64,
-    /// Whether a write may be done before it reached stable storage.
-    pub writeback: bool,
 }
 
 /// A block device.

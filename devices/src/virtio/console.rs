@@ -16,6 +16,8 @@ use super::{
     VirtioDevice, Virtqueue, quiesced,
 };
 
+pub use super::state::ConsoleState;
+
 /// Device ID.
 const ID: u32 = 3;
 /// VIRTIO_CONSOLE_F_SIZE: the configuration says how large the terminal is.
@@ -55,17 +57,6 @@ pub trait Sink: Send {
     /// A descriptor that becomes readable when there is room again after a write that did not take
     /// all. The device waits for the change and does not read it.
     fn room(&self) -> Option<RawFd>;
-}
-
-/// What a console has of its own beside its queues.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ConsoleState {
-    /// Emergency characters for which there was no room.
-    pub late: Vec<u8>,
-    /// Bytes of the next request for output that were written already.
-    pub sent: usize,
-    /// Whether a driver has the console in use.
-    pub in_use: bool,
 }
 
 /// A console.

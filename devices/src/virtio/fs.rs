@@ -13,6 +13,8 @@ use super::{
     VirtioDevice, Virtqueue, quiesced,
 };
 
+pub use super::state::{FsState, Served};
+
 /// Device ID.
 const ID: u32 = 26;
 /// Entries of each queue. Linux has no request of more pages than there are entries
@@ -71,13 +73,6 @@ pub trait Server: Send {
     fn look(&mut self) -> Result<(), String>;
 }
 
-/// What a file system device has of its own beside its queues.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FsState {
-    /// Who answers the driver's requests, where one uses the device.
-    pub served: Option<Served>,
-}
-
 /// A file system device.
 pub struct Fs {
     config: Arc<ConfigSpace>,
@@ -101,17 +96,6 @@ struct Running {
 struct Paused {
     served: Served,
     is_other: bool,
-}
-
-/// Who answers requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Served {
-    /// The server.
-    Well,
-    /// This device, with errors, as the server ended.
-    Alone,
-    /// Nobody yet: the driver had stopped all queues and has not set up all of them again.
-    Later,
 }
 
 impl Fs {

@@ -6,222 +6,29 @@
 
 use std::sync::Arc;
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
-
 use self::card::Card;
 use self::receive::Receiver;
 use self::send::Transmitter;
-use super::queue::{Segment, parts};
 use super::{
     ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError, VirtioDevice,
     Virtqueue,
 };
 
 mod card;
+pub mod feature;
+mod network;
 mod receive;
 mod rings;
 mod send;
 #[cfg(test)]
 mod tests;
 
-pub use card::NetSession;
-pub use receive::Room;
+pub use super::state::{NetSession, NetState};
+pub use network::{Frame, Frames, HEADER, MOST_BYTES, Network, Room, Trouble, Woken};
 pub use rings::{RingNet, Rings};
-
-/// Feature bits of a network card (virtio 1.2, section 5.1.3).
-pub mod feature {
-    /// The device takes frames whose checksum is to be completed.
-    pub const CSUM: u64 = 1 << 0;
-    /// The driver takes frames whose checksum is to be completed.
-    pub const GUEST_CSUM: u64 = 1 << 1;
-    /// The driver may change what it takes while it runs.
-    pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
-    /// The configuration space has an MTU.
-    pub const MTU: u64 = 1 << 3;
-    /// The configuration space has a MAC address.
-    pub const MAC: u64 = 1 << 5;
-    /// The driver takes TCP over IPv4 in frames longer than the MTU.
-    pub const GUEST_TSO4: u64 = 1 << 7;
-    /// The driver takes TCP over IPv6 in frames longer than the MTU.
-    pub const GUEST_TSO6: u64 = 1 << 8;
-    /// The driver takes such frames with congestion marks.
-    pub const GUEST_ECN: u64 = 1 << 9;
-    /// The device takes TCP over IPv4 in frames longer than the MTU.
-    pub const HOST_TSO4: u64 = 1 << 11;
-    /// The device takes TCP over IPv6 in frames longer than the MTU.
-    pub const HOST_TSO6: u64 = 1 << 12;
-    /// The device takes such frames with congestion marks.
-    pub const HOST_ECN: u64 = 1 << 13;
-    /// A frame may lie in several receive buffers.
-    pub const MRG_RXBUF: u64 = 1 << 15;
-    /// The configuration space says whether the link is up.
-    pub const STATUS: u64 = 1 << 16;
-    /// There is a control queue.
-    pub const CTRL_VQ: u64 = 1 << 17;
-    /// There may be several pairs of queues.
-    pub const MQ: u64 = 1 << 22;
-    /// The driver may set the MAC address by the control queue.
-    pub const CTRL_MAC_ADDR: u64 = 1 << 23;
-    /// The driver takes UDP over IPv4 in frames longer than the MTU.
-    pub const GUEST_USO4: u64 = 1 << 54;
-    /// The driver takes UDP over IPv6 in frames longer than the MTU.
-    pub const GUEST_USO6: u64 = 1 << 55;
-    /// The device takes UDP in frames longer than the MTU.
-    pub const HOST_USO: u64 = 1 << 56;
-
-    /// What the driver takes over from the host.
-    pub const GUEST_OFFLOADS: u64 =
-        GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
-    /// What the host takes over from the driver.
-    pub const HOST_OFFLOADS: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_USO;
-}
 
 /// Device ID.
 const ID: u32 = 1;
-/// Entries of a queue of frames. A frame of 64 KiB takes 16 of the guest's buffers. Where fewer are
-/// left than the next one needs, vhost-net looks again and again until the guest brings more
-/// (drivers/vhost/net.c, handle_rx): with 256, bulk data cost its thread twice the work.
-const ENTRIES: u16 = 512;
-/// Entries of the control queue.
-const CONTROL_ENTRIES: u16 = 16;
-/// Bytes of struct virtio_net_hdr before each frame (virtio 1.2, section 5.1.6).
-pub const HEADER: usize = 12;
-/// Bytes of the longest frame with its header: 64 KiB behind an Ethernet header with a VLAN tag.
-pub const MOST_BYTES: usize = HEADER + 14 + 4 + (64 << 10);
-/// Bytes of an Ethernet header, and so of the shortest frame.
-const LEAST_FRAME: usize = 14;
-/// Bytes of an Ethernet header with a VLAN tag: a frame may have as many beyond the MTU.
-const LONGEST_HEADER: usize = LEAST_FRAME + 4;
-/// The smallest MTU that a card may tell of (virtio 1.2, section 5.1.4.1), that of IPv4 (RFC 791).
-const LEAST_MTU: u16 = 68;
-/// The most frames that a queue moves in one go: then the driver hears of them, and the other
-/// queues get their turn.
-const BATCH: usize = 64;
-
-/// The host's end of a network card.
-pub trait Network: Send {
-    /// Which of [`feature::GUEST_OFFLOADS`] and [`feature::HOST_OFFLOADS`] it can do.
-    fn offloads(&self) -> u64;
-
-    /// How many pairs of queues it can serve, from 1.
-    fn pairs(&self) -> u16 {
-        1
-    }
-
-    /// The MTU in bytes that the driver should use, where it is not Ethernet's 1500; it is told once.
-    fn mtu(&self) -> Option<u16> {
-        None
-    }
-
-    /// Whether frames can go through at present.
-    fn is_up(&self) -> bool {
-        true
-    }
-
-    /// What it waits for; frames by edges.
-    fn sources(&self) -> Vec<Source>;
-
-    /// A source is ready: what that means.
-    fn woken(&mut self, source: usize) -> Woken;
-
-    /// Uses the first `pairs` pairs of queues from now on, with frames that ask of the driver no
-    /// more than the features `offloads`.
-    ///
-    /// # Errors
-    /// What the host refuses, in words.
-    fn configure(&mut self, pairs: u16, offloads: u64) -> Result<(), String>;
-}
-
-/// A [`Network`] that takes and gives frames.
-pub trait Frames: Network {
-    /// Whether its frames have virtio's header of [`HEADER`] bytes; otherwise it gets and gives
-    /// bare ones.
-    fn has_header(&self) -> bool;
-
-    /// Sends a frame. It never waits.
-    ///
-    /// # Errors
-    /// What became of the frame instead.
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), Trouble>;
-
-    /// Puts the frame that came next into `room`, which is large enough for any, and returns its
-    /// bytes. It never waits.
-    ///
-    /// # Errors
-    /// Why there is none.
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, Trouble>;
-}
-
-/// What a source that is ready means.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Woken {
-    /// For the card nothing.
-    Nothing,
-    /// Frames may have come for this pair of queues, or can be sent again.
-    Frames(usize),
-    /// The link came up or went down.
-    Link(bool),
-    /// The driver broke a ring that the host's end works on, in words.
-    Broken(String),
-    /// The network is gone for good, and why.
-    Gone(String),
-}
-
-/// Why a frame was not moved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
-    /// Not now: a source will be ready when it can be tried again.
-    Wait,
-    /// This one is lost, and why; the next may fare better.
-    Lost(String),
-    /// The network is gone for good, and why.
-    Gone(String),
-}
-
-/// A frame to send, in guest memory; never empty.
-#[derive(Clone, Copy)]
-pub struct Frame<'a> {
-    memory: &'a GuestMemoryMmap,
-    segments: &'a [Segment],
-    skip: usize,
-}
-
-impl<'a> Frame<'a> {
-    /// Its bytes, counted.
-    #[must_use]
-    pub fn size(&self) -> usize {
-        let all: usize = self.segments.iter().map(|segment| segment.len).sum();
-        all - self.skip
-    }
-
-    /// Its bytes, piece by piece.
-    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'a>> + use<'a> {
-        slices(self.memory, self.segments, self.skip)
-    }
-}
-
-/// The bytes of `segments` from `skip`. All of them are in memory, as their queue has checked.
-fn slices<'a>(
-    memory: &'a GuestMemoryMmap,
-    segments: &'a [Segment],
-    skip: usize,
-) -> impl Iterator<Item = VolatileSlice<'a>> + use<'a> {
-    parts(segments, skip, usize::MAX)
-        .flat_map(move |part| memory.get_slices(part.address, part.len))
-        .map_while(Result::ok)
-}
-
-/// What a network card has of its own beside its queues.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NetState {
-    /// The MAC address that the driver sees.
-    pub mac: [u8; 6],
-    /// What the driver asked for, where one uses the card.
-    pub session: Option<NetSession>,
-    /// Frames that came and wait for the driver's buffers, with virtio's header: at most one a pair
-    /// of queues, by the pair's number.
-    pub frames: Vec<(u16, Vec<u8>)>,
-}
 
 /// A network card of which this process moves each frame.
 pub struct Net<N: Frames> {

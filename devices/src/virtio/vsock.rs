@@ -27,8 +27,9 @@ use super::{
 
 mod connection;
 mod events;
-mod packet;
+pub(super) mod packet;
 
+pub use super::state::VsockState;
 pub use events::{EVENTS, Events};
 
 /// Device ID.
@@ -73,19 +74,6 @@ pub struct Limits {
     /// The first number that no connection's descriptor has. A new descriptor gets the smallest
     /// number that is free, so those from here up are left for the rest of the process.
     pub descriptors: RawFd,
-}
-
-/// What a socket device has of its own beside its queues. Connections are not among it: their ends
-/// are those of this host's processes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct VsockState {
-    /// Whether a driver has the device in use.
-    pub in_use: bool,
-    /// Whether there were connections, or the guest has not heard of the end of earlier ones.
-    pub had_connections: bool,
-    /// Packets without data for which the guest had no buffers, as they stand in one: that there is
-    /// no such connection.
-    pub packets: Vec<[u8; HEADER]>,
 }
 
 /// A socket device.

@@ -1,6 +1,15 @@
 //! What the guest sees of a disk, and the configuration space that says so.
 
-use super::{DISCARD_SECTORS, SECTOR, SEG_MAX, ZERO_SECTORS};
+/// Entries of each queue.
+pub(super) const ENTRIES: u16 = 256;
+/// The most buffers of one request's data: header and status take two more entries.
+pub(super) const SEG_MAX: u32 = ENTRIES as u32 - 2;
+/// The unit of sector numbers, in bytes, whatever the block size.
+pub(super) const SECTOR: u64 = 512;
+/// The most sectors of a discard: 1 GiB.
+pub(super) const DISCARD_SECTORS: u32 = 1 << 21;
+/// The most sectors of a write of zeroes: 128 MiB, for hosts where each zero has to be written.
+pub(super) const ZERO_SECTORS: u32 = 1 << 18;
 
 /// Offsets in the configuration space (virtio 1.2, section 5.2.4).
 pub(super) mod field {

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{CONTROL_ENTRIES, ENTRIES, LEAST_MTU, LONGEST_HEADER, Network, feature};
+use super::feature;
+use super::network::{CONTROL_ENTRIES, ENTRIES, LEAST_MTU, LONGEST_HEADER, Network};
 use crate::virtio::quiesced;
+use crate::virtio::state::NetSession;
 use crate::virtio::{ConfigSpace, Driver, Link, Positions, RestoreError, StartError, Virtqueue};
 
 /// VIRTIO_NET_S_LINK_UP (virtio 1.2, section 5.1.4).
@@ -19,16 +21,6 @@ const PAIRS_SET: [u8; 2] = [4, 0];
 const OFFLOADS_SET: [u8; 2] = [5, 0];
 /// VIRTIO_NET_OK and VIRTIO_NET_ERR.
 const ANSWERS: [u8; 2] = [0, 1];
-
-/// What a driver asked a card for by the control queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NetSession {
-    /// Pairs of queues in use.
-    pub pairs: u16,
-    /// Of the offloads that the driver agreed to take ([`feature::GUEST_OFFLOADS`]), those that it
-    /// wants now.
-    pub offloads: u64,
-}
 
 /// A card without its queues of frames.
 pub(super) struct Card {

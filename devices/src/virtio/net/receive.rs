@@ -4,10 +4,9 @@ use crate::sync::ring;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
-
-use super::{BATCH, Frames, HEADER, MOST_BYTES, Trouble, feature, slices};
-use crate::virtio::{Chain, Link, Position, Virtqueue};
+use super::feature;
+use super::network::{BATCH, Frames, HEADER, Held, MOST_BYTES, Room, Trouble};
+use crate::virtio::{Link, Position, Virtqueue};
 
 /// Offset of num_buffers in the header, in bytes (virtio 1.2, section 5.1.6).
 const NUM_BUFFERS: usize = 10;
@@ -60,13 +59,6 @@ pub(super) struct Receiver {
     refused: usize,
 }
 
-/// A buffer of the driver.
-struct Held {
-    chain: Chain,
-    /// Its bytes.
-    room: usize,
-}
-
 /// A frame that was read.
 #[derive(Clone, Copy)]
 struct Waiting {
@@ -74,45 +66,6 @@ struct Waiting {
     size: usize,
     /// So many of them lie in the buffers that are held, the rest in the spill.
     placed: usize,
-}
-
-/// Room for a frame: where its header goes, if it has one; the driver's buffers, and behind them one
-/// of ours.
-pub struct Room<'a> {
-    memory: &'a GuestMemoryMmap,
-    header: Option<&'a mut [u8]>,
-    held: &'a VecDeque<Held>,
-    spill: &'a mut [u8],
-}
-
-impl<'a> Room<'a> {
-    /// The bytes to write to, piece by piece; fewer than 1024 pieces.
-    pub fn slices(self) -> impl Iterator<Item = VolatileSlice<'a>> {
-        // The driver's header is written when the frame is handed over.
-        let (memory, mut skip) = (self.memory, HEADER);
-        let held = self.held.iter().flat_map(move |held| {
-            let skip = std::mem::take(&mut skip);
-            slices(memory, held.chain.writable(), skip)
-        });
-        let header = self.header.into_iter().map(VolatileSlice::from);
-        let spill = std::iter::once(VolatileSlice::from(self.spill));
-        header.chain(held).chain(spill)
-    }
-
-    /// Writes a frame, as much as there is room for; returns its bytes.
-    #[must_use]
-    pub fn fill(self, frame: &[u8]) -> usize {
-        let mut left = frame;
-        for slice in self.slices() {
-            let (now, later) = left.split_at(slice.len().min(left.len()));
-            slice.copy_from(now);
-            left = later;
-            if left.is_empty() {
-                break;
-            }
-        }
-        frame.len() - left.len()
-    }
 }
 
 impl Receiver {

@@ -3,7 +3,7 @@
 use crate::sync::ring;
 use std::sync::Arc;
 
-use super::{BATCH, Frame, Frames, HEADER, LEAST_FRAME, MOST_BYTES, Trouble};
+use super::network::{BATCH, Frame, Frames, HEADER, LEAST_FRAME, MOST_BYTES, Trouble};
 use crate::virtio::{Chain, Link, Position, Virtqueue};
 
 /// A queue of frames to send.

@@ -8,10 +8,11 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::feature::*;
+use super::network::{BATCH, LEAST_FRAME};
 use super::*;
 use crate::virtio::fake::Guest;
 use crate::virtio::{FEATURE_EVENT_IDX, Link, Virtqueue, lock};

@@ -1,7 +1,7 @@
 //! Packets of the socket device as they stand in its buffers (virtio 1.2, section 5.10.6).
 
 /// Bytes of a packet's header.
-pub(super) const HEADER: usize = 44;
+pub(in crate::virtio) const HEADER: usize = 44;
 
 /// VIRTIO_VSOCK_TYPE_STREAM.
 pub(super) const STREAM: u16 = 1;
