@@ -1,7 +1,7 @@
 //! What a vCPU's thread is asked to do: run, pause, do something with its vCPU, stop.
 //!
-//! The thread looks at it when it was kicked, which is when KVM_RUN says EINTR, and at no other time:
-//! a guest that runs pays nothing for it. A kick cannot be missed, as it has KVM_RUN return at once if
+//! The thread looks at it before it first enters the guest, and after that only when it was kicked,
+//! which is when KVM_RUN says EINTR: a guest that runs pays nothing for it. A kick cannot be missed, as it has KVM_RUN return at once if
 //! it comes before ([`crate::kvm::kick`]); and KVM_RUN has then completed the access that was answered
 //! last (Documentation/virt/kvm/api.rst, section 5: immediate_exit), so that the vCPU's registers are
 //! those of a guest between two instructions.
