@@ -347,8 +347,19 @@ mod tests {
         (text, child.wait().expect("its end").code())
     }
 
+    /// Has no signal ignored that these tests send: this process may have been started with some of
+    /// them ignored (by nohup(1), or in the background of a shell without job control), which
+    /// [`install`] leaves so.
+    fn ignore_nothing() {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            // SAFETY: the default action is no handler, so no code of ours runs by it.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+    }
+
     /// A wait that nothing ends but a signal or the deadline.
     fn hang(phase: Phase) -> ! {
+        ignore_nothing();
         LIMIT.store(1, Ordering::Relaxed);
         install(false).expect("room");
         enter(phase);
@@ -362,6 +373,7 @@ mod tests {
     #[test]
     #[ignore = "run by another"]
     fn hangs_at_the_start() {
+        ignore_nothing();
         LIMIT.store(600, Ordering::Relaxed);
         install(false).expect("room");
         messages::say("ready");
