@@ -159,7 +159,7 @@ fn attach<A: KvmArch>(
     wires: Wires,
     mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
 ) -> Result<(Buses, Devices)> {
-    let line = |spi: Spi| interrupts.line::<A>(spi);
+    let line = |spi: Spi| interrupts.line(A::irq_number(spi));
     let mut bus = Bus::new();
     let mut devices = Devices::default();
     let Wires {

@@ -1,10 +1,10 @@
 //! KVM on ARM64. The order of the calls is the kernel's wish
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
+use super::arch::{Depth, Hypercall, KvmArch, RawExit};
 use super::facts::{ArmFacts, Virtualization};
 use super::interrupts::Pins;
 use super::offers::Offers;
-use super::{Depth, Hypercall, KvmArch, RawExit};
 use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::aarch64::Offered;

@@ -5,19 +5,17 @@
 //! routes of pins that KVM made by itself. So the table is kept here as a value, pins and messages
 //! together, and given to KVM as one.
 
-use super::KvmArch;
 use anyhow::{Context, Result};
-use armlet_arch::irq::Spi;
 use armlet_devices::IrqLine;
 use armlet_devices::ioapic::{Message, PINS};
-use armlet_devices::sync::lock;
+use armlet_devices::sync::{bell, lock};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The pins of the interrupt controllers in KVM, to which it has GSIs lead from the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,16 +55,38 @@ struct Table {
 }
 
 impl Table {
-    /// Changes what GSIs send; returns whether that is anything new.
-    fn set_messages(&mut self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> bool {
-        let mut changed = false;
+    /// Changes what GSIs send and, if that is anything new, hands all of it to `give`.
+    ///
+    /// # Errors
+    /// What `give` says; the table is then what it was.
+    fn change(
+        &mut self,
+        changes: impl Iterator<Item = (u32, Option<Message>)>,
+        give: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<()>,
+    ) -> Result<()> {
+        // What was sent before, of each GSI that changes.
+        let mut before = Vec::new();
         for (gsi, message) in changes {
-            changed |= match message {
-                Some(message) => self.messages.insert(gsi, message) != Some(message),
-                None => self.messages.remove(&gsi).is_some(),
+            let old = match message {
+                Some(message) => self.messages.insert(gsi, message),
+                None => self.messages.remove(&gsi),
             };
+            if old != message {
+                before.push((gsi, old));
+            }
         }
-        changed
+        if before.is_empty() {
+            return Ok(());
+        }
+        give(&self.entries()).inspect_err(|_| {
+            // Backwards: one GSI may have changed twice.
+            for (gsi, old) in before.into_iter().rev() {
+                match old {
+                    Some(message) => self.messages.insert(gsi, message),
+                    None => self.messages.remove(&gsi),
+                };
+            }
+        })
     }
 
     /// The table as KVM takes it.
@@ -115,47 +135,42 @@ impl Interrupts {
         })
     }
 
-    /// A level-triggered line.
+    /// A level-triggered line, by the number that KVM_IRQ_LINE knows it by.
     #[must_use]
-    pub fn line<A: KvmArch>(&self, spi: Spi) -> Arc<dyn IrqLine> {
+    pub fn line(&self, number: u32) -> Arc<dyn IrqLine> {
         Arc::new(Level {
             vm: Arc::clone(&self.vm),
-            number: A::irq_number(spi),
+            number,
         })
     }
 
-    /// A descriptor that makes an edge on this line by being written (an irqfd). Whatever its GSI
-    /// leads to later, the descriptor stays the same.
+    /// A descriptor that makes an edge on what `gsi` leads to by being written (an irqfd). Whatever
+    /// that is later, the descriptor stays the same.
     ///
     /// # Errors
     /// A process without room for more descriptors, and what KVM says.
-    pub fn edge<A: KvmArch>(&self, spi: Spi) -> Result<Arc<EventFd>> {
-        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+    pub fn edge(&self, gsi: u32) -> Result<Arc<EventFd>> {
+        let event = bell().context("cannot make an eventfd")?;
         self.vm
-            .register_irqfd(&event, A::gsi(spi))
-            .with_context(|| {
-                let (line, _) = A::ARCHITECTURE.interrupts();
-                format!("KVM takes no irqfd for {line} {}", spi.0)
-            })?;
+            .register_irqfd(&event, gsi)
+            .with_context(|| format!("KVM takes no irqfd for GSI {gsi}"))?;
         Ok(Arc::new(event))
     }
 
     /// Has each of these GSIs send a message from now on, or nothing.
     ///
     /// # Errors
-    /// What KVM says of the table.
+    /// What KVM says of the table; everything stays as it was then.
     pub fn send(&self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> Result<()> {
         // Held until KVM has it: of two changes the later one is to stay.
         let mut table = lock(&self.table);
-        if !table.set_messages(changes) {
-            return Ok(());
-        }
-        let entries = table.entries();
-        let routing = KvmIrqRouting::from_entries(&entries)
-            .with_context(|| format!("{} routes of interrupts are too many", entries.len()))?;
-        self.vm
-            .set_gsi_routing(&routing)
-            .with_context(|| format!("KVM does not take {} routes of interrupts", entries.len()))
+        table.change(changes, |entries| {
+            let routing = KvmIrqRouting::from_entries(entries)
+                .with_context(|| format!("{} routes of interrupts are too many", entries.len()))?;
+            self.vm.set_gsi_routing(&routing).with_context(|| {
+                format!("KVM does not take {} routes of interrupts", entries.len())
+            })
+        })
     }
 }
 
@@ -200,7 +215,10 @@ mod tests {
     #[test]
     fn messages_leave_the_routes_of_pins_in_the_table() {
         let mut table = table();
-        assert!(table.set_messages([(32, Some(message(7))), (33, None)].into_iter()));
+        let changes = [(32, Some(message(7))), (33, None)];
+        table
+            .change(changes.into_iter(), |_| Ok(()))
+            .expect("taken");
         let entries = table.entries();
         let kinds: Vec<(u32, u32)> = entries
             .iter()
@@ -238,11 +256,51 @@ mod tests {
     #[test]
     fn what_changes_nothing_is_not_given_to_kvm_again() {
         let mut table = table();
-        assert!(!table.set_messages([(32, None)].into_iter()));
-        assert!(table.set_messages([(32, Some(message(1)))].into_iter()));
-        assert!(!table.set_messages([(32, Some(message(1)))].into_iter()));
-        assert!(table.set_messages([(32, Some(message(2)))].into_iter()));
-        assert!(table.set_messages([(32, None)].into_iter()));
+        let mut is_given = |change| {
+            let mut given = false;
+            let give = |_: &[_]| {
+                given = true;
+                Ok(())
+            };
+            table
+                .change([(32, change)].into_iter(), give)
+                .expect("taken");
+            given
+        };
+        assert!(!is_given(None));
+        assert!(is_given(Some(message(1))));
+        assert!(!is_given(Some(message(1))));
+        assert!(is_given(Some(message(2))));
+        assert!(is_given(None));
         assert_eq!(table, self::table());
+    }
+
+    #[test]
+    fn what_kvm_refuses_is_taken_back_and_given_again_when_it_is_asked_for_again() {
+        let mut table = table();
+        let first = [(32, Some(message(1))), (34, Some(message(4)))];
+        table.change(first.into_iter(), |_| Ok(())).expect("taken");
+        let changes = [
+            (32, Some(message(2))),
+            (33, Some(message(3))),
+            (34, None),
+            (32, Some(message(5))),
+        ];
+        let before = table.entries().len();
+        let refused = table.change(changes.into_iter(), |_| anyhow::bail!("no room"));
+        assert_eq!(refused.expect_err("refused").to_string(), "no room");
+        assert_eq!(
+            table.messages.iter().collect::<Vec<_>>(),
+            [(&32, &message(1)), (&34, &message(4))]
+        );
+        assert_eq!(table.entries().len(), before);
+        let mut given = 0;
+        let give = |entries: &[kvm_irq_routing_entry]| {
+            given = entries.len();
+            Ok(())
+        };
+        table.change(changes.into_iter(), give).expect("taken");
+        assert_eq!(given, before, "two messages beside the pins, as before");
+        assert_eq!(table.messages.get(&32), Some(&message(5)));
     }
 }

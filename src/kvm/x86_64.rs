@@ -3,10 +3,10 @@
 
 mod cpuid;
 
+use super::arch::{Depth, KvmArch, PortAccess, RawExit};
 use super::facts::{ExitlessTimers, Virtualization, X86Facts};
 use super::interrupts::{Interrupts, Pins};
 use super::offers::Offers;
-use super::{Depth, KvmArch, PortAccess, RawExit};
 use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;

@@ -11,13 +11,13 @@ use anyhow::{Context, Result};
 use armlet_arch::{DeviceKind, Range};
 use armlet_arch::{Placed, Plan};
 use armlet_devices::IrqLine;
-use armlet_devices::sync::ring;
+use armlet_devices::sync::{bell, ring};
 use armlet_devices::virtio::mailbox::Mailbox;
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use std::sync::{Arc, Mutex, TryLockError};
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The memslot of the registers, behind those of RAM.
 const SLOT: u32 = 1001;
@@ -75,7 +75,10 @@ impl Slots {
         let name = backend.name();
         signals::waiting_for(format_args!("{name} to be made"));
         let device = backend.device().with_context(|| name.clone())?;
-        let call = self.interrupts.edge::<A>(placed.spi)?;
+        let call = self
+            .interrupts
+            .edge(A::gsi(placed.spi))
+            .with_context(|| format!("cannot give {name} its interrupt"))?;
         let window = placed.window;
         let page: Arc<dyn RegisterPage> = match &self.pages {
             Some(pages) => Arc::new(SlotPage {
@@ -132,8 +135,9 @@ impl Slots {
         }
         let acknowledge = IoEventAddress::Mmio(window.start() + INTERRUPT_ACK);
         // Nobody reads it: the page says what the guest reads next.
-        let caught =
-            event().and_then(|nobody| Ok(self.vm.register_ioevent(&nobody, &acknowledge, USED)?));
+        let caught = bell()
+            .map_err(anyhow::Error::from)
+            .and_then(|nobody| Ok(self.vm.register_ioevent(&nobody, &acknowledge, USED)?));
         if let Err(error) = caught {
             log::info!("each acknowledgement at {window} is an exit: {error:#}");
         }
@@ -203,10 +207,6 @@ fn pages<A: KvmArch>(plan: &Plan<A>) -> Option<ReadOnlyPages> {
     ReadOnlyPages::new(SLOT, start, size as usize)
         .inspect_err(|error| log::info!("no pages for virtio registers: {error:#}"))
         .ok()
-}
-
-fn event() -> Result<EventFd> {
-    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")
 }
 
 /// A slot's part of the pages.

@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::VirtioDevice;
-use crate::sync::{lock, ring};
+use crate::sync::{bell, lock, ring};
 
 /// How long someone waits for a device before the user hears of it.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -109,7 +109,7 @@ impl Mailbox {
         Ok(Mailbox {
             device,
             has_post: AtomicBool::new(false),
-            bell: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            bell: bell()?,
             post: Mutex::default(),
             answered: Condvar::new(),
         })

@@ -1,12 +1,12 @@
 //! The register machine that every transport has: status, features, queues and their start
 //! (virtio 1.2, sections 2.1, 2.2, 3.1).
 
-use crate::sync::ring;
+use crate::sync::{bell, ring};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::mailbox::Access;
 use super::queue::{Addresses, Position};
@@ -129,7 +129,7 @@ impl Transport {
         });
         let kicks = sizes
             .iter()
-            .map(|_| Ok(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)))
+            .map(|_| Ok(Arc::new(bell()?)))
             .collect::<std::io::Result<Vec<_>>>()?;
         Ok(Transport {
             device,

@@ -1,0 +1,133 @@
+//! The KVM half of an architecture, as a trait: what KVM needs to know of it.
+
+use super::facts::Virtualization;
+use super::interrupts::{Interrupts, Pins};
+use anyhow::{Result, bail};
+use armlet_arch::irq::Spi;
+use armlet_arch::{Arch, Plan, Range, Request, Width};
+use armlet_devices::Device;
+use armlet_devices::action::Action;
+use armlet_devices::bus::Bus;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::{Arc, Mutex};
+
+/// How closely a host is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// By capabilities alone, in some microseconds: enough for the usual guest.
+    Quick,
+    /// With a VM made for the purpose and dropped again.
+    Full,
+}
+
+/// What KVM needs to know of an architecture to make and run a planned machine.
+pub trait KvmArch: Arch {
+    /// What must live as long as the machine: the interrupt controller's handle.
+    type Chip: Send;
+
+    /// Whether there are I/O ports. Where there are none, a binary has no devices that stand there.
+    const PORTS: bool = false;
+
+    /// How closely the host must be looked at for this request.
+    fn depth(request: &Request<Self>) -> Depth;
+
+    /// Asks KVM what it offers.
+    ///
+    /// # Errors
+    /// A host that cannot run guests at all.
+    fn probe(kvm: &Kvm, depth: Depth) -> Result<Self::Host>;
+
+    /// Everything about the host that `armlet probe` shows.
+    ///
+    /// # Errors
+    /// As [`Self::probe`].
+    fn facts(kvm: &Kvm) -> Result<Virtualization>;
+
+    /// Creates the VM with its address width.
+    ///
+    /// # Errors
+    /// What KVM says.
+    fn create_vm(kvm: &Kvm, width: &Width) -> Result<VmFd>;
+
+    /// Creates interrupt controller and vCPUs in the order that KVM wants, and checks that KVM
+    /// made what the plan says.
+    ///
+    /// # Errors
+    /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
+    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
+
+    /// The part of the interrupt controller that is a device of ours, and where it stands. Mostly
+    /// KVM has all of it.
+    fn chip_device(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+        None
+    }
+
+    /// The pins of the interrupt controllers that [`Self::populate`] made in KVM.
+    fn pins(plan: &Plan<Self>) -> Pins;
+
+    /// The number by which KVM_IRQ_LINE knows an interrupt.
+    fn irq_number(spi: Spi) -> u32;
+
+    /// The number by which an irqfd knows an interrupt (KVM's GSI).
+    fn gsi(spi: Spi) -> u32;
+
+    /// Answers an exit that kvm-ioctls has no name for, by its number.
+    ///
+    /// # Errors
+    /// An exit that nothing is known of.
+    fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit>;
+
+    /// Answers an exit for an access to I/O ports. Only x86_64 has any.
+    ///
+    /// # Errors
+    /// An architecture without ports.
+    fn answer_ports(_: &mut VcpuFd, _: &Bus) -> Result<PortAccess> {
+        bail!("KVM stopped it at an I/O port, which this architecture does not have")
+    }
+
+    /// Answers a hypercall that KVM was told to leave to us, by its function number.
+    ///
+    /// # Errors
+    /// A function that KVM was not told of, and what KVM says.
+    fn answer_hypercall(_: &VcpuFd, function: u64) -> Result<Hypercall> {
+        bail!("KVM stopped it at a hypercall that armlet does not know ({function:#x})")
+    }
+
+    /// Whether a vCPU is off, until another turns it on. It is asked on the vCPU's own thread.
+    fn is_off(_: &VcpuFd) -> bool {
+        false
+    }
+
+    /// Where a vCPU stands, for reports about it ("PC 0xffff800080010000").
+    fn position(vcpu: &VcpuFd) -> String;
+}
+
+/// An access to an I/O port that was answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
+    /// Whether the guest wrote.
+    pub write: bool,
+    /// Whether a device stands there.
+    pub found: bool,
+    /// What the access means for the machine.
+    pub action: Action,
+}
+
+/// What a hypercall was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hypercall {
+    /// The vCPU went off; it sleeps in KVM_RUN until another turns it on.
+    WentOff,
+}
+
+/// What an exit without a name in kvm-ioctls was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RawExit {
+    /// An access to `address` by an instruction that cannot be emulated; the guest gets an abort.
+    Aborted {
+        /// Guest-physical address.
+        address: u64,
+    },
+}
