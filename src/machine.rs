@@ -1,5 +1,6 @@
 //! From a plan to KVM's objects and our devices. Nothing is decided here.
 
+use crate::deadline::Deadline;
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
@@ -9,7 +10,7 @@ use crate::memory::{self, IdleMemory};
 use crate::reactor::Reactor;
 use crate::serial::Serial;
 use crate::stats::Counters;
-use crate::vcpu::{Buses, NotHeld, OffCheck, RunningVcpu, Shared, VcpuEvent, Vcpus};
+use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, VcpuEvent, Vcpus};
 use crate::virtio::Backend;
 use crate::virtio::console::HvcConsole;
 use crate::virtio::pmem::PmemImage;
@@ -36,8 +37,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+mod held;
+
+use held::Held;
+
 /// A machine as KVM has it, with its devices: the one owner of all of them.
 pub struct Machine<A: KvmArch> {
+    /// Whether the virtio devices are held. It ends first.
+    held: Held,
     vm: Arc<VmFd>,
     /// vCPUs, by index, until they run.
     idle: Vec<VcpuFd>,
@@ -139,6 +146,7 @@ pub fn assemble<A: KvmArch>(
         ..Counters::default()
     };
     Ok(Machine {
+        held: Held::default(),
         vm,
         counters,
         idle: vcpus,
@@ -326,26 +334,38 @@ impl<A: KvmArch> Machine<A> {
         let idle = std::mem::take(&mut self.idle).into_iter();
         for (index, (vcpu, exits)) in idle.zip(&self.counters.exits).enumerate() {
             let (shared, exits) = (shared.clone(), Arc::clone(exits));
-            let vcpu = RunningVcpu::start::<A>(index, vcpu, shared, cpus(index), exits, tell())?;
+            let vcpu = vcpu::start::<A>(index, vcpu, shared, cpus(index), exits, tell())?;
             self.vcpus.add(vcpu, &off);
         }
         Ok(())
     }
 
-    /// Holds the machine: no vCPU runs until [`Self::resume`]. What the host does for the guest's
-    /// devices goes on.
+    /// Holds the machine: no vCPU runs and no virtio device works until [`Self::resume`]. Each device
+    /// has finished or handed back what it took. The guest's clocks and timers go on.
     ///
     /// # Errors
     /// What is waited for longer than `limit`, in a sentence, after which the machine runs on.
     pub fn pause(&self, limit: Duration) -> Result<(), String> {
+        let deadline = Deadline::after(limit);
         self.vcpus.pause(limit).map_err(|error| match error {
             NotHeld::Busy(..) => format!("{error}{}", self.what_is_waited_for()),
             NotHeld::Ended(_) => error.to_string(),
-        })
+        })?;
+        // vCPUs first: what they ask of a device is done, or still in its queues.
+        let held = self.held.hold(self.workers.devices(), deadline.left());
+        match held.is_ok() {
+            true => (0..self.vcpus.count()).for_each(|index| {
+                // It has not ended, as it is held.
+                let _ = self.vcpus.ask(index, |vcpu| A::note_pause(vcpu));
+            }),
+            false => self.vcpus.resume(),
+        }
+        held
     }
 
-    /// Lets a machine that is held run on.
+    /// Lets a machine that is held go on, devices first.
     pub fn resume(&self) {
+        self.held.release(self.workers.devices());
         self.vcpus.resume();
     }
 

@@ -1,8 +1,9 @@
 //! The life of a guest: one event loop owns the machine; everything reaches it through one
 //! queue, the terminal, and signals.
 //!
-//! `event` waits, [`command`] does what is asked, `input` feeds the console, `queue` is what
-//! other threads tell; this file is what happens from one life to the next.
+//! `event` waits, and does what is asked; [`command`] is what may be asked, `queue` what other threads
+//! tell, `ending` how a life ends. `input` feeds the console, `power` presses the power key, `alarm`
+//! watches the guest's clock. This file is what happens from one life to the next.
 
 use crate::affinity;
 use crate::config::{Config, fresh_seeds};
@@ -22,7 +23,7 @@ use crate::virtio::console::ConsoleKind;
 use anyhow::Result;
 use armlet_arch::Plan;
 use armlet_devices::sync::lock;
-use command::Commands;
+use ending::Ending;
 use event::{Events, tell_counters};
 use kvm_ioctls::Kvm;
 use queue::Event;
@@ -31,31 +32,19 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
+mod alarm;
 pub mod command;
+mod ending;
 mod event;
 mod input;
+mod power;
 mod queue;
+
+pub use ending::{OnPanic, OnReset};
+pub use queue::Commands;
 
 /// How long vCPUs are waited for until it is said again which.
 const LONG: Duration = Duration::from_millis(50);
-
-/// What to do when the guest asks for a reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnReset {
-    /// Start the machine anew.
-    Restart,
-    /// Leave, with [`Status::GuestReset`].
-    Exit,
-}
-
-/// What to do when the guest's kernel panics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnPanic {
-    /// Say so; the guest goes on as it likes (to a crash kernel, a reset, or nowhere).
-    Report,
-    /// Leave, with [`Status::GuestFailed`].
-    Exit,
-}
 
 /// Everything that [`run`] is told.
 pub struct RunOptions<A: KvmArch> {
@@ -79,15 +68,6 @@ pub struct RunOptions<A: KvmArch> {
     pub dump_dtb: Option<String>,
     /// Is handed the way to command the machine, once there is one.
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
-}
-
-/// How one life of the guest, from start to reset or end, ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Ending {
-    PowerOff,
-    Reset,
-    Failed(String),
-    Stopped,
 }
 
 /// Runs a guest to its end, through as many resets as it asks for.
@@ -117,7 +97,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let backends =
         virtio::open(&options.config.virtio, hvc.as_ref(), broker.as_ref()).fault(Status::Usage)?;
     if let Some(commander) = options.commander.take() {
-        commander(events.commands());
+        commander(events.queue.commands());
     }
     loop {
         let plan = match first.take() {
@@ -176,7 +156,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
             true => {
                 // From here on signals end armlet, and the terminal is the user's again.
                 terminal = None;
-                let ending = ending.map(status);
+                let ending = ending.map(Ending::status);
                 signals::end_with(*ending.as_ref().unwrap_or(&Status::Failure));
                 Some(ending)
             }
@@ -276,16 +256,4 @@ fn finish<A: KvmArch>(machine: &mut Machine<A>, events: &mut Events) {
         hvc.drain(console::is_output_ready);
     }
     events.hear_last_words();
-}
-
-fn status(ending: Ending) -> Status {
-    match ending {
-        Ending::PowerOff => Status::Success,
-        Ending::Reset => Status::GuestReset,
-        Ending::Stopped => Status::Stopped,
-        Ending::Failed(what) => {
-            messages::say(&what);
-            Status::GuestFailed
-        }
-    }
 }

@@ -102,6 +102,7 @@ fn modules_use_one_another_in_no_circle() {
         "arch/src/lib.rs",
         "devices/src/lib.rs",
         "fdt/src/lib.rs",
+        "src/lib.rs",
         "xtask/src/main.rs",
     ];
     let mut found = Vec::new();
@@ -111,7 +112,9 @@ fn modules_use_one_another_in_no_circle() {
             .into_iter()
             .map(|file| (file.path, file.text))
             .collect();
-        found.extend(modules::circles(root, &files));
+        let circles = modules::circles(root, &files).into_iter();
+        // What of it is below src/virtio/ is yet to be untangled.
+        found.extend(circles.filter(|circle| !circle.starts_with("src/virtio/")));
     }
     assert!(
         found.is_empty(),

@@ -98,6 +98,10 @@ pub trait KvmArch: Arch {
         false
     }
 
+    /// Tells a guest, where it wants to hear of it, that the host has held this vCPU: time that it
+    /// did not get. It is called on the vCPU's own thread, before the vCPU goes on.
+    fn note_pause(_: &VcpuFd) {}
+
     /// Where a vCPU stands, for reports about it ("PC 0xffff800080010000").
     fn position(vcpu: &VcpuFd) -> String;
 }

@@ -194,6 +194,17 @@ impl KvmArch for X86_64 {
         })
     }
 
+    /// By its kvmclock, so that its watchdogs do not take the pause for a lockup (Linux,
+    /// arch/x86/kernel/kvmclock.c: kvm_check_and_clear_guest_paused).
+    fn note_pause(vcpu: &VcpuFd) {
+        // A guest without kvmclock has nowhere to read it, and KVM says EINVAL.
+        if let Err(error) = vcpu.kvmclock_ctrl()
+            && error.errno() != libc::EINVAL
+        {
+            log::warn!("the guest is not told that it was held: {error}");
+        }
+    }
+
     fn position(vcpu: &VcpuFd) -> String {
         match vcpu.get_regs() {
             Ok(registers) => format!("RIP {:#x}", registers.rip),

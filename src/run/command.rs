@@ -1,22 +1,9 @@
 //! What is asked of a running machine, by signals, by keys, or by another thread of this process.
 
-use super::event::{Events, tell_counters};
-use super::queue::Queue;
-use super::{Ending, input};
-use crate::console::{self, ESCAPE_HELP, Escape};
-use crate::kvm::KvmArch;
-use crate::machine::{Devices, Machine};
-use crate::messages;
-use crate::shutdown::Shutdown;
+use crate::console::Escape;
 use crate::signals::Taken;
-use crate::virtio::console::terminal_size;
-use armlet_devices::sync::lock;
 use kvm_ioctls::VcpuFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::{Duration, Instant};
-
-/// How long the machine may take until it is held. The event loop waits for it.
-const LIMIT: Duration = Duration::from_secs(5);
 
 /// What is asked.
 pub enum Command {
@@ -32,9 +19,9 @@ pub enum Command {
     Break,
     /// Say which keys there are.
     Help,
-    /// Hold all vCPUs until [`Command::Resume`]; answered when they are held, or why they are not.
+    /// Hold the machine until [`Command::Resume`]; answered when it is held, or why it is not.
     Pause(Reply<Result<(), String>>),
-    /// Let held vCPUs run on.
+    /// Let a machine that is held go on.
     Resume(Reply<()>),
     /// Do something with a vCPU on its own thread, between two instructions of the guest. It is
     /// dropped where there is no such vCPU, or it ends.
@@ -61,28 +48,14 @@ impl<T> Reply<T> {
         (Reply(sender), receiver)
     }
 
-    fn send(self, answer: T) {
+    pub(super) fn send(self, answer: T) {
         // Who asked may have given up.
         let _ = self.0.try_send(answer);
     }
 }
 
-/// Where other threads send commands to, for as long as a guest runs, through its resets.
-#[derive(Clone, Debug)]
-pub struct Commands(pub(super) Queue);
-
-impl Commands {
-    /// Sends a command. It waits for nothing.
-    ///
-    /// # Errors
-    /// The command, where the guest has ended, or takes no more of them at the time.
-    pub fn send(&self, command: Command) -> Result<(), Command> {
-        self.0.ask(command)
-    }
-}
-
 /// What signals ask for, in the order in which it is done.
-fn of_signals(taken: Taken) -> impl Iterator<Item = Command> {
+pub(super) fn of_signals(taken: Taken) -> impl Iterator<Item = Command> {
     let changed = taken.resized || taken.continued;
     [
         taken.counters.then_some(Command::ShowCounters),
@@ -101,78 +74,6 @@ impl From<Escape> for Command {
             Escape::Help => Command::Help,
             Escape::Break => Command::Break,
         }
-    }
-}
-
-impl Events {
-    /// Does what signals ask for.
-    pub(super) fn obey_signals<A: KvmArch>(
-        &mut self,
-        taken: Taken,
-        machine: &Machine<A>,
-    ) -> Option<Ending> {
-        of_signals(taken).find_map(|command| self.obey(command, machine))
-    }
-
-    /// Does what is asked; returns the guest's end, if that is what comes of it.
-    pub(super) fn obey<A: KvmArch>(
-        &mut self,
-        command: Command,
-        machine: &Machine<A>,
-    ) -> Option<Ending> {
-        let devices = &machine.devices;
-        match command {
-            Command::ShowCounters => tell_counters(&machine.counters),
-            Command::TerminalChanged(by_a_shell) => self.look_at_terminal(by_a_shell, devices),
-            Command::Help => messages::say(ESCAPE_HELP),
-            Command::Break => {
-                if let Some(mut serial) = devices.serial.as_deref().and_then(input::at_hand) {
-                    self.queue.tell_action(serial.receive_break());
-                }
-            }
-            Command::Stop(by) => {
-                if by == By::Signal {
-                    messages::say("stopped by a signal");
-                }
-                return Some(Ending::Stopped);
-            }
-            Command::PowerKey => return self.ask_to_power_off(devices),
-            Command::Pause(reply) => reply.send(machine.pause(LIMIT)),
-            Command::Resume(reply) => {
-                machine.resume();
-                reply.send(());
-            }
-            Command::WithVcpu(index, task) => {
-                // Dropped where nobody does it, which whoever waits for it hears.
-                let _ = machine.vcpus.ask(index, task);
-            }
-        }
-        None
-    }
-
-    fn look_at_terminal(&self, by_a_shell: bool, devices: &Devices) {
-        if by_a_shell && self.input.terminal {
-            console::make_raw_again();
-        }
-        let console = devices.hvc.as_ref().and_then(|hvc| hvc.current());
-        if let (Some(console), Some(size)) = (console, terminal_size()) {
-            lock(&console).resize(size);
-        }
-    }
-
-    /// The first SIGTERM or SIGHUP asks the guest to power off, where a vCPU is on to hear it.
-    fn ask_to_power_off(&mut self, devices: &Devices) -> Option<Ending> {
-        if self.all_off {
-            messages::say("stopped by a signal: all of its CPUs are off");
-            return Some(Ending::Stopped);
-        }
-        if !self.press(devices) {
-            messages::say("stopped by a signal: this board has no power key");
-            return Some(Ending::Stopped);
-        }
-        self.shutdown = Some(Shutdown::new(Instant::now(), self.patience));
-        messages::say("pressed the guest's power key; a second signal stops it at once");
-        None
     }
 }
 

@@ -1,35 +1,35 @@
 //! The event loop: it waits for the terminal, signals, virtio devices, the host's clock and what other
 //! threads tell it, and keeps the deadlines of a life.
 
-use super::command::Commands;
+use super::alarm::Alarm;
+use super::command::{By, Command, of_signals};
+use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
+use super::power::Power;
 use super::queue::{Event, Queue};
-use super::{Ending, OnPanic};
-use crate::clock::ClockWatch;
-use crate::console::{PanicWatch, StandardOutput};
+use crate::console::{self, ESCAPE_HELP, PanicWatch, StandardOutput};
 use crate::eintr::events;
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
 use crate::messages;
 use crate::serial::TICK;
-use crate::shutdown::{Due, Shutdown};
 use crate::signals;
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
-use crate::virtio::console::HvcConsole;
+use crate::virtio::console::{HvcConsole, terminal_size};
 use anyhow::{Context, Result};
-use armlet_devices::sync::lock;
+use armlet_devices::sync::{bell, lock};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-/// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.
-const KEY_HELD: Duration = Duration::from_millis(100);
+/// How long the machine may take until it is held. The event loop waits for it.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// What epoll says is ready.
-pub(super) const INPUT: u64 = 0;
+const INPUT: u64 = 0;
 const BELL: u64 = 1;
 const SIGNAL: u64 = 2;
 const VIRTIO: u64 = 3;
@@ -37,29 +37,17 @@ const CLOCK: u64 = 4;
 
 /// The event loop.
 pub(super) struct Events {
-    pub(super) epoll: Epoll,
+    epoll: Epoll,
     pub(super) queue: Queue,
     signals: &'static EventFd,
     pub(super) input: Input,
-    /// When the power key is released.
-    release: Option<Instant>,
-    /// When the clock's alarm may be due.
-    alarm: Option<Instant>,
-    /// Tells when the host's clock is set, once there was an alarm.
-    clock_set: Option<ClockWatch>,
+    power: Power,
+    alarm: Alarm,
     /// When a burst of output is looked after.
     tick: Option<Instant>,
-    /// When input is looked after.
-    pub(super) feed: Option<Instant>,
     on_panic: OnPanic,
     /// Whether the guest's kernel said in this life that it panicked.
     panicked: bool,
-    /// Whether all vCPUs of this life are off.
-    pub(super) all_off: bool,
-    /// How long the guest may take to power off when it was asked to.
-    pub(super) patience: Option<Duration>,
-    /// That it was.
-    pub(super) shutdown: Option<Shutdown>,
 }
 
 impl Events {
@@ -73,7 +61,7 @@ impl Events {
         patience: Option<Duration>,
     ) -> Result<Events> {
         let epoll = Epoll::new().context("cannot make an epoll instance")?;
-        let bell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        let bell = bell().context("cannot make an eventfd")?;
         let signals = signals::install(stats)?;
         for (fd, token) in [(bell.as_raw_fd(), BELL), (signals.as_raw_fd(), SIGNAL)] {
             epoll
@@ -88,23 +76,13 @@ impl Events {
             epoll,
             queue: Queue::new(bell),
             signals,
-            input: Input::default(),
-            release: None,
-            alarm: None,
-            clock_set: None,
+            input: Input::new(INPUT),
+            power: Power::new(patience),
+            alarm: Alarm::new(CLOCK),
             tick: None,
-            feed: None,
             on_panic,
             panicked: false,
-            patience,
-            shutdown: None,
-            all_off: false,
         })
-    }
-
-    /// Where others command the machine.
-    pub(super) fn commands(&self) -> Commands {
-        Commands(self.queue.clone())
     }
 
     /// The virtio console of this terminal.
@@ -124,9 +102,10 @@ impl Events {
     pub(super) fn wires(&mut self) -> Wires {
         // What an earlier life left behind means nothing to this one.
         self.queue.take_events();
-        (self.release, self.alarm, self.tick, self.feed) = (None, None, None, None);
-        self.input.session = None;
-        (self.panicked, self.all_off) = (false, false);
+        self.input.begin_life();
+        self.power.begin_life();
+        self.alarm.begin_life();
+        (self.tick, self.panicked) = (None, false);
         let (room, burst, deadline) = (self.queue.clone(), self.queue.clone(), self.queue.clone());
         let stopping = Arc::default();
         let output = StandardOutput::new(Arc::clone(&stopping));
@@ -158,33 +137,62 @@ impl Events {
             for event in &ready[..count] {
                 let ending = match event.data() {
                     INPUT => self.read_input(machine)?,
-                    SIGNAL => self.read_signals(machine),
+                    SIGNAL => self.read_signals(machine)?,
                     VIRTIO => machine.light.turn(0).map(|_| None)?,
-                    CLOCK => self.clock_was_set(devices).map(|()| None)?,
+                    CLOCK => {
+                        let clock = devices.clock.as_deref();
+                        self.alarm.clock_was_set(&self.epoll, clock)?;
+                        None
+                    }
                     _ => self.read_queue(machine)?,
                 };
                 if let Some(ending) = ending {
                     return Ok(ending);
                 }
             }
-            self.pass_deadlines(devices)?;
-            if let Some(ending) = self.ask_again(devices) {
+            if let Some(ending) = self.pass_deadlines(devices)? {
                 return Ok(ending);
             }
         }
     }
 
-    fn read_signals<A: KvmArch>(&mut self, machine: &Machine<A>) -> Option<Ending> {
+    fn read_input<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
+        for escape in self.input.read(&self.epoll)? {
+            let ending = self.obey(escape.into(), machine)?;
+            if ending.is_some() {
+                return Ok(ending);
+            }
+        }
+        self.feed(&machine.devices)?;
+        Ok(None)
+    }
+
+    fn feed(&mut self, devices: &Devices) -> Result<()> {
+        self.input.feed(&self.epoll, &self.queue, devices)
+    }
+
+    fn read_signals<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
         // What comes after this read rings again.
         let _ = self.signals.read();
-        self.obey_signals(signals::take(), machine)
+        for command in of_signals(signals::take()) {
+            let ending = self.obey(command, machine)?;
+            if ending.is_some() {
+                return Ok(ending);
+            }
+        }
+        Ok(None)
     }
 
     /// Milliseconds until the next deadline; -1 without one.
     fn timeout(&self) -> i32 {
         let retry = messages::is_behind().then(|| Instant::now() + messages::RETRY);
-        let asked = self.shutdown.map(|shutdown| shutdown.next());
-        let deadlines = [self.release, self.alarm, self.tick, self.feed, retry, asked];
+        let deadlines = [
+            self.power.deadline(),
+            self.alarm.deadline(),
+            self.input.deadline(),
+            self.tick,
+            retry,
+        ];
         deadlines.into_iter().flatten().min().map_or(-1, |next| {
             let left = next.saturating_duration_since(Instant::now());
             // Rounded up, so that it is not woken just before.
@@ -192,21 +200,16 @@ impl Events {
         })
     }
 
-    fn pass_deadlines(&mut self, devices: &Devices) -> Result<()> {
+    fn pass_deadlines(&mut self, devices: &Devices) -> Result<Option<Ending>> {
         if messages::is_behind() {
             messages::retry();
         }
         let now = Instant::now();
-        if self.release.is_some_and(|release| release <= now) {
-            self.release = None;
-            if let Some(key) = &devices.power_key {
-                lock(&**key).set_pressed(false);
-            }
+        let is_due = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
+        if is_due(self.alarm.deadline()) {
+            self.alarm.set(&self.epoll, devices.clock.as_deref())?;
         }
-        if self.alarm.is_some_and(|alarm| alarm <= now) {
-            self.set_alarm(devices)?;
-        }
-        if self.tick.is_some_and(|tick| tick <= now) {
+        if is_due(self.tick) {
             let goes_on = devices.serial.as_ref().is_some_and(|serial| {
                 at_hand(serial).is_none_or(|mut serial| {
                     let (goes_on, action) = serial.tick();
@@ -216,41 +219,10 @@ impl Events {
             });
             self.tick = goes_on.then(|| now + TICK);
         }
-        if self.feed.is_some_and(|feed| feed <= now) {
-            self.feed = None;
+        if is_due(self.input.deadline()) {
             self.feed(devices)?;
         }
-        Ok(())
-    }
-
-    /// Raises a due alarm and finds the next.
-    fn set_alarm(&mut self, devices: &Devices) -> Result<()> {
-        self.alarm = devices.clock.as_ref().and_then(|clock| {
-            let mut clock = lock(clock);
-            clock.poll();
-            clock
-                .deadline()
-                .and_then(|left| Instant::now().checked_add(left))
-        });
-        if self.alarm.is_some() && self.clock_set.is_none() {
-            let watch = ClockWatch::new()?;
-            let event = EpollEvent::new(EventSet::IN, CLOCK);
-            self.epoll
-                .ctl(ControlOperation::Add, watch.as_raw_fd(), event)
-                .context("cannot watch the host's clock")?;
-            self.clock_set = Some(watch);
-            // Set between the question and the watch, it would not have told.
-            return self.set_alarm(devices);
-        }
-        Ok(())
-    }
-
-    /// Somebody set the host's clock: the alarm is due at another time.
-    fn clock_was_set(&mut self, devices: &Devices) -> Result<()> {
-        if let Some(watch) = &self.clock_set {
-            watch.again()?;
-        }
-        self.set_alarm(devices)
+        Ok(self.power.pass(now, devices))
     }
 
     fn read_queue<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
@@ -276,11 +248,11 @@ impl Events {
             if self.on_panic == OnPanic::Exit {
                 return Ok(Some(Ending::Failed(what)));
             }
-            if self.was_asked() {
+            if self.power.was_asked() {
                 messages::say(&format!("stopped: {what}"));
                 return Ok(Some(Ending::Stopped));
             }
-            self.all_off = true;
+            self.power.all_off = true;
             let keys = if self.input.terminal {
                 "Ctrl-A x or "
             } else {
@@ -297,13 +269,13 @@ impl Events {
             self.tick = Some(Instant::now() + TICK);
         }
         if news.deadline {
-            self.set_alarm(devices)?;
+            self.alarm.set(&self.epoll, devices.clock.as_deref())?;
         }
         if news.room {
             self.feed(devices)?;
         }
         for command in self.queue.take_commands() {
-            let ending = self.obey(command, machine);
+            let ending = self.obey(command, machine)?;
             if ending.is_some() {
                 return Ok(ending);
             }
@@ -328,36 +300,59 @@ impl Events {
 
     /// Whether the guest was asked to power off.
     pub(super) fn was_asked(&self) -> bool {
-        self.shutdown.is_some()
+        self.power.was_asked()
     }
 
-    /// Presses the power key again where the guest was asked to power off and has not yet, and gives
-    /// it up where it took too long.
-    fn ask_again(&mut self, devices: &Devices) -> Option<Ending> {
-        match self.shutdown.as_mut()?.due(Instant::now()) {
-            Due::Nothing => None,
-            Due::Press => {
-                self.press(devices);
-                None
+    /// Does what is asked; returns the guest's end, if that is what comes of it.
+    fn obey<A: KvmArch>(
+        &mut self,
+        command: Command,
+        machine: &Machine<A>,
+    ) -> Result<Option<Ending>> {
+        let devices = &machine.devices;
+        match command {
+            Command::ShowCounters => tell_counters(&machine.counters),
+            Command::TerminalChanged(by_a_shell) => self.look_at_terminal(by_a_shell, devices),
+            Command::Help => messages::say(ESCAPE_HELP),
+            Command::Break => {
+                if let Some(mut serial) = devices.serial.as_deref().and_then(at_hand) {
+                    self.queue.tell_action(serial.receive_break());
+                }
             }
-            Due::GiveUp => {
-                let seconds = self.patience.unwrap_or_default().as_secs();
-                messages::say(&format!(
-                    "stopped: the guest did not power off within {seconds} s (--stop-timeout)"
-                ));
-                Some(Ending::Stopped)
+            Command::Stop(by) => {
+                if by == By::Signal {
+                    messages::say("stopped by a signal");
+                }
+                return Ok(Some(Ending::Stopped));
+            }
+            Command::PowerKey => return Ok(self.power.ask(devices)),
+            Command::Pause(reply) => {
+                let held = machine.pause(LIMIT);
+                self.input.held = held.is_ok();
+                reply.send(held);
+            }
+            Command::Resume(reply) => {
+                machine.resume();
+                self.input.held = false;
+                self.feed(devices)?;
+                reply.send(());
+            }
+            Command::WithVcpu(index, task) => {
+                // Dropped where nobody does it, which whoever waits for it hears.
+                let _ = machine.vcpus.ask(index, task);
             }
         }
+        Ok(None)
     }
 
-    /// Presses the guest's power key; whether it has one.
-    pub(super) fn press(&mut self, devices: &Devices) -> bool {
-        let Some(key) = &devices.power_key else {
-            return false;
-        };
-        lock(&**key).set_pressed(true);
-        self.release = Some(Instant::now() + KEY_HELD);
-        true
+    fn look_at_terminal(&self, by_a_shell: bool, devices: &Devices) {
+        if by_a_shell && self.input.terminal {
+            console::make_raw_again();
+        }
+        let console = devices.hvc.as_ref().and_then(|hvc| hvc.current());
+        if let (Some(console), Some(size)) = (console, terminal_size()) {
+            lock(&console).resize(size);
+        }
     }
 }
 

@@ -1,12 +1,10 @@
 //! Standard input on its way to the guest: escape keys, type-ahead, and the pace at which a console
 //! takes it.
 
-use super::Ending;
-use super::event::{Events, INPUT};
-use crate::console::{self, EscapeFilter};
+use super::queue::Queue;
+use crate::console::{self, Escape, EscapeFilter};
 use crate::eintr::uninterrupted;
-use crate::kvm::KvmArch;
-use crate::machine::{Devices, Machine};
+use crate::machine::Devices;
 use crate::serial::TICK;
 use anyhow::{Context, Result};
 use armlet_devices::console::Console;
@@ -16,7 +14,7 @@ use rustix::stdio;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// How long a guest listens before it gets input: Linux's driver listens for a moment before it
 /// throws away what came and begins in earnest (`pl011_hwinit`).
@@ -27,8 +25,10 @@ const TRIES: usize = 100;
 const INPUT_BYTES: usize = 4096;
 
 /// Standard input on its way to the guest.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Input {
+    /// By what epoll tells that it can be read.
+    token: u64,
     filter: EscapeFilter,
     /// Read, and not yet taken by the guest.
     pending: Vec<u8>,
@@ -38,9 +38,13 @@ pub(super) struct Input {
     always_ready: bool,
     /// A terminal, where escape keys work.
     pub(super) terminal: bool,
+    /// Whether the machine is held: its consoles take nothing then, and what is typed waits.
+    pub(super) held: bool,
     ended: bool,
     /// The time of the guest's listening that has lasted for [`SETTLE`].
-    pub(super) session: Option<u64>,
+    session: Option<u64>,
+    /// When to try again.
+    retry: Option<Instant>,
 }
 
 /// What came of giving the console input.
@@ -51,70 +55,96 @@ enum Handed {
     NotNow(Option<Duration>),
 }
 
-impl Events {
-    /// Takes what was typed; returns the guest's end, if a key asks for it.
-    pub(super) fn read_input<A: KvmArch>(
-        &mut self,
-        machine: &Machine<A>,
-    ) -> Result<Option<Ending>> {
-        let devices = &machine.devices;
+impl Input {
+    /// Standard input, of which epoll tells by `token` that it can be read.
+    pub(super) fn new(token: u64) -> Input {
+        Input {
+            token,
+            filter: EscapeFilter::default(),
+            pending: Vec::new(),
+            watched: false,
+            always_ready: false,
+            terminal: false,
+            held: false,
+            ended: false,
+            session: None,
+            retry: None,
+        }
+    }
+
+    /// A new life of the guest begins: it does not listen yet.
+    pub(super) fn begin_life(&mut self) {
+        (self.session, self.retry, self.held) = (None, None, false);
+    }
+
+    /// When [`Self::feed`] is to be called again.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.retry
+    }
+
+    /// Reads what was typed; returns the escape keys in it. The rest waits for [`Self::feed`].
+    ///
+    /// # Errors
+    /// What epoll says.
+    pub(super) fn read(&mut self, epoll: &Epoll) -> Result<Vec<Escape>> {
         let mut buffer = [0_u8; INPUT_BYTES];
         // It is ready, or does not wait.
         let count = match uninterrupted(|| rustix::io::read(stdio::stdin(), &mut buffer)) {
             Ok(0) => {
-                self.input.ended = true;
-                self.watch_input(false)?;
-                return Ok(None);
+                self.ended = true;
+                self.watch(epoll, false)?;
+                return Ok(Vec::new());
             }
             Ok(count) => count,
             Err(Errno::AGAIN) => 0,
             Err(error) => {
                 log::warn!("cannot read standard input ({error}); the guest gets no more of it");
-                self.input.ended = true;
-                self.watch_input(false)?;
+                self.ended = true;
+                self.watch(epoll, false)?;
                 0
             }
         };
-        if !self.input.terminal {
-            self.input.pending.extend_from_slice(&buffer[..count]);
-            self.feed(devices)?;
-            return Ok(None);
+        if !self.terminal {
+            self.pending.extend_from_slice(&buffer[..count]);
+            return Ok(Vec::new());
         }
         if !console::is_raw() {
             // Brought back from the background without a signal.
             console::make_raw_again();
         }
+        let mut escapes = Vec::new();
         let mut typed = &buffer[..count];
         while !typed.is_empty() {
-            let (used, escape) = self.input.filter.take(typed, &mut self.input.pending);
+            let (used, escape) = self.filter.take(typed, &mut self.pending);
             typed = &typed[used..];
-            let ending = escape.and_then(|escape| self.obey(escape.into(), machine));
-            if ending.is_some() {
-                return Ok(ending);
-            }
+            escapes.extend(escape);
         }
         // A person who types at a guest that does not read is better off with working escape
         // keys than with all that was typed.
-        self.input.pending.truncate(INPUT_BYTES);
-        self.feed(devices)?;
-        Ok(None)
+        self.pending.truncate(INPUT_BYTES);
+        Ok(escapes)
     }
 
-    /// Hands the guest what it wants of what was typed, and reads on where there is room.
-    pub(super) fn feed(&mut self, devices: &Devices) -> Result<()> {
+    /// Hands the guest what it wants of what was typed, and reads on where there is room. What the
+    /// guest's console says meanwhile is told to `queue`.
+    ///
+    /// # Errors
+    /// What epoll says.
+    pub(super) fn feed(&mut self, epoll: &Epoll, queue: &Queue, devices: &Devices) -> Result<()> {
+        self.retry = None;
         loop {
-            let wants_more = match self.hand_over(devices) {
+            let wants_more = match self.hand_over(queue, devices) {
                 Handed::All { wants_more } => wants_more,
                 Handed::NotNow(retry) => {
-                    self.feed = retry.map(|wait| Instant::now() + wait);
+                    self.retry = retry.map(|wait| Instant::now() + wait);
                     false
                 }
             };
             // While the guest takes nothing, reading on would only fill our memory. A terminal is
             // read all the same, for its escape keys.
-            let read_on = self.input.pending.is_empty() || self.input.terminal;
-            self.watch_input(read_on)?;
-            let from_file = self.input.always_ready && !self.input.ended;
+            let read_on = self.pending.is_empty() || self.terminal;
+            self.watch(epoll, read_on)?;
+            let from_file = self.always_ready && !self.ended;
             if !(from_file && read_on && wants_more) {
                 return Ok(());
             }
@@ -123,13 +153,16 @@ impl Events {
     }
 
     /// Gives the console as much of what is pending as it wants.
-    fn hand_over(&mut self, devices: &Devices) -> Handed {
+    fn hand_over(&mut self, queue: &Queue, devices: &Devices) -> Handed {
+        if self.held {
+            return Handed::NotNow(None);
+        }
         if let Some(console) = devices.hvc.as_ref().and_then(|hvc| hvc.current()) {
             // Only this thread and a vCPU that starts or stops the device ever hold it for long.
             let mut console = lock(&console);
             if console.listening().is_some() {
-                let (taken, wants_more) = console.receive(&self.input.pending);
-                self.input.pending.drain(..taken);
+                let (taken, wants_more) = console.receive(&self.pending);
+                self.pending.drain(..taken);
                 return Handed::All { wants_more };
             }
         }
@@ -140,44 +173,44 @@ impl Events {
             return Handed::NotNow(Some(TICK));
         };
         let session = serial.listening();
-        if session != self.input.session {
-            self.input.session = session;
+        if session != self.session {
+            self.session = session;
             return Handed::NotNow(session.map(|_| SETTLE));
         }
-        let (taken, wants_more, action) = serial.receive(&self.input.pending);
-        self.queue.tell_action(action);
-        self.input.pending.drain(..taken);
+        let (taken, wants_more, action) = serial.receive(&self.pending);
+        queue.tell_action(action);
+        self.pending.drain(..taken);
         Handed::All { wants_more }
     }
 
     fn read_file(&mut self) {
         let mut buffer = [0_u8; INPUT_BYTES];
         match uninterrupted(|| rustix::io::read(stdio::stdin(), &mut buffer)) {
-            Ok(0) | Err(_) => self.input.ended = true,
-            Ok(count) => self.input.pending.extend_from_slice(&buffer[..count]),
+            Ok(0) | Err(_) => self.ended = true,
+            Ok(count) => self.pending.extend_from_slice(&buffer[..count]),
         }
     }
 
     /// Has epoll watch standard input, or not.
-    fn watch_input(&mut self, watch: bool) -> Result<()> {
+    fn watch(&mut self, epoll: &Epoll, watch: bool) -> Result<()> {
         let fd: RawFd = stdio::stdin().as_raw_fd();
-        let event = EpollEvent::new(EventSet::IN, INPUT);
-        let watch = watch && !self.input.ended;
-        if watch == self.input.watched || self.input.always_ready {
+        let event = EpollEvent::new(EventSet::IN, self.token);
+        let watch = watch && !self.ended;
+        if watch == self.watched || self.always_ready {
             return Ok(());
         }
         let operation = match watch {
             true => ControlOperation::Add,
             false => ControlOperation::Delete,
         };
-        match self.epoll.ctl(operation, fd, event) {
-            Ok(()) => self.input.watched = watch,
+        match epoll.ctl(operation, fd, event) {
+            Ok(()) => self.watched = watch,
             // A file or /dev/null.
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                self.input.always_ready = true;
+                self.always_ready = true;
             }
             // A closed one.
-            Err(error) if error.raw_os_error() == Some(libc::EBADF) => self.input.ended = true,
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => self.ended = true,
             Err(error) => return Err(error).context("cannot watch standard input"),
         }
         Ok(())

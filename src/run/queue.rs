@@ -72,6 +72,20 @@ impl News {
     }
 }
 
+/// Where other threads send commands to, for as long as a guest runs, through its resets.
+#[derive(Clone, Debug)]
+pub struct Commands(Queue);
+
+impl Commands {
+    /// Sends a command. It waits for nothing.
+    ///
+    /// # Errors
+    /// The command, where the guest has ended, or takes no more of them at the time.
+    pub fn send(&self, command: Command) -> Result<(), Command> {
+        self.0.ask(command)
+    }
+}
+
 /// One end of the queue. Whoever tells something wakes the event loop.
 #[derive(Clone)]
 pub(super) struct Queue {
@@ -89,6 +103,12 @@ impl Queue {
         }
     }
 
+    /// Where others command the machine.
+    pub(super) fn commands(&self) -> Commands {
+        Commands(self.clone())
+    }
+
+    /// Tells the event loop.
     pub(super) fn tell(&self, event: Event) {
         // What was said and not taken yet has rung already.
         if lock(&self.news).add(event) {

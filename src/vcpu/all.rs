@@ -1,7 +1,8 @@
 //! All vCPUs of a machine: held, let go on, ended together.
 
 use super::control::Stand;
-use super::{OffCheck, RunningVcpu};
+use super::off::OffCheck;
+use super::running::RunningVcpu;
 use crate::deadline::Deadline;
 use kvm_ioctls::VcpuFd;
 use std::fmt::{self, Display};

@@ -4,7 +4,7 @@
 //! one after another, until one is found that is on: each looks at its own state, on its own thread.
 //! Nobody is asked at another time, so that a guest which idles is left alone.
 
-use super::VcpuEvent;
+use super::event::VcpuEvent;
 use armlet_devices::sync::lock;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

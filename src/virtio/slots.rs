@@ -171,6 +171,12 @@ pub struct Workers {
 }
 
 impl Workers {
+    /// All virtio devices and their names, busy or not.
+    #[must_use]
+    pub fn devices(&self) -> &[(String, Arc<Mutex<Mmio>>)] {
+        &self.devices
+    }
+
     /// The devices whose registers someone is at now, for messages: a driver stops one of them, and
     /// what that takes is the device's.
     #[must_use]

@@ -1,12 +1,15 @@
 //! Machines that are held: armlet in a process of the tests', commanded by lines through a FIFO, as
 //! no option of armlet's commands it yet.
 
-use crate::guest::{Armlet, GLANCE, Guest};
+use crate::guest::{Armlet, GLANCE, Guest, noise};
+use crate::interpreter::{BOARD, image};
+use crate::steps::{Disk, Driver, QUEUE, Steps, slots};
 use armlet::cli::{self, Command, Parsed};
 use armlet::commands;
 use armlet::kvm::{HostArch, KvmArch};
 use armlet::messages;
-use armlet::run::command::{self as asked, By, Commands, Reply};
+use armlet::run::Commands;
+use armlet::run::command::{self as asked, By, Reply};
 use rustix::fs::{CWD, Mode};
 use rustix::pipe::PipeFlags;
 use std::ffi::OsStr;
@@ -202,6 +205,79 @@ pub(crate) fn is_held_and_goes_on(armlet: Armlet, vcpus: usize, position: &str) 
     commanded.command("pause", "held.\n");
     writeln!(commanded.fifo, "stop").expect("armlet reads it");
     commanded.guest.end().assert_status(6);
+}
+
+/// A guest whose disk always has requests under way is held: its image is as it is by then, and nothing
+/// is lost when it goes on.
+pub(crate) fn a_busy_disk_is_held_and_goes_on() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("disk");
+    fs::write(&path, vec![0; 4 << 20]).expect("an image");
+    let options = [("--disk", path.to_string_lossy().into_owned())];
+    let (_, base) = &slots(&options)[0];
+    let mut steps = Steps::default();
+    let mut disk = Disk::new(Driver::new(*base, 0));
+    let pattern = noise(14, Disk::MOST as usize >> 4);
+    steps.place(disk.data(), &pattern);
+    steps.print(FIRST);
+    let again = steps.position();
+    disk.driver.start(&mut steps, 0, &[QUEUE]);
+    for tick in TICKS.split_inclusive(|_| true) {
+        // Three descriptors each, of the queue's.
+        for request in 0..u64::from(QUEUE) / 3 {
+            let chain = disk.chain(&mut steps, Disk::WRITE, 128 * request, Disk::MOST);
+            disk.driver.offer(&mut steps, 0, &chain);
+        }
+        disk.driver.kick(&mut steps, 0);
+        steps.print(tick);
+        disk.driver.finish(&mut steps, 0);
+    }
+    steps.jump(again);
+    let mut armlet = Armlet::image(&image(&steps)).option("--board", BOARD);
+    for (name, value) in &options {
+        armlet = armlet.option(name, value);
+    }
+    let changed = || {
+        let about = fs::metadata(&path).expect("an image");
+        about.modified().expect("a time")
+    };
+    let mut commanded = Commanded::start(armlet, None);
+    commanded.guest.expect(FIRST);
+    for _ in 0..10 {
+        let before = commanded.ticks();
+        commanded.goes_on(before);
+        commanded.command("pause", "held.\n");
+        let held = changed();
+        sleep(Duration::from_millis(300));
+        assert_eq!(changed(), held, "its disk does not stand still");
+        let ticks = commanded.ticks();
+        commanded.command("resume", "goes on.\n");
+        // The second tick is printed when the requests offered before the first are answered.
+        commanded.goes_on(ticks + 1);
+        assert!(changed() > held, "its disk does not go on");
+    }
+    commanded.command("again 100", "100 of 100.\n");
+    let after = commanded.ticks();
+    commanded.goes_on(after);
+    writeln!(commanded.fifo, "stop").expect("armlet reads it");
+    commanded.guest.end().assert_status(6);
+    let image = fs::read(&path).expect("an image");
+    let written = u64::from(QUEUE) as usize / 3 * Disk::MOST as usize;
+    let mut blocks = image[..written].chunks(Disk::MOST as usize);
+    assert!(blocks.all(|block| block.starts_with(&pattern)));
+}
+
+/// A guest that is held after it said `first`, says `then` when it goes on, and powers off.
+#[allow(dead_code, reason = "tests of one architecture use it")]
+pub(crate) fn is_held_until(armlet: Armlet, first: &str, then: &str) {
+    let mut commanded = Commanded::start(armlet, None);
+    commanded.guest.expect(first);
+    commanded.command("pause", "held.\n");
+    commanded.command("resume", "goes on.\n");
+    commanded.guest.expect(then);
+    let outcome = commanded.guest.end();
+    outcome.assert_status(0);
+    assert!(!outcome.text().contains('!'), "{}", outcome.text());
 }
 
 /// Such a guest, whose output nobody reads: its vCPU waits for a reader, and is told of.

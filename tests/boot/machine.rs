@@ -123,6 +123,13 @@ fn a_guest_whose_vcpus_access_devices_without_end_is_held() {
 }
 
 #[test]
+fn a_held_disk_stands_still_and_goes_on() {
+    if rig::small() {
+        commanded::a_busy_disk_is_held_and_goes_on();
+    }
+}
+
+#[test]
 fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
     let Some(_) = rig::any() else { return };
     let ticks = Program::default().print(commanded::TICKS).again();

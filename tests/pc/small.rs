@@ -1,5 +1,7 @@
 use crate::guest::{Armlet, Input};
+use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
+use crate::steps::Steps;
 use crate::{commanded, lives, rig};
 use rustix::process::Signal;
 use std::fs::{self, File};
@@ -617,6 +619,34 @@ fn a_held_guest_stands_still_and_goes_on() {
     if rig::small() {
         commanded::is_held_and_goes_on(Armlet::program(&ticking(100_000)), 2, "RIP 0x");
     }
+}
+
+#[test]
+fn a_held_disk_stands_still_and_goes_on() {
+    if rig::small() {
+        commanded::a_busy_disk_is_held_and_goes_on();
+    }
+}
+
+/// `pvclock_vcpu_time_info` and its flag PVCLOCK_GUEST_STOPPED (Documentation/virt/kvm/x86/msr.rst,
+/// MSR_KVM_SYSTEM_TIME_NEW).
+#[test]
+fn a_guest_that_was_held_hears_of_it_by_its_clock() {
+    const SYSTEM_TIME: u32 = 0x4b56_4d01;
+    const CLOCK: u64 = 0x0810_0000;
+    const STOPPED: u32 = 1 << 1 << 8;
+    if !rig::small() {
+        return;
+    }
+    let mut steps = Steps::default();
+    steps.write_msr(SYSTEM_TIME, CLOCK | 1);
+    // The last word has the flags in its second byte.
+    steps.wait_up_to(1, CLOCK + 28, STOPPED, 0);
+    steps.print("not yet\n");
+    steps.wait(CLOCK + 28, STOPPED, STOPPED);
+    steps.print("told\n");
+    steps.power_off();
+    commanded::is_held_until(Armlet::image(&image(&steps)), "not yet\n", "told\n");
 }
 
 #[test]

@@ -1,0 +1,102 @@
+//! The guest's power key: pressed, released, pressed again, and the guest given up.
+
+use super::ending::Ending;
+use crate::machine::Devices;
+use crate::messages;
+use crate::shutdown::{Due, Shutdown};
+use armlet_devices::sync::lock;
+use std::time::{Duration, Instant};
+
+/// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.
+const KEY_HELD: Duration = Duration::from_millis(100);
+
+/// The power key, and a guest that was asked by it to power off.
+pub(super) struct Power {
+    /// When the key is released.
+    release: Option<Instant>,
+    /// Whether all vCPUs of this life are off: none hears the key.
+    pub(super) all_off: bool,
+    /// How long the guest may take to power off when it was asked to.
+    patience: Option<Duration>,
+    /// That it was.
+    shutdown: Option<Shutdown>,
+}
+
+impl Power {
+    /// The key of a guest that may take so long to power off.
+    pub(super) fn new(patience: Option<Duration>) -> Power {
+        Power {
+            release: None,
+            all_off: false,
+            patience,
+            shutdown: None,
+        }
+    }
+
+    /// A new life of the guest begins. One that was asked to power off was so in this one, too.
+    pub(super) fn begin_life(&mut self) {
+        (self.release, self.all_off) = (None, false);
+    }
+
+    /// When [`Self::pass`] has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let asked = self.shutdown.map(|shutdown| shutdown.next());
+        [self.release, asked].into_iter().flatten().min()
+    }
+
+    /// Whether the guest was asked to power off.
+    pub(super) fn was_asked(&self) -> bool {
+        self.shutdown.is_some()
+    }
+
+    /// Asks the guest to power off, by a signal, where a vCPU is on to hear it. Returns the guest's
+    /// end where it cannot be asked.
+    pub(super) fn ask(&mut self, devices: &Devices) -> Option<Ending> {
+        if self.all_off {
+            messages::say("stopped by a signal: all of its CPUs are off");
+            return Some(Ending::Stopped);
+        }
+        if !self.press(devices) {
+            messages::say("stopped by a signal: this board has no power key");
+            return Some(Ending::Stopped);
+        }
+        self.shutdown = Some(Shutdown::new(Instant::now(), self.patience));
+        messages::say("pressed the guest's power key; a second signal stops it at once");
+        None
+    }
+
+    /// Releases the key when it is time to. Presses it again where the guest was asked to power off
+    /// and has not yet, and gives the guest up where it took too long.
+    pub(super) fn pass(&mut self, now: Instant, devices: &Devices) -> Option<Ending> {
+        if self.release.is_some_and(|release| release <= now) {
+            self.release = None;
+            if let Some(key) = &devices.power_key {
+                lock(&**key).set_pressed(false);
+            }
+        }
+        match self.shutdown.as_mut()?.due(now) {
+            Due::Nothing => None,
+            Due::Press => {
+                self.press(devices);
+                None
+            }
+            Due::GiveUp => {
+                let seconds = self.patience.unwrap_or_default().as_secs();
+                messages::say(&format!(
+                    "stopped: the guest did not power off within {seconds} s (--stop-timeout)"
+                ));
+                Some(Ending::Stopped)
+            }
+        }
+    }
+
+    /// Presses the guest's power key; returns whether it has one.
+    fn press(&mut self, devices: &Devices) -> bool {
+        let Some(key) = &devices.power_key else {
+            return false;
+        };
+        lock(&**key).set_pressed(true);
+        self.release = Some(Instant::now() + KEY_HELD);
+        true
+    }
+}
