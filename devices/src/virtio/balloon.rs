@@ -13,39 +13,30 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::{
-    Chain, ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, StartError,
-    VirtioDevice, Virtqueue, quiesced,
+use self::pages::{Inside, PAGE, runs};
+use self::statistics::read_statistics;
+use self::working::{
+    FEATURE_DEFLATE_ON_OOM, FEATURE_HINTING, FEATURE_MUST_TELL, FEATURE_POISON, FEATURE_REPORTING,
+    FEATURE_STATISTICS, Role, Working, roles,
 };
+use super::{
+    Chain, ConfigSpace, DeviceState, Driver, Positions, RestoreError, StartError, VirtioDevice,
+    Virtqueue, quiesced,
+};
+
+mod pages;
+mod statistics;
+mod working;
 
 pub use super::state::{BalloonState, Hints, Statistics};
 
 /// Device ID.
 const ID: u32 = 5;
-/// VIRTIO_BALLOON_F_MUST_TELL_HOST: pages are used again only after we were told.
-const FEATURE_MUST_TELL: u64 = 1 << 0;
-/// VIRTIO_BALLOON_F_STATS_VQ.
-const FEATURE_STATISTICS: u64 = 1 << 1;
-/// VIRTIO_BALLOON_F_DEFLATE_ON_OOM.
-const FEATURE_DEFLATE_ON_OOM: u64 = 1 << 2;
-/// VIRTIO_BALLOON_F_FREE_PAGE_HINT.
-const FEATURE_HINTING: u64 = 1 << 3;
-/// VIRTIO_BALLOON_F_PAGE_POISON: the driver says what it fills free pages with.
-const FEATURE_POISON: u64 = 1 << 4;
-/// VIRTIO_BALLOON_F_REPORTING.
-const FEATURE_REPORTING: u64 = 1 << 5;
-
 /// Entries of each queue: Linux wants 32 for reports (mm/page_reporting.h:
 /// PAGE_REPORTING_CAPACITY).
 const ENTRIES: u16 = 64;
-/// The unit of page numbers in bytes (section 5.5.6).
-const PAGE: u64 = 4096;
-/// Bytes of a page number.
-const NUMBER: usize = 4;
-/// The most bytes of page numbers of one request; Linux sends 1 KiB.
-const MOST_NUMBERS: usize = 256 << 10;
 /// Ranges of hints that are kept; the bytes of the others are counted.
 const MOST_HINTS: usize = 1 << 16;
 
@@ -60,11 +51,6 @@ const CONFIG_BYTES: usize = 16;
 /// Commands of hinting; other numbers start a round.
 const STOP: u32 = 0;
 const DONE: u32 = 1;
-
-/// Bytes of a statistic: its tag (16 bits) and its value (64 bits).
-const STATISTIC: usize = 10;
-/// The most that are read of one buffer: one of each tag.
-const MOST_STATISTICS: usize = 1 << 16;
 
 /// Gives pages back to the host.
 pub trait Discard: Send {
@@ -108,32 +94,6 @@ pub struct Balloon {
 struct Paused {
     hinting: bool,
     inside: Option<Inside>,
-}
-
-/// What a queue is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    Inflate,
-    Deflate,
-    Statistics,
-    Hints,
-    Reports,
-}
-
-/// What there is while the driver uses the device.
-struct Working {
-    memory: Arc<GuestMemoryMmap>,
-    link: Arc<Link>,
-    features: u64,
-    queues: Vec<(Role, Option<Virtqueue>)>,
-    /// The driver's buffer for statistics, kept until they are wanted.
-    asked: Option<Chain>,
-    /// Whether the guest takes part in the round of hints.
-    hinting: bool,
-    /// Pages in the balloon, where the host's pages are larger than those.
-    inside: Option<Inside>,
-    /// Kept for its capacity.
-    pages: Vec<u64>,
 }
 
 impl Balloon {
@@ -369,201 +329,12 @@ impl Balloon {
     }
 }
 
-impl Working {
-    fn queue(&mut self, role: Role) -> Option<&mut Virtqueue> {
-        let found = self.queues.iter_mut().find(|(known, _)| *known == role);
-        found.and_then(|(_, queue)| queue.as_mut())
-    }
-
-    /// Reads page numbers into [`Self::pages`] as addresses, in order, each once.
-    fn take_pages(&mut self, chain: &Chain) -> Result<(), &'static str> {
-        self.pages.clear();
-        let len = chain.readable_len();
-        if len > MOST_NUMBERS {
-            return Err("has more page numbers than memory has pages to speak of at once");
-        }
-        if !len.is_multiple_of(NUMBER) {
-            let link = &self.link;
-            link.fault(format_args!(
-                "{len} bytes of page numbers are no whole number"
-            ));
-        }
-        let mut buffer = [0; 1024];
-        let mut offset = 0;
-        loop {
-            let count = chain.read(&self.memory, offset, &mut buffer);
-            offset += count;
-            let (numbers, _) = buffer[..count].as_chunks::<NUMBER>();
-            let pages = numbers.iter();
-            self.pages
-                .extend(pages.map(|number| u64::from(u32::from_le_bytes(*number)) * PAGE));
-            if count < buffer.len() {
-                break;
-            }
-        }
-        self.pages.sort_unstable();
-        self.pages.dedup();
-        let given = self.pages.len();
-        let memory = &self.memory;
-        self.pages
-            .retain(|page| memory.check_range(GuestAddress(*page), PAGE as usize));
-        let outside = given - self.pages.len();
-        if outside > 0 {
-            let link = &self.link;
-            link.fault(format_args!(
-                "{outside} pages of a request are not in memory"
-            ));
-        }
-        Ok(())
-    }
-
-    /// Pages left the balloon. Nothing is to be done for them: the host gives them, zeroed, to
-    /// who uses them.
-    fn deflate(&mut self) {
-        if let Some(inside) = &mut self.inside {
-            for page in &self.pages {
-                inside.remove(*page);
-            }
-        }
-    }
-}
-
-/// Calls `each` for the ranges that addresses of pages make, which are in order.
-fn runs(pages: &[u64], size: u64, mut each: impl FnMut(u64, u64)) {
-    let mut run: Option<(u64, u64)> = None;
-    for page in pages {
-        match &mut run {
-            Some((start, len)) if *start + *len == *page => *len += size,
-            _ => {
-                if let Some((start, len)) = run.replace((*page, size)) {
-                    each(start, len);
-                }
-            }
-        }
-    }
-    if let Some((start, len)) = run {
-        each(start, len);
-    }
-}
-
-/// Which pages of 4 KiB are in the balloon: a bit for each. It takes memory of the host only where
-/// a bit was ever set.
-struct Inside(Vec<Bank>);
-
-struct Bank {
-    /// Address of the first bit's page.
-    start: u64,
-    words: Vec<u64>,
-}
-
-/// Bytes of guest memory that a word is about: more than any host's page.
-const WORD_BYTES: u64 = 64 * PAGE;
-
-impl Inside {
-    fn new(memory: &GuestMemoryMmap) -> Inside {
-        let bank = |start: u64, end: u64| {
-            let start = start - start % WORD_BYTES;
-            let words = vec![0; (end - start).div_ceil(WORD_BYTES) as usize];
-            Bank { start, words }
-        };
-        let banks = memory.iter();
-        Inside(
-            banks
-                .map(|region| {
-                    let start = region.start_addr().raw_value();
-                    bank(start, start + region.len())
-                })
-                .collect(),
-        )
-    }
-
-    /// Whether it tells of the pages of this memory.
-    fn is_of(&self, memory: &GuestMemoryMmap) -> bool {
-        let banks = Inside::new(memory);
-        let shape = |bank: &Bank| (bank.start, bank.words.len());
-        self.0.iter().map(shape).eq(banks.0.iter().map(shape))
-    }
-
-    fn save(&self) -> Vec<(u64, Vec<u64>)> {
-        let banks = self.0.iter();
-        banks.map(|bank| (bank.start, bank.words.clone())).collect()
-    }
-
-    fn restore(banks: Vec<(u64, Vec<u64>)>) -> Inside {
-        let banks = banks.into_iter();
-        Inside(banks.map(|(start, words)| Bank { start, words }).collect())
-    }
-
-    /// The word and the bit of a page; banks that share a word share the first of them.
-    fn find(&mut self, page: u64) -> Option<(&mut u64, u32)> {
-        self.0.iter_mut().find_map(|bank| {
-            let offset = page.checked_sub(bank.start)?;
-            let word = bank.words.get_mut((offset / WORD_BYTES) as usize)?;
-            Some((word, (offset / PAGE % 64) as u32))
-        })
-    }
-
-    /// Marks a page; true where that was the last of its page of the host.
-    fn insert(&mut self, page: u64, host_page: u64) -> bool {
-        let Some((word, bit)) = self.find(page) else {
-            return false;
-        };
-        let before = *word;
-        *word |= 1 << bit;
-        let count = (host_page / PAGE).clamp(1, 64) as u32;
-        let all = (u64::MAX >> (64 - count)) << (bit - bit % count);
-        *word != before && *word & all == all
-    }
-
-    fn remove(&mut self, page: u64) {
-        if let Some((word, bit)) = self.find(page) {
-            *word &= !(1 << bit);
-        }
-    }
-}
-
-fn read_statistics(chain: &Chain, memory: &GuestMemoryMmap) -> Statistics {
-    let mut statistics = Statistics::default();
-    // Those that are not known may be anywhere among them, and there are as many as there are tags
-    // (section 5.5.6.3.2).
-    let mut buffer = [0; STATISTIC * 64];
-    for offset in (0..MOST_STATISTICS * STATISTIC).step_by(buffer.len()) {
-        let count = chain.read(memory, offset, &mut buffer);
-        let (entries, _) = buffer[..count].as_chunks::<STATISTIC>();
-        for [tag_low, tag_high, value @ ..] in entries {
-            let tag = u16::from_le_bytes([*tag_low, *tag_high]);
-            if let Some(known) = statistics.0.get_mut(usize::from(tag)) {
-                *known = Some(u64::from_le_bytes(*value));
-            }
-        }
-        if count < buffer.len() {
-            break;
-        }
-    }
-    statistics
-}
-
 fn pages_of(bytes: u64) -> u32 {
     u32::try_from(bytes / PAGE).unwrap_or(u32::MAX)
 }
 
 fn put(config: &mut [u8], offset: usize, value: u32) {
     config[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
-}
-
-/// The queues that there are with these features, in order. Drivers number the ones that are there
-/// without gaps (drivers/virtio/virtio_mmio.c: vm_find_vqs).
-fn roles(features: u64) -> impl Iterator<Item = Role> {
-    [
-        (Role::Inflate, u64::MAX),
-        (Role::Deflate, u64::MAX),
-        (Role::Statistics, FEATURE_STATISTICS),
-        (Role::Hints, FEATURE_HINTING),
-        (Role::Reports, FEATURE_REPORTING),
-    ]
-    .into_iter()
-    .filter(move |(_, feature)| features & feature != 0)
-    .map(|(role, _)| role)
 }
 
 impl VirtioDevice for Balloon {

@@ -1,20 +1,24 @@
 //! A virtqueue of which no entry is trusted: requests come out whole and checked, or not at all.
 
-use crate::sync::ring;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
-use vm_memory::{
-    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory, VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::area::Area;
+use self::chain::Table;
 use super::Link;
+use crate::sync::ring;
 
-/// The most segments of one request: the device's queue sizes bound direct chains, and Linux
-/// bounds indirect ones by the same; more is a guest that wants our memory.
-const MOST_SEGMENTS: usize = 4096;
+mod area;
+mod chain;
+mod segment;
+
+pub use chain::Chain;
+pub(super) use segment::Regions;
+pub use segment::{Segment, parts};
+
 /// The most requests that [`Virtqueue::serve`] takes in one go, so that a driver that makes them as
 /// fast as they are served does not keep the thread, and with it the device's lock, for ever.
 const MOST_AT_ONCE: usize = 256;
@@ -23,22 +27,12 @@ const MOST_AT_ONCE: usize = 256;
 /// one large request once needed is not kept for ever, by each of a queue's entries.
 const KEPT_SEGMENTS: usize = 64;
 
-/// Bytes of a descriptor (virtio 1.2, section 2.7.5).
-const DESCRIPTOR: u32 = 16;
-/// VIRTQ_DESC_F_NEXT (virtio 1.2, section 2.7.5, as the next two).
-const NEXT: u16 = 1;
-/// VIRTQ_DESC_F_WRITE.
-const WRITE: u16 = 2;
-/// VIRTQ_DESC_F_INDIRECT.
-const INDIRECT: u16 = 4;
 /// VIRTQ_USED_F_NO_NOTIFY (virtio 1.2, section 2.7.8).
 const NO_NOTIFY: u16 = 1;
 /// Where the index of the available and of the used ring lies, and where its entries begin.
 const INDEX: usize = 2;
 const ENTRIES: usize = 4;
 
-/// PROT_WRITE (include/uapi/asm-generic/mman-common.h): persistent memory may lack it.
-const PROT_WRITE: i32 = 2;
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
 
@@ -68,33 +62,6 @@ pub struct Virtqueue {
     signalled: u16,
     /// Kept for their capacity.
     spare: Vec<Chain>,
-}
-
-/// A request: buffers that the device reads, then buffers that it writes.
-///
-/// All that is shown lies in guest memory. Of a request of which a buffer does not, it is the
-/// buffers before that one: the device fails such a request and goes on with the next
-/// ([`Chain::is_whole`]).
-#[derive(Debug, Default)]
-pub struct Chain {
-    head: u16,
-    readable: Vec<Segment>,
-    writable: Vec<Segment>,
-    /// Bytes of the readable and of the writable ones.
-    bytes: [usize; 2],
-    /// Whether a readable buffer, and a writable one, is not in memory.
-    lacks: [bool; 2],
-    /// The last writable byte, if it is in memory.
-    last: Option<GuestAddress>,
-}
-
-/// A piece of guest memory that is part of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Guest-physical address.
-    pub address: GuestAddress,
-    /// Bytes; never 0.
-    pub len: usize,
 }
 
 /// Where a device stands in a queue while it does not work on it: plain data, by which it goes on
@@ -299,8 +266,7 @@ impl Virtqueue {
 
     /// Keeps a request's lists for the next one, unless they are large.
     fn keep(&mut self, chain: Chain) {
-        let segments = chain.readable.capacity().max(chain.writable.capacity());
-        if segments <= KEPT_SEGMENTS {
+        if chain.capacity() <= KEPT_SEGMENTS {
             self.spare.push(chain);
         }
     }
@@ -310,7 +276,7 @@ impl Virtqueue {
         if self.broken {
             return;
         }
-        self.put_used(chain.head, written);
+        self.put_used(chain.head(), written);
         self.show_used();
         self.keep(chain);
     }
@@ -323,7 +289,7 @@ impl Virtqueue {
             return;
         }
         for (chain, written) in chains {
-            self.put_used(chain.head, written);
+            self.put_used(chain.head(), written);
             self.keep(chain);
         }
         self.show_used();
@@ -470,407 +436,6 @@ impl Virtqueue {
     pub fn is_broken(&self) -> bool {
         self.broken
     }
-}
-
-impl Chain {
-    /// A number that tells this request from the others of its queue that are under way.
-    #[must_use]
-    pub fn head(&self) -> u16 {
-        self.head
-    }
-
-    fn reset(&mut self, head: u16) {
-        self.head = head;
-        self.readable.clear();
-        self.writable.clear();
-        self.bytes = [0; 2];
-        self.lacks = [false; 2];
-        self.last = None;
-    }
-
-    /// Whether all of its buffers are in memory.
-    #[must_use]
-    pub fn is_whole(&self) -> bool {
-        self.lacks == [false; 2]
-    }
-
-    /// The last byte that the device may write, if there is one and it is in memory: where some
-    /// devices say how a request ended, also of one that is not whole.
-    #[must_use]
-    pub fn last_writable(&self) -> Option<GuestAddress> {
-        self.last
-    }
-
-    /// Buffers that the device reads.
-    #[must_use]
-    pub fn readable(&self) -> &[Segment] {
-        &self.readable
-    }
-
-    /// Buffers that the device writes.
-    #[must_use]
-    pub fn writable(&self) -> &[Segment] {
-        &self.writable
-    }
-
-    /// Bytes of the buffers that the device reads.
-    #[must_use]
-    pub fn readable_len(&self) -> usize {
-        self.bytes[0]
-    }
-
-    /// Bytes of the buffers that the device writes.
-    #[must_use]
-    pub fn writable_len(&self) -> usize {
-        self.bytes[1]
-    }
-
-    /// Copies from the readable buffers at `offset` bytes; returns how many bytes there were.
-    pub fn read(&self, memory: &GuestMemoryMmap, offset: usize, data: &mut [u8]) -> usize {
-        let mut done = 0;
-        for part in parts(&self.readable, offset, data.len()) {
-            if memory
-                .read_slice(&mut data[done..done + part.len], part.address)
-                .is_err()
-            {
-                break;
-            }
-            done += part.len;
-        }
-        done
-    }
-
-    /// Copies what lies in the writable buffers, from their first byte on: what was put there before.
-    pub(crate) fn read_back(&self, memory: &GuestMemoryMmap, data: &mut [u8]) {
-        let mut done = 0;
-        for part in parts(&self.writable, 0, data.len()) {
-            // All of it is memory.
-            let _ = memory.read_slice(&mut data[done..done + part.len], part.address);
-            done += part.len;
-        }
-    }
-
-    /// Copies to the writable buffers at `offset` bytes; returns how many bytes there was room
-    /// for.
-    pub fn write(&self, memory: &GuestMemoryMmap, offset: usize, data: &[u8]) -> usize {
-        let mut done = 0;
-        for part in parts(&self.writable, offset, data.len()) {
-            if memory
-                .write_slice(&data[done..done + part.len], part.address)
-                .is_err()
-            {
-                break;
-            }
-            done += part.len;
-        }
-        done
-    }
-
-    /// Reads a value of the readable buffers at their beginning; `None` where there are not so many
-    /// bytes.
-    #[must_use]
-    pub fn read_first<T: ByteValued + Default>(&self, memory: &GuestMemoryMmap) -> Option<T> {
-        // As a rule all of it lies in the first buffer.
-        if let Some(first) = self.readable.first()
-            && first.len >= size_of::<T>()
-            && let Ok(slice) = memory.get_slice(first.address, size_of::<T>())
-        {
-            return Some(slice.get_ref(0).ok()?.load());
-        }
-        let mut value = T::default();
-        let there = self.read(memory, 0, value.as_mut_slice());
-        (there == size_of::<T>()).then_some(value)
-    }
-
-    /// Takes the request apart whose first descriptor is `head` of `table`.
-    fn fill<'a>(
-        &mut self,
-        memory: &'a GuestMemoryMmap,
-        mut table: Table<'a>,
-        head: u16,
-    ) -> Result<(), &'static str> {
-        const ASTRAY: &str = "does not end, or leads out of its table";
-        let mut regions = Regions::new(memory);
-        let mut index = head;
-        let mut left = table.entries;
-        let mut is_indirect = false;
-        // No request is longer than u32 can tell (virtio 1.2, section 2.7.5.2).
-        let mut bytes = 0_u32;
-        while left > 0 {
-            left -= 1;
-            let descriptor = table.get(index).ok_or(ASTRAY)?;
-            let len = descriptor.len;
-            if descriptor.flags & INDIRECT != 0 {
-                let entries = u16::try_from(len / DESCRIPTOR).map_err(|_| ASTRAY)?;
-                if is_indirect || len % DESCRIPTOR != 0 {
-                    return Err(ASTRAY);
-                }
-                let (address, bytes) = (GuestAddress(descriptor.address), len as usize);
-                table = Table {
-                    memory,
-                    address,
-                    entries,
-                    whole: regions.slice(address, bytes),
-                };
-                (index, left, is_indirect) = (0, entries, true);
-                continue;
-            }
-            bytes = bytes.checked_add(len).ok_or(ASTRAY)?;
-            self.add(&mut regions, descriptor)?;
-            if descriptor.flags & NEXT == 0 {
-                return Ok(());
-            }
-            index = descriptor.next;
-        }
-        Err(ASTRAY)
-    }
-
-    fn add(
-        &mut self,
-        regions: &mut Regions<'_>,
-        descriptor: Descriptor,
-    ) -> Result<(), &'static str> {
-        let address = GuestAddress(descriptor.address);
-        let len = descriptor.len as usize;
-        let is_writable = descriptor.flags & WRITE != 0;
-        let segments = match is_writable {
-            true => &mut self.writable,
-            false if !self.writable.is_empty() || self.lacks[1] => {
-                return Err("has a readable buffer behind a writable one");
-            }
-            false => &mut self.readable,
-        };
-        if len == 0 {
-            return Ok(());
-        }
-        if segments.len() == MOST_SEGMENTS {
-            return Err("has too many buffers");
-        }
-        let is_there = regions.are_memory(address, len, is_writable);
-        if is_writable {
-            let last = address.checked_add(len as u64 - 1);
-            self.last = last.filter(|_| is_there);
-        }
-        let lacks = &mut self.lacks[usize::from(is_writable)];
-        *lacks |= !is_there;
-        if !*lacks {
-            segments.push(Segment { address, len });
-            self.bytes[usize::from(is_writable)] += len;
-        }
-        Ok(())
-    }
-}
-
-/// Finds where addresses lie in guest memory: fast where one lies in the same region as the one
-/// before it, as nearly all do.
-pub(super) struct Regions<'a> {
-    memory: &'a GuestMemoryMmap,
-    last: Option<&'a GuestRegionMmap>,
-}
-
-impl<'a> Regions<'a> {
-    pub(super) fn new(memory: &'a GuestMemoryMmap) -> Regions<'a> {
-        Regions { memory, last: None }
-    }
-
-    /// The region of an address, and how many bytes behind its beginning the address is.
-    #[inline]
-    pub(super) fn find(&mut self, address: GuestAddress) -> Option<(&'a GuestRegionMmap, usize)> {
-        if let Some(region) = self.last
-            && let Some(offset) = region.to_region_addr(address)
-        {
-            return Some((region, offset.0 as usize));
-        }
-        let (region, offset) = self.memory.to_region_addr(address)?;
-        self.last = Some(region);
-        Some((region, offset.0 as usize))
-    }
-
-    /// Bytes that lie in one region.
-    fn slice(&mut self, address: GuestAddress, bytes: usize) -> Option<VolatileSlice<'a>> {
-        let (region, offset) = self.find(address)?;
-        VolatileMemory::get_slice(&**region, offset, bytes).ok()
-    }
-
-    /// Whether all of a range is memory that may be read, and written where `to_write`.
-    fn are_memory(&mut self, start: GuestAddress, len: usize, to_write: bool) -> bool {
-        let (mut at, mut left) = (start, len);
-        loop {
-            let Some((region, offset)) = self.find(at) else {
-                return false;
-            };
-            if to_write && region.prot() & PROT_WRITE == 0 {
-                return false;
-            }
-            let there = region.size() - offset;
-            if left <= there {
-                return true;
-            }
-            left -= there;
-            match at.checked_add(there as u64) {
-                Some(next) => at = next,
-                None => return false,
-            }
-        }
-    }
-}
-
-/// One of the three parts of a ring, which is looked up once. All of it is memory.
-struct Area {
-    start: GuestAddress,
-    bytes: usize,
-    /// The mapping that it lies in and how far behind its beginning, if it lies in one.
-    place: Option<(Arc<MmapRegion>, usize)>,
-}
-
-impl Area {
-    fn new(memory: &GuestMemoryMmap, start: GuestAddress, bytes: usize) -> Area {
-        let place = memory.to_region_addr(start).and_then(|(region, offset)| {
-            let offset = offset.0 as usize;
-            let fits = bytes <= region.size() - offset;
-            fits.then(|| (region.get_mmap(), offset))
-        });
-        Area {
-            start,
-            bytes,
-            place,
-        }
-    }
-
-    /// All of it, if it lies in one region.
-    fn slice(&self) -> Option<VolatileSlice<'_>> {
-        let (mapping, start) = self.place.as_ref()?;
-        VolatileMemory::get_slice(&**mapping, *start, self.bytes).ok()
-    }
-
-    /// The little-endian number at so many bytes.
-    #[inline]
-    fn load(&self, memory: &GuestMemoryMmap, offset: usize, order: Ordering) -> Option<u16> {
-        let value = match &self.place {
-            Some((mapping, start)) => {
-                let number = mapping.get_atomic_ref::<AtomicU16>(start + offset);
-                number.ok()?.load(order)
-            }
-            None => {
-                let address = self.start.checked_add(offset as u64)?;
-                memory.load(address, order).ok()?
-            }
-        };
-        Some(u16::from_le(value))
-    }
-
-    /// As [`Self::load`], the other way.
-    #[inline]
-    fn store(
-        &self,
-        memory: &GuestMemoryMmap,
-        offset: usize,
-        value: u16,
-        order: Ordering,
-    ) -> Option<()> {
-        match &self.place {
-            Some((mapping, start)) => {
-                let number = mapping.get_atomic_ref::<AtomicU16>(start + offset);
-                number.ok()?.store(value.to_le(), order);
-            }
-            None => {
-                let address = self.start.checked_add(offset as u64)?;
-                memory.store(value.to_le(), address, order).ok()?;
-            }
-        }
-        Some(())
-    }
-
-    /// Writes an entry of the used ring at so many bytes.
-    #[inline]
-    fn put(&self, memory: &GuestMemoryMmap, offset: usize, entry: [u32; 2]) -> Option<()> {
-        match &self.place {
-            Some((mapping, start)) => mapping.get_ref(start + offset).ok()?.store(entry),
-            None => {
-                let address = self.start.checked_add(offset as u64)?;
-                memory.write_obj(entry, address).ok()?;
-            }
-        }
-        Some(())
-    }
-}
-
-/// struct virtq_desc (virtio 1.2, section 2.7.5).
-#[derive(Clone, Copy, Debug)]
-struct Descriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Descriptor {
-    /// The one that has these bytes.
-    fn of(words: [u64; 2]) -> Descriptor {
-        let [address, rest] = words.map(u64::from_le);
-        Descriptor {
-            address,
-            len: rest as u32,
-            flags: (rest >> 32) as u16,
-            next: (rest >> 48) as u16,
-        }
-    }
-}
-
-/// A table of descriptors.
-struct Table<'a> {
-    memory: &'a GuestMemoryMmap,
-    address: GuestAddress,
-    entries: u16,
-    /// All of it, where it lies in one region.
-    whole: Option<VolatileSlice<'a>>,
-}
-
-impl Table<'_> {
-    /// A descriptor; `None` where the table ends before, or is not in memory.
-    fn get(&self, index: u16) -> Option<Descriptor> {
-        if index >= self.entries {
-            return None;
-        }
-        let offset = usize::from(index) * DESCRIPTOR as usize;
-        let words = match &self.whole {
-            Some(whole) => whole.get_ref(offset).ok()?.load(),
-            None => {
-                let address = self.address.checked_add(offset as u64)?;
-                self.memory.read_obj(address).ok()?
-            }
-        };
-        Some(Descriptor::of(words))
-    }
-}
-
-/// The parts of `segments` that hold `len` bytes from `offset`.
-pub fn parts(
-    segments: &[Segment],
-    offset: usize,
-    len: usize,
-) -> impl Iterator<Item = Segment> + '_ {
-    let (mut skip, mut left) = (offset, len);
-    segments.iter().filter_map(move |segment| {
-        if skip >= segment.len {
-            skip -= segment.len;
-            return None;
-        }
-        let from = std::mem::take(&mut skip);
-        let len = (segment.len - from).min(left);
-        left -= len;
-        let address = GuestAddress(segment.address.0 + from as u64);
-        (len > 0).then_some(Segment { address, len })
-    })
-}
-
-/// Loads a little-endian 16-bit number of a ring.
-#[cfg(test)]
-fn load_u16(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
-    memory
-        .load::<u16>(GuestAddress(address), Ordering::Acquire)
-        .map(u16::from_le)
-        .ok()
 }
 
 #[cfg(test)]

@@ -1,4 +1,23 @@
-//! What the guest sees of a disk, and the configuration space that says so.
+//! What the guest sees of a disk: its features and its configuration space.
+
+/// VIRTIO_BLK_F_SEG_MAX, bit 2 (virtio 1.2, section 5.2.3, as all of these).
+pub const FEATURE_SEG_MAX: u64 = 1 << 2;
+/// VIRTIO_BLK_F_RO.
+pub const FEATURE_RO: u64 = 1 << 5;
+/// VIRTIO_BLK_F_BLK_SIZE.
+pub const FEATURE_BLK_SIZE: u64 = 1 << 6;
+/// VIRTIO_BLK_F_FLUSH.
+pub const FEATURE_FLUSH: u64 = 1 << 9;
+/// VIRTIO_BLK_F_TOPOLOGY.
+pub const FEATURE_TOPOLOGY: u64 = 1 << 10;
+/// VIRTIO_BLK_F_CONFIG_WCE.
+pub const FEATURE_CONFIG_WCE: u64 = 1 << 11;
+/// VIRTIO_BLK_F_MQ.
+pub const FEATURE_MQ: u64 = 1 << 12;
+/// VIRTIO_BLK_F_DISCARD.
+pub const FEATURE_DISCARD: u64 = 1 << 13;
+/// VIRTIO_BLK_F_WRITE_ZEROES.
+pub const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Entries of each queue.
 pub(super) const ENTRIES: u16 = 256;
@@ -51,6 +70,19 @@ pub struct Shape {
     pub optimal_io_size: u32,
     /// Bytes of the smallest piece that can be discarded: a multiple of 512.
     pub discard_granularity: u32,
+}
+
+/// The features that a disk offers.
+pub(super) fn features(shape: &Shape) -> u64 {
+    let mut features = FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_TOPOLOGY | FEATURE_FLUSH;
+    features |= match shape.readonly {
+        true => FEATURE_RO,
+        false => FEATURE_CONFIG_WCE | FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
+    };
+    if shape.queues > 1 {
+        features |= FEATURE_MQ;
+    }
+    features
 }
 
 /// The configuration space of a disk.

@@ -1,5 +1,6 @@
 //! A machine that is held while frames are under way, and goes on with this card or another.
 
+use super::rings::FakeRings;
 use super::*;
 use crate::virtio::mmio::MmioState;
 

@@ -1,0 +1,367 @@
+//! A 16550A as drivers use it, and one that goes on elsewhere.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::fake::FakeLine;
+use crate::persist::tests::{Access, accesses, goes_on, refuses};
+
+struct Bench {
+    uart: Uart16550,
+    line: Arc<FakeLine>,
+    output: Arc<Mutex<Vec<u8>>>,
+    rooms: Arc<AtomicUsize>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let line = FakeLine::new();
+        let output: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let rooms = Arc::new(AtomicUsize::new(0));
+        let (sink, counted) = (Arc::clone(&output), Arc::clone(&rooms));
+        let write = move |bytes: &[u8]| sink.lock().expect("sound").extend(bytes);
+        let room = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        };
+        Bench {
+            uart: Uart16550::new(line.clone(), Box::new(write), Box::new(room)),
+            line,
+            output,
+            rooms,
+        }
+    }
+
+    /// As Linux opens the port: FIFOs emptied, then the interrupt of received data.
+    fn opened() -> Bench {
+        let mut bench = Bench::new();
+        bench.write(offset::FCR, 0x07);
+        bench.write(offset::IER, 0x05);
+        bench
+    }
+
+    fn read(&mut self, offset: u64) -> u8 {
+        let mut data = [0xee];
+        assert_eq!(self.uart.read(offset, &mut data), Action::None);
+        data[0]
+    }
+
+    fn write(&mut self, offset: u64, value: u8) {
+        assert_eq!(self.uart.write(offset, &[value]), Action::None);
+    }
+
+    fn interrupts(&self) -> usize {
+        let edges = self.line.history();
+        edges.iter().filter(|high| **high).count()
+    }
+
+    fn received(&mut self) -> Vec<(u8, bool)> {
+        let mut characters = Vec::new();
+        loop {
+            let status = self.read(offset::LSR);
+            if status & LSR_READY == 0 {
+                return characters;
+            }
+            characters.push((self.read(offset::DATA), status & LSR_BREAK != 0));
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_printed_at_once() {
+    let mut bench = Bench::new();
+    assert_eq!(
+        bench.read(offset::LSR) & 0x60,
+        0x60,
+        "the transmitter is empty"
+    );
+    for byte in *b"hello" {
+        bench.write(offset::DATA, byte);
+    }
+    assert_eq!(*bench.output.lock().expect("sound"), b"hello");
+}
+
+#[test]
+fn a_16550a_is_found_by_its_fifo_bits() {
+    let mut bench = Bench::new();
+    bench.write(offset::FCR, 1);
+    assert_eq!(bench.read(2) & 0xc0, 0xc0);
+    bench.write(7, 0x5a);
+    assert_eq!(bench.read(7), 0x5a);
+}
+
+#[test]
+fn a_guest_that_does_not_listen_gets_nothing() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.uart.listening(), None);
+    assert_eq!((bench.uart.wanted(), bench.uart.receive(b"")), (0, 0));
+    assert!(bench.received().is_empty());
+    assert_eq!(bench.rooms.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_guest_that_listens_gets_what_fits() {
+    let mut bench = Bench::opened();
+    assert_eq!(bench.uart.listening(), Some(1));
+    assert_eq!(bench.rooms.load(Ordering::Relaxed), 1);
+    assert_eq!(bench.uart.receive(b"ab"), 2);
+    assert_eq!(bench.interrupts(), 1);
+    let more = [b'x'; 100];
+    assert_eq!((bench.uart.wanted(), bench.uart.receive(&more)), (62, 62));
+    assert_eq!((bench.uart.wanted(), bench.uart.receive(&more)), (0, 0));
+    let received = bench.received();
+    assert_eq!(received.len(), 64);
+    assert_eq!(received[..3], [(b'a', false), (b'b', false), (b'x', false)]);
+    assert_eq!(bench.rooms.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_line_of_the_log_between_is_no_new_session() {
+    let mut bench = Bench::opened();
+    bench.write(offset::IER, 0);
+    assert_eq!(bench.uart.receive(b"q"), 1);
+    assert_eq!(bench.interrupts(), 0);
+    bench.write(offset::IER, 0x05);
+    assert_eq!(bench.uart.listening(), Some(1));
+    assert_eq!(bench.interrupts(), 1, "what came meanwhile is told");
+    assert_eq!(bench.received(), [(b'q', false)]);
+    bench.write(offset::FCR, 0x07);
+    assert_eq!(bench.uart.listening(), None);
+    bench.write(offset::IER, 0x05);
+    assert_eq!(bench.uart.listening(), Some(2));
+}
+
+#[test]
+fn the_receivers_reset_throws_away_what_came() {
+    let mut bench = Bench::opened();
+    bench.uart.receive(b"old");
+    bench.uart.receive_break();
+    bench.write(offset::FCR, 0x07);
+    assert!(bench.received().is_empty());
+    bench.write(offset::IER, 0x05);
+    bench.uart.receive(b"n");
+    assert_eq!(bench.received(), [(b'n', false)]);
+}
+
+#[test]
+fn the_receivers_reset_ends_while_the_divisor_is_shown() {
+    let mut bench = Bench::opened();
+    bench.uart.receive(b"old");
+    bench.write(offset::LCR, 0x83);
+    bench.write(offset::FCR, 0x07);
+    assert_eq!(bench.read(offset::LCR), 0x83);
+    bench.write(offset::LCR, 0x03);
+    assert!(bench.received().is_empty());
+}
+
+#[test]
+fn breaks_stand_where_they_came() {
+    let mut bench = Bench::opened();
+    bench.uart.receive(b"a");
+    bench.uart.receive_break();
+    bench.uart.receive_break();
+    bench.uart.receive(b"b");
+    bench.uart.receive_break();
+    let expected = [
+        (b'a', false),
+        (0, true),
+        (0, true),
+        (b'b', false),
+        (0, true),
+    ];
+    assert_eq!(bench.received(), expected);
+    bench.uart.receive(b"c");
+    assert_eq!(bench.received(), [(b'c', false)]);
+}
+
+#[test]
+fn a_guest_that_polls_listens_too() {
+    let mut bench = Bench::new();
+    for _ in 0..POLLS {
+        assert_eq!(bench.uart.listening(), None);
+        bench.read(offset::LSR);
+    }
+    assert_eq!(bench.uart.listening(), Some(1));
+    assert_eq!(bench.uart.receive(b"k"), 1);
+    assert_eq!(bench.read(offset::DATA), b'k');
+    bench.write(offset::DATA, b'!');
+    assert_eq!(bench.uart.listening(), None);
+}
+
+#[test]
+fn what_was_collected_is_as_if_it_had_been_written() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.uart.write_data(b"one call"), Action::None);
+    assert_eq!(*bench.output.lock().expect("sound"), b"one call");
+    // The divisor, and what comes back at once, are no output.
+    bench.write(offset::LCR, 0x83);
+    assert_eq!(bench.uart.write_data(&[12]), Action::None);
+    assert_eq!(bench.read(offset::DATA), 12);
+    bench.write(offset::LCR, 0x03);
+    bench.write(offset::MCR, MCR_LOOP);
+    assert_eq!(bench.uart.write_data(b"back"), Action::None);
+    let back: Vec<u8> = bench.received().into_iter().map(|pair| pair.0).collect();
+    assert_eq!(back, b"back");
+    bench.write(offset::MCR, 0);
+    assert_eq!(*bench.output.lock().expect("sound"), b"one call");
+}
+
+#[test]
+fn output_is_collected_of_those_who_look_before_they_send() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.uart.write_data(&[b'x'; 16]), Action::None);
+    assert_eq!(bench.uart.snapshot(), Some(()));
+    bench.write(offset::DATA, b'x');
+    assert_eq!(bench.uart.snapshot(), None);
+    bench.read(offset::LSR);
+    assert_eq!(bench.uart.snapshot(), Some(()));
+    assert_eq!(bench.uart.write_data(&[b'x'; 17]), Action::None);
+    assert_eq!(bench.uart.snapshot(), None);
+}
+
+#[test]
+fn a_guest_that_waits_for_the_interrupt_gets_it_with_each_byte() {
+    let mut bench = Bench::opened();
+    assert!(!bench.uart.sends_by_interrupt());
+    bench.write(offset::IER, IER_RECEIVED | IER_EMPTY);
+    assert!(bench.uart.sends_by_interrupt());
+    // It has been told that there is room, and takes note.
+    bench.read(2);
+    let before = bench.interrupts();
+    assert_eq!(bench.uart.write_data(b"x"), Action::None);
+    assert_eq!(bench.interrupts(), before + 1);
+    // The divisor's high byte is no mask.
+    bench.write(offset::LCR, 0x83);
+    bench.write(offset::IER, 0);
+    assert!(bench.uart.sends_by_interrupt());
+    bench.write(offset::LCR, 0x03);
+    bench.write(offset::IER, IER_RECEIVED);
+    assert!(!bench.uart.sends_by_interrupt());
+}
+
+#[test]
+fn the_divisor_is_no_data_and_no_interrupt_mask() {
+    let mut bench = Bench::new();
+    bench.write(offset::LCR, 0x83);
+    assert_eq!(bench.uart.write(offset::DATA, &[1, 1]), Action::None);
+    assert_eq!(bench.uart.listening(), None);
+    let mut divisor = [0; 2];
+    assert_eq!(bench.uart.read(offset::DATA, &mut divisor), Action::None);
+    assert_eq!(divisor, [1, 1]);
+    assert!(bench.output.lock().expect("sound").is_empty());
+}
+
+#[test]
+fn what_no_guest_can_bring_about_is_not_restored() {
+    let mut uart = Bench::new().uart;
+    let saved = uart.save();
+    let mut state = saved.clone();
+    state.registers.in_buffer = vec![0; 65];
+    refuses(&mut uart, &state, "65 received characters");
+    for breaks in [vec![0], vec![usize::MAX, 1]] {
+        let state = Uart16550State {
+            breaks,
+            ..saved.clone()
+        };
+        refuses(&mut uart, &state, "breaks");
+    }
+}
+
+#[test]
+fn a_received_byte_of_a_restored_one_is_told_of() {
+    let mut bench = Bench::opened();
+    bench.uart.receive(b"q");
+    let mut other = Bench::new();
+    other
+        .uart
+        .restore(&bench.uart.save())
+        .expect("a state that was saved");
+    assert_eq!(other.interrupts(), 1);
+    assert_eq!(other.rooms.load(Ordering::Relaxed), 1);
+    assert_eq!(other.received(), [(b'q', false)]);
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Access(Access),
+    WriteData(Vec<u8>),
+    Receive(Vec<u8>),
+    Break,
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let bytes = || prop::collection::vec(any::<u8>(), 0..20);
+    let event = prop_oneof![
+        8 => accesses(&[0, 1, 2, 3, 4, 5, 6, 7], &[1, 2]).prop_map(Event::Access),
+        1 => bytes().prop_map(Event::WriteData),
+        1 => bytes().prop_map(Event::Receive),
+        1 => Just(Event::Break),
+    ];
+    prop::collection::vec(event, 0..60)
+}
+
+/// A UART whose output is what its accesses mean for the machine, and so part of their answers.
+fn make() -> (Uart16550, Arc<FakeLine>) {
+    struct Told;
+
+    impl Output for Told {
+        fn write(&mut self, bytes: &[u8]) -> Action {
+            Action::panicked(format!("{bytes:?}"))
+        }
+    }
+
+    let line = FakeLine::new();
+    (
+        Uart16550::new(line.clone(), Box::new(Told), Box::new(|| {})),
+        line,
+    )
+}
+
+fn act(uart: &mut Uart16550, event: &Event) -> (Vec<u8>, Action, usize, bool) {
+    let (data, action) = match event {
+        Event::Access(access) => access.make(uart),
+        Event::WriteData(bytes) => (Vec::new(), uart.write_data(bytes)),
+        Event::Receive(bytes) => (vec![uart.receive(bytes) as u8], Action::None),
+        Event::Break => (vec![u8::from(uart.receive_break())], Action::None),
+    };
+    (data, action, uart.wanted(), uart.snapshot().is_some())
+}
+
+proptest! {
+    #[test]
+    fn it_goes_on_where_it_was_saved(before in events(), after in events()) {
+        goes_on(make, act, &before, &after);
+    }
+
+    #[test]
+    fn nothing_restored_panics(
+        registers in any::<[u8; 9]>(),
+        in_buffer in prop::collection::vec(any::<u8>(), 0..=64),
+        breaks in prop::collection::vec(0_usize..4, 0..8),
+        (opened, waits_for_room, unasked, polls) in any::<(bool, bool, usize, u8)>(),
+        after in events(),
+    ) {
+        let [low, high, ier, iir, lcr, lsr, mcr, msr, scratch] = registers;
+        let registers = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: ier,
+            interrupt_identification: iir,
+            line_control: lcr,
+            line_status: lsr,
+            modem_control: mcr,
+            modem_status: msr,
+            scratch,
+            in_buffer,
+        };
+        let state = Uart16550State { registers, breaks, opened, waits_for_room, unasked, polls };
+        let (mut uart, _) = make();
+        // Breaks may be more than characters.
+        let _ = uart.restore(&state);
+        for event in &after {
+            let _ = act(&mut uart, event);
+        }
+    }
+}

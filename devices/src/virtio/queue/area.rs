@@ -1,0 +1,99 @@
+//! The parts of a ring in guest memory.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileMemory,
+    VolatileSlice,
+};
+
+/// One of the three parts of a ring, which is looked up once. All of it is memory.
+pub(super) struct Area {
+    pub(super) start: GuestAddress,
+    bytes: usize,
+    /// The mapping that it lies in and how far behind its beginning, if it lies in one.
+    place: Option<(Arc<MmapRegion>, usize)>,
+}
+
+impl Area {
+    pub(super) fn new(memory: &GuestMemoryMmap, start: GuestAddress, bytes: usize) -> Area {
+        let place = memory.to_region_addr(start).and_then(|(region, offset)| {
+            let offset = offset.0 as usize;
+            let fits = bytes <= region.size() - offset;
+            fits.then(|| (region.get_mmap(), offset))
+        });
+        Area {
+            start,
+            bytes,
+            place,
+        }
+    }
+
+    /// All of it, if it lies in one region.
+    pub(super) fn slice(&self) -> Option<VolatileSlice<'_>> {
+        let (mapping, start) = self.place.as_ref()?;
+        VolatileMemory::get_slice(&**mapping, *start, self.bytes).ok()
+    }
+
+    /// The little-endian number at so many bytes.
+    #[inline]
+    pub(super) fn load(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: usize,
+        order: Ordering,
+    ) -> Option<u16> {
+        let value = match &self.place {
+            Some((mapping, start)) => {
+                let number = mapping.get_atomic_ref::<AtomicU16>(start + offset);
+                number.ok()?.load(order)
+            }
+            None => {
+                let address = self.start.checked_add(offset as u64)?;
+                memory.load(address, order).ok()?
+            }
+        };
+        Some(u16::from_le(value))
+    }
+
+    /// As [`Self::load`], the other way.
+    #[inline]
+    pub(super) fn store(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: usize,
+        value: u16,
+        order: Ordering,
+    ) -> Option<()> {
+        match &self.place {
+            Some((mapping, start)) => {
+                let number = mapping.get_atomic_ref::<AtomicU16>(start + offset);
+                number.ok()?.store(value.to_le(), order);
+            }
+            None => {
+                let address = self.start.checked_add(offset as u64)?;
+                memory.store(value.to_le(), address, order).ok()?;
+            }
+        }
+        Some(())
+    }
+
+    /// Writes an entry of the used ring at so many bytes.
+    #[inline]
+    pub(super) fn put(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: usize,
+        entry: [u32; 2],
+    ) -> Option<()> {
+        match &self.place {
+            Some((mapping, start)) => mapping.get_ref(start + offset).ok()?.store(entry),
+            None => {
+                let address = self.start.checked_add(offset as u64)?;
+                memory.write_obj(entry, address).ok()?;
+            }
+        }
+        Some(())
+    }
+}

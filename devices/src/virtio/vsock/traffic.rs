@@ -1,0 +1,448 @@
+//! The packets and connections of a guest that uses its socket device.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::connection::{Connection, Dead, Got, State};
+use super::host::{Host, LISTENER};
+use super::packet::{HEADER, Header, Op, STREAM};
+use crate::sync::ring;
+use crate::virtio::{Chain, Link, Virtqueue};
+
+/// VMADDR_CID_HOST: the host's address.
+pub(super) const HOST_CID: u64 = 2;
+
+/// The most packets "no such connection" that wait for the guest to make room; when there are more
+/// its own packets wait.
+pub(super) const MOST_RESETS: usize = 256;
+/// The most packets for one turn, so that whoever waits for the device gets it.
+const TURN: usize = 512;
+/// The most bytes in one packet to the guest: what Linux sends in one, so that many connections
+/// get their turns.
+const MOST_DATA: usize = 64 << 10;
+/// The most connections that are taken in one turn.
+const ACCEPTS: usize = 32;
+/// Ports of the host's side for those who connect to the guest: from here up, clear of those that
+/// guests listen and connect to.
+pub(super) const FIRST_PORT: u32 = 1 << 30;
+
+/// What a driver that took the device into use makes.
+pub(super) struct Traffic {
+    cid: u64,
+    pub(super) to_guest: Virtqueue,
+    pub(super) from_guest: Virtqueue,
+    pub(super) link: Arc<Link>,
+    pub(super) connections: HashMap<u64, Connection>,
+    /// Tokens by port of the host and port of the guest.
+    pub(super) tokens: HashMap<(u32, u32), u64>,
+    next_token: u64,
+    next_port: u32,
+    /// Those that have something for the guest, in turn.
+    pub(super) waiting: VecDeque<u64>,
+    /// Answers "no such connection" to be sent.
+    pub(super) resets: VecDeque<Header>,
+    /// Whether someone may wait to be accepted.
+    accepting: bool,
+}
+
+impl Traffic {
+    /// The traffic of the guest with the address `cid` on these queues, with these packets to be
+    /// sent first.
+    pub(super) fn new(
+        cid: u32,
+        to_guest: Virtqueue,
+        from_guest: Virtqueue,
+        packets: impl IntoIterator<Item = Header>,
+    ) -> Traffic {
+        Traffic {
+            cid: u64::from(cid),
+            link: Arc::clone(to_guest.link()),
+            to_guest,
+            from_guest,
+            connections: HashMap::new(),
+            tokens: HashMap::new(),
+            next_token: 0,
+            next_port: FIRST_PORT,
+            waiting: VecDeque::new(),
+            resets: packets.into_iter().collect(),
+            // Who came before the driver did waits still.
+            accepting: true,
+        }
+    }
+
+    /// Takes note of what happened to a descriptor.
+    pub(super) fn note(&mut self, token: u64, events: EventSet) {
+        if token == LISTENER {
+            self.accepting = true;
+        }
+        // One that went since the event came is not found.
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
+        if events.intersects(EventSet::OUT) {
+            connection.flush();
+        }
+        if events.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+            connection.note_gone();
+        }
+        if events.intersects(EventSet::IN | EventSet::READ_HANG_UP) {
+            connection.note_readable();
+        }
+        if let State::Greeting(_) = connection.state {
+            self.greet(token);
+        }
+        self.settle(token);
+    }
+
+    /// Does what there is to do on both sides, but not for ever.
+    pub(super) fn turn(&mut self, host: &mut Host) {
+        let mut left = TURN;
+        let mut more = self.accept(host);
+        loop {
+            self.send(&mut left);
+            let taken = self.take(host, &mut left);
+            if left == 0 {
+                more = true;
+                break;
+            }
+            // What was taken may have an answer.
+            if taken == 0 {
+                break;
+            }
+        }
+        self.to_guest.signal();
+        self.from_guest.signal();
+        if more {
+            ring(self.from_guest.kick());
+        }
+    }
+
+    // ------------------------------------------------------------------------- from the host
+
+    /// Takes those who connect to the guest; returns whether there may be more of them.
+    fn accept(&mut self, host: &Host) -> bool {
+        for _ in 0..ACCEPTS {
+            if !self.accepting {
+                return false;
+            }
+            match host.listener.accept() {
+                // Beyond the bound the stream closes at once, and who connected sees that.
+                Ok((stream, _)) if self.connections.len() < host.limits.connections => {
+                    let _ = self.add(host, stream, State::Greeting(Vec::new()));
+                }
+                Ok(_) => {}
+                // Nobody there; or no descriptors left, and then it goes on with the next one
+                // who connects.
+                Err(_) => self.accepting = false,
+            }
+        }
+        self.accepting
+    }
+
+    /// Adds a connection and returns its token.
+    fn add(&mut self, host: &Host, stream: UnixStream, state: State) -> io::Result<u64> {
+        if stream.as_raw_fd() >= host.limits.descriptors {
+            return Err(io::Error::other("its descriptor is kept for other things"));
+        }
+        stream.set_nonblocking(true)?;
+        let token = self.next_token;
+        let all = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        host.watch(stream.as_raw_fd(), all, token)?;
+        self.next_token += 1;
+        self.connections
+            .insert(token, Connection::new(stream, state));
+        Ok(token)
+    }
+
+    /// Reads where a host's end wants to go, and has the guest asked for it.
+    fn greet(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
+        match connection.greet() {
+            Ok(None) => {}
+            Ok(Some(guest_port)) => {
+                let host_port = self.free_port(guest_port);
+                self.name(token, (host_port, guest_port), State::Asking);
+            }
+            Err(Dead) => self.forget(token),
+        }
+    }
+
+    /// A port of the host's side that has no connection to this one of the guest.
+    fn free_port(&mut self, guest_port: u32) -> u32 {
+        loop {
+            let port = self.next_port;
+            // u32::MAX stands for "any port".
+            self.next_port = match port {
+                FIRST_PORT..0xffff_fffe => port + 1,
+                _ => FIRST_PORT,
+            };
+            // There are fewer connections than ports.
+            if !self.tokens.contains_key(&(port, guest_port)) {
+                return port;
+            }
+        }
+    }
+
+    fn name(&mut self, token: u64, ports: (u32, u32), state: State) {
+        if let Some(connection) = self.connections.get_mut(&token) {
+            (connection.host_port, connection.guest_port) = ports;
+            connection.state = state;
+            self.tokens.insert(ports, token);
+        }
+    }
+
+    /// After something happened to a connection: it ends, or waits for its turn to send, or waits.
+    fn settle(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
+        if connection.is_abandoned() && connection.state == State::Asking {
+            // The guest never heard of it.
+            self.forget(token);
+        } else if connection.is_abandoned() || connection.is_over() {
+            self.reset(token);
+        } else if !connection.queued && connection.next().is_some() {
+            connection.queued = true;
+            self.waiting.push_back(token);
+        }
+    }
+
+    /// Ends a connection for the host's end.
+    fn forget(&mut self, token: u64) {
+        if let Some(connection) = self.connections.remove(&token) {
+            let ports = (connection.host_port, connection.guest_port);
+            if self.tokens.get(&ports) == Some(&token) {
+                self.tokens.remove(&ports);
+            }
+            // A guest that takes nothing must not make it grow.
+            if connection.queued {
+                self.waiting.retain(|waiting| *waiting != token);
+            }
+        }
+    }
+
+    /// Ends a connection for both ends.
+    fn reset(&mut self, token: u64) {
+        if let Some(connection) = self.connections.get(&token) {
+            let mut header = Header {
+                src_cid: HOST_CID,
+                dst_cid: self.cid,
+                kind: STREAM,
+                op: Op::Reset.number(),
+                ..Header::default()
+            };
+            connection.name(&mut header);
+            self.resets.push_back(header);
+            self.forget(token);
+        }
+    }
+
+    // -------------------------------------------------------------------------- to the guest
+
+    /// Sends what there is, as long as the guest has buffers.
+    fn send(&mut self, left: &mut usize) {
+        self.to_guest.silence();
+        while *left > 0 && (!self.resets.is_empty() || !self.waiting.is_empty()) {
+            let Some(chain) = self.to_guest.pop() else {
+                if self.to_guest.listen() {
+                    continue;
+                }
+                return;
+            };
+            *left -= 1;
+            if !chain.is_whole() {
+                self.to_guest.complete(chain, 0);
+                continue;
+            }
+            if chain.writable_len() <= HEADER {
+                let room = chain.writable_len();
+                self.link.fault(format_args!(
+                    "a buffer for packets has {room} bytes, no more than the {HEADER} of a header"
+                ));
+                self.to_guest.complete(chain, 0);
+                continue;
+            }
+            match self.resets.pop_front() {
+                Some(header) => self.put(chain, header),
+                None => self.send_next(chain),
+            }
+        }
+    }
+
+    /// Sends one packet of the connection whose turn it is, or leaves the buffer be.
+    fn send_next(&mut self, chain: Chain) {
+        let token = self.waiting.pop_front();
+        let connection = token.and_then(|token| self.connections.get_mut(&token));
+        let (Some(token), Some(connection)) = (token, connection) else {
+            self.to_guest.undo_pop(chain);
+            return;
+        };
+        connection.queued = false;
+        let mut header = Header {
+            src_cid: HOST_CID,
+            dst_cid: self.cid,
+            kind: STREAM,
+            ..Header::default()
+        };
+        let got = match connection.next() {
+            None => Ok(Got::Nothing),
+            Some(Op::Data) => {
+                let room = (chain.writable_len() - HEADER).min(MOST_DATA);
+                let room = room.min(connection.credit() as usize);
+                let got = connection.read_into(self.to_guest.memory(), &chain, room);
+                if let Ok(Got::Bytes(len)) = got {
+                    connection.sending(Op::Data, len, &mut header);
+                }
+                got
+            }
+            Some(op) => {
+                connection.sending(op, 0, &mut header);
+                Ok(Got::Bytes(0))
+            }
+        };
+        match got {
+            Ok(Got::Bytes(_)) => self.put(chain, header),
+            Ok(Got::Nothing) => self.to_guest.undo_pop(chain),
+            Err(Dead) => {
+                self.to_guest.undo_pop(chain);
+                self.reset(token);
+            }
+        }
+        self.settle(token);
+    }
+
+    /// Completes a buffer that has the packet's data in it already.
+    fn put(&mut self, chain: Chain, header: Header) {
+        chain.write(self.to_guest.memory(), 0, &header.to_bytes());
+        self.to_guest.complete(chain, HEADER as u32 + header.len);
+    }
+
+    // ------------------------------------------------------------------------ from the guest
+
+    /// Takes packets of the guest; returns how many.
+    fn take(&mut self, host: &mut Host, left: &mut usize) -> usize {
+        let mut taken = 0;
+        self.from_guest.silence();
+        // With too many answers to be sent it goes on when the guest makes room for them.
+        while *left > 0 && self.resets.len() < MOST_RESETS {
+            let Some(chain) = self.from_guest.pop() else {
+                if self.from_guest.listen() {
+                    continue;
+                }
+                break;
+            };
+            *left -= 1;
+            taken += 1;
+            self.packet(host, &chain);
+            self.from_guest.complete(chain, 0);
+        }
+        taken
+    }
+
+    fn packet(&mut self, host: &mut Host, chain: &Chain) {
+        let mut bytes = [0; HEADER];
+        if chain.read(self.from_guest.memory(), 0, &mut bytes) < HEADER {
+            let len = chain.readable_len();
+            let link = &self.link;
+            link.fault(format_args!("a packet has {len} bytes, less than a header"));
+            return;
+        }
+        let header = Header::from_bytes(&bytes);
+        if header.src_cid != self.cid {
+            self.link.fault(format_args!(
+                "a packet comes from address {}, not from the guest's {}",
+                header.src_cid, self.cid
+            ));
+            return;
+        }
+        let ports = (header.dst_port, header.src_port);
+        let here = header.dst_cid == HOST_CID && header.kind == STREAM;
+        let token = self.tokens.get(&ports).copied().filter(|_| here);
+        let op = Op::of(header.op);
+        match (op, token) {
+            (Some(Op::Reset), Some(token)) => self.forget(token),
+            (Some(Op::Reset), None) => {}
+            (Some(Op::Request), None) if here => self.request(host, &header),
+            (Some(op), Some(token)) => {
+                if self.operate(token, op, &header, chain) == Err(Dead) {
+                    self.link.fault(format_args!(
+                        "{op:?} of {} bytes is against the rules of connection {ports:?}",
+                        header.len
+                    ));
+                    self.reset(token);
+                }
+                self.settle(token);
+            }
+            (None, Some(token)) => {
+                let op = header.op;
+                self.link.fault(format_args!("operation {op} is not known"));
+                self.reset(token);
+            }
+            // No such connection, address or type.
+            (_, None) => self.refuse(&header),
+        }
+    }
+
+    /// The guest connects to a port of the host.
+    fn request(&mut self, host: &mut Host, header: &Header) {
+        if self.connections.len() >= host.limits.connections {
+            self.refuse(header);
+            return;
+        }
+        let stream = (host.connect)(header.dst_port);
+        let added = stream.and_then(|stream| self.add(host, stream, State::Answering));
+        let Ok(token) = added else {
+            self.refuse(header);
+            return;
+        };
+        let ports = (header.dst_port, header.src_port);
+        self.name(token, ports, State::Answering);
+        if let Some(connection) = self.connections.get_mut(&token) {
+            connection.take_credit(header);
+        }
+        self.settle(token);
+    }
+
+    /// Does what a packet for a connection asks for.
+    fn operate(&mut self, token: u64, op: Op, header: &Header, chain: &Chain) -> Result<(), Dead> {
+        let connection = self.connections.get_mut(&token).ok_or(Dead)?;
+        connection.take_credit(header);
+        let len = header.len as usize;
+        match (op, &connection.state) {
+            (Op::Response, State::Asked) => connection.establish(),
+            (Op::Data, State::Open) if len <= chain.readable_len() - HEADER => {
+                connection.write_from(self.from_guest.memory(), chain, len)
+            }
+            (Op::Shutdown, State::Open) => {
+                connection.shut(header.flags);
+                Ok(())
+            }
+            (Op::CreditRequest, State::Open) => {
+                connection.want_credit();
+                Ok(())
+            }
+            (Op::CreditUpdate, _) => Ok(()),
+            _ => Err(Dead),
+        }
+    }
+
+    /// Answers that there is no such connection (virtio 1.2, section 5.10.6.4.2).
+    fn refuse(&mut self, header: &Header) {
+        self.resets.push_back(Header {
+            src_cid: header.dst_cid,
+            dst_cid: header.src_cid,
+            src_port: header.dst_port,
+            dst_port: header.src_port,
+            kind: header.kind,
+            op: Op::Reset.number(),
+            ..Header::default()
+        });
+    }
+}
