@@ -18,6 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     // its own script first.
     let lld = env::var("RUSTC_LINKER").is_ok_and(|linker| linker.ends_with("lld"));
     if musl && lld && env::var("PROFILE")? == "release" {
+        // Functions that are the same are there once. None here is known by its address.
+        println!("cargo::rustc-link-arg-bins=--icf=all");
         // What the first one names is not there for the second.
         for script in ["order.ld", "release.ld"] {
             println!("cargo::rerun-if-changed=packaging/{script}");

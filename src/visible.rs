@@ -97,7 +97,7 @@ pub fn shell_word(name: impl AsRef<OsStr>) -> String {
 
 /// Whether a shell takes a character as it is, wherever it stands in a word.
 fn is_plain(character: char) -> bool {
-    character.is_alphanumeric() || "@%+=:,./_-".contains(character)
+    character.is_ascii_alphanumeric() || "@%+=:,./_-".contains(character)
 }
 
 fn show(character: char, shown: &mut String) {

@@ -221,14 +221,11 @@ pub(crate) fn build_with(
         cargo.arg("--release");
         // Debian's compiler has a library that was compiled so already.
         let shipped = program == "armlet" && toolchain.is_active();
-        let added = shipped.then(|| small_std::add(&mut cargo));
-        if let Some(Ok(())) = added {
-            let flags = small_std::FLAGS
-                .into_iter()
-                .chain(flags.iter().map(String::as_str));
-            let flags = flags.collect::<Vec<_>>().join("\x1f");
-            cargo.env("CARGO_ENCODED_RUSTFLAGS", flags);
-        }
+        let (sources, target) = (
+            crate::repository::repository(),
+            crate::repository::target_folder()?,
+        );
+        let added = shipped.then(|| small_std::add(&mut cargo, &sources, &target, flags));
         if let Some(Err(error)) = added {
             say(&format!(
                 "the standard library as it comes makes {program} larger by a tenth: {error:#}"

@@ -111,25 +111,8 @@ impl Dist {
 fn build(sources: &Path, target: &Path, architecture: &Architecture) -> Result<PathBuf> {
     say(&format!("building armlet for {}", architecture.name));
     crate::toolchain::ensure_target(architecture.target)?;
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let sysroot = output_of(Command::new(&rustc).args(["--print", "sysroot"]))?;
-    let home = match std::env::var_os("CARGO_HOME") {
-        Some(home) => PathBuf::from(home),
-        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cargo"),
-    };
-    // Panics name the file that they come from, and some files are made in the target folder.
-    let flags: Vec<String> = [
-        (target, "/target"),
-        (sources, "/armlet"),
-        (home.as_path(), "/cargo"),
-        (Path::new(sysroot.trim()), "/rust"),
-    ]
-    .iter()
-    .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
-    .chain(small_std::FLAGS.map(str::to_owned))
-    .collect();
     let mut cargo = crate::repository::cargo();
-    small_std::add(&mut cargo)?;
+    small_std::add(&mut cargo, sources, target, &[])?;
     let status = cargo
         .current_dir(sources)
         .args(["build", "--release", "--locked", "--package", "armlet"])
@@ -138,7 +121,6 @@ fn build(sources: &Path, target: &Path, architecture: &Architecture) -> Result<P
         // The linker comes with the compiler: no C compiler has a say in the bytes.
         .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER", "rust-lld")
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_LINKER", "rust-lld")
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .env_remove("RUSTFLAGS")
         .stdin(Stdio::null())
         .status()

@@ -5,10 +5,10 @@
 //! 150 KiB that cannot be left out otherwise. Cargo compiles the library from its sources
 //! (`-Zbuild-std`), which the stable compiler does when it is told that it may (`RUSTC_BOOTSTRAP`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::command::output_of;
 use crate::progress::say;
@@ -21,28 +21,74 @@ const ARGUMENTS: [&str; 2] = [
 ];
 
 /// What the compiler is told in addition. What aborts where it panics needs no tables, and no
-/// library, to unwind by. Functions that are the same are not made one: that would tie code that is
-/// seldom run (`packaging/release.ld`) to code that always is.
-pub(crate) const FLAGS: [&str; 2] = ["-Cforce-unwind-tables=no", "-Zmerge-functions=disabled"];
+/// library, to unwind by. Functions that are the same are made one by the linker (`build.rs`), which
+/// leaves each in its section, and not by the compiler: `packaging/order.ld` names sections. What
+/// several functions have in common is sought once more in what the first search has left.
+const FLAGS: [&str; 3] = [
+    "-Cforce-unwind-tables=no",
+    "-Zmerge-functions=disabled",
+    "-Cllvm-args=-machine-outliner-reruns=1",
+];
 
-/// Makes `cargo`, which builds a release with the active compiler, build the standard library too.
-/// [`FLAGS`] are the caller's to add.
+/// Makes `cargo`, which builds a release of `sources` in `target` with the active compiler, build the
+/// standard library too, with `more` flags for the compiler. What is built names no path of this
+/// computer.
 ///
 /// # Errors
 /// No sources of the library, and no rustup that adds them.
-pub(crate) fn add(cargo: &mut Command) -> Result<()> {
+pub(crate) fn add(
+    cargo: &mut Command,
+    sources: &Path,
+    target: &Path,
+    more: &[String],
+) -> Result<()> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let compiler = Compiler::ask(Path::new(&rustc))?;
-    let sources = compiler.sysroot.join("lib/rustlib/src/rust/library/std");
-    if !sources.is_dir() {
+    let library = compiler.sysroot.join("lib/rustlib/src/rust/library");
+    let std = library.join("std");
+    if !std.is_dir() {
         say("running: rustup component add rust-src");
         output_of(
             Command::new("rustup")
                 .args(["component", "add", "rust-src"])
                 .stdin(Stdio::null()),
         )?;
-        ensure!(sources.is_dir(), "rustup added no {sources:?}");
+        ensure!(std.is_dir(), "rustup added no {std:?}");
     }
-    cargo.args(ARGUMENTS).env("RUSTC_BOOTSTRAP", "1");
+    let home = match std::env::var_os("CARGO_HOME") {
+        Some(home) => PathBuf::from(home),
+        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cargo"),
+    };
+    // Panics name the file that they come from, and some files are made in the target folder. The
+    // compiler goes by the last that fits.
+    let mut remapped = vec![
+        (target.to_owned(), "/target"),
+        (sources.to_owned(), "/armlet"),
+        (home.clone(), "/cargo"),
+        (compiler.sysroot, "/rust"),
+        (library, "/rust"),
+    ];
+    remapped.extend(registries(&home).map(|folder| (folder, "/cargo")));
+    let flags = remapped
+        .iter()
+        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+        .chain(FLAGS.map(str::to_owned))
+        .chain(more.iter().cloned());
+    let flags = flags.collect::<Vec<_>>().join("\x1f");
+    cargo
+        .args(ARGUMENTS)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags);
     Ok(())
+}
+
+/// The folders into which cargo unpacks crates: each is named after a registry's address, which is
+/// another one where a mirror is used.
+fn registries(home: &Path) -> impl Iterator<Item = PathBuf> {
+    let folders = std::fs::read_dir(home.join("registry/src"));
+    folders
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
 }

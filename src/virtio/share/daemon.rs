@@ -116,7 +116,7 @@ impl Launch {
 
     /// What may help, by what it said.
     fn advice(&self, said: &str) -> &'static str {
-        let said = said.to_lowercase();
+        let said = said.to_ascii_lowercase();
         let of = |words: [&str; 3]| words.iter().any(|word| said.contains(word));
         match self.sandbox {
             Sandbox::Namespace if of(["sandbox", "unshare", "namespace"]) => {
