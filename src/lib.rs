@@ -38,6 +38,8 @@ pub mod signals;
 pub mod stats;
 pub mod status;
 pub mod table;
+#[cfg(any(target_env = "musl", test))]
+mod thread_name;
 pub mod vcpu;
 pub mod virtio;
 pub mod visible;

@@ -131,6 +131,7 @@ fn unsafe_stands_where_it_must() {
         "src/console.rs",
         "src/heap.rs",
         "src/signals.rs",
+        "src/thread_name.rs",
         "src/machine.rs",
         "src/virtio/broker/sys.rs",
         "src/virtio/disk/qcow2/storage.rs",
