@@ -1,12 +1,12 @@
 //! Boards: the built-in ones, and files that the user names.
 
-use crate::files::{self, Accepted};
 use crate::kvm::HostArch;
-use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::board::{self, Identity, Profile, Signature};
 use armlet_arch::midr::Midr;
 use armlet_arch::{Arch, Architecture, Board};
+use armlet_system::files::{self, Accepted};
+use armlet_system::status::{Fault, Status};
 use std::borrow::Cow;
 use std::io::Read;
 use std::path::Path;
@@ -199,8 +199,8 @@ pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::status_of;
     use armlet_arch::midr::Midr;
+    use armlet_system::status::status_of;
 
     #[test]
     fn every_built_in_board_is_what_its_file_says() {

@@ -6,22 +6,22 @@ use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
-use crate::messages::{visible_json, visible_lines};
 use crate::run::{OnPanic, OnReset, RunOptions};
-use crate::status::{Fault, Status};
 use crate::{boards, host, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
+use armlet_system::messages::{visible_json, visible_lines};
+use armlet_system::status::{Fault, Status};
 use serde_json::json;
 use std::io::Write;
 
 /// Does what the command line says.
 ///
 /// # Errors
-/// With the status that armlet ends with ([`crate::status::status_of`]).
+/// With the status that armlet ends with ([`armlet_system::status::status_of`]).
 pub fn execute(command: &Command) -> Result<Status> {
     match command {
         Command::Run(args) => run(args),

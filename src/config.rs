@@ -3,15 +3,11 @@
 
 use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
-use crate::eintr::uninterrupted;
 use crate::host::HostFiles;
 use crate::kernel::{Initrd, Kernel};
 use crate::memory::{Backing, Sharing};
 use crate::settings::{ChosenValues, Setting};
-use crate::status::{Fault, Status};
-use crate::virtio::console::ConsoleKind;
-use crate::virtio::pmem::planned_size;
-use crate::virtio::{self, Wanted};
+use crate::virtio;
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::cores::{self, Counters, HostCores, PinPolicy, Pinning, Topology};
 use armlet_arch::image::Header;
@@ -19,6 +15,11 @@ use armlet_arch::irq::GicChoice;
 use armlet_arch::size::parse_memory;
 use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
+use armlet_backends::console::ConsoleKind;
+use armlet_backends::open::Wanted;
+use armlet_backends::pmem::planned_size;
+use armlet_system::eintr::uninterrupted;
+use armlet_system::status::{Fault, Status};
 use linux_loader::cmdline::Cmdline;
 use std::path::Path;
 
@@ -323,7 +324,7 @@ mod tests {
     fn refused(args: MachineArgs) -> String {
         let board = board(&args, None, "virt", &host::this()).expect("the default board");
         let error = read_here(&args, board).expect_err("to be refused");
-        assert_eq!(crate::status::status_of(&error), Status::Usage);
+        assert_eq!(armlet_system::status::status_of(&error), Status::Usage);
         let line = format!("{error:#}");
         assert!(!line.contains('\n'), "{line}");
         line

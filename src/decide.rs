@@ -1,12 +1,12 @@
 //! The plan of a configured machine for a host, and what there is to be said of it.
 
 use crate::config::Config;
-use crate::files;
-use crate::status::{Fault, Status};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64;
 use armlet_arch::board::Severity;
 use armlet_arch::{Arch, Board, Plan};
+use armlet_system::files;
+use armlet_system::status::{Fault, Status};
 use std::path::Path;
 
 /// Says what of a machine that can be made does not suit the host; `host` is this one, where the

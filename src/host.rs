@@ -1,11 +1,11 @@
 //! What this host says of itself in /proc and /sys, as plain data.
 
-use crate::eintr::uninterrupted;
 use armlet_arch::board::Identity;
 use armlet_arch::cores::FULL_CAPACITY;
 use armlet_arch::cores::{Cache, CacheKind, Core, HostCores, PinPolicy};
 use armlet_arch::midr::Midr;
 use armlet_arch::size::parse_size;
+use armlet_system::eintr::uninterrupted;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};

@@ -5,11 +5,11 @@
 //! stream: the VMM never holds a copy, only what the decompressor itself keeps (gzip 32 KiB, lz4
 //! at most 16 MiB, zstd, xz and lzma what their window asks for, at most [`MAX_WINDOW`]).
 
-use crate::eintr::uninterrupted;
-use crate::files::{self, Accepted};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
 use armlet_arch::image::{MAX_NOTES, X86Elf, X86Kernel};
+use armlet_system::eintr::uninterrupted;
+use armlet_system::files::{self, Accepted};
 use ruzstd::decoding::{
     BlockDecodingStrategy, FrameDecoder, StreamingDecoder, errors::FrameDecoderError,
 };

@@ -1,25 +1,24 @@
 //! From a plan to KVM's objects and our devices. Nothing is decided here.
 
-use crate::deadline::Deadline;
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
 use crate::kvm::interrupts::Interrupts;
 use crate::kvm::stats::Statistics;
 use crate::memory::{self, IdleMemory};
-use crate::reactor::Reactor;
 use crate::serial::Serial;
+use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
 use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, VcpuEvent, Vcpus};
-use crate::virtio::Backend;
-use crate::virtio::console::HvcConsole;
-use crate::virtio::pmem::PmemImage;
-use crate::virtio::slots::{Slots, Workers};
 use anyhow::{Context, Result};
 use armlet_arch::irq::Spi;
 use armlet_arch::machine::POWER_KEY_LINE;
 use armlet_arch::{DeviceKind, PortKind, Range};
 use armlet_arch::{Placed, PlacedPorts, Plan};
+use armlet_backends::backend::Backend;
+use armlet_backends::console::HvcConsole;
+use armlet_backends::pmem::PmemImage;
+use armlet_backends::reactor::Reactor;
 use armlet_devices::Device;
 use armlet_devices::bus::Bus;
 use armlet_devices::cmos::Cmos;
@@ -31,6 +30,7 @@ use armlet_devices::pl061::Pl061;
 use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
 use armlet_devices::sync::lock;
 use armlet_devices::uart16550::Uart16550;
+use armlet_system::deadline::Deadline;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};

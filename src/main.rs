@@ -3,8 +3,8 @@
 use armlet::cli::{self, Parsed};
 use armlet::commands;
 use armlet::heap::Heap;
-use armlet::messages;
-use armlet::status::{Status, status_of};
+use armlet_system::messages;
+use armlet_system::status::{Status, status_of};
 use std::process::ExitCode;
 
 #[global_allocator]

@@ -1,15 +1,13 @@
 //! Guest memory: memory of this process, aligned so that KVM can map it in huge blocks.
 
-mod huge;
 mod pool;
 
-pub use huge::huge_page;
-
-use crate::virtio::pmem::PmemImage;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::Range;
 use armlet_arch::backing::HugePages;
 use armlet_arch::size::show_size;
+use armlet_backends::pmem::PmemImage;
+use armlet_system::huge::huge_page;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::fs::{MemfdFlags, SealFlags};

@@ -4,14 +4,14 @@ use crate::host::HugePagePolicy;
 use crate::kvm::facts::{ArmFacts, Virtualization, X86Facts};
 use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch, offers};
-use crate::memory::huge_page;
-use crate::messages::visible;
 use crate::{boards, host};
 use anyhow::Result;
 use armlet_arch::board::Severity;
 use armlet_arch::size::show_size;
 use armlet_arch::x86_64::features::{EXITS, PARAVIRTUAL};
 use armlet_arch::{Arch, Architecture, Board, aarch64};
+use armlet_system::huge::huge_page;
+use armlet_system::messages::visible;
 use serde_json::{Value, json};
 use std::fmt::Write;
 

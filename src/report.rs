@@ -1,11 +1,11 @@
 //! A plan for people and for programs.
 
-use crate::messages::visible;
 use crate::settings::Setting;
 use armlet_arch::Plan;
 use armlet_arch::irq::Spi;
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Architecture, Range, Region, Width};
+use armlet_system::messages::visible;
 use serde_json::{Value, json};
 use std::fmt::Write;
 

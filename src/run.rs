@@ -7,22 +7,23 @@
 
 use crate::affinity;
 use crate::config::{Config, fresh_seeds};
-use crate::console::{self, RawTerminal};
+use crate::console;
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
-use crate::messages;
-use crate::signals::{self, Phase};
-use crate::status::{Fault, Status};
 use crate::vcpu::VcpuEvent;
-use crate::virtio;
-use crate::virtio::Backend;
-use crate::virtio::console::ConsoleKind;
 use anyhow::Result;
 use armlet_arch::Plan;
+use armlet_backends::backend::Backend;
+use armlet_backends::console::ConsoleKind;
+use armlet_backends::open;
 use armlet_devices::sync::lock;
+use armlet_system::messages;
+use armlet_system::signals::{self, Phase};
+use armlet_system::status::{Fault, Status};
+use armlet_system::terminal::RawTerminal;
 use ending::Ending;
 use event::{Events, tell_counters};
 use kvm_ioctls::Kvm;
@@ -83,7 +84,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         affinity::run_on(&options.config.io_cpus).fault(Status::Usage)?;
     }
     // Before there are threads.
-    let broker = virtio::fork_broker(&options.config.virtio).fault(Status::Host)?;
+    let broker = open::fork_broker(&options.config.virtio).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
     let mut memory = None;
@@ -95,7 +96,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     // What cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
     let backends =
-        virtio::open(&options.config.virtio, hvc.as_ref(), broker.as_ref()).fault(Status::Usage)?;
+        open::open(&options.config.virtio, hvc.as_ref(), broker.as_ref()).fault(Status::Usage)?;
     if let Some(commander) = options.commander.take() {
         commander(events.queue.commands());
     }

@@ -1,13 +1,13 @@
 //! What guests each board's host holds, as a table for the documents.
 
 use crate::boards;
-use crate::status::{Fault, Status};
 use anyhow::{Context, Result};
 use armlet_arch::aarch64::{Aarch64, Host};
 use armlet_arch::board::Severity;
 use armlet_arch::plan::{MEMORY_UNIT, most_memory};
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Architecture, Board, Request, plan};
+use armlet_system::status::{Fault, Status};
 use std::fmt::Write;
 
 /// The table of all built-in boards for ARM64, in Markdown.

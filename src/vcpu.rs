@@ -3,7 +3,6 @@
 //! [`answer`] says what an exit means; a thread is asked by its `control`, and tells by [`VcpuEvent`]s.
 
 use crate::affinity;
-use crate::eintr::CallError;
 use crate::kvm::internal::describe_internal_error;
 use crate::kvm::kick::{self, Kickable};
 use crate::kvm::{Hypercall, KvmArch, RawExit};
@@ -11,6 +10,7 @@ use crate::stats::{Exits, Reason};
 use answer::{answer, reason};
 use anyhow::{Context, Result};
 use armlet_devices::limit::{Admitted, RateLimit};
+use armlet_system::eintr::CallError;
 use control::Control;
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;

@@ -263,7 +263,7 @@ fn each_clause_of_virtio_has_a_row_or_is_said_not_to_apply() {
 fn each_clause_of_virtio_names_tests_that_there_are() {
     const ROOT: &str = env!("CARGO_MANIFEST_DIR");
     let mut known = String::new();
-    for folder in ["devices/src/virtio", "src/virtio", "tests/boot"] {
+    for folder in ["devices/src/virtio", "backends/src", "tests/boot"] {
         read_all(format!("{ROOT}/{folder}").as_ref(), &mut known);
     }
     let (rows, text) = conformance();

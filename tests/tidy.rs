@@ -67,6 +67,27 @@ fn devices_know_neither_kvm_nor_the_plan() {
 }
 
 #[test]
+fn backends_know_neither_kvm_nor_the_plan_nor_the_command_line() {
+    let mut findings = Findings::new(
+        "backends know files, sockets and other processes; system knows this process and its host",
+    );
+    for file in &sources(&["backends", "system"]) {
+        let words = [
+            "kvm_ioctls",
+            "kvm_bindings",
+            "armlet_arch",
+            "armlet_fdt",
+            "argh",
+        ];
+        findings.add_words(file, &words);
+    }
+    for file in &sources(&["system"]) {
+        findings.add_words(file, &["armlet_backends", "vm_memory", "VirtioDevice"]);
+    }
+    findings.assert_none();
+}
+
+#[test]
 fn the_device_tree_crate_knows_no_machines() {
     let mut findings = Findings::new("fdt is about trees, not about virtual machines");
     for file in &sources(&["fdt"]) {
@@ -77,7 +98,9 @@ fn the_device_tree_crate_knows_no_machines() {
 
 #[test]
 fn dependencies_point_one_way() {
-    let mut findings = Findings::new("src -> devices, src -> arch -> fdt, and no other way");
+    let mut findings =
+        Findings::new("src -> backends -> system -> devices, src -> arch -> fdt, and no other way");
+    let plan = ["kvm-ioctls", "kvm-bindings", "armlet-arch", "armlet-fdt"];
     let kvm = ["kvm-ioctls", "kvm-bindings", "vm-memory", "rustix", "libc"];
     for (folder, forbidden) in [
         ("arch", [kvm.as_slice(), &["armlet-devices"]].concat()),
@@ -87,7 +110,16 @@ fn dependencies_point_one_way() {
         ),
         (
             "devices",
-            vec!["kvm-ioctls", "kvm-bindings", "armlet-arch", "armlet-fdt"],
+            [
+                &plan,
+                ["armlet-backends", "armlet-system", "rustix", "libc"].as_slice(),
+            ]
+            .concat(),
+        ),
+        ("system", [&plan, ["armlet-backends"].as_slice()].concat()),
+        (
+            "backends",
+            [&plan, ["argh", "linux-loader"].as_slice()].concat(),
         ),
     ] {
         let manifest = Source::read(&format!("{folder}/Cargo.toml"));
@@ -128,18 +160,18 @@ fn modules_use_one_another_in_no_circle() {
 fn unsafe_stands_where_it_must() {
     const ALLOWED: &[&str] = &[
         "src/memory.rs",
-        "src/console.rs",
         "src/heap.rs",
-        "src/signals.rs",
         "src/thread_name.rs",
         "src/machine.rs",
-        "src/virtio/broker/sys.rs",
-        "src/virtio/disk/qcow2/storage.rs",
-        "src/virtio/disk/qcow2/zstd.rs",
-        "src/virtio/disk/sys.rs",
-        "src/virtio/net/sys.rs",
-        "src/virtio/pages.rs",
-        "src/virtio/vhost.rs",
+        "system/src/signals.rs",
+        "system/src/terminal.rs",
+        "backends/src/broker/sys.rs",
+        "backends/src/disk/qcow2/storage.rs",
+        "backends/src/disk/qcow2/zstd.rs",
+        "backends/src/disk/sys.rs",
+        "backends/src/net/sys.rs",
+        "backends/src/pages.rs",
+        "backends/src/vhost.rs",
         // A guest's own drivers and memory.
         "tests/boot/drivers.rs",
     ];
@@ -185,8 +217,8 @@ fn one_module_writes_to_standard_error() {
         "messages::say and the log macros are how something is said: they never wait, and make \
          control characters visible",
     );
-    for file in sources(&["src", "devices", "arch", "fdt"]) {
-        if file.path != "src/messages.rs" {
+    for file in sources(&["src", "backends", "system", "devices", "arch", "fdt"]) {
+        if file.path != "system/src/messages.rs" {
             let words = ["eprint!", "eprintln!", "stderr()", "io::stderr"];
             findings.add_lines(&file, |line| {
                 !line.is_test && words.iter().any(|word| line.code.contains(word))
@@ -200,7 +232,7 @@ fn one_module_writes_to_standard_error() {
 fn one_module_owns_the_interrupts_of_a_vm() {
     let calls = ["set_irq_line(", "register_irqfd", "set_gsi_routing("];
     let mut findings = Findings::new("src/kvm/interrupts.rs raises and routes interrupts");
-    for file in sources(&["src"]) {
+    for file in sources(&["src", "backends"]) {
         if file.path != "src/kvm/interrupts.rs" {
             findings.add_lines(&file, |line| {
                 calls.iter().any(|call| line.code.contains(call))
@@ -221,8 +253,8 @@ fn one_module_opens_the_files_that_users_name() {
         "File::create",
         "fs::write(",
     ];
-    let mut findings = Findings::new("src/files.rs opens and makes files");
-    for file in &sources(&["src"]) {
+    let mut findings = Findings::new("system/src/files.rs opens and makes files");
+    for file in &sources(&["src", "backends", "system"]) {
         findings.add_lines(file, |line| {
             !line.is_test && WAYS.iter().any(|way| line.code.contains(way))
         });
@@ -235,18 +267,18 @@ fn one_module_makes_interrupted_calls_again() {
     let mut findings = Findings::new(
         "eintr::uninterrupted makes a call again that says EINTR, and CallError tells whether it did",
     );
-    for file in sources(&["src", "devices"]) {
+    for file in sources(&["src", "backends", "system", "devices"]) {
         // It has no system calls but those of its streams.
         let of_vsock = "devices/src/virtio/vsock/connection.rs";
-        if file.path != "src/eintr.rs" && file.path != of_vsock {
+        if file.path != "system/src/eintr.rs" && file.path != of_vsock {
             let names = ["Errno::INTR", "EINTR", "ErrorKind::Interrupted"];
             findings.add_lines(&file, |line| {
                 !line.is_test && names.iter().any(|name| line.code.contains(name))
             });
         }
         // These say it whatever the handlers of signals are (signal(7)).
-        if file.path.starts_with("src/")
-            && !["src/eintr.rs", "src/deadline.rs"].contains(&&*file.path)
+        if !file.path.starts_with("devices/")
+            && !["system/src/eintr.rs", "system/src/deadline.rs"].contains(&&*file.path)
         {
             let waits = ["epoll.wait(", "event::poll("];
             findings.add_lines(&file, |line| {
@@ -260,7 +292,7 @@ fn one_module_makes_interrupted_calls_again() {
 #[test]
 fn one_module_takes_locks_and_rings() {
     let mut findings = Findings::new("sync::lock takes a lock, sync::ring rings an eventfd");
-    for file in sources(&["src", "devices"]) {
+    for file in sources(&["src", "backends", "system", "devices"]) {
         if file.path != "devices/src/sync.rs" {
             let ways = [".lock().unwrap_or_else(", ".write(1)"];
             findings.add_lines(&file, |line| {
@@ -376,7 +408,9 @@ fn each_public_function_has_a_caller_beside_tests() {
         "ask_for_statistics",
         "ask_for_hints",
     ];
-    let all = sources(&["src", "arch", "fdt", "devices", "xtask"]);
+    let all = sources(&[
+        "src", "arch", "backends", "devices", "fdt", "system", "xtask",
+    ]);
     let for_tests: Vec<&str> = all
         .iter()
         .flat_map(|file| file.lines.windows(2))
@@ -470,7 +504,9 @@ fn links_between_documents_lead_somewhere() {
 // ----------------------------------------------------------------------------- the source tree
 
 /// Folders with Rust in them.
-const ALL: &[&str] = &["src", "arch", "fdt", "devices", "tests", "xtask", "fuzz"];
+const ALL: &[&str] = &[
+    "src", "arch", "backends", "devices", "fdt", "system", "tests", "xtask", "fuzz",
+];
 
 /// This file, which names all that it forbids.
 const THIS: &str = "tests/tidy.rs";
@@ -566,7 +602,15 @@ fn sources(folders: &[&str]) -> Vec<Source> {
 }
 
 fn manifests() -> Vec<Source> {
-    let members = ["", "arch/", "fdt/", "devices/", "xtask/"];
+    let members = [
+        "",
+        "arch/",
+        "backends/",
+        "devices/",
+        "fdt/",
+        "system/",
+        "xtask/",
+    ];
     members
         .iter()
         .map(|folder| Source::read(&format!("{folder}Cargo.toml")))

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use armlet::virtio::disk::qcow2::Anonymous;
-use armlet::virtio::disk::qcow2::header::Header;
-use armlet::virtio::disk::qcow2::mend::survey;
+use armlet_backends::disk::qcow2::Anonymous;
+use armlet_backends::disk::qcow2::header::Header;
+use armlet_backends::disk::qcow2::mend::survey;
 use armlet_devices::virtio::block::{Data, Operation, Request};
 use armlet_devices::virtio::queue::Segment;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

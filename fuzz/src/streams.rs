@@ -6,9 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use armlet::deadline::Deadline;
-use armlet::virtio::net::passt::stream::{Broken, LONGEST, Stream};
-use armlet::virtio::vhost_user::VhostUser;
+use armlet_backends::net::passt::stream::{Broken, LONGEST, Stream};
+use armlet_backends::vhost_user::VhostUser;
+use armlet_system::deadline::Deadline;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, VolatileSlice};
 

@@ -10,7 +10,7 @@ pub enum Parsed {
     Cli(Box<Cli>),
     /// Print this help on standard output and leave.
     Help(String),
-    /// Print this line on standard error and leave with [`crate::status::Status::Usage`].
+    /// Print this line on standard error and leave with [`armlet_system::status::Status::Usage`].
     Wrong(String),
 }
 

@@ -5,7 +5,6 @@ use super::arch::{Depth, Hypercall, KvmArch, RawExit};
 use super::facts::{ArmFacts, Virtualization};
 use super::interrupts::Pins;
 use super::offers::Offers;
-use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::aarch64::Offered;
 use armlet_arch::aarch64::features::{Features, Pmu};
@@ -15,6 +14,7 @@ use armlet_arch::aarch64::{Aarch64, Host};
 use armlet_arch::irq::{GicChoice, Spi};
 use armlet_arch::width::MIN_BITS;
 use armlet_arch::{Plan, Request, Width};
+use armlet_system::eintr::uninterrupted;
 use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
     KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,

@@ -8,6 +8,8 @@ mod arch;
 pub mod burst;
 pub mod facts;
 pub mod internal;
+#[cfg(test)]
+mod interrupted;
 pub mod interrupts;
 pub mod kick;
 pub mod offers;

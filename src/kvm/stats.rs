@@ -1,7 +1,7 @@
 //! KVM's own counters, read through a descriptor (Documentation/virt/kvm/api.rst, 4.133,
 //! KVM_GET_STATS_FD; since Linux 5.15).
 
-use crate::eintr::uninterrupted;
+use armlet_system::eintr::uninterrupted;
 use kvm_bindings::{KVMIO, kvm_stats_header};
 use rustix::io::pread;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

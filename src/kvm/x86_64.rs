@@ -7,7 +7,6 @@ use super::arch::{Depth, KvmArch, PortAccess, RawExit};
 use super::facts::{ExitlessTimers, Virtualization, X86Facts};
 use super::interrupts::{Interrupts, Pins};
 use super::offers::Offers;
-use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::irq::Spi;
 use armlet_arch::x86_64::cpu::{BOOT_CS, BOOT_DS};
@@ -17,6 +16,7 @@ use armlet_devices::Device;
 use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::{IoApic, PINS};
+use armlet_system::eintr::uninterrupted;
 use cpuid::Topology;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN,

@@ -5,11 +5,11 @@
 //! is given up after a while. Devices that are held by then go on at once, and the one that is not
 //! does so when it is.
 
-use crate::deadline::Deadline;
-use crate::signals;
 use anyhow::{Context, Result};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::mmio::Mmio;
+use armlet_system::deadline::Deadline;
+use armlet_system::signals;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;

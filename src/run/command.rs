@@ -1,7 +1,7 @@
 //! What is asked of a running machine, by signals, by keys, or by another thread of this process.
 
 use crate::console::Escape;
-use crate::signals::Taken;
+use armlet_system::signals::Taken;
 use kvm_ioctls::VcpuFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 

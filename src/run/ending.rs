@@ -1,7 +1,7 @@
 //! How a life of the guest ends, and what comes of it.
 
-use crate::messages;
-use crate::status::Status;
+use armlet_system::messages;
+use armlet_system::status::Status;
 
 /// What to do when the guest asks for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

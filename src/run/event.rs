@@ -7,18 +7,19 @@ use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
 use super::queue::{Event, Queue};
-use crate::console::{self, ESCAPE_HELP, PanicWatch, StandardOutput};
-use crate::eintr::events;
+use crate::console::{ESCAPE_HELP, PanicWatch, StandardOutput};
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
-use crate::messages;
 use crate::serial::TICK;
-use crate::signals;
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
-use crate::virtio::console::{HvcConsole, terminal_size};
 use anyhow::{Context, Result};
+use armlet_backends::console::{HvcConsole, terminal_size};
 use armlet_devices::sync::{bell, lock};
+use armlet_system::eintr::events;
+use armlet_system::messages;
+use armlet_system::signals;
+use armlet_system::terminal;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -347,7 +348,7 @@ impl Events {
 
     fn look_at_terminal(&self, by_a_shell: bool, devices: &Devices) {
         if by_a_shell && self.input.terminal {
-            console::make_raw_again();
+            terminal::make_raw_again();
         }
         let console = devices.hvc.as_ref().and_then(|hvc| hvc.current());
         if let (Some(console), Some(size)) = (console, terminal_size()) {

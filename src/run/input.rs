@@ -3,12 +3,13 @@
 
 use super::queue::Queue;
 use crate::console::{self, Escape, EscapeFilter};
-use crate::eintr::uninterrupted;
 use crate::machine::Devices;
 use crate::serial::TICK;
 use anyhow::{Context, Result};
 use armlet_devices::console::Console;
 use armlet_devices::sync::lock;
+use armlet_system::eintr::uninterrupted;
+use armlet_system::terminal;
 use rustix::io::Errno;
 use rustix::stdio;
 use std::os::fd::{AsRawFd, RawFd};
@@ -108,9 +109,9 @@ impl Input {
             self.pending.extend_from_slice(&buffer[..count]);
             return Ok(Vec::new());
         }
-        if !console::is_raw() {
+        if !terminal::is_raw() {
             // Brought back from the background without a signal.
-            console::make_raw_again();
+            terminal::make_raw_again();
         }
         let mut escapes = Vec::new();
         let mut typed = &buffer[..count];

@@ -2,9 +2,9 @@
 
 use super::ending::Ending;
 use crate::machine::Devices;
-use crate::messages;
 use crate::shutdown::{Due, Shutdown};
 use armlet_devices::sync::lock;
+use armlet_system::messages;
 use std::time::{Duration, Instant};
 
 /// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.

@@ -3,7 +3,7 @@
 use super::control::Stand;
 use super::off::OffCheck;
 use super::running::RunningVcpu;
-use crate::deadline::Deadline;
+use armlet_system::deadline::Deadline;
 use kvm_ioctls::VcpuFd;
 use std::fmt::{self, Display};
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! What a vCPU's exit means: a function over data, apart from any vCPU.
 
 use crate::stats::Reason;
-use crate::virtio::pmem::{FileMemory, Missing};
+use armlet_backends::pmem::{FileMemory, Missing};
 use armlet_devices::action::{Action, Panic};
 use armlet_devices::bus::Bus;
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};

@@ -1,0 +1,174 @@
+//! The memory balloon (`--balloon`): what the guest does not need goes back to the host.
+
+use super::options::Options;
+use super::pages;
+use crate::backend::Backend;
+use anyhow::{Result, bail};
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+const FLAG: &str = "--balloon";
+
+/// A balloon for the guest, through all its starts.
+pub struct GuestBalloon {
+    offer: Offer,
+    /// Bytes that it should hold.
+    target: u64,
+}
+
+/// A balloon as the user asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonOptions {
+    offer: Offer,
+    /// Bytes that it should hold.
+    target: u64,
+}
+
+impl BalloonOptions {
+    /// Reads the value of `--balloon`; `parse_size` reads a size.
+    ///
+    /// # Errors
+    /// A value that makes no sense.
+    pub fn parse(
+        text: &str,
+        parse_size: impl Fn(&str) -> Result<u64, String>,
+    ) -> Result<BalloonOptions> {
+        let mut options = Options::parse(FLAG, text, &[])?;
+        // For a balloon with nothing to say of it.
+        let _ = options.switch("on")?;
+        let size = options.take("size")?.unwrap_or_else(|| "0".to_owned());
+        let offer = Offer {
+            reporting: options.toggle("reporting")?.unwrap_or(true),
+            // It is made for migration.
+            hinting: false,
+            deflate_on_oom: options.toggle("deflate-on-oom")?.unwrap_or(true),
+        };
+        options.finish()?;
+        let target = match parse_size(&size) {
+            Ok(target) => target,
+            Err(what) => bail!("{FLAG} '{text}': {what}"),
+        };
+        Ok(BalloonOptions { offer, target })
+    }
+
+    /// Bytes that it takes from the guest.
+    #[must_use]
+    pub fn target(&self) -> u64 {
+        self.target
+    }
+
+    /// The balloon.
+    #[must_use]
+    pub fn open(&self) -> GuestBalloon {
+        GuestBalloon {
+            offer: self.offer,
+            target: self.target,
+        }
+    }
+}
+
+impl Backend for GuestBalloon {
+    fn name(&self) -> String {
+        "balloon".to_owned()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let pages = Box::new(HostPages::default());
+        let balloon = Balloon::new(self.target, self.offer, pages);
+        Ok(Arc::new(Mutex::new(balloon)))
+    }
+
+    fn takes_memory(&self) -> bool {
+        true
+    }
+
+    /// Giving back gigabytes takes the host a while.
+    fn is_busy(&self) -> bool {
+        true
+    }
+}
+
+/// The host's pages beneath the guest's memory.
+#[derive(Debug, Default)]
+struct HostPages {
+    complained: AtomicBool,
+}
+
+impl Discard for HostPages {
+    fn page_size(&self) -> u64 {
+        rustix::param::page_size() as u64
+    }
+
+    fn discard(&self, memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> bool {
+        let Err(error) = pages::discard(memory, address, len) else {
+            return true;
+        };
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "balloon: the host does not take back {len} bytes of guest memory at {:#x}: {error}",
+                address.0
+            );
+        }
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(text: &str) -> Result<GuestBalloon> {
+        let parse_size = |text: &str| match text.strip_suffix('M') {
+            Some(number) => number
+                .parse()
+                .map(|number: u64| number << 20)
+                .map_err(|_| text.into()),
+            None => text.parse().map_err(|_| format!("size '{text}'")),
+        };
+        BalloonOptions::parse(text, parse_size).map(|options| options.open())
+    }
+
+    #[test]
+    fn options_say_what_is_offered() {
+        let balloon = open("on").expect("valid");
+        let defaults = Offer {
+            reporting: true,
+            hinting: false,
+            deflate_on_oom: true,
+        };
+        assert_eq!(balloon.offer, defaults);
+        assert_eq!(balloon.target, 0);
+        let balloon = open("size=512M,reporting=off,deflate-on-oom=off").expect("valid");
+        let others = Offer {
+            reporting: false,
+            hinting: false,
+            deflate_on_oom: false,
+        };
+        assert_eq!(balloon.offer, others);
+        assert_eq!(balloon.target, 512 << 20);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_what_would_work() {
+        let wrong = |text| open(text).map(|_| ()).expect_err(text).to_string();
+        assert!(wrong("size=lots").contains("'size=lots'"));
+        assert!(wrong("reporting=perhaps").contains("use on or off"));
+        assert!(wrong("bigger").contains("use on, size, reporting, deflate-on-oom"));
+        assert!(wrong("").contains("an empty part"));
+    }
+
+    #[test]
+    fn what_nobody_hears_is_not_offered() {
+        // Free page hints (VIRTIO_BALLOON_F_FREE_PAGE_HINT, bit 3) are asked for by migration.
+        let error = open("hinting=on")
+            .map(|_| ())
+            .expect_err("it has no effect");
+        assert!(error.to_string().contains("hinting"), "{error}");
+        let balloon = open("size=256M").expect("valid");
+        let device = balloon.device().expect("a device");
+        assert_eq!(device.lock().expect("sound").features() & 1 << 3, 0);
+    }
+}

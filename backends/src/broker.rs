@@ -1,0 +1,321 @@
+//! Programs that work for a device (passt, virtiofsd): how each is found, started, heard and ended.
+//!
+//! A broker starts them: a process that armlet forks before it has other threads, guest memory or
+//! KVM objects. So a program gets the descriptors that are meant for it and no others, a clean
+//! environment, no blocked or ignored signals, and a start costs no copy of armlet's page tables.
+//! The broker is the reaper of all that they start in turn (`PR_SET_CHILD_SUBREAPER`), in other PID
+//! namespaces too, and kills all of it when it is told to, or when armlet is gone in whatever way.
+//!
+//! Between armlet and the broker is one socket for requests, and a line for each process: the broker
+//! says on it that the process started and how it ended, and kills the process when armlet closes it.
+//! Each wait here has a deadline.
+
+mod keeper;
+mod protocol;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+pub use protocol::SOCKET;
+
+use protocol::{MOST_REQUEST, Word};
+
+use anyhow::{Context, Result, bail};
+use armlet_system::deadline::Deadline;
+use armlet_system::eintr::uninterrupted;
+use armlet_system::messages;
+use rustix::event::PollFlags;
+use rustix::fs::{Access, OFlags, access};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
+    SocketFlags, SocketType, recv, sendmsg, shutdown, socketpair,
+};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, waitpid};
+use std::ffi::{OsStr, OsString};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where programs are that no folder of `$PATH` has.
+const FOLDERS: [&str; 2] = ["/usr/local/bin", "/usr/bin"];
+/// How long the broker may take for what needs nobody else.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a process may take to end once it is killed.
+const DEATH: Duration = Duration::from_secs(2);
+/// The most bytes of what a process says that are taken at once, and how often in one go.
+const MOST_WORDS: usize = 4096;
+const MOST_READS: usize = 16;
+
+/// Finds a program that this user may run: in a folder of `path` (`$PATH`), or in one of `folders`.
+/// The path is absolute.
+#[must_use]
+pub fn find(name: &str, path: Option<&OsStr>, folders: &[&str]) -> Option<PathBuf> {
+    let of_user = std::env::split_paths(path.unwrap_or_default());
+    let mut places = of_user.chain(FOLDERS.iter().chain(folders).map(PathBuf::from));
+    places.find_map(|folder| {
+        let program = folder.join(name);
+        // A relative folder would mean another one after a change of folder.
+        let is_program =
+            folder.is_absolute() && program.is_file() && access(&program, Access::EXEC_OK).is_ok();
+        is_program.then_some(program)
+    })
+}
+
+/// The process that starts others. When this is dropped, or armlet ends, all of them end.
+#[derive(Debug)]
+pub struct Broker {
+    socket: OwnedFd,
+    pid: Pid,
+}
+
+impl Broker {
+    /// Forks it. There are to be no other threads yet: one that holds a lock would hold it in the
+    /// broker for ever.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn fork() -> Result<Arc<Broker>> {
+        let cannot = "cannot make the process that starts others";
+        let (ours, theirs) = pair().context(cannot)?;
+        let pid = sys::fork(|| keeper::keep(theirs)).context(cannot)?;
+        Ok(Arc::new(Broker { socket: ours, pid }))
+    }
+
+    /// Starts the program at an absolute path. It gets `socket` as descriptor [`SOCKET`].
+    ///
+    /// # Errors
+    /// That it cannot be run, in the system's words; a command line that is too long.
+    pub fn start(
+        self: &Arc<Broker>,
+        program: &Path,
+        arguments: &[OsString],
+        socket: OwnedFd,
+    ) -> Result<Process> {
+        let mut request = program.as_os_str().as_bytes().to_vec();
+        for argument in arguments {
+            request.push(0);
+            request.extend(argument.as_bytes());
+        }
+        if request.len() > MOST_REQUEST {
+            let length = request.len();
+            bail!("its command line has {length} bytes; {MOST_REQUEST} are possible");
+        }
+        let (line, far) = pair().context("cannot make a socket")?;
+        let (words, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        rustix::fs::fcntl_setfl(&words, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        self.ask(&request, [&far, &theirs, &socket])?;
+        // With them here, nobody would notice that they are closed there.
+        drop((far, theirs, socket));
+        let mut process = Process {
+            line,
+            pid: 0,
+            words: Words::new(words),
+            ended: None,
+            _broker: Arc::clone(self),
+        };
+        match process.hear(Deadline::after(PATIENCE)) {
+            Some(Word::Started(pid)) => process.pid = pid,
+            Some(Word::Failed(error)) => {
+                process.ended = Some("it was never started".to_owned());
+                return Err(io::Error::from_raw_os_error(error).into());
+            }
+            _ if process.ended.is_some() => {
+                bail!("{BROKER_GONE}, or may have no more descriptors ('ulimit -n')")
+            }
+            _ => bail!("it was not started within {PATIENCE:?}"),
+        }
+        Ok(process)
+    }
+
+    fn ask(&self, request: &[u8], descriptors: [&OwnedFd; 3]) -> Result<()> {
+        let descriptors = descriptors.map(AsFd::as_fd);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let deadline = Deadline::after(PATIENCE);
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        loop {
+            let message = [IoSlice::new(request)];
+            match uninterrupted(|| sendmsg(&self.socket, &message, &mut control, flags)) {
+                Ok(_) => return Ok(()),
+                Err(Errno::AGAIN) if deadline.wait(&self.socket, PollFlags::OUT)? => {}
+                Err(Errno::AGAIN) => bail!("it was not started within {PATIENCE:?}"),
+                Err(Errno::PIPE | Errno::CONNRESET) => bail!("{BROKER_GONE}"),
+                Err(error) => return Err(error).context("cannot ask for it"),
+            }
+        }
+    }
+}
+
+const BROKER_GONE: &str = "armlet's process that starts others is gone";
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // It ends all that is left when it sees that.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        let pidfd = pidfd_open(self.pid, PidfdFlags::empty());
+        let has_ended = pidfd.is_ok_and(|pidfd| {
+            matches!(
+                Deadline::after(PATIENCE).wait(pidfd, PollFlags::IN),
+                Ok(true)
+            )
+        });
+        if has_ended {
+            let _ = waitpid(Some(self.pid), WaitOptions::NOHANG);
+        } else {
+            log::error!("processes that worked for devices have not ended within {PATIENCE:?}");
+        }
+    }
+}
+
+fn pair() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let flags = SocketFlags::CLOEXEC;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+}
+
+/// A program that was started. When this is dropped it has ended, with all that it started, or a
+/// message says that it has not.
+#[derive(Debug)]
+pub struct Process {
+    line: OwnedFd,
+    pid: i32,
+    words: Words,
+    /// How it ended.
+    ended: Option<String>,
+    _broker: Arc<Broker>,
+}
+
+impl Process {
+    /// Its process ID.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// What it says on its standard error.
+    pub fn words(&mut self) -> &mut Words {
+        &mut self.words
+    }
+
+    /// The descriptor that is ready to be read when it has ended.
+    #[must_use]
+    pub fn end_fd(&self) -> RawFd {
+        self.line.as_raw_fd()
+    }
+
+    /// The descriptor that is ready to be read when it said something or closed its standard error.
+    #[must_use]
+    pub fn words_fd(&self) -> RawFd {
+        self.words.pipe.as_raw_fd()
+    }
+
+    /// How it ended, if it has by `deadline`.
+    pub fn ended(&mut self, deadline: Deadline) -> Option<&str> {
+        if self.ended.is_none()
+            && let Some(Word::Ended(status)) = self.hear(deadline)
+        {
+            self.ended = Some(ExitStatus::from_raw(status).to_string());
+        }
+        self.ended.as_deref()
+    }
+
+    /// Ends it and all that it started, in whatever state it is, unless it ends by itself within
+    /// `grace`. Says how it ended.
+    pub fn end(&mut self, grace: Duration) -> String {
+        if self.ended(Deadline::after(grace)).is_none() {
+            self.kill();
+        }
+        let ended = self.ended(Deadline::after(DEATH));
+        ended.map_or_else(|| "it does not end".to_owned(), str::to_owned)
+    }
+
+    /// Has it killed, and does not wait for that.
+    pub fn kill(&self) {
+        // An error means that the broker is gone, or knows of its end.
+        let _ = shutdown(&self.line, Shutdown::Write);
+    }
+
+    /// What the broker says of it by `deadline`.
+    fn hear(&mut self, deadline: Deadline) -> Option<Word> {
+        let mut bytes = [0; Word::BYTES];
+        loop {
+            match uninterrupted(|| recv(&self.line, &mut bytes, RecvFlags::DONTWAIT)) {
+                Ok((Word::BYTES, _)) => return Word::from_bytes(bytes),
+                Err(Errno::AGAIN) => match deadline.wait(&self.line, PollFlags::IN) {
+                    Ok(true) => {}
+                    _ => return None,
+                },
+                _ => {
+                    self.ended = Some(BROKER_GONE.to_owned());
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end(Duration::ZERO);
+        if self.ended.is_none() {
+            let pid = self.pid;
+            log::error!("process {pid} does not end within {DEATH:?} although it was killed");
+        }
+    }
+}
+
+/// What a process says on its standard error, in lines.
+#[derive(Debug)]
+pub struct Words {
+    pipe: OwnedFd,
+    /// What it said last, as far as it is no whole line.
+    rest: Vec<u8>,
+}
+
+impl Words {
+    fn new(pipe: OwnedFd) -> Words {
+        let rest = Vec::new();
+        Words { pipe, rest }
+    }
+
+    /// Whole lines out of what can be read now, made harmless, and up to a bound: for one who
+    /// writes faster than it is read.
+    pub fn hear(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut part = [0; MOST_WORDS];
+        for _ in 0..MOST_READS {
+            match uninterrupted(|| rustix::io::read(&self.pipe, &mut part)) {
+                Ok(len @ 1..) => {
+                    self.rest.extend(&part[..len]);
+                    self.take_lines(&mut lines);
+                }
+                _ => break,
+            }
+        }
+        lines
+    }
+
+    /// As [`Self::hear`], and what is no whole line, of one who says no more.
+    pub fn hear_all(&mut self) -> Vec<String> {
+        let mut lines = self.hear();
+        self.rest.push(b'\n');
+        self.take_lines(&mut lines);
+        lines
+    }
+
+    fn take_lines(&mut self, lines: &mut Vec<String>) {
+        let whole: Vec<u8> = match self.rest.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => self.rest.drain(..=end).collect(),
+            None if self.rest.len() >= MOST_WORDS => std::mem::take(&mut self.rest),
+            None => return,
+        };
+        lines.extend(messages::lines(&whole));
+    }
+}

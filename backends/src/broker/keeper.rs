@@ -1,0 +1,275 @@
+//! The broker itself: starts processes, notes their ends, and leaves none behind.
+
+use super::protocol::{MOST_REQUEST, SOCKET, Word};
+use super::sys;
+use armlet_system::deadline::Deadline;
+use armlet_system::eintr::uninterrupted;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, getpgid, getpid, kill_process, kill_process_group,
+    pidfd_open, set_child_subreaper, setsid, waitpgid, waitpid,
+};
+use std::ffi::OsStr;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How long processes that were killed may take to be gone, before the broker goes on without.
+const DEATH: Duration = Duration::from_secs(5);
+/// The pauses between two looks at processes that are dying: the first, and the longest.
+const FIRST_LOOK: Duration = Duration::from_micros(200);
+const LONGEST_LOOK: Duration = Duration::from_millis(20);
+
+/// A process that was started; it leads a process group of its own.
+struct Kept {
+    pid: Pid,
+    pidfd: OwnedFd,
+    line: OwnedFd,
+}
+
+/// Starts processes as they are asked for on `socket`, until that is closed; then ends them all.
+pub(super) fn keep(socket: OwnedFd) {
+    let Ok(socket) = settle(socket) else {
+        return;
+    };
+    let mut kept = Vec::new();
+    // Which one's turn it is does not matter: each event is still there at the next look.
+    while let Some(event) = wait(&socket, &kept) {
+        match event {
+            Event::Request => match receive(&socket) {
+                Asked::Start(request) => kept.extend(start(request)),
+                // Its line is closed with it, which armlet notices.
+                Asked::Unreadable => {}
+                Asked::Nothing => break,
+            },
+            Event::Over(index) => {
+                end(&kept.swap_remove(index));
+                end_strays(&kept);
+            }
+        }
+    }
+    for process in kept.drain(..) {
+        end(&process);
+    }
+    end_strays(&kept);
+}
+
+/// Lets go of all that armlet had.
+fn settle(socket: OwnedFd) -> std::io::Result<OwnedFd> {
+    sys::ignore_signals();
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    drop(null);
+    // The number that is given to programs is then free in them to be taken.
+    let socket = sys::keep_only(socket, SOCKET)?;
+    setsid()?;
+    set_child_subreaper(Some(getpid()))?;
+    // For ps(1) and top(1).
+    let _ = rustix::thread::set_name(c"armlet-broker");
+    std::env::set_current_dir("/")?;
+    Ok(socket)
+}
+
+enum Event {
+    /// armlet asks for something, or is gone.
+    Request,
+    /// This one ended, or is to end.
+    Over(usize),
+}
+
+/// Waits for the next event; `None` if that cannot be done.
+fn wait(socket: &OwnedFd, kept: &[Kept]) -> Option<Event> {
+    let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
+    for process in kept {
+        fds.push(PollFd::new(&process.pidfd, PollFlags::IN));
+        fds.push(PollFd::new(&process.line, PollFlags::IN));
+    }
+    uninterrupted(|| poll(&mut fds, None)).ok()?;
+    let ready = fds.iter().position(|fd| !fd.revents().is_empty())?;
+    Some(match ready {
+        0 => Event::Request,
+        index => Event::Over((index - 1) / 2),
+    })
+}
+
+/// What is to be started, and where to say so.
+struct Request {
+    words: Vec<u8>,
+    line: OwnedFd,
+    standard_error: OwnedFd,
+    socket: OwnedFd,
+}
+
+/// What came on the socket for requests.
+enum Asked {
+    Start(Request),
+    /// A request whose descriptors there was no room for.
+    Unreadable,
+    /// armlet is gone.
+    Nothing,
+}
+
+fn receive(socket: &OwnedFd) -> Asked {
+    let mut words = vec![0; MOST_REQUEST];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = uninterrupted(|| {
+        let mut parts = [IoSliceMut::new(&mut words)];
+        recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+    });
+    let Some(got) = received.ok().filter(|got| got.bytes > 0) else {
+        return Asked::Nothing;
+    };
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            files.extend(rights);
+        }
+    }
+    if got
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
+        return Asked::Unreadable;
+    }
+    words.truncate(got.bytes);
+    match <[OwnedFd; 3]>::try_from(files) {
+        Ok([line, standard_error, socket]) => Asked::Start(Request {
+            words,
+            line,
+            standard_error,
+            socket,
+        }),
+        Err(_) => Asked::Unreadable,
+    }
+}
+
+/// Starts what was asked for, and says so.
+fn start(request: Request) -> Option<Kept> {
+    let mut words = request
+        .words
+        .split(|byte| *byte == 0)
+        .map(OsStr::from_bytes);
+    let mut command = Command::new(words.next().unwrap_or_default());
+    let path = std::env::var_os("PATH");
+    command
+        .args(words)
+        .env_clear()
+        .envs(path.map(|path| ("PATH", path)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(request.standard_error));
+    sys::prepare(&mut command, request.socket, SOCKET);
+    let spawned = command.spawn();
+    // With it go the descriptors that are the process's now.
+    drop(command);
+    let started = spawned.and_then(|child| {
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or(Errno::SRCH)?;
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok((pid, pidfd)),
+            Err(error) => {
+                end_group(pid);
+                Err(error.into())
+            }
+        }
+    });
+    match started {
+        Ok((pid, pidfd)) => {
+            let line = request.line;
+            tell(&line, Word::Started(pid.as_raw_pid()));
+            Some(Kept { pid, pidfd, line })
+        }
+        Err(error) => {
+            let error = error.raw_os_error().unwrap_or(libc::EIO);
+            tell(&request.line, Word::Failed(error));
+            None
+        }
+    }
+}
+
+fn tell(line: &OwnedFd, word: Word) {
+    // A line takes a few words at any time. Where nobody hears it, nobody wants to know.
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    let _ = send(line, &word.to_bytes(), flags);
+}
+
+/// Ends a process and its group, and says how it ended once they are gone.
+fn end(process: &Kept) {
+    if let Some(status) = end_group(process.pid) {
+        tell(&process.line, Word::Ended(status));
+    }
+}
+
+/// Kills a process group and waits for its members; returns the leader's status, unless some are
+/// still there at the deadline.
+fn end_group(leader: Pid) -> Option<i32> {
+    // Once is enough: a fork that is under way begins anew and finds the signal. The leader is not
+    // reaped yet, so the number is its group's still.
+    let _ = kill_process_group(leader, Signal::KILL);
+    let deadline = Deadline::after(DEATH);
+    let mut pause = FIRST_LOOK;
+    let mut status = None;
+    loop {
+        match uninterrupted(|| waitpgid(leader, WaitOptions::NOHANG)) {
+            Ok(Some((pid, how))) => {
+                if pid == leader {
+                    status = Some(how.as_raw());
+                }
+            }
+            // A member that is nobody's child here has a parent that is dying, too.
+            Ok(None) if !deadline.left().is_zero() => {
+                std::thread::sleep(pause);
+                pause = (2 * pause).min(LONGEST_LOOK);
+            }
+            Ok(None) => return None,
+            Err(_) => return status,
+        }
+    }
+}
+
+/// Ends what left its group, and whose parent has ended, so that it became ours: whose work it does
+/// nobody can tell any more. None of `kept` is meant.
+fn end_strays(kept: &[Kept]) {
+    let deadline = Deadline::after(DEATH);
+    let mut pause = FIRST_LOOK;
+    loop {
+        let strays: Vec<Pid> = children()
+            .into_iter()
+            .filter(|pid| !kept.iter().any(|process| process.pid == *pid))
+            .filter(|pid| {
+                let group = getpgid(Some(*pid)).ok();
+                !kept.iter().any(|process| Some(process.pid) == group)
+            })
+            .collect();
+        if strays.is_empty() || deadline.left().is_zero() {
+            return;
+        }
+        for stray in strays {
+            // It is ours to reap, so the number is its own.
+            let _ = kill_process(stray, Signal::KILL);
+            let _ = waitpid(Some(stray), WaitOptions::NOHANG);
+        }
+        std::thread::sleep(pause);
+        pause = (2 * pause).min(LONGEST_LOOK);
+    }
+}
+
+/// The children of this process, of which some may have ended (proc(5): needs
+/// CONFIG_PROC_CHILDREN, which distributions' kernels have).
+fn children() -> Vec<Pid> {
+    let path = "/proc/thread-self/children";
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let numbers = text.split_whitespace().filter_map(|word| word.parse().ok());
+    numbers.filter_map(Pid::from_raw).collect()
+}

@@ -1,0 +1,320 @@
+//! The terminal as the guest's hvc0 (`--console virtio`).
+//!
+//! A thread of its own writes the output, so that a reader who does not read holds up that thread
+//! only; the guest waits when `ROOM` is full.
+
+use crate::backend::Backend;
+use anyhow::{Context, Result, bail};
+use armlet_devices::action::Action;
+use armlet_devices::console::Output;
+use armlet_devices::sync::{lock, ring};
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::console::{Console, Sink};
+use rustix::stdio;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Bytes of output that wait for the reader, beside those on their way to it.
+const ROOM: usize = 32 << 10;
+/// How often [`HvcConsole::drain`] asks whether to go on.
+const ASK: Duration = Duration::from_millis(10);
+/// The writer's stack in bytes: it only writes.
+const STACK_BYTES: usize = 128 << 10;
+
+/// Which console is the terminal's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ConsoleKind {
+    /// The board's serial port: ttyAMA0.
+    #[default]
+    Serial,
+    /// A virtio console: hvc0. What the serial port prints is shown too.
+    Virtio,
+}
+
+impl ConsoleKind {
+    /// The kind that `--console` names.
+    ///
+    /// # Errors
+    /// Another word.
+    pub fn parse(text: &str) -> Result<ConsoleKind> {
+        match text {
+            "serial" => Ok(ConsoleKind::Serial),
+            "virtio" => Ok(ConsoleKind::Virtio),
+            _ => bail!("--console '{text}' is not known; use serial or virtio"),
+        }
+    }
+}
+
+/// Columns and rows of the terminal that armlet runs in; `None` where there is none.
+#[must_use]
+pub fn terminal_size() -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(stdio::stdout())
+        .or_else(|_| rustix::termios::tcgetwinsize(stdio::stdin()))
+        .ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
+/// The virtio console and the thread that writes its output.
+pub struct HvcConsole {
+    outlet: Arc<Outlet>,
+    on_room: Arc<dyn Fn() + Send + Sync>,
+    /// The device of the guest that runs now.
+    current: Mutex<Option<Arc<Mutex<Console>>>>,
+}
+
+impl HvcConsole {
+    /// A console whose output goes to `output`, which may wait for its reader. `on_room` is called
+    /// by the device's thread when the guest has room for input after it had none, `on_action` by
+    /// the thread that writes when the output means something for the machine.
+    ///
+    /// # Errors
+    /// A host without room for another thread or descriptor.
+    pub fn open(
+        output: Box<dyn Output>,
+        on_room: impl Fn() + Send + Sync + 'static,
+        on_action: impl Fn(Action) + Send + 'static,
+    ) -> Result<HvcConsole> {
+        let room = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        let outlet = Arc::new(Outlet {
+            waiting: Mutex::default(),
+            changed: Condvar::new(),
+            room,
+        });
+        let writer = Arc::clone(&outlet);
+        // Nobody joins it: it may wait for a reader for ever, and holds nothing.
+        std::thread::Builder::new()
+            .name("console".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || writer.write_to(output, on_action))
+            .context("cannot start the thread console")?;
+        Ok(HvcConsole {
+            outlet,
+            on_room: Arc::new(on_room),
+            current: Mutex::default(),
+        })
+    }
+
+    /// The device of the guest that runs now, to give it input and the terminal's size.
+    #[must_use]
+    pub fn current(&self) -> Option<Arc<Mutex<Console>>> {
+        lock(&self.current).clone()
+    }
+
+    /// Waits until all output is written, as long as `goes_on` says so, which is asked again and
+    /// again. Returns whether it is.
+    pub fn drain(&self, mut goes_on: impl FnMut() -> bool) -> bool {
+        let mut waiting = lock(&self.outlet.waiting);
+        while !(waiting.bytes.is_empty() && waiting.on_their_way == 0) {
+            if !goes_on() {
+                return false;
+            }
+            let changed = self.outlet.changed.wait_timeout(waiting, ASK);
+            waiting = changed.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Backend for HvcConsole {
+    fn name(&self) -> String {
+        "console".to_owned()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let sink = Box::new(Inlet(Arc::clone(&self.outlet)));
+        let on_room = Arc::clone(&self.on_room);
+        let console = Console::new(sink, Box::new(move || on_room()), terminal_size());
+        let console = Arc::new(Mutex::new(console));
+        *lock(&self.current) = Some(Arc::clone(&console));
+        Ok(console)
+    }
+}
+
+/// Output between the device and the thread that writes it.
+struct Outlet {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+    /// Written when there is room again.
+    room: EventFd,
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    /// Bytes that the thread took and writes.
+    on_their_way: usize,
+    /// Whether the device had bytes for which there was no room.
+    refused: bool,
+}
+
+impl Outlet {
+    /// Takes what there is room for; returns how many bytes.
+    fn take(&self, bytes: &[u8]) -> usize {
+        let mut waiting = lock(&self.waiting);
+        let taken = bytes.len().min(ROOM - waiting.bytes.len());
+        waiting.bytes.extend_from_slice(&bytes[..taken]);
+        waiting.refused |= taken < bytes.len();
+        if taken > 0 && waiting.on_their_way == 0 {
+            self.changed.notify_all();
+        }
+        taken
+    }
+
+    /// The thread's life.
+    fn write_to(&self, mut output: Box<dyn Output>, on_action: impl Fn(Action)) {
+        let mut bytes = Vec::new();
+        loop {
+            let mut waiting = lock(&self.waiting);
+            waiting.on_their_way = 0;
+            if waiting.bytes.is_empty() {
+                // For those who drain.
+                self.changed.notify_all();
+            }
+            while waiting.bytes.is_empty() {
+                let changed = self.changed.wait(waiting);
+                waiting = changed.unwrap_or_else(PoisonError::into_inner);
+            }
+            std::mem::swap(&mut bytes, &mut waiting.bytes);
+            waiting.on_their_way = bytes.len();
+            if std::mem::take(&mut waiting.refused) {
+                ring(&self.room);
+            }
+            drop(waiting);
+            match output.write(&bytes) {
+                Action::None => {}
+                action => on_action(action),
+            }
+            bytes.clear();
+        }
+    }
+}
+
+/// The device's end.
+struct Inlet(Arc<Outlet>);
+
+impl Sink for Inlet {
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        self.0.take(bytes)
+    }
+
+    fn room(&self) -> Option<RawFd> {
+        Some(self.0.room.as_raw_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    /// An output that writes only when the test lets it.
+    fn gated() -> (Box<dyn Output>, Sender<()>, Receiver<Vec<u8>>) {
+        let (go, gate) = channel();
+        let (tell, told) = channel();
+        let write = move |bytes: &[u8]| {
+            // Without a test there is nobody left to wait for.
+            let _ = gate.recv();
+            let _ = tell.send(bytes.to_vec());
+        };
+        (Box::new(write), go, told)
+    }
+
+    fn sink(console: &HvcConsole) -> Inlet {
+        Inlet(Arc::clone(&console.outlet))
+    }
+
+    #[test]
+    fn output_is_taken_while_the_reader_does_not_read() {
+        let (output, go, told) = gated();
+        let console = HvcConsole::open(output, || {}, |_| {}).expect("a thread");
+        let mut sink = sink(&console);
+        let chunk = vec![b'x'; 1000];
+        let mut taken = 0;
+        while let count @ 1.. = sink.write(&chunk) {
+            taken += count;
+            // Waiting, and on their way.
+            assert!(taken <= 2 * ROOM, "it takes without end");
+        }
+        assert!(!console.drain(|| false), "nobody read yet");
+        for _ in 0..3 {
+            let _ = go.send(());
+        }
+        assert!(told.recv().expect("output").len() <= ROOM);
+    }
+
+    #[test]
+    fn room_is_told_after_it_was_missed() {
+        let (output, go, told) = gated();
+        let console = HvcConsole::open(output, || {}, |_| {}).expect("a thread");
+        let mut sink = sink(&console);
+        sink.write(b"first");
+        // It is on its way now, or will be with what follows.
+        let mut all = 5;
+        loop {
+            let taken = sink.write(&[b'x'; 4096]);
+            all += taken;
+            if taken == 0 {
+                break;
+            }
+        }
+        let mut written = 0;
+        while written < all {
+            go.send(()).expect("the thread");
+            written += told.recv().expect("output").len();
+        }
+        assert_eq!(written, all, "every byte, once");
+        assert!(console.outlet.room.read().is_ok(), "there is room again");
+        assert!(console.drain(|| true));
+        assert_eq!(sink.write(b"more"), 4);
+    }
+
+    #[test]
+    fn output_comes_out_in_order_and_whole() {
+        let (tell, told) = channel();
+        let write = move |bytes: &[u8]| {
+            let _ = tell.send(bytes.to_vec());
+        };
+        let console = HvcConsole::open(Box::new(write), || {}, |_| {}).expect("a thread");
+        let mut sink = sink(&console);
+        let wanted: Vec<u8> = (0..200_000_u32).map(|number| number as u8).collect();
+        let mut rest = &wanted[..];
+        while !rest.is_empty() {
+            let taken = sink.write(rest);
+            rest = &rest[taken..];
+            if taken == 0 {
+                std::thread::yield_now();
+            }
+        }
+        assert!(console.drain(|| true));
+        let got: Vec<u8> = told.try_iter().flatten().collect();
+        assert!(got == wanted);
+    }
+
+    #[test]
+    fn each_guest_gets_a_device_of_its_own() {
+        let console = HvcConsole::open(Box::new(|_: &[u8]| {}), || {}, |_| {}).expect("a thread");
+        assert!(console.current().is_none());
+        let first = console.device().expect("a device");
+        let second = console.device().expect("a device");
+        let current = console.current().expect("a device");
+        let current: Arc<Mutex<dyn VirtioDevice>> = current;
+        assert!(Arc::ptr_eq(&current, &second) && !Arc::ptr_eq(&current, &first));
+        assert_eq!(lock(&current).sources().len(), 1);
+    }
+
+    #[test]
+    fn kinds_are_named() {
+        assert_eq!(
+            ConsoleKind::parse("serial").expect("known"),
+            ConsoleKind::Serial
+        );
+        assert_eq!(
+            ConsoleKind::parse("virtio").expect("known"),
+            ConsoleKind::Virtio
+        );
+        let error = ConsoleKind::parse("hvc0").expect_err("unknown");
+        assert!(error.to_string().contains("use serial or virtio"));
+    }
+}

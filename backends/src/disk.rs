@@ -1,0 +1,484 @@
+//! Disks for guests (`--disk`): image files and block devices of the host.
+//!
+//! An image stays open and locked as long as armlet lives; each guest that starts gets a new
+//! device on it.
+
+mod complaints;
+mod growth;
+mod image;
+mod opened;
+#[cfg(feature = "qcow2")]
+pub mod qcow2;
+mod sys;
+mod table;
+mod uring;
+
+use super::locks::Use;
+use super::options::{Options, path_first};
+use crate::backend::Backend;
+use anyhow::{Context, Result, bail};
+use armlet_devices::sync::lock;
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::block::{Block, Engine, Shape};
+use armlet_system::messages::shell_word;
+use complaints::Complaints;
+use image::{Alignment, Image, PlainEngine};
+use opened::{Opened, is_in_memory};
+use rustix::fs::OFlags;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use uring::UringEngine;
+
+/// The flag.
+const FLAG: &str = "--disk";
+/// The most bytes of a serial number (virtio 1.2, section 5.2.6).
+const SERIAL: usize = 20;
+/// The most queues of a disk.
+const QUEUES: u64 = 16;
+/// The unit of a disk's size, in bytes.
+const SECTOR: u64 = 512;
+/// The least and most bytes of a block of a disk: Linux takes up to its page.
+const BLOCKS: std::ops::RangeInclusive<u64> = SECTOR..=4096;
+/// What a qcow2 image begins with (QEMU's docs/interop/qcow2.txt).
+const QCOW2: [u8; 4] = *b"QFI\xfb";
+
+/// A disk as the user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOptions {
+    path: PathBuf,
+    readonly: bool,
+    id: Option<String>,
+    format: Format,
+    backing: Vec<PathBuf>,
+    cache: Cache,
+    queues: u16,
+    engine: EngineChoice,
+    /// Bytes of the guest's blocks; the host's choice where there is none.
+    block_size: Option<u32>,
+}
+
+/// How the bytes of an image stand for those of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    /// Raw, unless it looks like something else, which is for the user to decide.
+    Auto,
+    Raw,
+    Qcow2,
+}
+
+/// Whether I/O goes through the host's page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cache {
+    Writeback,
+    None,
+}
+
+/// How the host does its I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EngineChoice {
+    Auto,
+    IoUring,
+    Sync,
+}
+
+impl DiskOptions {
+    /// The image.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads what stands behind `--disk`: `path=IMG` and more, or an image's name and more.
+    ///
+    /// # Errors
+    /// What is not known or does not go together.
+    pub fn parse(text: &str) -> Result<DiskOptions> {
+        let text = &path_first(text, &["readonly"]);
+        let mut options = Options::parse(FLAG, text, &["backing"])?;
+        options.refuse("file", "path=")?;
+        options.refuse("serial", "id=")?;
+        let parsed = DiskOptions {
+            path: options.require("path")?.into(),
+            readonly: options.switch("readonly")?,
+            id: options.take("id")?,
+            format: options.choice(
+                "format",
+                &[
+                    ("auto", Format::Auto),
+                    ("raw", Format::Raw),
+                    ("qcow2", Format::Qcow2),
+                ],
+            )?,
+            backing: options
+                .take_all("backing")?
+                .into_iter()
+                .map(PathBuf::from)
+                .collect(),
+            cache: options.choice(
+                "cache",
+                &[("writeback", Cache::Writeback), ("none", Cache::None)],
+            )?,
+            queues: options.number("queues", 1..=QUEUES)?.unwrap_or(1) as u16,
+            engine: options.choice(
+                "engine",
+                &[
+                    ("auto", EngineChoice::Auto),
+                    ("io_uring", EngineChoice::IoUring),
+                    ("sync", EngineChoice::Sync),
+                ],
+            )?,
+            block_size: options
+                .number("block-size", BLOCKS)?
+                .map(|size| size as u32),
+        };
+        options.finish()?;
+        if let Some(id) = &parsed.id
+            && (id.len() > SERIAL || !id.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            bail!(
+                "{FLAG} '{text}': id={id} is no serial number; use up to {SERIAL} ASCII characters without blanks"
+            );
+        }
+        if let Some(size) = parsed.block_size
+            && !size.is_power_of_two()
+        {
+            bail!("{FLAG} '{text}': block-size={size} is no power of two; use 512 to 4096");
+        }
+        if parsed.format != Format::Qcow2 && !parsed.backing.is_empty() {
+            bail!("{FLAG} '{text}': only format=qcow2 has backing files");
+        }
+        if parsed.format == Format::Qcow2 && parsed.engine == EngineChoice::IoUring {
+            bail!("{FLAG} '{text}': format=qcow2 works with engine=sync only");
+        }
+        Ok(parsed)
+    }
+
+    /// Opens and locks the image of the disk with this number; its name is "disk" and the number.
+    ///
+    /// # Errors
+    /// An image that is not there, not to be had, in use or not what the user says it is.
+    pub fn open(&self, number: usize) -> Result<Disk> {
+        let name = format!("disk{number}");
+        let opened = Opened::open(&self.path, !self.readonly)?;
+        let (storage, shape) = match self.is_qcow2(&opened.file)? {
+            true => self.qcow2(&name, opened)?,
+            false => self.raw(&name, opened)?,
+        };
+        let shown = self.path.display();
+        // Those of files are filled up.
+        if !shape.size.is_multiple_of(SECTOR) {
+            let more = SECTOR - shape.size % SECTOR;
+            bail!(
+                "disk image {shown} has {} bytes, which are no whole sectors; 'qemu-img resize {} +{more}' fills up the last one",
+                shape.size,
+                shell_word(&self.path)
+            );
+        }
+        let read = |offset, bytes: &mut [u8]| storage.peek(offset, bytes);
+        if let Some(sector) = table::other_sector(shape.block_size, read) {
+            log::warn!(
+                "{name}: the partition table of {shown} is for sectors of {sector} bytes, and the guest gets {}; block-size={sector} gives it those",
+                shape.block_size
+            );
+        }
+        Ok(Disk {
+            name,
+            storage,
+            shape,
+        })
+    }
+
+    fn is_qcow2(&self, file: &File) -> Result<bool> {
+        let mut magic = [0; QCOW2.len()];
+        let looks_so = match file.read_exact_at(&mut magic, 0) {
+            Ok(()) => magic == QCOW2,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => false,
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read disk image {}", self.path.display()));
+            }
+        };
+        match self.format {
+            Format::Raw => Ok(false),
+            Format::Qcow2 if looks_so => Ok(true),
+            Format::Qcow2 => bail!(
+                "disk image {} is no qcow2 image; leave format= out for a raw one",
+                self.path.display()
+            ),
+            // A guest can write such a beginning into its raw disk, and name files of the host in
+            // it as backing files: so nothing is guessed.
+            Format::Auto if looks_so => bail!(
+                "disk image {} begins like a qcow2 image; say format=qcow2, or format=raw if its guest wrote that",
+                self.path.display()
+            ),
+            Format::Auto => Ok(false),
+        }
+    }
+
+    fn raw(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
+        let path = &self.path;
+        opened.lock(path, self.used(Use::ReadRaw, Use::WriteRaw))?;
+        let context = || format!("cannot look at disk image {}", path.display());
+        let size = (&opened.file)
+            .seek(SeekFrom::End(0))
+            .with_context(context)?;
+        let direct = match self.cache {
+            Cache::Writeback => None,
+            Cache::None => Some(self.bypass_cache(&opened, size)?),
+        };
+        let mut shape = self.shape(size);
+        opened
+            .limits(&mut shape, self.block_size)
+            .with_context(context)?;
+        if let Some(direct) = direct {
+            shape.physical_block_size = shape.physical_block_size.max(direct.offset as u32);
+        }
+        let complaints = Complaints::new(name.to_owned(), path.clone());
+        let Opened {
+            file, is_device, ..
+        } = opened;
+        let mut image = Image::new(
+            file,
+            is_device,
+            self.readonly,
+            direct,
+            shape.block_size,
+            complaints,
+        );
+        shape.size = image.set_len(size);
+        if size == 0
+            && !is_device
+            && let Err(error) = image.watch_growth()
+        {
+            log::warn!(
+                "{name}: disk image {} is empty, and this host does not tell when it is filled ({error}); the guest sees that after its next reset",
+                path.display()
+            );
+        }
+        let image = Arc::new(image);
+        let uring = self.ring(name, &image)?;
+        let storage = Storage::Raw {
+            image,
+            is_uring: uring.is_some(),
+            spare: Mutex::new(uring),
+        };
+        Ok((storage, shape))
+    }
+
+    /// A ring for the first guest, where the user wants one and the host has it.
+    fn ring(&self, name: &str, image: &Arc<Image>) -> Result<Option<Box<UringEngine>>> {
+        let error = match self.engine {
+            EngineChoice::Sync => return Ok(None),
+            // The ring would have a thread do each read.
+            EngineChoice::Auto if image.direct.is_none() && is_in_memory(&image.file) => {
+                return Ok(None);
+            }
+            _ => match UringEngine::new(image) {
+                Ok(engine) => return Ok(Some(Box::new(engine))),
+                Err(error) => error,
+            },
+        };
+        let why = match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                " (kernel.io_uring_disabled or a seccomp filter forbids it)"
+            }
+            io::ErrorKind::OutOfMemory => " (see 'ulimit -l')",
+            _ => "",
+        };
+        match self.engine {
+            EngineChoice::IoUring => Err(error).with_context(|| {
+                format!("{name}: no io_uring on this host{why}; engine=sync works without")
+            }),
+            _ => {
+                log::info!("{name}: no io_uring on this host{why}: {error}; using engine=sync");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Takes the host's page cache out of the way.
+    fn bypass_cache(&self, opened: &Opened, size: u64) -> Result<Alignment> {
+        let path = self.path.display();
+        let refused = || format!("disk image {path} does not do cache=none; use cache=writeback");
+        let alignment = opened.direct_alignment().with_context(refused)?;
+        // What is only read can end anywhere.
+        if !self.readonly && !size.is_multiple_of(alignment.offset as u64) {
+            bail!(
+                "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {}', or use cache=writeback",
+                shell_word(&self.path),
+                align = alignment.offset,
+            );
+        }
+        let flags = rustix::fs::fcntl_getfl(&opened.file)
+            .and_then(|flags| rustix::fs::fcntl_setfl(&opened.file, flags | OFlags::DIRECT));
+        flags.with_context(refused)?;
+        Ok(alignment)
+    }
+
+    #[cfg(feature = "qcow2")]
+    fn qcow2(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
+        let path = &self.path;
+        opened.lock(path, self.used(Use::ReadFormat, Use::WriteFormat))?;
+        let mut chain = Vec::new();
+        for path in &self.backing {
+            let behind = Opened::open(path, false)?;
+            behind.lock(path, Use::ReadFormat)?;
+            chain.push((path.as_path(), behind.file));
+        }
+        let complaints = Complaints::new(name.to_owned(), path.clone());
+        let found = qcow2::look(path, &opened.file, self.readonly)?;
+        if self.cache == Cache::None {
+            self.bypass_cache(&opened, 0)?;
+        }
+        let image = qcow2::Image::open(path, opened.file, found, self.readonly, chain, complaints)?;
+        let mut shape = self.shape(image.size());
+        shape.block_size = self.block_size.unwrap_or(shape.block_size);
+        shape.physical_block_size = 4096;
+        shape.discard_granularity = 4096;
+        Ok((Storage::Qcow2(Arc::new(image)), shape))
+    }
+
+    #[cfg(not(feature = "qcow2"))]
+    fn qcow2(&self, _name: &str, _opened: Opened) -> Result<(Storage, Shape)> {
+        bail!(
+            "disk image {}: this armlet was built without qcow2; 'qemu-img convert -O raw {} NEW' makes a raw image of it",
+            self.path.display(),
+            shell_word(&self.path)
+        )
+    }
+
+    fn used(&self, to_read: Use, to_write: Use) -> Use {
+        match self.readonly {
+            true => to_read,
+            false => to_write,
+        }
+    }
+
+    fn shape(&self, size: u64) -> Shape {
+        Shape {
+            size,
+            readonly: self.readonly,
+            serial: self.id.clone().unwrap_or_default(),
+            queues: self.queues,
+            block_size: SECTOR as u32,
+            physical_block_size: SECTOR as u32,
+            optimal_io_size: 0,
+            discard_granularity: SECTOR as u32,
+        }
+    }
+}
+
+/// Opens and locks the images of all disks; they are called disk0, disk1 and so on.
+///
+/// # Errors
+/// Two disks with one id, else as [`DiskOptions::open`].
+pub fn open_all(disks: &[DiskOptions]) -> Result<Vec<Disk>> {
+    disks
+        .iter()
+        .enumerate()
+        .map(|(number, disk)| disk.open(number))
+        .collect()
+}
+
+/// Refuses disks that a guest cannot tell apart.
+///
+/// # Errors
+/// Two with one serial number.
+pub fn check_ids(disks: &[DiskOptions]) -> Result<()> {
+    for (index, disk) in disks.iter().enumerate() {
+        let same = |other: &&DiskOptions| other.id.is_some() && other.id == disk.id;
+        if let Some(other) = disks[..index].iter().find(same) {
+            bail!(
+                "{FLAG} {} and {FLAG} {} have one id={}; guests tell disks apart by it",
+                other.path.display(),
+                disk.path.display(),
+                disk.id.as_deref().unwrap_or_default(),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A disk of the host, open and locked.
+pub struct Disk {
+    name: String,
+    storage: Storage,
+    shape: Shape,
+}
+
+enum Storage {
+    Raw {
+        image: Arc<Image>,
+        is_uring: bool,
+        /// The ring that was made to see whether one can be made.
+        spare: Mutex<Option<Box<UringEngine>>>,
+    },
+    #[cfg(feature = "qcow2")]
+    Qcow2(Arc<qcow2::Image>),
+}
+
+impl Storage {
+    /// Reads what the disk holds now; says whether it could.
+    fn peek(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        match self {
+            Storage::Raw { image, .. } => image.peek(offset, bytes).is_ok(),
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(image) => image.peek(offset, bytes).is_ok(),
+        }
+    }
+}
+
+impl Disk {
+    /// Looks how large the image is now, in bytes.
+    fn size(&self) -> Result<u64> {
+        match &self.storage {
+            Storage::Raw { image, .. } => {
+                let size = (&image.file).seek(SeekFrom::End(0));
+                let size =
+                    size.with_context(|| format!("cannot look at the image of {}", self.name))?;
+                Ok(image.set_len(size))
+            }
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(image) => Ok(image.size()),
+        }
+    }
+
+    fn engine(&self) -> Result<Box<dyn Engine>> {
+        match &self.storage {
+            Storage::Raw {
+                image,
+                is_uring: true,
+                spare,
+            } => {
+                let first = lock(spare).take();
+                let engine = first.map_or_else(|| UringEngine::new(image).map(Box::new), Ok);
+                Ok(engine.context("cannot make another io_uring")?)
+            }
+            Storage::Raw { image, .. } => Ok(Box::new(PlainEngine::new(Arc::clone(image)))),
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(image) => Ok(Box::new(qcow2::Qcow2Engine::new(Arc::clone(image)))),
+        }
+    }
+}
+
+impl Backend for Disk {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let mut shape = self.shape.clone();
+        shape.size = self.size()?;
+        Ok(Arc::new(Mutex::new(Block::new(&shape, self.engine()?))))
+    }
+
+    fn is_busy(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests;

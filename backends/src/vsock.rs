@@ -1,0 +1,423 @@
+//! Sockets between guest and host (`--vsock`): over Unix sockets of this process, or by the
+//! host's kernel, where host and guest see each other as AF_VSOCK addresses.
+
+mod kernel;
+
+use super::options::Options;
+use crate::backend::Backend;
+use anyhow::{Context, Result, bail};
+use armlet_devices::virtio::VirtioDevice;
+use armlet_devices::virtio::vsock::{Limits, Vsock};
+use kernel::KernelVsock;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Resource, getrlimit};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::fd::RawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// The flag.
+const FLAG: &str = "--vsock";
+/// The addresses that a guest may have: 0 to 2 are the hypervisor's, loopback's and the host's,
+/// the last stands for "any" (include/uapi/linux/vm_sockets.h).
+const CIDS: std::ops::RangeInclusive<u64> = 3..=u32::MAX as u64 - 1;
+/// The most bytes of a path: 108 in a socket's address (unix(7)), less a zero, a "_" and a port.
+const LONGEST_PATH: usize = 108 - 1 - "_4294967295".len();
+
+/// The most connections at a time.
+const MOST_CONNECTIONS: usize = 1024;
+/// Descriptors that connections leave for the rest of the process, where it may have enough.
+const KEPT_DESCRIPTORS: u64 = 256;
+
+/// Sockets as the user asks for them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockOptions {
+    cid: u32,
+    /// Where the host's side is; `None` leaves it to the kernel.
+    uds: Option<PathBuf>,
+}
+
+impl VsockOptions {
+    /// Reads what stands behind `--vsock`: `cid=N[,uds=PATH][,vhost=on|off]`.
+    ///
+    /// # Errors
+    /// What is not known or does not go together.
+    pub fn parse(text: &str) -> Result<VsockOptions> {
+        let mut options = Options::parse(FLAG, text, &[])?;
+        let cid = options.number("cid", CIDS)?;
+        let uds = options.take("uds")?.map(PathBuf::from);
+        let vhost = options.toggle("vhost")?;
+        options.finish()?;
+        let Some(cid) = cid else {
+            bail!("{FLAG} '{text}' lacks cid=, the guest's address: a number from 3");
+        };
+        match (&uds, vhost) {
+            (Some(_), Some(true)) => bail!(
+                "{FLAG} '{text}': vhost=on and uds= are two ways to do the same; use one of them"
+            ),
+            (None, Some(false)) => bail!("{FLAG} '{text}': vhost=off needs uds=PATH"),
+            (Some(path), _) if path.as_os_str().len() > LONGEST_PATH => bail!(
+                "{FLAG} '{text}': the path has {} bytes; use up to {LONGEST_PATH}",
+                path.as_os_str().len()
+            ),
+            _ => {}
+        }
+        Ok(VsockOptions {
+            cid: cid as u32,
+            uds,
+        })
+    }
+
+    /// Opens what stands behind them.
+    ///
+    /// # Errors
+    /// A path that cannot be listened at, a kernel without vhost-vsock, an address that another
+    /// guest has; with what would work.
+    pub fn open(&self) -> Result<Box<dyn Backend>> {
+        Ok(match &self.uds {
+            Some(path) => Box::new(UnixVsock::open(self.cid, path)?),
+            None => Box::new(KernelVsock::open(self.cid)?),
+        })
+    }
+}
+
+/// The host's side over Unix sockets: who connects to the path gets to the guest, and the guest
+/// gets to the paths that have `_` and a port behind.
+#[derive(Debug)]
+struct UnixVsock {
+    cid: u32,
+    path: PathBuf,
+    listener: UnixListener,
+    /// Device and inode of the listening socket, which is ours to remove.
+    file: Option<(u64, u64)>,
+}
+
+impl UnixVsock {
+    fn open(cid: u32, path: &Path) -> Result<UnixVsock> {
+        let listener =
+            listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        Ok(UnixVsock {
+            cid,
+            path: path.to_owned(),
+            listener,
+            file: identity(path),
+        })
+    }
+}
+
+impl Backend for UnixVsock {
+    fn name(&self) -> String {
+        "vsock".to_owned()
+    }
+
+    fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        let path = self.path.clone();
+        let connect = move |port| {
+            let mut path = path.clone().into_os_string();
+            path.push(format!("_{port}"));
+            connect_at_once(Path::new(&path))
+        };
+        let limits = limits(getrlimit(Resource::Nofile).current);
+        let listener = self.listener.try_clone();
+        let device =
+            listener.and_then(|listener| Vsock::new(self.cid, listener, Box::new(connect), limits));
+        let device = device.context("cannot make the socket device")?;
+        Ok(Arc::new(Mutex::new(device)))
+    }
+
+    fn is_busy(&self) -> bool {
+        true
+    }
+}
+
+impl Drop for UnixVsock {
+    fn drop(&mut self) {
+        // Someone else's socket may have taken the place.
+        if self.file.is_some() && identity(&self.path) == self.file {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// What connections may take where this process may have `most` descriptors (no number: as many as
+/// it likes). The guest and programs of the host decide how many there are, and a reset, a daemon
+/// that is started anew and a disk's engine need some too.
+fn limits(most: Option<u64>) -> Limits {
+    let descriptors = most.map_or(RawFd::MAX, |most| {
+        let kept = (most / 4).min(KEPT_DESCRIPTORS);
+        RawFd::try_from(most - kept).unwrap_or(RawFd::MAX)
+    });
+    Limits {
+        connections: MOST_CONNECTIONS,
+        descriptors,
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// Listens at a path where nobody else listens.
+fn listen(path: &Path) -> Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+        bound => return Ok(bound?),
+    }
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if !is_socket {
+        bail!("there is something else; choose another path");
+    }
+    match connect_at_once(path) {
+        // What a process leaves behind that did not end by itself.
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).context("cannot remove the socket that nobody listens at")?;
+        }
+        _ => bail!("another process listens there; choose another path"),
+    }
+    Ok(UnixListener::bind(path)?)
+}
+
+/// Connects to a path, without waiting for a listener that has too many to accept already.
+fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    Ok(UnixStream::from(socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::alone::in_own_process;
+    use armlet_devices::virtio::mmio::{Mmio, NoPage};
+    use armlet_devices::{Device, IrqLine};
+    use rustix::process::{Rlimit, setrlimit};
+    use std::io::Read;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    fn wrong(text: &str) -> String {
+        VsockOptions::parse(text).expect_err(text).to_string()
+    }
+
+    #[test]
+    fn options_are_read() {
+        let options = VsockOptions::parse("cid=3,uds=/tmp/v.sock").expect("right");
+        assert_eq!(options.cid, 3);
+        assert_eq!(options.uds, Some("/tmp/v.sock".into()));
+        let kernels = VsockOptions::parse("cid=4294967294").expect("right");
+        assert_eq!(kernels.uds, None);
+        assert_eq!(
+            VsockOptions::parse("cid=4294967294,vhost=on").expect("right"),
+            kernels
+        );
+    }
+
+    #[test]
+    fn wrong_options_are_refused_with_what_would_work() {
+        assert!(wrong("uds=/tmp/v").contains("lacks cid="));
+        assert!(wrong("cid=2").contains("from 3 to 4294967294"));
+        assert!(wrong("cid=4294967295").contains("from 3 to 4294967294"));
+        assert!(wrong("cid=3,uds=/tmp/v,vhost=on").contains("use one of them"));
+        assert!(wrong("cid=3,vhost=off").contains("needs uds=PATH"));
+        assert!(wrong("cid=3,path=/tmp/v").contains("path is not known"));
+    }
+
+    #[test]
+    fn the_socket_is_there_while_it_is_open() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("v.sock");
+        let open = UnixVsock::open(3, &path).expect("a free path");
+        let stream = UnixStream::connect(&path).expect("it listens");
+        drop(stream);
+        let again = UnixVsock::open(3, &path).expect_err("it is in use");
+        assert!(format!("{again:#}").contains("another process listens"));
+        // The guest may start again and again.
+        for _ in 0..2 {
+            drop(open.device().expect("a device"));
+        }
+        drop(open);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_nobody_listens_at_is_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("v.sock");
+        drop(UnixListener::bind(&path).expect("a free path"));
+        assert!(path.exists());
+        let _open = UnixVsock::open(3, &path).expect("a stale socket");
+        UnixStream::connect(&path).expect("it listens");
+    }
+
+    #[test]
+    fn what_is_no_socket_stays() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("letter");
+        fs::write(&path, "dear").expect("a file");
+        let error = UnixVsock::open(3, &path).expect_err("a file");
+        assert!(format!("{error:#}").contains("choose another path"));
+        assert_eq!(fs::read(&path).expect("the file"), b"dear");
+        let error = UnixVsock::open(3, &folder.path().join("none/v")).expect_err("no folder");
+        assert!(format!("{error:#}").contains("cannot listen at"));
+        let long = "v".repeat(LONGEST_PATH + 1);
+        let error = VsockOptions::parse(&format!("cid=3,uds={long}")).expect_err("a long path");
+        assert!(error.to_string().contains("use up to 96"), "{error}");
+    }
+
+    #[test]
+    fn a_socket_that_took_the_place_is_not_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("v.sock");
+        let open = UnixVsock::open(3, &path).expect("a free path");
+        fs::rename(&path, folder.path().join("old")).expect("moved");
+        let _other = UnixListener::bind(&path).expect("a free path");
+        drop(open);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_listener_with_too_many_waiting_is_not_waited_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("busy");
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None);
+        let socket = socket.expect("a socket");
+        let address = SocketAddrUnix::new(&path).expect("a path");
+        rustix::net::bind(&socket, &address).expect("a free path");
+        rustix::net::listen(&socket, 1).expect("a socket");
+        let mut streams = Vec::new();
+        let error = loop {
+            match connect_at_once(&path) {
+                Ok(stream) => streams.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_quarter_of_few_descriptors_is_left() {
+        let descriptors = |most| limits(most).descriptors;
+        assert_eq!(descriptors(Some(64)), 48);
+        assert_eq!(descriptors(Some(1024)), 768);
+        assert_eq!(descriptors(Some(524_288)), 524_032);
+        assert_eq!(descriptors(Some(u64::MAX - 1)), RawFd::MAX);
+        assert_eq!(descriptors(None), RawFd::MAX);
+    }
+
+    #[test]
+    fn connections_cannot_use_up_this_processs_descriptors() {
+        const MOST: u64 = 160;
+        const NAME: &str = "vsock::tests::connections_cannot_use_up_this_processs_descriptors";
+        if !in_own_process(NAME) {
+            return;
+        }
+        let few = Rlimit {
+            current: Some(MOST),
+            maximum: getrlimit(Resource::Nofile).maximum,
+        };
+        setrlimit(Resource::Nofile, few).expect("less than before");
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("v.sock");
+        let open = UnixVsock::open(3, &path).expect("a free path");
+        let device = open.device().expect("a device");
+        let _mmio = started(&open, &device);
+        // Both ends of each connection are here.
+        let mut streams = Vec::new();
+        loop {
+            let stream = UnixStream::connect(&path).expect("a descriptor is left");
+            device.lock().expect("no test panics here").ready(0);
+            stream.set_nonblocking(true).expect("a socket");
+            match (&stream).read(&mut [0]) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => streams.push(stream),
+                _ => break,
+            }
+        }
+        assert!(streams.len() > 40, "{} connections", streams.len());
+        let spare: Vec<_> = (0..20).map(|_| fs::File::open("/dev/null")).collect();
+        assert!(spare.iter().all(io::Result::is_ok), "{spare:?}");
+        // And when some end there is room again.
+        streams.truncate(20);
+        drop(spare);
+        device.lock().expect("no test panics here").ready(0);
+        let stream = UnixStream::connect(&path).expect("a descriptor is left");
+        device.lock().expect("no test panics here").ready(0);
+        stream.set_nonblocking(true).expect("a socket");
+        let error = (&stream).read(&mut [0]).expect_err("it waits to be asked");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+
+    /// A driver that has the device in use, and gives it nothing.
+    fn started(open: &UnixVsock, device: &Arc<Mutex<dyn VirtioDevice>>) -> Mmio {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);
+        let mut mmio = Mmio::new(
+            open.name(),
+            Arc::clone(device),
+            Arc::new(memory.expect("memory")),
+            Arc::new(NoLine),
+            None,
+            Arc::new(NoPage),
+        )
+        .expect("a window");
+        let mut write = |offset, value: u32| {
+            let _ = mmio.write(offset, &value.to_le_bytes());
+        };
+        for status in [0, 1, 3] {
+            write(0x70, status);
+        }
+        // VERSION_1 and nothing else.
+        write(0x24, 1);
+        write(0x20, 1);
+        write(0x70, 11);
+        for queue in 0..3 {
+            let rings = 0x1_0000 * (1 + queue);
+            write(0x30, queue);
+            write(0x38, 8);
+            write(0x80, rings);
+            write(0x90, rings + 0x1000);
+            write(0xa0, rings + 0x2000);
+            write(0x44, 1);
+        }
+        write(0x70, 15);
+        mmio
+    }
+
+    struct NoLine;
+
+    impl IrqLine for NoLine {
+        fn set(&self, _high: bool) {}
+        fn pulse(&self) {}
+    }
+
+    #[test]
+    fn who_connects_is_kept_waiting_until_the_guest_is_there() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("v.sock");
+        let open = UnixVsock::open(3, &path).expect("a free path");
+        let mut stream = UnixStream::connect(&path).expect("it listens");
+        stream.set_nonblocking(true).expect("a socket");
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);
+        let device = open.device().expect("a device");
+        let mut mmio = Mmio::new(
+            open.name(),
+            device,
+            Arc::new(memory.expect("memory")),
+            Arc::new(NoLine),
+            None,
+            Arc::new(NoPage),
+        )
+        .expect("a window");
+        let mut id = [0; 4];
+        let _ = mmio.read(0x8, &mut id);
+        assert_eq!(id, [19, 0, 0, 0]);
+        let mut cid = [0; 4];
+        let _ = mmio.read(0x100, &mut cid);
+        assert_eq!(cid, [3, 0, 0, 0]);
+        let error = stream.read(&mut [0]).expect_err("no guest yet");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+}

@@ -1,0 +1,248 @@
+//! From a backend to a device in its slot: kicks by ioeventfd, interrupts by irqfd, registers in
+//! memory that the guest reads without an exit.
+
+use crate::kvm::KvmArch;
+use crate::kvm::interrupts::Interrupts;
+use crate::kvm::page::ReadOnlyPages;
+use anyhow::{Context, Result};
+use armlet_arch::{DeviceKind, Range};
+use armlet_arch::{Placed, Plan};
+use armlet_backends::backend::Backend;
+use armlet_backends::reactor::{Reactor, Worker};
+use armlet_devices::IrqLine;
+use armlet_devices::sync::{bell, ring};
+use armlet_devices::virtio::mailbox::Mailbox;
+use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
+use armlet_system::signals;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use std::sync::{Arc, Mutex, TryLockError};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// The memslot of the registers, behind those of RAM.
+const SLOT: u32 = 1001;
+
+/// The virtio slots of a machine that is being made.
+pub struct Slots {
+    vm: Arc<VmFd>,
+    interrupts: Arc<Interrupts>,
+    /// RAM, and with it persistent memory.
+    ram: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemoryMmap>,
+    pages: Option<Arc<ReadOnlyPages>>,
+    /// The light devices; the event loop serves them.
+    light: Reactor,
+    /// The busy ones.
+    workers: Vec<Worker>,
+    /// What is filled, by name.
+    filled: Vec<(String, Arc<Mutex<Mmio>>)>,
+}
+
+impl Slots {
+    /// The slots of the planned machine, all empty. `ram` is its RAM, and `memory` that and what else
+    /// devices read and write.
+    ///
+    /// # Errors
+    /// A process without room for more descriptors.
+    pub fn new<A: KvmArch>(
+        vm: &Arc<VmFd>,
+        interrupts: &Arc<Interrupts>,
+        [ram, memory]: [&Arc<GuestMemoryMmap>; 2],
+        plan: &Plan<A>,
+    ) -> Result<Slots> {
+        Ok(Slots {
+            vm: Arc::clone(vm),
+            interrupts: Arc::clone(interrupts),
+            ram: Arc::clone(ram),
+            memory: Arc::clone(memory),
+            pages: pages(plan).map(Arc::new),
+            light: Reactor::new()?,
+            workers: Vec::new(),
+            filled: Vec::new(),
+        })
+    }
+
+    /// Makes the device of `backend` and puts it where the plan has placed it. What answers there
+    /// is returned.
+    ///
+    /// # Errors
+    /// What host or KVM refuses.
+    pub fn fill<A: KvmArch>(
+        &mut self,
+        placed: &Placed,
+        backend: &dyn Backend,
+    ) -> Result<Arc<Mutex<Mmio>>> {
+        let name = backend.name();
+        signals::waiting_for(format_args!("{name} to be made"));
+        let device = backend.device().with_context(|| name.clone())?;
+        let call = self
+            .interrupts
+            .edge(A::gsi(placed.spi))
+            .with_context(|| format!("cannot give {name} its interrupt"))?;
+        let window = placed.window;
+        let page: Arc<dyn RegisterPage> = match &self.pages {
+            Some(pages) => Arc::new(SlotPage {
+                offset: (window.start() - pages.address()) as usize,
+                pages: Arc::clone(pages),
+            }),
+            None => Arc::new(NoPage),
+        };
+        let line = Arc::new(CallLine(Arc::clone(&call)));
+        let memory = Arc::clone(match backend.takes_memory() {
+            true => &self.ram,
+            false => &self.memory,
+        });
+        let no_room = || format!("cannot make the registers of {name}");
+        let mmio = match backend.is_busy() {
+            true => {
+                let mailbox = Mailbox::new(Arc::clone(&device)).with_context(no_room)?;
+                let mailbox = Arc::new(mailbox);
+                let access = Arc::clone(&mailbox);
+                let mmio = Mmio::of(name.clone(), access, memory, line, Some(call), page)
+                    .with_context(no_room)?;
+                self.catch_kicks(window, &mmio);
+                let mut reactor = Reactor::new()?;
+                reactor.add(device, mmio.kicks())?;
+                let worker = Worker::start(name.clone(), reactor, mailbox)?;
+                self.workers.push(worker);
+                mmio
+            }
+            false => {
+                let access = Arc::clone(&device);
+                let mmio = Mmio::new(name.clone(), access, memory, line, Some(call), page)
+                    .with_context(no_room)?;
+                self.catch_kicks(window, &mmio);
+                self.light.add(device, mmio.kicks())?;
+                mmio
+            }
+        };
+        let mmio = Arc::new(Mutex::new(mmio));
+        self.filled.push((name, Arc::clone(&mmio)));
+        Ok(mmio)
+    }
+
+    /// Has KVM take kicks, and acknowledgements that nobody needs. What it does not take comes to
+    /// the device's registers, slower.
+    fn catch_kicks(&self, window: Range, mmio: &Mmio) {
+        let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
+        for (queue, kick) in (0_u32..).zip(mmio.kicks()) {
+            if let Err(error) = self.vm.register_ioevent(kick, &notify, queue) {
+                log::info!("each kick of queue {queue} at {window} is an exit: {error}");
+            }
+        }
+        if self.pages.is_none() {
+            return;
+        }
+        let acknowledge = IoEventAddress::Mmio(window.start() + INTERRUPT_ACK);
+        // Nobody reads it: the page says what the guest reads next.
+        let caught = bell()
+            .map_err(anyhow::Error::from)
+            .and_then(|nobody| Ok(self.vm.register_ioevent(&nobody, &acknowledge, USED)?));
+        if let Err(error) = caught {
+            log::info!("each acknowledgement at {window} is an exit: {error:#}");
+        }
+    }
+
+    /// Shows the guest the registers in memory. Returns the light devices and the threads of the
+    /// busy ones.
+    #[must_use]
+    pub fn finish(self) -> (Reactor, Workers) {
+        if let Some(pages) = &self.pages
+            && let Err(error) = pages.show(&self.vm)
+        {
+            log::info!("each read of a virtio register is an exit: {error:#}");
+        }
+        (
+            self.light,
+            Workers {
+                _threads: self.workers,
+                devices: self.filled,
+                _pages: self.pages,
+            },
+        )
+    }
+}
+
+/// The threads of the busy devices, and what all devices need as long as they live.
+pub struct Workers {
+    _threads: Vec<Worker>,
+    devices: Vec<(String, Arc<Mutex<Mmio>>)>,
+    _pages: Option<Arc<ReadOnlyPages>>,
+}
+
+impl Workers {
+    /// All virtio devices and their names, busy or not.
+    #[must_use]
+    pub fn devices(&self) -> &[(String, Arc<Mutex<Mmio>>)] {
+        &self.devices
+    }
+
+    /// The devices whose registers someone is at now, for messages: a driver stops one of them, and
+    /// what that takes is the device's.
+    #[must_use]
+    pub fn at_work(&self) -> String {
+        let taken = |device: &&(String, Arc<Mutex<Mmio>>)| {
+            matches!(device.1.try_lock(), Err(TryLockError::WouldBlock))
+        };
+        let names = self.devices.iter().filter(taken);
+        let names: Vec<&str> = names.map(|(name, _)| name.as_str()).collect();
+        names.join(" and ")
+    }
+}
+
+/// The pages of the host that hold the slots in use, if nothing else lies in them.
+fn pages<A: KvmArch>(plan: &Plan<A>) -> Option<ReadOnlyPages> {
+    let is_slot = |placed: &&Placed| matches!(placed.kind, DeviceKind::VirtioMmio { .. });
+    let windows: Vec<Range> = plan
+        .layout
+        .devices
+        .iter()
+        .filter(is_slot)
+        .map(|placed| placed.window)
+        .collect();
+    let page = rustix::param::page_size() as u64;
+    let first = windows.iter().map(|window| window.start()).min()?;
+    let last = windows.iter().map(|window| window.last()).max()?;
+    let start = first - first % page;
+    let size = (last - start + 1).next_multiple_of(page);
+    let taken = Range::new(start, size)?;
+    let mut others = plan.layout.regions().into_iter();
+    if others.any(|other| !windows.contains(&other.range) && other.range.overlaps(taken)) {
+        return None;
+    }
+    ReadOnlyPages::new(SLOT, start, size as usize)
+        .inspect_err(|error| log::info!("no pages for virtio registers: {error:#}"))
+        .ok()
+}
+
+/// A slot's part of the pages.
+struct SlotPage {
+    pages: Arc<ReadOnlyPages>,
+    /// Bytes.
+    offset: usize,
+}
+
+impl RegisterPage for SlotPage {
+    fn store(&self, offset: usize, value: u32) {
+        self.pages.store(self.offset + offset, value);
+    }
+
+    fn store_two(&self, offset: usize, value: u64) {
+        self.pages.store_two(self.offset + offset, value);
+    }
+}
+
+/// An edge-triggered interrupt by irqfd.
+struct CallLine(Arc<EventFd>);
+
+impl IrqLine for CallLine {
+    fn set(&self, high: bool) {
+        if high {
+            self.pulse();
+        }
+    }
+
+    fn pulse(&self) {
+        ring(&self.0);
+    }
+}

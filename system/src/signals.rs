@@ -1,0 +1,443 @@
+//! Signals: what each does in each phase of armlet's life, and the deadline of what they wait for.
+//!
+//! Handlers note signals and wake the event loop. Where no loop looks at them, while files are
+//! opened and daemons started, and once an end is decided, they end armlet at once. An alarm says
+//! which wait has lasted too long, and ends armlet where an end is decided or was asked for. All
+//! that handlers do is safe in them (signal-safety(7)): atomics, write, poll, alarm, _exit.
+//!
+//! Nothing is blocked, so that the programs that armlet starts have no signal blocked either.
+
+use crate::messages;
+use crate::status::Status;
+use crate::terminal;
+use anyhow::{Context, Result};
+use armlet_devices::sync::lock;
+use std::fmt::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// How long a phase other than [`Phase::Running`] may take until something is said, and how long an
+/// end may take, in seconds.
+const PATIENCE: u32 = 30;
+
+/// Where armlet is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Before the first guest runs. Signals end armlet.
+    Starting,
+    /// A guest runs, and the event loop looks at signals.
+    Running,
+    /// A guest was reset: one machine is taken down and the next is made. A signal that asks for an
+    /// end at once gets it; the power key waits for the event loop.
+    Between,
+    /// An end is decided. A signal, and the deadline, end armlet at once.
+    Ending,
+}
+
+/// What came since it was last [taken](take).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// SIGTERM or SIGHUP: presses the power key.
+    pub power_key: bool,
+    /// SIGINT, or the second of those that ask for an end.
+    pub stop: bool,
+    /// SIGUSR1: shows the counters.
+    pub counters: bool,
+    /// SIGWINCH: the terminal has another size.
+    pub resized: bool,
+    /// SIGCONT: armlet was stopped, and goes on.
+    pub continued: bool,
+}
+
+/// The status that a handler ends armlet with.
+static STATUS: AtomicU8 = AtomicU8::new(Status::Stopped.code());
+static PHASE: AtomicU8 = AtomicU8::new(Phase::Starting as u8);
+/// Signals so far that asked for an end.
+static ENDS: AtomicU32 = AtomicU32::new(0);
+/// Seconds that a wait may last.
+static LIMIT: AtomicU32 = AtomicU32::new(PATIENCE);
+/// The descriptor of the bell.
+static BELL: AtomicI32 = AtomicI32::new(-1);
+static POWER_KEY: AtomicBool = AtomicBool::new(false);
+static STOP: AtomicBool = AtomicBool::new(false);
+static COUNTERS: AtomicBool = AtomicBool::new(false);
+static RESIZED: AtomicBool = AtomicBool::new(false);
+static CONTINUED: AtomicBool = AtomicBool::new(false);
+/// What is waited for.
+static WAIT: Mutex<Words> = Mutex::new(Words::none());
+
+/// Has a write that would make a file longer than this process may make one (RLIMIT_FSIZE) fail with
+/// EFBIG, and not end the process by SIGXFSZ. The handler does nothing; unlike a signal that is
+/// ignored, it is not handed on to programs that are started.
+pub fn survive_file_size_limit() {
+    extern "C" fn nothing(_: i32) {}
+    // SAFETY: all fields are numbers or sets of them, for which zero is a value, and the handler has
+    // the type that a sigaction without SA_SIGINFO asks for.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGXFSZ, &raw const action, std::ptr::null_mut());
+    }
+}
+
+/// Has signals handled: those that ask for an end, the alarm and, if it is `counted`, SIGUSR1. One
+/// that is ignored stays so, as nohup(1) wants it. Returns what is readable when one came.
+///
+/// # Errors
+/// A process without room for another descriptor.
+pub fn install(counted: bool) -> Result<&'static EventFd> {
+    static KEPT: OnceLock<EventFd> = OnceLock::new();
+    let bell = match KEPT.get() {
+        Some(bell) => bell,
+        None => {
+            let bell =
+                EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+            KEPT.get_or_init(|| bell)
+        }
+    };
+    BELL.store(bell.as_raw_fd(), Ordering::Release);
+    let usr1 = counted.then_some(libc::SIGUSR1);
+    let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+    for signal in signals.into_iter().chain(usr1) {
+        if !is_ignored(signal) {
+            handle(signal);
+        }
+    }
+    handle(libc::SIGALRM);
+    enter(Phase::Starting);
+    Ok(bell)
+}
+
+/// Has the signals handled that tell of a terminal: SIGWINCH and SIGCONT.
+pub fn follow_terminal() {
+    handle(libc::SIGWINCH);
+    handle(libc::SIGCONT);
+}
+
+/// Begins a phase, and the time that it may take.
+pub fn enter(phase: Phase) {
+    if phase != Phase::Running {
+        waiting_for("its own work");
+    }
+    PHASE.store(phase as u8, Ordering::Release);
+    alarm(match phase {
+        Phase::Running => 0,
+        _ => LIMIT.load(Ordering::Relaxed),
+    });
+}
+
+/// Begins the end, with the status that armlet ends with.
+pub fn end_with(status: Status) {
+    STATUS.store(status.code(), Ordering::Release);
+    enter(Phase::Ending);
+}
+
+/// Says what is waited for from here on, for the sentence that tells of a wait that lasts too long.
+pub fn waiting_for(what: impl fmt::Display) {
+    let mut wait = lock(&WAIT);
+    *wait = Words::none();
+    // What does not fit is cut.
+    let _ = write!(wait, "{what}");
+}
+
+/// Takes what came since it was last taken.
+pub fn take() -> Taken {
+    let take = |flag: &AtomicBool| flag.swap(false, Ordering::AcqRel);
+    let taken = Taken {
+        power_key: take(&POWER_KEY),
+        stop: take(&STOP),
+        counters: take(&COUNTERS),
+        resized: take(&RESIZED),
+        continued: take(&CONTINUED),
+    };
+    if taken.power_key && !taken.stop {
+        // The event loop does what was asked for.
+        alarm(0);
+    }
+    taken
+}
+
+fn alarm(seconds: u32) {
+    // SAFETY: the call touches no memory.
+    unsafe { libc::alarm(seconds) };
+}
+
+/// Whether who started armlet has a signal ignored.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all fields are numbers and pointers for which zero is a value, and the call writes to
+    // `now` alone.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        let asked = libc::sigaction(signal, std::ptr::null(), &raw mut now);
+        asked == 0 && now.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+fn handle(signal: libc::c_int) {
+    // SAFETY: all fields are numbers and pointers for which zero is a value; the handler does only
+    // what is safe in one, and the calls work on sets of our own.
+    unsafe {
+        let mut new: libc::sigaction = std::mem::zeroed();
+        let handler: extern "C" fn(libc::c_int) = caught;
+        new.sa_sigaction = handler as usize;
+        // System calls of whichever thread it is go on.
+        new.sa_flags = libc::SA_RESTART;
+        libc::sigfillset(&raw mut new.sa_mask);
+        libc::sigaction(signal, &raw const new, std::ptr::null_mut());
+    }
+}
+
+extern "C" fn caught(signal: libc::c_int) {
+    // SAFETY: the location is this thread's own, and lives as long as it.
+    let kept = unsafe { *libc::__errno_location() };
+    let flag = match signal {
+        libc::SIGTERM | libc::SIGHUP | libc::SIGINT => asked_to_end(signal),
+        libc::SIGUSR1 => Some(&COUNTERS),
+        libc::SIGWINCH => Some(&RESIZED),
+        libc::SIGCONT => Some(&CONTINUED),
+        libc::SIGALRM => {
+            overdue();
+            None
+        }
+        _ => None,
+    };
+    if let Some(flag) = flag {
+        flag.store(true, Ordering::Release);
+        ring();
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = kept };
+}
+
+/// Wakes the event loop.
+fn ring() {
+    let fd = BELL.load(Ordering::Acquire);
+    if fd >= 0 {
+        // SAFETY: the bell is never closed.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
+    }
+}
+
+fn is_phase(phase: Phase) -> bool {
+    PHASE.load(Ordering::Acquire) == phase as u8
+}
+
+/// A signal that asks for the end; returns what the event loop is told.
+fn asked_to_end(signal: libc::c_int) -> Option<&'static AtomicBool> {
+    let is_second = ENDS.fetch_add(1, Ordering::AcqRel) > 0;
+    let at_once = is_second || signal == libc::SIGINT;
+    if is_phase(Phase::Starting) || is_phase(Phase::Ending) || (is_phase(Phase::Between) && at_once)
+    {
+        end("armlet: stopped by a signal\n", None);
+    }
+    // If the event loop does not look at it in time, something is said or done.
+    alarm(LIMIT.load(Ordering::Relaxed));
+    Some(if at_once { &STOP } else { &POWER_KEY })
+}
+
+/// The alarm: a wait has lasted too long.
+fn overdue() {
+    let wait = WAIT.try_lock().ok();
+    let wait = wait.as_deref();
+    if is_phase(Phase::Ending) || STOP.load(Ordering::Acquire) {
+        end("armlet: ended without waiting longer for ", wait);
+    }
+    say("armlet: still waits for ", wait);
+    alarm(LIMIT.load(Ordering::Relaxed));
+}
+
+/// Ends armlet from a handler.
+fn end(start: &str, wait: Option<&Words>) -> ! {
+    terminal::restore();
+    say(start, wait);
+    // SAFETY: the call ends the process. What it held goes with it: the guest, locks on images, and
+    // the programs that it started.
+    unsafe { libc::_exit(STATUS.load(Ordering::Acquire).into()) }
+}
+
+/// Says something from a handler, if standard error takes it at once.
+fn say(start: &str, wait: Option<&Words>) {
+    let mut line = Words::none();
+    let end = terminal::line_end();
+    let _ = match (wait, start.ends_with('\n')) {
+        (_, true) => line.write_str(start),
+        (Some(wait), _) => write!(line, "{start}{wait}{end}"),
+        (None, _) => write!(line, "{start}something{end}"),
+    };
+    messages::say_from_handler(line.bytes());
+}
+
+/// A short text without a heap, which a handler has no use of.
+struct Words {
+    bytes: [u8; 200],
+    len: usize,
+}
+
+impl Words {
+    const fn none() -> Words {
+        Words {
+            bytes: [0; 200],
+            len: 0,
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+impl Write for Words {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for &byte in text.as_bytes() {
+            let Some(place) = self.bytes.get_mut(self.len) else {
+                return Err(fmt::Error);
+            };
+            *place = byte;
+            self.len += 1;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(std::str::from_utf8(self.bytes()).unwrap_or("something"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Each test's process is one of its own: signals are the whole process's.
+
+    use super::*;
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::{Child, ChildStderr, Command, Stdio};
+    use std::time::Duration;
+
+    /// Runs one of the functions below in a process of its own; returns it when it is ready.
+    fn start(name: &str) -> (Child, BufReader<ChildStderr>) {
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "--ignored", "--nocapture"])
+            .arg(format!("signals::tests::{name}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it runs");
+        let mut errors = BufReader::new(child.stderr.take().expect("a pipe"));
+        let mut line = String::new();
+        errors.read_line(&mut line).expect("a line");
+        assert_eq!(line, "armlet: ready\n");
+        (child, errors)
+    }
+
+    fn send(child: &Child, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(child);
+        rustix::process::kill_process(pid, signal).expect("it runs");
+    }
+
+    /// What it said until its end, and its status.
+    fn end_of(mut child: Child, mut errors: BufReader<ChildStderr>) -> (String, Option<i32>) {
+        let mut text = String::new();
+        errors.read_to_string(&mut text).expect("UTF-8");
+        (text, child.wait().expect("its end").code())
+    }
+
+    /// Has no signal ignored that these tests send: this process may have been started with some of
+    /// them ignored (by nohup(1), or in the background of a shell without job control), which
+    /// [`install`] leaves so.
+    fn ignore_nothing() {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            // SAFETY: the default action is no handler, so no code of ours runs by it.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+    }
+
+    /// A wait that nothing ends but a signal or the deadline.
+    fn hang(phase: Phase) -> ! {
+        ignore_nothing();
+        LIMIT.store(1, Ordering::Relaxed);
+        install(false).expect("room");
+        enter(phase);
+        waiting_for("disk0 to stop");
+        messages::say("ready");
+        loop {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+    }
+
+    #[test]
+    #[ignore = "run by another"]
+    fn hangs_at_the_start() {
+        ignore_nothing();
+        LIMIT.store(600, Ordering::Relaxed);
+        install(false).expect("room");
+        messages::say("ready");
+        std::thread::sleep(Duration::from_secs(600));
+    }
+
+    #[test]
+    #[ignore = "run by another"]
+    fn hangs_at_the_end() {
+        hang(Phase::Ending);
+    }
+
+    #[test]
+    #[ignore = "run by another"]
+    fn hangs_between() {
+        hang(Phase::Between);
+    }
+
+    #[test]
+    #[ignore = "run by another"]
+    fn hangs_while_it_runs() {
+        hang(Phase::Running);
+    }
+
+    #[test]
+    fn a_signal_at_the_start_ends_armlet() {
+        use rustix::process::Signal;
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            let (child, errors) = start("hangs_at_the_start");
+            send(&child, signal);
+            let (said, status) = end_of(child, errors);
+            assert_eq!(said, "armlet: stopped by a signal\n");
+            assert_eq!(status, Some(6));
+        }
+    }
+
+    #[test]
+    fn an_end_has_a_deadline_and_names_what_does_not_stop() {
+        let (child, errors) = start("hangs_at_the_end");
+        let (said, status) = end_of(child, errors);
+        let wanted = "armlet: ended without waiting longer for disk0 to stop\n";
+        assert_eq!((said.as_str(), status), (wanted, Some(6)));
+    }
+
+    #[test]
+    fn a_reset_that_lasts_is_told_of_and_can_be_stopped() {
+        let (child, mut errors) = start("hangs_between");
+        for _ in 0..2 {
+            let mut line = String::new();
+            errors.read_line(&mut line).expect("a line");
+            assert_eq!(line, "armlet: still waits for disk0 to stop\n");
+        }
+        send(&child, rustix::process::Signal::INT);
+        let (said, status) = end_of(child, errors);
+        assert!(said.ends_with("armlet: stopped by a signal\n"), "{said}");
+        assert_eq!(status, Some(6));
+    }
+
+    #[test]
+    fn an_event_loop_that_hangs_can_be_stopped() {
+        let (child, errors) = start("hangs_while_it_runs");
+        send(&child, rustix::process::Signal::INT);
+        let (said, status) = end_of(child, errors);
+        let wanted = "armlet: ended without waiting longer for disk0 to stop\n";
+        assert_eq!((said.as_str(), status), (wanted, Some(6)));
+    }
+}

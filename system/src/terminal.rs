@@ -1,0 +1,135 @@
+//! The terminal's modes: raw while a guest has it, and given back however armlet ends.
+
+use anyhow::{Context, Result};
+use armlet_devices::sync::lock;
+use rustix::stdio;
+use rustix::termios::{self, LocalModes, OptionalActions, Termios};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The terminal's modes before armlet changed them; there while they are changed.
+static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+/// Whether the terminal is raw, so that messages need carriage returns.
+static RAW: AtomicBool = AtomicBool::new(false);
+
+/// What ends a line on the terminal, raw or not.
+#[must_use]
+pub fn line_end() -> &'static str {
+    match RAW.load(Ordering::Relaxed) {
+        true => "\r\n",
+        false => "\n",
+    }
+}
+
+/// The terminal in raw mode, from [`RawTerminal::enter`] until it is dropped. A crash of armlet
+/// restores the modes too.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Makes standard input raw if it is a terminal; else there is nothing to do.
+    ///
+    /// # Errors
+    /// A terminal whose modes cannot be set.
+    pub fn enter() -> Result<Option<RawTerminal>> {
+        let input = stdio::stdin();
+        if !termios::isatty(input) {
+            return Ok(None);
+        }
+        let modes = termios::tcgetattr(input).context("cannot read the terminal's modes")?;
+        let raw = raw_of(&modes);
+        *saved() = Some(modes);
+        restore_at_crash();
+        termios::tcsetattr(input, OptionalActions::Now, &raw)
+            .context("cannot make the terminal raw")?;
+        RAW.store(true, Ordering::Relaxed);
+        Ok(Some(RawTerminal(())))
+    }
+}
+
+fn raw_of(modes: &Termios) -> Termios {
+    let mut raw = modes.clone();
+    raw.make_raw();
+    raw
+}
+
+/// Makes the terminal raw again that a [`RawTerminal`] made so and others changed since: a shell
+/// takes it back while armlet is stopped. In the background it is left alone, for the next time.
+pub fn make_raw_again() {
+    let input = stdio::stdin();
+    let mut saved = saved();
+    let Some(before) = saved.as_mut() else {
+        return;
+    };
+    if !is_foreground() {
+        RAW.store(false, Ordering::Relaxed);
+        return;
+    }
+    let Ok(modes) = termios::tcgetattr(input) else {
+        return;
+    };
+    // Modes that are raw still are ours.
+    if modes.local_modes.contains(LocalModes::ICANON) {
+        *before = modes;
+    }
+    let set = termios::tcsetattr(input, OptionalActions::Now, &raw_of(before));
+    RAW.store(set.is_ok(), Ordering::Relaxed);
+}
+
+/// Whether the terminal is raw by our hand.
+#[must_use]
+pub fn is_raw() -> bool {
+    RAW.load(Ordering::Relaxed)
+}
+
+/// Whether the terminal may be changed: one who does so in the background is stopped (SIGTTOU). A
+/// terminal that is not this session's has no background.
+fn is_foreground() -> bool {
+    termios::tcgetpgrp(stdio::stdin()).map_or(true, |group| group == rustix::process::getpgrp())
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+fn saved() -> std::sync::MutexGuard<'static, Option<Termios>> {
+    lock(&SAVED)
+}
+
+/// Gives the terminal back as it was before a [`RawTerminal`]. Handlers of signals may call it.
+pub fn restore() {
+    // A crash while the modes are being saved finds them locked, and not yet changed.
+    if let Ok(mut saved) = SAVED.try_lock()
+        && let Some(modes) = saved.take()
+    {
+        RAW.store(false, Ordering::Relaxed);
+        // In the background it is the shell's already.
+        if is_foreground() {
+            let _ = termios::tcsetattr(stdio::stdin(), OptionalActions::Now, &modes);
+        }
+    }
+}
+
+/// A panic aborts, so the signals of a crash are the whole of it.
+fn restore_at_crash() {
+    extern "C" fn crashed(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        restore();
+        // SAFETY: both calls are async-signal-safe; the default action of these signals ends
+        // the process as it would have ended without this handler.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
+    }
+    for signal in [
+        libc::SIGABRT,
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+    ] {
+        let _ = vmm_sys_util::signal::register_signal_handler(signal, crashed);
+    }
+}
