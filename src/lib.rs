@@ -17,6 +17,7 @@ pub mod commands;
 pub mod config;
 pub mod console;
 pub mod decide;
+pub mod descriptors;
 pub mod heap;
 pub mod host;
 pub mod kernel;

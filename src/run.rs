@@ -9,6 +9,7 @@ use crate::affinity;
 use crate::config::{Config, fresh_seeds};
 use crate::console;
 use crate::decide::{decide, warn_of_host, write_tree};
+use crate::descriptors;
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
@@ -84,6 +85,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         affinity::run_on(&options.config.io_cpus).fault(Status::Usage)?;
     }
     // Before there are threads.
+    let devices = options.config.virtio.len() as u32;
+    let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
+    descriptors::make_room(descriptors);
     let broker = open::fork_broker(&options.config.virtio).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
