@@ -26,7 +26,8 @@ use crate::measure_io::{GUEST_ADDRESS, HOST_ADDRESS, PORT, READY};
 use crate::packages::Store;
 use crate::progress::say;
 use crate::rig;
-use tables::{tables, text};
+use tables::tables;
+pub(crate) use tables::text;
 
 /// How long everything may take.
 const LIMIT: Duration = Duration::from_secs(5400);
@@ -304,7 +305,13 @@ impl BenchIo {
             limit: Some(LIMIT),
             ..Job::default()
         };
-        let lines = measure(&store, &job)?;
+        let spec = HostSpec {
+            smp: 1,
+            icount: true,
+            tools: true,
+            ..HostSpec::of(Isa::Arm64)
+        };
+        let lines = measure(&store, &spec, &job, "name")?;
         if self.json {
             println!("{:#}", json!({"lines": lines}));
         } else {
@@ -388,14 +395,9 @@ fn initrd_for(
     write_all(to, &data)
 }
 
-/// Runs `job` in an emulated host and gives the lines of JSON that it printed.
-fn measure(store: &Store, job: &Job) -> Result<Vec<Value>> {
-    let spec = HostSpec {
-        smp: 1,
-        icount: true,
-        tools: true,
-        ..HostSpec::of(Isa::Arm64)
-    };
+/// Runs `job` in an emulated host and gives the lines of JSON that it printed. Each is told of by its
+/// VMM and what it has under the key `what`.
+pub(crate) fn measure(store: &Store, spec: &HostSpec, job: &Job, what: &str) -> Result<Vec<Value>> {
     let mut output = Vec::new();
     let mut lines = Vec::new();
     let mut said = String::new();
@@ -406,11 +408,7 @@ fn measure(store: &Store, job: &Job) -> Result<Vec<Value>> {
             match serde_json::from_slice::<Value>(&line) {
                 Ok(value) => {
                     if value["error"].is_null() {
-                        say(&format!(
-                            "{}: {}",
-                            text(&value, "vmm"),
-                            text(&value, "name")
-                        ));
+                        say(&format!("{}: {}", text(&value, "vmm"), text(&value, what)));
                     }
                     lines.push(value);
                 }
@@ -419,7 +417,7 @@ fn measure(store: &Store, job: &Job) -> Result<Vec<Value>> {
         }
         Ok(())
     };
-    match rig::run(store, &spec, job, None, &mut print)? {
+    match rig::run(store, spec, job, None, &mut print)? {
         Ended::Exit(0) => Ok(lines),
         ended => Err(anyhow!("measuring failed ({ended:?})\n{said}")),
     }

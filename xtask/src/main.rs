@@ -4,6 +4,7 @@
 mod assets;
 mod bench;
 mod bench_io;
+mod bench_scale;
 mod boot;
 mod check;
 mod command;
@@ -20,6 +21,7 @@ mod load;
 mod marker;
 mod measure;
 mod measure_io;
+mod measure_scale;
 mod order;
 mod packages;
 mod perf;
@@ -35,6 +37,7 @@ mod toolchain;
 mod trace;
 mod vm;
 mod vmlinux;
+mod vmms;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -45,11 +48,13 @@ use argh::FromArgs;
 
 use crate::assets::Choice;
 use crate::bench_io::BenchIo;
+use crate::bench_scale::BenchScale;
 use crate::host::{Ended, HostSpec, Job};
 use crate::isa::Isa;
 use crate::load::Load;
 use crate::measure::Measure;
 use crate::measure_io::MeasureIo;
+use crate::measure_scale::MeasureScale;
 use crate::packages::Store;
 use crate::progress::say;
 use crate::repository::is_checkout;
@@ -127,7 +132,10 @@ fn run() -> Result<i32> {
     let words = std::env::args().skip(1).collect::<Vec<_>>();
     let task = words.first().map(String::as_str);
     // These run in emulated hosts and in guests.
-    if !matches!(task, Some("measure" | "measure-io" | "load")) {
+    if !matches!(
+        task,
+        Some("measure" | "measure-io" | "measure-scale" | "load")
+    ) {
         ensure!(
             is_checkout(),
             "this is no checkout of armlet; run 'cargo xtask' in one"
@@ -144,17 +152,20 @@ fn run() -> Result<i32> {
         // Not for people, so the help does not tell of it.
         Some((task, rest)) if task == "measure" => return Measure::from_words(rest)?.run(),
         Some((task, rest)) if task == "measure-io" => return MeasureIo::from_words(rest)?.run(),
+        Some((task, rest)) if task == "measure-scale" => {
+            return MeasureScale::from_words(rest)?.run();
+        }
         Some((task, rest)) if task == "load" => return Load::from_words(rest)?.run(),
         // `bench` takes any words after its options, so it has no subcommands of its own.
-        Some((task, rest)) if task == "bench" && rest.first().is_some_and(|word| word == "io") => {
-            return match BenchIo::from_words(&rest[1..]) {
-                Ok(bench) => bench.run(),
-                Err(exit) => {
-                    print!("{}", exit.output);
-                    Ok(i32::from(exit.status.is_err()))
-                }
-            };
-        }
+        Some((task, rest)) if task == "bench" => match rest.first().map(String::as_str) {
+            Some("io") => {
+                return bench(BenchIo::from_words(&rest[1..]), BenchIo::run);
+            }
+            Some("scale") => {
+                return bench(BenchScale::from_words(&rest[1..]), BenchScale::run);
+            }
+            _ => {}
+        },
         _ => {}
     }
     match argh::from_env::<Arguments>().task {
@@ -168,6 +179,17 @@ fn run() -> Result<i32> {
         Task::Host(host) => host.run(),
         Task::Dist(dist) => dist.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
+    }
+}
+
+/// Runs a bench, or prints what is to be said about its command line.
+fn bench<B>(bench: Result<B, argh::EarlyExit>, run: fn(&B) -> Result<i32>) -> Result<i32> {
+    match bench {
+        Ok(bench) => run(&bench),
+        Err(exit) => {
+            print!("{}", exit.output);
+            Ok(i32::from(exit.status.is_err()))
+        }
     }
 }
 

@@ -183,7 +183,7 @@ fn goal(work: &str, name: &str, rows: &[(&str, Row)]) -> Vec<(String, bool)> {
     goals
 }
 
-pub(super) fn text<'a>(line: &'a Value, key: &str) -> &'a str {
+pub(crate) fn text<'a>(line: &'a Value, key: &str) -> &'a str {
     line[key].as_str().unwrap_or("?")
 }
 

@@ -1,0 +1,319 @@
+//! `cargo xtask bench scale`: what many vCPUs, many disks and many guests cost, beside any other
+//! VMM.
+//!
+//! All VMMs run in one emulated ARM64 host with one CPU that counts instructions. The measuring
+//! itself is [`crate::measure_scale`].
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use argh::FromArgs;
+use serde_json::{Value, json};
+
+use crate::assets::{self, Choice};
+use crate::bench_io::{measure, text};
+use crate::boot;
+use crate::host::{self, HostFile, HostSpec, Job};
+use crate::isa::Isa;
+use crate::packages::Store;
+use crate::progress::say;
+use crate::vmms::Vmm;
+
+/// How long everything may take.
+const LIMIT: Duration = Duration::from_secs(7200);
+
+/// MiB of the host: 20 guests touch some 80 MiB each.
+const HOST_MIB: u32 = 6144;
+
+/// Measure what many vCPUs, disks and guests cost.
+///
+/// Everything runs in an emulated ARM64 host that counts instructions: a virtual nanosecond is one
+/// instruction. Other VMMs run in the same host, and each row has armlet's figure, theirs, and the
+/// ratio. A VMM is a static ARM64 program with its arguments: {kernel}, {initrd}, {cmdline} (which
+/// names no console) and {cpus} stand for the guest's; what holds {disk} is repeated for each disk.
+///
+/// cargo xtask bench scale --only cpus --vmm "lkvm=/tmp/lkvm run -k {kernel} -i {initrd} -c {cpus}
+/// -m 256 -d {disk} -p 'console=ttyS0 {cmdline}'"
+#[derive(Debug, FromArgs)]
+#[argh(subcommand, name = "scale")]
+pub(crate) struct BenchScale {
+    /// print every figure as JSON
+    #[argh(switch)]
+    json: bool,
+
+    /// measure only this, separated by commas: cpus, disks, guests
+    #[argh(option)]
+    only: Option<String>,
+
+    /// measure this VMM too: "NAME=PROGRAM ARGUMENTS"; may be repeated
+    #[argh(option)]
+    vmm: Vec<String>,
+}
+
+/// A machine that is measured: what it belongs to, vCPUs, disks, and guests at a time (0: one is
+/// started, and ends).
+struct Case {
+    group: &'static str,
+    cpus: u32,
+    disks: u32,
+    guests: u32,
+}
+
+impl Case {
+    fn row(&self) -> String {
+        match (self.guests, self.disks) {
+            (0, 0) => format!("{} vCPUs", self.cpus),
+            (0, disks) => format!("{disks} disks"),
+            (guests, _) => format!("{guests} guests"),
+        }
+    }
+}
+
+const GROUPS: [&str; 3] = ["cpus", "disks", "guests"];
+
+const fn case(group: &'static str, cpus: u32, disks: u32, guests: u32) -> Case {
+    Case {
+        group,
+        cpus,
+        disks,
+        guests,
+    }
+}
+
+const CASES: [Case; 11] = [
+    case("cpus", 1, 0, 0),
+    case("cpus", 16, 0, 0),
+    case("cpus", 64, 0, 0),
+    case("cpus", 96, 0, 0),
+    case("cpus", 128, 0, 0),
+    case("disks", 1, 1, 0),
+    case("disks", 1, 8, 0),
+    case("disks", 1, 24, 0),
+    case("guests", 1, 0, 1),
+    case("guests", 1, 0, 10),
+    case("guests", 1, 0, 20),
+];
+
+/// The figures of a row: key and what it is.
+const FIGURES: [(&str, &str, &str); 7] = [
+    ("entry_ms", "exec to first KVM_RUN", "ms"),
+    ("marker_ms", "exec to the guest's init", "ms"),
+    ("threads", "threads", ""),
+    ("stacks_kib", "kernel stacks", "KiB"),
+    ("memory_kib", "memory beside RAM, each", "KiB"),
+    ("slab_kib", "kernel slab, each", "KiB"),
+    ("idle_us", "CPU of an idle one, each second", "us"),
+];
+
+impl BenchScale {
+    /// Reads the command line after `bench scale`.
+    pub(crate) fn from_words(words: &[String]) -> Result<Self, argh::EarlyExit> {
+        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+        Self::from_args(&["cargo xtask bench scale"], &words)
+    }
+
+    /// Measures and prints a table, or JSON.
+    pub(crate) fn run(&self) -> Result<i32> {
+        let cases = self.cases()?;
+        let others = self.vmm.iter().map(|text| Vmm::parse(text));
+        let others = others.collect::<Result<Vec<_>>>()?;
+        let store = Store::open()?;
+        let folder = assets::prepare(&store, Isa::Arm64, Choice::Standard)?;
+        let mut vmms = vec![Vmm {
+            name: "armlet".to_owned(),
+            file: boot::build(Isa::Arm64, "armlet", true)?,
+            arguments: [
+                "run", "--kernel", "{kernel}", "--initrd", "{initrd}", "--memory", "256M",
+            ]
+            .into_iter()
+            .chain(["--cmdline", "console=ttyAMA0 {cmdline}", "--cpus={cpus}"])
+            .chain(["--disk=path={disk}"])
+            .map(str::to_owned)
+            .collect(),
+        }];
+        for other in others {
+            ensure!(
+                vmms.iter().all(|vmm| vmm.name != other.name),
+                "two VMMs are called {:?}; give each its own name",
+                other.name
+            );
+            vmms.push(other);
+        }
+        let measurer = boot::build(Isa::Arm64, "xtask", true)?;
+        let image = fs::canonicalize(folder.join("Image")).context("no kernel for the guest")?;
+        let file = |from, to: &str| HostFile {
+            from,
+            to: to.into(),
+            mode: 0o755,
+        };
+        let mut files: Vec<HostFile> = vmms.iter().map(Vmm::host_file).collect();
+        files.push(file(measurer, "/bin/xtask"));
+        files.push(file(image, "/assets/Image"));
+        files.push(file(folder.join("initrd"), "/assets/initrd"));
+        let script = host::NamelessFile::new()?;
+        std::io::Write::write_all(&mut script.file(), script_of(&vmms, &cases).as_bytes())
+            .context("cannot write a temporary file")?;
+        files.push(file(script.path(), "/root/bench.sh"));
+        let job = Job {
+            files,
+            command: vec!["/bin/sh".to_owned(), "/root/bench.sh".to_owned()],
+            folder: "/root".into(),
+            limit: Some(LIMIT),
+            ..Job::default()
+        };
+        let spec = HostSpec {
+            smp: 1,
+            memory_mib: HOST_MIB,
+            icount: true,
+            ..HostSpec::of(Isa::Arm64)
+        };
+        let lines = measure(&store, &spec, &job, "row")?;
+        match self.json {
+            true => println!("{:#}", json!({"lines": lines})),
+            false => print!("{}", table(&lines)),
+        }
+        let failed = lines.iter().filter(|line| !line["error"].is_null());
+        let mut status = 0;
+        for line in failed {
+            let (vmm, row, error) = (text(line, "vmm"), text(line, "row"), text(line, "error"));
+            say(&format!("error: {vmm}: {row}: {}", error.trim_end()));
+            status = 1;
+        }
+        Ok(status)
+    }
+
+    fn cases(&self) -> Result<Vec<Case>> {
+        let mut cases: Vec<Case> = CASES.into();
+        if let Some(only) = &self.only {
+            let asked = only.split(',').collect::<Vec<_>>();
+            if let Some(group) = asked.iter().find(|group| !GROUPS.contains(group)) {
+                bail!("{group:?} is not one of {}", GROUPS.join(", "));
+            }
+            cases.retain(|case| asked.contains(&case.group));
+        }
+        Ok(cases)
+    }
+}
+
+/// What the host runs: for each case one VMM after the other.
+fn script_of(vmms: &[Vmm], cases: &[Case]) -> String {
+    let mut script = String::new();
+    for case in cases {
+        let disks: Vec<String> = (0..case.disks)
+            .map(|disk| format!("/tmp/disk{disk}"))
+            .collect();
+        for vmm in vmms {
+            let guests = case.guests.to_string();
+            let mut words = vec!["/bin/xtask".to_owned(), "measure-scale".to_owned()];
+            for (option, value) in [
+                ("--name", &*vmm.name),
+                ("--row", &case.row()),
+                ("--guests", &guests),
+                ("--kernel", "/assets/Image"),
+                ("--initrd", "/assets/initrd"),
+            ] {
+                words.extend([option.to_owned(), value.to_owned()]);
+            }
+            for disk in &disks {
+                words.extend(["--disk".to_owned(), disk.clone()]);
+            }
+            words.push("--".to_owned());
+            words.extend(vmm.command(case.cpus, &disks));
+            let words = words.iter().map(|word| host::quoted(word));
+            let _ = writeln!(script, "{}", words.collect::<Vec<_>>().join(" "));
+        }
+    }
+    script
+}
+
+/// A line for each figure of each row: armlet's, and of each other VMM its own and how many times
+/// armlet's that is.
+fn table(lines: &[Value]) -> String {
+    let mut vmms: Vec<&str> = Vec::new();
+    let mut rows: Vec<&str> = Vec::new();
+    let mut values: BTreeMap<(&str, &str), &Value> = BTreeMap::new();
+    for line in lines {
+        let (vmm, row) = (text(line, "vmm"), text(line, "row"));
+        if !vmms.contains(&vmm) {
+            vmms.push(vmm);
+        }
+        if !rows.contains(&row) {
+            rows.push(row);
+        }
+        values.insert((row, vmm), &line["values"]);
+    }
+    let mut out = format!("{:46}", "");
+    for (index, vmm) in vmms.iter().enumerate() {
+        let width = if index == 0 { 10 } else { 18 };
+        let _ = write!(out, "{vmm:>width$}");
+    }
+    out.push('\n');
+    for row in rows {
+        for (key, what, unit) in FIGURES {
+            let of = |vmm| values.get(&(row, vmm)).and_then(|line| line[key].as_f64());
+            if vmms.iter().all(|vmm| of(vmm).is_none()) {
+                continue;
+            }
+            let label = format!("{row}: {what}");
+            let _ = write!(out, "{label:46}");
+            let ours = vmms.first().and_then(|vmm| of(vmm));
+            for (index, vmm) in vmms.iter().enumerate() {
+                let figure = match of(vmm) {
+                    Some(figure) => format!("{figure:.1}"),
+                    None => "-".to_owned(),
+                };
+                let ratio = of(vmm).zip(ours).filter(|(_, ours)| *ours > 0.0);
+                match (index, ratio) {
+                    (0, _) => {
+                        let _ = write!(out, "{figure:>10}");
+                    }
+                    (_, Some((theirs, ours))) => {
+                        let _ = write!(out, "{figure:>10} {:>5.2} x", theirs / ours);
+                    }
+                    (_, None) => {
+                        let _ = write!(out, "{figure:>10}        ");
+                    }
+                }
+            }
+            let _ = writeln!(out, " {unit}");
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_the_ratio_to_each_vmm() {
+        let line = |vmm, row, ms: f64| json!({"vmm": vmm, "row": row, "values": {"entry_ms": ms}});
+        let failed = json!({"vmm": "b", "row": "2 disks", "error": "no"});
+        let lines = [
+            line("armlet", "1 disks", 2.0),
+            line("b", "1 disks", 5.0),
+            line("armlet", "2 disks", 4.0),
+            failed,
+        ];
+        let table = table(&lines);
+        let rows: Vec<Vec<&str>> = table
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(rows[0], ["armlet", "b"]);
+        assert_eq!(rows[1][6..], ["2.0", "5.0", "2.50", "x", "ms"]);
+        assert_eq!(rows[2][6..], ["4.0", "-", "ms"]);
+        assert_eq!(rows.len(), 3);
+    }
+
+    #[test]
+    fn each_case_is_run_by_each_vmm() {
+        let vmms = ["a=/a {cpus} {disk}", "b=/b"].map(|text| Vmm::parse(text).expect("one"));
+        let script = script_of(&vmms, &CASES);
+        assert_eq!(script.lines().count(), 2 * CASES.len());
+        assert!(script.contains("/bin/vmm-a 128"));
+    }
+}
