@@ -320,6 +320,10 @@ impl Transport {
         let started = self.ask("the start", |device| device.start(driver));
         self.works = started.is_ok();
         if let Err(error) = started {
+            // It works on none, whatever the driver says of them until it resets the device.
+            for queue in &mut self.queues {
+                queue.in_use = false;
+            }
             self.link.broken(format_args!("it does not start: {error}"));
         }
     }

@@ -130,6 +130,24 @@ fn a_device_that_does_not_take_up_the_work_asks_for_a_reset() {
 }
 
 #[test]
+fn one_that_did_not_start_is_restored_whatever_its_driver_says_of_queues() {
+    let mut guest = guest();
+    lock(&guest.device).refuses = true;
+    guest.negotiate(OFFERED);
+    guest.set_up_queue(0);
+    guest.write(STATUS.into(), 15);
+    assert!(guest.is_broken());
+    guest.write(QUEUE_SEL.into(), 0);
+    guest.write(QUEUE_READY.into(), 0);
+    guest.mmio.quiesce();
+    let state = guest.mmio.save().expect("it is held");
+    let mut other = self::guest();
+    other.mmio.quiesce();
+    other.mmio.restore(&state).expect("it is what it was");
+    assert_eq!(other.mmio.save(), Ok(state));
+}
+
+#[test]
 fn a_machine_that_runs_is_not_saved_and_one_in_use_is_not_made_another() {
     let mut guest = Guest::started(Keeper::new(), OFFERED);
     let error = guest.mmio.save().expect_err("it works");
