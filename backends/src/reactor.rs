@@ -117,17 +117,17 @@ impl Reactor {
     }
 
     /// As [`Self::turn`], with no end to the wait, for the thread that owns the one device. It looks
-    /// for post after each event.
+    /// for commands after each event.
     fn work(&self, owner: &mut Owner<'_>) -> Result<()> {
         let mut ready = [EpollEvent::default(); EVENTS];
         let count = events(&self.epoll, -1, &mut ready).context("cannot wait for devices")?;
         for event in &ready[..count] {
-            owner.answer_post();
+            owner.run_commands();
             if let Some((_, of)) = self.find(event.data()) {
                 of.call(owner.device());
             }
         }
-        owner.answer_post();
+        owner.run_commands();
         Ok(())
     }
 
@@ -176,7 +176,7 @@ impl Worker {
     /// # Errors
     /// A host without room for another thread.
     pub fn start(name: String, reactor: Reactor, mailbox: Arc<Mailbox>) -> Result<Worker> {
-        reactor.watch(mailbox.bell().as_raw_fd(), EventSet::IN, BELL)?;
+        reactor.watch(mailbox.wakeup().as_raw_fd(), EventSet::IN, BELL)?;
         let owned = Arc::clone(&mailbox);
         let stopping = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&stopping);
@@ -211,7 +211,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         signals::waiting_for(format_args!("{} to stop", self.name));
         self.stopping.store(true, Ordering::Release);
-        ring(self.mailbox.bell());
+        ring(self.mailbox.wakeup());
         if let Some(thread) = self.thread.take() {
             // A panic in it has been reported where it happened.
             let _ = thread.join();
@@ -311,13 +311,13 @@ mod tests {
         assert_eq!(told.recv().expect("a call"), "source 0");
         kicks[0].write(1).expect("a kick");
         assert_eq!(told.recv().expect("a call"), "kick 0");
-        // The thread that owns the device does what is posted.
+        // The thread that owns the device runs it.
         let (answer, answered) = channel();
-        let post = move |_: &mut dyn VirtioDevice| {
+        let command = move |_: &mut dyn VirtioDevice| {
             let name = std::thread::current().name().map(str::to_owned);
             answer.send(name).expect("the test listens");
         };
-        mailbox.run(format_args!("a test"), Box::new(post));
+        mailbox.run(format_args!("a test"), Box::new(command));
         assert_eq!(answered.recv(), Ok(Some("worker".to_owned())));
         drop(worker);
         drop(mailbox);

@@ -82,3 +82,61 @@ pub trait Console: Device {
     /// Whether there may be output to hand on.
     fn in_burst(&self) -> bool;
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    //! What a UART may go through while it is saved and restored.
+
+    use proptest::prelude::*;
+
+    use super::{Action, Output, Uart};
+    use crate::persist::tests::{Access, accesses};
+
+    /// Something that happens to a UART.
+    #[derive(Clone, Debug)]
+    pub(crate) enum Event {
+        Access(Access),
+        WriteData(Vec<u8>),
+        Receive(Vec<u8>),
+        Break,
+    }
+
+    /// Fewer than `most` events, with accesses to these registers, of these widths.
+    pub(crate) fn events(
+        registers: &'static [u64],
+        widths: &'static [usize],
+        most: usize,
+    ) -> impl Strategy<Value = Vec<Event>> {
+        let bytes = || prop::collection::vec(any::<u8>(), 0..20);
+        let event = prop_oneof![
+            8 => accesses(registers, widths).prop_map(Event::Access),
+            1 => bytes().prop_map(Event::WriteData),
+            1 => bytes().prop_map(Event::Receive),
+            1 => Just(Event::Break),
+        ];
+        prop::collection::vec(event, 0..most)
+    }
+
+    /// An output that is what accesses mean for the machine, and so part of their answers.
+    pub(crate) struct Shown;
+
+    impl Output for Shown {
+        fn write(&mut self, bytes: &[u8]) -> Action {
+            Action::panicked(format!("{bytes:?}"))
+        }
+    }
+
+    /// Has an event happen; returns all that can be seen of it.
+    pub(crate) fn act<U: Uart>(
+        uart: &mut U,
+        event: &Event,
+    ) -> (Vec<u8>, Action, usize, Option<U::Snapshot>) {
+        let (data, action) = match event {
+            Event::Access(access) => access.make(uart),
+            Event::WriteData(bytes) => (Vec::new(), uart.write_data(bytes)),
+            Event::Receive(bytes) => (vec![uart.receive(bytes) as u8], Action::None),
+            Event::Break => (vec![u8::from(uart.receive_break())], Action::None),
+        };
+        (data, action, uart.wanted(), uart.snapshot())
+    }
+}

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use proptest::prelude::*;
 
 use super::*;
+use crate::console;
+use crate::console::tests::{Event, Shown, act};
 use crate::fake::FakeLine;
-use crate::persist::tests::{Access, accesses, goes_on, refuses};
+use crate::persist::tests::{goes_on, refuses};
 
 struct Bench {
     uart: Uart16550,
@@ -283,50 +285,14 @@ fn a_received_byte_of_a_restored_one_is_told_of() {
     assert_eq!(other.received(), [(b'q', false)]);
 }
 
-#[derive(Clone, Debug)]
-enum Event {
-    Access(Access),
-    WriteData(Vec<u8>),
-    Receive(Vec<u8>),
-    Break,
-}
-
 fn events() -> impl Strategy<Value = Vec<Event>> {
-    let bytes = || prop::collection::vec(any::<u8>(), 0..20);
-    let event = prop_oneof![
-        8 => accesses(&[0, 1, 2, 3, 4, 5, 6, 7], &[1, 2]).prop_map(Event::Access),
-        1 => bytes().prop_map(Event::WriteData),
-        1 => bytes().prop_map(Event::Receive),
-        1 => Just(Event::Break),
-    ];
-    prop::collection::vec(event, 0..60)
+    console::tests::events(&[0, 1, 2, 3, 4, 5, 6, 7], &[1, 2], 60)
 }
 
-/// A UART whose output is what its accesses mean for the machine, and so part of their answers.
 fn make() -> (Uart16550, Arc<FakeLine>) {
-    struct Told;
-
-    impl Output for Told {
-        fn write(&mut self, bytes: &[u8]) -> Action {
-            Action::panicked(format!("{bytes:?}"))
-        }
-    }
-
     let line = FakeLine::new();
-    (
-        Uart16550::new(line.clone(), Box::new(Told), Box::new(|| {})),
-        line,
-    )
-}
-
-fn act(uart: &mut Uart16550, event: &Event) -> (Vec<u8>, Action, usize, bool) {
-    let (data, action) = match event {
-        Event::Access(access) => access.make(uart),
-        Event::WriteData(bytes) => (Vec::new(), uart.write_data(bytes)),
-        Event::Receive(bytes) => (vec![uart.receive(bytes) as u8], Action::None),
-        Event::Break => (vec![u8::from(uart.receive_break())], Action::None),
-    };
-    (data, action, uart.wanted(), uart.snapshot().is_some())
+    let uart = Uart16550::new(line.clone(), Box::new(Shown), Box::new(|| {}));
+    (uart, line)
 }
 
 proptest! {

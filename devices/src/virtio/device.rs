@@ -36,21 +36,22 @@ pub trait VirtioDevice: Send {
     /// Its configuration space.
     fn config(&self) -> Arc<ConfigSpace>;
 
-    /// The driver wrote `data` at `offset` bytes into the configuration space. The device checks
-    /// it, and changes the space by [`ConfigSpace::change`] where it takes it.
+    /// Takes a driver's write of `data` at `offset` bytes into the configuration space. The device
+    /// checks it, and changes the space by [`ConfigSpace::change`] where it accepts it.
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let _ = (offset, data);
     }
 
-    /// The driver agreed to these features (FEATURES_OK), or resets the device: then to none any more.
+    /// Takes note of the features that the driver accepted (FEATURES_OK); of none when it resets the
+    /// device.
     /// What its configuration space says and takes is as they ask from here on, also before the start
     /// (virtio 1.2, section 3.1.1, step 7).
     fn agree(&mut self, features: Option<u64>) {
         let _ = features;
     }
 
-    /// The driver is ready: work begins, or goes on as it was when the device was quiesced or saved.
-    /// Requests that are there already are served too.
+    /// Starts work for a driver that is ready, or resumes it as it was when the device was quiesced or
+    /// saved. Requests that are there already are served too.
     ///
     /// # Errors
     /// A backend that cannot be started; the device then asks the driver for a reset.
@@ -62,12 +63,12 @@ pub trait VirtioDevice: Send {
     /// where it stood at the start. A device that was not started does nothing.
     fn quiesce(&mut self) -> Positions;
 
-    /// The driver resets the device, or the machine ends: all work that began ends as soon as it
+    /// Resets the device, for its driver or as the machine ends: all work that began ends as soon as it
     /// can, answered or not, guest memory is not touched from here on, and what the driver set is
     /// forgotten. A device that was not started does nothing.
     fn reset(&mut self);
 
-    /// What the device has of its own beside its queues, while it does not work.
+    /// Returns the device's own state, beside its queues, while it does not work.
     fn save(&self) -> DeviceState {
         DeviceState::Plain
     }
@@ -84,12 +85,12 @@ pub trait VirtioDevice: Send {
         }
     }
 
-    /// The driver stops one queue while the device works (virtio 1.2, section 4.2.2.2): neither its
+    /// Stops one queue while the device works, as its driver asks (virtio 1.2, section 4.2.2.2): neither its
     /// rings nor the buffers of its requests are touched from here on. What the driver made
     /// available there and the device did not answer is forgotten.
     fn stop_queue(&mut self, queue: usize);
 
-    /// The driver sets up, while the device works, a queue that it had stopped or left out. A kick
+    /// Starts, while the device works, a queue that the driver had stopped or left out. A kick
     /// follows.
     ///
     /// # Errors
@@ -108,8 +109,8 @@ pub trait VirtioDevice: Send {
         None
     }
 
-    /// The driver says that there is something new in a queue. Never called before `start`'s end;
-    /// it may be called with nothing there.
+    /// Serves a queue in which the driver says that there is something new. Never called before
+    /// `start`'s end; it may be called with nothing there.
     fn kicked(&mut self, queue: usize);
 
     /// Whether kicks go to [`Self::kicked`]; false where the kernel or another process takes them
@@ -123,8 +124,8 @@ pub trait VirtioDevice: Send {
         Vec::new()
     }
 
-    /// The source of this index (as in [`Self::sources`]) is ready, whether or not the device was
-    /// started. It may be called with nothing there.
+    /// Looks after the source of this index (as in [`Self::sources`]), which is ready, whether or not
+    /// the device was started. It may be called with nothing there.
     fn ready(&mut self, source: usize) {
         let _ = source;
     }
@@ -173,7 +174,7 @@ pub fn quiesced<'a>(queues: impl IntoIterator<Item = &'a mut Virtqueue>) -> Posi
         .collect()
 }
 
-/// Why a device did not start, in words.
+/// Why a device did not start.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct StartError(pub String);

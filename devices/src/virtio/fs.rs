@@ -40,36 +40,36 @@ const KICKS: usize = 1;
 
 /// Another process that serves the requests, in the order of the ring.
 pub trait Server: Send {
-    /// Has it work on these queues with these features. It takes the kicks and interrupts the
+    /// Starts its work on these queues with these features. It takes the kicks and interrupts the
     /// guest itself.
     ///
     /// # Errors
-    /// What went wrong, in words.
+    /// What went wrong.
     fn start(&mut self, features: u64, queues: &[Virtqueue], link: &Link)
     -> Result<(), StartError>;
 
-    /// Has it let go of these queues and keep what it knows of the guest; it does not touch guest
-    /// memory from here on. Returns for each queue, by its index, which request it would have taken
-    /// next.
+    /// Stops its work on these queues, and has it keep what it knows of the guest; it does not touch
+    /// guest memory from here on. Returns for each queue, by its index, which request it would have
+    /// taken next.
     ///
     /// # Errors
-    /// What went wrong, in words; it has stopped then.
+    /// What went wrong; it has stopped then.
     fn pause(&mut self, queues: &[Virtqueue]) -> Result<Vec<(u16, u16)>, String>;
 
-    /// Has it go on with these queues, each from where it stands.
+    /// Resumes its work on these queues, each from where it stands.
     ///
     /// # Errors
-    /// What went wrong, in words.
+    /// What went wrong.
     fn resume(&mut self, queues: &[Virtqueue], link: &Link) -> Result<(), StartError>;
 
-    /// Has it stop; it does not touch guest memory from here on.
+    /// Stops it; it does not touch guest memory from here on.
     fn stop(&mut self);
 
     /// A descriptor that is ready to be read when [`Self::look`] has something to look at; the
     /// same all the time.
     fn fd(&self) -> RawFd;
 
-    /// Looks whether it still works on the queues; why not, in words, where it ended.
+    /// Looks whether it still works on the queues; why not, where it ended.
     fn look(&mut self) -> Result<(), String>;
 }
 
@@ -119,7 +119,7 @@ impl Fs {
         })
     }
 
-    /// The server ended: its queues are ours.
+    /// Takes over the queues of a server that ended.
     fn adopt(&mut self, why: &str) {
         let Some(running) = self.running.as_mut() else {
             return;
@@ -132,14 +132,14 @@ impl Fs {
         self.serve_alone();
     }
 
-    /// The server works no more: what it did not complete is the first that is taken next.
+    /// Continues where a server stopped: what it did not complete is the first that is taken next.
     fn take_over(&mut self) {
         for queue in self.running.iter_mut().flat_map(|now| &mut now.queues) {
             queue.adopt(None);
         }
     }
 
-    /// From here on requests are answered here, with errors.
+    /// Answers all requests with errors from here on.
     fn serve_alone(&mut self) {
         let Some(running) = &mut self.running else {
             return;
@@ -151,7 +151,7 @@ impl Fs {
         }
     }
 
-    /// Goes on where the device was held, or another one in its stead.
+    /// Resumes where the device was held, or another one in its stead.
     fn go_on(&mut self, driver: Driver, paused: Paused) {
         let running = self.running.insert(Running {
             queues: driver.queues.into_iter().flatten().collect(),
@@ -388,7 +388,7 @@ fn unwatch(kicks: &Epoll, queue: &Virtqueue) {
     let _ = kicks.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 
-/// Answers each request of a queue that it failed.
+/// Fails every pending request of a queue.
 fn refuse_all(queue: &mut Virtqueue) {
     queue.serve(|queue, chain| {
         let written = refuse(queue, &chain);
@@ -396,8 +396,8 @@ fn refuse_all(queue: &mut Virtqueue) {
     });
 }
 
-/// Writes an error for an answer; returns its bytes. Some requests have no answer, and no room for
-/// one.
+/// Writes an I/O error as a request's answer; returns how many bytes. Some requests have no answer,
+/// and no room for one.
 fn refuse(queue: &Virtqueue, chain: &Chain) -> usize {
     let mut request = [0; FUSE_IN];
     chain.read(queue.memory(), 0, &mut request);

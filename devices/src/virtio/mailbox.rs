@@ -1,8 +1,8 @@
 //! How a transport reaches its device: by a lock, or by the mailbox of the thread that owns it.
 //!
 //! A vCPU that resets or configures a device needs it for a moment, while the thread that works with
-//! a busy one may be in the middle of a request for long. So that thread owns the device; others post
-//! what they want done and wait for it, and the thread looks for post between two requests.
+//! a busy one may be in the middle of a request for long. So that thread owns the device; others submit
+//! commands to it and wait until they are done, and the thread looks for commands between two requests.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -16,47 +16,47 @@ use vmm_sys_util::eventfd::EventFd;
 use super::VirtioDevice;
 use crate::sync::{bell, lock, ring};
 
-/// How long someone waits for a device before the user hears of it.
+/// How long someone waits for a device before a warning is logged.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How often it is looked whether a lock is free.
-const GLANCE: Duration = Duration::from_micros(100);
+/// How often a lock that is taken is tried again.
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
 
 /// Something to be done with a device.
-pub type Letter = Box<dyn FnOnce(&mut dyn VirtioDevice) + Send>;
+pub type Command = Box<dyn FnOnce(&mut dyn VirtioDevice) + Send>;
 
 /// The way to a device, whoever has it.
 pub trait Access: Send + Sync {
-    /// Has something done with the device, and returns when it is. `what` is done to which device,
-    /// for the message of a wait that takes long: there is no end to it but the device's, because
+    /// Runs a command on the device, and returns when it is done. `what` names command and device, for
+    /// the message of a wait that takes long: there is no end to it but the device's, because
     /// a driver may use its memory again when its write to a register returns.
-    fn run(&self, what: fmt::Arguments<'_>, letter: Letter);
+    fn run(&self, what: fmt::Arguments<'_>, command: Command);
 }
 
-/// Says that a wait takes long, at falling rate.
+/// Logs that a wait takes long, at a falling rate.
 struct Patience {
     begun: Instant,
-    told: Duration,
+    warned: Duration,
 }
 
 impl Patience {
     fn new() -> Patience {
         Patience {
             begun: Instant::now(),
-            told: PATIENCE,
+            warned: PATIENCE,
         }
     }
 
-    /// Says so if it is time to; returns how long it is until the next time.
+    /// Logs it if it is time to; returns how long it is until the next time.
     fn look(&mut self, what: fmt::Arguments<'_>) -> Duration {
         let waited = self.begun.elapsed();
-        if waited >= self.told {
-            self.told *= 2;
+        if waited >= self.warned {
+            self.warned *= 2;
             log::warn!(
                 "{what} has waited {} s for the end of a request that the host is at work on",
                 waited.as_secs()
             );
         }
-        self.told.saturating_sub(waited)
+        self.warned.saturating_sub(waited)
     }
 }
 
@@ -64,7 +64,7 @@ impl Patience {
 pub(crate) struct Direct(pub(crate) Arc<Mutex<dyn VirtioDevice>>);
 
 impl Access for Direct {
-    fn run(&self, what: fmt::Arguments<'_>, letter: Letter) {
+    fn run(&self, what: fmt::Arguments<'_>, command: Command) {
         let mut patience = Patience::new();
         let mut device = loop {
             match self.0.try_lock() {
@@ -73,31 +73,31 @@ impl Access for Direct {
                 Err(TryLockError::WouldBlock) => {}
             }
             patience.look(what);
-            std::thread::sleep(GLANCE);
+            std::thread::sleep(POLL_INTERVAL);
         };
-        letter(&mut *device);
+        command(&mut *device);
     }
 }
 
 /// The mailbox of a device that one thread owns, for as long as it runs.
 pub struct Mailbox {
     device: Arc<Mutex<dyn VirtioDevice>>,
-    /// Whether there is post.
-    has_post: AtomicBool,
-    /// Rings when there is.
-    bell: EventFd,
-    post: Mutex<Post>,
-    answered: Condvar,
+    /// Whether there are commands.
+    is_pending: AtomicBool,
+    /// Readable when there are.
+    wakeup: EventFd,
+    queue: Mutex<Commands>,
+    completed: Condvar,
 }
 
 #[derive(Default)]
-struct Post {
-    /// Whether a thread owns the device; without one who wants something does it.
+struct Commands {
+    /// Whether a thread owns the device; without one, whoever has a command runs it.
     is_owned: bool,
-    letters: VecDeque<Letter>,
-    /// Letters that were posted so far, and those of them that were answered.
-    posted: u64,
-    answered: u64,
+    commands: VecDeque<Command>,
+    /// Commands that were submitted so far, and those of them that were completed.
+    submitted: u64,
+    completed: u64,
 }
 
 impl Mailbox {
@@ -108,26 +108,26 @@ impl Mailbox {
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>) -> io::Result<Mailbox> {
         Ok(Mailbox {
             device,
-            has_post: AtomicBool::new(false),
-            bell: bell()?,
-            post: Mutex::default(),
-            answered: Condvar::new(),
+            is_pending: AtomicBool::new(false),
+            wakeup: bell()?,
+            queue: Mutex::default(),
+            completed: Condvar::new(),
         })
     }
 
-    /// The descriptor that is readable when there is post, or the owner is to look up.
+    /// The descriptor that is readable when there are commands, or the owner is to stop waiting.
     #[must_use]
-    pub fn bell(&self) -> &EventFd {
-        &self.bell
+    pub fn wakeup(&self) -> &EventFd {
+        &self.wakeup
     }
 
     /// The calling thread owns the device from here on, until it drops what it gets.
     #[must_use]
     pub fn own(&self) -> Owner<'_> {
         // In this order: who does something without an owner has both.
-        let mut post = lock(&self.post);
+        let mut queue = lock(&self.queue);
         let device = lock(&self.device);
-        post.is_owned = true;
+        queue.is_owned = true;
         Owner {
             mailbox: self,
             device,
@@ -136,22 +136,22 @@ impl Mailbox {
 }
 
 impl Access for Mailbox {
-    fn run(&self, what: fmt::Arguments<'_>, letter: Letter) {
-        let mut post = lock(&self.post);
-        if !post.is_owned {
-            letter(&mut *lock(&self.device));
+    fn run(&self, what: fmt::Arguments<'_>, command: Command) {
+        let mut queue = lock(&self.queue);
+        if !queue.is_owned {
+            command(&mut *lock(&self.device));
             return;
         }
-        let number = post.posted;
-        post.posted += 1;
-        post.letters.push_back(letter);
-        self.has_post.store(true, Ordering::Release);
-        ring(&self.bell);
+        let number = queue.submitted;
+        queue.submitted += 1;
+        queue.commands.push_back(command);
+        self.is_pending.store(true, Ordering::Release);
+        ring(&self.wakeup);
         let mut patience = Patience::new();
-        while post.answered <= number {
-            let most = patience.look(what).max(GLANCE);
-            let waited = self.answered.wait_timeout(post, most);
-            post = waited.unwrap_or_else(PoisonError::into_inner).0;
+        while queue.completed <= number {
+            let most = patience.look(what).max(POLL_INTERVAL);
+            let waited = self.completed.wait_timeout(queue, most);
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -169,30 +169,30 @@ impl Owner<'_> {
         &mut *self.device
     }
 
-    /// Does what has been posted up to now, if anything: to be called between two requests. What is
-    /// posted meanwhile waits for the next call, so that whoever posts again and again does not keep
-    /// the owner from its work.
-    pub fn answer_post(&mut self) {
-        if !self.mailbox.has_post.load(Ordering::Acquire) {
+    /// Runs the commands that were submitted up to now, if any: to be called between two requests.
+    /// What is submitted meanwhile waits for the next call, so that whoever submits again and again
+    /// does not keep the owner from its work.
+    pub fn run_commands(&mut self) {
+        if !self.mailbox.is_pending.load(Ordering::Acquire) {
             return;
         }
-        // What is posted later rings again.
-        let _ = self.mailbox.bell.read();
-        self.mailbox.has_post.store(false, Ordering::Release);
-        let count = lock(&self.mailbox.post).letters.len();
+        // What is submitted later notifies again.
+        let _ = self.mailbox.wakeup.read();
+        self.mailbox.is_pending.store(false, Ordering::Release);
+        let count = lock(&self.mailbox.queue).commands.len();
         for _ in 0..count {
-            self.answer_one();
+            self.run_one();
         }
     }
 
-    fn answer_one(&mut self) -> bool {
-        let letter = lock(&self.mailbox.post).letters.pop_front();
-        let Some(letter) = letter else {
+    fn run_one(&mut self) -> bool {
+        let command = lock(&self.mailbox.queue).commands.pop_front();
+        let Some(command) = command else {
             return false;
         };
-        letter(&mut *self.device);
-        lock(&self.mailbox.post).answered += 1;
-        self.mailbox.answered.notify_all();
+        command(&mut *self.device);
+        lock(&self.mailbox.queue).completed += 1;
+        self.mailbox.completed.notify_all();
         true
     }
 }
@@ -201,10 +201,10 @@ impl Drop for Owner<'_> {
     /// Nobody waits for a thread that ends.
     fn drop(&mut self) {
         loop {
-            while self.answer_one() {}
-            let mut post = lock(&self.mailbox.post);
-            if post.letters.is_empty() {
-                post.is_owned = false;
+            while self.run_one() {}
+            let mut queue = lock(&self.mailbox.queue);
+            if queue.commands.is_empty() {
+                queue.is_owned = false;
                 return;
             }
         }
@@ -222,7 +222,7 @@ mod tests {
         Arc::new(Mailbox::new(Arc::new(Mutex::new(device))).expect("a descriptor"))
     }
 
-    fn note(notes: &Arc<Mutex<Vec<u32>>>, number: u32) -> Letter {
+    fn note(notes: &Arc<Mutex<Vec<u32>>>, number: u32) -> Command {
         let notes = Arc::clone(notes);
         Box::new(move |device| {
             assert_eq!(device.id(), 4);
@@ -238,7 +238,10 @@ mod tests {
         drop(mailbox.own());
         mailbox.run(format_args!("a test"), note(&notes, 2));
         assert_eq!(*lock(&notes), [1, 2]);
-        assert!(mailbox.bell().read().is_err(), "nobody had to be called");
+        assert!(
+            mailbox.wakeup().read().is_err(),
+            "nobody had to be notified"
+        );
     }
 
     #[test]
@@ -246,20 +249,20 @@ mod tests {
         let (mailbox, notes) = (mailbox(), Arc::default());
         let mut owner = mailbox.own();
         let (done, is_done) = channel();
-        let (poster, posted) = (Arc::clone(&mailbox), Arc::clone(&notes));
+        let (sender, submitted) = (Arc::clone(&mailbox), Arc::clone(&notes));
         let thread = std::thread::spawn(move || {
             for number in 0..1000 {
-                poster.run(format_args!("a test"), note(&posted, number));
+                sender.run(format_args!("a test"), note(&submitted, number));
                 done.send(number).expect("the test listens");
             }
         });
         for number in 0..1000 {
             // At work on a request until someone wants something.
-            while !mailbox.has_post.load(Ordering::Acquire) {
+            while !mailbox.is_pending.load(Ordering::Acquire) {
                 std::thread::yield_now();
             }
             assert!(is_done.try_recv().is_err(), "it does not wait");
-            owner.answer_post();
+            owner.run_commands();
             assert_eq!(is_done.recv(), Ok(number));
         }
         thread.join().expect("it did not panic");
@@ -270,10 +273,10 @@ mod tests {
     fn nobody_waits_for_an_owner_that_ended() {
         let (mailbox, notes) = (mailbox(), Arc::default());
         let owner = mailbox.own();
-        let poster = Arc::clone(&mailbox);
-        let letter = note(&notes, 1);
-        let thread = std::thread::spawn(move || poster.run(format_args!("a test"), letter));
-        while !mailbox.has_post.load(Ordering::Acquire) {
+        let sender = Arc::clone(&mailbox);
+        let command = note(&notes, 1);
+        let thread = std::thread::spawn(move || sender.run(format_args!("a test"), command));
+        while !mailbox.is_pending.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
         drop(owner);

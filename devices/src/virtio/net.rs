@@ -187,12 +187,7 @@ impl<N: Frames> VirtioDevice for Net<N> {
     }
 
     fn save(&self) -> DeviceState {
-        let (mac, session) = self.card.save();
-        DeviceState::Net(NetState {
-            mac,
-            session,
-            frames: self.frames.clone(),
-        })
+        self.card.save(self.frames.clone())
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {

@@ -96,7 +96,7 @@ impl Virtqueue {
     /// at `position`.
     ///
     /// # Errors
-    /// What is wrong with size or addresses, in words.
+    /// What is wrong with size or addresses.
     pub(crate) fn new(
         index: u16,
         (most, size): (u16, u16),
@@ -410,7 +410,7 @@ impl Virtqueue {
         self.next_available
     }
 
-    /// Goes on where another process or the kernel stopped working on the ring: at the request
+    /// Resumes where another process or the kernel stopped working on the ring: at the request
     /// `next`, or, where it does not say, at the first one that it did not complete, if it completes
     /// them in order.
     pub fn adopt(&mut self, next: Option<u16>) {
@@ -424,7 +424,8 @@ impl Virtqueue {
         }
     }
 
-    /// The driver sent what this device cannot make sense of: it is asked for a reset.
+    /// Marks the ring as broken, and asks the driver for a reset: it sent what this device cannot make
+    /// sense of.
     pub fn break_ring(&mut self, what: std::fmt::Arguments<'_>) {
         self.broken = true;
         self.link

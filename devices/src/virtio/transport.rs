@@ -586,8 +586,8 @@ fn ask<T: Send + 'static>(
 ) -> T {
     let answer = Arc::new(Mutex::new(None));
     let place = Arc::clone(&answer);
-    let letter = move |device: &mut dyn VirtioDevice| *lock(&place) = Some(work(device));
-    device.run(what, Box::new(letter));
+    let command = move |device: &mut dyn VirtioDevice| *lock(&place) = Some(work(device));
+    device.run(what, Box::new(command));
     let answer = lock(&answer).take();
-    answer.expect("what is posted is done")
+    answer.expect("a command that returned was run")
 }

@@ -3,16 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::console;
+use crate::console::tests::{Event, Shown, act};
 use crate::persist::Persist;
-use crate::persist::tests::{Access, accesses, goes_on, refuses};
-
-#[derive(Clone, Debug)]
-enum Event {
-    Access(Access),
-    WriteData(Vec<u8>),
-    Receive(Vec<u8>),
-    Break,
-}
+use crate::persist::tests::{goes_on, refuses};
 
 const REGISTERS: &[u64] = &[
     offset::DR,
@@ -33,41 +27,13 @@ const REGISTERS: &[u64] = &[
 ];
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
-    let bytes = || prop::collection::vec(any::<u8>(), 0..20);
-    let event = prop_oneof![
-        8 => accesses(REGISTERS, &[1, 2, 4]).prop_map(Event::Access),
-        1 => bytes().prop_map(Event::WriteData),
-        1 => bytes().prop_map(Event::Receive),
-        1 => Just(Event::Break),
-    ];
-    prop::collection::vec(event, 0..80)
+    console::tests::events(REGISTERS, &[1, 2, 4], 80)
 }
 
-/// A UART whose output is what its accesses mean for the machine, and so part of their answers.
 fn make() -> (Pl011, Arc<FakeLine>) {
-    struct Told;
-
-    impl Output for Told {
-        fn write(&mut self, bytes: &[u8]) -> Action {
-            Action::panicked(format!("{bytes:?}"))
-        }
-    }
-
     let line = FakeLine::new();
-    (
-        Pl011::new(line.clone(), Box::new(Told), Box::new(|| {})),
-        line,
-    )
-}
-
-fn act(uart: &mut Pl011, event: &Event) -> (Vec<u8>, Action, usize, Option<Snapshot>) {
-    let (data, action) = match event {
-        Event::Access(access) => access.make(uart),
-        Event::WriteData(bytes) => (Vec::new(), uart.write_data(bytes)),
-        Event::Receive(bytes) => (vec![uart.receive(bytes) as u8], Action::None),
-        Event::Break => (vec![u8::from(uart.receive_break())], Action::None),
-    };
-    (data, action, uart.wanted(), uart.snapshot())
+    let uart = Pl011::new(line.clone(), Box::new(Shown), Box::new(|| {}));
+    (uart, line)
 }
 
 #[test]

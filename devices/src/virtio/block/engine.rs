@@ -11,17 +11,17 @@ use super::data::Data;
 
 /// Carries a disk's requests out.
 pub trait Engine: Send {
-    /// Requests will come, with data in this memory.
+    /// Prepares for requests, whose data lies in this memory.
     fn start(&mut self, memory: &Arc<GuestMemoryMmap>);
 
     /// Begins a request. `None` says that it is under way: [`Self::finished`] says when it is done.
     /// No request has the tag of another that is under way.
     fn begin(&mut self, request: &Request<'_>) -> Option<Outcome>;
 
-    /// The last of a number of requests was begun.
+    /// Submits what was begun: the last of a number of requests was.
     fn submit(&mut self) {}
 
-    /// A request that was under way and is done now: its tag, and what came of it.
+    /// Returns a request that was under way and is done now: its tag, and its outcome.
     fn finished(&mut self) -> Option<(u16, Outcome)> {
         None
     }
@@ -32,7 +32,7 @@ pub trait Engine: Send {
         let _ = most;
     }
 
-    /// Nobody wants what is under way any more: each request ends as soon as it can, done or not.
+    /// Cancels what is under way: each request ends as soon as it can, done or not.
     fn cancel(&mut self) {}
 
     /// The most requests that may be under way; their tags are smaller than this.
@@ -62,7 +62,7 @@ pub trait Engine: Send {
         None
     }
 
-    /// No request is under way, none comes before the next start: memory is let go.
+    /// Releases guest memory: no request is under way, and none comes before the next start.
     fn stop(&mut self);
 }
 
@@ -126,9 +126,9 @@ pub enum Operation {
     Read,
     /// Writes memory to it.
     Write,
-    /// Brings all writes that were done to stable storage, of the whole disk.
+    /// Flushes the whole disk: all writes that were done reach stable storage.
     Flush,
-    /// Says that its contents do not matter any more.
+    /// Discards it: its contents do not matter any more.
     Discard,
     /// Makes it read as zeroes.
     WriteZeroes {
@@ -137,7 +137,7 @@ pub enum Operation {
     },
 }
 
-/// What came of a request.
+/// The outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It is done.

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use super::feature;
 use super::network::{CONTROL_ENTRIES, ENTRIES, LEAST_MTU, LONGEST_HEADER, Network};
 use crate::virtio::quiesced;
-use crate::virtio::state::NetSession;
-use crate::virtio::{ConfigSpace, Driver, Link, Positions, RestoreError, StartError, Virtqueue};
+use crate::virtio::state::{NetSession, NetState};
+use crate::virtio::{
+    ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, StartError, Virtqueue,
+};
 
 /// VIRTIO_NET_S_LINK_UP (virtio 1.2, section 5.1.4).
 const LINK_UP: u16 = 1;
@@ -144,11 +146,15 @@ impl Card {
         quiesced(running.control.as_mut())
     }
 
-    /// The address and what the driver asked for, while the machine is held.
-    pub(super) fn save(&self) -> ([u8; 6], Option<NetSession>) {
+    /// The card's state with these frames, while the machine is held.
+    pub(super) fn save(&self, frames: Vec<(u16, Vec<u8>)>) -> DeviceState {
         let mut mac = [0; 6];
         self.config.read(0, &mut mac);
-        (mac, self.paused)
+        DeviceState::Net(NetState {
+            mac,
+            session: self.paused,
+            frames,
+        })
     }
 
     /// Goes on with what was saved.

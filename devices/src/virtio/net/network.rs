@@ -58,7 +58,7 @@ pub trait Network: Send {
     /// more than the features `offloads`.
     ///
     /// # Errors
-    /// What the host refuses, in words.
+    /// What the host refuses.
     fn configure(&mut self, pairs: u16, offloads: u64) -> Result<(), String>;
 }
 
@@ -91,7 +91,7 @@ pub enum Woken {
     Frames(usize),
     /// The link came up or went down.
     Link(bool),
-    /// The driver broke a ring that the host's end works on, in words.
+    /// The driver broke a ring that the host's end works on.
     Broken(String),
     /// The network is gone for good, and why.
     Gone(String),

@@ -7,7 +7,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::card::Card;
-use super::{ID, NetState, Network, Woken};
+use super::{ID, Network, Woken};
 use crate::virtio::{
     ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
     VirtioDevice, Virtqueue,
@@ -19,7 +19,7 @@ pub trait Rings: Network {
     /// [`Link::call`]. A queue's index says what it is: even ones get frames, odd ones send them.
     ///
     /// # Errors
-    /// What the host refuses, in words; nothing works then.
+    /// What the host refuses; nothing works then.
     fn start(
         &mut self,
         features: u64,
@@ -36,7 +36,7 @@ pub trait Rings: Network {
     /// Begins to work on one queue more, as [`Self::start`] does.
     ///
     /// # Errors
-    /// What the host refuses, in words; it does not work on this queue then.
+    /// What the host refuses; it does not work on this queue then.
     fn start_queue(&mut self, queue: &Virtqueue) -> Result<(), String>;
 
     /// Ends the work on the queue of this index: from here on neither its rings nor its buffers are
@@ -150,12 +150,7 @@ impl<N: Rings> VirtioDevice for RingNet<N> {
     }
 
     fn save(&self) -> DeviceState {
-        let (mac, session) = self.card.save();
-        DeviceState::Net(NetState {
-            mac,
-            session,
-            frames: Vec::new(),
-        })
+        self.card.save(Vec::new())
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
