@@ -344,10 +344,13 @@ fn names_say_what_a_thing_is() {
 fn a_file_is_short_enough_to_read() {
     const MOST: usize = 1000;
     const MOST_WHERE_SPLIT: usize = 600;
-    const SPLIT: &[&str] = &["arch/", "devices/", "fdt/", "fuzz/", "xtask/"];
+    const SPLIT: &[&str] = &["arch/", "devices/", "fdt/", "fuzz/", "src/", "xtask/"];
+    // Yet to be split.
+    const NOT_YET: &[&str] = &["src/virtio/"];
     let mut findings = Findings::new("a file is too long; split it by what it says");
     for file in sources(ALL) {
-        let is_split = SPLIT.iter().any(|folder| file.path.starts_with(folder));
+        let is_in = |folder: &&str| file.path.starts_with(*folder);
+        let is_split = SPLIT.iter().any(is_in) && !NOT_YET.iter().any(is_in);
         let most = if is_split { MOST_WHERE_SPLIT } else { MOST };
         if let Some(line) = file.lines.get(most) {
             findings.add(&file, line);

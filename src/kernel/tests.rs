@@ -3,6 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use tempfile::NamedTempFile;
 
 // `image()` by the tool in the comment, reading a pipe (gzip 1.12, zstd 1.5.4, lz4 1.9.4, xz

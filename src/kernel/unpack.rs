@@ -1,0 +1,256 @@
+//! Compressed kernels, unpacked as a stream.
+
+use super::read::read_at;
+use anyhow::{Context as _, Result, anyhow, bail};
+use armlet_arch::image::{Compression, HEAD};
+use armlet_system::eintr::uninterrupted;
+use ruzstd::decoding::{
+    BlockDecodingStrategy, FrameDecoder, StreamingDecoder, errors::FrameDecoderError,
+};
+use std::fs::File;
+use std::io::{self, BufReader, ErrorKind, Read};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+
+/// The largest window (dictionary) that data may ask for, bytes. The kernel's own build uses
+/// `zstd --ultra -22` on a pipe, which asks for just this much (scripts/Makefile.lib).
+pub const MAX_WINDOW: u64 = 128 << 20;
+
+/// Compressed bytes read from the file, and unpacked bytes asked for, at a time.
+const BUFFER: usize = 64 << 10;
+
+/// Unpacks a span to the start of `dst`, to its end and no further. Returns the bytes written.
+pub(super) fn unpack_all(
+    file: &File,
+    span: &Range<u64>,
+    compression: Compression,
+    dst: &mut [u8],
+) -> Result<u64> {
+    let mut reader = unpacker(file, span, compression)?;
+    let written = unpack(&mut *reader, compression, dst)?;
+    // The end of the data has still to come, with its checksum.
+    if written == dst.len() && unpack(&mut *reader, compression, &mut [0])? > 0 {
+        bail!(
+            "the {} data unpack to more than the {} bytes that the kernel's header asks for",
+            compression.name(),
+            dst.len()
+        );
+    }
+    Ok(written as u64)
+}
+
+/// Unpacks the first [`HEAD`] bytes, or all of fewer.
+pub(super) fn unpack_head(
+    file: &File,
+    span: &Range<u64>,
+    compression: Compression,
+) -> Result<Vec<u8>> {
+    let mut head = vec![0; HEAD];
+    let mut reader = match compression {
+        Compression::Zstd => zstd_head(file, span)?,
+        _ => unpacker(file, span, compression)?,
+    };
+    let got = unpack(&mut *reader, compression, &mut head)?;
+    head.truncate(got);
+    Ok(head)
+}
+
+/// Reads unpacked bytes until `dst` is full or they end.
+fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Result<usize> {
+    let mut done = 0;
+    while done < dst.len() {
+        // By pieces: after an error nobody knows how much of its piece was written.
+        let end = dst.len().min(done + BUFFER);
+        match uninterrupted(|| reader.read(&mut dst[done..end])) {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(error) => return Err(damaged(error, compression, done)),
+        }
+    }
+    Ok(done)
+}
+
+/// The error for data that a decompressor does not take after it made about `done` bytes.
+fn damaged(error: io::Error, compression: Compression, done: usize) -> anyhow::Error {
+    let name = compression.name();
+    if error.kind() == ErrorKind::OutOfMemory {
+        // How lzma-rust2 refuses a dictionary over its limit.
+        let limit = MAX_WINDOW >> 20;
+        return anyhow!("the {name} data need a dictionary of more than {limit} MiB");
+    }
+    // The decompressors repeat each cause in its effect: the first one says it all.
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    match cause.downcast_ref::<io::Error>() {
+        // Only the system's errors carry its number: it is the file that cannot be read.
+        Some(system) if system.raw_os_error().is_some() => anyhow!("cannot read it: {system}"),
+        _ => anyhow!("truncated or damaged {name} data after {done} bytes: {cause}"),
+    }
+}
+
+/// A stream of the unpacked bytes.
+fn unpacker<'a>(
+    file: &'a File,
+    span: &Range<u64>,
+    compression: Compression,
+) -> Result<Box<dyn Read + 'a>> {
+    let input = Span::buffered(file, span);
+    // lzma-rust2 counts in KiB, and its own tables with the dictionary: .xz 104 KiB, .lzma 22.
+    let limit = (MAX_WINDOW >> 10) as u32 + 128;
+    Ok(match compression {
+        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(input)),
+        Compression::Zstd => Box::new(Zstd(
+            StreamingDecoder::new_with_decoder(input, zstd()).map_err(zstd_refusal)?,
+        )),
+        Compression::Lz4 | Compression::Lz4Legacy => Box::new(Lz4 {
+            decoder: lz4_flex::frame::FrameDecoder::new(input),
+            ends_with_input: compression == Compression::Lz4Legacy,
+        }),
+        Compression::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(input, false, limit)),
+        Compression::Lzma => Box::new(
+            lzma_rust2::LzmaReader::new_mem_limit(input, limit, None)
+                .map_err(|error| damaged(error, compression, 0))?,
+        ),
+    })
+}
+
+/// The bytes of a span of a file, read through a buffer. It reads by position, so it moves no
+/// offset that others share.
+type Input<'a> = BufReader<Span<'a>>;
+
+struct Span<'a> {
+    file: &'a File,
+    position: u64,
+    end: u64,
+    /// A decompressor asked for more bytes than there are.
+    exhausted: bool,
+}
+
+impl<'a> Span<'a> {
+    fn buffered(file: &'a File, span: &Range<u64>) -> Input<'a> {
+        let span = Self {
+            file,
+            position: span.start,
+            end: span.end,
+            exhausted: false,
+        };
+        BufReader::with_capacity(BUFFER, span)
+    }
+}
+
+impl Read for Span<'_> {
+    fn read(&mut self, dst: &mut [u8]) -> io::Result<usize> {
+        let left = (self.end - self.position).min(dst.len() as u64) as usize;
+        let got = self.file.read_at(&mut dst[..left], self.position)?;
+        self.position += got as u64;
+        self.exhausted |= got == 0;
+        Ok(got)
+    }
+}
+
+fn zstd() -> FrameDecoder {
+    let mut decoder = FrameDecoder::new();
+    decoder.set_max_window_size(MAX_WINDOW);
+    decoder
+}
+
+/// The first blocks of a zstd frame, enough for [`HEAD`] bytes. The decoder gives out only what
+/// has left its window, which may be larger than the whole kernel; therefore the frame is ended
+/// early with an empty last block of our own.
+fn zstd_head<'a>(file: &File, span: &Range<u64>) -> Result<Box<dyn Read + 'a>> {
+    // RFC 8878, 3.1.1.2: Last_Block, Raw_Block, size 0; then four bytes for a content checksum,
+    // which the decoder reads and does not compare.
+    const END: [u8; 7] = [1, 0, 0, 0, 0, 0, 0];
+    let mut input = Span::buffered(file, span);
+    let mut decoder = zstd();
+    decoder
+        .init(&mut input)
+        .and_then(|()| decoder.decode_blocks(&mut input, BlockDecodingStrategy::UptoBytes(HEAD)))
+        .and_then(|finished| match finished {
+            true => Ok(true),
+            false => decoder.decode_blocks(&END[..], BlockDecodingStrategy::All),
+        })
+        .map_err(zstd_refusal)?;
+    Ok(Box::new(decoder))
+}
+
+/// zstd with the comparison of the content checksum, which ruzstd leaves to its user.
+struct Zstd<'a>(StreamingDecoder<Input<'a>, FrameDecoder>);
+
+impl Read for Zstd<'_> {
+    fn read(&mut self, dst: &mut [u8]) -> io::Result<usize> {
+        let got = self.0.read(dst)?;
+        let stated = self.0.decoder.get_checksum_from_data();
+        if got == 0
+            && !dst.is_empty()
+            && stated.is_some()
+            && stated != self.0.decoder.get_calculated_checksum()
+        {
+            return Err(io::Error::other("the content checksum differs"));
+        }
+        Ok(got)
+    }
+}
+
+fn zstd_refusal(error: FrameDecoderError) -> anyhow::Error {
+    match error {
+        FrameDecoderError::WindowSizeTooBig { requested, max } => anyhow!(
+            "the zstd data need a window of {} MiB; {} MiB (zstd --long=27) is the most",
+            requested.div_ceil(1 << 20),
+            max >> 20
+        ),
+        error => damaged(io::Error::other(error), Compression::Zstd, 0),
+    }
+}
+
+/// LZ4 of both formats. lz4_flex takes an end of input between two blocks for the end of the
+/// data: that is so in the legacy format, which has no end mark, and truncation in the other.
+struct Lz4<'a> {
+    decoder: lz4_flex::frame::FrameDecoder<Input<'a>>,
+    ends_with_input: bool,
+}
+
+impl Read for Lz4<'_> {
+    fn read(&mut self, dst: &mut [u8]) -> io::Result<usize> {
+        let got = self.decoder.read(dst)?;
+        let exhausted = self.decoder.get_ref().get_ref().exhausted;
+        if got == 0 && !dst.is_empty() && exhausted && !self.ends_with_input {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        Ok(got)
+    }
+}
+
+/// Finds where legacy LZ4 data end, by going from block to block: they have no end mark, and the
+/// kernel's build may append the unpacked size as a 32-bit word (`lz4_with_size` in
+/// scripts/Makefile.lib), which the decoder would take for a block. Returns the bytes without
+/// that word, and the word.
+pub(super) fn lz4_legacy_span(file: &File, span: Range<u64>) -> Result<(Range<u64>, Option<u64>)> {
+    // Every block but the last unpacks to 8 MiB; LZ4_compressBound(8 MiB) of lz4.h.
+    const LARGEST: u64 = (8 << 20) + (8 << 20) / 255 + 16;
+    // For kernels of up to MAX_IMAGE_SIZE 128 would do; a bound for files made of tiny blocks.
+    const BLOCKS: usize = 4096;
+    let mut at = span.start + 4; // the magic number
+    for _ in 0..BLOCKS {
+        let left = span.end.saturating_sub(at);
+        if left == 0 {
+            return Ok((span, None));
+        }
+        let mut word = [0; 4];
+        let got = read_at(file, &mut word, at).context("cannot read it")?;
+        let word = u64::from(u32::from_le_bytes(word));
+        if left == 4 && got == 4 {
+            return Ok((span.start..at, Some(word)));
+        }
+        let end = at + 4 + word;
+        if got < 4 || word == 0 || word > LARGEST || end > span.end {
+            bail!(
+                "truncated or damaged lz4 data: a block at {at:#x} claims {word} of {left} bytes"
+            );
+        }
+        at = end;
+    }
+    bail!("damaged lz4 data: more than {BLOCKS} blocks")
+}
