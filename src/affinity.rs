@@ -1,9 +1,9 @@
-//! Which of the host's CPUs a thread runs on.
+//! Pins threads to CPUs of the host.
 
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// Makes the calling thread run on these CPUs alone. A thread that it starts begins there too.
+/// Pins the calling thread to these CPUs. Threads that it starts later inherit that.
 ///
 /// # Errors
 /// CPUs that this process may not use.

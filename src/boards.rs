@@ -11,13 +11,13 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::path::Path;
 
-/// What `--board` is when it is not given: the board that this host is.
+/// The value of `--board` where it is not given: the board that matches this host.
 pub const AUTO: &str = "auto";
 
-/// The board of hosts that are not recognised.
+/// The board for hosts that no built-in board matches.
 pub const FALLBACK: &str = "virt";
 
-/// The board of hosts that are not recognised, for guests that run there.
+/// The board for guests that run on an x86_64 host that no built-in board matches.
 #[must_use]
 pub const fn fallback_of(guests: Architecture) -> &'static str {
     match guests {
@@ -47,7 +47,7 @@ pub struct BuiltIn {
     pub text: &'static str,
     /// What the file and those that it inherits from say: a [`Board`] in postcard's format.
     packed: &'static [u8],
-    /// What its hosts are recognised by.
+    /// The signature that its hosts are recognised by.
     signature: Option<Signature>,
 }
 
@@ -82,10 +82,10 @@ pub static BUILT_IN: &[BuiltIn] = built_in![
     "pc",
 ];
 
-/// A board file larger than this is no board file.
+/// The most bytes that a board file may have.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// The text of a board's file: a built-in one by its name, any other by its path.
+/// Reads a board's file: a built-in one by its name, any other by its path.
 fn text(name: &str) -> Result<String> {
     if let Some(board) = BuiltIn::named(name) {
         return Ok(board.text.to_owned());
@@ -109,7 +109,7 @@ fn read(path: &Path) -> Result<String> {
     let file = files::open(path, Accepted::File, false)?;
     let size = file.metadata()?.len();
     let mut text = String::new();
-    // A file of /proc says that it has none.
+    // Files in /proc report a size of 0.
     let read = file.take(MAX_BYTES + 1).read_to_string(&mut text)? as u64;
     if size.max(read) > MAX_BYTES {
         return Err(anyhow!(
@@ -120,7 +120,7 @@ fn read(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// The board that the file `from` inherits from: a path is relative to that file.
+/// Finds the board that the file `from` inherits from: a path is relative to that file.
 fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
     let name = match Path::new(from).parent() {
         Some(folder) if looks_like_a_path(wanted) => folder.join(wanted).to_string_lossy().into(),
@@ -130,7 +130,7 @@ fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
     Ok((name, text))
 }
 
-/// Finds and reads a board, with the places that its values come from.
+/// Finds and reads a board, and records where each of its values comes from.
 ///
 /// # Errors
 /// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
@@ -140,7 +140,7 @@ pub fn profile(name: &str) -> Result<Profile> {
     profile.fault(Status::Usage)
 }
 
-/// Finds a board, without the places that its values come from.
+/// Finds and reads a board.
 ///
 /// # Errors
 /// As [`profile`].
@@ -151,12 +151,12 @@ pub fn find(name: &str) -> Result<Board> {
     }
 }
 
-/// A board with the reason why it is taken.
+/// A board, and why it was chosen.
 #[derive(Clone, Debug)]
 pub struct Chosen {
     /// The board.
     pub board: Board,
-    /// Who named it, or by what it was recognised.
+    /// Who named it, or what it was recognised by.
     pub why: String,
 }
 
@@ -185,7 +185,7 @@ pub fn choose(
     Ok(Chosen { board, why })
 }
 
-/// The built-in board that a host of this program's architecture is, and why.
+/// Finds the built-in board that matches a host of this program's architecture, and says why.
 #[must_use]
 pub fn recognize(host: &Identity) -> Option<(&'static str, String)> {
     let signatures = BUILT_IN.iter().map(|board| {

@@ -1,5 +1,4 @@
-//! Tells when somebody sets the host's clock: an alarm by the time of day is due at another moment
-//! then.
+//! Reports changes of the host's clock: an alarm by the time of day is due at another moment then.
 
 use anyhow::{Context, Result};
 use rustix::time::{
@@ -13,7 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 pub struct ClockWatch(OwnedFd);
 
 impl ClockWatch {
-    /// A watch that tells of changes from now on.
+    /// Creates a watch that reports changes from now on.
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -40,18 +39,18 @@ impl ClockWatch {
         Ok(())
     }
 
-    /// The descriptor that is ready to be read when the clock was set.
+    /// Returns the descriptor that becomes readable when the clock is set.
     #[must_use]
     pub fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
 
-    /// The descriptor is ready: it is again when the clock is set the next time.
+    /// Rearms the watch after its descriptor was readable.
     ///
     /// # Errors
     /// What the kernel refuses.
     pub fn again(&self) -> Result<()> {
-        // It says ECANCELED, once for each time that the clock was set.
+        // It fails with ECANCELED, once for each change of the clock.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
         self.arm()
     }

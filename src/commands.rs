@@ -1,4 +1,4 @@
-//! The commands: each reads its arguments, calls what does the work, and prints.
+//! The commands: each reads its arguments, has the work done, and prints the result.
 
 use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
@@ -18,7 +18,7 @@ use armlet_system::status::{Fault, Status};
 use serde_json::json;
 use std::io::Write;
 
-/// Does what the command line says.
+/// Executes a command.
 ///
 /// # Errors
 /// With the status that armlet ends with ([`armlet_system::status::status_of`]).
@@ -51,10 +51,10 @@ fn run(args: &RunArgs) -> Result<Status> {
     run::run(run_options(args)?)
 }
 
-/// All that running a guest takes, as the command line says it.
+/// Collects everything that running a guest takes, from the arguments of `run`.
 ///
 /// # Errors
-/// What is not known or not there, and a host without KVM.
+/// Values that are unknown, files that are missing, and a host without KVM.
 pub fn run_options(args: &RunArgs) -> Result<RunOptions<HostArch>> {
     let machine = args.machine();
     verbosity(&machine);
@@ -202,7 +202,7 @@ fn make_plan<A: Arch>(
     Ok((config, plan))
 }
 
-/// The board of a host whose kernel has pages of `--page-size`.
+/// Returns `board` as a host whose kernel has pages of `--page-size`.
 fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
     let Some(text) = &args.page_size else {
         return Ok(board);

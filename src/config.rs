@@ -1,5 +1,4 @@
-//! From the command line's text to a request: everything is read and checked here, nothing is
-//! decided.
+//! Turns the command line into a request: parses and checks everything, and decides nothing.
 
 use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
@@ -26,28 +25,28 @@ use std::path::Path;
 /// Bytes of a kernel command line, its end included (COMMAND_LINE_SIZE of arm64 and x86_64).
 const CMDLINE_MAX: usize = 2048;
 
-/// What the user asked for, with the files opened.
+/// The machine that the user asked for, with its files open.
 #[derive(Debug)]
 pub struct Config<A: Arch> {
     /// The board.
     pub board: Board,
-    /// What was chosen, and by whom.
+    /// Each value that was chosen, and who chose it.
     pub settings: Vec<Setting>,
-    /// The machine.
+    /// The request to plan for.
     pub request: Request<A>,
     /// The kernel, if one was named.
     pub kernel: Option<Kernel>,
     /// The initrd, if one was named.
     pub initrd: Option<Initrd>,
-    /// Virtio devices, in the order of their slots.
+    /// Virtio devices, in the order of their windows.
     pub virtio: Vec<Wanted>,
-    /// Where the terminal is.
+    /// The guest's device that is connected to the terminal.
     pub console: ConsoleKind,
-    /// Where the vCPUs run.
+    /// The host's CPUs that vCPUs are pinned to.
     pub pinning: Pinning,
     /// The CPUs of all other threads; empty for any.
     pub io_cpus: Vec<u32>,
-    /// What guest memory is made of.
+    /// The kind of host memory that backs the guest's.
     pub backing: Backing,
 }
 
@@ -235,7 +234,7 @@ fn read_checked<A: Arch>(
     })
 }
 
-/// What an option says, else the board.
+/// Returns the value of an option, or the board's where it is not given.
 fn switch(option: &str, text: Option<&str>, board: Switch) -> Result<Switch> {
     match text {
         None => Ok(board),
@@ -266,7 +265,7 @@ fn default_cmdline(board: &str, console: ConsoleKind, args: &MachineArgs) -> Str
     words.join(" ")
 }
 
-/// Refuses what the kernel would cut off or misread.
+/// Rejects a command line that the kernel would truncate or misread.
 fn check_cmdline(cmdline: &str) -> Result<()> {
     Cmdline::new(CMDLINE_MAX)
         .and_then(|mut checked| checked.insert_str(cmdline))
@@ -285,7 +284,7 @@ fn sized_header(kernel: &Kernel) -> Header {
     header
 }
 
-/// Random numbers for one start of the guest, from the host's kernel.
+/// Gets the random seeds of one start of the guest from the host's kernel.
 ///
 /// # Errors
 /// A kernel without `getrandom`.

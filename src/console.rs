@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// What an escape key asks for.
+/// The action of an escape key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Escape {
     /// Ctrl-A x: leave.
@@ -110,7 +110,7 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno>> StandardOutput<W> {
     }
 }
 
-/// A guest that ends leaves nobody to find out later.
+/// Reports lost output at the latest when the guest ends.
 impl<W> Drop for StandardOutput<W> {
     fn drop(&mut self) {
         if self.lost > 0 {
@@ -156,7 +156,7 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W
     }
 }
 
-/// Whether standard output takes bytes without waiting, or never will.
+/// Returns whether a write to standard output would not block, or would fail.
 #[must_use]
 pub fn is_output_ready() -> bool {
     wait_once(stdio::stdout(), PollFlags::OUT, Some(Duration::ZERO)) == Ok(true)
@@ -164,11 +164,11 @@ pub fn is_output_ready() -> bool {
 
 /// The line in which a Linux kernel says that it panicked (kernel/panic.c: vpanic).
 const PANIC: &[u8] = b"Kernel panic - not syncing: ";
-/// As much of a panic's reason as is kept, in bytes.
+/// The most bytes of a panic's reason that are kept.
 const REASON_BYTES: usize = 160;
 
-/// Passes output on and watches for the guest kernel's last words: KVM/arm64 has no other sign of
-/// a panic.
+/// Passes output on, and looks in it for the message of a kernel panic: KVM/arm64 reports one in no
+/// other way.
 pub struct PanicWatch {
     output: StandardOutput,
     /// Bytes of [`PANIC`] seen in a row.
@@ -198,7 +198,7 @@ impl PanicWatch {
             reason.push(byte);
             return Action::None;
         }
-        // The first byte of the words is nowhere else in them, so a mismatch starts anew.
+        // The first byte of the message occurs nowhere else in it, so a mismatch starts anew.
         self.matched = match byte == PANIC[self.matched] {
             true => self.matched + 1,
             false => usize::from(byte == PANIC[0]),
@@ -221,7 +221,7 @@ impl Output for PanicWatch {
                 rest = behind;
                 continue;
             }
-            // Most output has nothing of the words.
+            // Most output has nothing of the message.
             let Some(begin) = rest.iter().position(|byte| *byte == PANIC[0]) else {
                 break;
             };

@@ -1,4 +1,5 @@
-//! The plan of a configured machine for a host, and what there is to be said of it.
+//! Plans a configured machine for a host, with advice where that fails and warnings where it does not
+//! suit the host.
 
 use crate::config::Config;
 use anyhow::{Context, Result, anyhow};
@@ -9,8 +10,8 @@ use armlet_system::files;
 use armlet_system::status::{Fault, Status};
 use std::path::Path;
 
-/// Says what of a machine that can be made does not suit the host; `host` is this one, where the
-/// machine is for this one.
+/// Warns of what does not suit the host in a machine that can be made. `host` is given where the
+/// machine is for this host.
 pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
     for warning in &config.pinning.warnings {
         log::warn!("{warning}");
@@ -26,7 +27,8 @@ pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
     }
 }
 
-/// Plans the machine for a host that is, or is taken for, the board `known`. What cannot be planned is a wrong request, unless the host is what limits.
+/// Plans the machine for a host that is, or is assumed to be, the board `known`. What cannot be planned
+/// is an error of the request, unless it is the host that limits it.
 ///
 /// # Errors
 /// [`armlet_arch::PlanError`], and pages that the plan's memory cannot be made of.
@@ -46,7 +48,7 @@ pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host, known: &Board) -> Res
         let stops = notes.find(|note| no_irqchip && note.severity == Severity::Stops);
         let result = Err(error);
         match stops {
-            // The reason is the board's; that of the plan would say the same in general words.
+            // The board's note is more specific than the plan's error.
             Some(note) => Err(anyhow!(
                 "no guest runs on a host like board '{}': {}; {}",
                 known.name,

@@ -7,13 +7,13 @@ use std::sync::{Mutex, MutexGuard};
 
 /// An allocator for the whole program.
 ///
-/// musl's own maps and unmaps a page for nearly every small thing that comes and goes: a third of
-/// the time from exec to the guest's first instruction. dlmalloc's own lock is musl's, which takes
-/// more instructions than what it guards.
+/// musl's allocator maps and unmaps a page for nearly every small allocation, which takes a third of
+/// the time from exec to the guest's first instruction. The lock is a futex, as dlmalloc's default,
+/// musl's mutex, takes more instructions than the allocation that it guards.
 pub struct Heap(Mutex<Dlmalloc>);
 
 impl Heap {
-    /// An empty one, which takes memory from the system when it is asked for some.
+    /// Creates an empty allocator, which gets memory from the system on demand.
     #[must_use]
     pub const fn new() -> Heap {
         Heap(Mutex::new(Dlmalloc::new()))

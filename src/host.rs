@@ -1,4 +1,4 @@
-//! What this host says of itself in /proc and /sys, as plain data.
+//! What /proc and /sys say of this host, as plain data.
 
 use armlet_arch::board::Identity;
 use armlet_arch::cores::FULL_CAPACITY;
@@ -10,7 +10,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a file of sysfs, which is a page, and more than firmware says of a board.
+/// The most bytes that are read of a file: a page, as sysfs has, and more than firmware's names take.
 const MAX_BYTES: usize = 4096;
 
 /// The folder that /proc and /sys lie in.
@@ -62,7 +62,7 @@ impl HostFiles {
         })
     }
 
-    /// What the host is, as far as it says so.
+    /// Returns what the host's firmware says that it is.
     #[must_use]
     pub fn identity(&self) -> Identity {
         let mut kinds: Vec<Midr> = Vec::new();
@@ -112,7 +112,7 @@ impl HostFiles {
         for index in 0.. {
             let folder = format!("sys/devices/system/cpu/cpu{first}/cache/index{index}");
             let read = |file: &str| self.text(&format!("{folder}/{file}"));
-            // Where one has no size, Linux was not told of any.
+            // Linux shows no size where firmware describes no cache.
             let size = read("size").and_then(|size| parse_size(&size).ok());
             let Some(size) = size.and_then(|size| u32::try_from(size).ok()) else {
                 break;
@@ -304,7 +304,7 @@ fn fourth_size(reg: &[u8], address: usize, size: usize) -> Option<u64> {
     Some(cells.fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
 }
 
-/// The CPUs that this process may run on.
+/// Returns the CPUs that this process may run on.
 #[must_use]
 pub fn allowed_cpus() -> Vec<u32> {
     let Ok(set) = rustix::thread::sched_getaffinity(None) else {

@@ -76,7 +76,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel in words, for people: `gzip-compressed arm64 Image, 26 MiB, 4 KiB pages`. The
+    /// Describes the kernel: `gzip-compressed arm64 Image, 26 MiB, 4 KiB pages`. The
     /// size is [`Self::memory_size`].
     #[must_use]
     pub fn describe(&self) -> String {

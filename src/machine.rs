@@ -1,44 +1,30 @@
-//! From a plan to KVM's objects and our devices. Nothing is decided here.
+//! Makes KVM's objects and the devices of a plan. Nothing is decided here.
 
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
-use crate::kvm::burst::BurstWindow;
 use crate::kvm::interrupts::Interrupts;
 use crate::kvm::stats::Statistics;
 use crate::memory::{self, IdleMemory};
-use crate::serial::Serial;
 use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
 use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, VcpuEvent, Vcpus};
 use anyhow::{Context, Result};
-use armlet_arch::irq::Spi;
-use armlet_arch::machine::POWER_KEY_LINE;
-use armlet_arch::{DeviceKind, PortKind, Range};
-use armlet_arch::{Placed, PlacedPorts, Plan};
+use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
-use armlet_backends::console::HvcConsole;
 use armlet_backends::pmem::PmemImage;
 use armlet_backends::reactor::Reactor;
-use armlet_devices::Device;
-use armlet_devices::bus::Bus;
-use armlet_devices::cmos::Cmos;
-use armlet_devices::console::{Console, Output};
-use armlet_devices::i8042::I8042;
-use armlet_devices::pl011::Pl011;
-use armlet_devices::pl031::Pl031;
-use armlet_devices::pl061::Pl061;
-use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
-use armlet_devices::sync::lock;
-use armlet_devices::uart16550::Uart16550;
 use armlet_system::deadline::Deadline;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+mod devices;
 mod held;
 
+use devices::attach;
+pub use devices::{Devices, Wires};
 use held::Held;
 
 /// A machine as KVM has it, with its devices: the one owner of all of them.
@@ -50,61 +36,23 @@ pub struct Machine<A: KvmArch> {
     idle: Vec<VcpuFd>,
     /// vCPUs that run.
     pub vcpus: Vcpus,
-    /// Set when no reader of the console is waited for any more.
+    /// Set when the console's output is not to wait for a reader any more.
     pub stopping: Arc<AtomicBool>,
-    /// Who answers at which address.
+    /// The devices by address.
     pub buses: Arc<Buses>,
-    /// The devices that the event loop talks to.
+    /// The devices that are not virtio.
     pub devices: Devices,
     /// The virtio devices that the event loop serves.
     pub light: Reactor,
     /// The others, at work as long as the machine lives.
     pub workers: Workers,
-    /// What it counts.
+    /// Its counters.
     pub counters: Counters,
     /// Kept for as long as the machine lives.
     _chip: A::Chip,
 }
 
-/// The devices that the event loop talks to, where the board has them.
-#[derive(Default)]
-pub struct Devices {
-    /// The serial console.
-    pub serial: Option<Arc<Mutex<dyn Console>>>,
-    /// The virtio console, where the terminal is there.
-    pub hvc: Option<Arc<HvcConsole>>,
-    /// The clock, for its alarm.
-    pub clock: Option<Arc<Mutex<Pl031>>>,
-    /// The power key.
-    pub power_key: Option<Arc<Mutex<dyn PowerKey>>>,
-}
-
-/// The power key on its line of a GPIO.
-struct GpioKey(Arc<Mutex<Pl061>>);
-
-impl PowerKey for GpioKey {
-    fn set_pressed(&mut self, pressed: bool) {
-        let mut gpio = lock(&self.0);
-        gpio.set_input(POWER_KEY_LINE as u8, pressed);
-    }
-}
-
-/// What the devices call when something happens. Each may be called by any vCPU's thread, with
-/// the device locked.
-pub struct Wires {
-    /// Takes the console's output.
-    pub output: Box<dyn Output>,
-    /// The console takes input again.
-    pub on_room: Box<dyn Fn() + Send>,
-    /// A burst of output began.
-    pub on_burst: Box<dyn Fn() + Send>,
-    /// The clock's alarm was set anew.
-    pub on_deadline: Box<dyn Fn() + Send>,
-    /// Set by the machine when it stops: no reader of the output is to be waited for any more.
-    pub stopping: Arc<AtomicBool>,
-}
-
-/// Makes the planned machine on `memory`, with the backends in the order of their slots.
+/// Makes the planned machine on `memory`, with the backends in the order of their windows.
 ///
 /// # Errors
 /// The step that failed and what KVM said.
@@ -158,122 +106,6 @@ pub fn assemble<A: KvmArch>(
         workers,
         _chip: chip,
     })
-}
-
-fn attach<A: KvmArch>(
-    (vm, interrupts): (&Arc<VmFd>, &Arc<Interrupts>),
-    vcpu: Option<&VcpuFd>,
-    plan: &Plan<A>,
-    wires: Wires,
-    mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
-) -> Result<(Buses, Devices)> {
-    let line = |spi: Spi| interrupts.line(A::irq_number(spi));
-    let mut bus = Bus::new();
-    let mut devices = Devices::default();
-    let Wires {
-        output,
-        on_room,
-        on_burst,
-        on_deadline,
-        stopping: _,
-    } = wires;
-    let mut console = Some((output, on_room, on_burst));
-    let mut on_deadline = Some(on_deadline);
-    for placed in &plan.layout.devices {
-        let line = line(placed.spi);
-        let device: Arc<Mutex<dyn Device>> = match placed.kind {
-            DeviceKind::Pl011 => {
-                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
-                let window = burst_window(vm, vcpu, plan, placed);
-                let uart = Pl011::new(line, output, on_room);
-                let serial = Arc::new(Mutex::new(Serial::new(uart, window, on_burst)));
-                devices.serial = Some(Arc::clone(&serial) as _);
-                serial
-            }
-            DeviceKind::Pl031 => {
-                let on_deadline = on_deadline.take().unwrap_or_else(|| Box::new(|| {}));
-                let clock = Arc::new(Mutex::new(Pl031::new(line, on_deadline)));
-                devices.clock = Some(Arc::clone(&clock));
-                clock
-            }
-            DeviceKind::Pl061 => {
-                let gpio = Arc::new(Mutex::new(Pl061::new(line)));
-                devices.power_key = Some(Arc::new(Mutex::new(GpioKey(Arc::clone(&gpio)))));
-                gpio
-            }
-            DeviceKind::VirtioMmio { slot } => virtio(placed, slot)?,
-        };
-        bus.insert(placed.window.start(), placed.window.size(), device)?;
-    }
-    if let Some((window, device)) = A::chip_device(interrupts, plan) {
-        bus.insert(window.start(), window.size(), device)?;
-    }
-    let mut ports = Bus::new();
-    let placed_ports = match A::PORTS {
-        true => plan.layout.ports.as_slice(),
-        false => &[],
-    };
-    for placed in placed_ports {
-        let PlacedPorts { kind, irq, .. } = *placed;
-        let line = || {
-            irq.map(line)
-                .with_context(|| format!("the {kind} has no interrupt"))
-        };
-        let device: Arc<Mutex<dyn Device>> = match kind {
-            PortKind::Uart16550 => {
-                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
-                let window = vcpu
-                    .map(|vcpu| BurstWindow::at_ports(Arc::clone(vm), vcpu, placed.ports.start()));
-                let uart = Uart16550::new(line()?, output, on_room);
-                let serial = Serial::new(uart, window.and_then(collecting), on_burst);
-                let serial = Arc::new(Mutex::new(serial));
-                devices.serial = Some(Arc::clone(&serial) as _);
-                serial
-            }
-            PortKind::Cmos => Arc::new(Mutex::new(Cmos::new())),
-            PortKind::I8042 => Arc::new(Mutex::new(I8042::new())),
-            PortKind::Reset => Arc::new(Mutex::new(ResetControl::new())),
-            PortKind::Acpi => {
-                let acpi = Arc::new(Mutex::new(AcpiPower::new(line()?)));
-                devices.power_key = Some(Arc::clone(&acpi) as _);
-                acpi
-            }
-        };
-        ports.insert(placed.ports.start(), placed.ports.size(), device)?;
-    }
-    let buses = Buses {
-        memory: bus,
-        ports,
-        files: Vec::new(),
-    };
-    Ok((buses, devices))
-}
-
-const TWO_CONSOLES: &str = "the board has two serial consoles; armlet serves one";
-
-/// A window for bursts of output, where KVM has it and no other device shares its page.
-fn burst_window<A: KvmArch>(
-    vm: &Arc<VmFd>,
-    vcpu: Option<&VcpuFd>,
-    plan: &Plan<A>,
-    device: &Placed,
-) -> Option<BurstWindow> {
-    let page = Range::new(device.window.start(), rustix::param::page_size() as u64)?;
-    let mut regions = plan.layout.regions().into_iter();
-    if regions.any(|other| other.range != device.window && other.range.overlaps(page)) {
-        return None;
-    }
-    collecting(BurstWindow::new(
-        Arc::clone(vm),
-        vcpu?,
-        device.window.start(),
-    ))
-}
-
-fn collecting(window: Result<BurstWindow>) -> Option<BurstWindow> {
-    window
-        .inspect_err(|error| log::info!("each byte of output is an exit: {error:#}"))
-        .ok()
 }
 
 impl<A: KvmArch> Machine<A> {

@@ -1,4 +1,4 @@
-//! A plan for people and for programs.
+//! Shows a plan, as text and as JSON.
 
 use crate::settings::Setting;
 use armlet_arch::Plan;

@@ -29,7 +29,7 @@ pub struct Serial<U: Uart> {
     uart: U,
     /// `None` where KVM or the board's map has no room for it: then each access is an exit.
     window: Option<BurstWindow>,
-    /// Called when a burst begins: from then on [`tick`](Self::tick) wants to be called.
+    /// Called when a burst begins: from then on [`tick`](Self::tick) is to be called.
     on_burst: Box<dyn Fn() + Send>,
     /// What the guest reads while the window is open.
     shown: Option<U::Snapshot>,
@@ -125,7 +125,7 @@ impl<U: Uart> Serial<U> {
         // What came before it was closed.
         let action = self.flush();
         self.shown = None;
-        // One that was not worth its while makes the next one harder to begin.
+        // Backs off after a short burst: the next one takes more bytes to begin.
         self.threshold = match self.count < self.threshold {
             true => (self.threshold * 2).min(BURST_BYTES_MOST),
             false => BURST_BYTES,

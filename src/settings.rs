@@ -1,4 +1,5 @@
-//! Who chose what of a machine: an option wins over the board, the board over the default.
+//! The values of a machine's options and where each comes from: an option takes precedence over the
+//! board, the board over the default.
 
 use crate::cli::MachineArgs;
 use armlet_arch::backing::HugePages;
@@ -10,21 +11,21 @@ use armlet_arch::{Architecture, Board, FeatureOptions, WidthPolicy};
 /// A value of the machine and who chose it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
-    /// What it is ("memory").
+    /// Its name ("memory").
     pub name: &'static str,
-    /// Its value, as one writes it.
+    /// Its value, as in an option.
     pub value: String,
     /// Who chose it: an option, a board or nobody ("default").
     pub from: String,
 }
 
-/// What was chosen for a machine.
+/// The values that were chosen for a machine.
 pub struct ChosenValues<'a> {
     /// The options.
     pub args: &'a MachineArgs,
     /// The board.
     pub board: &'a Board,
-    /// Why the board was taken.
+    /// Why the board was chosen.
     pub why: &'a str,
     /// Number of vCPUs.
     pub cpus: u32,
@@ -34,9 +35,9 @@ pub struct ChosenValues<'a> {
     pub gic: GicChoice,
     /// How the address width is chosen.
     pub width: WidthPolicy,
-    /// What CPUs were asked for.
+    /// The CPUs that were asked for.
     pub pin: &'a PinPolicy,
-    /// What CPUs that came to.
+    /// The CPUs that resulted.
     pub pinning: &'a Pinning,
     /// The host's pages.
     pub pages: HugePages,

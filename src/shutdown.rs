@@ -1,27 +1,28 @@
-//! A guest that was asked to power off: when its power key is pressed again, and when it is given up.
+//! The shutdown of a guest that was asked to power off: when its power key is pressed again, and when
+//! the guest is stopped.
 
 use std::time::{Duration, Instant};
 
-/// How long after a press of the power key the next comes. A guest that still boots, or whose user
-/// space does not yet listen, hears nothing of one: what a key does while nobody has its device open
-/// is lost (Linux: drivers/input/input.c, input_pass_values). One that is on its way down ignores it
-/// (systemd-logind: an action is in progress).
+/// The time between two presses of the power key. A guest that is still booting, or whose user space
+/// does not listen yet, misses a press: events of an input device that nobody has open are lost
+/// (Linux: drivers/input/input.c, input_pass_values). A guest that is shutting down ignores further
+/// presses (systemd-logind: an action is in progress).
 const BETWEEN_PRESSES: Duration = Duration::from_secs(3);
-/// How long a guest may take that is not told otherwise.
+/// How long a guest may take by default.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What is to be done now.
+/// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
     /// Nothing.
     Nothing,
-    /// The key is to be pressed.
+    /// Press the key.
     Press,
-    /// The guest is to be stopped: it took too long.
+    /// Stop the guest: it took too long.
     GiveUp,
 }
 
-/// A request to power off that the guest has not followed yet.
+/// A request to power off that the guest has not complied with yet.
 #[derive(Clone, Copy, Debug)]
 pub struct Shutdown {
     press: Instant,
@@ -29,7 +30,8 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// A request whose key was pressed at `now`; the guest has `patience`, or as long as it likes.
+    /// A request whose key was pressed at `now`; the guest may take `patience`, without which there is
+    /// no limit.
     #[must_use]
     pub fn new(now: Instant, patience: Option<Duration>) -> Shutdown {
         Shutdown {
@@ -44,7 +46,7 @@ impl Shutdown {
         self.end.map_or(self.press, |end| end.min(self.press))
     }
 
-    /// What is due at `now`.
+    /// Returns what is due at `now`.
     pub fn due(&mut self, now: Instant) -> Due {
         if self.end.is_some_and(|end| end <= now) {
             return Due::GiveUp;

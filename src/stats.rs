@@ -1,4 +1,4 @@
-//! What a guest cost: its exits by reason, and KVM's counters.
+//! Statistics of a guest: its exits by reason, and KVM's counters.
 
 use crate::kvm::stats::{Counter, Kind, Statistics};
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// What was counted so far, in lines for people.
+    /// Formats the counters, in lines for people.
     #[must_use]
     pub fn report(&self) -> Vec<String> {
         let mut lines = Vec::new();

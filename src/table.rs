@@ -1,4 +1,4 @@
-//! What guests each board's host holds, as a table for the documents.
+//! The guests that fit on each board's host, as a table for the documentation.
 
 use crate::boards;
 use anyhow::{Context, Result};

@@ -1,4 +1,4 @@
-//! Waits for the kicks and the descriptors of virtio devices, and calls the devices.
+//! Waits for the kicks and the event sources of virtio devices, and calls the devices.
 //!
 //! Light devices share the event loop's thread, which watches the reactor's own descriptor; a busy
 //! device has a [`Worker`].
@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-/// The most events that one turn takes; what is more waits for the next.
+/// The most events that one turn handles; further ones wait for the next.
 const EVENTS: usize = 8;
 /// The bit of an epoll token that tells a kick from a source.
 const KICK: u64 = 1 << 31;
@@ -95,13 +95,13 @@ impl Reactor {
             .with_context(|| format!("cannot wait for descriptor {fd} of a device"))
     }
 
-    /// The descriptor that is ready to be read when a turn has something to do.
+    /// Returns the descriptor that is readable when a turn has something to do.
     #[must_use]
     pub fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }
 
-    /// Serves what is ready, waiting up to `timeout` ms for it (-1: for ever).
+    /// Serves what is ready, after waiting up to `timeout` ms for it (-1: without limit).
     ///
     /// # Errors
     /// What the system says of the wait.

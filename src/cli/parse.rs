@@ -1,12 +1,12 @@
-//! Reads the arguments, and turns what is wrong with them into one line.
+//! Parses the arguments, and reports what is wrong with them in one line.
 
 use super::{Cli, unknown};
 use argh::{EarlyExit, FromArgs};
 
-/// What the arguments come to: a command line, or a text and whether it is an error.
+/// The result of parsing: a command line, or a text to print.
 #[derive(Debug)]
 pub enum Parsed {
-    /// Go on with this.
+    /// Execute this.
     Cli(Box<Cli>),
     /// Print this help on standard output and leave.
     Help(String),
@@ -14,7 +14,7 @@ pub enum Parsed {
     Wrong(String),
 }
 
-/// Reads the arguments behind the program's name.
+/// Parses the arguments that follow the program's name.
 #[must_use]
 pub fn parse(arguments: &[String]) -> Parsed {
     let split = split_assignments(arguments);
@@ -32,7 +32,7 @@ pub fn parse(arguments: &[String]) -> Parsed {
     }
 }
 
-/// `--option=value` as the two words that argh reads.
+/// Splits `--option=value` into the two words that argh expects.
 fn split_assignments(arguments: &[String]) -> Vec<String> {
     arguments
         .iter()
@@ -45,7 +45,7 @@ fn split_assignments(arguments: &[String]) -> Vec<String> {
         .collect()
 }
 
-/// argh's message in one line, with the option that is meant where one is not known.
+/// Puts argh's message on one line, and suggests an option in place of an unknown one.
 fn one_line(output: &str, words: &[&str]) -> String {
     let message = output
         .lines()

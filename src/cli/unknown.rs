@@ -1,5 +1,4 @@
-//! What is said of an option that a command does not have: the one that is meant, as far as that
-//! can be told.
+//! Suggestions for options that a command does not have: the option that was probably meant.
 
 use super::Cli;
 use argh::{EarlyExit, FromArgs};
@@ -166,7 +165,8 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// What is said of `word`, which argh does not take from `words` (those behind the program's name).
+/// Describes what is wrong with `word`, which argh rejects among `words` (the arguments after the
+/// program's name).
 pub(super) fn explain(word: &str, words: &[&str]) -> String {
     let command = words.first().copied().filter(|first| is_command(first));
     let help = help_of(command);
@@ -217,7 +217,7 @@ pub(super) fn explain(word: &str, words: &[&str]) -> String {
     }
 }
 
-/// What to do instead of saying `name`, as far as that can be told.
+/// Suggests what to use instead of `name`, if there is a likely candidate.
 fn meant(name: &str, value: Option<&str>, help: &str) -> Option<String> {
     let valid = names_in(help);
     let bare = name.trim_start_matches('-');
@@ -251,7 +251,7 @@ fn is_command(word: &str) -> bool {
     COMMANDS.contains(&word)
 }
 
-/// What `--help` prints, of a command or of armlet itself.
+/// Returns the text of `--help`, of a command or of armlet itself.
 fn help_of(command: Option<&str>) -> String {
     let words: Vec<&str> = command.into_iter().chain(["--help"]).collect();
     match Cli::from_args(&["armlet"], &words) {
@@ -260,7 +260,7 @@ fn help_of(command: Option<&str>) -> String {
     }
 }
 
-/// The long names of the options in a help.
+/// Returns the long names of the options in a help text.
 fn names_in(help: &str) -> Vec<&str> {
     help.lines()
         .filter_map(|line| {
@@ -275,7 +275,7 @@ fn names_in(help: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Whether a help has the option of one letter `-m`.
+/// Returns whether a help text has the one-letter option `-m`.
 fn is_short(name: &str, help: &str) -> bool {
     name.len() == 2 && help.contains(&format!("\n  {name}, --"))
 }

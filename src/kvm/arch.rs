@@ -5,13 +5,13 @@ use super::interrupts::{Interrupts, Pins};
 use anyhow::{Result, bail};
 use armlet_arch::irq::Spi;
 use armlet_arch::{Arch, Plan, Range, Request, Width};
-use armlet_devices::Device;
 use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
+use armlet_devices::ioapic::IoApic;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 
-/// How closely a host is looked at.
+/// How thoroughly a host is probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
     /// By capabilities alone, in some microseconds: enough for the usual guest.
@@ -22,13 +22,13 @@ pub enum Depth {
 
 /// What KVM needs to know of an architecture to make and run a planned machine.
 pub trait KvmArch: Arch {
-    /// What must live as long as the machine: the interrupt controller's handle.
+    /// The interrupt controller's handle, which must live as long as the machine.
     type Chip: Send;
 
     /// Whether there are I/O ports. Where there are none, a binary has no devices that stand there.
     const PORTS: bool = false;
 
-    /// How closely the host must be looked at for this request.
+    /// How thoroughly the host must be probed for this request.
     fn depth(request: &Request<Self>) -> Depth;
 
     /// Asks KVM what it offers.
@@ -56,9 +56,8 @@ pub trait KvmArch: Arch {
     /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
     fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
 
-    /// The part of the interrupt controller that is a device of ours, and where it stands. Mostly
-    /// KVM has all of it.
-    fn chip_device(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+    /// The I/O APIC and where it stands, where KVM does not have it. Only x86_64 has one.
+    fn io_apic(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<IoApic>>)> {
         None
     }
 
@@ -102,11 +101,11 @@ pub trait KvmArch: Arch {
     /// did not get. It is called on the vCPU's own thread, before the vCPU goes on.
     fn note_pause(_: &VcpuFd) {}
 
-    /// Where a vCPU stands, for reports about it ("PC 0xffff800080010000").
+    /// Returns a vCPU's program counter, for reports about it ("PC 0xffff800080010000").
     fn position(vcpu: &VcpuFd) -> String;
 }
 
-/// An access to an I/O port that was answered.
+/// An access to an I/O port, after it was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortAccess {
     /// The port.
@@ -119,14 +118,14 @@ pub struct PortAccess {
     pub action: Action,
 }
 
-/// What a hypercall was.
+/// The meaning of a hypercall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hypercall {
     /// The vCPU went off; it sleeps in KVM_RUN until another turns it on.
     WentOff,
 }
 
-/// What an exit without a name in kvm-ioctls was.
+/// The meaning of an exit that kvm-ioctls has no name for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RawExit {
     /// An access to `address` by an instruction that cannot be emulated; the guest gets an abort.

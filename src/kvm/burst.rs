@@ -1,6 +1,6 @@
-//! A device window that hardly ever makes the guest exit: KVM collects the writes to one register
-//! in a ring, and the guest reads all registers from a page of memory. Of a device at I/O ports, which
-//! are no memory, each read is an exit still.
+//! A device window that rarely makes the guest exit: KVM collects the writes to one register in a
+//! ring, and the guest reads all registers from a page of memory. I/O ports cannot be memory, so
+//! each read of a device there is still an exit.
 //!
 //! Both are KVM's own: coalesced MMIO and port I/O (Documentation/virt/kvm/api.rst,
 //! KVM_REGISTER_COALESCED_MMIO), and [`ReadOnlyPages`].
@@ -13,8 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The memslot of the page, behind those of RAM.
-const SLOT: u32 = 1000;
+/// The memslot of the page, after those of RAM.
+const MEMSLOT: u32 = 1000;
 
 /// Bytes of a register in memory, or at a port.
 const WORD: u32 = 4;
@@ -38,7 +38,7 @@ impl BurstWindow {
     /// # Errors
     /// A window that does not begin at a page of the host, or a KVM without the ring.
     pub fn new(vm: Arc<VmFd>, vcpu: &VcpuFd, address: u64) -> Result<BurstWindow> {
-        let page = ReadOnlyPages::new(SLOT, address, rustix::param::page_size())?;
+        let page = ReadOnlyPages::new(MEMSLOT, address, rustix::param::page_size())?;
         let register = (IoEventAddress::Mmio(address), WORD);
         BurstWindow::on(vm, vcpu, register, Some(page))
     }
@@ -116,8 +116,8 @@ impl BurstWindow {
         let _ = self.vm.unregister_coalesced_mmio(address, bytes);
     }
 
-    /// Takes the low byte of each collected write of the register, oldest first. KVM collects those of
-    /// its other bytes too, which are none of it.
+    /// Takes the low byte of each collected write to the register, oldest first. KVM also collects
+    /// writes to the register's other bytes; these are dropped.
     pub fn drain(&mut self, bytes: &mut Vec<u8>) {
         let room = self.ring.size - size_of::<kvm_coalesced_mmio_ring>();
         let entries = (room / size_of::<kvm_coalesced_mmio>()) as u32;

@@ -1,4 +1,4 @@
-//! What KVM says of an error of its own (KVM_EXIT_INTERNAL_ERROR).
+//! Describes an internal error of KVM (KVM_EXIT_INTERNAL_ERROR).
 
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
@@ -7,7 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use std::fmt::Write;
 
-/// The error in words, from the vCPU's last exit, which was one by this reason.
+/// Describes the error, from the vCPU's last exit, whose reason was this one.
 #[must_use]
 pub fn describe_internal_error(vcpu: &mut VcpuFd) -> String {
     // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, so this member of the union is the one that KVM

@@ -1,4 +1,4 @@
-//! Kicks: making a vCPU's thread leave KVM_RUN, or not enter it, by a signal.
+//! Kicks: a signal that makes a vCPU's thread leave KVM_RUN, or not enter it.
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -32,8 +32,8 @@ impl Drop for Kickable {
     }
 }
 
-/// Has the signal of kicks handled. It goes before the first [`kick`]: without a handler that signal
-/// would end the process.
+/// Installs the handler of the signal of kicks. Call it before the first [`kick`]: without a handler the
+/// signal would end the process.
 pub fn install() {
     extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let run = KVM_RUN.get();
@@ -47,7 +47,7 @@ pub fn install() {
     let _ = register_signal_handler(signal(), kicked);
 }
 
-/// Kicks a thread. One that has ended already feels nothing, nor does one that is not [`Kickable`].
+/// Kicks a thread. This has no effect on one that has ended or is not [`Kickable`].
 pub fn kick<T>(thread: &JoinHandle<T>) {
     let _ = thread.kill(signal());
 }

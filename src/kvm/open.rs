@@ -11,7 +11,7 @@ const KVM_API: i32 = 12;
 /// Opens `/dev/kvm` and checks that it is what we know.
 ///
 /// # Errors
-/// No KVM, or no permission: with the fix in words.
+/// No KVM, or no permission, with how to fix that.
 pub fn open() -> Result<Kvm> {
     let access = access();
     match access {

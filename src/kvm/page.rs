@@ -61,19 +61,19 @@ impl Drop for Mapping {
 
 /// Registers in memory.
 pub struct ReadOnlyPages {
-    slot: u32,
+    memslot: u32,
     /// The window's guest-physical address.
     address: u64,
     memory: Mapping,
 }
 
 impl ReadOnlyPages {
-    /// Room for the registers of `size` bytes from `address`, all zero, not yet shown. It takes
-    /// whole pages of the host, in which no other device may lie; `slot` is the memslot's number.
+    /// Allocates memory for the registers of `size` bytes from `address`, all zero, not yet shown. It
+    /// takes whole pages of the host, in which no other device may lie.
     ///
     /// # Errors
     /// A window that does not begin at a page of the host.
-    pub fn new(slot: u32, address: u64, size: usize) -> Result<ReadOnlyPages> {
+    pub fn new(memslot: u32, address: u64, size: usize) -> Result<ReadOnlyPages> {
         let page = rustix::param::page_size();
         ensure!(
             address.is_multiple_of(page as u64),
@@ -81,7 +81,7 @@ impl ReadOnlyPages {
         );
         let memory = Mapping::anonymous(size).context("cannot map a page")?;
         Ok(ReadOnlyPages {
-            slot,
+            memslot,
             address,
             memory,
         })
@@ -118,7 +118,7 @@ impl ReadOnlyPages {
         }
     }
 
-    /// Lets the guest read the memory in place of registers.
+    /// Makes the guest read the memory in place of registers.
     ///
     /// # Errors
     /// A KVM without read-only memslots, or without room for one more.
@@ -127,7 +127,7 @@ impl ReadOnlyPages {
             .context("cannot show the guest a page of registers")
     }
 
-    /// Takes the memory back: the guest's reads are exits again.
+    /// Hides the memory again: the guest's reads are exits.
     pub fn hide(&self, vm: &VmFd) {
         // It does not fail for what `show` has made.
         let _ = self.give(vm, 0);
@@ -136,7 +136,7 @@ impl ReadOnlyPages {
     /// Makes the first `size` bytes a memslot; none removes it.
     fn give(&self, vm: &VmFd, size: u64) -> Result<()> {
         let region = kvm_userspace_memory_region {
-            slot: self.slot,
+            slot: self.memslot,
             flags: KVM_MEM_READONLY,
             guest_phys_addr: self.address,
             memory_size: size,

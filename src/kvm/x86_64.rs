@@ -12,7 +12,6 @@ use armlet_arch::irq::Spi;
 use armlet_arch::x86_64::cpu::{BOOT_CS, BOOT_DS};
 use armlet_arch::x86_64::{Boot, Host, X86_64};
 use armlet_arch::{Plan, Range, Request, Width};
-use armlet_devices::Device;
 use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::{IoApic, PINS};
@@ -115,10 +114,10 @@ impl KvmArch for X86_64 {
         Ok((vcpus, ()))
     }
 
-    fn chip_device(
+    fn io_apic(
         interrupts: &Arc<Interrupts>,
         plan: &Plan<Self>,
-    ) -> Option<(Range, Arc<Mutex<dyn Device>>)> {
+    ) -> Option<(Range, Arc<Mutex<IoApic>>)> {
         let chip = &plan.layout.irqchip;
         chip.messages.then(|| {
             let interrupts = Arc::clone(interrupts);
@@ -127,7 +126,7 @@ impl KvmArch for X86_64 {
                     log::error!("the I/O APIC's pins stay as they were: {error:#}");
                 }
             }));
-            (chip.ioapic, Arc::new(Mutex::new(apic)) as _)
+            (chip.ioapic, Arc::new(Mutex::new(apic)))
         })
     }
 

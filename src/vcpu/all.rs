@@ -1,4 +1,4 @@
-//! All vCPUs of a machine: held, let go on, ended together.
+//! All vCPUs of a machine, which are paused, resumed and stopped together.
 
 use super::control::Stand;
 use super::off::OffCheck;

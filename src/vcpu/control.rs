@@ -1,10 +1,10 @@
 //! What a vCPU's thread is asked to do: run, pause, do something with its vCPU, stop.
 //!
 //! The thread looks at it before it first enters the guest, and after that only when it was kicked,
-//! which is when KVM_RUN says EINTR: a guest that runs pays nothing for it. A kick cannot be missed, as it has KVM_RUN return at once if
-//! it comes before ([`crate::kvm::kick`]); and KVM_RUN has then completed the access that was answered
-//! last (Documentation/virt/kvm/api.rst, section 5: immediate_exit), so that the vCPU's registers are
-//! those of a guest between two instructions.
+//! which is when KVM_RUN fails with EINTR: a running guest pays nothing for it. A kick cannot be
+//! missed: one that comes before KVM_RUN makes it return at once ([`crate::kvm::kick`]). KVM_RUN has
+//! then completed the access that was answered last (Documentation/virt/kvm/api.rst, section 5:
+//! immediate_exit), so the vCPU's registers are those between two instructions of the guest.
 
 use armlet_devices::sync::lock;
 use std::collections::VecDeque;

@@ -1,8 +1,8 @@
-//! Whether every vCPU of a guest is off, and so none is left to turn one on again.
+//! Detects that all vCPUs of a guest are off, so that none is left to turn another on.
 //!
-//! KVM turns vCPUs on by itself and tells nobody. When one goes off, the others are therefore asked,
-//! one after another, until one is found that is on: each looks at its own state, on its own thread.
-//! Nobody is asked at another time, so that a guest which idles is left alone.
+//! KVM turns vCPUs on itself and does not report it. When a vCPU goes off, the others are therefore
+//! asked one after another until one is found that is on: each checks its own state, on its own thread.
+//! They are asked at no other time, so an idle guest is not disturbed.
 
 use super::event::VcpuEvent;
 use armlet_devices::sync::lock;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 const NOBODY: usize = usize::MAX;
 
-/// The question whether all vCPUs of a machine are off.
+/// The check whether all vCPUs of a machine are off.
 ///
 /// An answer counts only if it was found after the last vCPU went off: one that goes off starts the
 /// question anew. So whoever was off when asked cannot have been turned on since: only a vCPU that

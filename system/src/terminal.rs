@@ -76,7 +76,7 @@ pub fn make_raw_again() {
     RAW.store(set.is_ok(), Ordering::Relaxed);
 }
 
-/// Whether the terminal is raw by our hand.
+/// Returns whether armlet has put the terminal into raw mode.
 #[must_use]
 pub fn is_raw() -> bool {
     RAW.load(Ordering::Relaxed)
@@ -98,7 +98,7 @@ fn saved() -> std::sync::MutexGuard<'static, Option<Termios>> {
     lock(&SAVED)
 }
 
-/// Gives the terminal back as it was before a [`RawTerminal`]. Handlers of signals may call it.
+/// Restores the terminal's modes from before a [`RawTerminal`]. Async-signal-safe.
 pub fn restore() {
     // A crash while the modes are being saved finds them locked, and not yet changed.
     if let Ok(mut saved) = SAVED.try_lock()

@@ -1,0 +1,205 @@
+//! The devices of a machine that are not virtio, and the buses that all devices are on.
+
+use crate::kvm::KvmArch;
+use crate::kvm::burst::BurstWindow;
+use crate::kvm::interrupts::Interrupts;
+use crate::serial::Serial;
+use crate::vcpu::Buses;
+use anyhow::{Context, Result};
+use armlet_arch::irq::Spi;
+use armlet_arch::machine::POWER_KEY_LINE;
+use armlet_arch::{DeviceKind, Placed, PlacedPorts, Plan, PortKind, Range};
+use armlet_backends::console::HvcConsole;
+use armlet_devices::Device;
+use armlet_devices::bus::Bus;
+use armlet_devices::cmos::Cmos;
+use armlet_devices::console::{Console, Output};
+use armlet_devices::i8042::I8042;
+use armlet_devices::ioapic::IoApic;
+use armlet_devices::pl011::Pl011;
+use armlet_devices::pl031::Pl031;
+use armlet_devices::pl061::Pl061;
+use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
+use armlet_devices::sync::lock;
+use armlet_devices::uart16550::Uart16550;
+use kvm_ioctls::{VcpuFd, VmFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+/// The devices of a machine that are not virtio, where the board has them.
+#[derive(Default)]
+pub struct Devices {
+    /// The serial console.
+    pub serial: Option<Arc<Mutex<dyn Console>>>,
+    /// The virtio console, where the terminal is there.
+    pub hvc: Option<Arc<HvcConsole>>,
+    /// The clock, for its alarm.
+    pub clock: Option<Arc<Mutex<Pl031>>>,
+    /// The power key.
+    pub power_key: Option<Arc<Mutex<dyn PowerKey>>>,
+    /// The GPIO that has the power key on one of its lines.
+    pub gpio: Option<Arc<Mutex<Pl061>>>,
+    /// What ACPI's tables name: sleep registers and the power key.
+    pub acpi: Option<Arc<Mutex<AcpiPower>>>,
+    /// CMOS memory and its clock.
+    pub cmos: Option<Arc<Mutex<Cmos>>>,
+    /// The keyboard controller, which resets a PC.
+    pub i8042: Option<Arc<Mutex<I8042>>>,
+    /// The reset control register.
+    pub reset_control: Option<Arc<Mutex<ResetControl>>>,
+    /// The I/O APIC, where KVM has local APICs alone.
+    pub io_apic: Option<Arc<Mutex<IoApic>>>,
+}
+
+/// The power key on its line of a GPIO.
+struct GpioKey(Arc<Mutex<Pl061>>);
+
+impl PowerKey for GpioKey {
+    fn set_pressed(&mut self, pressed: bool) {
+        let mut gpio = lock(&self.0);
+        gpio.set_input(POWER_KEY_LINE as u8, pressed);
+    }
+}
+
+/// The callbacks of devices. Each may be called by any vCPU's thread, with the device locked.
+pub struct Wires {
+    /// Takes the console's output.
+    pub output: Box<dyn Output>,
+    /// The console takes input again.
+    pub on_room: Box<dyn Fn() + Send>,
+    /// A burst of output began.
+    pub on_burst: Box<dyn Fn() + Send>,
+    /// The clock's alarm was set anew.
+    pub on_deadline: Box<dyn Fn() + Send>,
+    /// Set by the machine when it stops: no reader of the output is to be waited for any more.
+    pub stopping: Arc<AtomicBool>,
+}
+
+/// Puts the planned devices on their buses; `virtio` makes one of a slot.
+///
+/// # Errors
+/// Two devices at one address, and what `virtio` says.
+pub(super) fn attach<A: KvmArch>(
+    (vm, interrupts): (&Arc<VmFd>, &Arc<Interrupts>),
+    vcpu: Option<&VcpuFd>,
+    plan: &Plan<A>,
+    wires: Wires,
+    mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
+) -> Result<(Buses, Devices)> {
+    let line = |spi: Spi| interrupts.line(A::irq_number(spi));
+    let mut bus = Bus::new();
+    let mut devices = Devices::default();
+    let Wires {
+        output,
+        on_room,
+        on_burst,
+        on_deadline,
+        stopping: _,
+    } = wires;
+    let mut console = Some((output, on_room, on_burst));
+    let mut on_deadline = Some(on_deadline);
+    for placed in &plan.layout.devices {
+        let line = line(placed.spi);
+        let device: Arc<Mutex<dyn Device>> = match placed.kind {
+            DeviceKind::Pl011 => {
+                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
+                let window = burst_window(vm, vcpu, plan, placed);
+                let uart = Pl011::new(line, output, on_room);
+                let serial = Arc::new(Mutex::new(Serial::new(uart, window, on_burst)));
+                devices.serial = Some(Arc::clone(&serial) as _);
+                serial
+            }
+            DeviceKind::Pl031 => {
+                let on_deadline = on_deadline.take().unwrap_or_else(|| Box::new(|| {}));
+                let clock = Arc::new(Mutex::new(Pl031::new(line, on_deadline)));
+                devices.clock = Some(Arc::clone(&clock));
+                clock
+            }
+            DeviceKind::Pl061 => {
+                let gpio = Arc::new(Mutex::new(Pl061::new(line)));
+                devices.power_key = Some(Arc::new(Mutex::new(GpioKey(Arc::clone(&gpio)))));
+                devices.gpio = Some(Arc::clone(&gpio));
+                gpio
+            }
+            DeviceKind::VirtioMmio { slot } => virtio(placed, slot)?,
+        };
+        bus.insert(placed.window.start(), placed.window.size(), device)?;
+    }
+    if let Some((window, io_apic)) = A::io_apic(interrupts, plan) {
+        devices.io_apic = Some(Arc::clone(&io_apic));
+        bus.insert(window.start(), window.size(), io_apic)?;
+    }
+    let mut ports = Bus::new();
+    let placed_ports = match A::PORTS {
+        true => plan.layout.ports.as_slice(),
+        false => &[],
+    };
+    for placed in placed_ports {
+        let PlacedPorts { kind, irq, .. } = *placed;
+        let line = || {
+            irq.map(line)
+                .with_context(|| format!("the {kind} has no interrupt"))
+        };
+        let device: Arc<Mutex<dyn Device>> = match kind {
+            PortKind::Uart16550 => {
+                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
+                let window = vcpu
+                    .map(|vcpu| BurstWindow::at_ports(Arc::clone(vm), vcpu, placed.ports.start()));
+                let uart = Uart16550::new(line()?, output, on_room);
+                let serial = Serial::new(uart, window.and_then(collecting), on_burst);
+                let serial = Arc::new(Mutex::new(serial));
+                devices.serial = Some(Arc::clone(&serial) as _);
+                serial
+            }
+            PortKind::Cmos => named::<Cmos>(&mut devices.cmos, Cmos::new()),
+            PortKind::I8042 => named::<I8042>(&mut devices.i8042, I8042::new()),
+            PortKind::Reset => {
+                named::<ResetControl>(&mut devices.reset_control, ResetControl::new())
+            }
+            PortKind::Acpi => {
+                let acpi = named(&mut devices.acpi, AcpiPower::new(line()?));
+                devices.power_key = Some(Arc::clone(&acpi) as _);
+                acpi
+            }
+        };
+        ports.insert(placed.ports.start(), placed.ports.size(), device)?;
+    }
+    let buses = Buses {
+        memory: bus,
+        ports,
+        files: Vec::new(),
+    };
+    Ok((buses, devices))
+}
+
+/// Keeps a device under its name.
+fn named<D>(name: &mut Option<Arc<Mutex<D>>>, device: D) -> Arc<Mutex<D>> {
+    Arc::clone(name.insert(Arc::new(Mutex::new(device))))
+}
+
+const TWO_CONSOLES: &str = "the board has two serial consoles; armlet serves one";
+
+/// A window for bursts of output, where KVM has it and no other device shares its page.
+fn burst_window<A: KvmArch>(
+    vm: &Arc<VmFd>,
+    vcpu: Option<&VcpuFd>,
+    plan: &Plan<A>,
+    device: &Placed,
+) -> Option<BurstWindow> {
+    let page = Range::new(device.window.start(), rustix::param::page_size() as u64)?;
+    let mut regions = plan.layout.regions().into_iter();
+    if regions.any(|other| other.range != device.window && other.range.overlaps(page)) {
+        return None;
+    }
+    collecting(BurstWindow::new(
+        Arc::clone(vm),
+        vcpu?,
+        device.window.start(),
+    ))
+}
+
+fn collecting(window: Result<BurstWindow>) -> Option<BurstWindow> {
+    window
+        .inspect_err(|error| log::info!("each byte of output is an exit: {error:#}"))
+        .ok()
+}
