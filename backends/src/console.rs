@@ -7,14 +7,14 @@ use crate::backend::Backend;
 use anyhow::{Context, Result, bail};
 use armlet_devices::action::Action;
 use armlet_devices::console::Output;
-use armlet_devices::sync::{lock, ring};
+use armlet_devices::sync::{self, lock, ring};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::console::{Console, Sink};
 use rustix::stdio;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes of output that wait for the reader, beside those on their way to it.
 const ROOM: usize = 32 << 10;
@@ -76,7 +76,7 @@ impl HvcConsole {
         on_room: impl Fn() + Send + Sync + 'static,
         on_action: impl Fn(Action) + Send + 'static,
     ) -> Result<HvcConsole> {
-        let room = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        let room = sync::bell().context("cannot make an eventfd")?;
         let outlet = Arc::new(Outlet {
             waiting: Mutex::default(),
             changed: Condvar::new(),

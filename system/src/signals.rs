@@ -11,12 +11,12 @@ use crate::messages;
 use crate::status::Status;
 use crate::terminal;
 use anyhow::{Context, Result};
-use armlet_devices::sync::lock;
+use armlet_devices::sync::{self, lock};
 use std::fmt::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// How long a phase other than [`Phase::Running`] may take until something is said, and how long an
 /// end may take, in seconds.
@@ -94,8 +94,7 @@ pub fn install(counted: bool) -> Result<&'static EventFd> {
     let bell = match KEPT.get() {
         Some(bell) => bell,
         None => {
-            let bell =
-                EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+            let bell = sync::bell().context("cannot make an eventfd")?;
             KEPT.get_or_init(|| bell)
         }
     };

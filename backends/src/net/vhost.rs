@@ -4,6 +4,7 @@
 use super::tap::Tap;
 use crate::vhost::Vhost;
 use anyhow::{Context, Result, anyhow, bail};
+use armlet_devices::sync;
 use armlet_devices::virtio::net::{Network, Rings, Woken, feature};
 use armlet_devices::virtio::{
     FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link, Source, Virtqueue,
@@ -12,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The device of vhost-net.
 const PATH: &str = "/dev/vhost-net";
@@ -57,7 +58,7 @@ impl VhostNet {
             Ok(kernel)
         };
         let kernel = tap.queues().iter().map(|_| open()).collect::<Result<_>>()?;
-        let errors = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?;
+        let errors = sync::bell().context("cannot make an eventfd")?;
         Ok(VhostNet {
             tap: Arc::clone(tap),
             kernel: Arc::new(kernel),

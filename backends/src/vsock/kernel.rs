@@ -4,7 +4,7 @@
 use crate::backend::Backend;
 use crate::vhost::Vhost;
 use anyhow::{Context, Result, anyhow, bail};
-use armlet_devices::sync::{lock, ring};
+use armlet_devices::sync::{self, lock, ring};
 use armlet_devices::virtio::vsock::{EVENTS, Events, VsockState};
 use armlet_devices::virtio::{
     ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
@@ -13,7 +13,7 @@ use armlet_devices::virtio::{
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 const PATH: &str = "/dev/vhost-vsock";
 /// Device ID (virtio 1.2, section 5.10).
@@ -113,7 +113,7 @@ impl Backend for KernelVsock {
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
-        let errors = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("cannot make an eventfd")?;
+        let errors = sync::bell().context("cannot make an eventfd")?;
         Ok(Arc::new(Mutex::new(KernelDevice {
             config: ConfigSpace::new(u64::from(self.cid).to_le_bytes().to_vec()),
             features: self.features,
