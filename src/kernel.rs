@@ -235,11 +235,20 @@ fn load_elf(file: &File, elf: &X86Elf, opened: u64, dst: &mut [u8]) -> Result<u6
         .ok()
         .and_then(|len| dst.get_mut(..len))
         .with_context(|| format!("its segments do not fit into the {room} bytes set aside"))?;
+    let within = |address: u64| (address - memory.start) as usize;
+    // After a reset there is what the guest left.
+    let mut in_order: Vec<_> = elf.segments.iter().map(|segment| &segment.memory).collect();
+    in_order.sort_by_key(|memory| memory.start);
+    let mut filled = 0;
+    for segment in in_order {
+        if let Some(gap) = dst.get_mut(filled..within(segment.start)) {
+            gap.fill(0);
+        }
+        filled = filled.max(within(segment.end));
+    }
     for segment in &elf.segments {
-        let [start, end] = [segment.memory.start, segment.memory.end]
-            .map(|address| (address - memory.start) as usize);
+        let [start, end] = [segment.memory.start, segment.memory.end].map(within);
         let written = read_span(file, &segment.file, opened, &mut dst[start..end])?;
-        // After a reset there is what the guest left.
         dst[start + written as usize..end].fill(0);
     }
     Ok(dst.len() as u64)

@@ -522,3 +522,25 @@ proptest! {
         let _ = load(&[start, rest].concat());
     }
 }
+
+#[test]
+fn between_the_segments_of_an_elf_file_are_zeros_whatever_was_there() {
+    let mut file = NamedTempFile::new().expect("a file");
+    file.write_all(&[1, 2, 3, 4, 5]).expect("room");
+    let segment = |file, memory| image::Segment { file, memory };
+    let elf = X86Elf {
+        // Not in the order of memory; the second ends within the third.
+        segments: vec![
+            segment(0..2, 0x108..0x10b),
+            segment(2..3, 0x100..0x102),
+            segment(3..5, 0x101..0x104),
+        ],
+        notes: 0..0,
+        entry: 0x100,
+    };
+    let mut memory = [0xee; 16];
+    let written = load_elf(file.as_file(), &elf, 5, &mut memory).expect("it fits");
+    assert_eq!(written, 11);
+    assert_eq!(memory[..11], [3, 4, 5, 0, 0, 0, 0, 0, 1, 2, 0]);
+    assert_eq!(memory[11..], [0xee; 5]);
+}
