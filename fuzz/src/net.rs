@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use armlet_devices::virtio::mmio::Mmio;
 use armlet_devices::virtio::net::{
-    Frame, Frames, HEADER, MOST_BYTES, Net, Network, RingNet, Rings, Room, Trouble, Woken, feature,
+    Frame, FrameError, Frames, HEADER, MOST_BYTES, Net, Network, RingNet, Rings, Room, SourceEvent,
+    feature,
 };
 use armlet_devices::virtio::{Link, Source, VirtioDevice, Virtqueue};
 use vm_memory::GuestMemoryMmap;
@@ -20,10 +21,10 @@ struct State {
     /// By pair: lengths of frames that wait for the guest.
     coming: Vec<VecDeque<usize>>,
     /// What happens to a frame that is sent.
-    sending: Result<(), Trouble>,
+    sending: Result<(), FrameError>,
     /// What happens instead of a frame, once.
-    receiving: Option<Trouble>,
-    woken: Woken,
+    receiving: Option<FrameError>,
+    woken: SourceEvent,
     configurable: bool,
     rings: bool,
     /// Pairs in use, as the card says.
@@ -61,9 +62,9 @@ impl Network for Wire {
         vec![source; usize::from(self.pairs)]
     }
 
-    fn woken(&mut self, source: usize) -> Woken {
+    fn woken(&mut self, source: usize) -> SourceEvent {
         let woken = &mut lock(&self.state).woken;
-        std::mem::replace(woken, Woken::Frames(source))
+        std::mem::replace(woken, SourceEvent::Frames(source))
     }
 
     fn configure(&mut self, pairs: u16, offloads: u64) -> Result<(), String> {
@@ -84,7 +85,7 @@ impl Frames for Wire {
         self.has_header
     }
 
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), Trouble> {
+    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), FrameError> {
         let state = lock(&self.state);
         assert!(pair < usize::from(self.pairs));
         let header = if self.has_header { HEADER } else { 0 };
@@ -96,13 +97,13 @@ impl Frames for Wire {
         state.sending.clone()
     }
 
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, Trouble> {
+    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
         let mut state = lock(&self.state);
         if let Some(trouble) = state.receiving.take() {
             return Err(trouble);
         }
         let Some(size) = state.coming[pair].pop_front() else {
-            return Err(Trouble::Wait);
+            return Err(FrameError::Wait);
         };
         let least = if self.has_header { HEADER } else { 1 };
         let most = MOST_BYTES - if self.has_header { 0 } else { HEADER };
@@ -183,26 +184,26 @@ impl World {
                 }
             }
             128..=159 => {
-                let lost = Trouble::Lost("it is too long".to_owned());
+                let lost = FrameError::Lost("it is too long".to_owned());
                 state.sending = match input.u8() & 3 {
-                    0 => Err(Trouble::Wait),
+                    0 => Err(FrameError::Wait),
                     1 => Err(lost),
                     _ => Ok(()),
                 };
                 return None;
             }
             160..=175 => {
-                state.receiving = Some(Trouble::Lost("it was cut".to_owned()));
+                state.receiving = Some(FrameError::Lost("it was cut".to_owned()));
             }
-            176..=191 => state.woken = Woken::Link(input.flag()),
-            192..=199 => state.woken = Woken::Nothing,
-            200..=207 => state.woken = Woken::Broken("the host says so".to_owned()),
+            176..=191 => state.woken = SourceEvent::Link(input.flag()),
+            192..=199 => state.woken = SourceEvent::Nothing,
+            200..=207 => state.woken = SourceEvent::Broken("the host says so".to_owned()),
             208..=211 => {
                 let gone = "the network went away".to_owned();
                 match input.u8() & 3 {
-                    0 => state.woken = Woken::Gone(gone),
-                    1 => state.receiving = Some(Trouble::Gone(gone)),
-                    _ => state.sending = Err(Trouble::Gone(gone)),
+                    0 => state.woken = SourceEvent::Gone(gone),
+                    1 => state.receiving = Some(FrameError::Gone(gone)),
+                    _ => state.sending = Err(FrameError::Gone(gone)),
                 }
             }
             212..=223 => {
@@ -239,7 +240,7 @@ impl World {
         let mut state = lock(&self.state);
         state.sending = Ok(());
         state.configurable = true;
-        state.woken = Woken::Frames(0);
+        state.woken = SourceEvent::Frames(0);
     }
 }
 
@@ -322,7 +323,7 @@ pub fn net(data: &[u8]) {
         coming: vec![VecDeque::new(); pairs],
         sending: Ok(()),
         receiving: None,
-        woken: Woken::Frames(0),
+        woken: SourceEvent::Frames(0),
         configurable: true,
         rings: false,
         active: 1,

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::Source;
-use armlet_devices::virtio::net::{Frame, Frames, Network, Room, Trouble, Woken};
+use armlet_devices::virtio::net::{Frame, FrameError, Frames, Network, Room, SourceEvent};
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr;
 use armlet_system::messages::LINES;
@@ -226,14 +226,14 @@ impl Passt {
     }
 
     /// Hands on what passt says while it works.
-    fn report(&mut self) -> Woken {
+    fn report(&mut self) -> SourceEvent {
         let mut said = Vec::new();
         self.listen(&mut said);
         self.repeat(&said);
         // One that closed its standard error and lives on has nothing more to say.
         match self.process.ended(Deadline::after(Duration::ZERO)) {
-            Some(_) => Woken::Gone(self.lost(Vec::new(), GRACE)),
-            None => Woken::Nothing,
+            Some(_) => SourceEvent::Gone(self.lost(Vec::new(), GRACE)),
+            None => SourceEvent::Nothing,
         }
     }
 
@@ -265,9 +265,9 @@ impl Passt {
     }
 
     /// What an error of the stream means.
-    fn trouble(&mut self, error: Broken) -> Trouble {
-        Trouble::Gone(match error {
-            Broken::Wait => return Trouble::Wait,
+    fn frame_error(&mut self, error: Broken) -> FrameError {
+        FrameError::Gone(match error {
+            Broken::Wait => return FrameError::Wait,
             Broken::Closed => self.lost(Vec::new(), GRACE),
             Broken::Wrong(size) => {
                 let what = format!("it sent a frame of {size} bytes, which cannot be");
@@ -276,20 +276,20 @@ impl Passt {
         })
     }
 
-    fn send(&mut self, frame: Frame<'_>) -> Result<(), Trouble> {
+    fn send(&mut self, frame: Frame<'_>) -> Result<(), FrameError> {
         let size = frame.size();
         if size > LONGEST {
-            return Err(Trouble::Lost(format!(
+            return Err(FrameError::Lost(format!(
                 "a frame has {size} bytes; passt takes up to {LONGEST}"
             )));
         }
         let sent = self.stream.send(size, || frame.slices());
-        sent.map_err(|error| self.trouble(error))
+        sent.map_err(|error| self.frame_error(error))
     }
 
-    fn receive(&mut self, room: Room<'_>) -> Result<usize, Trouble> {
+    fn receive(&mut self, room: Room<'_>) -> Result<usize, FrameError> {
         let received = self.stream.receive(|frame| room.fill(frame));
-        received.map_err(|error| self.trouble(error))
+        received.map_err(|error| self.frame_error(error))
     }
 }
 
@@ -363,17 +363,17 @@ impl Network for PasstFrames {
         vec![source(self.socket, true), source(self.words, false)]
     }
 
-    fn woken(&mut self, source: usize) -> Woken {
+    fn woken(&mut self, source: usize) -> SourceEvent {
         let mut passt = self.passt();
         if source != SOCKET {
             return passt.report();
         }
         match passt.stream.flush() {
-            Err(Broken::Closed) => match passt.trouble(Broken::Closed) {
-                Trouble::Gone(why) => Woken::Gone(why),
-                _ => Woken::Nothing,
+            Err(Broken::Closed) => match passt.frame_error(Broken::Closed) {
+                FrameError::Gone(why) => SourceEvent::Gone(why),
+                _ => SourceEvent::Nothing,
             },
-            _ => Woken::Frames(0),
+            _ => SourceEvent::Frames(0),
         }
     }
 
@@ -387,11 +387,11 @@ impl Frames for PasstFrames {
         false
     }
 
-    fn send(&mut self, _pair: usize, frame: Frame<'_>) -> Result<(), Trouble> {
+    fn send(&mut self, _pair: usize, frame: Frame<'_>) -> Result<(), FrameError> {
         self.passt().send(frame)
     }
 
-    fn receive(&mut self, _pair: usize, room: Room<'_>) -> Result<usize, Trouble> {
+    fn receive(&mut self, _pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
         self.passt().receive(room)
     }
 }

@@ -8,7 +8,7 @@ use armlet_devices::virtio::net::feature::{
     CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN,
     HOST_TSO4, HOST_TSO6, HOST_USO,
 };
-use armlet_devices::virtio::net::{Frame, Frames, HEADER, Network, Room, Trouble, Woken};
+use armlet_devices::virtio::net::{Frame, FrameError, Frames, HEADER, Network, Room, SourceEvent};
 use armlet_system::messages::shell_word;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -185,16 +185,16 @@ impl Tap {
 
     /// Its interface may have changed: what that means.
     #[must_use]
-    pub fn changed(&self) -> Woken {
+    pub fn changed(&self) -> SourceEvent {
         // Which interface it is does not matter, as ours is looked at anyway.
         if let Some(socket) = &self.changes {
             let mut message = [0; 4096];
             while let Ok(1..) | Err(Errno::NOBUFS) = rustix::io::read(socket, &mut message) {}
         }
         match self.state() {
-            State::Up => Woken::Link(true),
-            State::Down => Woken::Link(false),
-            State::Gone => Woken::Gone(self.is_gone()),
+            State::Up => SourceEvent::Link(true),
+            State::Down => SourceEvent::Link(false),
+            State::Gone => SourceEvent::Gone(self.is_gone()),
         }
     }
 
@@ -390,9 +390,9 @@ impl Network for TapFrames {
         queues.chain(self.0.changes()).collect()
     }
 
-    fn woken(&mut self, source: usize) -> Woken {
+    fn woken(&mut self, source: usize) -> SourceEvent {
         match source < self.0.queues.len() {
-            true => Woken::Frames(source),
+            true => SourceEvent::Frames(source),
             false => self.0.changed(),
         }
     }
@@ -407,33 +407,33 @@ impl Frames for TapFrames {
         true
     }
 
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), Trouble> {
+    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), FrameError> {
         match sys::write_from(self.0.queues[pair].as_fd(), &[], frame.slices()) {
             Ok(_) => Ok(()),
-            Err(error) => Err(self.0.trouble("send", &error)),
+            Err(error) => Err(self.0.frame_error("send", &error)),
         }
     }
 
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, Trouble> {
+    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
         sys::read_into(self.0.queues[pair].as_fd(), room.slices())
-            .map_err(|error| self.0.trouble("receive", &error))
+            .map_err(|error| self.0.frame_error("receive", &error))
     }
 }
 
 impl Tap {
     /// What an error of a frame means. ENOMEM and ENOBUFS pass, but no source tells when, so that
     /// such a frame is lost, as on a network that is too busy.
-    fn trouble(&self, what: &str, error: &io::Error) -> Trouble {
+    fn frame_error(&self, what: &str, error: &io::Error) -> FrameError {
         let name = &self.name;
         match error.raw_os_error() {
-            Some(libc::EAGAIN) => Trouble::Wait,
-            Some(libc::EBADFD) => Trouble::Gone(self.is_gone()),
+            Some(libc::EAGAIN) => FrameError::Wait,
+            Some(libc::EBADFD) => FrameError::Gone(self.is_gone()),
             // drivers/net/tun.c: tun_get_user.
-            Some(libc::EIO) => Trouble::Lost(format!("a frame is lost, as {name} is down")),
+            Some(libc::EIO) => FrameError::Lost(format!("a frame is lost, as {name} is down")),
             Some(libc::EINVAL) => {
-                Trouble::Lost(format!("a frame has a header that {name} does not take"))
+                FrameError::Lost(format!("a frame has a header that {name} does not take"))
             }
-            _ => Trouble::Lost(format!("{name} cannot {what} a frame: {error}")),
+            _ => FrameError::Lost(format!("{name} cannot {what} a frame: {error}")),
         }
     }
 }

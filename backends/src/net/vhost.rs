@@ -5,7 +5,7 @@ use super::tap::Tap;
 use crate::vhost::Vhost;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::sync;
-use armlet_devices::virtio::net::{Network, Rings, Woken, feature};
+use armlet_devices::virtio::net::{Network, Rings, SourceEvent, feature};
 use armlet_devices::virtio::{
     FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link, Source, Virtqueue,
 };
@@ -139,13 +139,13 @@ impl Network for VhostNet {
         std::iter::once(errors).chain(self.tap.changes()).collect()
     }
 
-    fn woken(&mut self, source: usize) -> Woken {
+    fn woken(&mut self, source: usize) -> SourceEvent {
         if source > 0 {
             return self.tap.changed();
         }
         match self.errors.read() {
-            Ok(_) => Woken::Broken("the kernel finds a ring wrong".to_owned()),
-            Err(_) => Woken::Nothing,
+            Ok(_) => SourceEvent::Broken("the kernel finds a ring wrong".to_owned()),
+            Err(_) => SourceEvent::Nothing,
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::sync::lock;
 
-/// Tells whoever shows the configuration space to the guest of a change: the bytes and the
+/// Notified of each change, for whoever shows the configuration space to the guest: the bytes and the
 /// generation.
 type ConfigWatch = Box<dyn Fn(&[u8], u32) + Send>;
 

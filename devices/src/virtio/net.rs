@@ -24,7 +24,7 @@ mod send;
 mod tests;
 
 pub use super::state::{NetSession, NetState};
-pub use network::{Frame, Frames, HEADER, MOST_BYTES, Network, Room, Trouble, Woken};
+pub use network::{Frame, FrameError, Frames, HEADER, MOST_BYTES, Network, Room, SourceEvent};
 pub use rings::{RingNet, Rings};
 
 /// Device ID.
@@ -96,7 +96,7 @@ impl<N: Frames> Net<N> {
         }
     }
 
-    /// The network is gone: the driver sees the link go down, and what it still sends is thrown
+    /// Shows the driver that the link is down, as the network is gone; what it still sends is thrown
     /// away.
     fn lose(&mut self, why: &str) {
         if std::mem::replace(&mut self.gone, true) {
@@ -108,7 +108,7 @@ impl<N: Frames> Net<N> {
         }
     }
 
-    /// Frames may have come for a pair, or can be sent again.
+    /// Moves the frames of a pair, for which some may have come or can be sent again.
     fn woken(&mut self, pair: usize) {
         if let Some(pair) = self.pairs.get_mut(pair) {
             if let Some(receiver) = &mut pair.receiver {
@@ -254,11 +254,11 @@ impl<N: Frames> VirtioDevice for Net<N> {
 
     fn ready(&mut self, source: usize) {
         match self.network.woken(source) {
-            Woken::Nothing => {}
-            Woken::Frames(pair) => self.woken(pair),
-            Woken::Link(up) => self.card.set_link(up && !self.gone),
-            Woken::Broken(what) => self.card.broken(&what),
-            Woken::Gone(why) => self.lose(&why),
+            SourceEvent::Nothing => {}
+            SourceEvent::Frames(pair) => self.woken(pair),
+            SourceEvent::Link(up) => self.card.set_link(up && !self.gone),
+            SourceEvent::Broken(what) => self.card.broken(&what),
+            SourceEvent::Gone(why) => self.lose(&why),
         }
     }
 }

@@ -210,7 +210,7 @@ fn one_that_closes_its_standard_error_and_lives_on_holds_nothing_up() {
         let broker = Arc::clone(&broker);
         let pid = in_bounded_time(move || match fake(&broker, script, patience) {
             Ok(mut passt) => {
-                assert!(matches!(passt.report(), Woken::Nothing), "{script}");
+                assert!(matches!(passt.report(), SourceEvent::Nothing), "{script}");
                 Some(passt.process.pid().cast_unsigned())
             }
             Err(error) => {
@@ -233,13 +233,13 @@ fn one_that_closes_its_standard_error_later_can_go_on_and_its_end_is_noticed() {
     let script = "head -c 64 <&3 >/dev/null; exec 2>&-; head -c 64 <&3 >/dev/null; exit 3";
     let broker = Broker::fork().expect("a process");
     let mut passt = fake(&broker, script, PATIENCE).expect("it reads");
-    assert!(matches!(passt.report(), Woken::Nothing));
+    assert!(matches!(passt.report(), SourceEvent::Nothing));
     assert!(!passt.is_gone);
     send(&mut passt.stream, &[0; 60], 60).expect("room");
     let deadline = Deadline::after(PATIENCE);
     let ended = passt.process.ended(deadline).expect("an end").to_owned();
     assert_eq!(ended, "exit status: 3");
-    let Woken::Gone(why) = passt.report() else {
+    let SourceEvent::Gone(why) = passt.report() else {
         panic!("it has ended");
     };
     assert_eq!(why, "passt has ended: exit status: 3");

@@ -10,7 +10,7 @@ use crate::virtio::console::{Console, Sink};
 use crate::virtio::fake::Guest;
 use crate::virtio::fs::{Fs, Server};
 use crate::virtio::net::feature as net;
-use crate::virtio::net::{Frame, Frames, Net, Network, Room, Trouble, Woken};
+use crate::virtio::net::{Frame, FrameError, Frames, Net, Network, Room, SourceEvent};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Limits, Vsock};
@@ -71,8 +71,8 @@ impl Network for World {
         Vec::new()
     }
 
-    fn woken(&mut self, _source: usize) -> Woken {
-        Woken::Nothing
+    fn woken(&mut self, _source: usize) -> SourceEvent {
+        SourceEvent::Nothing
     }
 
     fn configure(&mut self, _pairs: u16, _offloads: u64) -> Result<(), String> {
@@ -85,11 +85,11 @@ impl Frames for World {
         false
     }
 
-    fn send(&mut self, _pair: usize, _frame: Frame<'_>) -> Result<(), Trouble> {
+    fn send(&mut self, _pair: usize, _frame: Frame<'_>) -> Result<(), FrameError> {
         Ok(())
     }
 
-    fn receive(&mut self, _pair: usize, room: Room<'_>) -> Result<usize, Trouble> {
+    fn receive(&mut self, _pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
         Ok(room.fill(&[0x55; 60]))
     }
 }

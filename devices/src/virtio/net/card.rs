@@ -157,7 +157,7 @@ impl Card {
         })
     }
 
-    /// Goes on with what was saved.
+    /// Takes over what was saved.
     ///
     /// # Errors
     /// What this card cannot be.
@@ -191,7 +191,7 @@ impl Card {
         Ok(())
     }
 
-    /// The driver is gone.
+    /// Forgets what the driver asked for, and configures the network as for none.
     pub(super) fn reset(&mut self, network: &mut impl Network) {
         let (running, paused) = (self.running.take(), self.paused.take());
         if running.is_none() && paused.is_none() {
@@ -223,7 +223,7 @@ impl Card {
         self.running.as_ref()?.control.as_ref()
     }
 
-    /// Has this control queue, or none, from now on.
+    /// Sets the control queue, or none.
     pub(super) fn set_control(&mut self, control: Option<Virtqueue>) {
         if let Some(running) = &mut self.running {
             running.control = control;
@@ -272,14 +272,14 @@ impl Card {
         }
     }
 
-    /// The driver broke a ring.
+    /// Asks the driver for a reset, as it broke a ring.
     pub(super) fn broken(&self, what: &str) {
         if let Some(link) = self.link() {
             link.broken(format_args!("{what}"));
         }
     }
 
-    /// The network is gone for good.
+    /// Shows the link as down from here on, as the network is gone for good.
     pub(super) fn lose(&mut self, why: &str) {
         let name = self.link().map_or("the network", Link::name);
         log::warn!("{name}: {why}; the guest's link is down from here on");

@@ -52,7 +52,7 @@ pub trait Network: Send {
     fn sources(&self) -> Vec<Source>;
 
     /// A source is ready: what that means.
-    fn woken(&mut self, source: usize) -> Woken;
+    fn woken(&mut self, source: usize) -> SourceEvent;
 
     /// Uses the first `pairs` pairs of queues from now on, with frames that ask of the driver no
     /// more than the features `offloads`.
@@ -72,19 +72,19 @@ pub trait Frames: Network {
     ///
     /// # Errors
     /// What became of the frame instead.
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), Trouble>;
+    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), FrameError>;
 
     /// Puts the frame that came next into `room`, which is large enough for any, and returns its
     /// bytes. It never waits.
     ///
     /// # Errors
     /// Why there is none.
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, Trouble>;
+    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, FrameError>;
 }
 
 /// What a source that is ready means.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Woken {
+pub enum SourceEvent {
     /// For the card nothing.
     Nothing,
     /// Frames may have come for this pair of queues, or can be sent again.
@@ -99,7 +99,7 @@ pub enum Woken {
 
 /// Why a frame was not moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum FrameError {
     /// Not now: a source will be ready when it can be tried again.
     Wait,
     /// This one is lost, and why; the next may fare better.

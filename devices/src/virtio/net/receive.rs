@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::feature;
-use super::network::{BATCH, Frames, HEADER, Held, MOST_BYTES, Room, Trouble};
+use super::network::{BATCH, FrameError, Frames, HEADER, Held, MOST_BYTES, Room};
 use crate::virtio::{Link, Position, Virtqueue};
 
 /// Offset of num_buffers in the header, in bytes (virtio 1.2, section 5.1.6).
@@ -191,12 +191,12 @@ impl Receiver {
                         }
                     }
                 }
-                Err(Trouble::Wait) => self.more = false,
-                Err(Trouble::Lost(why)) => {
+                Err(FrameError::Wait) => self.more = false,
+                Err(FrameError::Lost(why)) => {
                     left -= 1;
                     self.link.fault(format_args!("{why}"));
                 }
-                Err(Trouble::Gone(why)) => {
+                Err(FrameError::Gone(why)) => {
                     self.more = false;
                     result = Err(why);
                 }

@@ -7,7 +7,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::card::Card;
-use super::{ID, Network, Woken};
+use super::{ID, Network, SourceEvent};
 use crate::virtio::{
     ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
     VirtioDevice, Virtqueue,
@@ -216,10 +216,10 @@ impl<N: Rings> VirtioDevice for RingNet<N> {
             return;
         }
         match self.network.woken(source) {
-            Woken::Nothing | Woken::Frames(_) => {}
-            Woken::Link(up) => self.card.set_link(up),
-            Woken::Broken(what) => self.card.broken(&what),
-            Woken::Gone(why) => self.card.lose(&why),
+            SourceEvent::Nothing | SourceEvent::Frames(_) => {}
+            SourceEvent::Link(up) => self.card.set_link(up),
+            SourceEvent::Broken(what) => self.card.broken(&what),
+            SourceEvent::Gone(why) => self.card.lose(&why),
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::sync::ring;
 use std::sync::Arc;
 
-use super::network::{BATCH, Frame, Frames, HEADER, LEAST_FRAME, MOST_BYTES, Trouble};
+use super::network::{BATCH, Frame, FrameError, Frames, HEADER, LEAST_FRAME, MOST_BYTES};
 use crate::virtio::{Chain, Link, Position, Virtqueue};
 
 /// A queue of frames to send.
@@ -73,7 +73,7 @@ impl Transmitter {
             let sent = match (self.frame(&chain), &mut network) {
                 (Some(frame), Some(network)) => network.send(pair, frame),
                 (Some(_), None) => Ok(()),
-                (None, _) => Err(Trouble::Lost(format!(
+                (None, _) => Err(FrameError::Lost(format!(
                     "a frame to send has {} bytes in {} pieces",
                     chain.readable_len(),
                     chain.readable().len()
@@ -81,13 +81,13 @@ impl Transmitter {
             };
             match sent {
                 Ok(()) => {}
-                Err(Trouble::Wait) => {
+                Err(FrameError::Wait) => {
                     self.queue.undo_pop(chain);
                     self.blocked = true;
                     break;
                 }
-                Err(Trouble::Lost(why)) => self.link.fault(format_args!("{why}")),
-                Err(Trouble::Gone(why)) => result = Err(why),
+                Err(FrameError::Lost(why)) => self.link.fault(format_args!("{why}")),
+                Err(FrameError::Gone(why)) => result = Err(why),
             }
             self.queue.complete(chain, 0);
         }

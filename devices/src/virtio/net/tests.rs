@@ -35,13 +35,13 @@ struct Wire {
     offloads: u64,
     mtu: Option<u16>,
     /// What each pair receives next.
-    incoming: Vec<VecDeque<Result<Vec<u8>, Trouble>>>,
+    incoming: Vec<VecDeque<Result<Vec<u8>, FrameError>>>,
     /// What was sent, with the pair.
     sent: Vec<(usize, Vec<u8>)>,
     /// What happens to what is sent.
-    refuse: Option<Trouble>,
+    refuse: Option<FrameError>,
     /// What the next source means; frames if nothing is said.
-    woken: Option<Woken>,
+    woken: Option<SourceEvent>,
     /// What it was configured with last.
     configured: (u16, u64),
     refuses_configuration: bool,
@@ -102,9 +102,9 @@ impl Network for FakeNetwork {
         Vec::new()
     }
 
-    fn woken(&mut self, source: usize) -> Woken {
+    fn woken(&mut self, source: usize) -> SourceEvent {
         let woken = lock(&self.0).woken.take();
-        woken.unwrap_or(Woken::Frames(source))
+        woken.unwrap_or(SourceEvent::Frames(source))
     }
 
     fn configure(&mut self, pairs: u16, offloads: u64) -> Result<(), String> {
@@ -122,7 +122,7 @@ impl Frames for FakeNetwork {
         !lock(&self.0).bare
     }
 
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), Trouble> {
+    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), FrameError> {
         let mut wire = lock(&self.0);
         if let Some(trouble) = &wire.refuse {
             return Err(trouble.clone());
@@ -138,9 +138,9 @@ impl Frames for FakeNetwork {
         Ok(())
     }
 
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, Trouble> {
+    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
         let frame = lock(&self.0).incoming[pair].pop_front();
-        let frame = frame.unwrap_or(Err(Trouble::Wait))?;
+        let frame = frame.unwrap_or(Err(FrameError::Wait))?;
         // As readv does it.
         let slices: Vec<_> = room.slices().collect();
         assert!(slices.len() <= 1024, "{} pieces", slices.len());
@@ -402,7 +402,7 @@ fn more_frames_than_one_go_takes_all_move() {
 fn a_frame_that_cannot_be_sent_yet_is_sent_later() {
     let network = FakeNetwork::default();
     let mut guest = started(&network, 0);
-    network.change(|wire| wire.refuse = Some(Trouble::Wait));
+    network.change(|wire| wire.refuse = Some(FrameError::Wait));
     guest.request(TX, &[&frame(b"the first frame")], &[]);
     guest.request(TX, &[&frame(b"the second frame")], &[]);
     guest.kick(TX);
@@ -419,7 +419,7 @@ fn a_frame_that_cannot_be_sent_yet_is_sent_later() {
 fn a_frame_that_is_lost_is_counted_and_the_next_is_sent() {
     let network = FakeNetwork::default();
     let mut guest = started(&network, MRG_RXBUF);
-    let lost = || Some(Trouble::Lost("the link is down".to_owned()));
+    let lost = || Some(FrameError::Lost("the link is down".to_owned()));
     network.change(|wire| wire.refuse = lost());
     guest.answer(TX, &[&frame(b"this one is lost")], &[]);
     network.change(|wire| wire.refuse = None);
@@ -436,7 +436,7 @@ fn a_frame_that_is_lost_is_counted_and_the_next_is_sent() {
 
 #[test]
 fn when_the_network_is_gone_the_link_goes_down_and_sending_goes_on() {
-    let gone = || Trouble::Gone("the cable is cut".to_owned());
+    let gone = || FrameError::Gone("the cable is cut".to_owned());
     for by_receiving in [false, true] {
         let network = FakeNetwork::default();
         let mut guest = started(&network, MRG_RXBUF | STATUS);
@@ -464,14 +464,14 @@ fn the_driver_hears_of_the_link_if_it_wants_to() {
     for features in [0, STATUS] {
         let network = FakeNetwork::default();
         let mut guest = started(&network, features);
-        network.change(|wire| wire.woken = Some(Woken::Link(false)));
+        network.change(|wire| wire.woken = Some(SourceEvent::Link(false)));
         wake(&guest, 0);
         assert_eq!(guest.read(LINK_STATUS) & 0xffff, 0);
         let heard = usize::from(features != 0);
         assert_eq!(guest.interrupts(), heard);
-        network.change(|wire| wire.woken = Some(Woken::Link(true)));
+        network.change(|wire| wire.woken = Some(SourceEvent::Link(true)));
         wake(&guest, 0);
-        network.change(|wire| wire.woken = Some(Woken::Link(true)));
+        network.change(|wire| wire.woken = Some(SourceEvent::Link(true)));
         wake(&guest, 0);
         assert_eq!(guest.read(LINK_STATUS) & 0xffff, 1);
         assert_eq!(guest.interrupts(), 2 * heard);

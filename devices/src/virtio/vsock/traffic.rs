@@ -99,7 +99,7 @@ impl Traffic {
         self.settle(token);
     }
 
-    /// Does what there is to do on both sides, but not for ever.
+    /// Moves packets both ways, up to [`TURN`] of them.
     pub(super) fn turn(&mut self, host: &mut Host) {
         let mut left = TURN;
         let mut more = self.accept(host);
@@ -390,7 +390,7 @@ impl Traffic {
         }
     }
 
-    /// The guest connects to a port of the host.
+    /// Connects the guest to a port of the host, or refuses it.
     fn request(&mut self, host: &mut Host, header: &Header) {
         if self.connections.len() >= host.limits.connections {
             self.refuse(header);

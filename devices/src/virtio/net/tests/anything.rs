@@ -18,7 +18,7 @@ proptest! {
         let mut guest = started(&network, 0);
         let mut expected = Vec::new();
         for (pieces, wait) in frames.iter().zip(waits) {
-            network.change(|wire| wire.refuse = wait.then_some(Trouble::Wait));
+            network.change(|wire| wire.refuse = wait.then_some(FrameError::Wait));
             let whole = pieces.concat();
             let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
             guest.request(TX, &pieces, &[]);

@@ -150,7 +150,7 @@ fn an_mtu_that_no_driver_could_use_is_not_told() {
         // Nor does it change, whatever the host does with its own.
         network.change(|wire| {
             wire.mtu = Some(1400);
-            wire.woken = Some(Woken::Link(false));
+            wire.woken = Some(SourceEvent::Link(false));
         });
         guest.start(features);
         wake(&guest, 0);

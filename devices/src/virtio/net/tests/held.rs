@@ -84,7 +84,7 @@ fn a_link_that_went_down_meanwhile_is_told() {
     let network = FakeNetwork::default();
     let mut guest = started(&network, STATUS);
     guest.mmio.quiesce();
-    network.change(|wire| wire.woken = Some(Woken::Link(false)));
+    network.change(|wire| wire.woken = Some(SourceEvent::Link(false)));
     wake(&guest, 0);
     assert_eq!(guest.interrupts(), 0);
     guest.mmio.resume();

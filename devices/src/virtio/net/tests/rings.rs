@@ -33,7 +33,7 @@ impl Network for FakeRings {
         }]
     }
 
-    fn woken(&mut self, source: usize) -> Woken {
+    fn woken(&mut self, source: usize) -> SourceEvent {
         self.network.woken(source)
     }
 
@@ -109,12 +109,12 @@ fn the_hosts_end_works_on_all_queues_but_the_control_queue() {
     // Other sources are the network's.
     rings
         .network
-        .change(|wire| wire.woken = Some(Woken::Link(false)));
+        .change(|wire| wire.woken = Some(SourceEvent::Link(false)));
     wake(&guest, 0);
     assert_eq!(guest.read(LINK_STATUS) & 0xffff, 0);
     rings
         .network
-        .change(|wire| wire.woken = Some(Woken::Broken("ring 1".to_owned())));
+        .change(|wire| wire.woken = Some(SourceEvent::Broken("ring 1".to_owned())));
     wake(&guest, 0);
     assert!(guest.is_broken());
     // It stops with the driver, and begins again with the next.
