@@ -194,7 +194,19 @@ fn pattern(section: &Section) -> Option<String> {
         let (archive, member) = section.file.strip_suffix(')')?.split_once('(')?;
         return Some(format!("*{archive}:{member}(.text)"));
     }
-    Some(format!("*({})", without_hashes(&section.name)))
+    let name = without_hashes(&section.name);
+    Some(match copied(&name) {
+        Some(name) => format!("*({name} {name}.*)"),
+        None => format!("*({name})"),
+    })
+}
+
+/// The name of a function that was compiled several times, without the number that LLVM has added to
+/// tell the copies apart. Any of them may be the one that the linker keeps (`build.rs`).
+fn copied(name: &str) -> Option<&str> {
+    let (name, number) = name.rsplit_once('.')?;
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then_some(name)
 }
 
 /// A mangled name with `*` for each number that stands for a version of a crate: `Cs`, digits in base
@@ -263,6 +275,27 @@ IN:
             ],
             "{script}"
         );
+    }
+
+    #[test]
+    fn whichever_copy_of_a_function_is_kept_is_named() {
+        let pattern = |name: &str| {
+            let (file, name) = ("a.o".to_owned(), name.to_owned());
+            pattern(&Section {
+                size: 4,
+                file,
+                name,
+            })
+        };
+        let both = "*(.text._RNvCs*_4core4next .text._RNvCs*_4core4next.*)";
+        assert_eq!(
+            pattern(".text._RNvCs1_4core4next.2462").as_deref(),
+            Some(both)
+        );
+        let one = "*(.text._RNvCs*_4core4next)";
+        assert_eq!(pattern(".text._RNvCs1_4core4next").as_deref(), Some(one));
+        let of_llvm = pattern(".text.start.llvm.1234");
+        assert_eq!(of_llvm.as_deref(), Some("*(.text.start.llvm.*)"));
     }
 
     #[test]
