@@ -15,8 +15,8 @@ use armlet_arch::size::parse_memory;
 use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
 use armlet_backends::console::ConsoleKind;
+use armlet_backends::open::DeviceOptions;
 use armlet_backends::open::Wanted;
-use armlet_backends::pmem::planned_size;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::status::{Fault, Status};
 use linux_loader::cmdline::Cmdline;
@@ -186,7 +186,10 @@ fn read_checked<A: Arch>(
         // A board does not say.
         _ => Counters::Only,
     };
-    let pmem = args.pmem.iter().map(|text| planned_size(text));
+    let pmem = wanted.iter().filter_map(|device| match &device.options {
+        DeviceOptions::Pmem(pmem) => Some(pmem.planned_size()),
+        _ => None,
+    });
     let request = Request {
         cpus,
         memory,

@@ -7,7 +7,8 @@ use armlet_backends::balloon::BalloonOptions;
 use armlet_backends::console::ConsoleKind;
 use armlet_backends::disk::{self, DiskOptions};
 use armlet_backends::net::NetOptions;
-use armlet_backends::open::{Wanted, What};
+use armlet_backends::open::{DeviceOptions, Wanted};
+use armlet_backends::pmem::PmemOptions;
 use armlet_backends::root;
 use armlet_backends::share::ShareOptions;
 use armlet_backends::vsock::VsockOptions;
@@ -21,46 +22,49 @@ use std::collections::HashSet;
 pub fn wanted(args: &MachineArgs, memory: u64) -> Result<Vec<Wanted>> {
     let mut wanted = Vec::new();
     let mut tags = HashSet::new();
-    let mut add = |name: &str, what| {
+    let mut add = |name: &str, options| {
         let name = name.to_owned();
-        wanted.push(Wanted { name, what });
+        wanted.push(Wanted { name, options });
     };
     let disks = args.disk.iter().map(|text| DiskOptions::parse(text));
     let disks = disks.collect::<Result<Vec<_>>>()?;
     disk::check_ids(&disks)?;
     for (number, disk) in disks.into_iter().enumerate() {
-        add(&format!("disk{number}"), What::Disk(disk));
+        add(&format!("disk{number}"), DeviceOptions::Disk(disk));
     }
     for (number, text) in args.net.iter().enumerate() {
         let net = NetOptions::parse(text)?;
-        add(&format!("net{number}"), What::Net(net));
+        add(&format!("net{number}"), DeviceOptions::Net(net));
     }
     for (number, text) in args.share.iter().enumerate() {
         let share = ShareOptions::parse(text)?;
-        if !tags.insert(share.tag().to_owned()) {
+        if !tags.insert(share.tag.clone()) {
             bail!(
                 "--share: tag '{}' is there twice; give each folder its own",
-                share.tag()
+                share.tag
             );
         }
-        add(&format!("share{number}"), What::Share(share));
+        add(&format!("share{number}"), DeviceOptions::Share(share));
     }
     if let Some(text) = &args.vsock {
-        add("vsock", What::Vsock(VsockOptions::parse(text)?));
+        add("vsock", DeviceOptions::Vsock(VsockOptions::parse(text)?));
     }
     for (number, text) in args.pmem.iter().enumerate() {
-        add(&format!("pmem{number}"), What::Pmem(text.clone()));
+        add(
+            &format!("pmem{number}"),
+            DeviceOptions::Pmem(PmemOptions::parse(text)?),
+        );
     }
     if let Some(text) = &args.balloon {
         let balloon = BalloonOptions::parse(text, parse_memory)?;
-        check_balloon(balloon.target(), memory)?;
-        add("balloon", What::Balloon(balloon));
+        check_balloon(balloon.target, memory)?;
+        add("balloon", DeviceOptions::Balloon(balloon));
     }
     if console(args)? == ConsoleKind::Virtio {
-        add("console", What::Console);
+        add("console", DeviceOptions::Console);
     }
     match args.rng.as_deref() {
-        None | Some("on") => add("rng", What::Rng),
+        None | Some("on") => add("rng", DeviceOptions::Rng),
         Some("off") => {}
         Some(other) => bail!("--rng '{other}' is not known; use on or off"),
     }
@@ -80,7 +84,7 @@ pub fn console(args: &MachineArgs) -> Result<ConsoleKind> {
 #[must_use]
 pub fn root(args: &MachineArgs) -> Option<&'static str> {
     let disk = DiskOptions::parse(args.disk.first()?).ok()?;
-    root::words(disk.path())
+    root::words(&disk.path)
 }
 
 /// Refuses a balloon of `bytes` that takes all of `memory`.

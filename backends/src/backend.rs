@@ -6,11 +6,22 @@ use armlet_devices::virtio::VirtioDevice;
 use std::sync::{Arc, Mutex};
 
 /// What stands behind a virtio device on the host.
+///
+/// It has two steps, and a process that confines itself does so between them:
+///
+/// 1. **open** ([`crate::open::open`], and `open` of each kind's options), once. It may open files by
+///    name, connect, fork and have programs executed (by the broker), and ask for memory.
+/// 2. [`Self::device`], at each life of the guest, and what devices do from then on. It uses the
+///    descriptors that were kept and asks the broker for programs. It opens no file by name, does not
+///    fork and executes nothing.
+///
+/// `docs/ARCHITECTURE.md` ("Before and after confinement") lists what does not keep to this yet.
 pub trait Backend: Send {
     /// What it is called in messages and in the name of its thread: "disk0", up to 15 bytes.
     fn name(&self) -> String;
 
-    /// The device for the guest that starts now; the one of the guest before is gone.
+    /// The device for the guest that starts now; the one of the guest before is gone. It uses what
+    /// was opened, and opens nothing by name.
     ///
     /// # Errors
     /// What the host refuses.
@@ -52,5 +63,13 @@ impl<B: Backend + Sync + ?Sized> Backend for Arc<B> {
 
     fn shares_memory(&self) -> bool {
         (**self).shares_memory()
+    }
+
+    fn takes_memory(&self) -> bool {
+        (**self).takes_memory()
+    }
+
+    fn pmem(&self) -> Option<&PmemImage> {
+        (**self).pmem()
     }
 }

@@ -1,8 +1,8 @@
 //! The memory balloon (`--balloon`): what the guest does not need goes back to the host.
 
-use super::options::Options;
-use super::pages;
 use crate::backend::Backend;
+use crate::options::Options;
+use crate::pages;
 use anyhow::{Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
@@ -22,9 +22,12 @@ pub struct GuestBalloon {
 /// A balloon as the user asks for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonOptions {
-    offer: Offer,
-    /// Bytes that it should hold.
-    target: u64,
+    /// Bytes that it takes from the guest, which is to have more than that.
+    pub target: u64,
+    /// Whether the guest says which pages are free.
+    pub reporting: bool,
+    /// Whether the guest may take pages back before it runs out of memory.
+    pub deflate_on_oom: bool,
 }
 
 impl BalloonOptions {
@@ -40,31 +43,30 @@ impl BalloonOptions {
         // For a balloon with nothing to say of it.
         let _ = options.switch("on")?;
         let size = options.take("size")?.unwrap_or_else(|| "0".to_owned());
-        let offer = Offer {
-            reporting: options.toggle("reporting")?.unwrap_or(true),
-            // It is made for migration.
-            hinting: false,
-            deflate_on_oom: options.toggle("deflate-on-oom")?.unwrap_or(true),
-        };
+        let reporting = options.toggle("reporting")?.unwrap_or(true);
+        let deflate_on_oom = options.toggle("deflate-on-oom")?.unwrap_or(true);
         options.finish()?;
         let target = match parse_size(&size) {
             Ok(target) => target,
             Err(what) => bail!("{FLAG} '{text}': {what}"),
         };
-        Ok(BalloonOptions { offer, target })
-    }
-
-    /// Bytes that it takes from the guest.
-    #[must_use]
-    pub fn target(&self) -> u64 {
-        self.target
+        Ok(BalloonOptions {
+            target,
+            reporting,
+            deflate_on_oom,
+        })
     }
 
     /// The balloon.
     #[must_use]
     pub fn open(&self) -> GuestBalloon {
         GuestBalloon {
-            offer: self.offer,
+            offer: Offer {
+                reporting: self.reporting,
+                // It is made for migration.
+                hinting: false,
+                deflate_on_oom: self.deflate_on_oom,
+            },
             target: self.target,
         }
     }

@@ -7,15 +7,17 @@ mod complaints;
 mod growth;
 mod image;
 mod opened;
+mod options;
 #[cfg(feature = "qcow2")]
 pub mod qcow2;
 mod sys;
 mod table;
 mod uring;
 
-use super::locks::Use;
-use super::options::{Options, path_first};
+pub use options::{Cache, DiskOptions, EngineChoice, Format, check_ids};
+
 use crate::backend::Backend;
+use crate::locks::Use;
 use anyhow::{Context, Result, bail};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
@@ -24,143 +26,22 @@ use armlet_system::messages::shell_word;
 use complaints::Complaints;
 use image::{Alignment, Image, PlainEngine};
 use opened::{Opened, is_in_memory};
+use options::{FLAG, QCOW2, SECTOR};
 use rustix::fs::OFlags;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use uring::UringEngine;
 
-/// The flag.
-const FLAG: &str = "--disk";
-/// The most bytes of a serial number (virtio 1.2, section 5.2.6).
-const SERIAL: usize = 20;
-/// The most queues of a disk.
-const QUEUES: u64 = 16;
-/// The unit of a disk's size, in bytes.
-const SECTOR: u64 = 512;
-/// The least and most bytes of a block of a disk: Linux takes up to its page.
-const BLOCKS: std::ops::RangeInclusive<u64> = SECTOR..=4096;
-/// What a qcow2 image begins with (QEMU's docs/interop/qcow2.txt).
-const QCOW2: [u8; 4] = *b"QFI\xfb";
-
-/// A disk as the user asks for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskOptions {
-    path: PathBuf,
-    readonly: bool,
-    id: Option<String>,
-    format: Format,
-    backing: Vec<PathBuf>,
-    cache: Cache,
-    queues: u16,
-    engine: EngineChoice,
-    /// Bytes of the guest's blocks; the host's choice where there is none.
-    block_size: Option<u32>,
-}
-
-/// How the bytes of an image stand for those of a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Format {
-    /// Raw, unless it looks like something else, which is for the user to decide.
-    Auto,
-    Raw,
-    Qcow2,
-}
-
-/// Whether I/O goes through the host's page cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cache {
-    Writeback,
-    None,
-}
-
-/// How the host does its I/O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum EngineChoice {
-    Auto,
-    IoUring,
-    Sync,
-}
-
 impl DiskOptions {
-    /// The image.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Reads what stands behind `--disk`: `path=IMG` and more, or an image's name and more.
-    ///
-    /// # Errors
-    /// What is not known or does not go together.
-    pub fn parse(text: &str) -> Result<DiskOptions> {
-        let text = &path_first(text, &["readonly"]);
-        let mut options = Options::parse(FLAG, text, &["backing"])?;
-        options.refuse("file", "path=")?;
-        options.refuse("serial", "id=")?;
-        let parsed = DiskOptions {
-            path: options.require("path")?.into(),
-            readonly: options.switch("readonly")?,
-            id: options.take("id")?,
-            format: options.choice(
-                "format",
-                &[
-                    ("auto", Format::Auto),
-                    ("raw", Format::Raw),
-                    ("qcow2", Format::Qcow2),
-                ],
-            )?,
-            backing: options
-                .take_all("backing")?
-                .into_iter()
-                .map(PathBuf::from)
-                .collect(),
-            cache: options.choice(
-                "cache",
-                &[("writeback", Cache::Writeback), ("none", Cache::None)],
-            )?,
-            queues: options.number("queues", 1..=QUEUES)?.unwrap_or(1) as u16,
-            engine: options.choice(
-                "engine",
-                &[
-                    ("auto", EngineChoice::Auto),
-                    ("io_uring", EngineChoice::IoUring),
-                    ("sync", EngineChoice::Sync),
-                ],
-            )?,
-            block_size: options
-                .number("block-size", BLOCKS)?
-                .map(|size| size as u32),
-        };
-        options.finish()?;
-        if let Some(id) = &parsed.id
-            && (id.len() > SERIAL || !id.bytes().all(|byte| byte.is_ascii_graphic()))
-        {
-            bail!(
-                "{FLAG} '{text}': id={id} is no serial number; use up to {SERIAL} ASCII characters without blanks"
-            );
-        }
-        if let Some(size) = parsed.block_size
-            && !size.is_power_of_two()
-        {
-            bail!("{FLAG} '{text}': block-size={size} is no power of two; use 512 to 4096");
-        }
-        if parsed.format != Format::Qcow2 && !parsed.backing.is_empty() {
-            bail!("{FLAG} '{text}': only format=qcow2 has backing files");
-        }
-        if parsed.format == Format::Qcow2 && parsed.engine == EngineChoice::IoUring {
-            bail!("{FLAG} '{text}': format=qcow2 works with engine=sync only");
-        }
-        Ok(parsed)
-    }
-
     /// Opens and locks the image of the disk with this number; its name is "disk" and the number.
     ///
     /// # Errors
     /// An image that is not there, not to be had, in use or not what the user says it is.
     pub fn open(&self, number: usize) -> Result<Disk> {
+        self.check()
+            .with_context(|| format!("{FLAG} {}", self.path.display()))?;
         let name = format!("disk{number}");
         let opened = Opened::open(&self.path, !self.readonly)?;
         let (storage, shape) = match self.is_qcow2(&opened.file)? {
@@ -381,25 +262,6 @@ pub fn open_all(disks: &[DiskOptions]) -> Result<Vec<Disk>> {
         .enumerate()
         .map(|(number, disk)| disk.open(number))
         .collect()
-}
-
-/// Refuses disks that a guest cannot tell apart.
-///
-/// # Errors
-/// Two with one serial number.
-pub fn check_ids(disks: &[DiskOptions]) -> Result<()> {
-    for (index, disk) in disks.iter().enumerate() {
-        let same = |other: &&DiskOptions| other.id.is_some() && other.id == disk.id;
-        if let Some(other) = disks[..index].iter().find(same) {
-            bail!(
-                "{FLAG} {} and {FLAG} {} have one id={}; guests tell disks apart by it",
-                other.path.display(),
-                disk.path.display(),
-                disk.id.as_deref().unwrap_or_default(),
-            );
-        }
-    }
-    Ok(())
 }
 
 /// A disk of the host, open and locked.

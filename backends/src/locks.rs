@@ -7,7 +7,7 @@
 //! them; whoever comes second sees the other. In QEMU: block/file-posix.c (raw_check_lock_bytes,
 //! RAW_LOCK_PERM_BASE), block.c (bdrv_default_perms), docs/system/images.rst.
 
-use super::pages::{is_byte_locked, lock_byte};
+use crate::pages::{is_byte_locked, lock_byte};
 use std::fs::File;
 use std::io;
 use std::time::Duration;

@@ -1,20 +1,19 @@
 //! Network cards (`--net`): a TAP interface of the host, or a network that needs no privileges.
 
-use super::broker::Broker;
-use super::options::Options;
 use crate::backend::Backend;
-use anyhow::{Context, Result, anyhow, bail};
+use crate::broker::Broker;
+use anyhow::{Context, Result};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::net::{Net, RingNet};
 use armlet_system::eintr::uninterrupted;
-use passt::{Forward, Passt, PasstFrames};
+use options::FLAG;
+use passt::{Passt, PasstFrames};
 use rustix::rand::{GetRandomFlags, getrandom};
-use std::fmt;
-use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use tap::{Tap, TapFrames};
 use vhost::VhostNet;
 
+mod options;
 pub mod passt;
 mod sys;
 pub mod tap;
@@ -22,104 +21,25 @@ pub mod tap;
 mod tests;
 pub mod vhost;
 
-/// The option's name, for messages.
-const FLAG: &str = "--net";
-/// The most pairs of queues: one a vCPU is all that a guest makes use of.
-const MOST_QUEUES: u64 = 16;
-
-/// A network card as the user asks for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NetOptions {
-    /// Its MAC address, where the user chose one.
-    pub mac: Option<[u8; 6]>,
-    network: Choice,
-}
-
-/// What it is connected to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Choice {
-    Tap {
-        name: String,
-        queues: u16,
-        vhost: Wish,
-    },
-    Inherited {
-        descriptors: Vec<RawFd>,
-        vhost: Wish,
-    },
-    User {
-        forwards: Vec<Forward>,
-    },
-}
-
-/// Whether the host's kernel is to do the work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    /// Where it can.
-    Auto,
-    On,
-    Off,
-}
+pub use options::{NetOptions, Network, VhostChoice};
 
 impl NetOptions {
-    /// Reads the value of `--net`:
-    /// `tap=NAME|fd=N[,fd=N...][,mac=ADDRESS][,queues=N][,vhost=auto|on|off]` or
-    /// `user[,hostfwd=tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT]...[,mac=ADDRESS]`.
-    ///
-    /// # Errors
-    /// What is wrong with it, and what would be right.
-    pub fn parse(text: &str) -> Result<NetOptions> {
-        let mut options = Options::parse(FLAG, text, &["fd", "hostfwd"])?;
-        let say = |error: anyhow::Error| error.context(format!("{FLAG} '{text}'"));
-        let mac = options.take("mac")?;
-        let mac = mac.map(|mac| parse_mac(&mac)).transpose().map_err(say)?;
-        let (tap, descriptors) = (options.take("tap")?, options.take_all("fd")?);
-        let user = options.switch("user")?;
-        let network = match (tap, descriptors.is_empty(), user) {
-            (Some(name), true, false) => {
-                tap::check_name(&name).map_err(say)?;
-                Choice::Tap {
-                    name,
-                    queues: options.number("queues", 1..=MOST_QUEUES)?.unwrap_or(1) as u16,
-                    vhost: wish(&mut options)?,
-                }
-            }
-            (None, false, false) => Choice::Inherited {
-                descriptors: parse_descriptors(&descriptors).map_err(say)?,
-                vhost: wish(&mut options)?,
-            },
-            (None, true, true) => {
-                let forwards = options.take_all("hostfwd")?;
-                let forwards = forwards.iter().map(|text| Forward::parse(text));
-                Choice::User {
-                    forwards: forwards.collect::<Result<_>>().map_err(say)?,
-                }
-            }
-            _ => bail!("{FLAG} '{text}' is to have one of user, tap=NAME and fd=N"),
-        };
-        options.finish()?;
-        Ok(NetOptions { mac, network })
-    }
-
-    /// Whether a program works for it, which a broker starts.
-    #[must_use]
-    pub fn needs_broker(&self) -> bool {
-        matches!(self.network, Choice::User { .. })
-    }
-
     /// Connects the card to its network. It is the machine's card `number`, from 0.
     ///
     /// # Errors
     /// What does not work, and what would.
     pub fn open(&self, number: usize, broker: Option<&Arc<Broker>>) -> Result<NetworkCard> {
+        self.check().with_context(|| format!("{FLAG} {self}"))?;
         let open = || match &self.network {
-            Choice::Tap {
+            Network::Tap {
                 name,
                 queues,
                 vhost,
             } => connect(Tap::open(name, *queues)?, *vhost),
-            Choice::Inherited { descriptors, vhost } => connect(Tap::inherit(descriptors)?, *vhost),
-            Choice::User { forwards } => {
+            Network::Inherited { descriptors, vhost } => {
+                connect(Tap::inherit(descriptors)?, *vhost)
+            }
+            Network::User { forwards } => {
                 let broker = broker.context("nobody starts passt")?;
                 let passt = Passt::start(broker, forwards, self.address(number)?)?;
                 Ok(Connection::User(PasstFrames::new(passt)))
@@ -139,7 +59,7 @@ impl NetOptions {
             return Ok(mac);
         }
         let mut mac = [0x02, b'a', b'r', b'm', 0, number as u8];
-        if !matches!(self.network, Choice::User { .. }) {
+        if !matches!(self.network, Network::User { .. }) {
             let count = uninterrupted(|| getrandom(&mut mac[..], GetRandomFlags::empty()));
             count.context("cannot choose a MAC address")?;
             // Of one machine, and administered locally (IEEE 802).
@@ -147,62 +67,6 @@ impl NetOptions {
         }
         Ok(mac)
     }
-}
-
-/// The card as the user wrote it, without what is not needed to know it.
-impl fmt::Display for NetOptions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.network {
-            Choice::Tap { name, .. } => write!(f, "tap={name}"),
-            Choice::Inherited { descriptors, .. } => write!(f, "fd={}", descriptors[0]),
-            Choice::User { .. } => write!(f, "user"),
-        }
-    }
-}
-
-fn wish(options: &mut Options<'_>) -> Result<Wish> {
-    options.choice(
-        "vhost",
-        &[("auto", Wish::Auto), ("on", Wish::On), ("off", Wish::Off)],
-    )
-}
-
-fn parse_descriptors(texts: &[String]) -> Result<Vec<RawFd>> {
-    let parse = |text: &String| -> Result<RawFd> {
-        match text.parse() {
-            // 0 to 2 are the terminal's.
-            Ok(number @ 3..) => Ok(number),
-            _ => bail!("fd={text} is not the number of a descriptor, from 3"),
-        }
-    };
-    let numbers = texts.iter().map(parse).collect::<Result<Vec<_>>>()?;
-    match numbers.len() as u64 {
-        ..=MOST_QUEUES => Ok(numbers),
-        count => {
-            bail!("it has {count} descriptors; a card has up to {MOST_QUEUES} pairs of queues")
-        }
-    }
-}
-
-fn parse_mac(text: &str) -> Result<[u8; 6]> {
-    let wrong = || anyhow!("mac={text} is not a MAC address; write it like 52:54:00:12:34:56");
-    let mut mac = [0; 6];
-    let mut parts = text.split([':', '-']);
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2);
-        let value = part.and_then(|part| u8::from_str_radix(part, 16).ok());
-        *byte = value.ok_or_else(wrong)?;
-    }
-    if parts.next().is_some() {
-        return Err(wrong());
-    }
-    if mac[0] & 1 != 0 || mac == [0; 6] {
-        bail!(
-            "mac={text} is no address of one card; its first byte is to be even, as in \
-             52:54:00:12:34:56"
-        );
-    }
-    Ok(mac)
 }
 
 /// A network card's connection to the host.
@@ -218,12 +82,12 @@ enum Connection {
     User(PasstFrames),
 }
 
-fn connect(tap: Tap, vhost: Wish) -> Result<Connection> {
+fn connect(tap: Tap, vhost: VhostChoice) -> Result<Connection> {
     let tap = Arc::new(tap);
-    if vhost != Wish::Off {
+    if vhost != VhostChoice::Off {
         match VhostNet::open(&tap) {
             Ok(vhost) => return Ok(Connection::Vhost(vhost)),
-            Err(error) if vhost == Wish::On => return Err(error),
+            Err(error) if vhost == VhostChoice::On => return Err(error),
             Err(error) => log::info!("without vhost-net: {error:#}"),
         }
     }

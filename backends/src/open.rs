@@ -6,7 +6,7 @@ use crate::broker::Broker;
 use crate::console::HvcConsole;
 use crate::disk::{self, DiskOptions};
 use crate::net::NetOptions;
-use crate::pmem::PmemImage;
+use crate::pmem::{PmemImage, PmemOptions};
 use crate::rng;
 use crate::share::ShareOptions;
 use crate::vsock::VsockOptions;
@@ -19,13 +19,13 @@ use std::sync::Arc;
 pub struct Wanted {
     /// Its name: "disk0".
     pub name: String,
-    /// What it is to be.
-    pub what: What,
+    /// DeviceOptions it is to be.
+    pub options: DeviceOptions,
 }
 
 /// A device of one kind, with its options.
 #[derive(Clone, Debug)]
-pub enum What {
+pub enum DeviceOptions {
     /// A disk.
     Disk(DiskOptions),
     /// A network device.
@@ -34,8 +34,8 @@ pub enum What {
     Share(ShareOptions),
     /// Sockets between guest and host.
     Vsock(VsockOptions),
-    /// Persistent memory: the value of its option.
-    Pmem(String),
+    /// Persistent memory.
+    Pmem(PmemOptions),
     /// Memory that guest and host give each other.
     Balloon(BalloonOptions),
     /// The terminal.
@@ -48,14 +48,14 @@ impl Wanted {
     /// Whether another process works in guest memory for it.
     #[must_use]
     pub fn shares_memory(&self) -> bool {
-        matches!(self.what, What::Share(_))
+        matches!(self.options, DeviceOptions::Share(_))
     }
 
     /// Whether a program works for it, which a broker starts.
     fn needs_broker(&self) -> bool {
-        match &self.what {
-            What::Share(_) => true,
-            What::Net(net) => net.needs_broker(),
+        match &self.options {
+            DeviceOptions::Share(_) => true,
+            DeviceOptions::Net(net) => net.needs_broker(),
             _ => false,
         }
     }
@@ -64,7 +64,7 @@ impl Wanted {
 /// Forks the broker that [`open`] wants, if it wants one. There are to be no other threads yet.
 ///
 /// # Errors
-/// What the system refuses.
+/// DeviceOptions the system refuses.
 pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
     let is_needed = wanted.iter().any(Wanted::needs_broker);
     is_needed.then(Broker::fork).transpose()
@@ -74,7 +74,7 @@ pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
 /// console, and `broker` starts programs ([`fork_broker`]).
 ///
 /// # Errors
-/// What cannot be opened, and what would help.
+/// DeviceOptions cannot be opened, and what would help.
 pub fn open(
     wanted: &[Wanted],
     console: Option<&Arc<HvcConsole>>,
@@ -83,8 +83,8 @@ pub fn open(
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
     let disks: Vec<DiskOptions> = wanted
         .iter()
-        .filter_map(|wanted| match &wanted.what {
-            What::Disk(disk) => Some(disk.clone()),
+        .filter_map(|wanted| match &wanted.options {
+            DeviceOptions::Disk(disk) => Some(disk.clone()),
             _ => None,
         })
         .collect();
@@ -100,24 +100,24 @@ pub fn open(
     let (mut nets, mut pmems) = (0.., 0..);
     for wanted in wanted {
         signals::waiting_for(format_args!("{} to be opened", wanted.name));
-        let backend: Option<Box<dyn Backend>> = match &wanted.what {
-            What::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
-            What::Net(net) => {
+        let backend: Option<Box<dyn Backend>> = match &wanted.options {
+            DeviceOptions::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
+            DeviceOptions::Net(net) => {
                 let number = nets.next().unwrap_or_default();
                 Some(Box::new(net.open(number, broker)?))
             }
-            What::Share(share) => {
+            DeviceOptions::Share(share) => {
                 let broker = broker.context("nobody starts virtiofsd")?;
                 Some(share.open(&wanted.name, broker)?)
             }
-            What::Vsock(vsock) => Some(vsock.open()?),
-            What::Pmem(text) => {
+            DeviceOptions::Vsock(vsock) => Some(vsock.open()?),
+            DeviceOptions::Pmem(pmem) => {
                 let number = pmems.next().unwrap_or_default();
-                Some(Box::new(PmemImage::open(text, number)?))
+                Some(Box::new(PmemImage::open(pmem, number)?))
             }
-            What::Balloon(balloon) => Some(Box::new(balloon.open())),
-            What::Console => console.map(|console| Box::new(Arc::clone(console)) as _),
-            What::Rng => Some(Box::new(rng::HostEntropy)),
+            DeviceOptions::Balloon(balloon) => Some(Box::new(balloon.open())),
+            DeviceOptions::Console => console.map(|console| Box::new(Arc::clone(console)) as _),
+            DeviceOptions::Rng => Some(Box::new(rng::HostEntropy)),
         };
         backends.push(backend.with_context(|| format!("nothing stands behind {}", wanted.name))?);
     }

@@ -7,19 +7,21 @@
 //! not; the broker sees to that when armlet ends in whatever way.
 
 mod daemon;
+mod options;
 
-use super::broker::Broker;
-use super::options::Options;
+pub use options::{Cache, Sandbox, ShareOptions};
+
 use crate::backend::Backend;
+use crate::broker::Broker;
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
 use armlet_devices::sync::lock;
-use armlet_devices::virtio::fs::{Fs, Server, TAG};
+use armlet_devices::virtio::fs::{Fs, Server};
 use armlet_devices::virtio::{Link, StartError, VirtioDevice, Virtqueue};
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr::events;
 use armlet_system::messages::LINES;
-use daemon::{Daemon, Launch};
+use daemon::{Daemon, Launch, REQUESTS};
 use std::fs;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -28,89 +30,10 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-/// The flag.
-const FLAG: &str = "--share";
-/// Queues for requests: virtiofsd works on one.
-const REQUESTS: u16 = 1;
-
 /// How long it may take until a virtiofsd is at work.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A shared folder as the user asks for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShareOptions {
-    tag: String,
-    path: PathBuf,
-    readonly: bool,
-    sandbox: Sandbox,
-    cache: Cache,
-    xattr: bool,
-}
-
-/// How virtiofsd is kept within the folder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sandbox {
-    /// By namespaces: works for root, and for users where they may make user namespaces.
-    Namespace,
-    /// By chroot(2): works for root, in containers too.
-    Chroot,
-    /// Not at all: works for everyone.
-    None,
-}
-
-/// What the guest may keep without asking (virtiofsd's `--cache`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cache {
-    Auto,
-    Always,
-    Never,
-    Metadata,
-}
-
 impl ShareOptions {
-    /// Reads what stands behind `--share`: `tag=T,path=DIR` and more.
-    ///
-    /// # Errors
-    /// What is not known or does not go together.
-    pub fn parse(text: &str) -> Result<ShareOptions> {
-        let mut options = Options::parse(FLAG, text, &[])?;
-        let parsed = ShareOptions {
-            tag: options.require("tag")?,
-            path: options.require("path")?.into(),
-            readonly: options.switch("readonly")?,
-            sandbox: options.choice(
-                "sandbox",
-                &[
-                    ("namespace", Sandbox::Namespace),
-                    ("chroot", Sandbox::Chroot),
-                    ("none", Sandbox::None),
-                ],
-            )?,
-            cache: options.choice(
-                "cache",
-                &[
-                    ("auto", Cache::Auto),
-                    ("always", Cache::Always),
-                    ("never", Cache::Never),
-                    ("metadata", Cache::Metadata),
-                ],
-            )?,
-            xattr: options.switch("xattr")?,
-        };
-        options.finish()?;
-        if parsed.tag.len() > TAG {
-            let length = parsed.tag.len();
-            bail!("{FLAG} '{text}': the tag has {length} bytes; use up to {TAG}");
-        }
-        Ok(parsed)
-    }
-
-    /// The name by which the guest mounts it. Each folder of a guest needs its own.
-    #[must_use]
-    pub fn tag(&self) -> &str {
-        &self.tag
-    }
-
     /// Starts virtiofsd; the device is called `name` in messages ("share0").
     ///
     /// # Errors
@@ -122,6 +45,8 @@ impl ShareOptions {
     }
 
     fn open_with(&self, name: &str, broker: &Arc<Broker>, program: PathBuf) -> Result<Share> {
+        self.check()
+            .with_context(|| format!("--share {}", self.path.display()))?;
         let shown = self.path.display();
         let path = fs::canonicalize(&self.path).with_context(|| format!("cannot share {shown}"))?;
         if !path.is_dir() {

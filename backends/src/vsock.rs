@@ -2,8 +2,10 @@
 //! host's kernel, where host and guest see each other as AF_VSOCK addresses.
 
 mod kernel;
+mod options;
 
-use super::options::Options;
+pub use options::VsockOptions;
+
 use crate::backend::Backend;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
@@ -19,64 +21,19 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-/// The flag.
-const FLAG: &str = "--vsock";
-/// The addresses that a guest may have: 0 to 2 are the hypervisor's, loopback's and the host's,
-/// the last stands for "any" (include/uapi/linux/vm_sockets.h).
-const CIDS: std::ops::RangeInclusive<u64> = 3..=u32::MAX as u64 - 1;
-/// The most bytes of a path: 108 in a socket's address (unix(7)), less a zero, a "_" and a port.
-const LONGEST_PATH: usize = 108 - 1 - "_4294967295".len();
-
 /// The most connections at a time.
 const MOST_CONNECTIONS: usize = 1024;
 /// Descriptors that connections leave for the rest of the process, where it may have enough.
 const KEPT_DESCRIPTORS: u64 = 256;
 
-/// Sockets as the user asks for them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VsockOptions {
-    cid: u32,
-    /// Where the host's side is; `None` leaves it to the kernel.
-    uds: Option<PathBuf>,
-}
-
 impl VsockOptions {
-    /// Reads what stands behind `--vsock`: `cid=N[,uds=PATH][,vhost=on|off]`.
-    ///
-    /// # Errors
-    /// What is not known or does not go together.
-    pub fn parse(text: &str) -> Result<VsockOptions> {
-        let mut options = Options::parse(FLAG, text, &[])?;
-        let cid = options.number("cid", CIDS)?;
-        let uds = options.take("uds")?.map(PathBuf::from);
-        let vhost = options.toggle("vhost")?;
-        options.finish()?;
-        let Some(cid) = cid else {
-            bail!("{FLAG} '{text}' lacks cid=, the guest's address: a number from 3");
-        };
-        match (&uds, vhost) {
-            (Some(_), Some(true)) => bail!(
-                "{FLAG} '{text}': vhost=on and uds= are two ways to do the same; use one of them"
-            ),
-            (None, Some(false)) => bail!("{FLAG} '{text}': vhost=off needs uds=PATH"),
-            (Some(path), _) if path.as_os_str().len() > LONGEST_PATH => bail!(
-                "{FLAG} '{text}': the path has {} bytes; use up to {LONGEST_PATH}",
-                path.as_os_str().len()
-            ),
-            _ => {}
-        }
-        Ok(VsockOptions {
-            cid: cid as u32,
-            uds,
-        })
-    }
-
     /// Opens what stands behind them.
     ///
     /// # Errors
     /// A path that cannot be listened at, a kernel without vhost-vsock, an address that another
     /// guest has; with what would work.
     pub fn open(&self) -> Result<Box<dyn Backend>> {
+        self.check().context("--vsock")?;
         Ok(match &self.uds {
             Some(path) => Box::new(UnixVsock::open(self.cid, path)?),
             None => Box::new(KernelVsock::open(self.cid)?),
@@ -264,9 +221,9 @@ mod tests {
         assert_eq!(fs::read(&path).expect("the file"), b"dear");
         let error = UnixVsock::open(3, &folder.path().join("none/v")).expect_err("no folder");
         assert!(format!("{error:#}").contains("cannot listen at"));
-        let long = "v".repeat(LONGEST_PATH + 1);
+        let long = "v".repeat(options::LONGEST_PATH + 1);
         let error = VsockOptions::parse(&format!("cid=3,uds={long}")).expect_err("a long path");
-        assert!(error.to_string().contains("use up to 96"), "{error}");
+        assert!(format!("{error:#}").contains("use up to 96"), "{error:#}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A file or block device of the host: opened, locked, and what the host says of it.
 
-use super::FLAG;
 use super::image::Alignment;
+use super::options::FLAG;
 use crate::locks::{self, Conflict, Use};
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::block::Shape;

@@ -8,8 +8,8 @@ mod order;
 mod storage;
 mod zstd;
 
-use super::QCOW2;
 use super::complaints::{Complaints, cancelled};
+use super::options::QCOW2;
 use super::sys::MOST_AT_ONCE;
 use anyhow::{Context, Result, bail};
 use armlet_devices::sync::lock;

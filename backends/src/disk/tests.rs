@@ -5,6 +5,7 @@ use armlet_devices::virtio::block::{Data, Operation, Outcome, Request};
 use armlet_devices::virtio::queue::Segment;
 use proptest::prelude::*;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -631,7 +632,7 @@ fn options_are_read() {
         block_size: Some(1024),
     };
     assert_eq!(all, wanted);
-    let wrong = |text: &str| DiskOptions::parse(text).expect_err(text).to_string();
+    let wrong = |text: &str| format!("{:#}", DiskOptions::parse(text).expect_err(text));
     assert!(wrong("readonly").contains("lacks path="));
     assert!(wrong("a.img,id=123456789012345678901").contains("up to 20"));
     assert!(wrong("a.img,id=a b").contains("without blanks"));
@@ -938,4 +939,32 @@ mod qcow2 {
             prop_assert!(file.metadata().expect("a size").len() <= size.max(1 << 20));
         }
     }
+}
+
+#[test]
+fn options_without_text_are_held_to_the_same_rules() {
+    let folder = Folder::new();
+    let image = folder.image();
+    let options = DiskOptions::new(&image);
+    assert_eq!(options, DiskOptions::parse(&image).expect("valid"));
+    type Change = fn(&mut DiskOptions);
+    let cases: [(&str, Change); 5] = [
+        ("id=a b", |disk| disk.id = Some("a b".to_owned())),
+        ("queues=0", |disk| disk.queues = 0),
+        ("block-size=8192", |disk| disk.block_size = Some(8192)),
+        ("only format=qcow2", |disk| disk.backing = vec!["b".into()]),
+        ("engine=sync", |disk| {
+            disk.format = Format::Qcow2;
+            disk.engine = EngineChoice::IoUring;
+        }),
+    ];
+    for (words, change) in cases {
+        let mut wrong = options.clone();
+        change(&mut wrong);
+        let Err(error) = wrong.open(0) else {
+            panic!("{words}: it is not refused");
+        };
+        assert!(format!("{error:#}").contains(words), "{error:#}");
+    }
+    options.open(0).expect("nothing is wrong with it");
 }

@@ -1,5 +1,6 @@
 //! A small driver for network cards on real networks, and what the options mean.
 
+use super::passt::Forward;
 use super::*;
 use crate::reactor::Reactor;
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
@@ -346,16 +347,16 @@ fn options_say_what_is_meant() {
         read("tap=tap0,queues=4,vhost=off,mac=52:54:00:12:34:56"),
         NetOptions {
             mac: Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
-            network: Choice::Tap {
+            network: Network::Tap {
                 name: "tap0".to_owned(),
                 queues: 4,
-                vhost: Wish::Off,
+                vhost: VhostChoice::Off,
             },
         }
     );
-    let inherited = Choice::Inherited {
+    let inherited = Network::Inherited {
         descriptors: vec![3, 7],
-        vhost: Wish::Auto,
+        vhost: VhostChoice::Auto,
     };
     assert_eq!(read("fd=3,fd=7").network, inherited);
     let forward = |udp, address: Option<&str>, host, guest| Forward {
@@ -373,7 +374,7 @@ fn options_say_what_is_meant() {
         forward(true, Some("127.0.0.1"), 53, 5353),
         forward(false, Some("::1"), 80, 8080),
     ];
-    assert_eq!(user.network, Choice::User { forwards });
+    assert_eq!(user.network, Network::User { forwards });
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A virtiofsd: where it is, how it is started, what it says, and how it ends.
 
-use super::{Cache, Sandbox, ShareOptions};
+use super::options::{Cache, Sandbox, ShareOptions};
 use crate::broker::{self, Broker, Process};
 use crate::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
@@ -29,8 +29,10 @@ const FAREWELL: Duration = Duration::from_secs(1);
 const WANTED_FEATURES: u64 = armlet_devices::virtio::FEATURE_VERSION_1
     | armlet_devices::virtio::FEATURE_INDIRECT
     | armlet_devices::virtio::FEATURE_EVENT_IDX;
+/// Queues for requests: virtiofsd works on one.
+pub(super) const REQUESTS: u16 = 1;
 /// Its queues: one before all others, and one for requests.
-const QUEUES: u64 = 1 + super::REQUESTS as u64;
+const QUEUES: u64 = 1 + REQUESTS as u64;
 
 /// The program: in a folder of `path` ($PATH) or where distributions put it.
 ///

@@ -265,14 +265,14 @@ fn share(options: &str) -> Option<(tempfile::TempDir, Share)> {
 #[test]
 fn options_are_read() {
     let options = ShareOptions::parse("tag=home,path=/home").expect("right");
-    assert_eq!(options.tag(), "home");
+    assert_eq!(options.tag, "home");
     assert!(!options.readonly && !options.xattr);
     assert_eq!(options.sandbox, Sandbox::Namespace);
     let text = "tag=x,path=/a,,b,readonly,sandbox=none,cache=never,xattr";
     let options = ShareOptions::parse(text).expect("right");
     assert_eq!(options.path, Path::new("/a,b"));
     assert!(options.readonly && options.xattr);
-    let wrong = |text: &str| ShareOptions::parse(text).expect_err(text).to_string();
+    let wrong = |text: &str| format!("{:#}", ShareOptions::parse(text).expect_err(text));
     assert!(wrong("path=/home").contains("lacks tag="));
     assert!(wrong("tag=x").contains("lacks path="));
     assert!(wrong("tag=x,path=/,sandbox=jail").contains("use namespace or chroot or none"));

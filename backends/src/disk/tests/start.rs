@@ -1,8 +1,9 @@
-//! What a start changes of an image: nothing, until the guest writes.
+//! DeviceOptions a start changes of an image: nothing, until the guest writes.
 
 use super::*;
 use crate::net::NetOptions;
-use crate::open::{Wanted, What, open as open_wanted};
+use crate::open::{DeviceOptions, Wanted, open as open_wanted};
+use crate::pmem::PmemOptions;
 use std::process::Command;
 
 /// A qcow2 image with a persistent bitmap, which is good as long as nobody writes that does not
@@ -41,7 +42,7 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
     let text = format!("path={image},format=qcow2");
     let missing = folder.path("missing.img");
     let base = folder.image();
-    let disk = |text: &str| What::Disk(DiskOptions::parse(text).expect("right"));
+    let disk = |text: &str| DeviceOptions::Disk(DiskOptions::parse(text).expect("right"));
     let net = NetOptions::parse("tap=armlet-none").expect("right");
     let cases = [
         ("No such file", vec![disk(&text), disk(&missing)]),
@@ -50,16 +51,22 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
             "stands alone",
             vec![disk(&format!("{text},backing={base}"))],
         ),
-        ("armlet-none", vec![disk(&text), What::Net(net)]),
+        ("armlet-none", vec![disk(&text), DeviceOptions::Net(net)]),
         (
             "cannot open",
-            vec![disk(&text), What::Pmem(format!("path={missing}"))],
+            vec![
+                disk(&text),
+                DeviceOptions::Pmem(PmemOptions {
+                    path: missing.into(),
+                    readonly: false,
+                }),
+            ],
         ),
     ];
     for (words, devices) in cases {
-        let wanted = devices.into_iter().map(|what| Wanted {
+        let wanted = devices.into_iter().map(|options| Wanted {
             name: "device".to_owned(),
-            what,
+            options,
         });
         let Err(error) = open_wanted(&wanted.collect::<Vec<_>>(), None, None) else {
             panic!("{words}: it is not refused");
