@@ -7,8 +7,6 @@
 
 mod tables;
 
-use std::fmt::Write as _;
-
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -349,23 +347,33 @@ impl BenchIo {
     fn script(&self, setups: &[Setup]) -> String {
         let mut script = String::new();
         for setup in setups {
-            let mut words = vec!["/bin/xtask".to_owned(), "measure-io".to_owned()];
-            for (option, value) in [
+            let options = [
                 ("--name", &*setup.name),
                 ("--work", setup.work),
                 ("--runs", &self.runs.to_string()),
-                ("--kernel", "/assets/Image"),
-                ("--initrd", "/assets/initrd"),
-            ] {
-                words.extend([option.to_owned(), value.to_owned()]);
-            }
-            words.push("--".to_owned());
-            words.extend_from_slice(&setup.command);
-            let words = words.iter().map(|word| host::quoted(word));
-            let _ = writeln!(script, "{}", words.collect::<Vec<_>>().join(" "));
+            ];
+            script += &measuring("measure-io", &options, &setup.command);
         }
         script
     }
+}
+
+/// The line by which the host's shell has `task` measure a VMM with the guest's kernel and initramfs.
+pub(crate) fn measuring(task: &str, options: &[(&str, &str)], command: &[String]) -> String {
+    let guest = [
+        ("--kernel", "/assets/Image"),
+        ("--initrd", "/assets/initrd"),
+    ];
+    let options = options.iter().chain(&guest);
+    let options = options.flat_map(|(option, value)| [*option, *value]);
+    let words = ["/bin/xtask", task]
+        .into_iter()
+        .chain(options)
+        .chain(["--"]);
+    let words = words.chain(command.iter().map(String::as_str));
+    let mut line = words.map(host::quoted).collect::<Vec<_>>().join(" ");
+    line.push('\n');
+    line
 }
 
 fn write_all(file: &host::NamelessFile, data: &[u8]) -> Result<()> {

@@ -14,7 +14,7 @@ use argh::FromArgs;
 use serde_json::{Value, json};
 
 use crate::assets::{self, Choice};
-use crate::bench_io::{measure, text};
+use crate::bench_io::{measure, measuring, text};
 use crate::boot;
 use crate::host::{self, HostFile, HostSpec, Job};
 use crate::isa::Isa;
@@ -206,24 +206,15 @@ fn script_of(vmms: &[Vmm], cases: &[Case]) -> String {
             .map(|disk| format!("/tmp/disk{disk}"))
             .collect();
         for vmm in vmms {
-            let guests = case.guests.to_string();
-            let mut words = vec!["/bin/xtask".to_owned(), "measure-scale".to_owned()];
-            for (option, value) in [
+            let (row, guests) = (case.row(), case.guests.to_string());
+            let mut options = vec![
                 ("--name", &*vmm.name),
-                ("--row", &case.row()),
+                ("--row", &row),
                 ("--guests", &guests),
-                ("--kernel", "/assets/Image"),
-                ("--initrd", "/assets/initrd"),
-            ] {
-                words.extend([option.to_owned(), value.to_owned()]);
-            }
-            for disk in &disks {
-                words.extend(["--disk".to_owned(), disk.clone()]);
-            }
-            words.push("--".to_owned());
-            words.extend(vmm.command(case.cpus, &disks));
-            let words = words.iter().map(|word| host::quoted(word));
-            let _ = writeln!(script, "{}", words.collect::<Vec<_>>().join(" "));
+            ];
+            options.extend(disks.iter().map(|disk| ("--disk", &**disk)));
+            let command = vmm.command(case.cpus, &disks);
+            script += &measuring("measure-scale", &options, &command);
         }
     }
     script
@@ -314,6 +305,6 @@ mod tests {
         let vmms = ["a=/a {cpus} {disk}", "b=/b"].map(|text| Vmm::parse(text).expect("one"));
         let script = script_of(&vmms, &CASES);
         assert_eq!(script.lines().count(), 2 * CASES.len());
-        assert!(script.contains("/bin/vmm-a 128"));
+        assert!(script.contains("'/bin/vmm-a' '128'"));
     }
 }
