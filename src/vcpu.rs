@@ -1,6 +1,6 @@
 //! A vCPU's thread: run, answer the exit, again.
 //!
-//! [`answer`] says what an exit means; a thread is asked by its `control`, and tells by [`VcpuEvent`]s.
+//! `answer` says what an exit means; a thread is asked by its `control`, and tells by [`VcpuEvent`]s.
 
 use crate::affinity;
 use crate::kvm::internal::describe_internal_error;
