@@ -4,7 +4,7 @@ use crate::architecture::Architecture;
 use crate::range::{Range, Region};
 
 /// Why there is no plan. Each message says the numbers and what would work.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A board of another architecture.
     #[error("board '{board}' is for {has} guests; this plan is for {wants}")]
@@ -270,4 +270,11 @@ pub enum PlanError {
     /// A device tree that cannot be encoded.
     #[error("{0}")]
     Tree(#[from] armlet_fdt::EncodeError),
+}
+
+/// The sentence: the names of variants and fields, which nobody is shown, would be in every program.
+impl std::fmt::Debug for PlanError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
 }

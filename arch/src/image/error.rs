@@ -10,7 +10,7 @@ pub(super) const WANTED: &str = "an arm64 guest takes an arm64 Image: plain, com
 pub(super) const X86_WANTED: &str = "an x86_64 guest takes a bzImage or an ELF vmlinux";
 
 /// Why bytes are not a kernel that can be started.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, PartialEq, Eq, Error)]
 pub enum ImageError {
     /// Nothing that is known begins like this.
     #[error("no known kernel format begins with the bytes {start:02x?}; {WANTED}; {X86_WANTED}")]
@@ -134,6 +134,13 @@ pub enum ImageError {
         /// Bytes that the headers claim.
         need: u64,
     },
+}
+
+/// The sentence: the names of variants and fields, which nobody is shown, would be in every program.
+impl std::fmt::Debug for ImageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
 }
 
 fn elf_machine(machine: u16) -> String {
