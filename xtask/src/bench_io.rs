@@ -28,7 +28,7 @@ use tables::tables;
 pub(crate) use tables::text;
 
 /// How long everything may take.
-const LIMIT: Duration = Duration::from_secs(5400);
+const LIMIT: Duration = Duration::from_secs(7200);
 
 /// Measure what armlet's devices cost, beside QEMU's, in one run.
 ///
@@ -293,23 +293,13 @@ impl BenchIo {
         let initrd = host::NamelessFile::new()?;
         initrd_for(&folder, &measurer, &initrd)?;
         files.push(file(initrd.path(), "/assets/initrd"));
-        let script = host::NamelessFile::new()?;
-        write_all(&script, self.script(&setups).as_bytes())?;
-        files.push(file(script.path(), "/root/bench.sh"));
-        let job = Job {
-            files,
-            command: vec!["/bin/sh".to_owned(), "/root/bench.sh".to_owned()],
-            folder: "/root".into(),
-            limit: Some(LIMIT),
-            ..Job::default()
-        };
         let spec = HostSpec {
             smp: 1,
             icount: true,
             tools: true,
             ..HostSpec::of(Isa::Arm64)
         };
-        let lines = measure(&store, &spec, &job, "name")?;
+        let lines = measure(&store, &spec, files, &self.script(&setups), "name")?;
         if self.json {
             println!("{:#}", json!({"lines": lines}));
         } else {
@@ -403,9 +393,25 @@ fn initrd_for(
     write_all(to, &data)
 }
 
-/// Runs `job` in an emulated host and gives the lines of JSON that it printed. Each is told of by its
-/// VMM and what it has under the key `what`.
-pub(crate) fn measure(store: &Store, spec: &HostSpec, job: &Job, what: &str) -> Result<Vec<Value>> {
+/// Has the shell of an emulated host, which gets `files`, run `script`, and gives the lines of JSON
+/// that it printed. Each is told of by its VMM and what it has under the key `what`.
+pub(crate) fn measure(
+    store: &Store,
+    spec: &HostSpec,
+    mut files: Vec<HostFile>,
+    script: &str,
+    what: &str,
+) -> Result<Vec<Value>> {
+    let file = host::NamelessFile::new()?;
+    write_all(&file, script.as_bytes())?;
+    files.push(HostFile::program(&file.path(), "/root/bench.sh"));
+    let job = Job {
+        files,
+        command: vec!["/bin/sh".to_owned(), "/root/bench.sh".to_owned()],
+        folder: "/root".into(),
+        limit: Some(LIMIT),
+        ..Job::default()
+    };
     let mut output = Vec::new();
     let mut lines = Vec::new();
     let mut said = String::new();
@@ -425,7 +431,7 @@ pub(crate) fn measure(store: &Store, spec: &HostSpec, job: &Job, what: &str) -> 
         }
         Ok(())
     };
-    match rig::run(store, spec, job, None, &mut print)? {
+    match rig::run(store, spec, &job, None, &mut print)? {
         Ended::Exit(0) => Ok(lines),
         ended => Err(anyhow!("measuring failed ({ended:?})\n{said}")),
     }

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use argh::FromArgs;
@@ -16,14 +15,11 @@ use serde_json::{Value, json};
 use crate::assets::{self, Choice};
 use crate::bench_io::{measure, measuring, text};
 use crate::boot;
-use crate::host::{self, HostFile, HostSpec, Job};
+use crate::host::{HostFile, HostSpec};
 use crate::isa::Isa;
 use crate::packages::Store;
 use crate::progress::say;
 use crate::vmms::Vmm;
-
-/// How long everything may take.
-const LIMIT: Duration = Duration::from_secs(7200);
 
 /// MiB of the host: 20 guests touch some 80 MiB each.
 const HOST_MIB: u32 = 6144;
@@ -144,33 +140,17 @@ impl BenchScale {
         }
         let measurer = boot::build(Isa::Arm64, "xtask", true)?;
         let image = fs::canonicalize(folder.join("Image")).context("no kernel for the guest")?;
-        let file = |from, to: &str| HostFile {
-            from,
-            to: to.into(),
-            mode: 0o755,
-        };
         let mut files: Vec<HostFile> = vmms.iter().map(Vmm::host_file).collect();
-        files.push(file(measurer, "/bin/xtask"));
-        files.push(file(image, "/assets/Image"));
-        files.push(file(folder.join("initrd"), "/assets/initrd"));
-        let script = host::NamelessFile::new()?;
-        std::io::Write::write_all(&mut script.file(), script_of(&vmms, &cases).as_bytes())
-            .context("cannot write a temporary file")?;
-        files.push(file(script.path(), "/root/bench.sh"));
-        let job = Job {
-            files,
-            command: vec!["/bin/sh".to_owned(), "/root/bench.sh".to_owned()],
-            folder: "/root".into(),
-            limit: Some(LIMIT),
-            ..Job::default()
-        };
+        files.push(HostFile::program(&measurer, "/bin/xtask"));
+        files.push(HostFile::program(&image, "/assets/Image"));
+        files.push(HostFile::program(&folder.join("initrd"), "/assets/initrd"));
         let spec = HostSpec {
             smp: 1,
             memory_mib: HOST_MIB,
             icount: true,
             ..HostSpec::of(Isa::Arm64)
         };
-        let lines = measure(&store, &spec, &job, "row")?;
+        let lines = measure(&store, &spec, files, &script_of(&vmms, &cases), "row")?;
         match self.json {
             true => println!("{:#}", json!({"lines": lines})),
             false => print!("{}", table(&lines)),

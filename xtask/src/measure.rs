@@ -258,18 +258,24 @@ fn timing(command: &[String]) -> Result<Values> {
     let end = vm.until_end()?;
     let text = trace.text()?;
 
-    let mut events = trace::events(&text);
-    let exec = events.find(|event| event.body.starts_with("sched_process_exec"));
-    let entry = events.find(|event| event.body.starts_with("kvm_entry"));
-    let (Some(exec), Some(entry)) = (exec, entry) else {
-        bail!("the trace lacks the exec or the first entry:\n{text}");
-    };
+    let entry = entry(&text)?;
     let mut values = Values::default();
-    values.add("exec_to_entry_ms", millis(entry.micros - exec.micros));
+    values.add("exec_to_entry_ms", entry);
     values.add("exec_to_marker_ms", marker.as_secs_f64() * 1e3);
     values.add("exec_to_exit_ms", end.as_secs_f64() * 1e3);
     values.add("console_bytes", bytes);
     Ok(values)
+}
+
+/// The milliseconds from the exec to the first entry into the guest, by the text of a trace of both.
+pub(crate) fn entry(text: &str) -> Result<f64> {
+    let mut events = trace::events(text);
+    let exec = events.find(|event| event.body.starts_with("sched_process_exec"));
+    let entry = events.find(|event| event.body.starts_with("kvm_entry"));
+    match (exec, entry) {
+        (Some(exec), Some(entry)) => Ok(millis(entry.micros - exec.micros)),
+        _ => bail!("the trace lacks the exec or the first entry:\n{text}"),
+    }
 }
 
 /// Counts the exits that user space answers, by their reasons.

@@ -9,13 +9,13 @@ use std::fs;
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use argh::FromArgs;
 use serde_json::{Map, Value, json};
 
 use crate::measure::{self, print};
 use crate::procfs::{self, Mappings};
-use crate::trace::{self, Trace};
+use crate::trace::Trace;
 use crate::vm::Vm;
 
 /// How long guests are left alone before they count as idle, and how long they are then watched.
@@ -105,15 +105,8 @@ impl MeasureScale {
         vm.until_end()?;
         let text = trace.text()?;
 
-        let mut events = trace::events(&text);
-        let exec = events.find(|event| event.body.starts_with("sched_process_exec"));
-        let entry = events.find(|event| event.body.starts_with("kvm_entry"));
-        let (Some(exec), Some(entry)) = (exec, entry) else {
-            bail!("the trace lacks the exec or the first entry");
-        };
         let mut values = Map::new();
-        let entry = (entry.micros - exec.micros) as f64 / 1e3;
-        values.insert("entry_ms".to_owned(), json!(entry));
+        values.insert("entry_ms".to_owned(), json!(measure::entry(&text)?));
         let marker = marker.as_secs_f64() * 1e3;
         values.insert("marker_ms".to_owned(), json!(marker));
         values.insert("threads".to_owned(), json!(threads));

@@ -48,11 +48,7 @@ impl Vmm {
 
     /// Its program, for the host.
     pub(crate) fn host_file(&self) -> HostFile {
-        HostFile {
-            from: self.file.clone(),
-            to: self.path().into(),
-            mode: 0o755,
-        }
+        HostFile::program(&self.file, self.path())
     }
 
     /// Its command with this many vCPUs for `{cpus}`, and the words with `{disk}` once for each of
