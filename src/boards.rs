@@ -17,7 +17,7 @@ pub const AUTO: &str = "auto";
 /// The board for hosts that no built-in board matches.
 pub const FALLBACK: &str = "virt";
 
-/// The board for guests that run on an x86_64 host that no built-in board matches.
+/// Returns the board for guests that run on an x86_64 host that no built-in board matches.
 #[must_use]
 pub const fn fallback_of(guests: Architecture) -> &'static str {
     match guests {
@@ -160,8 +160,8 @@ pub struct Chosen {
     pub why: String,
 }
 
-/// The board called `name`; for [`AUTO`] the one that the host is, which `identity` tells, and
-/// `fallback` where it is none that is known.
+/// Returns the board called `name`; for [`AUTO`] the one that the host is, which `identity` tells,
+/// and `fallback` where it is none that is known.
 ///
 /// # Errors
 /// As [`profile`].

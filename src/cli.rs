@@ -229,7 +229,7 @@ macro_rules! machine_command {
         }
 
         impl $name {
-            /// The options that describe the machine.
+            /// Returns the options that describe the machine.
             #[must_use]
             pub fn machine(&self) -> MachineArgs {
                 MachineArgs {

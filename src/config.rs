@@ -50,8 +50,8 @@ pub struct Config<A: Arch> {
     pub backing: Backing,
 }
 
-/// The board that the arguments name, or that the host is: `host` where the machine is planned for
-/// another than this, `fallback` where it is none that is known.
+/// Returns the board that the arguments name, or that the host is: `host` where the machine is
+/// planned for another than this, `fallback` where it is none that is known.
 ///
 /// # Errors
 /// As [`boards::choose`].
@@ -245,7 +245,7 @@ fn switch(option: &str, text: Option<&str>, board: Switch) -> Result<Switch> {
     }
 }
 
-/// All the CPUs of a list, each of which is one of the host's.
+/// Returns all the CPUs of a list, each of which is one of the host's.
 fn io_cpus(text: &str, host: &HostCores) -> Result<Vec<u32>, String> {
     let PinPolicy::List(list) = text.parse()? else {
         return Err(format!("'{text}' is no list of CPUs: 0,2-3"));
@@ -256,8 +256,8 @@ fn io_cpus(text: &str, host: &HostCores) -> Result<Vec<u32>, String> {
     Ok(pinning.cpus.concat())
 }
 
-/// The board's command line, with the console where the terminal is and the root file system where
-/// the first disk has one.
+/// Returns the board's command line, with the console where the terminal is and the root file
+/// system where the first disk has one.
 fn default_cmdline(board: &str, console: ConsoleKind, args: &MachineArgs) -> String {
     let mut words = vec![board];
     if console == ConsoleKind::Virtio {
@@ -278,7 +278,7 @@ fn check_cmdline(cmdline: &str) -> Result<()> {
         })
 }
 
-/// The kernel's header, with the memory that it needs where it does not say so itself.
+/// Returns the kernel's header, with the memory that it needs where it does not say so itself.
 fn sized_header(kernel: &Kernel) -> Header {
     let mut header = kernel.header().clone();
     if let Header::Arm64(image) = &mut header {

@@ -15,8 +15,8 @@ const BASE: u32 = 32;
 const DEVICE: u32 = 9;
 const VCPU: u32 = 1;
 
-/// How many descriptors a machine may take, for one with more than the usual number of queues not
-/// quite all.
+/// Returns how many descriptors a machine may take, for one with more than the usual number of
+/// queues not quite all.
 #[must_use]
 pub fn of_machine(devices: u32, vcpus: u32) -> u32 {
     BASE.saturating_add(DEVICE.saturating_mul(devices))
@@ -43,7 +43,7 @@ pub fn make_room(count: u32) {
 mod tests {
     use super::*;
 
-    /// The places in the table of this process: `FDSize` in its status.
+    /// Returns the places in the table of this process: `FDSize` in its status.
     fn places() -> u32 {
         let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
         let line = status.lines().find_map(|line| line.strip_prefix("FDSize:"));

@@ -48,7 +48,7 @@ impl HostFiles {
         HostFiles { root, cpus }
     }
 
-    /// The CPUs that this process may run on, each with what it is.
+    /// Returns the CPUs that this process may run on, each with what it is.
     fn cpus(&self) -> &[(u32, Option<Midr>)] {
         self.cpus.get_or_init(|| {
             let mut told = true;
@@ -81,7 +81,7 @@ impl HostFiles {
         }
     }
 
-    /// The CPUs that guests may run on; `names` are those of kinds of core.
+    /// Returns the CPUs that guests may run on; `names` are those of kinds of core.
     #[must_use]
     pub fn cores(&self, names: Vec<(Midr, String)>) -> HostCores {
         let core = |&(number, kind): &(u32, Option<Midr>)| Core {
@@ -101,7 +101,7 @@ impl HostFiles {
         HostCores { cores, names }
     }
 
-    /// The caches of `cores`, which are of one kind, as far as their sizes are known
+    /// Returns the caches of `cores`, which are of one kind, as far as their sizes are known
     /// (Documentation/ABI/testing/sysfs-devices-system-cpu).
     #[must_use]
     pub fn caches(&self, cores: &[u32]) -> Vec<Cache> {
@@ -152,8 +152,9 @@ impl HostFiles {
         caches
     }
 
-    /// The type of the perf events that all of these CPUs count by performance counters of their own
-    /// (Documentation/ABI/testing/sysfs-bus-event_source-devices; Documentation/arch/arm64/perf.rst).
+    /// Returns the type of the perf events that all of these CPUs count by performance counters of
+    /// their own (Documentation/ABI/testing/sysfs-bus-event_source-devices;
+    /// Documentation/arch/arm64/perf.rst).
     #[must_use]
     pub fn counters(&self, cpus: &[u32]) -> Option<u32> {
         const FOLDER: &str = "sys/bus/event_source/devices";
@@ -215,7 +216,7 @@ impl HostFiles {
         None
     }
 
-    /// The policy for transparent huge pages of `size` bytes.
+    /// Returns the policy for transparent huge pages of `size` bytes.
     #[must_use]
     pub fn huge_page_policy(&self, size: usize) -> HugePagePolicy {
         const FOLDER: &str = "sys/kernel/mm/transparent_hugepage";
@@ -245,7 +246,7 @@ impl HostFiles {
         }
     }
 
-    /// The kernel's command line, as far as it can be read.
+    /// Returns the kernel's command line, as far as it can be read.
     #[must_use]
     pub fn kernel_cmdline(&self) -> String {
         self.text("proc/cmdline").unwrap_or_default()
@@ -255,8 +256,8 @@ impl HostFiles {
         self.text(path)?.parse().ok()
     }
 
-    /// The board as its firmware names it: the device tree's model (Devicetree specification v0.4,
-    /// section 2.3.2), else what DMI says.
+    /// Returns the board as its firmware names it: the device tree's model (Devicetree
+    /// specification v0.4, section 2.3.2), else what DMI says.
     #[must_use]
     pub fn name(&self) -> Option<String> {
         self.text("proc/device-tree/model").or_else(|| {
@@ -272,7 +273,7 @@ impl HostFiles {
         names.map(str::to_owned).collect()
     }
 
-    /// What kind of core a CPU is (Documentation/arch/arm64/cpu-feature-registers.rst).
+    /// Returns what kind of core a CPU is (Documentation/arch/arm64/cpu-feature-registers.rst).
     fn midr(&self, cpu: u32) -> Option<Midr> {
         let path = format!("sys/devices/system/cpu/cpu{cpu}/regs/identification/midr_el1");
         let text = self.text(&path)?;
@@ -293,7 +294,7 @@ impl HostFiles {
     }
 }
 
-/// The size of the fourth range in a `reg` with so many cells to an address and to a size
+/// Returns the size of the fourth range in a `reg` with so many cells to an address and to a size
 /// (Devicetree specification v0.4, section 2.3.6).
 fn fourth_size(reg: &[u8], address: usize, size: usize) -> Option<u64> {
     // At most two cells to a number.

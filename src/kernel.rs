@@ -57,7 +57,7 @@ impl Kernel {
         open_kernel(path).with_context(|| format!("cannot open kernel {}", path.display()))
     }
 
-    /// What the kernel's header says.
+    /// Returns what the kernel's header says.
     #[must_use]
     pub fn header(&self) -> &Header {
         &self.header

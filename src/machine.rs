@@ -212,7 +212,7 @@ impl<A: KvmArch> Machine<A> {
             .map_err(|index| format!("vCPU {index} to stop{}", self.what_is_waited_for()))
     }
 
-    /// What a vCPU may wait for, as the end of a sentence.
+    /// Returns what a vCPU may wait for, as the end of a sentence.
     fn what_is_waited_for(&self) -> String {
         let devices = self.workers.at_work();
         match devices.is_empty() {

@@ -140,7 +140,7 @@ fn map_bank(
         .ok_or_else(|| anyhow!("it ends past 2^64"))
 }
 
-/// Why `bytes` more were not locked, and what would help.
+/// Returns why `bytes` more were not locked, and what would help.
 fn why_unlocked(bytes: u64) -> String {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock);
     // CAP_IPC_LOCK, which root has, is not limited (mlock(2)).
@@ -167,7 +167,7 @@ fn advice_on_lock(bytes: u64, limit: Option<(Option<u64>, Option<u64>)>) -> Stri
     }
 }
 
-/// A mapping of `size` bytes of ours at an address that suits huge pages.
+/// Returns a mapping of `size` bytes of ours at an address that suits huge pages.
 fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     // A huge block needs guest-physical and host-virtual address to agree modulo its size
     // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping).
@@ -199,7 +199,7 @@ fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     Ok(base as *mut u8)
 }
 
-/// The address of new memory of `size` bytes.
+/// Returns the address of new memory of `size` bytes.
 fn map_anywhere(size: usize) -> Result<usize> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new anonymous mapping at an address that the kernel chooses.
@@ -367,7 +367,7 @@ pub struct IdleMemory<'a> {
 }
 
 impl<'a> IdleMemory<'a> {
-    /// The memory of the VM that has these vCPUs and no others.
+    /// Creates the memory of the VM that has these vCPUs and no others.
     ///
     /// # Safety
     /// For as long as it lives, nobody reads or writes this memory in another way: no device is at
@@ -381,7 +381,7 @@ impl<'a> IdleMemory<'a> {
         }
     }
 
-    /// The bytes of a range, to load the guest's software to.
+    /// Returns the bytes of a range, to load the guest's software to.
     ///
     /// # Errors
     /// A range that is not in one bank.
@@ -481,7 +481,7 @@ mod tests {
         }
     }
 
-    /// What the host's kernel says of the mapping that `address` lies in, by key.
+    /// Returns what the host's kernel says of the mapping that `address` lies in, by key.
     fn smaps(address: usize, key: &str) -> String {
         let text = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
         let holds = |line: &str| {

@@ -106,7 +106,7 @@ pub fn probe() -> Report {
 }
 
 impl Report {
-    /// Whether a guest of this host's architecture can run at all.
+    /// Returns whether a guest of this host's architecture can run at all.
     #[must_use]
     pub fn runs_guests(&self) -> bool {
         !self
@@ -115,7 +115,7 @@ impl Report {
             .any(|finding| finding.severity == Severity::Stops)
     }
 
-    /// Each thing that would stop or slow a guest, with the fix.
+    /// Returns each thing that would stop or slow a guest, with the fix.
     #[must_use]
     pub fn diagnosis(&self) -> Vec<Finding> {
         let finding = |severity, what: &str, fix: &str| Finding {

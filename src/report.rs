@@ -15,7 +15,8 @@ struct Row {
     what: String,
 }
 
-/// The plan as a table with its reasons, for a terminal. `kernel` describes the kernel file.
+/// Returns the plan as a table with its reasons, for a terminal. `kernel` describes the kernel
+/// file.
 #[must_use]
 pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting]) -> String {
     let mut out = String::new();
@@ -71,7 +72,7 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
     out
 }
 
-/// A name on a line of its own, whoever gave it.
+/// Returns a name on a line of its own, whoever gave it.
 fn shown(text: &str) -> String {
     visible(text.as_bytes(), usize::MAX)
 }
@@ -162,7 +163,7 @@ fn table(out: &mut String, rows: &[Row]) {
     }
 }
 
-/// The plan for programs. Addresses are numbers; ends are inclusive.
+/// Returns the plan for programs. Addresses are numbers; ends are inclusive.
 #[must_use]
 pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Value {
     let rows = |rows: Vec<Row>| -> Vec<Value> {

@@ -189,7 +189,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     }
 }
 
-/// The plan of the guest's next life.
+/// Returns the plan of the guest's next life.
 fn plan<A: KvmArch>(options: &mut RunOptions<A>) -> Result<Plan<A>> {
     if options.seeded {
         options.config.request.seeds = Some(fresh_seeds()?);
@@ -197,7 +197,7 @@ fn plan<A: KvmArch>(options: &mut RunOptions<A>) -> Result<Plan<A>> {
     decide(&options.config, &options.host, &options.config.board)
 }
 
-/// The guest's memory, which it keeps through its resets.
+/// Returns the guest's memory, which it keeps through its resets.
 fn map_memory<A: KvmArch>(
     options: &RunOptions<A>,
     plan: &Plan<A>,

@@ -45,7 +45,7 @@ pub struct Serial<U: Uart> {
 }
 
 impl<U: Uart> Serial<U> {
-    /// A console on `uart`.
+    /// Creates a console on `uart`.
     #[must_use]
     pub fn new(uart: U, window: Option<BurstWindow>, on_burst: Box<dyn Fn() + Send>) -> Serial<U> {
         Serial {
@@ -78,8 +78,8 @@ impl<U: Uart> Serial<U> {
         }
     }
 
-    /// What the guest may read from memory. A guest that waits for the transmit interrupt before
-    /// it sends on would wait for a tick each time: that interrupt comes with the bytes.
+    /// Returns what the guest may read from memory. A guest that waits for the transmit interrupt
+    /// before it sends on would wait for a tick each time: that interrupt comes with the bytes.
     fn snapshot(&self) -> Option<U::Snapshot> {
         match self.uart.sends_by_interrupt() {
             true => None,
@@ -276,7 +276,7 @@ mod tests {
             );
         }
 
-        /// What the guest reads until the flags say that there is no more.
+        /// Returns what the guest reads until the flags say that there is no more.
         fn received(&mut self) -> Vec<u32> {
             let mut characters = Vec::new();
             while self.read(FLAGS) & EMPTY == 0 {
@@ -290,7 +290,7 @@ mod tests {
         }
     }
 
-    /// A count, and what counts it.
+    /// Returns a count, and what counts it.
     fn counter() -> (Arc<AtomicUsize>, Box<dyn Fn() + Send>) {
         let count = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&count);

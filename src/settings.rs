@@ -48,7 +48,7 @@ pub struct ChosenValues<'a> {
 }
 
 impl ChosenValues<'_> {
-    /// Each value with who chose it.
+    /// Returns each value with who chose it.
     #[must_use]
     pub fn settings(&self) -> Vec<Setting> {
         let (args, guest) = (self.args, &self.board.guest);

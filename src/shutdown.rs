@@ -30,8 +30,8 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// A request whose key was pressed at `now`; the guest may take `patience`, without which there is
-    /// no limit.
+    /// Creates a request whose key was pressed at `now`; the guest may take `patience`, without
+    /// which there is no limit.
     #[must_use]
     pub fn new(now: Instant, patience: Option<Duration>) -> Shutdown {
         Shutdown {
@@ -59,7 +59,7 @@ impl Shutdown {
     }
 }
 
-/// The value of `--stop-timeout`: seconds, or `None` for no limit.
+/// Returns the value of `--stop-timeout`: seconds, or `None` for no limit.
 ///
 /// # Errors
 /// What it is not, in a sentence.

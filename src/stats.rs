@@ -86,7 +86,7 @@ fn exit_line(index: usize, count: impl Fn(Reason) -> u64) -> String {
     line
 }
 
-/// The counters that are not 0, by name; several of one name are one.
+/// Returns the counters that are not 0, by name; several of one name are one.
 fn counter_line(what: &str, counters: Vec<Counter>) -> Option<String> {
     let mut sums: BTreeMap<String, u64> = BTreeMap::new();
     for Counter { name, kind, value } in counters {

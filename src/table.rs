@@ -10,7 +10,7 @@ use armlet_arch::{Arch, Architecture, Board, Request, plan};
 use armlet_system::status::{Fault, Status};
 use std::fmt::Write;
 
-/// The table of all built-in boards for ARM64, in Markdown.
+/// Returns the table of all built-in boards for ARM64, in Markdown.
 ///
 /// # Errors
 /// A board that cannot be planned for.
@@ -82,7 +82,8 @@ fn row(board: &Board) -> Result<Vec<String>> {
     Ok(cells)
 }
 
-/// The address bits of a guest with so much memory, and their levels of stage-2 translation.
+/// Returns the address bits of a guest with so much memory, and their levels of stage-2
+/// translation.
 fn width(board: &Board, host: &Host, memory: u64) -> Result<String> {
     let width = plan(board, &request(board, memory), host)?.width;
     Ok(format!("{} bits, {} levels", width.bits, width.levels))

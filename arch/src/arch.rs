@@ -32,13 +32,13 @@ pub trait Arch: Sized + Clone + Debug + 'static {
     /// A vCPU before its first instruction.
     type Vcpu: Clone + Debug + PartialEq + Serialize;
 
-    /// The header of a kernel for this architecture.
+    /// Returns the header of a kernel for this architecture.
     ///
     /// # Errors
     /// A kernel for another one.
     fn kernel(header: &Header) -> Result<Self::Kernel, ImageError>;
 
-    /// The host that a board assumes.
+    /// Returns the host that a board assumes.
     fn assumed_host(board: &Board) -> Self::Host;
 
     /// Describes each way in which a host differs from the one that the board is for, as far as
@@ -57,7 +57,7 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         ram: &[Range],
     ) -> Result<Self::Irqchip, PlanError>;
 
-    /// The controller's windows.
+    /// Returns the controller's windows.
     fn irqchip_regions(irqchip: &Self::Irqchip) -> Vec<Region>;
 
     /// Chooses the address width for a machine whose highest address lies in `highest`.
@@ -88,12 +88,12 @@ pub trait Arch: Sized + Clone + Debug + 'static {
     /// A required feature that the host does not offer.
     fn features(request: &Request<Self>, host: &Self::Host) -> Result<Self::Features, PlanError>;
 
-    /// The private interrupts of each vCPU that the plan numbers: INTID and source.
+    /// Returns the private interrupts of each vCPU that the plan numbers: INTID and source.
     fn private_interrupts(_: &Self::Features) -> Vec<(u32, &'static str)> {
         Vec::new()
     }
 
-    /// The initial state of vCPU `index`.
+    /// Returns the initial state of vCPU `index`.
     fn vcpu(
         index: u32,
         payload: &Payload,
@@ -101,12 +101,13 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         request: &Request<Self>,
     ) -> Self::Vcpu;
 
-    /// The part of RAM that is reserved for KVM: neither loaded nor free for the guest to use.
+    /// Returns the part of RAM that is reserved for KVM: neither loaded nor free for the guest to
+    /// use.
     fn reserved(_: &[Self::Vcpu]) -> Option<Region> {
         None
     }
 
-    /// What the guest reads at its start: the device tree, or the zero page.
+    /// Returns what the guest reads at its start: the device tree, or the zero page.
     ///
     /// # Errors
     /// Memory too small to hold the blobs.

@@ -65,8 +65,9 @@ impl HugePages {
     }
 }
 
-/// The sizes of huge pages that Linux has in its pools on hosts with pages of `page` bytes, in
-/// ascending order (Documentation/arch/arm64/hugetlbpage.rst; arch/x86/include/asm/page_types.h).
+/// Returns the sizes of huge pages that Linux has in its pools on hosts with pages of `page` bytes,
+/// in ascending order (Documentation/arch/arm64/hugetlbpage.rst;
+/// arch/x86/include/asm/page_types.h).
 fn sizes(arch: Architecture, page: u64) -> &'static [u64] {
     const K: u64 = 1 << 10;
     const M: u64 = 1 << 20;

@@ -71,7 +71,7 @@ pub struct AssumedHost {
 }
 
 impl AssumedHost {
-    /// Its cores, numbered from 0 in the order of the board's file.
+    /// Returns its cores, numbered from 0 in the order of the board's file.
     #[must_use]
     pub fn cores(&self) -> HostCores {
         let mut cores = Vec::new();
@@ -90,7 +90,7 @@ impl AssumedHost {
         }
     }
 
-    /// The names of its kinds of core, where they have one.
+    /// Returns the names of its kinds of core, where they have one.
     #[must_use]
     pub fn core_names(&self) -> Vec<(Midr, String)> {
         let clusters = self.clusters.iter();
@@ -252,7 +252,7 @@ impl PortKind {
         PortKind::Acpi,
     ];
 
-    /// The name in board files.
+    /// Returns the name in board files.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -264,7 +264,7 @@ impl PortKind {
         }
     }
 
-    /// How many ports it takes.
+    /// Returns how many ports it takes.
     #[must_use]
     pub const fn ports(self) -> u16 {
         match self {
@@ -276,7 +276,7 @@ impl PortKind {
         }
     }
 
-    /// Whether it raises an interrupt.
+    /// Returns whether it raises an interrupt.
     #[must_use]
     pub const fn interrupts(self) -> bool {
         matches!(self, PortKind::Uart16550 | PortKind::Acpi)

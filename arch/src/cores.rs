@@ -358,8 +358,9 @@ pub enum Counters {
 }
 
 impl Pinning {
-    /// The counters of the CPUs that the vCPUs run on; `type_of` tells of some CPUs the type of the
-    /// counters that all of them have, and is asked on hosts with several kinds of core alone.
+    /// Returns the counters of the CPUs that the vCPUs run on; `type_of` tells of some CPUs the
+    /// type of the counters that all of them have, and is asked on hosts with several kinds of core
+    /// alone.
     pub fn counters(&self, type_of: impl FnOnce(&[u32]) -> Option<u32>) -> Counters {
         if self.kinds < 2 {
             return Counters::Only;

@@ -63,7 +63,7 @@ pub enum X86Kernel {
 }
 
 impl Header {
-    /// The header for an arm64 guest.
+    /// Returns the header for an arm64 guest.
     ///
     /// # Errors
     /// It is an x86_64 kernel.
@@ -81,7 +81,7 @@ impl Header {
         }
     }
 
-    /// The header for an x86_64 guest.
+    /// Returns the header for an x86_64 guest.
     ///
     /// # Errors
     /// It is an arm64 kernel.

@@ -9,13 +9,13 @@ use std::fmt;
 pub struct Midr(u32);
 
 impl Midr {
-    /// The kind of core whose register holds `register`.
+    /// Returns the kind of core whose register holds `register`.
     #[must_use]
     pub const fn kind(register: u64) -> Midr {
         Midr(register as u32 & 0xff0f_fff0)
     }
 
-    /// What the register of such a core holds, with zeros for the revision.
+    /// Returns what the register of such a core holds, with zeros for the revision.
     #[must_use]
     pub const fn register(self) -> u64 {
         self.0 as u64

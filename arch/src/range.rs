@@ -12,7 +12,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// The range of `size` bytes from `start`; `None` if it is empty or wraps.
+    /// Creates the range of `size` bytes from `start`; `None` if it is empty or wraps.
     #[must_use]
     pub const fn new(start: u64, size: u64) -> Option<Range> {
         if size == 0 || start.checked_add(size - 1).is_none() {
@@ -21,43 +21,43 @@ impl Range {
         Some(Range { start, size })
     }
 
-    /// The first address.
+    /// Returns the first address.
     #[must_use]
     pub const fn start(self) -> u64 {
         self.start
     }
 
-    /// The number of bytes, at least 1.
+    /// Returns the number of bytes, at least 1.
     #[must_use]
     pub const fn size(self) -> u64 {
         self.size
     }
 
-    /// The last address, inclusive (an exclusive end may not exist in 64 bits).
+    /// Returns the last address, inclusive (an exclusive end may not exist in 64 bits).
     #[must_use]
     pub const fn last(self) -> u64 {
         self.start + (self.size - 1)
     }
 
-    /// The first address behind the range, or `u64::MAX` where there is none.
+    /// Returns the first address behind the range, or `u64::MAX` where there is none.
     #[must_use]
     pub const fn end(self) -> u64 {
         self.last().saturating_add(1)
     }
 
-    /// Whether the two share an address.
+    /// Returns whether the two share an address.
     #[must_use]
     pub const fn overlaps(self, other: Range) -> bool {
         self.start <= other.last() && other.start <= self.last()
     }
 
-    /// Whether all of `other` lies in this range.
+    /// Returns whether all of `other` lies in this range.
     #[must_use]
     pub const fn contains(self, other: Range) -> bool {
         self.start <= other.start && other.last() <= self.last()
     }
 
-    /// How many address bits the last address needs; at least 1.
+    /// Returns how many address bits the last address needs; at least 1.
     #[must_use]
     pub const fn bits(self) -> u8 {
         let bits = u64::BITS - self.last().leading_zeros();

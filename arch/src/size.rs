@@ -1,7 +1,7 @@
 //! Sizes as people write them: `512M`, `4G`.
 
-/// The bytes that `text` means: a whole number and K, M, G or T (powers of 1024), upper or lower
-/// case, with an optional `i`, `iB` or `B` behind it (`4Gi`, `4GiB`); no letter means bytes.
+/// Returns the bytes that `text` means: a whole number and K, M, G or T (powers of 1024), upper or
+/// lower case, with an optional `i`, `iB` or `B` behind it (`4Gi`, `4GiB`); no letter means bytes.
 ///
 /// # Errors
 /// One sentence that says what is wrong and shows what is valid.

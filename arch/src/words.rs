@@ -1,7 +1,7 @@
 //! Which of some names a misspelt word most likely means.
 
-/// The name that takes the fewest changes to become `word`, and how many: letters added, left out
-/// or replaced (the Levenshtein distance). `None` without names.
+/// Returns the name that takes the fewest changes to become `word`, and how many: letters added,
+/// left out or replaced (the Levenshtein distance). `None` without names.
 #[must_use]
 pub fn nearest<'a>(
     word: &str,

@@ -1,19 +1,19 @@
-//! What an access to a device means for the machine that the device is part of.
+//! What an access to a device means for the machine as a whole.
 
-/// What the guest asked of the machine, or told about itself, by an access to a device.
+/// What the guest requested of the machine, or revealed about itself, by an access to a device.
 ///
-/// A device does none of it: whoever made the access for the guest passes the action on.
-#[must_use = "the guest asked for it, and nobody else knows"]
+/// The device does not carry it out: it returns the action, and the caller passes it on.
+#[must_use = "the guest's request is lost if the action is dropped"]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Action {
     /// Nothing beyond the device.
     #[default]
     None,
-    /// The machine is to be reset.
+    /// Reset the machine.
     Reset,
-    /// The machine is to be switched off.
+    /// Power the machine off.
     PowerOff,
-    /// The guest's kernel printed that it panicked. Boxed, so that an action fits into two registers.
+    /// The guest's kernel printed that it panicked. Boxed, so that an action fits in two registers.
     Panicked(Box<Panic>),
 }
 
@@ -25,13 +25,13 @@ pub struct Panic {
 }
 
 impl Action {
-    /// A panic of the guest's kernel for `reason`.
+    /// Returns the action for a panic of the guest's kernel with `reason`.
     pub fn panicked(reason: String) -> Action {
         Action::Panicked(Box::new(Panic { reason }))
     }
 
-    /// The action of two accesses in a row: the first that there is, as a guest that asked for one
-    /// has no say in what comes after.
+    /// Combines the actions of two accesses in a row: the first one wins, because a guest that
+    /// asked for a reset or power-off does not get to ask for anything after it.
     pub fn or(self, later: Action) -> Action {
         match self {
             Action::None => later,
@@ -39,9 +39,9 @@ impl Action {
         }
     }
 
-    /// Adds the action of a later access, as [`Action::or`] does.
+    /// Combines this action with that of a later access, as [`Action::or`] does.
     pub fn add(&mut self, later: Action) {
-        // Hardly ever is there one.
+        // The common case, kept free of a move.
         if !matches!(later, Action::None) {
             *self = std::mem::take(self).or(later);
         }
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_action_of_several_is_the_one() {
+    fn the_first_of_several_actions_wins() {
         let mut action = Action::None;
         action.add(Action::None);
         assert_eq!(action, Action::None);
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn an_action_fits_into_two_registers() {
+    fn an_action_fits_in_two_registers() {
         assert!(size_of::<Action>() <= 2 * size_of::<usize>());
     }
 }

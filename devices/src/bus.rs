@@ -8,8 +8,8 @@ use crate::action::Action;
 
 /// Windows of addresses and the devices behind them.
 ///
-/// It is filled while the machine is built and only read afterwards, so every vCPU
-/// thread shares it in an [`Arc`] and only the device itself is locked.
+/// It is filled while the machine is built and read-only afterwards, so vCPU threads share it in an
+/// [`Arc`] without a lock; only the devices are locked.
 #[derive(Default)]
 pub struct Bus {
     /// Sorted by `start`; no two overlap.
@@ -25,7 +25,7 @@ pub enum BusError {
         /// First address of the window.
         start: u64,
     },
-    /// The window does not end in the address space.
+    /// The window reaches beyond the end of the address space.
     #[error("the device window at {start:#x} of {len:#x} bytes passes the last 64-bit address")]
     Wraps {
         /// First address of the window.
@@ -33,7 +33,7 @@ pub enum BusError {
         /// Length of the window in bytes.
         len: u64,
     },
-    /// The window shares addresses with one that is there already.
+    /// The window overlaps one that is already on the bus.
     #[error(
         "the device window at {start:#x} of {len:#x} bytes overlaps the one at \
          {other_start:#x} of {other_len:#x} bytes; move either"
@@ -43,20 +43,20 @@ pub enum BusError {
         start: u64,
         /// Length of the window in bytes.
         len: u64,
-        /// First address of the window already there.
+        /// First address of the other window.
         other_start: u64,
-        /// Length of the window already there in bytes.
+        /// Length of the other window in bytes.
         other_len: u64,
     },
 }
 
 impl Bus {
-    /// An empty bus.
+    /// Creates an empty bus.
     pub fn new() -> Bus {
         Bus::default()
     }
 
-    /// Puts `device` at the addresses from `start`, `len` bytes long.
+    /// Maps `device` at the `len` bytes from `start`.
     ///
     /// # Errors
     /// When the window is empty, passes the last address, or overlaps another.
@@ -68,7 +68,7 @@ impl Bus {
     ) -> Result<(), BusError> {
         let window = Window::new(start, len, device)?;
         let place = self.windows.partition_point(|other| other.start < start);
-        // Windows are sorted and apart, so only the two neighbours can be in the way.
+        // Windows are sorted and disjoint, so only the two neighbours can overlap the new one.
         let before = place
             .checked_sub(1)
             .and_then(|index| self.windows.get(index));
@@ -89,8 +89,8 @@ impl Bus {
 
     /// Reads `data.len()` bytes at `address` from the device there.
     ///
-    /// Returns what the access means for the machine. `None` when no device holds all of
-    /// the bytes: `data` is then zeros, and the caller counts and logs it.
+    /// Returns what the access means for the machine, or `None` when no single device covers all of
+    /// the bytes: `data` is then zeroed, and the caller counts and logs the access.
     pub fn read(&self, address: u64, data: &mut [u8]) -> Option<Action> {
         data.fill(0);
         let (window, offset) = self.find(address, data.len())?;
@@ -99,14 +99,14 @@ impl Bus {
 
     /// Writes `data` at `address` to the device there.
     ///
-    /// Returns what the access means for the machine. `None` when no device holds all of
-    /// the bytes: nothing is then written, and the caller counts and logs it.
+    /// Returns what the access means for the machine, or `None` when no single device covers all of
+    /// the bytes: nothing is then written, and the caller counts and logs the access.
     pub fn write(&self, address: u64, data: &[u8]) -> Option<Action> {
         let (window, offset) = self.find(address, data.len())?;
         Some(window.lock().write(offset, data))
     }
 
-    /// The window that holds all `size` bytes from `address`, and the offset into it.
+    /// Finds the window that covers all `size` bytes from `address`, and the offset into it.
     fn find(&self, address: u64, size: usize) -> Option<(&Window, u64)> {
         let more = u64::try_from(size).ok()?.checked_sub(1)?;
         let last = address.checked_add(more)?;
@@ -116,7 +116,7 @@ impl Bus {
     }
 }
 
-/// One device's addresses, both ends included: a window may end at 2^64 - 1.
+/// One device's addresses. The bounds are inclusive, because a window may end at 2^64 - 1.
 struct Window {
     start: u64,
     last: u64,
@@ -136,8 +136,8 @@ impl Window {
         })
     }
 
-    /// A thread that panicked inside a device has not made it unusable: its registers
-    /// are plain data, and the guest of the other threads goes on.
+    /// Locks the device, even after another thread panicked in it: its registers are plain data,
+    /// and the other vCPUs go on.
     fn lock(&self) -> MutexGuard<'_, dyn Device + 'static> {
         lock(&self.device)
     }
@@ -151,7 +151,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers reads with its name, keeps what was written and where.
+    /// Answers reads with its name, and records what was written and where.
     #[derive(Default)]
     struct Probe {
         name: u8,
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_there_reads_as_zeros() {
+    fn an_unmapped_address_reads_as_zeros() {
         let bus = bus(&[(0x1000, 0x1000)]);
         for address in [0, 0xfff, 0x2000, u64::MAX] {
             let mut data = [9; 1];
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn an_access_across_the_end_of_a_window_reaches_nobody() {
+    fn an_access_across_the_end_of_a_window_reaches_no_device() {
         let bus = bus(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
         let mut data = [9; 4];
         assert_eq!(bus.read(0x1ffe, &mut data), None);
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn an_access_of_no_bytes_reaches_nobody() {
+    fn an_access_of_no_bytes_reaches_no_device() {
         let bus = bus(&[(0, 0x1000)]);
         assert_eq!(bus.read(0, &mut []), None);
         assert_eq!(bus.write(0, &[]), None);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_windows_are_refused_with_their_numbers() {
+    fn invalid_windows_are_refused_with_their_bounds() {
         let mut bus = bus(&[(0x1000, 0x1000)]);
         assert_eq!(
             bus.insert(0x5000, 0, probe(2)),
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_where() {
+    fn errors_give_addresses() {
         let error = BusError::Overlaps {
             start: 0x1000,
             len: 0x100,
@@ -322,7 +322,7 @@ mod tests {
     }
 
     proptest! {
-        /// The bus agrees with looking at every window in turn.
+        /// The bus finds the same window as a linear search.
         #[test]
         fn search_agrees_with_a_list(
             wanted in prop::collection::vec((0u64..200, 0u64..20), 0..20),

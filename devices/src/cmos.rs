@@ -1,8 +1,8 @@
-//! The clock of PCs with its battery-backed memory: an MC146818 behind an index and a data port
-//! (MC146818A datasheet; arch/x86/kernel/rtc.c for the century).
+//! The PC's real-time clock and CMOS memory: an MC146818 behind an index and a data port (MC146818A
+//! datasheet; arch/x86/kernel/rtc.c for the century).
 //!
-//! It shows the host's time in UTC plus what the guest set, in BCD and 24 hours. It raises no
-//! interrupts: no alarm, no periodic tick.
+//! It shows the host's time in UTC plus the offset that the guest set, in BCD and 24-hour mode. It
+//! raises no interrupts: no alarm, no periodic tick.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,7 +21,7 @@ pub struct Cmos {
 }
 
 const SIZE: usize = 128;
-/// The bits of an index.
+/// The valid bits of an index.
 const INDEX: u8 = SIZE as u8 - 1;
 
 /// Registers.
@@ -40,7 +40,7 @@ mod register {
     pub(super) const CENTURY: u8 = 0x32;
 }
 
-/// Those of the time.
+/// The registers that hold the time.
 const TIME: [u8; 8] = [
     register::SECONDS,
     register::MINUTES,
@@ -52,17 +52,17 @@ const TIME: [u8; 8] = [
     register::CENTURY,
 ];
 
-/// A: oscillator at 32 kHz, 1024 Hz; never in update.
+/// Register A: 32 kHz oscillator, 1024 Hz rate, no update in progress.
 const A_RUNNING: u8 = 0x26;
-/// B: 24 hours, BCD.
+/// Register B: 24-hour mode, BCD.
 const B_24_HOURS: u8 = 1 << 1;
-/// B: the time is being set, the clock stands.
+/// Register B: the time is being set, and the clock is stopped (SET).
 const B_SET: u8 = 1 << 7;
-/// D: the battery is good.
+/// Register D: the battery is good (VRT).
 const D_VALID: u8 = 1 << 7;
 
 impl Cmos {
-    /// A clock that shows the host's time.
+    /// Creates a clock that shows the host's time.
     #[must_use]
     pub fn new() -> Cmos {
         Cmos::with_clock(|| {
@@ -87,7 +87,7 @@ impl Cmos {
         self.memory[usize::from(register::B)] & B_SET != 0
     }
 
-    /// Writes the time to its registers.
+    /// Updates the time registers from the clock.
     fn show_time(&mut self) {
         let seconds = (self.now)().saturating_add(self.ahead);
         let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
@@ -108,7 +108,7 @@ impl Cmos {
         }
     }
 
-    /// Takes the time that stands in the registers.
+    /// Sets the clock from the time registers.
     fn set_time(&mut self) {
         let field = |register: u8| from_bcd(self.memory[usize::from(register)]);
         let year = field(register::CENTURY) * 100 + field(register::YEAR);
@@ -137,14 +137,14 @@ impl Cmos {
                 if !setting && value & B_SET != 0 {
                     self.show_time();
                 }
-                // No interrupts, no binary mode, no 12 hours.
+                // Interrupts, binary mode and 12-hour mode are not supported.
                 self.memory[usize::from(register::B)] = value & B_SET | B_24_HOURS;
                 if setting && value & B_SET == 0 {
                     self.set_time();
                 }
             }
             index if TIME.contains(&index) => {
-                // Without SET one field of a running clock is changed.
+                // Without SET, the write changes one field of a running clock.
                 if !setting {
                     self.show_time();
                 }
@@ -163,7 +163,7 @@ impl Cmos {
 pub struct CmosState {
     /// The register that the data port shows.
     pub index: u8,
-    /// All registers. Those of the time are of when it was last shown or set.
+    /// All registers. The time registers hold the time at which they were last read or set.
     pub memory: [u8; SIZE],
     /// Seconds that the guest's clock is ahead of the host's, which goes on meanwhile.
     pub ahead: i64,
@@ -193,7 +193,7 @@ impl Persist for Cmos {
             let found = state.memory[usize::from(index)];
             if found & mask != value {
                 return Err(RestoreError(format!(
-                    "the state of the {DEVICE} is not valid: {name} is {found:#x}, which no guest can make it"
+                    "the state of the {DEVICE} is not valid: {name} is {found:#x}, which no guest can cause"
                 )));
             }
         }
@@ -218,11 +218,11 @@ impl Device for Cmos {
         Action::None
     }
 
-    /// A write of two bytes sets the index and the register.
+    /// Handles a write; one of two bytes sets the index and the register that it selects.
     fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         for (port, value) in (offset..).zip(data) {
             match port {
-                // Bit 7 masks the NMI.
+                // Bit 7 masks NMIs, which this machine does not have.
                 0 => self.index = value & INDEX,
                 1 => self.write_register(*value),
                 _ => {}
@@ -240,12 +240,12 @@ fn from_bcd(value: u8) -> i64 {
     i64::from(value >> 4) * 10 + i64::from(value & 0xf)
 }
 
-/// Days of 400 years of the Gregorian calendar, and from the 1st of March of the year 0 to 1970.
+/// The number of days in 400 Gregorian years, and from 1 March of the year 0 to 1 January 1970.
 const ERA_DAYS: i64 = 146_097;
 const TO_1970: i64 = 719_468;
 
-/// Year, month and day of the day `days` after the 1st of January 1970. Years begin in March
-/// here, so that the leap day is the last.
+/// Returns year, month and day of the day `days` after 1 January 1970. Internally, years begin in
+/// March, so that the leap day comes last.
 fn date(days: i64) -> (i64, i64, i64) {
     let days = days + TO_1970;
     let (era, day) = (days.div_euclid(ERA_DAYS), days.rem_euclid(ERA_DAYS));
@@ -257,7 +257,7 @@ fn date(days: i64) -> (i64, i64, i64) {
     (era * 400 + year + i64::from(month <= 2), month, day)
 }
 
-/// The inverse of [`date`].
+/// Returns the day number of a date: the inverse of [`date`].
 fn day_number(year: i64, month: i64, day: i64) -> i64 {
     let year = year - i64::from(month <= 2);
     let (era, year) = (year.div_euclid(400), year.rem_euclid(400));
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn the_time_is_the_hosts_in_bcd() {
-        // 29th of February 2024, 23:59:58, a Thursday.
+        // Thursday, 29 February 2024, 23:59:58.
         let mut cmos = Cmos::with_clock(|| 1_709_251_198);
         assert_eq!(
             time(&mut cmos),
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_guest_can_write_is_not_restored() {
+    fn a_state_that_no_guest_can_cause_is_refused() {
         let mut cmos = Cmos::with_clock(|| 0);
         let state = cmos.save();
         refuses(
@@ -357,7 +357,7 @@ mod tests {
         assert_eq!(after[2..], before[2..]);
     }
 
-    /// Whole accesses: an index with its value, or a read.
+    /// Generates complete accesses: an index with its value, or a read.
     fn accesses() -> impl Strategy<Value = Access> {
         let register = prop_oneof![prop::sample::select(&TIME[..]), 0x0a..=0x0e_u8, any::<u8>()];
         prop_oneof![
@@ -395,7 +395,7 @@ mod tests {
         }
 
         #[test]
-        fn dates_read_back(days in -1_000_000_i64..1_000_000) {
+        fn dates_convert_back(days in -1_000_000_i64..1_000_000) {
             let (year, month, day) = date(days);
             prop_assert!((1..=12).contains(&month) && (1..=31).contains(&day));
             prop_assert_eq!(day_number(year, month, day), days);

@@ -1,14 +1,13 @@
-//! What serial consoles have in common: where their output goes, and how input comes to them.
+//! What serial consoles have in common: the sink of their output, and how they get their input.
 
 use crate::Device;
 use crate::action::Action;
 
 /// Where the guest's output goes.
 ///
-/// Called with the device locked: it should not wait for long, as a vCPU waits with it.
+/// Called with the device locked: it must not block for long, because a vCPU waits for it.
 pub trait Output: Send {
-    /// Takes the next bytes of the output, all of them, in order. Returns what they mean for the
-    /// machine.
+    /// Writes all of `bytes`, in order. Returns what they mean for the machine.
     fn write(&mut self, bytes: &[u8]) -> Action;
 }
 
@@ -19,80 +18,82 @@ impl<F: FnMut(&[u8]) + Send> Output for F {
     }
 }
 
-/// A UART whose output may be collected before it reaches the device: its data register stands first
-/// in its window, and its transmitter is always empty.
+/// A UART whose output may be coalesced before it reaches the device: its data register is the
+/// first one of its window, and its transmitter is always empty.
 pub trait Uart: Device {
-    /// What the guest may read from memory while its output is collected, where it may.
+    /// The register values that the guest reads from memory while its output is coalesced, where
+    /// the architecture allows that.
     type Snapshot: PartialEq + Send;
 
-    /// What the guest reads from the registers for as long as it only sends; `None` while a read
-    /// could change something.
+    /// Returns what the guest reads from the registers for as long as it only transmits; `None`
+    /// while a read would have side effects.
     fn snapshot(&self) -> Option<Self::Snapshot>;
 
-    /// Each word of a snapshot: its offset in bytes, and its value. There are none where the guest
-    /// cannot read registers from memory.
+    /// Returns each word of a snapshot: its offset in bytes, and its value. There are none where
+    /// the guest cannot read registers from memory.
     fn words(snapshot: &Self::Snapshot) -> impl Iterator<Item = (usize, u32)> + '_;
 
-    /// Whether the guest waits for an interrupt before it sends on, as drivers do; consoles of
-    /// kernels poll instead.
+    /// Returns whether the guest waits for an interrupt before it sends more, as tty drivers do;
+    /// kernel consoles poll instead.
     fn sends_by_interrupt(&self) -> bool;
 
-    /// Does what writing each of `bytes` to the data register would do, with one call of the
-    /// output: for writes that were collected before they reached the device. Returns what they mean
-    /// for the machine.
+    /// Does what writing each of `bytes` to the data register would do, with a single call of the
+    /// output: for writes that were coalesced before they reached the device. Returns what they
+    /// mean for the machine.
     fn write_data(&mut self, bytes: &[u8]) -> Action;
 
-    /// The number of the time that the guest listens; `None` while it does not. A caller that
-    /// waits a moment and finds the same number knows that the guest has gone on listening.
+    /// Returns the number of the session in which the guest listens for input; `None` while it does
+    /// not. A caller that waits a moment and finds the same number knows that the guest has
+    /// listened all along.
     fn listening(&self) -> Option<u64>;
 
-    /// How many bytes the caller should hand to [`receive`](Self::receive) now: as many as fit
-    /// while the guest listens, else 0.
+    /// Returns how many bytes the caller should pass to [`receive`](Self::receive) now: as many as
+    /// fit while the guest listens, else 0.
     fn wanted(&self) -> usize;
 
-    /// Takes as many of `bytes` as fit and returns how many. The caller hands over what is
+    /// Receives as many of `bytes` as fit, and returns how many. The caller passes as many as are
     /// [`wanted`](Self::wanted) and keeps the rest.
     fn receive(&mut self, bytes: &[u8]) -> usize;
 
-    /// Receives a break, the condition that Linux answers as SysRq on its console.
-    /// False, and nothing happened, when there is no room.
+    /// Receives a break, which Linux takes as the SysRq key on its console. Returns false, and does
+    /// nothing, when there is no room.
     fn receive_break(&mut self) -> bool;
 }
 
-/// A serial console, as the one who feeds it sees it. Whatever hands on output that was collected
-/// also returns what that output means for the machine.
+/// A serial console, as the source of its input sees it. Each function that may flush coalesced
+/// output also returns what that output means for the machine.
 pub trait Console: Device {
-    /// The number of the time of the guest's listening, `None` while it does not listen. Who
-    /// waits a moment and finds the same number knows that the guest has gone on listening.
+    /// Returns the number of the session in which the guest listens, as [`Uart::listening`] does.
     fn listening(&self) -> Option<u64>;
 
-    /// Gives the guest of `input` what it wants. Returns how many bytes it took, and whether it
-    /// wants more than there were.
+    /// Passes as much of `input` to the guest as it wants. Returns how many bytes it took, and
+    /// whether it wants more than there were.
     fn receive(&mut self, input: &[u8]) -> (usize, bool, Action);
 
-    /// Sends the guest a break, if it has room for one.
+    /// Sends a break to the guest, if it has room for one.
     fn receive_break(&mut self) -> Action;
 
-    /// Hands on output that was collected.
+    /// Flushes coalesced output.
     fn flush(&mut self) -> Action;
 
-    /// Looks after collected output. Returns whether a further tick is wanted.
+    /// Flushes coalesced output that has waited long enough. Returns whether another tick is
+    /// needed.
     fn tick(&mut self) -> (bool, Action);
 
-    /// Whether there may be output to hand on.
+    /// Returns whether there may be output to flush.
     fn in_burst(&self) -> bool;
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    //! What a UART may go through while it is saved and restored.
+    //! Events that a UART may see before and after it is saved and restored.
 
     use proptest::prelude::*;
 
     use super::{Action, Output, Uart};
     use crate::persist::tests::{Access, accesses};
 
-    /// Something that happens to a UART.
+    /// An event at a UART.
     #[derive(Clone, Debug)]
     pub(crate) enum Event {
         Access(Access),
@@ -101,7 +102,7 @@ pub(crate) mod tests {
         Break,
     }
 
-    /// Fewer than `most` events, with accesses to these registers, of these widths.
+    /// Generates fewer than `most` events, with accesses to these registers, of these widths.
     pub(crate) fn events(
         registers: &'static [u64],
         widths: &'static [usize],
@@ -117,7 +118,8 @@ pub(crate) mod tests {
         prop::collection::vec(event, 0..most)
     }
 
-    /// An output that is what accesses mean for the machine, and so part of their answers.
+    /// An output that returns what was written as the action, so that it becomes part of what is
+    /// compared.
     pub(crate) struct Shown;
 
     impl Output for Shown {
@@ -126,7 +128,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Has an event happen; returns all that can be seen of it.
+    /// Applies an event; returns everything that can be observed of it.
     pub(crate) fn act<U: Uart>(
         uart: &mut U,
         event: &Event,

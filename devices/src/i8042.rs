@@ -1,8 +1,8 @@
-//! The keyboard controller of PCs, an 8042, with nothing plugged in, and control port B of the
-//! PC/AT between its two ports (IBM PC/AT Technical Reference, "Keyboard Controller").
+//! The PC's keyboard controller, an 8042, with nothing plugged in, and the PC/AT's control port B,
+//! which lies between its two ports (IBM PC/AT Technical Reference, "Keyboard Controller").
 //!
-//! It is there for its command that resets the machine, which is how Linux reboots where ACPI
-//! tells no other way, and so that a kernel that looks for it gets an answer and does not wait.
+//! It exists for its reset command, which is how Linux reboots where ACPI offers no other way, and
+//! so that a kernel that probes it gets an answer and does not time out.
 
 use crate::Device;
 use crate::action::Action;
@@ -29,7 +29,7 @@ mod offset {
     pub(super) const COMMAND: u64 = 4;
 }
 
-/// Status: there is a byte for the guest.
+/// Status: the output buffer is full.
 const STATUS_OUTPUT: u8 = 1 << 0;
 /// Status: the self-test has passed.
 const STATUS_SYSTEM: u8 = 1 << 2;
@@ -37,13 +37,13 @@ const STATUS_SYSTEM: u8 = 1 << 2;
 const STATUS_UNLOCKED: u8 = 1 << 4;
 /// Command byte after a reset: both interfaces off, self-test passed.
 const MODE: u8 = 0x34;
-/// Port B: the bits that the guest writes.
+/// Port B: the writable bits.
 const PORT_B_WRITTEN: u8 = 0x03;
-/// Port B: timer channel 2 has run out, so that nobody waits for it.
+/// Port B: timer channel 2 has expired, so that no guest waits for it.
 const PORT_B_OUT: u8 = 1 << 5;
 
 impl I8042 {
-    /// A controller as after power-on.
+    /// Creates a controller as after power-on.
     #[must_use]
     pub fn new() -> I8042 {
         I8042 {
@@ -60,7 +60,7 @@ impl I8042 {
         match command {
             0x20 => self.output = Some(self.mode),
             _ if takes_data(command) => self.awaits = Some(command),
-            // Tests: passed, and passed for either interface.
+            // Self-test passed; both interfaces' tests passed.
             0xaa => self.output = Some(0x55),
             0xa9 | 0xab => self.output = Some(0),
             0xa7 => self.mode |= 0x20,
@@ -69,7 +69,7 @@ impl I8042 {
             0xae => self.mode &= !0x10,
             // The output port: not in reset, A20 on.
             0xd0 => self.output = Some(0x03),
-            // Pulse of output bits that are 0 in the command; bit 0 is the CPU's reset.
+            // Pulses the output bits that are 0 in the command; bit 0 is the CPU's reset.
             0xf0..=0xff if command & 1 == 0 => return Action::Reset,
             _ => {}
         }
@@ -79,11 +79,11 @@ impl I8042 {
     fn data(&mut self, value: u8) -> Action {
         match self.awaits.take() {
             Some(0x60) => self.mode = value,
-            // The output port with the reset bit clear.
+            // A write of the output port with the reset bit clear.
             Some(0xd1) if value & 1 == 0 => return Action::Reset,
-            // As if it came from a device.
+            // Echoes the byte as if a device had sent it.
             Some(0xd2 | 0xd3) => self.output = Some(value),
-            // For a keyboard or a mouse: none is there to answer.
+            // For a keyboard or mouse, of which there is none.
             _ => {}
         }
         Action::None
@@ -144,7 +144,7 @@ impl Persist for I8042 {
     }
 }
 
-/// Whether a byte at the data port belongs to this command.
+/// Returns whether this command takes a data byte.
 fn takes_data(command: u8) -> bool {
     matches!(command, 0x60 | 0xd1..=0xd4)
 }
@@ -205,14 +205,14 @@ mod tests {
     }
 
     #[test]
-    fn its_input_is_never_full_so_that_nobody_waits() {
+    fn its_input_buffer_is_never_full() {
         let mut controller = I8042::new();
         assert_eq!(controller.write(offset::DATA, &[0xed]), Action::None);
         assert_eq!(read(&mut controller, offset::COMMAND) & 0b11, 0);
     }
 
     #[test]
-    fn a_reset_is_asked_for_in_two_ways() {
+    fn a_guest_can_reset_in_two_ways() {
         let mut controller = I8042::new();
         for (offset, value, action) in [
             (offset::COMMAND, 0xff, Action::None),
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_driver_asks_first_is_answered() {
+    fn a_drivers_probe_is_answered() {
         let mut controller = I8042::new();
         assert_eq!(controller.write(offset::COMMAND, &[0xaa]), Action::None);
         assert_eq!(read(&mut controller, offset::COMMAND) & STATUS_OUTPUT, 1);
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn port_b_shows_time_passing() {
+    fn the_refresh_bit_of_port_b_toggles() {
         let mut controller = I8042::new();
         assert_eq!(controller.write(offset::PORT_B, &[0xff]), Action::None);
         let (first, second) = (
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_guest_can_bring_about_is_not_restored() {
+    fn a_state_that_no_guest_can_cause_is_refused() {
         let mut controller = I8042::new();
         let state = controller.save();
         let awaits = Some(0xaa);

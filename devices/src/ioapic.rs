@@ -1,30 +1,32 @@
-//! An I/O APIC whose interrupts leave it as messages (82093AA datasheet; Intel SDM volume 3, section
-//! 11.11): for machines with more CPUs than the 8 bits of its targets tell apart. Seven more bits
-//! are where hypervisors have them (Linux, arch/x86/include/asm/io_apic.h: virt_destid_8_14).
+//! An I/O APIC that delivers its interrupts as MSIs (82093AA datasheet; Intel SDM volume 3, section
+//! 11.11), for machines with more CPUs than its 8-bit destination field can address. Seven more
+//! destination bits are where hypervisors agree to put them (Linux, arch/x86/include/asm/io_apic.h:
+//! virt_destid_8_14).
 //!
-//! Every interrupt is an edge, as all devices here make them: a pin that the guest takes for a level
-//! sends one message for each. What comes at a masked pin is lost, as with the hardware.
+//! Every interrupt is an edge, as all devices here signal edges: a pin that the guest programs as
+//! level-triggered also sends one message for each. An edge at a masked pin is lost, as in
+//! hardware.
 
 use crate::Device;
 use crate::action::Action;
 use crate::persist::{Persist, RestoreError};
 
-/// Pins, as many as the hardware has.
+/// The number of pins, as in the hardware.
 pub const PINS: usize = 24;
 
-/// What is sent for an interrupt: where it is written to, and what.
+/// The message (MSI) that is sent for an interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Bits 63:40 are those of the target above the lowest 8.
+    /// Bits 63:40 hold the destination's bits above the lowest 8.
     pub address: u64,
-    /// Vector and mode of delivery.
+    /// Vector and delivery mode.
     pub data: u32,
 }
 
-/// By pin; none for a masked one.
+/// The messages by pin; `None` for a masked one.
 pub type Messages = [Option<Message>; PINS];
 
-/// The registers.
+/// The I/O APIC's registers.
 pub struct IoApic {
     selected: u8,
     id: u32,
@@ -32,30 +34,30 @@ pub struct IoApic {
     on_change: Box<dyn Fn(&Messages) + Send>,
 }
 
-/// The window's two registers (section 3.1): which one, and its value.
+/// The window's two registers (section 3.1): register select, and data.
 const IOREGSEL: u64 = 0x00;
 const IOWIN: u64 = 0x10;
 
-/// Registers behind them (section 3.2).
+/// The indirect registers (section 3.2).
 const ID: u8 = 0;
 const VERSION: u8 = 1;
 const ARBITRATION: u8 = 2;
 const FIRST_ENTRY: u8 = 0x10;
 
-/// The first version that is an APIC of its own chip, and the number of the last pin.
+/// Version 0x11, that of the 82093AA, and the index of the last pin.
 const IS_VERSION: u32 = 0x11 | (PINS as u32 - 1) << 16;
-/// The bits of an identity.
+/// The bits of the I/O APIC's ID.
 const ID_BITS: u32 = 0xf << 24;
 
 /// A redirection entry (section 3.2.4).
 mod entry {
     pub(super) const VECTOR_AND_MODE: u64 = 0x7ff;
     pub(super) const LOGICAL: u32 = 11;
-    /// Delivery status and remote IRR, which are not the guest's to write.
+    /// Delivery status and remote IRR, which are read-only.
     pub(super) const READ_ONLY: u64 = 1 << 12 | 1 << 14;
     pub(super) const MASKED: u64 = 1 << 16;
     pub(super) const TARGET: u32 = 56;
-    /// More bits of the target, 7 of them.
+    /// The 7 extended destination bits.
     pub(super) const MORE_TARGET: u32 = 49;
     pub(super) const LOWEST_PRIORITY: u64 = 1;
 }
@@ -70,7 +72,8 @@ mod address {
 }
 
 impl IoApic {
-    /// As after a reset: all pins masked. `on_change` is told what pins send whenever that changes.
+    /// Creates an I/O APIC as after a reset, with all pins masked. `on_change` is called with the
+    /// pins' messages whenever they change.
     pub fn new(on_change: Box<dyn Fn(&Messages) + Send>) -> IoApic {
         IoApic {
             selected: 0,
@@ -80,7 +83,8 @@ impl IoApic {
         }
     }
 
-    /// The entry that the selected register is half of, and the half's lowest bit.
+    /// Returns the redirection entry that the selected register is half of, and the half's lowest
+    /// bit.
     fn half(&self) -> Option<(usize, u32)> {
         let index = usize::from(self.selected.checked_sub(FIRST_ENTRY)?);
         (index / 2 < PINS).then_some((index / 2, index as u32 % 2 * 32))
@@ -115,9 +119,9 @@ impl IoApic {
 /// The state of an [`IoApic`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoApicState {
-    /// Which register the window shows.
+    /// The selected register.
     pub selected: u8,
-    /// The identity.
+    /// The ID.
     pub id: u32,
     /// The redirection entries, by pin.
     pub entries: [u64; PINS],
@@ -172,7 +176,7 @@ fn message(entry: u64) -> Option<Message> {
 }
 
 impl Device for IoApic {
-    /// Words; what is narrower reads their lowest bytes.
+    /// Handles a read of a 32-bit register; a narrower read returns its lowest bytes.
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let value = match offset {
             IOREGSEL => u32::from(self.selected),
@@ -212,17 +216,17 @@ mod tests {
 
     struct Bench {
         apic: IoApic,
-        told: Arc<Mutex<Vec<Messages>>>,
+        changes_seen: Arc<Mutex<Vec<Messages>>>,
     }
 
     impl Bench {
         fn new() -> Bench {
-            let told: Arc<Mutex<Vec<Messages>>> = Arc::default();
-            let list = Arc::clone(&told);
+            let changes_seen: Arc<Mutex<Vec<Messages>>> = Arc::default();
+            let list = Arc::clone(&changes_seen);
             let apic = IoApic::new(Box::new(move |messages| {
                 list.lock().expect("sound").push(*messages);
             }));
-            Bench { apic, told }
+            Bench { apic, changes_seen }
         }
 
         fn get(&mut self, register: u8) -> u32 {
@@ -246,11 +250,16 @@ mod tests {
         }
 
         fn last(&self) -> Messages {
-            *self.told.lock().expect("sound").last().expect("a change")
+            *self
+                .changes_seen
+                .lock()
+                .expect("sound")
+                .last()
+                .expect("a change")
         }
 
         fn changes(&self) -> usize {
-            self.told.lock().expect("sound").len()
+            self.changes_seen.lock().expect("sound").len()
         }
     }
 
@@ -267,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unmasked_pin_sends_its_vector_to_its_target() {
+    fn an_unmasked_pin_sends_its_vector_to_its_destination() {
         let mut bench = Bench::new();
         bench.set(0x19, 0x2a00_0000);
         assert_eq!(bench.changes(), 0, "it is masked still");
@@ -280,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn targets_have_15_bits() {
+    fn destinations_have_15_bits() {
         let mut bench = Bench::new();
         // 299 is 0x12b: 0x2b, and one more bit.
         bench.set(0x13, 0x2b << 24 | 1 << 17);
@@ -293,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn logical_targets_and_lowest_priority_are_in_the_address() {
+    fn logical_destinations_and_lowest_priority_are_in_the_address() {
         let mut bench = Bench::new();
         bench.set(0x10, 1 << 11 | 1 << 8 | 0x50);
         let message = bench.last()[0].expect("unmasked");
@@ -301,11 +310,11 @@ mod tests {
     }
 
     #[test]
-    fn who_writes_the_same_changes_nothing_and_status_is_not_written() {
+    fn writing_the_same_value_changes_nothing_and_status_is_read_only() {
         let mut bench = Bench::new();
         bench.set(0x10, 0x50);
         bench.set(0x10, 0x50 | 1 << 12 | 1 << 14);
-        // Polarity and trigger mode are kept, and mean nothing to a message.
+        // Polarity and trigger mode are stored, but do not change the message.
         bench.set(0x10, 0x50 | 1 << 13 | 1 << 15);
         assert_eq!(bench.get(0x10), 0x50 | 1 << 13 | 1 << 15);
         assert_eq!(bench.changes(), 1);
@@ -316,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_one_tells_what_its_pins_send() {
+    fn restoring_reports_the_pins_messages() {
         let mut bench = Bench::new();
         bench.set(0x18, 0x40);
         let state = bench.apic.save();
@@ -328,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_guest_can_write_is_not_restored() {
+    fn a_state_that_no_guest_can_cause_is_refused() {
         let mut bench = Bench::new();
         let mut state = bench.apic.save();
         state.id = 1;

@@ -1,8 +1,8 @@
-//! Device models: what a guest sees behind an offset, and the wires that leave it.
+//! Device models: the registers that a guest sees, and the interrupt lines that they drive.
 //!
-//! Nothing here knows KVM, an architecture, an absolute address (except as a key of
-//! the [`bus::Bus`]) or an interrupt number. A device is given its wires as
-//! [`IrqLine`]s and closures, so each one is built and tested on any host.
+//! Nothing here knows KVM, an architecture, an absolute address (except as a key of the
+//! [`bus::Bus`]) or an interrupt number. A device gets its interrupt lines and callbacks from its
+//! creator ([`IrqLine`], closures), so each one can be built and tested on any host.
 
 pub mod action;
 pub mod bus;
@@ -23,33 +23,33 @@ pub mod virtio;
 
 use action::Action;
 
-/// A thing that answers reads and writes of the guest in one window of addresses.
+/// A device that answers the guest's reads and writes in one window of addresses.
 ///
-/// The data is in the guest's byte order on the bus, which is little-endian. A device
-/// never fails: a wrong access reads as zeros, is ignored when written, and is
-/// counted by the device.
+/// The data is in the guest's byte order on the bus, which is little-endian. An access never fails:
+/// an invalid read returns zeros, an invalid write is ignored, and the device counts both.
 pub trait Device: Send {
-    /// Answers a read of `data.len()` bytes at `offset` bytes into the window, and
-    /// fills all of `data`. Returns what the access means for the machine.
+    /// Handles a read of `data.len()` bytes at `offset` bytes into the window, and fills all of
+    /// `data`. Returns what the access means for the machine.
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action;
 
-    /// Takes a write of `data.len()` bytes at `offset` bytes into the window. Returns what the
+    /// Handles a write of `data.len()` bytes at `offset` bytes into the window. Returns what the
     /// access means for the machine.
     fn write(&mut self, offset: u64, data: &[u8]) -> Action;
 }
 
-/// A wire from a device to an interrupt controller. The device does not know its number.
+/// An interrupt line from a device to the interrupt controller. The device does not know its
+/// number.
 pub trait IrqLine: Send + Sync {
     /// Drives a level-triggered line high or low.
     fn set(&self, high: bool);
 
-    /// Makes one rising edge on an edge-triggered line.
+    /// Signals one rising edge on an edge-triggered line.
     fn pulse(&self);
 }
 
 #[cfg(test)]
 pub(crate) mod fake {
-    //! An interrupt line that remembers what was done to it.
+    //! An interrupt line that records how it was driven.
 
     use std::sync::{Arc, Mutex};
 
@@ -65,12 +65,12 @@ pub(crate) mod fake {
             Arc::default()
         }
 
-        /// The level now; a line nobody ever set is low.
+        /// Returns the current level; a line that was never driven is low.
         pub(crate) fn is_high(&self) -> bool {
             self.history().last().copied().unwrap_or(false)
         }
 
-        /// Every level ever set, oldest first.
+        /// Returns every level that was set, oldest first.
         pub(crate) fn history(&self) -> Vec<bool> {
             self.history.lock().expect("no test panics here").clone()
         }

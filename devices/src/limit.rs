@@ -1,4 +1,4 @@
-//! How often a message of one kind is shown.
+//! Rate limits for log messages.
 
 use crate::sync::lock;
 use std::fmt;
@@ -6,22 +6,25 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The target of records that passed a [`RateLimit`]: the logger does not limit them again.
+/// The log target of records that passed a [`RateLimit`], so that the logger does not limit them
+/// again.
 pub const LIMITED: &str = "limited";
 
-/// The first pause between two messages of a kind that goes on; each one is twice as long.
+/// The first interval between two messages of a kind that keeps occurring; each further one is
+/// twice as long.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest pause. A kind that did not occur for so long begins anew.
+/// The longest interval. A kind that did not occur for as long starts over.
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
-/// Messages of all kinds that were held back.
+/// The number of messages that all limits suppressed.
 static HELD_BACK: AtomicU64 = AtomicU64::new(0);
 
-/// Limits the messages of one kind: the first few are shown, then ever fewer, at least one in ten
-/// minutes. A kind that was quiet for ten minutes begins anew. All are counted.
+/// Limits the messages of one kind: the first few are shown, then fewer and fewer, but at least one
+/// every ten minutes. A kind that was quiet for ten minutes starts over. All occurrences are
+/// counted.
 #[derive(Debug)]
 pub struct RateLimit {
-    /// Messages that are shown in a row.
+    /// How many messages are shown before intervals begin.
     burst: u32,
     state: Mutex<State>,
 }
@@ -32,7 +35,7 @@ struct State {
     count: u64,
     /// Occurrences since one was shown.
     held: u64,
-    /// Messages shown since the kind began.
+    /// Messages shown in this burst.
     shown: u32,
     pause: Duration,
     /// When the next message is shown.
@@ -40,16 +43,16 @@ struct State {
     last: Option<Instant>,
 }
 
-/// A message that is shown.
+/// A message that may be shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Admitted {
     /// Occurrences of its kind so far, this one included.
     pub count: u64,
-    /// How many were held back since the last one that was shown.
+    /// How many were suppressed since the last one that was shown.
     pub held: u64,
 }
 
-/// What to append to a message that does not tell its count: how many were held back, if any.
+/// The suffix of a message that does not give its count: how many were suppressed, if any.
 impl fmt::Display for Admitted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.held {
@@ -66,7 +69,7 @@ impl Default for RateLimit {
 }
 
 impl RateLimit {
-    /// Shows `burst` messages in a row before the pauses begin.
+    /// Creates a limit that shows `burst` messages in a row before intervals begin.
     #[must_use]
     pub const fn new(burst: u32) -> RateLimit {
         RateLimit {
@@ -82,7 +85,7 @@ impl RateLimit {
         }
     }
 
-    /// Counts an occurrence; `None` if it is held back.
+    /// Counts an occurrence; returns `None` if its message is suppressed.
     pub fn admit(&self) -> Option<Admitted> {
         self.admit_at(Instant::now())
     }
@@ -115,7 +118,8 @@ impl RateLimit {
         })
     }
 
-    /// Counts an occurrence, and logs what `line` makes of the counts unless it is held back.
+    /// Counts an occurrence, and logs the message that `line` returns for its counts unless it is
+    /// suppressed.
     pub fn log<T: fmt::Display>(&self, level: log::Level, line: impl FnOnce(Admitted) -> T) {
         if level > log::max_level() {
             let mut state = lock(&self.state);
@@ -143,7 +147,7 @@ pub fn take_held_back() -> u64 {
 mod tests {
     use super::*;
 
-    /// The times in seconds at which a kind that occurs ten times a second is shown.
+    /// Returns the times in seconds at which a kind that occurs ten times a second is shown.
     fn shown(limit: &RateLimit, start: Instant, seconds: u64) -> Vec<u64> {
         let mut shown = Vec::new();
         for tenth in 0..seconds * 10 {

@@ -8,7 +8,7 @@ pub trait Persist {
     /// All that the guest did to it, and what came of it.
     type State: Clone + std::fmt::Debug + PartialEq;
 
-    /// The state as it is now.
+    /// Returns the state as it is now.
     fn save(&self) -> Self::State;
 
     /// Makes this device, which no guest has accessed yet, the one that was saved, and drives its

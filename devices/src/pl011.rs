@@ -1,20 +1,20 @@
 //! The serial port of Arm boards: PrimeCell UART PL011 (ARM DDI 0183, revision r1p1).
 //!
-//! Both directions are faster than any line, so neither FIFO is ever slow: output is
-//! gone before the write that made it returns, and a received byte's "no more data
-//! for 32 bit periods" has always passed. From this follow three choices:
+//! Both directions are faster than any serial line: output has left before the write that caused it
+//! returns, and the receive timeout ("no more data for 32 bit periods") has always elapsed. Three
+//! choices follow:
 //!
-//! * The transmit FIFO is always empty. Its interrupt is raised by each write, because
-//!   the hardware raises it on the passage through the trigger level and not on the
-//!   level (section 2.8, UARTTXINTR). Enabling alone raises nothing; Linux writes first.
-//! * Whatever is received raises the receive timeout interrupt at once, beside the
-//!   receive interrupt when the trigger level is reached.
-//! * Bytes wait with the caller until the guest listens and they fit ([`Uart::wanted`]),
-//!   so input is never overrun, and a change of FIFO depth keeps what is in it.
+//! * The transmit FIFO is always empty. Each write raises its interrupt, because the hardware
+//!   raises it when the fill level passes the trigger, not while it is below (section 2.8,
+//!   UARTTXINTR). Unmasking alone raises nothing; Linux writes first.
+//! * Received data raises the receive timeout interrupt at once, and the receive interrupt too when
+//!   the trigger level is reached.
+//! * The caller holds input until the guest listens and it fits ([`Uart::wanted`]), so the FIFO is
+//!   never overrun; a change of its depth keeps its contents.
 //!
-//! The enable bits of UARTCR are kept but gate nothing: firmware prints without them.
-//! The line is "connected": CTS, DSR and DCD are asserted, so a guest that waits for
-//! a carrier goes on. There is no DMA and no infrared; their registers are only kept.
+//! The enable bits of UARTCR are stored but ignored: firmware prints without setting them. CTS, DSR
+//! and DCD are asserted, so a guest that waits for a carrier does not hang. DMA and infrared are
+//! not implemented; their registers only store what is written.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -25,10 +25,10 @@ use crate::console::Uart;
 use crate::primecell::{self, Faults, Line, PrimeCell};
 use crate::{Device, IrqLine};
 
-/// What reads of all registers would give, at a time when no read changes anything.
+/// The values of all registers, taken while no read has side effects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// By offset in words.
+    /// Indexed by offset in words.
     registers: [u32; SNAPSHOT_WORDS],
 }
 
@@ -36,7 +36,7 @@ pub struct Snapshot {
 const SNAPSHOT_WORDS: usize = 0x4c / 4;
 
 impl Snapshot {
-    /// Each word that the guest can read: its offset in bytes, and its value.
+    /// Returns each word that the guest can read: its offset in bytes, and its value.
     pub fn words(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
         let registers = self.registers.iter().enumerate();
         let ids = (0xfe0..0x1000).step_by(4);
@@ -53,32 +53,32 @@ impl Snapshot {
 pub struct Pl011 {
     line: Line,
     output: Box<dyn Output>,
-    /// What the output of the access that is answered means for the machine.
+    /// What the output of the current access means for the machine.
     action: Action,
     on_room: Box<dyn Fn() + Send>,
-    /// Accesses that no register answers.
+    /// Invalid accesses.
     faults: Faults,
     registers: Pl011Registers,
     /// Received characters in the layout of UARTDR, oldest first.
     rx: VecDeque<u16>,
-    /// A looped-back character was lost and none has been taken in since.
+    /// A looped-back character was lost, and none has been received since.
     overrun: bool,
-    /// Reads of UARTFR without a write between, and without a character taken before there were
-    /// [`POLLS`] of them.
+    /// Consecutive reads of UARTFR, with neither a write nor, before there were [`POLLS`] of them,
+    /// a received character in between.
     polls: u8,
-    /// How often the guest began to listen.
+    /// How many times the guest started to listen.
     sessions: u64,
 }
 
-/// So many reads of UARTFR without a write between are a guest that waits for input.
+/// How many consecutive reads of UARTFR make a guest that waits for input.
 ///
-/// The transmitter is always empty, so a guest that sends reads it once before each character
-/// and at most once after (Linux's early console). When Linux's driver throws away what was
-/// received before it opened the port, it takes a character after each. EDK2 asks for input by
-/// reading UARTFR and UARTCR in turn, so reads of other registers do not matter.
+/// The transmitter is always empty, so a guest that sends reads UARTFR once before each character
+/// and at most once after (Linux's early console). When Linux's driver drains the FIFO as it opens
+/// the port, it reads a character after each. EDK2 polls for input by reading UARTFR and UARTCR in
+/// turn, so reads of other registers do not count.
 const POLLS: u8 = 3;
 
-/// The registers that hold a value; the others are computed (section 3.2).
+/// The registers that are stored; the others are computed (section 3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pl011Registers {
     /// UARTRSR.
@@ -124,7 +124,7 @@ mod offset {
     pub(super) const DMACR: u64 = 0x48;
 }
 
-/// UARTDR: what came with a received character (section 3.3.1).
+/// UARTDR: the error flags of a received character (section 3.3.1).
 mod dr {
     pub(super) const BREAK: u16 = 1 << 10;
     pub(super) const OVERRUN: u32 = 1 << 11;
@@ -192,7 +192,7 @@ mod mask {
 }
 
 impl Pl011Registers {
-    /// The reset values (section 3.2, table 3-1).
+    /// Returns the reset values (section 3.2, table 3-1).
     fn at_reset() -> Pl011Registers {
         Pl011Registers {
             rsr: 0,
@@ -210,11 +210,10 @@ impl Pl011Registers {
 }
 
 impl Pl011 {
-    /// A UART as after power-on, its line low.
+    /// Creates a UART as after power-on, its line low.
     ///
-    /// `on_room` is called each time something that the guest did makes
-    /// [`wanted`](Uart::wanted) more than 0 where it was 0, with the device locked: it may wake
-    /// an event loop, but not come back into the device.
+    /// `on_room` is called each time an access of the guest makes [`wanted`](Uart::wanted) rise
+    /// from 0, with the device locked: it may wake an event loop, but must not call the device.
     pub fn new(
         line: Arc<dyn IrqLine>,
         output: Box<dyn Output>,
@@ -238,8 +237,8 @@ impl Pl011 {
         self.registers.imsc & (interrupt::RX | interrupt::RT) != 0 || self.polls >= POLLS
     }
 
-    /// How many bytes [`receive`](Uart::receive) would take now, whether the guest listens or
-    /// not. None while the guest has the receiver looped back to the transmitter.
+    /// Returns how many bytes [`receive`](Uart::receive) would take now, whether or not the guest
+    /// listens: 0 in loopback mode.
     pub fn room(&self) -> usize {
         if self.is_looped_back() {
             0
@@ -248,12 +247,13 @@ impl Pl011 {
         }
     }
 
-    /// Accesses so far at offsets, of widths or in directions that no register answers.
+    /// Returns the number of invalid accesses: at an offset, of a width or in a direction that no
+    /// register has.
     pub fn faults(&self) -> u64 {
         self.faults.count()
     }
 
-    /// Back to power-on: registers, receive FIFO and line. Output is already out.
+    /// Resets registers, receive FIFO and line to their power-on state. Output is not affected.
     pub fn reset(&mut self) {
         let before = (self.listens(), self.wanted() > 0);
         self.registers = Pl011Registers::at_reset();
@@ -263,7 +263,7 @@ impl Pl011 {
         self.settle(before);
     }
 
-    /// A register whose reading changes nothing: all but UARTDR.
+    /// Returns the value of a register that can be read without side effects: any but UARTDR.
     fn register(&self, offset: u64) -> Option<u32> {
         let registers = &self.registers;
         Some(match offset {
@@ -283,7 +283,7 @@ impl Pl011 {
         })
     }
 
-    /// Sends bytes out, and in again when looped back.
+    /// Transmits bytes, or receives them again in loopback mode.
     fn transmit(&mut self, bytes: &[u8]) {
         self.action.add(self.output.write(bytes));
         if self.is_looped_back() {
@@ -294,7 +294,8 @@ impl Pl011 {
         self.registers.ris |= interrupt::TX;
     }
 
-    /// Only here can the receiver be overrun: the guest does it to itself.
+    /// Receives a looped-back character. Only here can the receiver be overrun, by the guest
+    /// itself.
     fn loop_back(&mut self, character: u16) {
         if self.rx.len() < self.depth() {
             self.take_in(character);
@@ -313,13 +314,14 @@ impl Pl011 {
         self.update_receive_interrupts(reached);
     }
 
-    /// A break is one character of zeros with its mark (section 3.3.1).
+    /// Puts a break into the FIFO: a zero character with the break flag (section 3.3.1).
     fn take_in_break(&mut self) {
         self.take_in(dr::BREAK);
         self.registers.ris |= interrupt::BE;
     }
 
-    /// The answer to a read of UARTDR. An empty receiver answers zero.
+    /// Takes the oldest received character out of the FIFO, for a read of UARTDR. Returns zero if
+    /// it is empty.
     fn take_out(&mut self) -> u32 {
         let reached = self.is_trigger_reached();
         let character = u32::from(self.rx.pop_front().unwrap_or(0));
@@ -333,9 +335,9 @@ impl Pl011 {
         }
     }
 
-    /// UARTRXINTR passes with the trigger level and UARTRTINTR goes when nothing is
-    /// left (section 2.8). What the guest cleared in between stays clear
-    /// until the level is reached anew. `reached` tells of the trigger before.
+    /// Updates the receive interrupts: UARTRXINTR ends below the trigger level, UARTRTINTR when the
+    /// FIFO is empty (section 2.8). One that the guest cleared stays clear until the level is
+    /// reached again. `reached` says whether it was reached before.
     fn update_receive_interrupts(&mut self, reached: bool) {
         if !self.is_trigger_reached() {
             self.registers.ris &= !interrupt::RX;
@@ -351,8 +353,8 @@ impl Pl011 {
         self.rx.len() >= self.trigger()
     }
 
-    /// The fill of the receive FIFO that raises UARTRXINTR, in characters: eighths of
-    /// the depth by RXIFLSEL (section 3.3.9). Reserved values are taken as the highest.
+    /// Returns the fill of the receive FIFO that raises UARTRXINTR, in characters: eighths of the
+    /// depth by RXIFLSEL (section 3.3.9). Reserved values count as the highest.
     fn trigger(&self) -> usize {
         if self.depth() == 1 {
             return 1;
@@ -367,7 +369,7 @@ impl Pl011 {
         FIFO_DEPTH * eighths / 8
     }
 
-    /// With FEN off a FIFO is a holding register of one character.
+    /// Returns the depth of the FIFO: 1 while FEN is clear, when it acts as a holding register.
     fn depth(&self) -> usize {
         if self.registers.lcr_h & lcr_h::FEN == 0 {
             1
@@ -386,8 +388,8 @@ impl Pl011 {
         }
     }
 
-    /// A change of a modem input raises its interrupt (section 2.8); inputs change
-    /// only by looping the modem outputs back to them.
+    /// Writes UARTCR. A modem input that changes raises its interrupt (section 2.8); inputs change
+    /// only by loopback of the modem outputs.
     fn set_control(&mut self, value: u32) {
         let before = self.modem_inputs();
         self.registers.cr = value;
@@ -404,8 +406,8 @@ impl Pl011 {
         }
     }
 
-    /// The modem bits of UARTFR. When looped back, each input follows an output
-    /// (section 3.3.8, LBE).
+    /// Returns the modem bits of UARTFR. In loopback mode each input follows an output (section
+    /// 3.3.8, LBE).
     fn modem_inputs(&self) -> u32 {
         if !self.is_looped_back() {
             return fr::CTS | fr::DSR | fr::DCD;
@@ -425,7 +427,7 @@ impl Pl011 {
         self.registers.cr & cr::LBE != 0
     }
 
-    /// UARTFR: never busy, the transmitter always empty.
+    /// Returns UARTFR: never busy, the transmitter always empty.
     fn flags(&self) -> u32 {
         let mut flags = fr::TXFE | self.modem_inputs();
         if self.rx.is_empty() {
@@ -437,7 +439,7 @@ impl Pl011 {
         flags
     }
 
-    /// Ends everything that the guest does to the device.
+    /// Completes each access: counts a new session, tells of new room, and updates the line.
     fn settle(&mut self, (listened, was_wanted): (bool, bool)) {
         self.update_line();
         if !listened && self.listens() {
@@ -495,13 +497,13 @@ impl PrimeCell for Pl011 {
 impl Uart for Pl011 {
     type Snapshot = Snapshot;
 
-    /// The guest listens while the receive or the receive timeout interrupt is unmasked, or while it
-    /// polls UARTFR. A guest that does not listen may throw away what it finds in the FIFO, as
-    /// Linux's driver does when it opens the port; what waits with the caller is not lost.
+    /// The guest listens while the receive or the receive timeout interrupt is unmasked, or while
+    /// it polls UARTFR. A guest that does not listen may discard what it finds in the FIFO, as
+    /// Linux's driver does when it opens the port; what the caller still holds is not lost.
     ///
-    /// Linux's driver also unmasks receiving for a moment before that (`pl011_hwinit` to
-    /// `pl011_allocate_irq`), which looks the same: bytes handed over in between are lost. A caller
-    /// that waits a millisecond after [`listening`](Self::listening) changed steps over it.
+    /// Linux's driver also unmasks the receive interrupts briefly before that (`pl011_hwinit` to
+    /// `pl011_allocate_irq`), which looks the same: bytes received in between are lost. A caller
+    /// avoids this window by waiting a millisecond after [`listening`](Self::listening) changed.
     fn wanted(&self) -> usize {
         if self.listens() { self.room() } else { 0 }
     }
@@ -538,7 +540,7 @@ impl Uart for Pl011 {
         std::mem::take(&mut self.action)
     }
 
-    /// A read changes something while a character or an error waits to be read.
+    /// Returns `None` while a character or an error waits: reading either has side effects.
     fn snapshot(&self) -> Option<Snapshot> {
         if !self.rx.is_empty() || self.overrun || self.registers.rsr != 0 {
             return None;

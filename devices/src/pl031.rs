@@ -1,14 +1,13 @@
 //! The real-time clock of Arm boards: PrimeCell RTC PL031 (ARM DDI 0224).
 //!
-//! The time, and setting it, are those of [`vm_superio::Rtc`]: seconds since 1970 by
-//! the host's clock, plus what the guest loaded. It has no alarm (its match register
-//! only reads back), and a write to its control register throws away the time that
-//! the guest has set, where a clock that runs takes no notice (section 3.3.4; QEMU
-//! ignores it too). Linux writes that register each time its driver is loaded. Both
-//! are put right here. A host whose clock stands before 1970 makes it panic.
+//! [`vm_superio::Rtc`] keeps the time: seconds since 1970 by the host's clock, plus the offset that
+//! the guest loaded. It has no alarm (its match register only reads back), and a write to its
+//! control register discards the time that the guest has set, where the hardware ignores the write
+//! once the clock runs (section 3.3.4; QEMU ignores it too). Linux writes that register each time
+//! its driver is loaded. Both are corrected here. It panics if the host's clock is before 1970.
 //!
-//! A device has no timer of its own. Who owns the event loop asks
-//! [`Pl031::deadline`] for how long, and then calls [`Pl031::poll`].
+//! The device has no timer of its own: the event loop asks [`Pl031::deadline`] how long to wait,
+//! and then calls [`Pl031::poll`].
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -29,9 +28,9 @@ pub struct Pl031 {
     rtc: Rtc<NoEvents>,
     /// RTCRIS: the clock has passed the match register.
     matched: bool,
-    /// Up to which second the clock was compared with the match register.
+    /// The second up to which the clock was compared with the match register.
     compared: u32,
-    /// Accesses that no register answers.
+    /// Invalid accesses.
     faults: Faults,
 }
 
@@ -47,18 +46,17 @@ mod offset {
     pub(super) const ICR: u16 = 0x1c;
 }
 
-/// RTCCR: the clock runs. It cannot be stopped once it does.
+/// RTCCR: the clock runs. Once started, it cannot be stopped.
 const CR_STARTED: u32 = 1;
 
 /// The one interrupt in RTCIMSC, RTCRIS, RTCMIS and RTCICR.
 const INTERRUPT: u32 = 1;
 
 impl Pl031 {
-    /// A clock that runs and shows the host's time, its alarm masked and its line low.
+    /// Creates a running clock that shows the host's time, with the alarm masked and the line low.
     ///
-    /// `on_deadline` is called when the guest has done what may change
-    /// [`deadline`](Self::deadline), with the device locked: it may wake an event
-    /// loop, but not come back into the device.
+    /// `on_deadline` is called after each access that may change [`deadline`](Self::deadline), with
+    /// the device locked: it may wake an event loop, but must not call the device.
     pub fn new(line: Arc<dyn IrqLine>, on_deadline: Box<dyn Fn() + Send>) -> Pl031 {
         let mut clock = Pl031 {
             line: Line::new(line),
@@ -72,13 +70,13 @@ impl Pl031 {
         clock
     }
 
-    /// How long until the alarm; `None` when the guest waits for none.
+    /// Returns the time until the alarm; `None` when none is set.
     ///
-    /// By the host's clock as it goes now: ask again after that clock was set, and
-    /// after each [`poll`](Self::poll).
+    /// It assumes that the host's clock is not set meanwhile: ask again after it was, and after
+    /// each [`poll`](Self::poll).
     pub fn deadline(&mut self) -> Option<Duration> {
-        // The fraction is taken first: if a second begins in between, the answer is
-        // early and asked again, and never late.
+        // The fraction is read first: if a new second begins in between, the result is early, never
+        // late.
         let fraction = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.subsec_nanos());
@@ -88,7 +86,7 @@ impl Pl031 {
         }
         let seconds = self.register(offset::MR).wrapping_sub(self.compared);
         if seconds == 0 {
-            // The guest has cleared this second's match; the next is 136 years off.
+            // The guest has cleared this second's match; the next one is 136 years away.
             return None;
         }
         let seconds = Duration::from_secs(u64::from(seconds));
@@ -101,13 +99,14 @@ impl Pl031 {
         self.update_line();
     }
 
-    /// Accesses so far at offsets, of widths or in directions that no register answers.
+    /// Returns the number of invalid accesses: at an offset, of a width or in a direction that no
+    /// register has.
     pub fn faults(&self) -> u64 {
         self.faults.count()
     }
 
-    /// Takes the alarm back to power-on. The time goes on as the guest has set it, as
-    /// that of a clock with a battery does.
+    /// Resets the alarm to its power-on state. The time that the guest has set is kept, as by a
+    /// battery-backed clock.
     pub fn reset(&mut self) {
         let kept = RtcState {
             mr: 0,
@@ -122,13 +121,12 @@ impl Pl031 {
         (self.on_deadline)();
     }
 
-    /// Notices whether the clock has passed the match register since it was last asked.
+    /// Records a match if the clock has passed the match register since the last call.
     fn compare(&mut self) {
         let now = self.now();
         let passed = now.wrapping_sub(self.compared);
         let until_match = self.register(offset::MR).wrapping_sub(self.compared);
-        // More than half the range is no time that passed: the host's clock was set
-        // back.
+        // A difference of more than half the range means that the host's clock was set back.
         let forward = passed <= u32::MAX / 2;
         if forward && (1..=passed).contains(&until_match) {
             self.matched = true;
@@ -136,7 +134,7 @@ impl Pl031 {
         self.compared = now;
     }
 
-    /// The clock in seconds.
+    /// Returns the guest's time in seconds.
     fn now(&mut self) -> u32 {
         self.register(offset::DR)
     }
@@ -157,12 +155,13 @@ impl Pl031 {
     }
 }
 
-/// The state of a [`Pl031`]. Its times are those of the guest's clock, in seconds.
+/// The state of a [`Pl031`]. Times are in seconds of the guest's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pl031State {
     /// RTCLR.
     pub load: u32,
-    /// Seconds that the guest's clock is ahead of the host's, which goes on meanwhile.
+    /// How far the guest's clock is ahead of the host's, in seconds. The host's clock keeps running
+    /// while the machine is saved.
     pub ahead: i64,
     /// RTCMR.
     pub alarm: u32,
@@ -170,12 +169,12 @@ pub struct Pl031State {
     pub mask: u32,
     /// RTCRIS.
     pub matched: bool,
-    /// Up to when the clock was compared with the alarm. An alarm of the time after it, up to the
-    /// restore, comes with the restore.
+    /// The time up to which the clock was compared with the alarm. An alarm that falls between it
+    /// and the restore is raised by the restore.
     pub compared: u32,
 }
 
-/// As much as a clock of 32 bits can be ahead of another, or behind it, in seconds.
+/// The largest difference of two 32-bit clocks, in seconds.
 const MOST_AHEAD: i64 = u32::MAX as i64;
 
 impl Persist for Pl031 {
@@ -229,7 +228,7 @@ impl PrimeCell for Pl031 {
     /// (drivers/rtc/rtc-pl031.c).
     const PERIPHERAL_ID: [u8; 4] = [0x31, 0x10, 0x14, 0x00];
 
-    /// Its registers are 32 bits wide and so are its drivers' accesses; no other is answered.
+    /// Registers are 32 bits wide, and drivers use only accesses of that width.
     const WIDTHS: &'static [usize] = &[4];
 
     fn read_register(&mut self, offset: u64) -> Option<u32> {
@@ -248,13 +247,13 @@ impl PrimeCell for Pl031 {
         match register {
             offset::MR | offset::LR => {
                 self.rtc.write(register, &value.to_le_bytes());
-                // A new time is not time that passed, and equal is a match at once.
+                // Setting the time is not time that passes, but equality is a match at once.
                 self.compared = self.now();
                 self.matched |= self.compared == self.register(offset::MR);
             }
             offset::IMSC => self.rtc.write(register, &value.to_le_bytes()),
             offset::ICR => self.matched &= value & INTERRUPT == 0,
-            // A clock that runs takes no notice; reading and writing back is usual.
+            // A running clock ignores the write; drivers read the register and write it back.
             offset::CR => return Some(()),
             _ => return None,
         }

@@ -1,8 +1,8 @@
-//! The pins of Arm boards: PrimeCell GPIO PL061 (ARM DDI 0190), eight lines.
+//! The GPIO controller of Arm boards: PrimeCell GPIO PL061 (ARM DDI 0190), eight lines.
 //!
-//! Whoever is outside drives lines with [`Pl061::set_input`]. A power key is a line
-//! that goes high and stays so for a while (100 ms will do) before it goes low: Linux's
-//! gpio-keys looks at the level again some milliseconds after the edge.
+//! The VMM drives input lines with [`Pl061::set_input`]. A power key is a line that goes high,
+//! stays high for a while (100 ms suffice) and goes low again: Linux's gpio-keys debounces by
+//! reading the level again some milliseconds after the edge.
 
 use std::sync::Arc;
 
@@ -14,18 +14,17 @@ use crate::{Device, IrqLine};
 /// A PL061 GPIO controller. In all of its masks, bit 0 is line 0.
 pub struct Pl061 {
     line: Line,
-    /// Accesses that no register answers.
+    /// Invalid accesses.
     faults: Faults,
     registers: Pl061Registers,
-    /// The levels that the outside drives, on lines of either direction.
+    /// The levels driven from outside, also on lines that are outputs now.
     inputs: u8,
 }
 
-/// The registers that hold a value; the others are computed. All are zero at reset
-/// (section 3.2).
+/// The registers that are stored; the others are computed. All are zero at reset (section 3.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pl061Registers {
-    /// What GPIODATA drives on outputs.
+    /// GPIODATA: the levels driven on outputs.
     pub data: u8,
     /// GPIODIR: 1 is an output.
     pub dir: u8,
@@ -39,16 +38,16 @@ pub struct Pl061Registers {
     pub enable: u8,
     /// Edges detected and not cleared.
     pub edges: u8,
-    /// GPIOAFSEL: kept only, as no line has another function.
+    /// GPIOAFSEL: stored without effect, as no line has an alternate function.
     pub alternate: u8,
 }
 
 /// The state of a [`Pl061`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pl061State {
-    /// The registers that hold a value.
+    /// The registers that are stored.
     pub registers: Pl061Registers,
-    /// The levels that the outside drives. It goes on to do so.
+    /// The levels driven from outside.
     pub inputs: u8,
 }
 
@@ -62,7 +61,7 @@ impl Persist for Pl061 {
         }
     }
 
-    /// Every state is one that a guest and the outside can make.
+    /// Restores any state: none is invalid.
     fn restore(&mut self, state: &Pl061State) -> Result<(), RestoreError> {
         (self.registers, self.inputs) = (state.registers, state.inputs);
         self.update_line();
@@ -88,7 +87,7 @@ mod offset {
 }
 
 impl Pl061 {
-    /// A controller as after power-on, all lines inputs and low, its interrupt low.
+    /// Creates a controller as after power-on, all lines inputs and low, its interrupt low.
     pub fn new(line: Arc<dyn IrqLine>) -> Pl061 {
         Pl061 {
             line: Line::new(line),
@@ -98,7 +97,7 @@ impl Pl061 {
         }
     }
 
-    /// Drives a line (0 to 7) from outside. There are no others to drive.
+    /// Drives a line (0 to 7) from outside; any other is ignored.
     pub fn set_input(&mut self, line: u8, high: bool) {
         if line >= LINES {
             return;
@@ -110,25 +109,25 @@ impl Pl061 {
         self.update_line();
     }
 
-    /// The level of each line: what the guest drives on outputs, and what the outside
-    /// drives on inputs.
+    /// Returns the level of each line: driven by the guest on outputs, and from outside on inputs.
     pub fn levels(&self) -> u8 {
         let registers = &self.registers;
         (registers.data & registers.dir) | (self.inputs & !registers.dir)
     }
 
-    /// Accesses so far at offsets, of widths or in directions that no register answers.
+    /// Returns the number of invalid accesses: at an offset, of a width or in a direction that no
+    /// register has.
     pub fn faults(&self) -> u64 {
         self.faults.count()
     }
 
-    /// Back to power-on. What drives the lines from outside goes on doing so.
+    /// Resets to the power-on state. Lines stay driven from outside.
     pub fn reset(&mut self) {
         self.registers = Pl061Registers::default();
         self.update_line();
     }
 
-    /// Notes the wanted edges among the inputs that changed.
+    /// Records the configured edges among the inputs that changed.
     fn detect_edges(&mut self, changed: u8) {
         let registers = &mut self.registers;
         let to_event = !(self.inputs ^ registers.event);
@@ -136,7 +135,7 @@ impl Pl061 {
         registers.edges |= changed & wanted;
     }
 
-    /// GPIORIS: edges until they are cleared, levels as long as they last.
+    /// Returns GPIORIS: edges until they are cleared, levels as long as they last.
     fn interrupts(&self) -> u8 {
         let registers = &self.registers;
         let at_event = !(self.inputs ^ registers.event);
@@ -150,8 +149,8 @@ impl Pl061 {
     }
 }
 
-/// Bits 9 to 2 of the address say which lines an access to GPIODATA means, so that one
-/// line is written without a look at the others (section 3.3.1).
+/// Returns which lines an access to GPIODATA means, from bits 9 to 2 of its address: one line can
+/// be written without a read-modify-write (section 3.3.1).
 fn data_mask(offset: u64) -> u8 {
     (offset >> 2) as u8
 }
@@ -179,11 +178,11 @@ impl PrimeCell for Pl061 {
     }
 
     fn write_register(&mut self, offset: u64, value: u32) -> Option<()> {
-        // Registers are eight bits wide: what is above is not there to be written.
+        // Registers are eight bits wide; higher bits do not exist.
         let value = value as u8;
         let registers = &mut self.registers;
         match offset {
-            // Inputs take nothing: Linux writes again once a line is an output
+            // A write to an input is lost: Linux writes again once the line is an output
             // (gpio-pl061.c, `pl061_direction_output`).
             0..=offset::DATA_LAST => {
                 let mask = data_mask(offset) & registers.dir;
@@ -237,7 +236,7 @@ mod tests {
             Bench { gpio, line }
         }
 
-        /// As Linux does: by bytes.
+        /// Reads one byte, as Linux does.
         fn read(&mut self, offset: u64) -> u8 {
             let mut data = [0xff];
             assert_eq!(self.gpio.read(offset, &mut data), Action::None);
@@ -249,7 +248,7 @@ mod tests {
         }
     }
 
-    /// The offset at which GPIODATA shows the lines of `mask`.
+    /// Returns the offset at which GPIODATA shows the lines of `mask`.
     fn data(mask: u8) -> u64 {
         u64::from(mask) << 2
     }
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn inputs_show_the_outside_and_take_no_writes() {
+    fn inputs_show_their_level_and_ignore_writes() {
         let mut bench = Bench::new();
         bench.write(offset::DIR, 0x0f);
         bench.write(data(0xff), 0xff);
@@ -314,7 +313,7 @@ mod tests {
         bench.gpio.set_input(0, true);
         bench.write(data(0xff), 0);
         assert_eq!(bench.read(data(0xff)), 0x80);
-        // What is driven from outside shows once the line is an input.
+        // The level from outside shows once the line is an input.
         bench.write(offset::DIR, 0);
         assert_eq!(bench.read(data(0xff)), 0x81);
     }
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn linux_hears_a_power_key() {
+    fn linux_sees_a_power_key() {
         let mut bench = Bench::new();
         let key = 1 << 3;
         // pl061_probe; pl061_direction_input; pl061_irq_type for both edges, which is
@@ -353,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_wanted_edge_is_noted() {
+    fn only_the_configured_edge_is_recorded() {
         for (event, both, rising, falling) in [
             (0x01, 0x00, true, false),
             (0x00, 0x00, false, true),
@@ -375,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_last_as_long_as_they_last() {
+    fn level_interrupts_follow_their_line() {
         let mut bench = Bench::new();
         bench.write(offset::IS, 0x01);
         bench.write(offset::IEV, 0x01);
@@ -388,13 +387,13 @@ mod tests {
         assert!(!bench.line.is_high());
         bench.write(offset::IEV, 0);
         assert!(bench.line.is_high());
-        // An output is nobody's interrupt.
+        // An output raises no interrupt.
         bench.write(offset::DIR, 0x01);
         assert!(!bench.line.is_high());
     }
 
     #[test]
-    fn masked_edges_wait() {
+    fn masked_edges_stay_pending() {
         let mut bench = Bench::new();
         bench.write(offset::IEV, 0x10);
         bench.gpio.set_input(4, true);
@@ -406,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_accesses_are_zero_ignored_and_counted() {
+    fn invalid_accesses_read_as_zero_are_ignored_and_counted() {
         let mut bench = Bench::new();
         for (offset, size) in [
             (offset::DIR, 8),

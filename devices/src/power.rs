@@ -1,4 +1,4 @@
-//! How a PC is switched off and reset, and how somebody asks it to switch itself off.
+//! Power-off, reset and the power button of a PC.
 
 use std::sync::Arc;
 
@@ -6,15 +6,15 @@ use crate::action::Action;
 use crate::persist::{Persist, RestoreError};
 use crate::{Device, IrqLine};
 
-/// What somebody outside the machine presses to ask it to switch itself off.
+/// A power key, by which the guest is asked to power off.
 pub trait PowerKey: Send {
-    /// Presses the key, or lets it go.
+    /// Presses or releases the key.
     fn set_pressed(&mut self, pressed: bool);
 }
 
 /// ACPI's registers of hardware-reduced machines, one byte each: sleep control at the first port,
-/// sleep status at the second (ACPI 6.5, section 4.8.3.7). The power button is an interrupt,
-/// whose meaning the DSDT tells (section 5.6.9).
+/// sleep status at the second (ACPI 6.5, section 4.8.3.7). The power button is an interrupt, which
+/// the DSDT describes (section 5.6.9).
 pub struct AcpiPower {
     line: Arc<dyn IrqLine>,
     control: u8,
@@ -24,11 +24,11 @@ pub struct AcpiPower {
 pub const SLEEP_TYPE_OFF: u8 = 5;
 /// Sleep control: the type of sleep, three bits from here.
 const SLEEP_TYPE_SHIFT: u32 = 2;
-/// Sleep control: begin.
+/// Sleep control: enter the sleep state.
 const SLEEP_ENABLE: u8 = 1 << 5;
 
 impl AcpiPower {
-    /// The registers of a machine that is on.
+    /// Creates the registers as after power-on.
     pub fn new(line: Arc<dyn IrqLine>) -> AcpiPower {
         AcpiPower { line, control: 0 }
     }
@@ -45,7 +45,7 @@ impl PowerKey for AcpiPower {
 impl Device for AcpiPower {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         data.fill(0);
-        // It never wakes, so the status is 0.
+        // The machine never wakes from sleep, so the status is 0.
         if let (0, Some(first)) = (offset, data.first_mut()) {
             *first = self.control;
         }
@@ -116,13 +116,13 @@ impl Persist for ResetControl {
     }
 }
 
-/// The bits that the register keeps.
+/// The bits that the register stores.
 const RESET_BITS: u8 = 0x0e;
 /// Reset the CPU.
 const RESET_CPU: u8 = 1 << 2;
 
 impl ResetControl {
-    /// The register as after power-on.
+    /// Creates the register as after power-on.
     pub fn new() -> ResetControl {
         ResetControl::default()
     }
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_is_the_rise_of_its_bit() {
+    fn a_rising_reset_bit_resets() {
         let mut register = ResetControl::new();
         assert_eq!(register.write(0, &[0x02]), Action::None);
         assert_eq!(register.write(0, &[0x06]), Action::Reset);
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_guest_can_write_is_not_restored() {
+    fn a_state_that_no_guest_can_cause_is_refused() {
         let mut acpi = AcpiPower::new(FakeLine::new());
         refuses(
             &mut acpi,

@@ -1,33 +1,32 @@
-//! What Arm's PrimeCell peripherals have in common: 32-bit registers on word
-//! boundaries in a 4 KiB window, identification registers at the end of it, and an
-//! interrupt line that follows a level.
+//! What Arm's PrimeCell peripherals have in common: 32-bit registers on word boundaries in a 4 KiB
+//! window, identification registers at its end, and a level-triggered interrupt line.
 
 use std::sync::Arc;
 
 use crate::IrqLine;
 use crate::limit::{Admitted, RateLimit};
 
-/// The registers of one peripheral, by offset in bytes. Offsets are those of words.
+/// The registers of one peripheral, by offset in bytes, a multiple of 4.
 pub(crate) trait PrimeCell {
     /// PeriphID0 to PeriphID3.
     const PERIPHERAL_ID: [u8; 4];
 
-    /// The widths of access that its registers answer, in bytes.
+    /// The access widths that its registers support, in bytes.
     ///
     /// Drivers use all three: Linux writes the PL011 by halfwords, its early console by
     /// bytes, and reads identification by words.
     const WIDTHS: &'static [usize] = &[1, 2, 4];
 
-    /// The register's value, and what reading it does; `None` when no register there is
-    /// read. The identification registers are not asked for.
+    /// Reads a register, with its side effects; returns `None` when no readable register is there.
+    /// Not called for the identification registers.
     fn read_register(&mut self, offset: u64) -> Option<u32>;
 
-    /// What writing the register does; `None` when no register there is written.
+    /// Writes a register, with its side effects; returns `None` when no writable register is there.
     fn write_register(&mut self, offset: u64, value: u32) -> Option<()>;
 }
 
-/// Answers a read of the guest, with zeros where no register does. Returns how many
-/// faults to count: one for such a read, else none.
+/// Handles a read of the guest; an invalid one returns zeros. Returns how many faults to count: 1
+/// for an invalid read, else 0.
 pub(crate) fn read<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &mut [u8]) -> u64 {
     data.fill(0);
     let value = reaches_register(offset, data.len(), P::WIDTHS)
@@ -40,8 +39,8 @@ pub(crate) fn read<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &mut [u8
     u64::from(value.is_none())
 }
 
-/// Takes a write of the guest, or ignores it where no register does. Returns how many
-/// faults to count: one for such a write, else none.
+/// Handles a write of the guest; an invalid one is ignored. Returns how many faults to count: 1 for
+/// an invalid write, else 0.
 pub(crate) fn write<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &[u8]) -> u64 {
     let answered = reaches_register(offset, data.len(), P::WIDTHS)
         .then(|| peripheral.write_register(offset, written(data)))
@@ -49,14 +48,14 @@ pub(crate) fn write<P: PrimeCell>(peripheral: &mut P, offset: u64, data: &[u8]) 
     u64::from(answered.is_none())
 }
 
-/// A peripheral's accesses that no register answers: counted, and logged at a limited rate.
+/// A peripheral's invalid accesses: counted, and logged at a limited rate.
 pub(crate) struct Faults {
     name: &'static str,
     limit: RateLimit,
 }
 
 impl Faults {
-    /// Those of the peripheral called `name`, none so far.
+    /// Creates the count of the peripheral called `name`.
     pub(crate) fn of(name: &'static str) -> Faults {
         Faults {
             name,
@@ -81,14 +80,14 @@ impl Faults {
     }
 }
 
-/// The interrupt line of a peripheral. It tells the other end of changes only.
+/// The interrupt line of a peripheral, which passes on only changes of its level.
 pub(crate) struct Line {
     wire: Arc<dyn IrqLine>,
     is_high: bool,
 }
 
 impl Line {
-    /// A line that is low, as after power-on.
+    /// Creates a line that is low, as after power-on.
     pub(crate) fn new(wire: Arc<dyn IrqLine>) -> Line {
         Line {
             wire,
@@ -96,7 +95,7 @@ impl Line {
         }
     }
 
-    /// Drives it high or low.
+    /// Drives the line high or low.
     pub(crate) fn set(&mut self, high: bool) {
         if high != self.is_high {
             self.is_high = high;
@@ -116,13 +115,13 @@ const ID_LAST: u64 = 0xffc;
 /// PrimeCellID0 to PrimeCellID3: 0xb105f00d, one byte a register, the same on all.
 const PRIMECELL_ID: [u8; 4] = [0x0d, 0xf0, 0x05, 0xb1];
 
-/// Whether an access of `size` bytes at `offset` is one that a register of `widths`
-/// answers: it begins at the register and is not wider.
+/// Returns whether an access of `size` bytes at `offset` is one that a register supports: it begins
+/// at the register and has one of `widths`.
 fn reaches_register(offset: u64, size: usize, widths: &[usize]) -> bool {
     offset.is_multiple_of(4) && widths.contains(&size)
 }
 
-/// The value of a write of at most four bytes; bytes not written count as zero.
+/// Returns the value of a write of at most four bytes; bytes not written count as zero.
 fn written(data: &[u8]) -> u32 {
     data.iter()
         .rev()
@@ -136,7 +135,7 @@ fn answer(data: &mut [u8], value: u32) {
     }
 }
 
-/// The identification register at `offset` of the peripheral whose PeriphID0 to
+/// Returns the identification register at `offset` of the peripheral whose PeriphID0 to
 /// PeriphID3 are `peripheral`; `None` when there is no such register.
 pub(crate) fn identify(peripheral: [u8; 4], offset: u64) -> Option<u32> {
     if !(ID_FIRST..=ID_LAST).contains(&offset) {
@@ -182,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_register_answers_is_a_fault_and_reads_as_zeros() {
+    fn an_invalid_access_is_a_fault_and_reads_as_zeros() {
         let mut echo = Echo { register: 0 };
         assert_eq!(write(&mut echo, 4, &[0x78, 0x56]), 0);
         assert_eq!(echo.register, 0x5678);
@@ -202,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_tells_of_changes_only() {
+    fn a_line_passes_on_changes_only() {
         let wire = FakeLine::new();
         let mut line = Line::new(wire.clone());
         for high in [false, true, true, false, false, true] {

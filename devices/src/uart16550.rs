@@ -1,8 +1,8 @@
-//! The serial console of PCs: a 16550A at eight I/O ports (PC16550D datasheet, section 8).
+//! The PC's serial port: a 16550A at eight I/O ports (PC16550D datasheet, section 8).
 //!
-//! The registers are those of [`vm_superio::Serial`], whose transmitter is always empty. What it
-//! lacks is added here: breaks, the receiver's reset by the FIFO control register, and knowing
-//! when the guest listens. Its interrupt is an edge, as on the ISA bus.
+//! [`vm_superio::Serial`] implements the registers; its transmitter is always empty. Added here is
+//! what it lacks: breaks, the reset of the receive FIFO, and tracking when the guest listens. Its
+//! interrupt is an edge, as on the ISA bus.
 
 use std::convert::Infallible;
 use std::io::{self, Write};
@@ -19,20 +19,20 @@ use crate::{Device, IrqLine};
 /// A 16550A UART.
 pub struct Uart16550 {
     registers: Serial<Edge, NoEvents, Printer>,
-    /// The line, for when the registers are made anew.
+    /// The interrupt line, kept for when the registers are replaced.
     line: Arc<dyn IrqLine>,
     on_room: Box<dyn Fn() + Send>,
-    /// How many characters stand before each received break, counted from the one before it.
+    /// The number of characters in front of each received break, counted from the previous break.
     breaks: Vec<usize>,
-    /// Whether the guest takes input by interrupt, since it last emptied the receiver.
+    /// Whether the guest has enabled the receive interrupt since it last cleared the receive FIFO.
     opened: bool,
-    /// Whether the guest takes an interrupt when it may send on.
+    /// Whether the guest has enabled the transmit interrupt.
     waits_for_room: bool,
-    /// Characters sent since the guest last looked at the line status.
+    /// Characters sent since the guest last read the line status.
     unasked: usize,
-    /// Reads of the line status without a write between.
+    /// Consecutive reads of the line status, without a write in between.
     polls: u8,
-    /// How often the guest began to listen.
+    /// How many times the guest started to listen.
     sessions: u64,
 }
 
@@ -53,26 +53,25 @@ const IER_RECEIVED: u8 = 1 << 0;
 const IER_EMPTY: u8 = 1 << 1;
 /// FCR: reset the receiver's FIFO.
 const FCR_CLEAR_RECEIVER: u8 = 1 << 1;
-/// LCR: the first two ports are the baud rate's.
+/// LCR: the first two ports access the divisor latch (DLAB).
 const LCR_DIVISOR: u8 = 1 << 7;
-/// MCR: what is sent is received, and goes nowhere else.
+/// MCR: loopback mode.
 const MCR_LOOP: u8 = 1 << 4;
-/// LSR: there is a character.
+/// LSR: data ready.
 const LSR_READY: u8 = 1 << 0;
-/// LSR: the character is a break.
+/// LSR: break interrupt.
 const LSR_BREAK: u8 = 1 << 4;
 
-/// So many reads of the line status without a write between are a guest that waits for input:
-/// the transmitter is always empty, so one that sends reads it once before each character and at
-/// most once after.
+/// How many consecutive reads of the line status make a guest that waits for input: the transmitter
+/// is always empty, so one that sends reads it once before each character and at most once after.
 const POLLS: u8 = 3;
 
-/// Characters that the transmitter holds (section 8.4).
+/// The depth of the transmit FIFO in characters (section 8.4).
 const FIFO_DEPTH: usize = 16;
-/// Characters that the receiver of [`vm_superio::Serial`] holds.
+/// The depth of the receive FIFO of [`vm_superio::Serial`] in characters.
 const RECEIVER_DEPTH: usize = 64;
 
-/// One rising edge an interrupt.
+/// An interrupt line that signals one rising edge for each interrupt.
 struct Edge(Arc<dyn IrqLine>);
 
 impl Trigger for Edge {
@@ -86,7 +85,7 @@ impl Trigger for Edge {
 
 struct Printer {
     output: Box<dyn Output>,
-    /// What the output of the access that is answered means for the machine.
+    /// What the output of the current access means for the machine.
     action: Action,
 }
 
@@ -102,8 +101,8 @@ impl Write for Printer {
 }
 
 impl Uart16550 {
-    /// A UART as after a reset. `on_room` is called when the guest takes input again, with the
-    /// device locked: it may wake an event loop, but not come back into the device.
+    /// Creates a UART as after a reset. `on_room` is called when the guest has room for input
+    /// again, with the device locked: it may wake an event loop, but must not call the device.
     pub fn new(
         line: Arc<dyn IrqLine>,
         output: Box<dyn Output>,
@@ -172,10 +171,10 @@ impl Uart16550 {
         }
     }
 
-    /// Throws away what was received.
+    /// Clears the receive FIFO.
     fn empty_receiver(&mut self) {
-        // With the divisor in the data register's place nothing is taken out by reading. Neither
-        // write can fail.
+        // While DLAB is set, reading the data register would not drain the FIFO. Neither write can
+        // fail.
         let control = self.registers.read(offset::LCR as u8);
         let _ = self
             .registers
@@ -192,9 +191,9 @@ impl Uart16550 {
         match offset {
             offset::FCR if value & FCR_CLEAR_RECEIVER != 0 => {
                 self.empty_receiver();
-                // Linux does so when it opens and when it closes the port (drivers/tty/serial/
-                // 8250/8250_port.c: serial8250_clear_fifos). Between the two it masks the
-                // interrupt for each line of its log and goes on listening.
+                // Linux clears the FIFO when it opens and when it closes the port
+                // (drivers/tty/serial/8250/8250_port.c: serial8250_clear_fifos). In between it
+                // masks the interrupt for each line of its log, but still listens.
                 self.opened = false;
             }
             offset::IER if !self.divisor_shown() => {
@@ -208,7 +207,7 @@ impl Uart16550 {
         let _ = self.registers.write(offset as u8, value);
     }
 
-    /// Ends everything that the guest does to the device.
+    /// Completes each access: counts a new session, and tells of new room.
     fn settle(&mut self, listened: bool, wanted: usize) {
         if !listened && self.listens() {
             self.sessions += 1;
@@ -224,16 +223,16 @@ impl Uart16550 {
 pub struct Uart16550State {
     /// The registers, and what was received.
     pub registers: SerialState,
-    /// How many characters stand before each received break, counted from the one before it.
+    /// The number of characters in front of each received break, counted from the previous break.
     pub breaks: Vec<usize>,
-    /// Whether the guest takes input by interrupt, since it last emptied the receiver.
+    /// Whether the guest has enabled the receive interrupt since it last cleared the receive FIFO.
     pub opened: bool,
-    /// Whether the guest takes an interrupt when it may send on.
+    /// Whether the guest has enabled the transmit interrupt.
     pub waits_for_room: bool,
-    /// Characters sent since the guest last looked at the line status, up to one more than the
-    /// transmitter holds.
+    /// Characters sent since the guest last read the line status, at most one more than the
+    /// transmit FIFO holds.
     pub unasked: usize,
-    /// Reads of the line status by a guest that may wait for input.
+    /// Consecutive reads of the line status by a guest that may be waiting for input.
     pub polls: u8,
 }
 
@@ -251,8 +250,8 @@ impl Persist for Uart16550 {
         }
     }
 
-    /// What is pending makes an edge again: an interrupt more is one that the guest finds nothing
-    /// for, an interrupt less is one that it waits for.
+    /// Restores the state. A pending interrupt signals its edge again: a spurious interrupt does no
+    /// harm, a lost one would leave the guest waiting.
     fn restore(&mut self, state: &Uart16550State) -> Result<(), RestoreError> {
         const DEVICE: &str = "16550";
         let received = state.registers.in_buffer.len();
@@ -277,7 +276,8 @@ impl Persist for Uart16550 {
             action: Action::None,
         };
         let edge = Edge(Arc::clone(&self.line));
-        // It cannot fail: the receiver's depth was checked, and the line does not.
+        // This cannot fail: the number of received characters was checked, and the line never
+        // fails.
         self.registers = Serial::from_state(&state.registers, edge, NoEvents, printer)
             .map_err(|error| RestoreError(format!("cannot restore the {DEVICE}: {error}")))?;
         self.breaks.clone_from(&state.breaks);
@@ -289,7 +289,7 @@ impl Persist for Uart16550 {
 }
 
 impl Device for Uart16550 {
-    /// Wider accesses are those of neighbouring ports, as on the ISA bus.
+    /// Handles a read; a wider access reads consecutive ports, as on the ISA bus.
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let (listened, wanted) = (self.listens(), self.wanted());
         for (port, byte) in (offset..=offset::LAST).zip(data) {
@@ -310,13 +310,14 @@ impl Device for Uart16550 {
 }
 
 impl Uart for Uart16550 {
-    /// Ports cannot be read from memory.
+    /// I/O ports cannot be backed by memory.
     type Snapshot = ();
 
-    /// Each read is an exit, so it may change what it likes. But KVM drops what a string instruction
-    /// writes beyond the room that is left for collected writes (arch/x86/kvm/x86.c:
-    /// emulator_pio_in_out), so only those are collected who do as the hardware wants it: they look
-    /// at the line status before they write more than the FIFO holds. Each look makes room.
+    /// Reads always exit, so they may have side effects. But KVM drops what a string instruction
+    /// writes beyond the free entries of the coalescing ring (arch/x86/kvm/x86.c:
+    /// emulator_pio_in_out). So output is coalesced only for guests that follow the hardware's
+    /// rules and read the line status before they write more than the FIFO holds: that exit drains
+    /// the ring.
     fn snapshot(&self) -> Option<()> {
         (self.unasked <= FIFO_DEPTH).then_some(())
     }
@@ -356,7 +357,7 @@ impl Uart for Uart16550 {
 
     fn receive(&mut self, bytes: &[u8]) -> usize {
         let count = bytes.len().min(self.registers.fifo_capacity());
-        // In loopback mode it takes nothing.
+        // In loopback mode nothing is received.
         let taken = self.registers.enqueue_raw_bytes(&bytes[..count]);
         taken.unwrap_or(0)
     }

@@ -12,7 +12,8 @@ pub struct EncodeError {
 }
 
 impl Node {
-    /// The blob (devicetree specification v0.4, chapter 5, version 17) with this node as root.
+    /// Returns the blob (devicetree specification v0.4, chapter 5, version 17) with this node as
+    /// root.
     ///
     /// # Errors
     /// A name or a nesting that the format cannot hold, or two nodes of one phandle.

@@ -31,7 +31,7 @@ pub enum Cell {
 }
 
 impl Cell {
-    /// The 32 bits that the blob holds.
+    /// Returns the 32 bits that the blob holds.
     #[must_use]
     pub const fn number(self) -> u32 {
         match self {
@@ -116,7 +116,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node without properties or children; the root's name is empty.
+    /// Creates a node without properties or children; the root's name is empty.
     #[must_use]
     pub fn new(name: impl Into<Cow<'static, str>>) -> Self {
         Node {
@@ -126,7 +126,7 @@ impl Node {
         }
     }
 
-    /// The node's name, with its unit address (`pl011@9000000`).
+    /// Returns the node's name, with its unit address (`pl011@9000000`).
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -146,7 +146,7 @@ impl Node {
         self
     }
 
-    /// The child of this name, added at the end if there is none.
+    /// Returns the child of this name, added at the end if there is none.
     pub fn child(&mut self, name: impl Into<Cow<'static, str>>) -> &mut Node {
         let name = name.into();
         let index = self
@@ -160,7 +160,7 @@ impl Node {
         &mut self.children[index]
     }
 
-    /// The value of a property.
+    /// Returns the value of a property.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.properties
@@ -169,7 +169,7 @@ impl Node {
             .map(|(_, value)| value)
     }
 
-    /// The node at a path of names below this one (`["cpus", "cpu@0"]`).
+    /// Returns the node at a path of names below this one (`["cpus", "cpu@0"]`).
     #[must_use]
     pub fn at(&self, path: &[&str]) -> Option<&Node> {
         path.iter().try_fold(self, |node, name| {
@@ -177,7 +177,7 @@ impl Node {
         })
     }
 
-    /// The children, in order.
+    /// Returns the children, in order.
     #[must_use]
     pub fn children(&self) -> &[Node] {
         &self.children

@@ -67,7 +67,7 @@ const XZ_LARGE: &str = "\
 const LEN: usize = 2048;
 const MEMORY: usize = 4 * LEN;
 
-/// A small arm64 Image: header, a table of one section that ends with the file, and branch
+/// Returns a small arm64 Image: header, a table of one section that ends with the file, and branch
 /// instructions, which the arm64 filter of xz changes.
 fn image() -> Vec<u8> {
     let mut image: Vec<u8> = (0..LEN as u32 / 4)
@@ -94,7 +94,7 @@ fn hex(text: &str) -> Vec<u8> {
         .collect()
 }
 
-/// Each form of `image()`.
+/// Returns each form of `image()`.
 fn forms() -> Vec<Vec<u8>> {
     let packed = [GZIP, ZSTD, LZ4, LZ4_LEGACY, XZ, LZMA].map(hex);
     let zboots: Vec<_> = packed.iter().map(|data| zboot(data, "any")).collect();

@@ -70,7 +70,7 @@ fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Re
     Ok(done)
 }
 
-/// The error for data that a decompressor does not take after it made about `done` bytes.
+/// Returns the error for data that a decompressor does not take after it made about `done` bytes.
 fn damaged(error: io::Error, compression: Compression, done: usize) -> anyhow::Error {
     let name = compression.name();
     if error.kind() == ErrorKind::OutOfMemory {
@@ -90,7 +90,7 @@ fn damaged(error: io::Error, compression: Compression, done: usize) -> anyhow::E
     }
 }
 
-/// A stream of the unpacked bytes.
+/// Returns a stream of the unpacked bytes.
 fn unpacker<'a>(
     file: &'a File,
     span: &Range<u64>,
@@ -156,9 +156,9 @@ fn zstd() -> FrameDecoder {
     decoder
 }
 
-/// The first blocks of a zstd frame, enough for [`HEAD`] bytes. The decoder gives out only what
-/// has left its window, which may be larger than the whole kernel; therefore the frame is ended
-/// early with an empty last block of our own.
+/// Returns the first blocks of a zstd frame, enough for [`HEAD`] bytes. The decoder gives out only
+/// what has left its window, which may be larger than the whole kernel; therefore the frame is
+/// ended early with an empty last block of our own.
 fn zstd_head<'a>(file: &File, span: &Range<u64>) -> Result<Box<dyn Read + 'a>> {
     // RFC 8878, 3.1.1.2: Last_Block, Raw_Block, size 0; then four bytes for a content checksum,
     // which the decoder reads and does not compare.

@@ -208,8 +208,8 @@ fn host_page() -> u64 {
     rustix::param::page_size() as u64
 }
 
-/// What capabilities alone tell. A host with GICv3 reports more than 8 vCPUs; whether it has
-/// GICv2 too takes a VM to find out.
+/// Returns what capabilities alone tell. A host with GICv3 reports more than 8 vCPUs; whether it
+/// has GICv2 too takes a VM to find out.
 fn quick_facts(kvm: &Kvm) -> Host {
     let limit = kvm.get_host_ipa_limit();
     let max_vcpus = kvm.get_max_vcpus() as u32;
@@ -233,7 +233,7 @@ fn quick_facts(kvm: &Kvm) -> Host {
     }
 }
 
-/// A VM with one vCPU, to ask questions of.
+/// Returns a VM with one vCPU, to ask questions of.
 fn scratch_vm(kvm: &Kvm, host: &Host) -> Result<(VmFd, VcpuFd)> {
     // KVM fills and walks the tables of the whole width: with 16 KiB pages those of 40 bits take
     // 2 million instructions.

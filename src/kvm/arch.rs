@@ -28,7 +28,7 @@ pub trait KvmArch: Arch {
     /// Whether there are I/O ports. Where there are none, a binary has no devices that stand there.
     const PORTS: bool = false;
 
-    /// How thoroughly the host must be probed for this request.
+    /// Returns how thoroughly the host must be probed for this request.
     fn depth(request: &Request<Self>) -> Depth;
 
     /// Asks KVM what it offers.
@@ -56,18 +56,18 @@ pub trait KvmArch: Arch {
     /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
     fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
 
-    /// The I/O APIC and where it stands, where KVM does not have it. Only x86_64 has one.
+    /// Returns the I/O APIC and where it stands, where KVM does not have it. Only x86_64 has one.
     fn io_apic(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<IoApic>>)> {
         None
     }
 
-    /// The pins of the interrupt controllers that [`Self::populate`] made in KVM.
+    /// Returns the pins of the interrupt controllers that [`Self::populate`] made in KVM.
     fn pins(plan: &Plan<Self>) -> Pins;
 
-    /// The number by which KVM_IRQ_LINE knows an interrupt.
+    /// Returns the number by which KVM_IRQ_LINE knows an interrupt.
     fn irq_number(spi: Spi) -> u32;
 
-    /// The number by which an irqfd knows an interrupt (KVM's GSI).
+    /// Returns the number by which an irqfd knows an interrupt (KVM's GSI).
     fn gsi(spi: Spi) -> u32;
 
     /// Answers an exit that kvm-ioctls has no name for, by its number.
@@ -92,7 +92,8 @@ pub trait KvmArch: Arch {
         bail!("KVM stopped it at a hypercall that armlet does not know ({function:#x})")
     }
 
-    /// Whether a vCPU is off, until another turns it on. It is asked on the vCPU's own thread.
+    /// Returns whether a vCPU is off, until another turns it on. It is asked on the vCPU's own
+    /// thread.
     fn is_off(_: &VcpuFd) -> bool {
         false
     }

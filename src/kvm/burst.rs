@@ -32,8 +32,8 @@ pub struct BurstWindow {
 }
 
 impl BurstWindow {
-    /// The window at `address`, closed. It takes a whole page of the host, in which no other
-    /// device may lie.
+    /// Creates the window at `address`, closed. It takes a whole page of the host, in which no
+    /// other device may lie.
     ///
     /// # Errors
     /// A window that does not begin at a page of the host, or a KVM without the ring.
@@ -43,7 +43,7 @@ impl BurstWindow {
         BurstWindow::on(vm, vcpu, register, Some(page))
     }
 
-    /// The window of a device at I/O ports from `port` on, closed.
+    /// Returns the window of a device at I/O ports from `port` on, closed.
     ///
     /// # Errors
     /// A KVM without the ring.
@@ -103,7 +103,7 @@ impl BurstWindow {
         Ok(self.vm.register_coalesced_mmio(address, bytes)?)
     }
 
-    /// The register's address, in memory or among the ports.
+    /// Returns the register's address, in memory or among the ports.
     fn start(&self) -> u64 {
         match self.register {
             (IoEventAddress::Mmio(address) | IoEventAddress::Pio(address), _) => address,
@@ -147,7 +147,7 @@ impl BurstWindow {
     }
 }
 
-/// The low byte of what was written, if it was written to the register at `start`.
+/// Returns the low byte of what was written, if it was written to the register at `start`.
 fn low_byte(written: &kvm_coalesced_mmio, start: u64) -> Option<u8> {
     (written.phys_addr == start).then_some(written.data[0])
 }

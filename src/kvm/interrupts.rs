@@ -89,7 +89,7 @@ impl Table {
         })
     }
 
-    /// The table as KVM takes it.
+    /// Returns the table as KVM takes it.
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
         let pins = self.pins.routes().into_iter().map(|[gsi, chip, pin]| {
             let mut entry = kvm_irq_routing_entry {
@@ -135,7 +135,7 @@ impl Interrupts {
         })
     }
 
-    /// A level-triggered line, by the number that KVM_IRQ_LINE knows it by.
+    /// Returns a level-triggered line, by the number that KVM_IRQ_LINE knows it by.
     #[must_use]
     pub fn line(&self, number: u32) -> Arc<dyn IrqLine> {
         Arc::new(Level {
@@ -144,8 +144,8 @@ impl Interrupts {
         })
     }
 
-    /// A descriptor that makes an edge on what `gsi` leads to by being written (an irqfd). Whatever
-    /// that is later, the descriptor stays the same.
+    /// Returns a descriptor that makes an edge on what `gsi` leads to by being written (an irqfd).
+    /// Whatever that is later, the descriptor stays the same.
     ///
     /// # Errors
     /// A process without room for more descriptors, and what KVM says.

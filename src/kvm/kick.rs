@@ -52,7 +52,7 @@ pub fn kick<T>(thread: &JoinHandle<T>) {
     let _ = thread.kill(signal());
 }
 
-/// A real-time signal, so that no library takes it for its own.
+/// Returns a real-time signal, so that no library takes it for its own.
 fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 1
 }

@@ -138,7 +138,7 @@ impl Offers {
     }
 }
 
-/// How KVM/arm64 was told to run by the kernel's command line (Documentation/admin-guide/
+/// Returns how KVM/arm64 was told to run by the kernel's command line (Documentation/admin-guide/
 /// kernel-parameters.txt: `kvm-arm.mode=`); the last word of several counts.
 #[must_use]
 pub fn mode_of(cmdline: &str) -> String {

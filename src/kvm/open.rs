@@ -25,7 +25,7 @@ pub fn open() -> Result<Kvm> {
     }
 }
 
-/// Why there is none, and what helps.
+/// Returns why there is none, and what helps.
 #[must_use]
 pub fn missing() -> String {
     let drivers = std::fs::read_to_string("/proc/misc").unwrap_or_default();
@@ -47,7 +47,7 @@ fn missing_with(drivers: &str) -> String {
 
 const NO_KVM: &str = "this kernel has no KVM, or it did not start in a mode with virtualisation: it must enter at EL2 (see 'dmesg | grep -i kvm'; on a board, firmware or boot loader may drop to EL1), and on x86 VMX or SVM must be on in the firmware and the module kvm_intel or kvm_amd loaded";
 
-/// What helps where it may not be opened.
+/// Returns what helps where it may not be opened.
 #[must_use]
 pub fn denied() -> String {
     let process = Process {
@@ -76,7 +76,7 @@ struct Process {
 }
 
 impl Process {
-    /// What helps against a file with this mode, of this group; `groups` is /etc/group.
+    /// Returns what helps against a file with this mode, of this group; `groups` is /etc/group.
     fn what_helps(&self, mode: u32, group: u32, groups: &str) -> String {
         const READ_WRITE: u32 = 0o6;
         let group_may = mode >> 3 & READ_WRITE == READ_WRITE;

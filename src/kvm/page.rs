@@ -87,7 +87,7 @@ impl ReadOnlyPages {
         })
     }
 
-    /// The window's guest-physical address.
+    /// Returns the window's guest-physical address.
     #[must_use]
     pub fn address(&self) -> u64 {
         self.address

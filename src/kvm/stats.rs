@@ -58,7 +58,7 @@ impl Statistics {
         Ok(Statistics { fd })
     }
 
-    /// All counters that are single numbers; histograms are left out.
+    /// Returns all counters that are single numbers; histograms are left out.
     ///
     /// # Errors
     /// What the kernel says.

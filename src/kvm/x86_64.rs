@@ -231,7 +231,7 @@ fn enable(vm: &VmFd, cap: u32, argument: u32) -> Result<()> {
 /// None; it has the shape of its twin.
 pub(super) unsafe fn clean_to_memory(_: *const u8) {}
 
-/// Whether the CPU has VMX or SVM.
+/// Returns whether the CPU has VMX or SVM.
 fn cpu_virtualizes() -> bool {
     let about = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = about.lines().find(|line| line.starts_with("flags"));
@@ -321,7 +321,7 @@ fn enter(vcpu: &VcpuFd, boot: &Boot) -> Result<()> {
     .context("registers")
 }
 
-/// A flat segment as its descriptor says (Intel SDM volume 3, section 3.4.5).
+/// Returns a flat segment as its descriptor says (Intel SDM volume 3, section 3.4.5).
 fn segment(selector: u16, descriptor: u64) -> kvm_segment {
     let bits = |shift: u32, count: u32| (descriptor >> shift & ((1 << count) - 1)) as u8;
     kvm_segment {

@@ -179,7 +179,7 @@ fn named<D>(name: &mut Option<Arc<Mutex<D>>>, device: D) -> Arc<Mutex<D>> {
 
 const TWO_CONSOLES: &str = "the board has two serial consoles; armlet serves one";
 
-/// A window for bursts of output, where KVM has it and no other device shares its page.
+/// Returns a window for bursts of output, where KVM has it and no other device shares its page.
 fn burst_window<A: KvmArch>(
     vm: &Arc<VmFd>,
     vcpu: Option<&VcpuFd>,

@@ -238,7 +238,7 @@ mod tests {
         fn pulse(&self) {}
     }
 
-    /// The device that its driver has started, and what lets it finish.
+    /// Returns the device that its driver has started, and what lets it finish.
     fn started(name: &'static str, tell: &Sender<String>) -> (Named, Sender<()>) {
         let (finish, finished) = channel();
         let device = Slow {

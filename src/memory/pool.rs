@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 /// Where a pool for each size lies.
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
-/// Why a pool does not give `bytes` more in pages of `size` bytes, and what would make it do so.
+/// Returns why a pool does not give `bytes` more in pages of `size` bytes, and what would make it
+/// do so.
 pub(super) fn shortage(size: u64, bytes: u64) -> String {
     shortage_at(Path::new(POOLS), size, bytes, available())
 }
@@ -48,7 +49,7 @@ fn shortage_at(pools: &Path, size: u64, bytes: u64, available: Option<u64>) -> S
     }
 }
 
-/// The sizes that this kernel has pools of, as one writes them.
+/// Returns the sizes that this kernel has pools of, as one writes them.
 fn sizes(pools: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(pools).into_iter().flatten().flatten();
     let mut sizes: Vec<u64> = entries
@@ -92,7 +93,7 @@ mod tests {
         folder
     }
 
-    /// The number that the advice writes to the pool's file.
+    /// Returns the number that the advice writes to the pool's file.
     fn advised(text: &str) -> u64 {
         let number = text
             .split_once("'echo ")

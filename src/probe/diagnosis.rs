@@ -17,7 +17,7 @@ pub struct Finding {
     pub fix: String,
 }
 
-/// What it means for guests that the host gives them no huge pages.
+/// Returns what it means for guests that the host gives them no huge pages.
 pub(super) fn diagnose_huge_pages(policy: &HugePagePolicy, page_size: u64) -> Vec<Finding> {
     let block = show_size(huge_page(page_size as usize) as u64);
     let cost = format!(

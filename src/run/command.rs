@@ -41,7 +41,7 @@ pub enum By {
 pub struct Reply<T>(SyncSender<T>);
 
 impl<T> Reply<T> {
-    /// A reply, and where it arrives; a sender that is gone means that there will be none.
+    /// Returns a reply, and where it arrives; a sender that is gone means that there will be none.
     #[must_use]
     pub fn channel() -> (Reply<T>, Receiver<T>) {
         let (sender, receiver) = sync_channel(1);
@@ -54,7 +54,7 @@ impl<T> Reply<T> {
     }
 }
 
-/// What signals ask for, in the order in which it is done.
+/// Returns what signals ask for, in the order in which it is done.
 pub(super) fn of_signals(taken: Taken) -> impl Iterator<Item = Command> {
     let changed = taken.resized || taken.continued;
     [

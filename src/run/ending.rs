@@ -35,7 +35,7 @@ pub(super) enum Ending {
 }
 
 impl Ending {
-    /// The status that armlet ends with; what happened is said.
+    /// Returns the status that armlet ends with; what happened is said.
     pub(super) fn status(self) -> Status {
         match self {
             Ending::PowerOff => Status::Success,

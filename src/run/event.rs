@@ -52,7 +52,7 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// A loop that waits for signals and for what it is told.
+    /// Creates a loop that waits for signals and for what it is told.
     ///
     /// # Errors
     /// A process without room for another descriptor.
@@ -86,7 +86,7 @@ impl Events {
         })
     }
 
-    /// The virtio console of this terminal.
+    /// Returns the virtio console of this terminal.
     pub(super) fn open_hvc(&self) -> Result<Arc<HvcConsole>> {
         let (room, action) = (self.queue.clone(), self.queue.clone());
         // What the loop waits for is drained before armlet ends; nothing else stops the thread.
@@ -99,7 +99,7 @@ impl Events {
         Ok(Arc::new(hvc))
     }
 
-    /// The wires of a new life of the guest, before any vCPU of it runs.
+    /// Returns the wires of a new life of the guest, before any vCPU of it runs.
     pub(super) fn wires(&mut self) -> Wires {
         // What an earlier life left behind means nothing to this one.
         self.queue.take_events();
@@ -299,7 +299,7 @@ impl Events {
         }
     }
 
-    /// Whether the guest was asked to power off.
+    /// Returns whether the guest was asked to power off.
     pub(super) fn was_asked(&self) -> bool {
         self.power.was_asked()
     }

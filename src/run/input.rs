@@ -218,8 +218,8 @@ impl Input {
     }
 }
 
-/// The console, if it can be used without waiting for a reader of the output: neither for a vCPU
-/// that writes, nor to write what a burst has left. The loop waits for nobody.
+/// Returns the console, if it can be used without waiting for a reader of the output: neither for a
+/// vCPU that writes, nor to write what a burst has left. The loop waits for nobody.
 pub(super) fn at_hand(
     serial: &Mutex<dyn Console>,
 ) -> Option<MutexGuard<'_, dyn Console + 'static>> {

@@ -23,7 +23,7 @@ pub(super) struct Power {
 }
 
 impl Power {
-    /// The key of a guest that may take so long to power off.
+    /// Creates the key of a guest that may take so long to power off.
     pub(super) fn new(patience: Option<Duration>) -> Power {
         Power {
             release: None,
@@ -44,7 +44,7 @@ impl Power {
         [self.release, asked].into_iter().flatten().min()
     }
 
-    /// Whether the guest was asked to power off.
+    /// Returns whether the guest was asked to power off.
     pub(super) fn was_asked(&self) -> bool {
         self.shutdown.is_some()
     }

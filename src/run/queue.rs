@@ -94,8 +94,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// A queue that rings `bell`, which does not wait and is readable when there is something to
-    /// take.
+    /// Creates a queue that rings `bell`, which does not wait and is readable when there is
+    /// something to take.
     pub(super) fn new(bell: EventFd) -> Queue {
         Queue {
             news: Arc::default(),
@@ -103,7 +103,7 @@ impl Queue {
         }
     }
 
-    /// Where others command the machine.
+    /// Returns where others command the machine.
     pub(super) fn commands(&self) -> Commands {
         Commands(self.clone())
     }

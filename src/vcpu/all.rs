@@ -51,7 +51,7 @@ impl Vcpus {
         self.off = Some(Arc::clone(off));
     }
 
-    /// How many there are.
+    /// Returns how many there are.
     #[must_use]
     pub fn count(&self) -> usize {
         self.running.len()

@@ -24,8 +24,8 @@ pub struct Buses {
 }
 
 impl Buses {
-    /// The host had no page for the guest's access; returns whether it has one now. `seen` is of
-    /// the files' own, each for one vCPU.
+    /// Backs a page whose file no longer holds it, after the host could not give it to the guest's
+    /// access; returns whether there was one. `seen` is kept by the caller, one for each vCPU.
     pub(super) fn find_page(&self, seen: &mut Vec<u64>) -> bool {
         seen.resize(self.files.len(), 0);
         // KVM does not tell which of them it was. That one was cut is known for sure.

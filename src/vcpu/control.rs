@@ -94,7 +94,7 @@ impl<V> Control<V> {
         true
     }
 
-    /// Where the thread stands.
+    /// Returns where the thread stands.
     #[must_use]
     pub(super) fn stand(&self) -> Stand {
         lock(&self.asked).stand
@@ -171,7 +171,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A thread that counts as a guest would, and looks at its control each time.
+    /// Starts a thread that counts as a guest would, and looks at its control each time.
     fn start(control: &Arc<Control<u64>>) -> (JoinHandle<u64>, Arc<AtomicU64>) {
         let control = Arc::clone(control);
         let count = Arc::new(AtomicU64::new(0));

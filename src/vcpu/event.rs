@@ -20,8 +20,8 @@ pub enum VcpuEvent {
 }
 
 impl VcpuEvent {
-    /// What an action of the guest's is told as, where no vCPU made the access: output that was
-    /// collected is handed on by other threads, too.
+    /// Returns what an action of the guest's is told as, where no vCPU made the access: output that
+    /// was collected is handed on by other threads, too.
     #[must_use]
     pub fn by(action: Action) -> Option<VcpuEvent> {
         match action {

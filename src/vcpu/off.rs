@@ -44,7 +44,7 @@ impl OffCheck {
         self.ask(0, index)
     }
 
-    /// The vCPU that is asked, if one is: it is to be kicked.
+    /// Returns the vCPU that is asked, if one is: it is to be kicked.
     #[must_use]
     pub fn asked(&self) -> Option<usize> {
         let asked = self.asked.load(Ordering::Acquire);

@@ -26,7 +26,7 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// The moment that comes `patience` from now.
+    /// Returns the moment that comes `patience` from now.
     #[must_use]
     pub fn after(patience: Duration) -> Deadline {
         Deadline {
@@ -35,13 +35,13 @@ impl Deadline {
         }
     }
 
-    /// How long it was away at first, for messages.
+    /// Returns how long it was away at first, for messages.
     #[must_use]
     pub fn patience(&self) -> Duration {
         self.patience
     }
 
-    /// How long it is away still; zero once it has passed.
+    /// Returns how long it is away still; zero once it has passed.
     #[must_use]
     pub fn left(&self) -> Duration {
         self.end.saturating_duration_since(Instant::now())

@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 /// An error of a system call.
 pub trait CallError {
-    /// Whether the call was interrupted (EINTR).
+    /// Returns whether the call was interrupted (EINTR).
     fn is_interrupted(&self) -> bool;
 }
 

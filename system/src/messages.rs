@@ -45,7 +45,7 @@ pub fn say(message: &str) {
     outlet().say(message);
 }
 
-/// The lines that another program said, made visible and cut, without empty ones.
+/// Returns the lines that another program said, made visible and cut, without empty ones.
 pub fn lines(said: &[u8]) -> impl Iterator<Item = String> {
     said.split(|byte| *byte == b'\n')
         .map(<[u8]>::trim_ascii)
@@ -80,7 +80,7 @@ pub fn say_from_handler(line: &[u8]) {
     }
 }
 
-/// Whether some of what was said still waits for a reader: [`retry`] is due some time.
+/// Returns whether some of what was said still waits for a reader: [`retry`] is due some time.
 #[must_use]
 pub fn is_behind() -> bool {
     BEHIND.load(Ordering::Relaxed)

@@ -165,7 +165,7 @@ fn alarm(seconds: u32) {
     unsafe { libc::alarm(seconds) };
 }
 
-/// Whether who started armlet has a signal ignored.
+/// Returns whether who started armlet has a signal ignored.
 fn is_ignored(signal: libc::c_int) -> bool {
     // SAFETY: all fields are numbers and pointers for which zero is a value, and the call writes to
     // `now` alone.
@@ -226,7 +226,7 @@ fn is_phase(phase: Phase) -> bool {
     PHASE.load(Ordering::Acquire) == phase as u8
 }
 
-/// A signal that asks for the end; returns what the event loop is told.
+/// Handles a signal that asks armlet to end; returns the flag that tells the event loop.
 fn asked_to_end(signal: libc::c_int) -> Option<&'static AtomicBool> {
     let is_second = ENDS.fetch_add(1, Ordering::AcqRel) > 0;
     let at_once = is_second || signal == libc::SIGINT;
@@ -339,7 +339,7 @@ mod tests {
         rustix::process::kill_process(pid, signal).expect("it runs");
     }
 
-    /// What it said until its end, and its status.
+    /// Returns what it said until its end, and its status.
     fn end_of(mut child: Child, mut errors: BufReader<ChildStderr>) -> (String, Option<i32>) {
         let mut text = String::new();
         errors.read_to_string(&mut text).expect("UTF-8");
@@ -356,7 +356,7 @@ mod tests {
         }
     }
 
-    /// A wait that nothing ends but a signal or the deadline.
+    /// Returns a wait that nothing ends but a signal or the deadline.
     fn hang(phase: Phase) -> ! {
         ignore_nothing();
         LIMIT.store(1, Ordering::Relaxed);

@@ -23,7 +23,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// The number that the shell sees.
+    /// Returns the number that the shell sees.
     #[must_use]
     pub const fn code(self) -> u8 {
         match self {
@@ -79,7 +79,7 @@ impl<T, E: Into<anyhow::Error>> Fault<T> for Result<T, E> {
     }
 }
 
-/// The status of an error: the outermost one attached to it, else [`Status::Failure`].
+/// Returns the status of an error: the outermost one attached to it, else [`Status::Failure`].
 #[must_use]
 pub fn status_of(error: &anyhow::Error) -> Status {
     error

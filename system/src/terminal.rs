@@ -12,7 +12,7 @@ static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Whether the terminal is raw, so that messages need carriage returns.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// What ends a line on the terminal, raw or not.
+/// Returns what ends a line on the terminal, raw or not.
 #[must_use]
 pub fn line_end() -> &'static str {
     match RAW.load(Ordering::Relaxed) {
@@ -82,8 +82,8 @@ pub fn is_raw() -> bool {
     RAW.load(Ordering::Relaxed)
 }
 
-/// Whether the terminal may be changed: one who does so in the background is stopped (SIGTTOU). A
-/// terminal that is not this session's has no background.
+/// Returns whether the terminal may be changed: one who does so in the background is stopped
+/// (SIGTTOU). A terminal that is not this session's has no background.
 fn is_foreground() -> bool {
     termios::tcgetpgrp(stdio::stdin()).map_or(true, |group| group == rustix::process::getpgrp())
 }

@@ -67,9 +67,9 @@ pub fn visible_json(json: &str) -> String {
     shown
 }
 
-/// A name as a word of a command that a user is told to give to a shell; a path is never taken for
-/// an option or a protocol of QEMU ("nbd:"). With control characters in it, for shells that know
-/// `$'...'` (POSIX.1-2024, 2.2.4).
+/// Returns a name as a word of a command that a user is told to give to a shell; a path is never
+/// taken for an option or a protocol of QEMU ("nbd:"). With control characters in it, for shells
+/// that know `$'...'` (POSIX.1-2024, 2.2.4).
 #[must_use]
 pub fn shell_word(name: impl AsRef<OsStr>) -> String {
     let bytes = name.as_ref().as_bytes();
@@ -95,7 +95,7 @@ pub fn shell_word(name: impl AsRef<OsStr>) -> String {
     }
 }
 
-/// Whether a shell takes a character as it is, wherever it stands in a word.
+/// Returns whether a shell takes a character as it is, wherever it stands in a word.
 fn is_plain(character: char) -> bool {
     character.is_ascii_alphanumeric() || "@%+=:,./_-".contains(character)
 }
@@ -114,8 +114,8 @@ fn show(character: char, shown: &mut String) {
     };
 }
 
-/// Whether a character changes how others are shown, or cannot be seen (Unicode Technical Report
-/// 36, section 2.5; the general categories Cf, Zl and Zp).
+/// Returns whether a character changes how others are shown, or cannot be seen (Unicode Technical
+/// Report 36, section 2.5; the general categories Cf, Zl and Zp).
 pub(crate) fn deceives(character: char) -> bool {
     matches!(
         character,

@@ -139,7 +139,7 @@ pub(crate) enum Choice {
 }
 
 impl Choice {
-    /// What `ARMLET_RIG_ASSETS` asks for; everything unless it says `default`.
+    /// Returns what `ARMLET_RIG_ASSETS` asks for; everything unless it says `default`.
     pub(crate) fn from_environment() -> Result<Self> {
         match std::env::var("ARMLET_RIG_ASSETS").as_deref() {
             Err(_) | Ok("all") => Ok(Self::All),
@@ -206,7 +206,7 @@ fn prepare_arm64(store: &Store, folder: &Path) -> Result<()> {
     replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)
 }
 
-/// The kernel that guests usually run.
+/// Returns the kernel that guests usually run.
 pub(crate) fn standard(isa: Isa) -> Kernel {
     match isa {
         Isa::Arm64 => Kernel::V6_12Cloud,
@@ -214,7 +214,7 @@ pub(crate) fn standard(isa: Isa) -> Kernel {
     }
 }
 
-/// The name of its file among the assets.
+/// Returns the name of its file among the assets.
 pub(crate) fn kernel(isa: Isa) -> &'static str {
     match isa {
         Isa::Arm64 => "Image",
@@ -222,7 +222,7 @@ pub(crate) fn kernel(isa: Isa) -> &'static str {
     }
 }
 
-/// The names of the assets that `choice` means.
+/// Returns the names of the assets that `choice` means.
 pub(crate) fn names(isa: Isa, choice: Choice) -> &'static [&'static str] {
     match (isa, choice) {
         (Isa::Arm64, Choice::Standard) => &["Image", "initrd"],
@@ -251,14 +251,15 @@ pub(crate) fn names(isa: Isa, choice: Choice) -> &'static [&'static str] {
     }
 }
 
-/// An archive that, appended to the guest's initramfs, gives it `script` to run.
+/// Returns an archive that, appended to the guest's initramfs, gives it `script` to run.
 pub(crate) fn script(script: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     archive.file("/script", 0o755, script.as_bytes())?;
     archive.finish()
 }
 
-/// The image of a read-only file system with Debian's programs for devices, for hosts and guests.
+/// Returns the image of a read-only file system with Debian's programs for devices, for hosts and
+/// guests.
 pub(crate) fn tools(store: &Store, isa: Isa) -> Result<PathBuf> {
     let folder = match isa {
         Isa::Arm64 => store.programs(isa, "tools", &TOOLS)?,
@@ -283,8 +284,8 @@ pub(crate) fn tools(store: &Store, isa: Isa) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// The image of a file system with a whole system on disk images, and what it boots from: those of
-/// [`image::BUILT`] and `root.qcow2`.
+/// Returns the image of a file system with a whole system on disk images, and what it boots from:
+/// those of [`image::BUILT`] and `root.qcow2`.
 pub(crate) fn system(store: &Store) -> Result<PathBuf> {
     let built = image::build(store, &image::Recipe::default())?;
     let disk = built.join("data.img");
@@ -348,7 +349,7 @@ fn power_key(modules: &[Module]) -> Result<Vec<u8>> {
     archive.finish()
 }
 
-/// An archive whose modules the guest's init loads in the order of names.
+/// Returns an archive whose modules the guest's init loads in the order of names.
 pub(crate) fn devices(modules: &[Module]) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     for (index, module) in modules.iter().enumerate() {

@@ -126,7 +126,7 @@ impl Boot {
         }
     }
 
-    /// The guest's initramfs, with the script added to it if there is one.
+    /// Returns the guest's initramfs, with the script added to it if there is one.
     fn initrd(&self, folder: &Path) -> Result<host::NamelessFile> {
         let standard = folder.join("initrd");
         let mut data =
@@ -277,7 +277,7 @@ impl Output {
             .context("cannot write standard output")
     }
 
-    /// The status to exit with, when armlet ended with `armlet`.
+    /// Returns the status to exit with, when armlet ended with `armlet`.
     fn status(&self, armlet: i32) -> Result<i32> {
         let Some(filter) = &self.script else {
             return Ok(armlet);

@@ -254,7 +254,7 @@ impl Test {
         Ok(summary(&outcomes))
     }
 
-    /// The hosts on which guests are tested, by the architecture that tests are built for.
+    /// Returns the hosts on which guests are tested, by the architecture that tests are built for.
     fn rigs(&self) -> Result<Vec<(Isa, Vec<NamedHost>)>> {
         let architectures = match self.quick {
             false => vec![Isa::from_name(&self.arch)?],
@@ -361,7 +361,7 @@ impl Test {
     }
 }
 
-/// The hosts of the matrix for guests of this architecture.
+/// Returns the hosts of the matrix for guests of this architecture.
 fn all_hosts(isa: Isa) -> &'static [NamedHost] {
     match isa {
         Isa::Arm64 => &ARM64_HOSTS,
@@ -369,7 +369,7 @@ fn all_hosts(isa: Isa) -> &'static [NamedHost] {
     }
 }
 
-/// The entries of `all` that a list separated by commas names, in the order of `all`.
+/// Returns the entries of `all` that a list separated by commas names, in the order of `all`.
 fn chosen<'a>(list: Option<&str>, all: &[&'a str]) -> Result<Vec<&'a str>> {
     let Some(list) = list else {
         return Ok(all.to_vec());
@@ -395,7 +395,8 @@ fn cargo(arguments: &[&str]) -> Command {
     cargo
 }
 
-/// The command that builds and runs the tests of guests, with this program as cargo's runner.
+/// Returns the command that builds and runs the tests of guests, with this program as cargo's
+/// runner.
 fn rig_tests(isa: Isa, toolchain: &Toolchain) -> Result<Command> {
     let tests = match isa {
         Isa::Arm64 => "boot",
@@ -497,7 +498,7 @@ fn summary(outcomes: &[Outcome]) -> i32 {
 mod tests {
     use super::*;
 
-    /// The test program's modules and its tests, as `module::test`, from its sources.
+    /// Returns the test program's modules and its tests, as `module::test`, from its sources.
     fn tests_of(program: &str) -> Vec<String> {
         let folder = crate::repository::repository().join("tests");
         let root = std::fs::read_to_string(folder.join(format!("{program}.rs"))).unwrap();

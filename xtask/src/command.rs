@@ -47,7 +47,7 @@ pub(crate) fn run_watched(
     }
 }
 
-/// The bytes in a file or below a folder, as far as they can be seen.
+/// Returns the bytes in a file or below a folder, as far as they can be seen.
 fn folder_size(path: &Path) -> u64 {
     let Ok(about) = fs::symlink_metadata(path) else {
         return 0;
@@ -59,7 +59,7 @@ fn folder_size(path: &Path) -> u64 {
     entries.map(|entry| folder_size(&entry.path())).sum()
 }
 
-/// The line of a command's output that says what is wrong.
+/// Returns the line of a command's output that says what is wrong.
 pub(crate) fn complaint(text: &str) -> &str {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let error = lines

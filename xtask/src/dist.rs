@@ -162,7 +162,7 @@ fn build_again(sources: &Path, copy: &Path, binaries: &[PathBuf]) -> Result<()> 
     Ok(())
 }
 
-/// The files under version control, below `sources`.
+/// Returns the files under version control, below `sources`.
 fn files_of(sources: &Path) -> Result<Vec<PathBuf>> {
     let text = output_of(
         Command::new("git")
@@ -206,7 +206,7 @@ fn ensure_static(binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The binary that runs here.
+/// Returns the binary that runs here.
 fn native(binaries: &[PathBuf]) -> Result<&Path> {
     let all = ARCHITECTURES.iter().zip(binaries);
     let mut all = all.filter(|(architecture, _)| architecture.name == std::env::consts::ARCH);
@@ -222,7 +222,7 @@ fn checksums(out: &Path) -> Result<()> {
     fs::write(out.join("SHA256SUMS"), sums).context("cannot write the checksums")
 }
 
-/// The files below `folder`, as paths below `root`.
+/// Returns the files below `folder`, as paths below `root`.
 fn collect(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {folder:?}"))? {
         let path = entry?.path();

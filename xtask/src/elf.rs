@@ -14,7 +14,7 @@ pub(crate) struct Section {
 /// Sections that hold no bytes of the file.
 const NOBITS: u64 = 8;
 
-/// The sections of `file`, the largest first.
+/// Returns the sections of `file`, the largest first.
 pub(crate) fn sections(file: &[u8]) -> Result<Vec<Section>> {
     let mut sections = headers(file)?
         .into_iter()
@@ -28,7 +28,7 @@ pub(crate) fn sections(file: &[u8]) -> Result<Vec<Section>> {
     Ok(sections)
 }
 
-/// What the section called `name` holds, if there is one.
+/// Returns what the section called `name` holds, if there is one.
 pub(crate) fn section<'a>(file: &'a [u8], name: &str) -> Result<Option<&'a [u8]>> {
     let headers = headers(file)?;
     let Some(header) = headers.iter().find(|header| header.name == name) else {
@@ -80,7 +80,7 @@ fn headers(file: &[u8]) -> Result<Vec<Header>> {
     Ok(headers)
 }
 
-/// The little-endian number of `length` bytes at `at`.
+/// Returns the little-endian number of `length` bytes at `at`.
 fn number(file: &[u8], at: u64, length: usize) -> Option<u64> {
     let at = usize::try_from(at).ok()?;
     let bytes = file.get(at..at.checked_add(length)?)?;

@@ -156,7 +156,7 @@ impl Outcome {
     }
 }
 
-/// The names of all targets, in order.
+/// Returns the names of all targets, in order.
 fn targets(folder: &Path) -> Result<Vec<String>> {
     let folder = folder.join("fuzz_targets");
     let mut names = Vec::new();
@@ -169,12 +169,12 @@ fn targets(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The folder with the inputs that are kept in the repository.
+/// Returns the folder with the inputs that are kept in the repository.
 fn kept(folder: &Path, target: &str) -> Result<PathBuf> {
     made(folder.join("corpus").join(target))
 }
 
-/// The folder with all inputs that were found here.
+/// Returns the folder with all inputs that were found here.
 fn found(folder: &Path, target: &str) -> Result<PathBuf> {
     made(folder.join("target/found").join(target))
 }
@@ -191,7 +191,7 @@ fn longest(target: &str) -> u32 {
     }
 }
 
-/// The command that builds a target with coverage and address sanitizer, and runs it.
+/// Returns the command that builds a target with coverage and address sanitizer, and runs it.
 fn run(tool: &Path, target: &str) -> Command {
     let mut command = Command::new(tool);
     command.current_dir(crate::repository::repository());
@@ -203,7 +203,8 @@ fn run(tool: &Path, target: &str) -> Command {
     command
 }
 
-/// The sanitizer whose runtime this compiler brings: rustup's has it, a distribution's may not.
+/// Returns the sanitizer whose runtime this compiler brings: rustup's has it, a distribution's may
+/// not.
 fn sanitizer() -> &'static str {
     let asked = Command::new("rustc").args(["--print", "sysroot"]).output();
     let sysroot = asked.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());

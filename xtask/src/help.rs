@@ -70,7 +70,7 @@ impl Program {
         })
     }
 
-    /// What the value of an option may be, as its help writes it: `auto|NAME|PATH`.
+    /// Returns what the value of an option may be, as its help writes it: `auto|NAME|PATH`.
     fn values<'a>(&'a self, option: &'a Choice) -> Values<'a> {
         let value = option.value.as_deref().unwrap_or_default();
         // A list of NAME=WORD is no word.
@@ -198,7 +198,7 @@ impl Program {
         text
     }
 
-    /// The man page, in roff (man(7)), dated `time` seconds after 1970.
+    /// Returns the man page, in roff (man(7)), dated `time` seconds after 1970.
     pub(crate) fn man_page(&self, version: &str, time: u64) -> Result<String> {
         let date = Command::new("date")
             .args(["-u", "-d", &format!("@{time}"), "+%Y-%m-%d"])
@@ -253,7 +253,7 @@ impl Program {
             .collect()
     }
 
-    /// The options that take a value, each name once.
+    /// Returns the options that take a value, each name once.
     fn valued_options(&self) -> Vec<&Choice> {
         let mut found: Vec<&Choice> = Vec::new();
         for option in self.commands.iter().flat_map(|page| &page.options) {
@@ -316,7 +316,7 @@ fn help(binary: &Path, words: &[&str]) -> Result<String> {
     output(binary, &[words, &["--help"]].concat())
 }
 
-/// What a program prints.
+/// Returns what a program prints.
 fn output(binary: &Path, words: &[&str]) -> Result<String> {
     let output = Command::new(binary)
         .args(words)
@@ -326,7 +326,7 @@ fn output(binary: &Path, words: &[&str]) -> Result<String> {
     String::from_utf8(output.stdout).context("what it prints is no text")
 }
 
-/// The lines behind `Heading:`, up to the next heading.
+/// Returns the lines behind `Heading:`, up to the next heading.
 fn section(text: &str, heading: &str) -> String {
     let head = format!("{heading}:");
     let lines = text.lines().skip_while(|line| *line != head).skip(1);

@@ -174,7 +174,7 @@ pub(crate) fn run(
     }
 }
 
-/// The end of what a console said before the job, for an error's text.
+/// Returns the end of what a console said before the job, for an error's text.
 fn last_lines(console: &str) -> String {
     let lines = console
         .lines()

@@ -252,8 +252,8 @@ fn words(list: &str) -> Vec<String> {
         .collect()
 }
 
-/// The folder of the system that `recipe` describes, with the files [`BUILT`], built when it is not
-/// there yet.
+/// Returns the folder of the system that `recipe` describes, with the files [`BUILT`], built when
+/// it is not there yet.
 pub(crate) fn build(store: &Store, recipe: &Recipe) -> Result<PathBuf> {
     let mut names = PACKAGES.to_vec();
     names.push(recipe.kernel.package());
@@ -469,14 +469,15 @@ fn take_out(image: &Path, inside: &str, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where programs are looked for: those for root too.
+/// Returns where programs are looked for: those for root too.
 pub(crate) fn search_path() -> String {
     let path = std::env::var("PATH").unwrap_or_default();
     format!("{path}:/usr/sbin:/sbin")
 }
 
-/// The folder of the keys: the user's, the system's own, and the latter as known_hosts names it.
-/// They are made once for this user of this machine, so that an image can be built twice alike.
+/// Returns the folder of the keys: the user's, the system's own, and the latter as known_hosts
+/// names it. They are made once for this user of this machine, so that an image can be built twice
+/// alike.
 fn keys(store: &Store) -> Result<PathBuf> {
     let folder = store.assets().join("keys");
     if folder.join("known_hosts").is_file() {

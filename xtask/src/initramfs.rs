@@ -183,7 +183,7 @@ impl<W: Write> Archive<W> {
     }
 }
 
-/// The path as an archive names it: relative to the root, without `.` or `..`.
+/// Returns the path as an archive names it: relative to the root, without `.` or `..`.
 fn entry_name(path: &Path) -> String {
     let names = path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name.to_string_lossy().into_owned()),

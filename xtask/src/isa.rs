@@ -21,7 +21,7 @@ pub(crate) enum Isa {
 impl Isa {
     const ALL: [Self; 2] = [Self::Arm64, Self::X86];
 
-    /// The name by which options know it, as Rust has it.
+    /// Returns the name by which options know it, as Rust has it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Arm64 => "aarch64",
@@ -29,7 +29,7 @@ impl Isa {
         }
     }
 
-    /// What Debian calls it.
+    /// Returns what Debian calls it.
     pub(crate) fn debian(self) -> &'static str {
         match self {
             Self::Arm64 => "arm64",
@@ -37,7 +37,7 @@ impl Isa {
         }
     }
 
-    /// The serial console of machines.
+    /// Returns the serial console of machines.
     pub(crate) fn console(self) -> &'static str {
         match self {
             Self::Arm64 => "ttyAMA0",
@@ -45,7 +45,7 @@ impl Isa {
         }
     }
 
-    /// What `name` means, if programs for it can be built here.
+    /// Returns what `name` means, if programs for it can be built here.
     pub(crate) fn from_name(name: &str) -> Result<Self> {
         let found = Self::ALL.into_iter().find(|isa| isa.name() == name);
         let names = Self::ALL.map(Self::name).join(", ");
@@ -58,7 +58,7 @@ impl Isa {
         Ok(isa)
     }
 
-    /// What the environment says, ARM64 where it says nothing.
+    /// Returns what the environment says, ARM64 where it says nothing.
     pub(crate) fn from_environment() -> Result<Self> {
         match std::env::var(VARIABLE) {
             Ok(name) => Self::from_name(&name).context(VARIABLE),
@@ -66,14 +66,14 @@ impl Isa {
         }
     }
 
-    /// Whether this machine can run such guests itself.
+    /// Returns whether this machine can run such guests itself.
     pub(crate) fn is_native(self) -> bool {
         let kvm = std::env::consts::ARCH == self.name() && Path::new("/dev/kvm").exists();
         // Some small cloud machines have a KVM without the CPU's help, which starts no kernel.
         kvm && (self == Self::Arm64 || cpu_virtualizes())
     }
 
-    /// The compiler for it.
+    /// Returns the compiler for it.
     pub(crate) fn toolchain(self) -> Result<Toolchain> {
         match self {
             Self::Arm64 => toolchain::arm64(),
@@ -82,7 +82,7 @@ impl Isa {
     }
 }
 
-/// Whether the CPU has VMX or SVM.
+/// Returns whether the CPU has VMX or SVM.
 fn cpu_virtualizes() -> bool {
     let about = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = about.lines().find(|line| line.starts_with("flags"));

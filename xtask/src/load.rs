@@ -286,7 +286,7 @@ impl<'a> Requests<'a> {
         }
     }
 
-    /// The next of a fixed sequence: xorshift64.
+    /// Returns the next of a fixed sequence: xorshift64.
     fn draw(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;

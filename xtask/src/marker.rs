@@ -22,7 +22,7 @@ pub(crate) struct Filter {
 }
 
 impl Filter {
-    /// A filter for the marks called `name`, for output that is read line by line.
+    /// Creates a filter for the marks called `name`, for output that is read line by line.
     pub(crate) fn new(name: &str) -> Self {
         Self {
             start: format!("ARMLET-{name}-START"),
@@ -40,17 +40,17 @@ impl Filter {
         Self { raw: true, ..self }
     }
 
-    /// Whether the start mark has come.
+    /// Returns whether the start mark has come.
     pub(crate) fn started(&self) -> bool {
         self.started
     }
 
-    /// The exit status, once its mark has come.
+    /// Returns the exit status, once its mark has come.
     pub(crate) fn status(&self) -> Option<i32> {
         self.status
     }
 
-    /// What the console said before the start mark: a kernel's complaints, if anything.
+    /// Returns what the console said before the start mark: a kernel's complaints, if anything.
     pub(crate) fn before(&self) -> String {
         String::from_utf8_lossy(&self.before).into_owned()
     }

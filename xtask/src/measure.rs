@@ -107,7 +107,7 @@ impl Pass {
             .1)
     }
 
-    /// The guest's command line, apart from its console.
+    /// Returns the guest's command line, apart from its console.
     pub(crate) fn cmdline(self) -> &'static str {
         match self {
             Self::Verbose | Self::HostVerbose => "loglevel=8 cryptomgr.notests armlet.run=poweroff",
@@ -230,7 +230,7 @@ impl Measure {
     }
 }
 
-/// A word of a VMM's command with what belongs in its places.
+/// Returns a word of a VMM's command with what belongs in its places.
 pub(crate) fn fill(word: &str, kernel: &str, initrd: &str, cmdline: &str) -> String {
     word.replace("{kernel}", kernel)
         .replace("{initrd}", initrd)
@@ -267,7 +267,8 @@ fn timing(command: &[String]) -> Result<Values> {
     Ok(values)
 }
 
-/// The milliseconds from the exec to the first entry into the guest, by the text of a trace of both.
+/// Returns the milliseconds from the exec to the first entry into the guest, by the text of a trace
+/// of both.
 pub(crate) fn entry(text: &str) -> Result<f64> {
     let mut events = trace::events(text);
     let exec = events.find(|event| event.body.starts_with("sched_process_exec"));
@@ -294,7 +295,7 @@ impl UserExits {
         self.0.counts(USER_EXIT)
     }
 
-    /// How many there were.
+    /// Returns how many there were.
     pub(crate) fn count(&self) -> Result<u64> {
         Ok(self.by_reason()?.values().sum())
     }
@@ -385,7 +386,7 @@ fn verbose(command: &[String]) -> Result<Values> {
     Ok(values)
 }
 
-/// The time from each exit to the next entry, but for those in which the guest slept.
+/// Returns the time from each exit to the next entry, but for those in which the guest slept.
 fn host_time(command: &[String]) -> Result<Values> {
     let mut trace = Trace::new(32 << 10)?;
     trace.event("kvm/kvm_exit")?;
@@ -480,7 +481,7 @@ fn huge_pages(command: &[String], policy: &str) -> Result<Values> {
     measured
 }
 
-/// The events from the exec to the first entry.
+/// Returns the events from the exec to the first entry.
 fn before_entry<'a>(events: impl Iterator<Item = trace::Event<'a>>) -> Vec<trace::Event<'a>> {
     events
         .skip_while(|event| !event.body.starts_with("sched_process_exec"))
@@ -500,7 +501,7 @@ fn statistics() -> BTreeMap<String, u64> {
     counts
 }
 
-/// All exits of guests so far.
+/// Returns all exits of guests so far.
 pub(crate) fn exits() -> u64 {
     statistics().get("exits").copied().unwrap_or(0)
 }

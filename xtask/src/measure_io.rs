@@ -145,7 +145,7 @@ impl MeasureIo {
         Ok(())
     }
 
-    /// The VMM's memory and threads, when the guest has done its work.
+    /// Returns the VMM's memory and threads, when the guest has done its work.
     fn memory(&self, run: u32, vm: &Vm) -> Result<Value> {
         let mappings = Mappings::of(vm.child.id())?;
         let threads = procfs::threads(vm.child.id())?;
@@ -161,7 +161,7 @@ impl MeasureIo {
     }
 }
 
-/// A disk whose every block is there: reading what was never written would cost less.
+/// Creates a disk whose every block is there: reading what was never written would cost less.
 fn make_disk() -> Result<()> {
     let mut file = File::create(DISK).with_context(|| format!("cannot create {DISK}"))?;
     let part = (0..1 << 20)
@@ -173,7 +173,7 @@ fn make_disk() -> Result<()> {
     Ok(())
 }
 
-/// The network between host and guest, if it is not there yet.
+/// Creates the TAP between host and guest, unless it is there already.
 fn make_tap() -> Result<()> {
     if fs::metadata(format!("/sys/class/net/{TAP}")).is_ok() {
         return Ok(());

@@ -151,7 +151,7 @@ impl MeasureScale {
     }
 }
 
-/// The time on a CPU of each thread of all.
+/// Returns the time on a CPU of each thread of all.
 fn nanos(vms: &[Vm]) -> Result<BTreeMap<u32, u64>> {
     let mut nanos = BTreeMap::new();
     for vm in vms {
@@ -161,7 +161,7 @@ fn nanos(vms: &[Vm]) -> Result<BTreeMap<u32, u64>> {
     Ok(nanos)
 }
 
-/// What the kernel has taken for its own objects, KiB.
+/// Returns what the kernel has taken for its own objects, KiB.
 fn slab() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("Slab:"));

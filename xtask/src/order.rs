@@ -145,7 +145,7 @@ struct Section {
     name: String,
 }
 
-/// The sections of code in a map of lld's, by address.
+/// Returns the sections of code in a map of lld's, by address.
 fn sections(map: &str) -> BTreeMap<u64, Section> {
     let section = |line: &str| {
         // VMA, LMA, size, alignment, and what it is: an input section has its file before it.
@@ -159,7 +159,7 @@ fn sections(map: &str) -> BTreeMap<u64, Section> {
     map.lines().filter_map(section).collect()
 }
 
-/// The addresses of the instructions in a log of QEMU's (`-d in_asm`), in its order.
+/// Returns the addresses of the instructions in a log of QEMU's (`-d in_asm`), in its order.
 fn addresses(log: &str) -> impl Iterator<Item = u64> {
     log.lines().filter_map(|line| {
         let (address, _) = line.strip_prefix("0x")?.split_once(':')?;
@@ -167,7 +167,7 @@ fn addresses(log: &str) -> impl Iterator<Item = u64> {
     })
 }
 
-/// The sections in which these addresses lie, each once.
+/// Returns the sections in which these addresses lie, each once.
 fn ran(sections: &BTreeMap<u64, Section>, addresses: impl Iterator<Item = u64>) -> Vec<&Section> {
     let mut ran: Vec<&Section> = Vec::new();
     let mut known = BTreeSet::new();
@@ -182,7 +182,7 @@ fn ran(sections: &BTreeMap<u64, Section>, addresses: impl Iterator<Item = u64>) 
     ran
 }
 
-/// The linker's script.
+/// Returns the linker's script.
 fn script(patterns: &[String]) -> String {
     let list: String = patterns.iter().map(|one| format!("    {one}\n")).collect();
     format!(
@@ -195,7 +195,7 @@ fn script(patterns: &[String]) -> String {
 /// What the compiler has found in several functions and made one. It numbers them anew each time.
 const OUTLINED: &str = ".text.OUTLINED_FUNCTION_";
 
-/// How the linker knows a section whatever the versions of compiler and crates.
+/// Returns how the linker knows a section whatever the versions of compiler and crates.
 fn pattern(section: &Section) -> Option<String> {
     if section.name.starts_with(OUTLINED) {
         return None;
@@ -212,16 +212,16 @@ fn pattern(section: &Section) -> Option<String> {
     })
 }
 
-/// The name of a function that was compiled several times, without the number that LLVM has added to
-/// tell the copies apart. Any of them may be the one that the linker keeps (`build.rs`).
+/// Returns the name of a function that was compiled several times, without the number that LLVM has
+/// added to tell the copies apart. Any of them may be the one that the linker keeps (`build.rs`).
 fn copied(name: &str) -> Option<&str> {
     let (name, number) = name.rsplit_once('.')?;
     let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
     is_number.then_some(name)
 }
 
-/// A mangled name with `*` for each number that stands for a version of a crate: `Cs`, digits in base
-/// 62, `_` (Rust RFC 2603, "crate-root"), and for one that LLVM added.
+/// Returns a mangled name with `*` for each number that stands for a version of a crate: `Cs`,
+/// digits in base 62, `_` (Rust RFC 2603, "crate-root"), and for one that LLVM added.
 fn without_hashes(name: &str) -> String {
     let name = match name.split_once(".llvm.") {
         Some((name, _)) => format!("{name}.llvm.*"),

@@ -72,7 +72,7 @@ impl Store {
         })
     }
 
-    /// The folder in which derived files are kept.
+    /// Returns the folder in which derived files are kept.
     pub(crate) fn assets(&self) -> PathBuf {
         self.root.join("assets")
     }
@@ -115,7 +115,7 @@ impl Store {
         Ok(())
     }
 
-    /// A statically linked busybox.
+    /// Returns a statically linked busybox.
     pub(crate) fn busybox(&self, isa: Isa) -> Result<PathBuf> {
         let folder = self.stored(&item("busybox", isa), |apt, into| {
             let suite = apt.guest_suite();
@@ -129,7 +129,8 @@ impl Store {
         find(&folder, &|name| name == "busybox")?.context("no busybox in busybox-static")
     }
 
-    /// The emulator of machines: the machine's own when it is new enough, else a private one.
+    /// Returns the emulator of machines: the machine's own when it is new enough, else a private
+    /// one.
     pub(crate) fn qemu(&self, isa: Isa) -> Result<Qemu> {
         let installed = Qemu {
             program: emulator(isa).0.into(),
@@ -174,8 +175,8 @@ impl Store {
         run_silently(command.arg(from).arg(to))
     }
 
-    /// The folder of a program of this machine's own architecture, unpacked with the libraries that
-    /// the machine lacks.
+    /// Returns the folder of a program of this machine's own architecture, unpacked with the
+    /// libraries that the machine lacks.
     fn private_program(&self, item: &str, name: &str) -> Result<PathBuf> {
         self.stored(item, |apt, into| {
             let suite = apt.backports();
@@ -191,7 +192,7 @@ impl Store {
         })
     }
 
-    /// The folder of `item`, fetched when no stamp says that it is there already.
+    /// Returns the folder of `item`, fetched when no stamp says that it is there already.
     ///
     /// `fetch` unpacks into the folder it is given and names the package.
     fn stored(
@@ -241,7 +242,7 @@ impl Store {
     }
 }
 
-/// The name of a stamp: without the architecture for ARM64, which came first.
+/// Returns the name of a stamp: without the architecture for ARM64, which came first.
 fn item(name: &str, isa: Isa) -> String {
     match isa {
         Isa::Arm64 => name.to_owned(),
@@ -249,7 +250,7 @@ fn item(name: &str, isa: Isa) -> String {
     }
 }
 
-/// The program that emulates such a machine, and its package.
+/// Returns the program that emulates such a machine, and its package.
 fn emulator(isa: Isa) -> (&'static str, &'static str) {
     match isa {
         Isa::Arm64 => ("qemu-system-aarch64", "qemu-system-arm"),
@@ -258,7 +259,7 @@ fn emulator(isa: Isa) -> (&'static str, &'static str) {
 }
 
 impl Qemu {
-    /// The command that starts it, to which a machine's options are added.
+    /// Returns the command that starts it, to which a machine's options are added.
     ///
     /// The emulator dies with the thread that started it: nothing is left when xtask is killed.
     pub(crate) fn command(&self) -> Command {
@@ -299,7 +300,7 @@ fn qemu_major(version: &str) -> Option<u32> {
     number.split('.').next()?.parse().ok()
 }
 
-/// The folders below `root` in which multi-arch Debian keeps libraries.
+/// Returns the folders below `root` in which multi-arch Debian keeps libraries.
 fn private_libraries(root: &Path) -> Vec<PathBuf> {
     let triple = format!("{}-linux-gnu", std::env::consts::ARCH);
     ["usr/lib", "lib"]

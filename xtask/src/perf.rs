@@ -79,7 +79,7 @@ impl Counters {
         })
     }
 
-    /// What was counted so far.
+    /// Returns what was counted so far.
     pub(crate) fn read(&mut self) -> Result<Counts> {
         let read = |counter: &mut Counter| counter.read().context("cannot read a counter");
         let mut counts = Counts {
@@ -96,7 +96,7 @@ impl Counters {
 }
 
 impl Counts {
-    /// What was counted after `before`.
+    /// Returns what was counted after `before`.
     pub(crate) fn since(&self, before: &Self) -> Self {
         let subtract = |now: &BTreeMap<String, u64>, then: &BTreeMap<String, u64>| {
             let part = |(name, count): (&String, &u64)| {

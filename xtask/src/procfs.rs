@@ -62,14 +62,14 @@ impl Mappings {
     }
 }
 
-/// The bytes in `start-end`, both hexadecimal.
+/// Returns the bytes in `start-end`, both hexadecimal.
 fn span(word: &str) -> Option<u64> {
     let (start, end) = word.split_once('-')?;
     let hexadecimal = |text| u64::from_str_radix(text, 16).ok();
     hexadecimal(end)?.checked_sub(hexadecimal(start)?)
 }
 
-/// The number in `Name:   123 kB`.
+/// Returns the number in `Name:   123 kB`.
 fn number(line: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
@@ -87,7 +87,7 @@ pub(crate) struct Thread {
     pub(crate) switches: u64,
 }
 
-/// The threads of a process.
+/// Returns the threads of a process.
 pub(crate) fn threads(pid: u32) -> Result<Vec<Thread>> {
     let folder = format!("/proc/{pid}/task");
     let mut threads = Vec::new();

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 
-/// The repository's root folder: where this program runs for, not where it was compiled. A checkout
-/// that is moved or copied with its build keeps the program.
+/// Returns the repository's root folder: where this program runs for, not where it was compiled. A
+/// checkout that is moved or copied with its build keeps the program.
 pub(crate) fn repository() -> PathBuf {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     let look = || {
@@ -21,8 +21,9 @@ pub(crate) fn repository() -> PathBuf {
     FOUND.get_or_init(look).clone()
 }
 
-/// The first folder that is a repository of armlet among `places` and what they lie in: cargo says
-/// where the package is that it runs, and else the current folder or this program lies in it.
+/// Returns the first folder that is a repository of armlet among `places` and what they lie in:
+/// cargo says where the package is that it runs, and else the current folder or this program lies
+/// in it.
 fn repository_from(places: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
     let is_root = |folder: &&Path| folder.join(MARK).is_file();
     for place in places {
@@ -36,7 +37,7 @@ fn repository_from(places: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
 /// A file that armlet's repository has, and no other.
 const MARK: &str = "packaging/armlet@.service";
 
-/// The folder into which cargo builds: this program lies in `debug` below it.
+/// Returns the folder into which cargo builds: this program lies in `debug` below it.
 pub(crate) fn target_folder() -> Result<PathBuf> {
     let this = std::env::current_exe().context("cannot tell where xtask lies")?;
     let folder = this
@@ -46,7 +47,7 @@ pub(crate) fn target_folder() -> Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// The cargo that started this program, to be run in the repository.
+/// Returns the cargo that started this program, to be run in the repository.
 pub(crate) fn cargo() -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -54,7 +55,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Whether it is a checkout of armlet.
+/// Returns whether it is a checkout of armlet.
 pub(crate) fn is_checkout() -> bool {
     repository().join(MARK).is_file()
 }

@@ -22,7 +22,7 @@ pub(crate) fn run(
     host::run(store, spec, job, disks, terminal, print)
 }
 
-/// The disks that a host needs beside those of a job.
+/// Returns the disks that a host needs beside those of a job.
 fn disks(store: &Store, spec: &HostSpec) -> Result<Vec<Disk>> {
     let mut disks = Vec::new();
     let mut add = |image: &Path, serial: &str, access| {

@@ -92,7 +92,7 @@ pub(crate) fn run(binary: &Path, arguments: &[String]) -> Result<i32> {
     }
 }
 
-/// The armlet that was built with the test program, which lies in `deps` below it.
+/// Returns the armlet that was built with the test program, which lies in `deps` below it.
 fn armlet_beside(binary: &Path) -> Option<HostFile> {
     let armlet = binary.parent()?.parent()?.join("armlet");
     armlet.is_file().then(|| HostFile {
@@ -102,7 +102,7 @@ fn armlet_beside(binary: &Path) -> Option<HostFile> {
     })
 }
 
-/// What the repository holds, without what is built or hidden.
+/// Returns what the repository holds, without what is built or hidden.
 fn repository_files(root: &Path) -> Result<Vec<HostFile>> {
     let mut files = Vec::new();
     let mut folders = vec![root.to_owned()];
@@ -132,7 +132,7 @@ fn repository_files(root: &Path) -> Result<Vec<HostFile>> {
     Ok(files)
 }
 
-/// The assets in `folder`, as files of an emulated host.
+/// Returns the assets in `folder`, as files of an emulated host.
 pub(crate) fn asset_files(folder: &Path, isa: Isa, choice: Choice) -> Vec<HostFile> {
     let in_host = PathBuf::from(assets::FOLDER_IN_HOST);
     let file = |name: &&str| HostFile {
@@ -143,7 +143,8 @@ pub(crate) fn asset_files(folder: &Path, isa: Isa, choice: Choice) -> Vec<HostFi
     assets::names(isa, choice).iter().map(file).collect()
 }
 
-/// The Debian package of `cargo xtask dist`, where there is one, for the tests that install it.
+/// Returns the Debian package of `cargo xtask dist`, where there is one, for the tests that install
+/// it.
 fn released(target: &Path, isa: Isa) -> Option<HostFile> {
     let ending = match isa {
         Isa::Arm64 => "_arm64.deb",
@@ -158,7 +159,7 @@ fn released(target: &Path, isa: Isa) -> Option<HostFile> {
     })
 }
 
-/// How long a program may run: `ARMLET_RIG_TIMEOUT` seconds, or 15 minutes.
+/// Returns how long a program may run: `ARMLET_RIG_TIMEOUT` seconds, or 15 minutes.
 fn limit() -> Result<Option<Duration>> {
     let seconds = match std::env::var("ARMLET_RIG_TIMEOUT") {
         Ok(seconds) => seconds

@@ -82,8 +82,8 @@ pub(crate) fn add(
     Ok(())
 }
 
-/// The folders into which cargo unpacks crates: each is named after a registry's address, which is
-/// another one where a mirror is used.
+/// Returns the folders into which cargo unpacks crates: each is named after a registry's address,
+/// which is another one where a mirror is used.
 fn registries(home: &Path) -> impl Iterator<Item = PathBuf> {
     let folders = std::fs::read_dir(home.join("registry/src"));
     folders

@@ -50,7 +50,7 @@ pub(crate) struct Toolchain {
     pub(crate) args: Vec<String>,
 }
 
-/// The compiler for x86_64, on such a machine: its own, with what is linked statically.
+/// Returns the compiler for x86_64, on such a machine: its own, with what is linked statically.
 pub(crate) fn x86_64() -> Result<Toolchain> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let active = Compiler::ask(Path::new(&rustc))?;
@@ -61,7 +61,7 @@ pub(crate) fn x86_64() -> Result<Toolchain> {
     }
 }
 
-/// The compiler for ARM64, installed when it is missing.
+/// Returns the compiler for ARM64, installed when it is missing.
 pub(crate) fn arm64() -> Result<Toolchain> {
     let cache = Cache::open()?;
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
@@ -92,7 +92,7 @@ impl Toolchain {
         self
     }
 
-    /// Whether it is the active compiler that compiles, for musl.
+    /// Returns whether it is the active compiler that compiles, for musl.
     pub(crate) fn is_active(&self) -> bool {
         self.target.ends_with("musl") && self.env.iter().all(|(name, _)| name != "RUSTC")
     }
@@ -102,14 +102,14 @@ impl Toolchain {
         self.with(&name, "-Ctarget-feature=+crt-static")
     }
 
-    /// The variable by which cargo takes `setting` for this target.
+    /// Returns the variable by which cargo takes `setting` for this target.
     pub(crate) fn variable(&self, setting: &str) -> String {
         let target = self.target.replace('-', "_").to_uppercase();
         format!("CARGO_TARGET_{target}_{setting}")
     }
 }
 
-/// The active compiler, with the musl target that was made for it.
+/// Returns the active compiler, with the musl target that was made for it.
 fn active_musl(cache: &Cache, active: &Compiler) -> Result<Toolchain> {
     have_target(cache, active, MUSL)?;
     Ok(Toolchain::new(MUSL, &active.linker()))

@@ -15,7 +15,7 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    /// An empty trace that is not running, with a buffer of this size.
+    /// Creates an empty trace that is not running, with a buffer of this size.
     pub(crate) fn new(buffer_kib: u32) -> Result<Self> {
         let trace = Self { undo: Vec::new() };
         write("tracing_on", "0")?;
@@ -52,7 +52,7 @@ impl Trace {
         self.write(file, trigger, &format!("!{trigger}"))
     }
 
-    /// What a histogram has counted.
+    /// Returns what a histogram has counted.
     pub(crate) fn counts(&self, name: &str) -> Result<BTreeMap<u64, u64>> {
         Ok(parse_histogram(&read(&format!("events/{name}/hist"))?))
     }
@@ -67,7 +67,7 @@ impl Trace {
         write("tracing_on", "0")
     }
 
-    /// All that was recorded.
+    /// Returns all that was recorded.
     pub(crate) fn text(&self) -> Result<String> {
         self.stop()?;
         read("trace")
@@ -112,7 +112,7 @@ pub(crate) struct Event<'a> {
     pub(crate) body: &'a str,
 }
 
-/// The events in a trace's text.
+/// Returns the events in a trace's text.
 pub(crate) fn events(text: &str) -> impl Iterator<Item = Event<'_>> {
     text.lines().filter_map(event)
 }
@@ -153,7 +153,7 @@ pub(crate) struct FileRead {
     end: u64,
 }
 
-/// The reads in `events` that gave at least `least` bytes.
+/// Returns the reads in `events` that gave at least `least` bytes.
 pub(crate) fn reads(events: &[Event<'_>], least: u64) -> Vec<FileRead> {
     let hexadecimal = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
     let mut open = BTreeMap::new();
@@ -198,7 +198,7 @@ pub(crate) fn covered(reads: &[FileRead]) -> u64 {
     total
 }
 
-/// The bytes that were read from each file.
+/// Returns the bytes that were read from each file.
 pub(crate) fn bytes_by_fd(reads: &[FileRead]) -> BTreeMap<u64, u64> {
     let mut bytes = BTreeMap::new();
     for read in reads {

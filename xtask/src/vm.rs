@@ -140,7 +140,7 @@ impl Vm {
         Ok(time)
     }
 
-    /// The end of the console's output.
+    /// Returns the end of the console's output.
     pub(crate) fn said(&self) -> String {
         let from = self.output.len().saturating_sub(2000);
         String::from_utf8_lossy(&self.output[from..]).into_owned()

@@ -41,18 +41,18 @@ impl Vmm {
         })
     }
 
-    /// Where its program is in the host.
+    /// Returns where its program is in the host.
     pub(crate) fn path(&self) -> String {
         format!("/bin/vmm-{}", self.name)
     }
 
-    /// Its program, for the host.
+    /// Returns its program, for the host.
     pub(crate) fn host_file(&self) -> HostFile {
         HostFile::program(&self.file, self.path())
     }
 
-    /// Its command with this many vCPUs for `{cpus}`, and the words with `{disk}` once for each of
-    /// `disks`, each time with the option before it, if that is a word of its own.
+    /// Returns its command with this many vCPUs for `{cpus}`, and the words with `{disk}` once for
+    /// each of `disks`, each time with the option before it, if that is a word of its own.
     pub(crate) fn command(&self, cpus: u32, disks: &[String]) -> Vec<String> {
         let mut command = vec![self.path()];
         let mut words = self.arguments.iter().peekable();

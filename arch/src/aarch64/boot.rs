@@ -142,8 +142,8 @@ fn tree_room(request: &Request<Aarch64>) -> u64 {
     bytes.next_multiple_of(page_size(request))
 }
 
-/// The bytes behind the device tree in which KVM tells of stolen time. None where that is not
-/// wanted.
+/// Returns the bytes behind the device tree in which KVM tells of stolen time. None where that is
+/// not wanted.
 fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
     match request.features.steal_time {
         Switch::Off => 0,
@@ -152,7 +152,8 @@ fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
     }
 }
 
-/// Where KVM tells of stolen time, each vCPU's behind the one before; of no use where it does not.
+/// Returns where KVM tells of stolen time, each vCPU's behind the one before; of no use where it
+/// does not.
 pub(super) fn stolen_time(payload: &Payload, request: &Request<Aarch64>) -> Option<Range> {
     Range::new(payload.info + tree_room(request), stolen_time_room(request))
 }
@@ -211,7 +212,7 @@ mod tests {
         }
     }
 
-    /// The header of Debian's 6.12.
+    /// Returns the header of Debian's 6.12.
     fn image() -> Arm64Image {
         Arm64Image {
             text_offset: 0,

@@ -52,7 +52,7 @@ pub struct Pmu {
     pub perf_type: Option<u32>,
 }
 
-/// What the guest gets on this host.
+/// Returns what the guest gets on this host.
 pub(super) fn decide(request: &Request<Aarch64>, host: &Host) -> Result<Features, PlanError> {
     let wanted = &request.features;
     let offered = host.offered;
@@ -111,7 +111,7 @@ fn switched(wish: Switch, asked: &str, has: bool, offered: Offered) -> Result<bo
     }
 }
 
-/// What a host has, by the options' names.
+/// Returns what a host has, by the options' names.
 fn names(offered: Offered) -> String {
     let names = [
         (offered.pmu, "pmu"),

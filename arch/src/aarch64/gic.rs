@@ -54,7 +54,7 @@ pub struct Redistributors {
 }
 
 impl Gic {
-    /// The version, 2 or 3.
+    /// Returns the version, 2 or 3.
     #[must_use]
     pub const fn version(&self) -> u8 {
         match self {
@@ -189,7 +189,7 @@ fn interrupts(board: &Board) -> u32 {
     (32 + spis.next_multiple_of(32)).clamp(64, 992)
 }
 
-/// The board's window first, then the first gap above RAM.
+/// Returns the board's window first, then the first gap above RAM.
 fn place_redistributors(
     board: &Board,
     windows: &GicWindows,
@@ -221,8 +221,8 @@ fn run(start: u64, frames: u32) -> Result<Redistributors, PlanError> {
     Ok(Redistributors { range, frames })
 }
 
-/// The lowest run of frames directly above a bank of RAM, or above what lies there, that is free
-/// of `taken`.
+/// Returns the lowest run of frames directly above a bank of RAM, or above what lies there, that is
+/// free of `taken`.
 fn first_gap(ram: &[Range], taken: &[Range], frames: u32) -> Result<Redistributors, PlanError> {
     let lowest = ram.first().ok_or(PlanError::NoMemory)?;
     let mut starts: Vec<u64> = taken
@@ -239,8 +239,8 @@ fn first_gap(ram: &[Range], taken: &[Range], frames: u32) -> Result<Redistributo
         .unwrap_or(Err(PlanError::NoMemory))
 }
 
-/// The windows of the board's devices, virtio slots without a device included, so that a device
-/// more moves nothing.
+/// Returns the windows of the board's devices, virtio slots without a device included, so that a
+/// device more moves nothing.
 fn device_windows(board: &Board) -> Vec<Range> {
     let devices = board.devices.iter();
     let mut windows: Vec<Range> = devices

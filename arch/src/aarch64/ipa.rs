@@ -33,8 +33,8 @@ pub const fn stage2_levels(bits: u8, page_size: u64) -> u8 {
     if levels < 2 { 2 } else { levels }
 }
 
-/// The smallest ID_AA64MMFR0_EL1.PARange encoding that holds `bits`, with the bits it stands for
-/// (arch/arm64/tools/sysreg, ID_AA64MMFR0_EL1).
+/// Returns the smallest ID_AA64MMFR0_EL1.PARange encoding that holds `bits`, with the bits it
+/// stands for (arch/arm64/tools/sysreg, ID_AA64MMFR0_EL1).
 #[must_use]
 pub const fn pa_range(bits: u8) -> (u64, u8) {
     match bits {
@@ -48,8 +48,8 @@ pub const fn pa_range(bits: u8) -> (u64, u8) {
     }
 }
 
-/// The address bits that a PARange encoding stands for; `None` for encodings that KVM does not
-/// use.
+/// Returns the address bits that a PARange encoding stands for; `None` for encodings that KVM does
+/// not use.
 #[must_use]
 pub const fn pa_range_bits(encoding: u64) -> Option<u8> {
     match encoding {

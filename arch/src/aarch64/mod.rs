@@ -37,8 +37,8 @@ pub struct Boot {
     pub x0: u64,
 }
 
-/// The MPIDR affinity that KVM gives vCPU `index`: 16 to an Aff0, because GICv3's SGI target
-/// lists hold 16 (arch/arm64/kvm/sys_regs.c: reset_mpidr).
+/// Returns the MPIDR affinity that KVM gives vCPU `index`: 16 to an Aff0, because GICv3's SGI
+/// target lists hold 16 (arch/arm64/kvm/sys_regs.c: reset_mpidr).
 #[must_use]
 pub const fn mpidr(index: u32) -> u64 {
     let index = index as u64;

@@ -24,7 +24,7 @@ const KEY_POWER: u32 = 116;
 const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 
-/// The device tree of a planned machine as a value, for printing.
+/// Returns the device tree of a planned machine as a value, for printing.
 #[must_use]
 pub fn device_tree(board: &Board, plan: &Plan<Aarch64>, request: &Request<Aarch64>) -> Node {
     build(board, &plan.layout, &plan.vcpus, &plan.features, request)
@@ -140,8 +140,8 @@ fn psci(root: &mut Node) {
         .prop("method", "hvc");
 }
 
-/// A private interrupt of each vCPU, level-triggered. On a GICv2 bits 15:8 hold the mask of CPUs
-/// (interrupt-controller/arm,gic.yaml).
+/// Returns a private interrupt of each vCPU, level-triggered. On a GICv2 bits 15:8 hold the mask of
+/// CPUs (interrupt-controller/arm,gic.yaml).
 fn ppi(number: u32, gic: &Gic, vcpus: usize) -> [u32; 3] {
     let mask = match gic {
         Gic::V2 { .. } => (1_u32 << vcpus.min(8)) - 1,

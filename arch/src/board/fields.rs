@@ -224,7 +224,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.missing(key, example))
     }
 
-    /// A value that is written as on the command line, or its default.
+    /// Returns a value that is written as on the command line, or its default.
     pub(super) fn parsed<T>(&mut self, key: &'static str) -> Result<T, BoardError>
     where
         T: std::str::FromStr<Err = String> + Default + std::fmt::Display,
@@ -239,7 +239,8 @@ impl<'a> Fields<'a> {
             .map_err(|cause| self.wrong(key, format!("does not fit: {cause}")))
     }
 
-    /// The items of a list, empty where there is none; refused with `valid` if one does not fit.
+    /// Returns the items of a list, empty where there is none; refused with `valid` if one does not
+    /// fit.
     pub(super) fn list<T>(
         &mut self,
         key: &'static str,
@@ -292,7 +293,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.missing(key, example))
     }
 
-    /// The instruction set that the board's guests run.
+    /// Returns the instruction set that the board's guests run.
     pub(super) fn architecture(&mut self) -> Result<Architecture, BoardError> {
         match self.string("arch", "\"aarch64\"")?.as_str() {
             "aarch64" => Ok(Architecture::Aarch64),
@@ -301,7 +302,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The tables of a list.
+    /// Returns the tables of a list.
     pub(super) fn tables(&mut self, key: &'static str) -> Result<Vec<Fields<'a>>, BoardError> {
         match self.take_silently(key).map(|entry| entry.item) {
             None => Ok(Vec::new()),

@@ -49,12 +49,12 @@ impl Tree {
     }
 }
 
-/// The tree of the board file `text`, which is called `name`, with what it inherits.
+/// Returns the tree of the board file `text`, which is called `name`, with what it inherits.
 pub(super) fn read(name: &str, text: &str, find: Find<'_>) -> Result<Tree, BoardError> {
     inherit(name, text, find, 0)
 }
 
-/// The tree of one file alone.
+/// Returns the tree of one file alone.
 pub(super) fn read_alone(text: &str) -> Result<Tree, BoardError> {
     parse(text, None)
 }
@@ -149,7 +149,7 @@ impl File<'_> {
         }
     }
 
-    /// A value whose key, or which itself, begins at `at`.
+    /// Returns a value whose key, or which itself, begins at `at`.
     fn entry(&self, value: &mut Value<'_>, at: usize) -> Entry {
         let span = value.span;
         let item = match value.take() {
@@ -180,7 +180,7 @@ impl File<'_> {
         }
     }
 
-    /// A value as TOML, for what is no table.
+    /// Returns a value as TOML, for what is no table.
     fn written(&self, item: &Item, span: Span) -> String {
         match item {
             Item::Text(text) => {
@@ -198,7 +198,7 @@ impl File<'_> {
         }
     }
 
-    /// The comment on the rest of the line from `end` on.
+    /// Returns the comment on the rest of the line from `end` on.
     fn note(&self, end: usize) -> String {
         let rest = self.text.get(end..).unwrap_or_default();
         let line = rest.lines().next().unwrap_or_default();

@@ -43,8 +43,8 @@ impl Profile {
         })
     }
 
-    /// The board as a file that inherits from no other: behind each value the line that it comes
-    /// from, in this board's own file or in the one named, and the comment that stands there.
+    /// Returns the board as a file that inherits from no other: behind each value the line that it
+    /// comes from, in this board's own file or in the one named, and the comment that stands there.
     #[must_use]
     pub fn show(&self) -> String {
         let mut out = String::new();

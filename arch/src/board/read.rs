@@ -15,7 +15,7 @@ use crate::midr::Midr;
 use crate::size::parse_size;
 use crate::width::{MAX_BITS, MIN_BITS};
 
-/// The board that the tree of a file describes.
+/// Returns the board that the tree of a file describes.
 pub(super) fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
     let name = root.string("name", "\"my-board\"")?;
     let description = root.optional_string("description")?.unwrap_or_default();
@@ -75,7 +75,7 @@ pub(super) fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
     Ok(board)
 }
 
-/// What `read` makes of each table.
+/// Returns what `read` makes of each table.
 fn each<'a, T>(
     tables: Vec<Fields<'a>>,
     read: fn(Fields<'a>) -> Result<T, BoardError>,
@@ -87,7 +87,7 @@ fn is_page(size: &u64) -> bool {
     matches!(size, 0x1000 | 0x4000 | 0x1_0000)
 }
 
-/// A size among those that `fits` lets through.
+/// Returns a size among those that `fits` lets through.
 fn size_item(item: &Item, fits: fn(&u64) -> bool) -> Option<u64> {
     match item {
         Item::Text(text) => parse_size(text).ok().filter(fits),

@@ -54,7 +54,7 @@ impl Signature {
         Ok(signature.map(|signature| Signature { arch, ..signature }))
     }
 
-    /// How well it fits a host, more is better, and why.
+    /// Returns how well it fits a host, more is better, and why.
     fn fits(&self, host: &Identity) -> Option<(usize, String)> {
         let core = self.cores.iter().find(|core| host.cores.contains(core));
         let by_tree = host
@@ -88,7 +88,7 @@ impl Signature {
     }
 }
 
-/// The one of `boards` that the host is, by index, and why.
+/// Returns the one of `boards` that the host is, by index, and why.
 #[must_use]
 pub fn recognize<'a>(
     host: &Identity,

@@ -88,7 +88,7 @@ impl X86BzImage {
     }
 }
 
-/// Whether `head` begins a bzImage.
+/// Returns whether `head` begins a bzImage.
 pub(super) fn is_bz_image(head: &[u8]) -> bool {
     u16_at(head, 0x1fe) == Some(0xaa55) && head.get(0x202..0x206) == Some(b"HdrS")
 }

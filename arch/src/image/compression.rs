@@ -21,7 +21,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// The name that users know.
+    /// Returns the name that users know.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -34,7 +34,7 @@ impl Compression {
     }
 }
 
-/// How data that begin with `head` are compressed, if they are.
+/// Returns how data that begin with `head` are compressed, if they are.
 pub(super) fn compression(head: &[u8]) -> Option<Compression> {
     const MAGIC: [(&[u8], Compression); 5] = [
         // With the method, deflate, of which there is no other.

@@ -36,9 +36,9 @@ pub(super) fn zboot(head: &[u8]) -> Result<Zboot, ImageError> {
     })
 }
 
-/// The number of file bytes that an EFI-stub kernel claims: the largest end of raw data in the PE
-/// section table that the word at 0x3c leads to, or the end of that table where `head` does not
-/// reach it. A file of fewer bytes is truncated. `None` without such a table.
+/// Returns the number of file bytes that an EFI-stub kernel claims: the largest end of raw data in
+/// the PE section table that the word at 0x3c leads to, or the end of that table where `head` does
+/// not reach it. A file of fewer bytes is truncated. `None` without such a table.
 #[must_use]
 pub fn file_extent(head: &[u8]) -> Option<u64> {
     // Offsets within the PE and COFF headers: Microsoft PE format, "COFF File Header" (24 bytes

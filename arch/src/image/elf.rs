@@ -129,7 +129,7 @@ impl X86Elf {
         Ok(())
     }
 
-    /// The guest-physical addresses from its first segment to the end of its last.
+    /// Returns the guest-physical addresses from its first segment to the end of its last.
     #[must_use]
     pub fn memory(&self) -> Range<u64> {
         let segments = self.segments.iter();
@@ -146,8 +146,8 @@ impl X86Elf {
     }
 }
 
-/// The value of the note PHYS32_ENTRY. A note has three words (size of its name, size of its
-/// value, type), then both, each padded to four bytes.
+/// Returns the value of the note PHYS32_ENTRY. A note has three words (size of its name, size of
+/// its value, type), then both, each padded to four bytes.
 fn entry(notes: &[u8]) -> Option<u64> {
     let mut at = 0_usize;
     loop {
@@ -179,8 +179,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// An ELF kernel of two segments at 16 MiB, the second with 4 KiB of BSS, whose notes name
-    /// `entry`.
+    /// Returns an ELF kernel of two segments at 16 MiB, the second with 4 KiB of BSS, whose notes
+    /// name `entry`.
     pub(crate) fn vmlinux(entry: u32) -> Vec<u8> {
         let mut file = vec![0; 0x3000];
         let mut put = |at: usize, value: &[u8]| file[at..at + value.len()].copy_from_slice(value);

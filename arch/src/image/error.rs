@@ -162,7 +162,7 @@ fn elf_remedy(machine: u16) -> &'static str {
     }
 }
 
-/// The error for bytes that no known format begins with.
+/// Returns the error for bytes that no known format begins with.
 pub(super) fn unknown(head: &[u8]) -> ImageError {
     ImageError::Unknown {
         start: head[..head.len().min(8)].to_vec(),

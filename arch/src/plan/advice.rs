@@ -130,8 +130,8 @@ pub(super) fn with_bank_limit<A: Arch>(
     }
 }
 
-/// The most memory in bytes, at most what was asked for, with which the machine fits `bits` address
-/// bits; `None` if none does.
+/// Returns the most memory in bytes, at most what was asked for, with which the machine fits `bits`
+/// address bits; `None` if none does.
 #[must_use]
 pub fn most_memory<A: Arch>(
     board: &Board,

@@ -27,7 +27,7 @@ pub(super) struct Map<A: Arch> {
     pub(super) pmem: Vec<Range>,
 }
 
-/// The address map with `memory` bytes of RAM.
+/// Returns the address map with `memory` bytes of RAM.
 pub(super) fn map<A: Arch>(
     board: &Board,
     request: &Request<A>,

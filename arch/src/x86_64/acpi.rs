@@ -39,7 +39,7 @@ const SLEEP_TYPE_OFF: u8 = 5;
 /// The status value of a power button's notification (section 4.8.2.2.1.2).
 const BUTTON_PRESSED: u8 = 0x80;
 
-/// The tables, as one blob.
+/// Returns the tables, as one blob.
 pub(super) fn tables(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Result<Blob, PlanError> {
     let mut bytes = vec![0; Rsdp::len().next_multiple_of(16)];
     let dsdt = append(&mut bytes, &dsdt(layout));
@@ -133,7 +133,7 @@ fn madt(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-/// A CPU whose number needs more than 8 bits (section 5.2.12.12).
+/// Returns a CPU whose number needs more than 8 bits (section 5.2.12.12).
 fn local_x2apic(id: u32) -> [u8; 16] {
     const KIND: u8 = 9;
     const ENABLED: u8 = 1;
@@ -163,7 +163,7 @@ fn dsdt(layout: &Layout<X86_64>) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-/// An edge that rises.
+/// Returns an edge that rises.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -198,8 +198,8 @@ fn port_device(device: &PlacedPorts) -> Vec<u8> {
     }
 }
 
-/// The power button, and the event device whose interrupt means that it was pressed (sections
-/// 4.8.2.2.1.2 and 5.6.9).
+/// Returns the power button, and the event device whose interrupt means that it was pressed
+/// (sections 4.8.2.2.1.2 and 5.6.9).
 fn power_button(gsi: u32) -> Vec<u8> {
     let button = Path::new("PWRB");
     let mut bytes = to_bytes(&Device::new(
@@ -232,7 +232,7 @@ fn power_button(gsi: u32) -> Vec<u8> {
     bytes
 }
 
-/// A virtio device over MMIO (drivers/virtio/virtio_mmio.c: virtio_mmio_acpi_match).
+/// Returns a virtio device over MMIO (drivers/virtio/virtio_mmio.c: virtio_mmio_acpi_match).
 fn virtio(placed: &Placed, slot: u32) -> Vec<u8> {
     let (first, last) = (placed.window.start(), placed.window.last());
     let low = u32::try_from(last).is_ok();
@@ -292,7 +292,7 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    /// The table at an address, by its own length, checked.
+    /// Returns the table at an address, by its own length, checked.
     fn table(all: &[u8], address: u64) -> &[u8] {
         let at = (address - ACPI_TABLES) as usize;
         let length = number(all, at + 4, 4) as usize;

@@ -50,7 +50,7 @@ pub(super) fn place(ram: &[Range], request: &Request<X86_64>) -> Result<Payload,
     })
 }
 
-/// The zero page and what it needs around it.
+/// Returns the zero page and what it needs around it.
 pub(super) fn blobs(
     layout: &Layout<X86_64>,
     vcpus: &[Vcpu],
@@ -104,7 +104,7 @@ fn reset_code(layout: &Layout<X86_64>) -> Option<Vec<u8>> {
     ])
 }
 
-/// The bank that all is loaded to.
+/// Returns the bank that all is loaded to.
 fn first_bank(ram: &[Range]) -> Result<Range, PlanError> {
     match ram.first() {
         None => Err(PlanError::NoMemory),
@@ -123,7 +123,7 @@ fn kernel_range(kernel: &X86Kernel) -> Result<Range, PlanError> {
     }
 }
 
-/// An ELF kernel lies where its file says.
+/// Returns the range of an ELF kernel, which is loaded where its file says.
 fn elf_range(elf: &X86Elf) -> Result<Range, PlanError> {
     let memory = elf.memory();
     Range::new(memory.start, memory.end.saturating_sub(memory.start))
@@ -137,7 +137,7 @@ fn elf_range(elf: &X86Elf) -> Result<Range, PlanError> {
         })
 }
 
-/// What the kernel takes from its load address on (boot.rst: init_size).
+/// Returns what the kernel takes from its load address on (boot.rst: init_size).
 fn bz_range(image: &X86BzImage) -> Result<Range, PlanError> {
     let wanted = image.pref_address;
     let start = match image.relocatable {

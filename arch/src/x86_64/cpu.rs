@@ -27,7 +27,7 @@ pub(super) const CODE_64: u64 = 0x00af_9b00_0000_ffff;
 /// Execute and read, 32-bit code (D), 4 KiB units (G).
 pub(super) const CODE_32: u64 = 0x00cf_9b00_0000_ffff;
 
-/// The registers of the boot CPU.
+/// Returns the registers of the boot CPU.
 pub(super) fn registers(payload: &Payload, kernel: Option<&X86Kernel>) -> Boot {
     let long_mode = Boot {
         rip: payload.entry,
@@ -79,7 +79,7 @@ pub(super) fn page_tables() -> Vec<u8> {
         .collect()
 }
 
-/// The GDT's bytes, with `code` as the descriptor of the code segment.
+/// Returns the GDT's bytes, with `code` as the descriptor of the code segment.
 pub(super) fn gdt(code: u64) -> Vec<u8> {
     let mut gdt = GDT;
     gdt[usize::from(BOOT_CS / 8)] = code;

@@ -106,7 +106,7 @@ impl FeatureRequest {
         Ok(request)
     }
 
-    /// What the host makes of them.
+    /// Returns what the host makes of them.
     pub(super) fn decide(&self, host: &Host) -> Result<Features, PlanError> {
         let mut paravirtual = host.paravirtual;
         for (feature, switch) in PARAVIRTUAL.iter().zip(self.paravirtual) {
@@ -150,7 +150,7 @@ fn lacks(option: &str, name: &str, value: &str, offered: &str) -> PlanError {
     }
 }
 
-/// What this host has, by name.
+/// Returns what this host has, by name.
 fn offered(host: &Host) -> String {
     let mut names = String::new();
     for feature in PARAVIRTUAL {

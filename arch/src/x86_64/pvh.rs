@@ -19,7 +19,7 @@ pub(super) const MAP_MAX: usize = ((0x1000 - MAP) / MAP_ENTRY) as usize;
 /// XEN_HVM_MEMMAP_TYPE_RAM.
 const RAM: u32 = 1;
 
-/// The structure, with `map` as the guest's RAM.
+/// Returns the structure, with `map` as the guest's RAM.
 pub(super) fn start_info(layout: &Layout<X86_64>, map: &[Range]) -> Vec<u8> {
     let mut page = Vec::new();
     let initrd = layout.payload.initrd;

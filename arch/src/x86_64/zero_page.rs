@@ -17,7 +17,7 @@ const E820_RAM: u32 = 1;
 /// A boot loader without a number of its own (boot.rst: type_of_loader).
 const LOADER_UNDEFINED: u8 = 0xff;
 
-/// The zero page (struct boot_params).
+/// Returns the zero page (struct boot_params).
 pub(super) fn zero_page(
     layout: &Layout<X86_64>,
     request: &Request<X86_64>,
@@ -54,7 +54,7 @@ pub(super) fn zero_page(
     Ok(page)
 }
 
-/// The memory map, if it fits into so many entries.
+/// Returns the memory map, if it fits into so many entries.
 pub(super) fn usable(ram: &[Range], most: usize) -> Result<Vec<Range>, PlanError> {
     let map = e820(ram);
     match map.len() {
@@ -65,7 +65,7 @@ pub(super) fn usable(ram: &[Range], most: usize) -> Result<Vec<Range>, PlanError
     }
 }
 
-/// The RAM that the guest may use: all of it but the legacy hole.
+/// Returns the RAM that the guest may use: all of it but the legacy hole.
 fn e820(ram: &[Range]) -> Vec<Range> {
     ram.iter()
         .flat_map(|bank| {
@@ -102,7 +102,7 @@ mod offset {
     pub(super) const E820_TABLE: usize = 0x2d0;
 }
 
-/// The first address that the initrd must not reach, a multiple of the page size.
+/// Returns the first address that the initrd must not reach, a multiple of the page size.
 pub(super) fn initrd_limit(image: &X86BzImage) -> u64 {
     let last = image
         .setup_header

@@ -1,4 +1,4 @@
-//! The state of a PL011, taken out and put in.
+//! Saving and restoring the state of a PL011.
 
 use super::{FIFO_DEPTH, POLLS, Pl011, Pl011Registers, mask};
 use crate::console::Uart;
@@ -6,21 +6,21 @@ use crate::persist::{Persist, RestoreError};
 
 /// The state of a [`Pl011`].
 ///
-/// Which of its times of listening it is ([`Uart::listening`]) is not part of it: the number means
-/// something to whoever asked this device before, and to nobody else.
+/// The number of its session ([`Uart::listening`]) is not part of it: it means something only to
+/// callers that saw an earlier number of the same device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pl011State {
-    /// The registers that hold a value.
+    /// The registers that are stored.
     pub registers: Pl011Registers,
     /// Received characters in the layout of UARTDR, oldest first.
     pub received: Vec<u16>,
-    /// A looped-back character was lost and none has been taken in since.
+    /// A looped-back character was lost, and none has been received since.
     pub overrun: bool,
-    /// Reads of UARTFR by a guest that may wait for input.
+    /// Consecutive reads of UARTFR by a guest that may be waiting for input.
     pub polls: u8,
 }
 
-/// UARTDR: a received character and what came with it.
+/// UARTDR: a received character with its error flags.
 const CHARACTER: u16 = 0x7ff;
 
 impl Persist for Pl011 {

@@ -1,4 +1,4 @@
-//! A UART on a bench; the tests are by theme.
+//! The test bench of the UART; the tests are grouped by subject.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ mod registers;
 mod snapshot;
 mod state;
 
-/// A UART with everything around it in sight.
+/// A UART whose line, output and callbacks are recorded.
 struct Bench {
     uart: Pl011,
     line: Arc<FakeLine>,
@@ -25,13 +25,13 @@ struct Bench {
     input: Input,
 }
 
-/// What a VMM holds back for the guest: it hands over what is wanted, and nothing else.
+/// The input that a VMM holds for the guest: it passes on what is wanted, and no more.
 #[derive(Default)]
 struct Input {
     waiting: VecDeque<u8>,
-    /// How many bytes the VMM is quick enough to hand over after each access; none when empty.
+    /// How many bytes the VMM passes on after each access; none when empty.
     pace: VecDeque<usize>,
-    /// What the device took.
+    /// What the device accepted.
     taken: Vec<u8>,
 }
 
@@ -89,13 +89,13 @@ impl Bench {
         self.feed_at_pace();
     }
 
-    /// A VMM that runs beside the guest gets its turn between any two accesses.
+    /// Lets the VMM, which runs concurrently with the guest, act between two accesses.
     fn feed_at_pace(&mut self) {
         let most = self.input.pace.pop_front().unwrap_or(0);
         self.feed(most);
     }
 
-    /// Hands over as much as is wanted, at most `most`.
+    /// Passes on as much as is wanted, at most `most`.
     fn feed(&mut self, most: usize) {
         let Input { waiting, taken, .. } = &mut self.input;
         let count = self.uart.wanted().min(most).min(waiting.len());
@@ -126,7 +126,7 @@ impl Bench {
     }
 }
 
-/// What must hold whatever happened.
+/// Checks what must hold after any sequence of events.
 fn check_line(bench: &Bench) -> Result<(), TestCaseError> {
     let registers = &bench.uart.registers;
     prop_assert_eq!(bench.line.is_high(), registers.ris & registers.imsc != 0);

@@ -1,4 +1,4 @@
-//! A PL031 as drivers use it, and one that goes on elsewhere.
+//! A PL031 as drivers use it, and its saving and restoring.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -45,7 +45,7 @@ impl Bench {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// As if the last look at the clock had been `seconds` ago.
+    /// Pretends that the clock was last compared `seconds` ago.
     fn sleep(&mut self, seconds: u32) {
         self.clock.compared = self.clock.compared.wrapping_sub(seconds);
     }
@@ -99,7 +99,7 @@ fn identification_is_what_linux_matches() {
 }
 
 #[test]
-fn linux_sets_an_alarm_and_hears_it() {
+fn linux_sets_an_alarm_and_gets_its_interrupt() {
     let mut bench = Bench::new();
     bench.write(offset::LR, 5000);
     // pl031_set_alarm, pl031_alarm_irq_enable.
@@ -113,7 +113,7 @@ fn linux_sets_an_alarm_and_hears_it() {
 
     bench.clock.poll();
     assert!(!bench.line.is_high());
-    // The hundred seconds pass: the clock is at 5100 and was last seen before.
+    // The hundred seconds pass: the clock is past 5100 and was last compared before it.
     bench.write(offset::LR, 5101);
     bench.sleep(5);
     bench.clock.poll();
@@ -160,13 +160,13 @@ fn only_time_that_passes_matches() {
     let mut bench = Bench::new();
     bench.write(offset::LR, 1000);
     bench.write(offset::MR, 2000);
-    // The guest jumps over the alarm.
+    // The guest sets the time to after the alarm.
     bench.write(offset::LR, 3000);
     assert_eq!(bench.read(offset::RIS), 0);
-    // The host's clock is set back: the clock was seen further on than it is.
+    // The host's clock is set back: the time last compared lies in the future.
     bench.clock.compared = 9000;
     assert_eq!(bench.read(offset::RIS), 0);
-    // An alarm in the past waits for the clock to come round.
+    // An alarm in the past waits for the clock to wrap.
     bench.write(offset::IMSC, 1);
     let deadline = bench.clock.deadline().expect("an alarm is set");
     assert!(deadline > Duration::from_secs(u64::from(u32::MAX) - 2000));
@@ -182,7 +182,7 @@ fn the_clock_wraps() {
 }
 
 #[test]
-fn wrong_accesses_are_zero_ignored_and_counted() {
+fn invalid_accesses_read_as_zero_are_ignored_and_counted() {
     let mut bench = Bench::new();
     for size in [1, 2, 8] {
         let mut data = vec![0xff; size];
@@ -214,7 +214,7 @@ fn wrong_accesses_are_zero_ignored_and_counted() {
 }
 
 #[test]
-fn reset_takes_the_alarm_and_leaves_the_time() {
+fn reset_clears_the_alarm_and_keeps_the_time() {
     let mut bench = Bench::new();
     bench.write(offset::MR, 7000);
     bench.write(offset::LR, 7000);
@@ -229,14 +229,14 @@ fn reset_takes_the_alarm_and_leaves_the_time() {
 }
 
 #[test]
-fn a_match_that_was_cleared_is_not_waited_for() {
+fn a_cleared_match_is_no_deadline() {
     let mut bench = Bench::new();
     bench.write(offset::IMSC, 1);
     bench.write(offset::MR, 100_000);
     bench.write(offset::LR, 100_000);
     bench.write(offset::ICR, 1);
     assert!(!bench.line.is_high());
-    // Unless a second has just begun there is no deadline; never one that is near.
+    // There is no deadline, or a distant one if a new second has just begun.
     let year = Duration::from_secs(365 * 24 * 3600);
     assert!(bench.clock.deadline().is_none_or(|wait| wait > year));
 }
@@ -271,7 +271,7 @@ proptest! {
 }
 
 #[test]
-fn what_no_guest_can_bring_about_is_not_restored() {
+fn a_state_that_no_guest_can_cause_is_refused() {
     let mut clock = Bench::new().clock;
     let state = clock.save();
     refuses(&mut clock, &Pl031State { mask: 2, ..state }, "RTCIMSC 0x2");
@@ -280,7 +280,7 @@ fn what_no_guest_can_bring_about_is_not_restored() {
 }
 
 #[test]
-fn an_alarm_of_the_time_while_it_was_saved_comes_with_the_restore() {
+fn an_alarm_that_fell_due_while_saved_is_raised_by_the_restore() {
     let mut bench = Bench::new();
     let now = bench.read(offset::DR);
     bench.write(offset::IMSC, 1);
@@ -302,7 +302,7 @@ fn an_alarm_of_the_time_while_it_was_saved_comes_with_the_restore() {
 #[derive(Clone, Debug)]
 enum Event {
     Access(Access),
-    /// A write of about the time that it is.
+    /// A write of a value close to the current time.
     SetNear(u16, u32),
     Poll,
 }
@@ -337,8 +337,8 @@ proptest! {
                 (Vec::new(), Action::None)
             }
         };
-        // Both look at the host's clock, one after the other: a case in which a second begins
-        // tells nothing.
+        // Both read the host's clock, one after the other: a run in which a new second begins
+        // proves nothing.
         loop {
             let second = host_seconds();
             let result = std::panic::catch_unwind(|| goes_on(make, act, &before, &after));

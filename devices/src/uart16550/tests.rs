@@ -1,4 +1,4 @@
-//! A 16550A as drivers use it, and one that goes on elsewhere.
+//! A 16550A as drivers use it, and its saving and restoring.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,7 +36,7 @@ impl Bench {
         }
     }
 
-    /// As Linux opens the port: FIFOs emptied, then the interrupt of received data.
+    /// Opens the port as Linux does: clears the FIFOs, then enables the receive interrupt.
     fn opened() -> Bench {
         let mut bench = Bench::new();
         bench.write(offset::FCR, 0x07);
@@ -72,7 +72,7 @@ impl Bench {
 }
 
 #[test]
-fn what_is_written_is_printed_at_once() {
+fn writes_are_output_at_once() {
     let mut bench = Bench::new();
     assert_eq!(
         bench.read(offset::LSR) & 0x60,
@@ -120,7 +120,7 @@ fn a_guest_that_listens_gets_what_fits() {
 }
 
 #[test]
-fn a_line_of_the_log_between_is_no_new_session() {
+fn a_line_of_the_kernel_log_starts_no_new_session() {
     let mut bench = Bench::opened();
     bench.write(offset::IER, 0);
     assert_eq!(bench.uart.receive(b"q"), 1);
@@ -136,7 +136,7 @@ fn a_line_of_the_log_between_is_no_new_session() {
 }
 
 #[test]
-fn the_receivers_reset_throws_away_what_came() {
+fn clearing_the_receive_fifo_discards_input() {
     let mut bench = Bench::opened();
     bench.uart.receive(b"old");
     bench.uart.receive_break();
@@ -148,7 +148,7 @@ fn the_receivers_reset_throws_away_what_came() {
 }
 
 #[test]
-fn the_receivers_reset_ends_while_the_divisor_is_shown() {
+fn clearing_the_receive_fifo_ends_while_dlab_is_set() {
     let mut bench = Bench::opened();
     bench.uart.receive(b"old");
     bench.write(offset::LCR, 0x83);
@@ -159,7 +159,7 @@ fn the_receivers_reset_ends_while_the_divisor_is_shown() {
 }
 
 #[test]
-fn breaks_stand_where_they_came() {
+fn breaks_keep_their_place() {
     let mut bench = Bench::opened();
     bench.uart.receive(b"a");
     bench.uart.receive_break();
@@ -193,11 +193,11 @@ fn a_guest_that_polls_listens_too() {
 }
 
 #[test]
-fn what_was_collected_is_as_if_it_had_been_written() {
+fn coalesced_output_is_as_if_it_had_been_written() {
     let mut bench = Bench::new();
     assert_eq!(bench.uart.write_data(b"one call"), Action::None);
     assert_eq!(*bench.output.lock().expect("sound"), b"one call");
-    // The divisor, and what comes back at once, are no output.
+    // Neither the divisor nor looped-back data is output.
     bench.write(offset::LCR, 0x83);
     assert_eq!(bench.uart.write_data(&[12]), Action::None);
     assert_eq!(bench.read(offset::DATA), 12);
@@ -211,7 +211,7 @@ fn what_was_collected_is_as_if_it_had_been_written() {
 }
 
 #[test]
-fn output_is_collected_of_those_who_look_before_they_send() {
+fn output_is_coalesced_for_guests_that_check_before_they_send() {
     let mut bench = Bench::new();
     assert_eq!(bench.uart.write_data(&[b'x'; 16]), Action::None);
     assert_eq!(bench.uart.snapshot(), Some(()));
@@ -229,12 +229,12 @@ fn a_guest_that_waits_for_the_interrupt_gets_it_with_each_byte() {
     assert!(!bench.uart.sends_by_interrupt());
     bench.write(offset::IER, IER_RECEIVED | IER_EMPTY);
     assert!(bench.uart.sends_by_interrupt());
-    // It has been told that there is room, and takes note.
+    // Acknowledges the interrupt that reported room.
     bench.read(2);
     let before = bench.interrupts();
     assert_eq!(bench.uart.write_data(b"x"), Action::None);
     assert_eq!(bench.interrupts(), before + 1);
-    // The divisor's high byte is no mask.
+    // The divisor's high byte is not the interrupt mask.
     bench.write(offset::LCR, 0x83);
     bench.write(offset::IER, 0);
     assert!(bench.uart.sends_by_interrupt());
@@ -256,7 +256,7 @@ fn the_divisor_is_no_data_and_no_interrupt_mask() {
 }
 
 #[test]
-fn what_no_guest_can_bring_about_is_not_restored() {
+fn a_state_that_no_guest_can_cause_is_refused() {
     let mut uart = Bench::new().uart;
     let saved = uart.save();
     let mut state = saved.clone();
@@ -272,7 +272,7 @@ fn what_no_guest_can_bring_about_is_not_restored() {
 }
 
 #[test]
-fn a_received_byte_of_a_restored_one_is_told_of() {
+fn a_pending_interrupt_is_raised_by_the_restore() {
     let mut bench = Bench::opened();
     bench.uart.receive(b"q");
     let mut other = Bench::new();
@@ -324,7 +324,7 @@ proptest! {
         };
         let state = Uart16550State { registers, breaks, opened, waits_for_room, unasked, polls };
         let (mut uart, _) = make();
-        // Breaks may be more than characters.
+        // It may be refused: there may be more breaks than characters.
         let _ = uart.restore(&state);
         for event in &after {
             let _ = act(&mut uart, event);

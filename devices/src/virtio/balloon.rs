@@ -54,7 +54,7 @@ const DONE: u32 = 1;
 
 /// Gives pages back to the host.
 pub trait Discard: Send {
-    /// The host's page size in bytes: a power of two, 4 KiB to 256 KiB.
+    /// Returns the host's page size in bytes: a power of two, 4 KiB to 256 KiB.
     fn page_size(&self) -> u64;
 
     /// Gives back whole pages of the host: `len` bytes from `address`, all of them guest memory.
@@ -97,7 +97,7 @@ struct Paused {
 }
 
 impl Balloon {
-    /// A balloon that should hold `target` bytes.
+    /// Creates a balloon that should hold `target` bytes.
     #[must_use]
     pub fn new(target: u64, offer: Offer, discard: Box<dyn Discard>) -> Balloon {
         let mut config = vec![0; CONFIG_BYTES];
@@ -140,7 +140,7 @@ impl Balloon {
         self.discarded
     }
 
-    /// What the guest last said of its memory; `None` if it said nothing yet.
+    /// Returns what the guest last said of its memory; `None` if it said nothing yet.
     #[must_use]
     pub fn statistics(&self) -> Option<&Statistics> {
         self.statistics.as_ref()
@@ -178,7 +178,7 @@ impl Balloon {
         true
     }
 
-    /// What the guest said of free pages since it was last asked.
+    /// Returns what the guest said of free pages since it was last asked.
     #[must_use]
     pub fn hints(&self) -> &Hints {
         &self.hints

@@ -1,11 +1,10 @@
-//! A device's configuration space, as device and transport share it.
+//! A device's configuration space, shared by device and transport.
 
 use std::sync::{Arc, Mutex};
 
 use crate::sync::lock;
 
-/// Notified of each change, for whoever shows the configuration space to the guest: the bytes and the
-/// generation.
+/// Called with bytes and generation at each change of the configuration space.
 type ConfigWatch = Box<dyn Fn(&[u8], u32) + Send>;
 
 /// A device's configuration space, shared by device and transport (virtio 1.2, section 2.5).
@@ -20,7 +19,7 @@ struct ConfigInner {
 }
 
 impl ConfigSpace {
-    /// A space with these bytes, in the device's little-endian layout.
+    /// Creates a space with these bytes, in the device's little-endian layout.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Arc<ConfigSpace> {
         Arc::new(ConfigSpace {
@@ -32,10 +31,12 @@ impl ConfigSpace {
         })
     }
 
-    /// Changes the space. Where the driver should hear of it, [`Link::config_changed`](super::Link::config_changed) follows.
+    /// Changes the space. If the driver is to be notified, call
+    /// [`Link::config_changed`](super::Link::config_changed) afterwards.
     pub fn change(&self, change: impl FnOnce(&mut [u8])) {
         let mut inner = lock(&self.inner);
-        // Before and after: a driver that reads in between sees that it read parts of both.
+        // Incremented before and after: a driver that reads in between can tell that it read a
+        // mixture.
         inner.generation = inner.generation.wrapping_add(1);
         inner.tell();
         change(&mut inner.bytes);
@@ -43,7 +44,7 @@ impl ConfigSpace {
         inner.tell();
     }
 
-    /// Reads at `offset` bytes; what lies beyond the space reads as zero.
+    /// Reads at `offset` bytes; bytes beyond the space read as zero.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         let inner = lock(&self.inner);
         for (index, byte) in data.iter_mut().enumerate() {
@@ -51,26 +52,26 @@ impl ConfigSpace {
         }
     }
 
-    /// Its size in bytes.
+    /// Returns its size in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
         lock(&self.inner).bytes.len()
     }
 
-    /// The number that changes whenever the space does.
+    /// Returns the generation, which changes whenever the space does.
     #[must_use]
     pub fn generation(&self) -> u32 {
         lock(&self.inner).generation
     }
 
-    /// All of its bytes and the number that changes with them.
+    /// Returns all of its bytes and the generation.
     pub(super) fn contents(&self) -> (Vec<u8>, u32) {
         let inner = lock(&self.inner);
         (inner.bytes.clone(), inner.generation)
     }
 
-    /// Goes on from the generation of a space that was saved with these bytes: a driver that read
-    /// a part of it before sees whether the rest is of the same.
+    /// Continues from the generation of a space that was saved with these bytes: a driver that was
+    /// in the middle of reading can tell whether the rest belongs together.
     pub(super) fn follow(&self, bytes: &[u8], generation: u32) {
         let mut inner = lock(&self.inner);
         inner.generation = match inner.bytes == bytes {
@@ -80,7 +81,7 @@ impl ConfigSpace {
         inner.tell();
     }
 
-    /// Has `watch` called now and at each change, in order.
+    /// Sets `watch` to be called now and at each change, in order.
     pub(super) fn set_watch(&self, watch: ConfigWatch) {
         let mut inner = lock(&self.inner);
         inner.watch = Some(watch);

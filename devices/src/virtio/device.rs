@@ -1,4 +1,4 @@
-//! What every virtio device does for its transport, and what it gets from it.
+//! The interface between virtio devices and their transport.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -12,72 +12,70 @@ use super::queue::{Position, Virtqueue};
 use super::state::DeviceState;
 use crate::persist::RestoreError;
 
-/// A kind of virtio device: what it offers, and the work that it does.
+/// A virtio device: what it offers, and how it processes requests.
 ///
-/// Its life: [`start`](Self::start), work, then [`quiesce`](Self::quiesce) and `start` again, as
-/// often as its machine is held and goes on, or [`reset`](Self::reset) and the next driver. While it
-/// does not work it can be [saved](Self::save), and a device that no driver has touched can be
-/// [made the same](Self::restore).
+/// Its life cycle: [`start`](Self::start), work, then [`quiesce`](Self::quiesce) and `start` again
+/// each time the machine is paused and resumed, or [`reset`](Self::reset) and the next driver.
+/// While it is quiesced it can be [saved](Self::save), and a device that no driver has used can be
+/// [restored](Self::restore) to that state.
 ///
-/// A busy device is owned by the thread that does its work, a light one stands behind a lock; a
-/// transport reaches either by [`mailbox::Access`](super::mailbox::Access).
+/// A busy device is owned by its worker thread, a light one is behind a lock; a transport reaches
+/// either by [`mailbox::Access`](super::mailbox::Access).
 pub trait VirtioDevice: Send {
-    /// Its device ID (virtio 1.2, section 5: 1 is a network card, 2 a block device).
+    /// Returns the device ID (virtio 1.2, section 5: 1 is a network card, 2 a block device).
     fn id(&self) -> u32;
 
-    /// The device's own feature bits; those of the ring and the version come from the transport.
+    /// Returns the device's own feature bits; the transport adds those of the ring and the version.
     fn features(&self) -> u64 {
         0
     }
 
-    /// The most entries of each of its queues: powers of two.
+    /// Returns the maximum size of each queue: powers of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
-    /// Its configuration space.
+    /// Returns the configuration space.
     fn config(&self) -> Arc<ConfigSpace>;
 
-    /// Takes a driver's write of `data` at `offset` bytes into the configuration space. The device
-    /// checks it, and changes the space by [`ConfigSpace::change`] where it accepts it.
+    /// Handles a driver's write of `data` at `offset` bytes into the configuration space. The
+    /// device checks it, and applies it by [`ConfigSpace::change`] if it accepts it.
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let _ = (offset, data);
     }
 
-    /// Takes note of the features that the driver accepted (FEATURES_OK); of none when it resets the
-    /// device.
-    /// What its configuration space says and takes is as they ask from here on, also before the start
-    /// (virtio 1.2, section 3.1.1, step 7).
+    /// Records the features that the driver accepted (FEATURES_OK), or `None` when it resets the
+    /// device. The configuration space follows them from here on, even before the start (virtio
+    /// 1.2, section 3.1.1, step 7).
     fn agree(&mut self, features: Option<u64>) {
         let _ = features;
     }
 
-    /// Starts work for a driver that is ready, or resumes it as it was when the device was quiesced or
-    /// saved. Requests that are there already are served too.
+    /// Starts processing requests for a driver that is ready, or resumes where the device was
+    /// quiesced or saved. Requests that are already available are processed too.
     ///
     /// # Errors
-    /// A backend that cannot be started; the device then asks the driver for a reset.
+    /// When the backend cannot be started; the device then asks the driver for a reset.
     fn start(&mut self, driver: Driver) -> Result<(), StartError>;
 
-    /// Ends the work for now: each request that was taken is completed, or handed back so that it
-    /// is the next one that is taken, and guest memory is not touched from here on. What the driver
-    /// set stays. Returns where the work on each queue stands; a queue that is not among them stands
-    /// where it stood at the start. A device that was not started does nothing.
+    /// Quiesces the device: each request that was popped is completed, or put back to be the next
+    /// one popped, and guest memory is not accessed from here on. What the driver configured stays.
+    /// Returns the position in each queue; a queue that is missing has not moved since the start.
+    /// Does nothing if the device was not started.
     fn quiesce(&mut self) -> Positions;
 
-    /// Resets the device, for its driver or as the machine ends: all work that began ends as soon as it
-    /// can, answered or not, guest memory is not touched from here on, and what the driver set is
-    /// forgotten. A device that was not started does nothing.
+    /// Resets the device, for its driver or because the machine ends: requests in flight end as
+    /// soon as they can, completed or not, guest memory is not accessed from here on, and what the
+    /// driver configured is forgotten. Does nothing if the device was not started.
     fn reset(&mut self);
 
-    /// Returns the device's own state, beside its queues, while it does not work.
+    /// Returns the device's own state beside its queues, while it is quiesced.
     fn save(&self) -> DeviceState {
         DeviceState::Plain
     }
 
-    /// Makes a device that no driver has touched the same as one that was saved. Nothing that
-    /// `state` says is trusted.
+    /// Restores the state of a saved device in one that no driver has used. `state` is not trusted.
     ///
     /// # Errors
-    /// What this device cannot be; it is as before then.
+    /// When the state is not valid for this device, which is then unchanged.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         match state {
             DeviceState::Plain => Ok(()),
@@ -85,47 +83,47 @@ pub trait VirtioDevice: Send {
         }
     }
 
-    /// Stops one queue while the device works, as its driver asks (virtio 1.2, section 4.2.2.2): neither its
-    /// rings nor the buffers of its requests are touched from here on. What the driver made
-    /// available there and the device did not answer is forgotten.
+    /// Stops one queue while the device works, at the driver's request (virtio 1.2, section
+    /// 4.2.2.2): neither its rings nor the buffers of its requests are accessed from here on.
+    /// Requests that were available but not completed are forgotten.
     fn stop_queue(&mut self, queue: usize);
 
-    /// Starts, while the device works, a queue that the driver had stopped or left out. A kick
+    /// Starts a queue that the driver had stopped or left out, while the device works. A kick
     /// follows.
     ///
     /// # Errors
-    /// A backend that refuses it; the device then asks the driver for a reset.
+    /// When the backend refuses it; the device then asks the driver for a reset.
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError>;
 
-    /// A flag that is set while the device is to be reset: one that is in the middle of a long
-    /// request looks at it, and ends what it does.
+    /// Returns a flag that is set while the device is to be reset: a device that is processing a
+    /// long request checks it and abandons the request.
     fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
         None
     }
 
-    /// A flag that is set while somebody waits for the device: one that has many requests to serve
-    /// gives way between two of them, and kicks itself for the rest.
+    /// Returns a flag that is set while someone waits for the device: a device with many requests
+    /// yields between two of them, and kicks itself for the rest.
     fn wanted_flag(&self) -> Option<Arc<AtomicBool>> {
         None
     }
 
-    /// Serves a queue in which the driver says that there is something new. Never called before
-    /// `start`'s end; it may be called with nothing there.
+    /// Processes a queue that the driver kicked. Called only after `start` has returned; the queue
+    /// may be empty.
     fn kicked(&mut self, queue: usize);
 
-    /// Whether kicks go to [`Self::kicked`]; false where the kernel or another process takes them
-    /// from the descriptors in [`Virtqueue::kick`].
+    /// Returns whether kicks go to [`Self::kicked`]; false where the kernel or another process
+    /// receives them by the eventfds in [`Virtqueue::kick`].
     fn takes_kicks(&self) -> bool {
         true
     }
 
-    /// The descriptors that the device waits for beside its kicks, the same for its whole life.
+    /// Returns the descriptors that the device waits for beside its kicks, which never change.
     fn sources(&self) -> Vec<Source> {
         Vec::new()
     }
 
-    /// Looks after the source of this index (as in [`Self::sources`]), which is ready, whether or not
-    /// the device was started. It may be called with nothing there.
+    /// Handles the source of this index (as in [`Self::sources`]), which is ready, whether or not
+    /// the device was started. It may be called spuriously.
     fn ready(&mut self, source: usize) {
         let _ = source;
     }
@@ -136,36 +134,35 @@ pub trait VirtioDevice: Send {
 pub struct Source {
     /// The descriptor; the device keeps it open.
     pub fd: RawFd,
-    /// Whether the device waits for room to write too, not only for something to read.
+    /// Whether the device also waits for it to be writable, not only readable.
     pub output: bool,
-    /// Whether it wants to be called once for each change only (EPOLLET), and not again and again
-    /// until it has read all.
+    /// Whether it is watched edge-triggered (EPOLLET) rather than level-triggered.
     pub edge: bool,
 }
 
-/// What a device gets from the driver when it starts.
+/// What a device gets from its driver when it starts.
 pub struct Driver {
     /// All negotiated features.
     pub features: u64,
-    /// Queues by index; those that the driver left out are `None`.
+    /// The queues by index; `None` where the driver left one out.
     pub queues: Vec<Option<Virtqueue>>,
     /// Guest memory.
     pub memory: Arc<GuestMemoryMmap>,
-    /// The way back to the driver.
+    /// The connection to the driver.
     pub link: Arc<Link>,
 }
 
 impl Driver {
-    /// Takes the queue of this index; `None` where the driver left it out or it was taken.
+    /// Takes the queue of this index; `None` if the driver left it out, or if it was taken already.
     pub fn take(&mut self, index: usize) -> Option<Virtqueue> {
         self.queues.get_mut(index).and_then(Option::take)
     }
 }
 
-/// Where the work on queues stands, by their indexes.
+/// The positions in queues, by queue index.
 pub type Positions = Vec<(u16, Position)>;
 
-/// Ends the work on queues, all of whose requests were completed or handed back.
+/// Quiesces queues, all of whose requests were completed or put back.
 #[must_use = "where the work goes on later"]
 pub fn quiesced<'a>(queues: impl IntoIterator<Item = &'a mut Virtqueue>) -> Positions {
     let queues = queues.into_iter();

@@ -45,7 +45,7 @@ struct Queue {
 }
 
 impl<D: VirtioDevice + 'static> Guest<D> {
-    /// A guest that has not looked at the device yet.
+    /// Creates a guest that has not looked at the device yet.
     pub(crate) fn new(device: D) -> Guest<D> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), MEMORY)]);
         let memory = Arc::new(memory.expect("memory"));
@@ -75,7 +75,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         }
     }
 
-    /// A guest whose driver took the device into use with these features of the device.
+    /// Returns a guest whose driver took the device into use with these features of the device.
     pub(crate) fn started(device: D, features: u64) -> Guest<D> {
         let mut guest = Guest::new(device);
         guest.start(features);
@@ -149,7 +149,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         assert_eq!(self.read(0x44), 0, "queue {index} does not stop");
     }
 
-    /// Where the rings of a queue lie: descriptors, available, used.
+    /// Returns where the rings of a queue lie: descriptors, available, used.
     pub(crate) fn rings(&self, index: usize) -> [u64; 3] {
         let rings = self.queues[index].rings;
         [rings, rings + 0x4000, rings + 0x8000]
@@ -268,7 +268,8 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         }
     }
 
-    /// What was used since the last look: heads, with what the device wrote to their buffers.
+    /// Returns what was used since the last look: heads, with what the device wrote to their
+    /// buffers.
     pub(crate) fn used(&mut self, index: usize) -> Vec<(u16, Vec<u8>)> {
         let [_, _, used] = self.rings(index);
         let queue = &mut self.queues[index];
@@ -331,12 +332,12 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         self.kick(index);
     }
 
-    /// Whether the device asked for a reset.
+    /// Returns whether the device asked for a reset.
     pub(crate) fn is_broken(&mut self) -> bool {
         self.read(0x70) & 64 != 0
     }
 
-    /// How often it was interrupted.
+    /// Returns how often it was interrupted.
     pub(crate) fn interrupts(&self) -> usize {
         self.line.history().iter().filter(|level| **level).count()
     }

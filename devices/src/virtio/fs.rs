@@ -1,7 +1,7 @@
 //! The file system device (virtio 1.2, section 5.11), whose requests another process serves.
 //!
-//! When that process ends, the device goes on by itself: each request gets an I/O error, so that
-//! nothing in the guest waits for ever.
+//! When that process ends, the device takes over and answers each request with an I/O error, so
+//! that nothing in the guest hangs.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -17,13 +17,14 @@ pub use super::state::{FsState, Served};
 
 /// Device ID.
 const ID: u32 = 26;
-/// Entries of each queue. Linux has no request of more pages than there are entries
-/// (fs/fuse/virtio_fs.c: max_pages_limit), and would have up to 256.
+/// Entries of each queue. Linux limits a request's pages to the number of entries
+/// (fs/fuse/virtio_fs.c: max_pages_limit), and would send up to 256.
 const ENTRIES: u16 = 1024;
 /// The most bytes of a tag.
 pub const TAG: usize = 36;
 
-/// Bytes of struct fuse_in_header (include/uapi/linux/fuse.h), with the request's number at 8.
+/// Bytes of struct fuse_in_header (include/uapi/linux/fuse.h); the request's unique ID is at offset
+/// 8.
 const FUSE_IN: usize = 40;
 const FUSE_UNIQUE: std::ops::Range<usize> = 8..16;
 /// Bytes of struct fuse_out_header.
@@ -31,45 +32,44 @@ const FUSE_OUT: usize = 16;
 /// EIO, as FUSE writes errors.
 const FUSE_EIO: i32 = -5;
 
-/// What the end of a server means.
+/// The consequence of a server's end, for messages.
 const CONSEQUENCE: &str = "the guest gets I/O errors until its driver starts again";
 
-/// Sources: the server, and the kicks that it does not take any more.
+/// Sources: the server, and the kicks of the queues that it no longer serves.
 const SERVER: usize = 0;
 const KICKS: usize = 1;
 
-/// Another process that serves the requests, in the order of the ring.
+/// Another process that serves the requests, in ring order.
 pub trait Server: Send {
-    /// Starts its work on these queues with these features. It takes the kicks and interrupts the
-    /// guest itself.
+    /// Starts serving these queues with these features. The server receives kicks and interrupts
+    /// the guest itself.
     ///
     /// # Errors
     /// What went wrong.
     fn start(&mut self, features: u64, queues: &[Virtqueue], link: &Link)
     -> Result<(), StartError>;
 
-    /// Stops its work on these queues, and has it keep what it knows of the guest; it does not touch
-    /// guest memory from here on. Returns for each queue, by its index, which request it would have
-    /// taken next.
+    /// Pauses it; it keeps its session with the guest, but does not access guest memory from here
+    /// on. Returns for each queue its index and the next available request.
     ///
     /// # Errors
     /// What went wrong; it has stopped then.
     fn pause(&mut self, queues: &[Virtqueue]) -> Result<Vec<(u16, u16)>, String>;
 
-    /// Resumes its work on these queues, each from where it stands.
+    /// Resumes serving these queues, each from its position.
     ///
     /// # Errors
     /// What went wrong.
     fn resume(&mut self, queues: &[Virtqueue], link: &Link) -> Result<(), StartError>;
 
-    /// Stops it; it does not touch guest memory from here on.
+    /// Stops it; it does not access guest memory from here on.
     fn stop(&mut self);
 
-    /// A descriptor that is ready to be read when [`Self::look`] has something to look at; the
-    /// same all the time.
+    /// Returns a descriptor that is readable when [`Self::look`] has something to check; it never
+    /// changes.
     fn fd(&self) -> RawFd;
 
-    /// Looks whether it still works on the queues; why not, where it ended.
+    /// Checks whether it still serves the queues; returns why not, if it has ended.
     fn look(&mut self) -> Result<(), String>;
 }
 
@@ -79,9 +79,10 @@ pub struct Fs {
     requests: u16,
     server: Box<dyn Server>,
     running: Option<Running>,
-    /// Who answered, while the machine is held; and whether the server is another one than then.
+    /// While the machine is paused: who answered requests, and whether the server has been replaced
+    /// since.
     paused: Option<Paused>,
-    /// Waits for the kicks of the queues of a server that ended.
+    /// Waits for the kicks of the queues of a server that has ended.
     kicks: Epoll,
 }
 
@@ -99,8 +100,8 @@ struct Paused {
 }
 
 impl Fs {
-    /// The file system that guests mount by `tag` (up to [`TAG`] bytes), with so many queues for
-    /// requests.
+    /// Creates the file system that guests mount by `tag` (up to [`TAG`] bytes), with `requests`
+    /// request queues.
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -119,7 +120,7 @@ impl Fs {
         })
     }
 
-    /// Takes over the queues of a server that ended.
+    /// Takes over the queues of a server that has ended.
     fn adopt(&mut self, why: &str) {
         let Some(running) = self.running.as_mut() else {
             return;
@@ -132,14 +133,14 @@ impl Fs {
         self.serve_alone();
     }
 
-    /// Continues where a server stopped: what it did not complete is the first that is taken next.
+    /// Continues where a server stopped: the requests that it did not complete are popped first.
     fn take_over(&mut self) {
         for queue in self.running.iter_mut().flat_map(|now| &mut now.queues) {
             queue.adopt(None);
         }
     }
 
-    /// Answers all requests with errors from here on.
+    /// Starts to answer all requests with errors.
     fn serve_alone(&mut self) {
         let Some(running) = &mut self.running else {
             return;
@@ -151,7 +152,7 @@ impl Fs {
         }
     }
 
-    /// Resumes where the device was held, or another one in its stead.
+    /// Resumes where this device, or the one it replaces, was quiesced.
     fn go_on(&mut self, driver: Driver, paused: Paused) {
         let running = self.running.insert(Running {
             queues: driver.queues.into_iter().flatten().collect(),
@@ -164,7 +165,7 @@ impl Fs {
                 served: Served::Well,
                 is_other: true,
             } => Err(StartError(
-                "its server knows nothing of the guest that was saved".to_owned(),
+                "its server has no session of the guest that was saved".to_owned(),
             )),
             Paused {
                 served: Served::Well,
@@ -183,7 +184,7 @@ impl Fs {
     }
 
     fn queue_count(&self) -> usize {
-        // One more, for what goes before all else.
+        // One more, for the high-priority queue.
         usize::from(self.requests) + 1
     }
 }
@@ -289,8 +290,8 @@ impl VirtioDevice for Fs {
         }
     }
 
-    /// A server's end is the one sure way to have it out of a queue, so it ends, and what comes in
-    /// the other queues gets errors until the driver has set up all of them again.
+    /// Stops a queue. Ending the server is the only reliable way to keep it off a queue, so it
+    /// ends, and requests in the other queues fail until the driver has set all of them up again.
     fn stop_queue(&mut self, queue: usize) {
         let Some(running) = &mut self.running else {
             return;
@@ -312,7 +313,7 @@ impl VirtioDevice for Fs {
         if let Some(running) = self.running.as_mut()
             && running.queues.is_empty()
         {
-            // Nothing is left of the session that the server had.
+            // The server's session is gone.
             running.served = Served::Later;
         }
     }
@@ -365,7 +366,7 @@ impl VirtioDevice for Fs {
         let running = self.running.as_mut().filter(alone);
         if let Some(running) = running.filter(|_| source == KICKS) {
             for queue in &mut running.queues {
-                // A kick is taken before the queue is looked at: one that comes later rings again.
+                // The kick is consumed before the queue is checked: a later one signals again.
                 let _ = queue.kick().read();
                 refuse_all(queue);
             }
@@ -384,7 +385,7 @@ fn watch(kicks: &Epoll, queue: &mut Virtqueue) {
 
 fn unwatch(kicks: &Epoll, queue: &Virtqueue) {
     let fd = queue.kick().as_raw_fd();
-    // What is not waited for cannot be taken out.
+    // It fails only if the descriptor is not being watched.
     let _ = kicks.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 
@@ -396,8 +397,8 @@ fn refuse_all(queue: &mut Virtqueue) {
     });
 }
 
-/// Writes an I/O error as a request's answer; returns how many bytes. Some requests have no answer,
-/// and no room for one.
+/// Answers a request with an I/O error; returns the number of bytes written. Some requests have no
+/// answer, and no room for one.
 fn refuse(queue: &Virtqueue, chain: &Chain) -> usize {
     let mut request = [0; FUSE_IN];
     chain.read(queue.memory(), 0, &mut request);

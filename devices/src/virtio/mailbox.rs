@@ -24,15 +24,15 @@ const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// Something to be done with a device.
 pub type Command = Box<dyn FnOnce(&mut dyn VirtioDevice) + Send>;
 
-/// The way to a device, whoever has it.
+/// Access to a device, whether it is behind a lock or owned by a thread.
 pub trait Access: Send + Sync {
-    /// Runs a command on the device, and returns when it is done. `what` names command and device, for
-    /// the message of a wait that takes long: there is no end to it but the device's, because
-    /// a driver may use its memory again when its write to a register returns.
+    /// Runs a command on the device, and returns when it is done. `what` names command and device
+    /// for the warning about a long wait. The wait has no deadline, because a driver may reuse its
+    /// memory as soon as its write to a register returns.
     fn run(&self, what: fmt::Arguments<'_>, command: Command);
 }
 
-/// Logs that a wait takes long, at a falling rate.
+/// Logs that a wait takes long, at increasing intervals.
 struct Patience {
     begun: Instant,
     warned: Duration,
@@ -46,13 +46,13 @@ impl Patience {
         }
     }
 
-    /// Logs it if it is time to; returns how long it is until the next time.
+    /// Logs a warning if one is due; returns the time until the next one.
     fn look(&mut self, what: fmt::Arguments<'_>) -> Duration {
         let waited = self.begun.elapsed();
         if waited >= self.warned {
             self.warned *= 2;
             log::warn!(
-                "{what} has waited {} s for the end of a request that the host is at work on",
+                "{what} has waited {} s for a request that the host is processing",
                 waited.as_secs()
             );
         }
@@ -60,7 +60,7 @@ impl Patience {
     }
 }
 
-/// The way to a device that nobody keeps for long: its lock.
+/// Access to a device behind a lock, which nobody holds for long.
 pub(crate) struct Direct(pub(crate) Arc<Mutex<dyn VirtioDevice>>);
 
 impl Access for Direct {
@@ -79,12 +79,12 @@ impl Access for Direct {
     }
 }
 
-/// The mailbox of a device that one thread owns, for as long as it runs.
+/// The mailbox of a device that a thread owns.
 pub struct Mailbox {
     device: Arc<Mutex<dyn VirtioDevice>>,
-    /// Whether there are commands.
+    /// Whether commands are pending.
     is_pending: AtomicBool,
-    /// Readable when there are.
+    /// Readable while commands are pending.
     wakeup: EventFd,
     queue: Mutex<Commands>,
     completed: Condvar,
@@ -92,16 +92,16 @@ pub struct Mailbox {
 
 #[derive(Default)]
 struct Commands {
-    /// Whether a thread owns the device; without one, whoever has a command runs it.
+    /// Whether a thread owns the device; without an owner, each caller runs its own command.
     is_owned: bool,
     commands: VecDeque<Command>,
-    /// Commands that were submitted so far, and those of them that were completed.
+    /// The number of commands submitted and completed so far.
     submitted: u64,
     completed: u64,
 }
 
 impl Mailbox {
-    /// The mailbox of a device that nobody owns yet.
+    /// Creates the mailbox of a device that has no owner yet.
     ///
     /// # Errors
     /// A process without room for another descriptor.
@@ -115,16 +115,17 @@ impl Mailbox {
         })
     }
 
-    /// The descriptor that is readable when there are commands, or the owner is to stop waiting.
+    /// Returns the eventfd that is readable while commands are pending, or when the owner is to
+    /// stop waiting.
     #[must_use]
     pub fn wakeup(&self) -> &EventFd {
         &self.wakeup
     }
 
-    /// The calling thread owns the device from here on, until it drops what it gets.
+    /// Makes the calling thread the device's owner, until the returned value is dropped.
     #[must_use]
     pub fn own(&self) -> Owner<'_> {
-        // In this order: who does something without an owner has both.
+        // In this order: a caller that runs its own command holds both.
         let mut queue = lock(&self.queue);
         let device = lock(&self.device);
         queue.is_owned = true;
@@ -156,27 +157,27 @@ impl Access for Mailbox {
     }
 }
 
-/// A device in the hands of the thread that owns it.
+/// The owner's access to its device.
 pub struct Owner<'a> {
     mailbox: &'a Mailbox,
     device: MutexGuard<'a, dyn VirtioDevice + 'static>,
 }
 
 impl Owner<'_> {
-    /// The device.
+    /// Returns the device.
     #[must_use]
     pub fn device(&mut self) -> &mut dyn VirtioDevice {
         &mut *self.device
     }
 
-    /// Runs the commands that were submitted up to now, if any: to be called between two requests.
-    /// What is submitted meanwhile waits for the next call, so that whoever submits again and again
-    /// does not keep the owner from its work.
+    /// Runs the commands submitted so far, if any; to be called between two requests. Commands
+    /// submitted meanwhile wait for the next call, so that a caller that keeps submitting does not
+    /// starve the owner's work.
     pub fn run_commands(&mut self) {
         if !self.mailbox.is_pending.load(Ordering::Acquire) {
             return;
         }
-        // What is submitted later notifies again.
+        // Commands submitted later signal it again.
         let _ = self.mailbox.wakeup.read();
         self.mailbox.is_pending.store(false, Ordering::Release);
         let count = lock(&self.mailbox.queue).commands.len();
@@ -198,7 +199,7 @@ impl Owner<'_> {
 }
 
 impl Drop for Owner<'_> {
-    /// Nobody waits for a thread that ends.
+    /// Runs what is pending, so that nobody waits for an owner that has ended.
     fn drop(&mut self) {
         loop {
             while self.run_one() {}
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_owner_who_wants_something_does_it() {
+    fn without_an_owner_callers_run_their_own_commands() {
         let (mailbox, notes) = (mailbox(), Arc::default());
         mailbox.run(format_args!("a test"), note(&notes, 1));
         assert_eq!(*lock(&notes), [1]);
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn the_owner_answers_between_two_requests_and_whoever_posted_waits_for_it() {
+    fn commands_run_between_two_requests_and_the_caller_waits() {
         let (mailbox, notes) = (mailbox(), Arc::default());
         let mut owner = mailbox.own();
         let (done, is_done) = channel();
@@ -257,7 +258,7 @@ mod tests {
             }
         });
         for number in 0..1000 {
-            // At work on a request until someone wants something.
+            // Works on a request until a command is pending.
             while !mailbox.is_pending.load(Ordering::Acquire) {
                 std::thread::yield_now();
             }
@@ -270,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_an_owner_that_ended() {
+    fn nobody_waits_for_an_owner_that_has_ended() {
         let (mailbox, notes) = (mailbox(), Arc::default());
         let owner = mailbox.own();
         let sender = Arc::clone(&mailbox);

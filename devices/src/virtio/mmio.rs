@@ -1,12 +1,11 @@
-//! Virtio over MMIO, version 2 (virtio 1.2, section 4.2), with registers that the guest may read
+//! Virtio over MMIO, version 2 (virtio 1.2, section 4.2), whose registers the guest can read
 //! without an exit.
 //!
-//! Every register that the driver reads is kept up to date in a [`RegisterPage`], which may be a
-//! page of memory that the guest reads in place of the registers. InterruptStatus says "a buffer
-//! was used" for as long as the device works: the interrupt itself says when, and a driver that
-//! looks at its queues once too often finds nothing. So neither its reading nor its
-//! acknowledgement needs the device, and the kernel or another process can interrupt the guest
-//! for us (ADR 0010).
+//! Every readable register is kept up to date in a [`RegisterPage`], which may be a page of memory
+//! that the guest reads in place of the registers. InterruptStatus shows "a buffer was used" for as
+//! long as the device works: the interrupt itself says when, and a driver that checks its queues
+//! spuriously finds nothing. So neither reading nor acknowledging it needs the device, and the
+//! kernel or another process can interrupt the guest for us (ADR 0010).
 
 use std::sync::{Arc, Mutex};
 
@@ -54,26 +53,26 @@ const SHM_LAST: u32 = 0x0bc;
 const CONFIG_GENERATION: u32 = 0x0fc;
 const CONFIG: usize = 0x100;
 
-/// The registers whose value hangs on what the driver wrote last.
+/// The registers whose value depends on the selectors that the driver wrote last.
 const CHANGING: [u32; 3] = [DEVICE_FEATURES, QUEUE_SIZE_MAX, QUEUE_READY];
 
-/// "ARML" for a driver that looks.
+/// VendorID: "ARML".
 const VENDOR: u32 = 0x4c4d_5241;
 
-/// Where the guest may read the window's registers without us.
+/// Memory from which the guest can read the window's registers without an exit.
 pub trait RegisterPage: Send + Sync {
-    /// The aligned word at `offset` bytes into the window reads as `value` from now on.
+    /// Makes the aligned word at `offset` bytes into the window read as `value`.
     fn store(&self, offset: usize, value: u32);
 
-    /// The two words at `offset` bytes, a multiple of 8, read as `value` from now on: where it can be,
-    /// who reads one of them as it is now finds no older one in the other.
+    /// Makes the two words at `offset` bytes, a multiple of 8, read as `value`: where possible, a
+    /// reader that sees one new word does not see the other's old value.
     fn store_two(&self, offset: usize, value: u64) {
         self.store(offset, value as u32);
         self.store(offset + 4, (value >> 32) as u32);
     }
 }
 
-/// No such page: the guest's reads come to [`Mmio`].
+/// No such page: the guest's reads exit to [`Mmio`].
 #[derive(Debug)]
 pub struct NoPage;
 
@@ -91,10 +90,11 @@ pub struct Mmio {
     queue_select: u32,
 }
 
-/// A window and its device while the machine is held: plain data, by which another one goes on.
+/// The state of a window and its device while the machine is paused, as plain data from which
+/// another one can resume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MmioState {
-    /// What every transport has.
+    /// The transport's state.
     pub transport: TransportState,
     /// DeviceFeaturesSel.
     pub features_select: u32,
@@ -104,11 +104,11 @@ pub struct MmioState {
     pub queue_select: u32,
     /// Whether Status shows DEVICE_NEEDS_RESET.
     pub needs_reset: bool,
-    /// Whether InterruptStatus says that the configuration changed.
+    /// Whether InterruptStatus shows a configuration change.
     pub config_changed: bool,
 }
 
-/// What the device's thread changes too.
+/// State that the device's thread changes too.
 struct Shared {
     line: Arc<dyn IrqLine>,
     call: Option<Arc<EventFd>>,
@@ -116,7 +116,7 @@ struct Shared {
     state: Mutex<State>,
 }
 
-/// What the guest reads in Status and InterruptStatus.
+/// The sources of Status and InterruptStatus.
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
     status: u32,
@@ -177,7 +177,8 @@ impl Interrupts for Wire {
 }
 
 impl Mmio {
-    /// The window of a `device` that nobody keeps for long; else as [`Mmio::of`].
+    /// Creates the window of a `device` behind a lock that nobody holds for long; otherwise like
+    /// [`Mmio::of`].
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -192,8 +193,8 @@ impl Mmio {
         Mmio::of(name, Arc::new(Direct(device)), memory, line, call, page)
     }
 
-    /// The window of `device`, called `name` in messages. Its interrupts go to the edge-triggered
-    /// `line`; `call` is a descriptor that does the same by being written, where there is one.
+    /// Creates the window of `device`, called `name` in messages. It interrupts by the
+    /// edge-triggered `line`, or by writing the eventfd `call` where there is one.
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -228,33 +229,33 @@ impl Mmio {
         Ok(mmio)
     }
 
-    /// The descriptors that kicks come by, by queue: ioeventfds for [`QUEUE_NOTIFY`].
+    /// Returns the eventfds that kicks arrive by, by queue: ioeventfds for [`QUEUE_NOTIFY`].
     #[must_use]
     pub fn kicks(&self) -> &[Arc<EventFd>] {
         self.transport.kicks()
     }
 
-    /// What the driver did wrong so far, counted.
+    /// Returns the number of the driver's faults so far.
     #[must_use]
     pub fn faults(&self) -> u64 {
         self.transport.link.faults()
     }
 
-    /// The machine is held: the device finishes or hands back what it has taken, and works no more
-    /// until [`Self::resume`]. No vCPU runs then.
+    /// Quiesces the device until [`Self::resume`]: it completes or puts back the requests that it
+    /// popped. No vCPU may be running.
     pub fn quiesce(&mut self) {
         self.transport.quiesce();
     }
 
-    /// The machine goes on, and the device where it stood.
+    /// Resumes the device where it was quiesced.
     pub fn resume(&mut self) {
         self.transport.resume();
     }
 
-    /// The window and its device, while the machine is held.
+    /// Returns the state of the window and its device, while the machine is paused.
     ///
     /// # Errors
-    /// A machine that runs.
+    /// While the device is running.
     pub fn save(&self) -> Result<MmioState, RestoreError> {
         let shown = *lock(&self.shared.state);
         Ok(MmioState {
@@ -267,11 +268,11 @@ impl Mmio {
         })
     }
 
-    /// Makes a window that no driver has touched, of a machine that is held, the same as one that
-    /// was saved, and its device with it. Nothing that `state` says is trusted.
+    /// Restores the state of a saved window and its device in a paused one that no driver has used.
+    /// `state` is not trusted.
     ///
     /// # Errors
-    /// What window or device cannot be; nothing was changed then.
+    /// When the state is not valid for the window or its device; nothing has changed then.
     pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
         self.transport.restore(&state.transport)?;
         self.features_select = state.features_select;
@@ -287,21 +288,23 @@ impl Mmio {
         Ok(())
     }
 
-    /// Keeps the configuration space in the page.
+    /// Keeps the configuration space in the page up to date.
     fn show_config(&self) {
         let page = Arc::clone(&self.page);
         self.transport
             .config
             .set_watch(Box::new(move |bytes, generation| {
                 let most = bytes.len().min(WINDOW_SIZE - CONFIG);
-                // No field that changes is longer than 8 bytes, or crosses their bounds: a driver never
-                // finds a part of one, be this thread stopped between two stores for long.
+                // No field that changes is longer than 8 bytes or crosses an 8-byte boundary: a
+                // driver never sees a torn field, however long this thread is stopped between two
+                // stores.
                 for (index, chunk) in bytes[..most].chunks(8).enumerate() {
                     let mut words = [0; 8];
                     words[..chunk.len()].copy_from_slice(chunk);
                     page.store_two(CONFIG + 8 * index, u64::from_le_bytes(words));
                 }
-                // Last: a driver that saw some of the bytes before sees that they changed.
+                // Stored last: a driver that read some of the new bytes before it sees the
+                // generation change.
                 page.store(CONFIG_GENERATION as usize, generation);
             }));
     }
@@ -342,7 +345,7 @@ impl Mmio {
             // There is no shared memory to select.
             SHM_SEL => {}
             _ => self.transport.link.fault(format_args!(
-                "the driver writes to {offset:#x}, where no register takes it"
+                "the driver writes to {offset:#x}, where there is no writable register"
             )),
         }
         self.show_changing();
@@ -386,7 +389,7 @@ impl Mmio {
             self.queue_select = 0;
             return;
         }
-        // DRIVER_OK is to be seen before the device's first interrupt.
+        // The guest must see DRIVER_OK before the device's first interrupt.
         let new = status & !NEEDS_RESET;
         self.shared.change(|state| state.status |= new);
         self.transport.set_status(status);

@@ -1,9 +1,9 @@
-//! Virtio (OASIS virtio 1.2): what devices and transports are to one another.
+//! Virtio (OASIS virtio 1.2): devices, transports, and the interface between them.
 //!
-//! A [`VirtioDevice`] has features, queues and a configuration space, and does its work when its
-//! queues are kicked; a transport ([`mmio::Mmio`]) shows it to the guest and owns the register
-//! machine. Between them stands [`Link`]: by it a device interrupts the guest. Whoever runs the
-//! device's thread waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
+//! A [`VirtioDevice`] has features, queues and a configuration space, and processes requests when
+//! its queues are kicked; a transport ([`mmio::Mmio`]) presents it to the guest and owns the
+//! register state machine. A device interrupts the guest by a [`Link`]. Whoever runs the device
+//! waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
 
 pub(crate) use crate::sync::lock;
 

@@ -1,5 +1,5 @@
-//! Persistent memory (virtio 1.2, section 5.19): a file that the guest has as memory, and one
-//! request: to bring what it wrote to stable storage.
+//! Persistent memory (virtio 1.2, section 5.19): a file that the guest sees as memory, and one
+//! request, which flushes it to stable storage.
 
 use std::sync::Arc;
 
@@ -13,10 +13,11 @@ const ID: u32 = 27;
 const ENTRIES: u16 = 64;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH.
 const FLUSH: u32 = 0;
-/// What a request that failed is answered with.
+/// The result of a failed request.
 const FAILED: i32 = -1;
 
-/// Brings all that the guest wrote before the call to stable storage, and says whether it could.
+/// Flushes everything that the guest wrote before the call to stable storage, and returns whether
+/// it succeeded.
 pub type Flush = Box<dyn FnMut() -> bool + Send>;
 
 /// A persistent memory device.
@@ -24,12 +25,12 @@ pub struct Pmem {
     flush: Flush,
     config: Arc<ConfigSpace>,
     working: Option<(Virtqueue, Arc<Link>)>,
-    /// Requests that wait for the flush; kept for its capacity.
+    /// Requests that wait for the flush; kept to reuse its allocation.
     waiting: Vec<Chain>,
 }
 
 impl Pmem {
-    /// A device whose memory is `size` bytes at the guest-physical address `start`.
+    /// Creates a device whose memory is `size` bytes at the guest-physical address `start`.
     #[must_use]
     pub fn new(start: u64, size: u64, flush: Flush) -> Pmem {
         let config = [start.to_le_bytes(), size.to_le_bytes()].concat();
@@ -94,14 +95,14 @@ impl VirtioDevice for Pmem {
                 return;
             }
             link.fault(format_args!(
-                "the driver asks for {kind:#x}, which is no flush"
+                "the driver sends request type {kind:#x}, which is not a flush"
             ));
             answer(queue, chain, FAILED);
         });
         if waiting.is_empty() {
             return;
         }
-        // One flush does for all that were asked for before it.
+        // One flush covers all requests that were made before it.
         let result = if (self.flush)() { 0 } else { FAILED };
         for chain in waiting.drain(..) {
             answer(queue, chain, result);
@@ -125,7 +126,7 @@ mod tests {
     use crate::virtio::fake::Guest;
     use crate::virtio::lock;
 
-    /// How often it was flushed, and whether it can be.
+    /// Counts flushes, and says whether they succeed.
     #[derive(Default)]
     struct Storage {
         flushes: usize,
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn the_driver_hears_where_the_memory_is() {
+    fn the_driver_sees_where_the_memory_is() {
         let mut guest = Guest::new(pmem().0);
         let words = [0x100, 0x104, 0x108, 0x10c].map(|offset| guest.read(offset));
         assert_eq!(words, [0x2345_6000, 1, 0x40_0000, 0]);
@@ -159,14 +160,14 @@ mod tests {
         let mut guest = Guest::started(pmem, 0);
         assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
         assert_eq!(lock(&storage).flushes, 1);
-        // In pieces, and with room for more.
+        // Split into several buffers, with room for more.
         assert_eq!(guest.answer(0, &[&[0], &[0; 3]], &[1, 7]), [0; 4]);
         assert_eq!(lock(&storage).flushes, 2);
         assert_eq!(guest.mmio.faults(), 0);
     }
 
     #[test]
-    fn a_flush_that_fails_is_told() {
+    fn a_failed_flush_is_reported() {
         let (pmem, storage) = pmem();
         let mut guest = Guest::started(pmem, 0);
         lock(&storage).fails = true;
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn one_flush_does_for_all_that_wait() {
+    fn one_flush_covers_all_waiting_requests() {
         let (pmem, storage) = pmem();
         let mut guest = Guest::started(pmem, 0);
         for _ in 0..5 {
@@ -189,13 +190,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_flush_fails() {
+    fn a_request_that_is_not_a_flush_fails() {
         let (pmem, storage) = pmem();
         let mut guest = Guest::started(pmem, 0);
         assert_eq!(guest.answer(0, &[&[1, 0, 0, 0]], &[4]), [0xff; 4]);
         assert_eq!(guest.answer(0, &[&[0; 3]], &[4]), [0xff; 4]);
         assert_eq!(guest.answer(0, &[], &[4]), [0xff; 4]);
-        // No room to answer that it is done.
+        // No room for the result.
         assert_eq!(guest.answer(0, &[&[0; 4]], &[3]), [0xff; 3]);
         assert_eq!(guest.answer(0, &[&[0; 4]], &[]), []);
         assert_eq!(lock(&storage).flushes, 0);
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_is_answered_by_whichever_device_goes_on() {
+    fn a_flush_is_answered_after_resume_or_restore() {
         let mut guest = Guest::started(pmem().0, 0);
         assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
         guest.pause();
@@ -257,7 +258,7 @@ mod tests {
     }
 
     proptest! {
-        /// Each request is answered, and "done" is said of flushes that happened only.
+        /// Each request is answered, and success is reported only for flushes that happened.
         #[test]
         fn every_request_is_answered(
             requests in prop::collection::vec(

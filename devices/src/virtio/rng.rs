@@ -6,13 +6,13 @@ use super::{ConfigSpace, Driver, Positions, StartError, VirtioDevice, Virtqueue,
 
 /// Device ID.
 const ID: u32 = 4;
-/// Entries of its queue: Linux has one request under way at a time.
+/// Entries of its queue: Linux has one request in flight at a time.
 const ENTRIES: u16 = 8;
-/// The most bytes for one request: the host gives so many without being interrupted
-/// (drivers/char/random.c: getrandom). A driver that wants more asks again.
+/// The most bytes for one request: up to this many, getrandom is not interrupted
+/// (drivers/char/random.c). A driver that wants more asks again.
 const MOST: usize = 256;
 
-/// Where the random numbers come from: it fills the buffer and says whether it could.
+/// The source of the random numbers: fills the buffer, and returns whether it succeeded.
 pub type Entropy = Box<dyn FnMut(&mut [u8]) -> bool + Send>;
 
 /// An entropy device.
@@ -23,7 +23,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that hands on the numbers of `source`.
+    /// Creates a device that passes on the numbers of `source`.
     #[must_use]
     pub fn new(source: Entropy) -> Rng {
         Rng {
@@ -135,12 +135,12 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_served_by_whichever_device_goes_on() {
+    fn requests_are_served_after_resume_or_restore() {
         let mut guest = Guest::started(counting(), 0);
         assert_eq!(guest.answer(0, &[], &[2]), [1, 2]);
         guest.pause();
         assert_eq!(guest.answer(0, &[], &[2]), [3, 4]);
-        // Made while nobody serves.
+        // Made while the device is quiesced.
         guest.mmio.quiesce();
         guest.request(0, &[], &[2]);
         guest.kick(0);

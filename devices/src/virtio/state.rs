@@ -1,9 +1,9 @@
-//! What devices have of their own beside their queues: plain data, by which another device goes on.
+//! The devices' own state beside their queues, as plain data from which another device can resume.
 
 use super::vsock::packet::HEADER;
 use crate::persist::RestoreError;
 
-/// What a device has of its own beside its queues: plain data, by which another device goes on.
+/// A device's own state beside its queues, as plain data from which another device can resume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceState {
     /// Nothing.
@@ -23,7 +23,7 @@ pub enum DeviceState {
 }
 
 impl RestoreError {
-    /// The state is that of another kind of device.
+    /// Returns the error for a state of another kind of device.
     #[must_use]
     pub fn kind(state: &DeviceState) -> RestoreError {
         let kind = match state {
@@ -39,11 +39,11 @@ impl RestoreError {
     }
 }
 
-/// What a balloon has of its own beside its queues.
+/// A balloon's own state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BalloonState {
-    /// Its configuration: the pages that it should hold and holds, the command of hinting, and what
-    /// free pages are filled with.
+    /// The fields of its configuration space: target and actual size in pages, the free page
+    /// hinting command, and the poison value.
     pub target: u32,
     /// As [`Self::target`].
     pub actual: u32,
@@ -51,25 +51,25 @@ pub struct BalloonState {
     pub command: u32,
     /// As [`Self::target`].
     pub poison: u32,
-    /// What the guest last said of its memory.
+    /// The guest's latest memory statistics.
     pub statistics: Option<Statistics>,
-    /// What it said of free pages.
+    /// The guest's free page hints.
     pub hints: Hints,
-    /// The command of the last round of hints.
+    /// The command ID of the latest round of hints.
     pub round: u32,
-    /// Whether the guest takes part in it.
+    /// Whether the guest is taking part in it.
     pub hinting: bool,
-    /// Pages of 4 KiB in the balloon, where the host's are larger: by bank of memory its address,
-    /// and a bit for each page.
+    /// The 4 KiB pages in the balloon, where the host's are larger: for each bank of memory its
+    /// address and a bitmap of its pages.
     pub inside: Option<Vec<(u64, Vec<u64>)>>,
 }
 
-/// What the guest last said of its memory.
+/// The guest's latest memory statistics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Statistics(pub(super) [Option<u64>; STATISTICS.len()]);
 
-/// By tag (section 5.5.6.4, and include/uapi/linux/virtio_balloon.h from 10 on): bytes, or counts
-/// where the name is of events.
+/// The names of statistics by tag (section 5.5.6.4; from 10 on,
+/// include/uapi/linux/virtio_balloon.h). Values are bytes, or counts where the name is of events.
 const STATISTICS: [&str; 16] = [
     "swapped-in",
     "swapped-out",
@@ -90,49 +90,50 @@ const STATISTICS: [&str; 16] = [
 ];
 
 impl Statistics {
-    /// The statistics that the guest gave, by name: "free", "available".
+    /// Returns the statistics that the guest supplied, by name: "free", "available".
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
         let named = STATISTICS.into_iter().zip(self.0);
         named.filter_map(|(name, value)| value.map(|value| (name, value)))
     }
 }
 
-/// Pages that the guest said were free, after a call of [`Balloon::ask_for_hints`](super::balloon::Balloon::ask_for_hints).
+/// The pages that the guest reported free after a call of
+/// [`Balloon::ask_for_hints`](super::balloon::Balloon::ask_for_hints).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hints {
-    /// Guest-physical address and bytes of each range, in the order of their coming. What of it
-    /// was written since the call is in use.
+    /// The guest-physical address and length in bytes of each range, in the order of arrival. Pages
+    /// written since the call are in use.
     pub ranges: Vec<(u64, u64)>,
-    /// Bytes of all hints, those of the ranges that were too many to keep among them.
+    /// The bytes of all hints, including ranges that were too many to keep.
     pub bytes: u64,
-    /// Whether the guest has said all.
+    /// Whether the round is complete.
     pub complete: bool,
 }
 
-/// What a disk has of its own beside its queues.
+/// A disk's own state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockState {
     /// Its size in bytes, in whole sectors.
     pub capacity: u64,
-    /// Whether a write may be done before it reached stable storage.
+    /// Whether a write may complete before it has reached stable storage.
     pub writeback: bool,
 }
 
-/// What a console has of its own beside its queues.
+/// A console's own state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConsoleState {
     /// Emergency characters for which there was no room.
     pub late: Vec<u8>,
-    /// Bytes of the next request for output that were written already.
+    /// How many bytes of the next output request were written already.
     pub sent: usize,
-    /// Whether a driver has the console in use.
+    /// Whether a driver uses the console.
     pub in_use: bool,
 }
 
-/// What a file system device has of its own beside its queues.
+/// A file system device's own state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FsState {
-    /// Who answers the driver's requests, where one uses the device.
+    /// Who answers the driver's requests; `None` while no driver uses the device.
     pub served: Option<Served>,
 }
 
@@ -141,43 +142,42 @@ pub struct FsState {
 pub enum Served {
     /// The server.
     Well,
-    /// This device, with errors, as the server ended.
+    /// This device, with errors, because the server has ended.
     Alone,
-    /// Nobody yet: the driver had stopped all queues and has not set up all of them again.
+    /// Nobody yet: the driver stopped all queues and has not set all of them up again.
     Later,
 }
 
-/// What a network card has of its own beside its queues.
+/// A network card's own state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetState {
     /// The MAC address that the driver sees.
     pub mac: [u8; 6],
-    /// What the driver asked for, where one uses the card.
+    /// What the driver requested; `None` while no driver uses the card.
     pub session: Option<NetSession>,
-    /// Frames that came and wait for the driver's buffers, with virtio's header: at most one a pair
-    /// of queues, by the pair's number.
+    /// Received frames that wait for the driver's buffers, with virtio's header: at most one for
+    /// each queue pair, with the pair's number.
     pub frames: Vec<(u16, Vec<u8>)>,
 }
 
-/// What a driver asked a card for by the control queue.
+/// What a driver requested by the control queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NetSession {
-    /// Pairs of queues in use.
+    /// The number of queue pairs in use.
     pub pairs: u16,
-    /// Of the offloads that the driver agreed to take ([`GUEST_OFFLOADS`](super::net::feature::GUEST_OFFLOADS)), those that it
-    /// wants now.
+    /// Of the negotiated offloads ([`GUEST_OFFLOADS`](super::net::feature::GUEST_OFFLOADS)), those
+    /// that the driver has enabled.
     pub offloads: u64,
 }
 
-/// What a socket device has of its own beside its queues. Connections are not among it: their ends
-/// are those of this host's processes.
+/// A socket device's own state. It does not include connections, whose other ends belong to
+/// processes of this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VsockState {
-    /// Whether a driver has the device in use.
+    /// Whether a driver uses the device.
     pub in_use: bool,
-    /// Whether there were connections, or the guest has not heard of the end of earlier ones.
+    /// Whether there were connections, or the guest has not yet been told that earlier ones ended.
     pub had_connections: bool,
-    /// Packets without data for which the guest had no buffers, as they stand in one: that there is
-    /// no such connection.
+    /// Reset packets ("no such connection") for which the guest had no buffers, in wire format.
     pub packets: Vec<[u8; HEADER]>,
 }

@@ -22,7 +22,7 @@ pub(crate) const FEATURES_OK: u32 = 8;
 /// DEVICE_NEEDS_RESET.
 pub(crate) const NEEDS_RESET: u32 = 64;
 
-/// What a transport's registers are about.
+/// The state that every transport's registers show and change.
 pub(crate) struct Transport {
     device: Arc<dyn Access>,
     pub(crate) id: u32,
@@ -32,33 +32,36 @@ pub(crate) struct Transport {
     kicks: Vec<Arc<EventFd>>,
     offered: u64,
     accepted: u64,
-    /// The status bits that the driver set; DEVICE_NEEDS_RESET is not among them.
+    /// The status bits that the driver set, without DEVICE_NEEDS_RESET.
     status: u32,
     queues: Vec<QueueRegisters>,
     started: bool,
     /// Whether the device took the start.
     works: bool,
-    /// While the machine is held: the configuration as the driver last could read it.
+    /// While the machine is paused: the configuration space and generation that the driver last
+    /// could read.
     held: Option<(Vec<u8>, u32)>,
     /// As [`VirtioDevice::cancel_flag`] and [`VirtioDevice::wanted_flag`].
     cancel: Option<Arc<AtomicBool>>,
     wanted: Option<Arc<AtomicBool>>,
 }
 
-/// What the driver says of a queue.
+/// The registers of a queue.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueueRegisters {
     pub(crate) most: u16,
     pub(crate) size: u32,
     pub(crate) ready: bool,
     pub(crate) addresses: Addresses,
-    /// Whether the device has it: one that cannot be is ready, and the device asks for a reset.
+    /// Whether the device was given the queue. An invalid queue is ready but not in use, and the
+    /// device asks for a reset.
     in_use: bool,
-    /// Where the device goes on, while it does not work on it.
+    /// Where the device resumes, while it does not use the queue.
     position: Position,
 }
 
-/// A transport while its machine is held: plain data, by which another one goes on.
+/// The state of a transport whose machine is paused, as plain data from which another one can
+/// resume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransportState {
     /// The device ID.
@@ -77,22 +80,22 @@ pub struct TransportState {
     pub config: Vec<u8>,
     /// Its generation.
     pub generation: u32,
-    /// What the device has of its own.
+    /// The device's own state.
     pub device: DeviceState,
 }
 
-/// A queue as the driver set it up, and where the device stands in it.
+/// The state of a queue: what the driver set up, and the device's position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueState {
-    /// Its entries, as the driver wrote them.
+    /// Its size, as the driver wrote it.
     pub size: u32,
-    /// Whether the driver said that it is ready.
+    /// Whether the driver made it ready.
     pub ready: bool,
-    /// Whether the device has it.
+    /// Whether the device was given the queue.
     pub in_use: bool,
-    /// Where its rings lie.
+    /// The addresses of its rings.
     pub addresses: Addresses,
-    /// Where the device goes on.
+    /// Where the device resumes.
     pub position: Position,
 }
 
@@ -110,7 +113,7 @@ impl QueueRegisters {
 }
 
 impl Transport {
-    /// The transport of `device`, whose driver is reached by `link`.
+    /// Creates the transport of `device`, which reaches its driver by `link`.
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -119,7 +122,7 @@ impl Transport {
         memory: Arc<GuestMemoryMmap>,
         link: Arc<Link>,
     ) -> std::io::Result<Transport> {
-        let what = format_args!("{}: a look at it", link.name());
+        let what = format_args!("{}: reading its properties", link.name());
         let ((id, features), (config, sizes), (cancel, wanted)) = ask(&*device, what, |device| {
             (
                 (device.id(), device.features()),
@@ -150,12 +153,12 @@ impl Transport {
         })
     }
 
-    /// The descriptors that kicks come by, by queue.
+    /// Returns the eventfds that kicks arrive by, by queue.
     pub(crate) fn kicks(&self) -> &[Arc<EventFd>] {
         &self.kicks
     }
 
-    /// The status bits that the driver set and the device let stand.
+    /// Returns the status bits that the driver set and the device accepted.
     pub(crate) fn status(&self) -> u32 {
         self.status
     }
@@ -169,7 +172,7 @@ impl Transport {
         }
     }
 
-    /// The driver accepts these of the 32 feature bits from bit 32 * `select`.
+    /// Records which of the feature bits from bit 32 * `select` the driver accepts.
     pub(crate) fn accept(&mut self, select: u32, bits: u32) {
         if self.status & FEATURES_OK != 0 {
             let link = &self.link;
@@ -186,13 +189,13 @@ impl Transport {
         }
     }
 
-    /// The registers of a queue.
+    /// Returns the registers of a queue.
     pub(crate) fn queue(&self, index: u32) -> Option<&QueueRegisters> {
         self.queues.get(index as usize)
     }
 
-    /// Changes the size or the addresses of a queue, which is allowed while the device does not work
-    /// on it.
+    /// Changes the size or the addresses of a queue, which is allowed while the device does not use
+    /// it.
     pub(crate) fn set_queue(&mut self, index: u32, set: impl FnOnce(&mut QueueRegisters)) {
         let Some(queue) = self.queues.get_mut(index as usize) else {
             return;
@@ -205,8 +208,8 @@ impl Transport {
         }
     }
 
-    /// The driver says whether the device may work on a queue. When it stops one, the device is out
-    /// of its rings and buffers when this returns.
+    /// Makes a queue ready, or stops it. Once a stop returns, the device no longer accesses its
+    /// rings and buffers.
     pub(crate) fn set_ready(&mut self, index: u32, ready: bool) {
         let Some(queue) = self.queues.get_mut(index as usize) else {
             return;
@@ -224,7 +227,7 @@ impl Transport {
                     device.stop_queue(index as usize);
                 });
             }
-            // A kick that nobody took is not for the queue that is set up next.
+            // A stale kick must not reach the queue that is set up next.
             let _ = kick.read();
             return;
         }
@@ -232,7 +235,7 @@ impl Transport {
         let made = self.make_queue(index as usize);
         self.queues[index as usize].in_use = made.is_ok();
         let started = made.and_then(|queue| {
-            // A device that is held gets it with the others.
+            // A paused device gets the queue with the others, when it resumes.
             let started = match self.held.is_none() {
                 true => self.ask("the start of a queue", |device| device.start_queue(queue)),
                 false => Ok(()),
@@ -240,13 +243,13 @@ impl Transport {
             started.map_err(|error| format!("it does not start queue {index}: {error}"))
         });
         match started {
-            // What is there already is served.
+            // Requests may be available already.
             Ok(()) => ring(kick),
             Err(what) => self.link.broken(format_args!("{what}")),
         }
     }
 
-    /// The driver kicks a queue by a register, where no ioeventfd takes it.
+    /// Kicks a queue by the register, where no ioeventfd catches the write.
     pub(crate) fn kick(&self, index: u32) {
         match self.kicks.get(index as usize) {
             Some(kick) => ring(kick),
@@ -256,7 +259,7 @@ impl Transport {
         }
     }
 
-    /// The driver writes the configuration space.
+    /// Writes the configuration space for the driver.
     pub(crate) fn write_config(&mut self, offset: usize, data: &[u8]) {
         let data = data.to_vec();
         self.ask("a write to the configuration", move |device| {
@@ -264,14 +267,14 @@ impl Transport {
         });
     }
 
-    /// The driver writes its status; 0 resets the device.
+    /// Sets the status for the driver; 0 resets the device.
     pub(crate) fn set_status(&mut self, status: u32) {
         if status == 0 {
             self.reset();
             return;
         }
         let new = status & !self.status & !NEEDS_RESET;
-        // Bits are only ever added.
+        // Status bits can only be added.
         self.status |= new;
         if new & FEATURES_OK != 0 {
             match self.features_work() {
@@ -320,7 +323,7 @@ impl Transport {
         let started = self.ask("the start", |device| device.start(driver));
         self.works = started.is_ok();
         if let Err(error) = started {
-            // It works on none, whatever the driver says of them until it resets the device.
+            // No queue is in use until the driver resets the device.
             for queue in &mut self.queues {
                 queue.in_use = false;
             }
@@ -341,13 +344,13 @@ impl Transport {
             .collect()
     }
 
-    /// The machine is held: the device works no more until [`Self::resume`], and is out of guest
-    /// memory when this returns.
+    /// Quiesces the device while the machine is paused: once this returns, it does not access guest
+    /// memory until [`Self::resume`].
     pub(crate) fn quiesce(&mut self) {
         if self.held.is_some() {
             return;
         }
-        // One that did not take the start may have begun with a part of it.
+        // A device whose start failed may have started in part.
         if self.started {
             let positions = self.ask("a pause", |device| device.quiesce());
             for (index, position) in positions {
@@ -359,7 +362,7 @@ impl Transport {
         self.held = Some(self.config.contents());
     }
 
-    /// The machine goes on, and the device where it stood.
+    /// Resumes the device where it was quiesced.
     pub(crate) fn resume(&mut self) {
         let Some((config, _)) = self.held.take() else {
             return;
@@ -369,7 +372,7 @@ impl Transport {
         }
         match self.make_queues(|queue| queue.in_use) {
             Ok(queues) => self.start_device(queues),
-            // The driver cannot have changed them, and memory does not go away.
+            // Neither the queues nor guest memory can have changed meanwhile.
             Err(what) => self.link.broken(format_args!("{what}")),
         }
         if self.config.contents().0 != config {
@@ -377,19 +380,19 @@ impl Transport {
         }
         for (queue, kick) in self.queues.iter().zip(&self.kicks) {
             if queue.in_use {
-                // For a kick that was taken while nobody worked.
+                // For a kick that was consumed while the device was quiesced.
                 ring(kick);
             }
         }
     }
 
-    /// All of it, while the machine is held.
+    /// Returns the state, while the machine is paused.
     ///
     /// # Errors
-    /// A machine that runs.
+    /// While the device is running.
     pub(crate) fn save(&self) -> Result<TransportState, RestoreError> {
         let Some((config, generation)) = &self.held else {
-            return Err(RestoreError("a device that works cannot be saved".into()));
+            return Err(RestoreError("a running device cannot be saved".into()));
         };
         let queues = self.queues.iter().map(|queue| QueueState {
             size: queue.size,
@@ -411,11 +414,11 @@ impl Transport {
         })
     }
 
-    /// Makes a transport that is held, and that no driver has touched, the same as one that was
-    /// saved. Nothing that `state` says is trusted.
+    /// Restores the state of a saved transport in one that is paused and that no driver has used.
+    /// `state` is not trusted.
     ///
     /// # Errors
-    /// What the transport or its device cannot be; nothing was changed then.
+    /// When the state is not valid for the transport or its device; nothing has changed then.
     pub(crate) fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
         self.check(state).map_err(RestoreError)?;
         let before = self.queues.clone();
@@ -429,14 +432,14 @@ impl Transport {
                 position: saved.position,
             };
         }
-        // Rings are looked up with the features and the sizes that hold from here on.
+        // The rings' layout depends on the restored features and sizes.
         let accepted = std::mem::replace(&mut self.accepted, state.accepted);
         let made = self.make_queues(|queue| queue.in_use && state.works);
         let agreed = (state.status & FEATURES_OK != 0).then_some(state.accepted);
         let saved = state.device.clone();
         let restored = made.map_err(RestoreError).and_then(|_| {
             self.ask("the restoring of its state", move |device| {
-                // What was set since holds, and not what follows from the features.
+                // Restored again, because negotiating the features has changed it.
                 if agreed.is_some() {
                     device.agree(agreed);
                 }
@@ -458,7 +461,7 @@ impl Transport {
         Ok(())
     }
 
-    /// Whether a state can be one of this transport.
+    /// Checks that a state is valid for this transport.
     fn check(&self, state: &TransportState) -> Result<(), String> {
         if self.held.is_none() || self.started || self.status != 0 {
             return Err("a driver has the device in use already".to_owned());
@@ -523,7 +526,7 @@ impl Transport {
         });
     }
 
-    /// Resets the device, which may be in the middle of a request.
+    /// Resets the device, which may be processing a request.
     fn reset_device(&self) {
         if let Some(cancel) = &self.cancel {
             cancel.store(true, Ordering::Release);
@@ -534,8 +537,7 @@ impl Transport {
         }
     }
 
-    /// Does something with the device as soon as whoever works with it comes to it: after one
-    /// request at most.
+    /// Runs a command on the device, after at most one request that its owner is processing.
     fn ask<T: Send + 'static>(
         &self,
         what: &str,
@@ -565,7 +567,7 @@ impl Transport {
         for queue in &mut self.queues {
             *queue = QueueRegisters::new(queue.most);
         }
-        // A kick that nobody took is not for the driver that comes next.
+        // A stale kick must not reach the next driver.
         for kick in &self.kicks {
             let _ = kick.read();
         }
@@ -578,7 +580,7 @@ impl Drop for Transport {
     }
 }
 
-/// Does something with a device, and returns what came of it.
+/// Runs a command on a device, and returns its result.
 fn ask<T: Send + 'static>(
     device: &dyn Access,
     what: std::fmt::Arguments<'_>,

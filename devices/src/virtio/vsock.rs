@@ -1,13 +1,13 @@
-//! The socket device (virtio 1.2, section 5.10) with its host side over Unix sockets.
+//! The socket device (virtio 1.2, section 5.10), with Unix sockets on the host's side.
 //!
 //! A guest that connects to port P of the host reaches the listening Unix socket that the given
-//! closure connects to for P. A process of the host that wants port P of the guest connects to
-//! the device's own listening socket and writes `CONNECT P` and a newline; it reads `OK` and the
-//! port that it has on the host's side, and from there on what the guest sends. (Both as
-//! Firecracker does it: docs/vsock.md there.)
+//! closure connects to for P. A host process that wants to reach port P of the guest connects to
+//! the device's own listening socket and writes `CONNECT P` and a newline; it reads `OK` and its
+//! port number on the host's side, and after that what the guest sends. (Both as in Firecracker:
+//! see its docs/vsock.md.)
 //!
-//! Nothing here blocks, and what a connection takes is bounded: of the guest's data at most
-//! `connection::BUFFER` bytes while the host does not read, and nothing of the host's.
+//! Nothing here blocks, and buffering is bounded: at most `connection::BUFFER` bytes of the guest's
+//! data for each connection while the host does not read, and none of the host's data.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -38,12 +38,12 @@ pub use host::{Connect, Limits};
 const ID: u32 = 19;
 /// VIRTIO_VSOCK_F_STREAM.
 const FEATURE_STREAM: u64 = 1;
-/// Entries of the queues to and from the guest, and of the one for events, which has none.
+/// Entries of the receive, transmit and event queues.
 const ENTRIES: [u16; 3] = [256, 256, 8];
-/// Index of the queue to the guest, and of that from it.
+/// Indexes of the receive queue (to the guest) and the transmit queue.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
-/// The most events of descriptors that are looked at in one turn.
+/// The most epoll events handled in one turn.
 const WAKES: usize = 64;
 /// A socket device.
 pub struct Vsock {
@@ -51,29 +51,29 @@ pub struct Vsock {
     config: Arc<ConfigSpace>,
     host: Host,
     running: Option<Traffic>,
-    /// The queue to the guest and that from it, where the driver stopped one of them: there are no
+    /// The receive and transmit queues while the driver has stopped either of them: there are no
     /// connections then.
     parked: [Option<Virtqueue>; 2],
-    /// Whether a driver has the device in use.
+    /// Whether a driver uses the device.
     in_use: bool,
     held: Held,
     events: Events,
 }
 
-/// What a driver's use of the device left, while the machine is held.
+/// What a driver's use of the device left behind, while the machine is paused.
 enum Held {
-    /// Nothing: the device works, or nobody uses it.
+    /// Nothing: the device is running, or no driver uses it.
     No,
-    /// Connections, unless one of the queues was stopped.
+    /// This device's connections; none if one of the queues was stopped.
     Here(Option<Box<Traffic>>),
-    /// What another device left, whose connections are not here.
+    /// The state of another device, whose connections are lost.
     Moved(VsockState),
 }
 
 impl Vsock {
-    /// The device of the guest with the address `cid`. Who connects to `listener` gets to the
-    /// guest; `connect` makes the guest's connections to the host. What is beyond the `limits` is
-    /// refused.
+    /// Creates the device of the guest with the address `cid`. Processes that connect to `listener`
+    /// reach the guest; `connect` makes the guest's connections to the host. Connections beyond the
+    /// `limits` are refused.
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -95,14 +95,14 @@ impl Vsock {
         })
     }
 
-    /// Connections that there are now.
+    /// Returns the number of current connections.
     #[must_use]
     pub fn connections(&self) -> usize {
         let running = self.running.as_ref();
         running.map_or(0, |running| running.connections.len())
     }
 
-    /// Begins to work on both queues, with these packets to be sent first.
+    /// Starts serving both queues, with these packets to be sent first.
     fn run(
         &mut self,
         to_guest: Virtqueue,
@@ -114,7 +114,7 @@ impl Vsock {
         running.turn(&mut self.host);
     }
 
-    /// Takes up the queues that there are, when the machine goes on.
+    /// Resumes with the queues that are ready.
     fn go_on(&mut self, queues: [Option<Virtqueue>; 2], held: Held) {
         let (running, packets) = match held {
             Held::No => (None, Vec::new()),
@@ -233,7 +233,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        // The host's ends see their connections close.
+        // Dropping it closes the host's ends of the connections.
         self.running = None;
         self.held = Held::No;
         self.parked = [None, None];
@@ -288,7 +288,7 @@ impl VirtioDevice for Vsock {
 
     fn ready(&mut self, _source: usize) {
         let mut events = [EpollEvent::default(); WAKES];
-        // An error is a signal that came in between: what is ready stays so.
+        // The only possible error is an interruption by a signal: what is ready stays ready.
         let count = self.host.epoll.wait(0, &mut events).unwrap_or(0);
         let running = match (&mut self.running, &mut self.held) {
             (Some(running), _) => running,

@@ -30,7 +30,7 @@ const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 const THREADS: u32 = 1;
 const CORES: u32 = 2;
 
-/// The leaves of one vCPU.
+/// Returns the leaves of one vCPU.
 pub(super) fn fitted(supported: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_cpuid_entry2> {
     let mut leaves: Vec<_> = supported
         .iter()
@@ -99,12 +99,12 @@ fn fit(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
     }
 }
 
-/// How many more vCPUs share a cache of this level: all of them the third.
+/// Returns how many more vCPUs share a cache of this level: all of them the third.
 fn sharing_cache(level: u32, vcpus: u32) -> u32 {
     if level >= 3 { vcpus.min(4096) - 1 } else { 0 }
 }
 
-/// How many bits of the APIC id tell cores apart.
+/// Returns how many bits of the APIC id tell cores apart.
 fn apic_id_bits(vcpus: u32) -> u32 {
     vcpus.next_power_of_two().trailing_zeros()
 }

@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-/// An outlet to a descriptor that lives as long as the tests.
+/// Returns an outlet to a descriptor that lives as long as the tests.
 fn outlet_to(fd: impl Into<OwnedFd>) -> Outlet {
     let fd: &'static OwnedFd = Box::leak(Box::new(fd.into()));
     let behind = Box::leak(Box::new(AtomicBool::new(false)));
@@ -127,7 +127,7 @@ fn pipe() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(PipeFlags::CLOEXEC).expect("a pipe")
 }
 
-/// A terminal: what a user sees of it, and what a program writes to.
+/// Returns a terminal: what a user sees of it, and what a program writes to.
 fn terminal() -> (File, OwnedFd) {
     let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
     grantpt(&user).expect("a terminal");

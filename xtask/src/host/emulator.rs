@@ -42,7 +42,8 @@ impl Emulator {
         Ok(Self { child })
     }
 
-    /// What the console prints, signals, and with a terminal what the user asks of the rig itself.
+    /// Returns what the console prints, signals, and with a terminal what the user asks of the rig
+    /// itself.
     pub(super) fn events(
         &mut self,
         terminal: Option<&RawTerminal>,

@@ -110,7 +110,7 @@ pub(super) fn write_initramfs(
     Ok(())
 }
 
-/// The script that becomes the job's program.
+/// Returns the script that becomes the job's program.
 fn run_script(job: &Job, terminal: bool) -> String {
     let mut script = String::new();
     for (name, value) in &job.environment {

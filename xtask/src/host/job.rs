@@ -15,7 +15,7 @@ pub(crate) struct HostFile {
 }
 
 impl HostFile {
-    /// A program, which `from` is here and `to` shall be there.
+    /// Returns a program, which `from` is here and `to` shall be there.
     pub(crate) fn program(from: &Path, to: impl Into<PathBuf>) -> Self {
         Self {
             from: from.to_owned(),

@@ -14,7 +14,7 @@ pub(crate) struct NamelessFile {
 }
 
 impl NamelessFile {
-    /// An empty file, which programs started from here may open too.
+    /// Creates an empty file, which programs started from here may open too.
     pub(crate) fn new() -> Result<Self> {
         let folder = std::env::temp_dir();
         let path = folder.join(format!("armlet-xtask-{}", std::process::id()));
@@ -28,12 +28,12 @@ impl NamelessFile {
         Ok(Self { file })
     }
 
-    /// The file, to be written.
+    /// Returns the file, to be written.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
-    /// A path by which this process, and those that it starts, may open the file.
+    /// Returns a path by which this process, and those that it starts, may open the file.
     pub(crate) fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }

@@ -55,7 +55,7 @@ pub(crate) struct HostSpec {
 }
 
 impl HostSpec {
-    /// The usual host.
+    /// Creates the usual host.
     pub(crate) fn of(isa: Isa) -> Self {
         let (cpu, kernel, smp) = match isa {
             Isa::Arm64 => ("max", Kernel::V6_12, 2),
@@ -79,12 +79,12 @@ impl HostSpec {
         }
     }
 
-    /// The host that the variables `ARMLET_RIG_*` describe.
+    /// Returns the host that the variables `ARMLET_RIG_*` describe.
     pub(crate) fn from_environment() -> Result<Self> {
         Self::from_variables(Isa::from_environment()?)
     }
 
-    /// The host of this architecture that the other variables describe.
+    /// Returns the host of this architecture that the other variables describe.
     pub(crate) fn from_variables(isa: Isa) -> Result<Self> {
         let mut spec = Self::of(isa);
         let variable = |name: &str| std::env::var(format!("ARMLET_RIG_{name}")).ok();
@@ -125,7 +125,7 @@ impl HostSpec {
         Ok(spec)
     }
 
-    /// The machine in a few words.
+    /// Returns the machine in a few words.
     pub(crate) fn summary(&self) -> String {
         let counted = if self.icount {
             ", counting instructions"
@@ -144,7 +144,7 @@ impl HostSpec {
     }
 }
 
-/// A size such as `512M` or `4G` in MiB; a bare number is MiB.
+/// Returns a size such as `512M` or `4G` in MiB; a bare number is MiB.
 pub(crate) fn mebibytes(size: &str) -> Result<u32> {
     let (number, factor) = match size.strip_suffix(['G', 'g']) {
         Some(number) => (number, 1024),

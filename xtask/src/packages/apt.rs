@@ -24,7 +24,7 @@ pub(super) struct Package {
 }
 
 impl Package {
-    /// A folder name, the same for the same package and version.
+    /// Returns a folder name, the same for the same package and version.
     pub(super) fn folder(&self) -> String {
         format!("{}_{}", self.name, self.version).replace([':', '/'], ".")
     }
@@ -96,7 +96,7 @@ impl Apt {
         (self.distribution == Distribution::Debian).then(|| GUEST_RELEASE.to_owned())
     }
 
-    /// The record of the package that apt would choose from `suite`.
+    /// Returns the record of the package that apt would choose from `suite`.
     pub(super) fn record(&self, name: &str, suite: Option<&str>) -> Result<String> {
         let mut command = self.command("apt-cache");
         command.args(["show", "--no-all-versions", name]);
@@ -122,7 +122,7 @@ impl Apt {
         })
     }
 
-    /// The kernel package that the package `meta` stands for.
+    /// Returns the kernel package that the package `meta` stands for.
     pub(super) fn dependency(
         &self,
         meta: &str,
@@ -137,8 +137,8 @@ impl Apt {
         self.candidate(&format!("{kernel}:{architecture}"), suite)
     }
 
-    /// The packages that hold the files of the kernel package `kernel`: itself, and from 7.0 on,
-    /// where Debian has it empty, those of the executable and of the modules.
+    /// Returns the packages that hold the files of the kernel package `kernel`: itself, and from
+    /// 7.0 on, where Debian has it empty, those of the executable and of the modules.
     pub(super) fn kernel_parts(
         &self,
         kernel: &Package,
@@ -208,7 +208,7 @@ impl Apt {
     }
 }
 
-/// The private configuration: our folders, and of the machine's what reaches the archive.
+/// Returns the private configuration: our folders, and of the machine's what reaches the archive.
 pub(super) fn configuration(folder: &Path, native: &str, machine: &str) -> String {
     let folder = folder.display();
     let mut text = format!(
@@ -244,7 +244,7 @@ pub(super) fn configuration(folder: &Path, native: &str, machine: &str) -> Strin
     text
 }
 
-/// The packages that `apt-get install --simulate` would install.
+/// Returns the packages that `apt-get install --simulate` would install.
 ///
 /// A line is `Inst NAME[:ARCH] [OLD-VERSION] (VERSION ARCHIVE [ARCH])`.
 pub(super) fn simulated_installs(text: &str) -> Vec<Package> {
@@ -260,7 +260,8 @@ pub(super) fn simulated_installs(text: &str) -> Vec<Package> {
     text.lines().filter_map(install).collect()
 }
 
-/// The packages that a package's record names as needed and whose names begin like one of `starts`.
+/// Returns the packages that a package's record names as needed and whose names begin like one of
+/// `starts`.
 pub(super) fn dependencies<'a>(record: &'a str, starts: &[&str]) -> Vec<&'a str> {
     let depends = field(record, "Depends").unwrap_or_default();
     depends
@@ -270,7 +271,7 @@ pub(super) fn dependencies<'a>(record: &'a str, starts: &[&str]) -> Vec<&'a str>
         .collect()
 }
 
-/// The value of `key` in a package's record.
+/// Returns the value of `key` in a package's record.
 pub(super) fn field<'a>(record: &'a str, key: &str) -> Option<&'a str> {
     let mut lines = record.lines().filter_map(|line| line.split_once(": "));
     lines

@@ -22,7 +22,7 @@ pub(crate) struct Bindings {
 }
 
 impl Store {
-    /// The bindings of the newest kernel that this machine's release has, ready to be used.
+    /// Returns the bindings of the newest kernel that this machine's release has, ready to be used.
     pub(crate) fn bindings(&self) -> Result<Bindings> {
         let documents = self.stored("bindings", |apt, into| {
             let suite = apt.backports();
@@ -67,7 +67,7 @@ impl Store {
     }
 }
 
-/// The folder of bindings within the package, each of which is packed by itself.
+/// Returns the folder of bindings within the package, each of which is packed by itself.
 fn unpacked(documents: &Path) -> Result<PathBuf> {
     let mut find = Command::new("find");
     find.arg(documents).args(["-type", "d", "-path"]);

@@ -10,7 +10,7 @@ pub(super) fn unpack(archive: &Path, into: &Path) -> Result<()> {
     run_silently(Command::new("dpkg").arg("-x").arg(archive).arg(into))
 }
 
-/// The first file below `folder` whose name fits, in the order of names.
+/// Returns the first file below `folder` whose name fits, in the order of names.
 pub(super) fn find(folder: &Path, fits: &dyn Fn(&str) -> bool) -> Result<Option<PathBuf>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {folder:?}"))? {

@@ -36,7 +36,7 @@ impl Kernel {
         Self::V6_12X86,
     ];
 
-    /// The name by which options and stamps know it.
+    /// Returns the name by which options and stamps know it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::V6_12 => "6.12",
@@ -49,7 +49,7 @@ impl Kernel {
         }
     }
 
-    /// The machine that it is for.
+    /// Returns the machine that it is for.
     pub(crate) fn isa(self) -> Isa {
         match self {
             Self::V6_1X86 | Self::V6_12X86 => Isa::X86,
@@ -57,14 +57,14 @@ impl Kernel {
         }
     }
 
-    /// The kernel that `name` means, or an error that lists the names.
+    /// Returns the kernel that `name` means, or an error that lists the names.
     pub(crate) fn from_name(name: &str) -> Result<Self> {
         let found = Self::ALL.into_iter().find(|kernel| kernel.name() == name);
         let names = Self::ALL.map(Self::name).join(", ");
         found.with_context(|| format!("no kernel is called {name:?}; there are {names}"))
     }
 
-    /// The package that depends on the kernel, and the suite to take it from.
+    /// Returns the package that depends on the kernel, and the suite to take it from.
     pub(super) fn package(
         self,
         distribution: Distribution,

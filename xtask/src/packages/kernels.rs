@@ -62,7 +62,7 @@ pub(crate) struct Module {
 }
 
 impl Store {
-    /// A kernel.
+    /// Returns a kernel.
     pub(crate) fn kernel(&self, kernel: Kernel) -> Result<KernelFiles> {
         // The items called "kernel-..." of older caches lack most drivers.
         let item = format!("linux-{}", kernel.name());
@@ -82,7 +82,8 @@ impl Store {
 }
 
 impl KernelFiles {
-    /// The kernel's version: the end of its executable's name or, from 7.0 on, that of its folder.
+    /// Returns the kernel's version: the end of its executable's name or, from 7.0 on, that of its
+    /// folder.
     pub(crate) fn version(&self) -> String {
         let part = |path: &Path| {
             let name = path.file_name().unwrap_or_default();
@@ -95,8 +96,8 @@ impl KernelFiles {
         }
     }
 
-    /// The modules called `names` and those that they need, each after what it needs. What is built
-    /// into the kernel is left out.
+    /// Returns the modules called `names` and those that they need, each after what it needs. What
+    /// is built into the kernel is left out.
     pub(crate) fn modules(&self, names: &[&str]) -> Result<Vec<Module>> {
         let mut modules = Vec::new();
         let mut seen = BTreeSet::new();
@@ -134,7 +135,7 @@ impl KernelFiles {
         Ok(())
     }
 
-    /// The module called `name`, if it is one.
+    /// Returns the module called `name`, if it is one.
     fn module(&self, name: &str) -> Result<Option<Vec<u8>>> {
         // A file may have hyphens where the module's name has underscores.
         let wanted = format!("{name}.ko");
@@ -154,15 +155,15 @@ impl KernelFiles {
     }
 }
 
-/// The boot executable below `folder`: `boot/vmlinuz-VERSION` or, from 7.0 on,
+/// Returns the boot executable below `folder`: `boot/vmlinuz-VERSION` or, from 7.0 on,
 /// `usr/lib/modules/VERSION/vmlinuz`.
 fn executable(folder: &Path) -> Result<PathBuf> {
     let fits = |name: &str| name == "vmlinuz" || name.starts_with("vmlinuz-");
     find(folder, &fits)?.with_context(|| format!("no kernel in {folder:?}"))
 }
 
-/// The names of the modules that the module `data` needs, from its section `.modinfo` (Linux,
-/// include/linux/module.h: `MODULE_INFO`, `MODULE_SOFTDEP`).
+/// Returns the names of the modules that the module `data` needs, from its section `.modinfo`
+/// (Linux, include/linux/module.h: `MODULE_INFO`, `MODULE_SOFTDEP`).
 fn needs(data: &[u8]) -> Result<Vec<String>> {
     let info = elf::section(data, ".modinfo")?.context("no .modinfo")?;
     Ok(needs_in(info))

@@ -51,7 +51,8 @@ impl Release {
     }
 }
 
-/// What apt knows of the machine's sources; from lists of our own when the machine has none.
+/// Returns what apt knows of the machine's sources; from lists of our own when the machine has
+/// none.
 pub(super) fn machine_targets(folder: &Path) -> Result<String> {
     let format = "$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(CODENAME)|$(COMPONENT)|$(ARCHITECTURE)|\
                   $(ORIGIN)|$(SOURCESENTRY)";
@@ -106,7 +107,7 @@ pub(super) fn parse_target(line: &str) -> Option<Target<'_>> {
     })
 }
 
-/// The private sources, in apt's deb822 format, from what the machine's apt knows.
+/// Returns the private sources, in apt's deb822 format, from what the machine's apt knows.
 ///
 /// `signature` gives the `Signed-By` value of a sources entry, if it has one.
 pub(super) fn sources(
@@ -190,13 +191,14 @@ pub(super) fn sources(
     }
 }
 
-/// The text of the file that an entry such as `/etc/apt/sources.list:3` lies in.
+/// Returns the text of the file that an entry such as `/etc/apt/sources.list:3` lies in.
 pub(super) fn read_source(entry: &str) -> String {
     let file = entry.rsplit_once(':').map_or(entry, |(file, _)| file);
     fs::read_to_string(file).unwrap_or_default()
 }
 
-/// The `Signed-By` value of `entry` in the sources file `text`, as it would stand after the colon.
+/// Returns the `Signed-By` value of `entry` in the sources file `text`, as it would stand after the
+/// colon.
 ///
 /// An entry is numbered by stanza in a deb822 file and by line in a one-line-style file.
 pub(super) fn source_signature(entry: &str, text: &str) -> Option<String> {
@@ -232,7 +234,7 @@ pub(super) const GUEST_RELEASE: &str = "bookworm";
 /// The one whose backports have the newest kernel.
 pub(super) const NEWEST_RELEASE: &str = "trixie";
 
-/// The suite of what was made for a Debian release after it came out.
+/// Returns the suite of what was made for a Debian release after it came out.
 pub(super) fn backports_of(release: &str) -> String {
     format!("{release}-backports")
 }

@@ -31,7 +31,7 @@ pub(crate) struct System {
     pub(crate) rest: Vec<PathBuf>,
 }
 
-/// Whether this machine's apt knows the archive that systems are made from.
+/// Returns whether this machine's apt knows the archive that systems are made from.
 pub(crate) fn can_make_systems() -> bool {
     let release = super::read(Path::new("/etc/os-release"));
     let release = release.and_then(|text| super::Release::parse(&text));
@@ -73,8 +73,8 @@ impl Store {
         Ok(System { folder, base, rest })
     }
 
-    /// The folder into which `names` and all that they need are unpacked, without being installed:
-    /// programs and their libraries, not a system.
+    /// Returns the folder into which `names` and all that they need are unpacked, without being
+    /// installed: programs and their libraries, not a system.
     pub(crate) fn programs(&self, isa: Isa, item: &str, names: &[&str]) -> Result<PathBuf> {
         let item = format!("{item}-{:08x}", digest(names));
         self.stored(&item, |_, into| {
@@ -176,7 +176,7 @@ impl SystemApt {
         command
     }
 
-    /// The packages that apt would install for `names`, in its order.
+    /// Returns the packages that apt would install for `names`, in its order.
     fn resolve(&self, names: &[&str]) -> Result<Vec<Package>> {
         let mut command = self.command();
         command.args(["install", "--simulate", "-qq"]).args(names);
@@ -219,7 +219,7 @@ impl SystemApt {
     }
 }
 
-/// The machine's private sources, turned to [`SYSTEM_RELEASE`] and one architecture.
+/// Returns the machine's private sources, turned to [`SYSTEM_RELEASE`] and one architecture.
 fn system_sources(machine: &str, codename: &str, architecture: &str) -> String {
     let turn = |line: &str| {
         if let Some(suites) = line.strip_prefix("Suites: ") {
@@ -242,7 +242,7 @@ fn system_sources(machine: &str, codename: &str, architecture: &str) -> String {
         .collect::<String>()
 }
 
-/// The archives in `folder`, in the order of names.
+/// Returns the archives in `folder`, in the order of names.
 fn archives_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut archives = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {folder:?}"))? {
@@ -255,7 +255,7 @@ fn archives_in(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(archives)
 }
 
-/// A number that tells lists of words apart: FNV-1a.
+/// Returns a number that tells lists of words apart: FNV-1a.
 pub(crate) fn digest(words: &[&str]) -> u32 {
     let mut digest = 0x811c_9dc5_u32;
     for byte in words.iter().flat_map(|word| word.bytes().chain([0])) {
@@ -264,8 +264,8 @@ pub(crate) fn digest(words: &[&str]) -> u32 {
     digest
 }
 
-/// The archive `from` with its parts uncompressed, and the time at which it was built, in seconds
-/// since 1970. An emulated machine would spend minutes on unpacking them.
+/// Returns the archive `from` with its parts uncompressed, and the time at which it was built, in
+/// seconds since 1970. An emulated machine would spend minutes on unpacking them.
 pub(crate) fn uncompressed(from: &Path) -> Result<(Vec<u8>, u64)> {
     let tar = |option: &str| {
         let output = Command::new("dpkg-deb")

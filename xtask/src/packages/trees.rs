@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Kernel, Package, Store, find};
 
 impl Store {
-    /// The device tree called `name`, such as `bcm2711-rpi-4-b.dtb`, of a kernel's package.
+    /// Returns the device tree called `name`, such as `bcm2711-rpi-4-b.dtb`, of a kernel's package.
     pub(crate) fn device_tree(&self, kernel: Kernel, name: &str) -> Result<PathBuf> {
         let item = format!("tree-{}-{name}", kernel.name());
         let folder = self.stored(&item, |apt, into| {

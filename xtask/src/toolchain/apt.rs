@@ -11,7 +11,7 @@ use super::compiler::Compiler;
 use crate::command::output_of;
 use crate::progress::say;
 
-/// The package that `/usr/bin/rustc` belongs to, and its version.
+/// Returns the package that `/usr/bin/rustc` belongs to, and its version.
 pub(super) fn package_of(compiler: &Compiler) -> Result<(String, String)> {
     let owner = output_of(Command::new("dpkg-query").arg("-S").arg(&compiler.program))?;
     let (package, _) = owner

@@ -68,7 +68,7 @@ impl Cache {
     }
 }
 
-/// The note's text, unless it is older than `age`.
+/// Returns the note's text, unless it is older than `age`.
 pub(super) fn recent(note: &Path, age: Duration) -> Option<String> {
     let written = fs::metadata(note).and_then(|about| about.modified()).ok()?;
     let recent = written.elapsed().is_ok_and(|passed| passed < age);

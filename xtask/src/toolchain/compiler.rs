@@ -50,14 +50,14 @@ impl Compiler {
         })
     }
 
-    /// The linker that comes with rustup's compilers.
+    /// Returns the linker that comes with rustup's compilers.
     pub(super) fn rust_lld(&self) -> Option<PathBuf> {
         let tools = self.sysroot.join("lib/rustlib").join(&self.host);
         let linker = tools.join("bin/rust-lld");
         linker.is_file().then_some(linker)
     }
 
-    /// The linker for a self-contained target.
+    /// Returns the linker for a self-contained target.
     pub(super) fn linker(&self) -> String {
         match self.rust_lld() {
             Some(path) => path.display().to_string(),
@@ -67,7 +67,7 @@ impl Compiler {
         }
     }
 
-    /// The version and build, as part of a file's name.
+    /// Returns the version and build, as part of a file's name.
     pub(super) fn key(&self) -> String {
         let commit = self.commit.get(..9).unwrap_or(&self.commit);
         format!("{}-{commit}", self.release)

@@ -198,7 +198,7 @@ fn build_std(work: &Path, compiler: &Compiler, source: &Path, log: &Path) -> Res
     Ok(build.join("target").join(MUSL).join("release/deps"))
 }
 
-/// A crate that depends on the standard library as the compiler's own build does.
+/// Returns a crate that depends on the standard library as the compiler's own build does.
 ///
 /// The library's own workspace would not do: Debian leaves out what its tests depend on. Without
 /// the feature `backtrace` a program is 170 KiB smaller; a stripped one has no names to show.
@@ -290,13 +290,13 @@ fn assemble(sysroot: &Path, compiler: &Compiler, rlibs: &Path, root: &Path) -> R
     Ok(())
 }
 
-/// A script that starts `program` with the sysroot in whose `bin` the script lies.
+/// Returns a script that starts `program` with the sysroot in whose `bin` the script lies.
 pub(super) fn wrapper(program: &Path) -> String {
     let program = program.display();
     format!("#!/bin/sh\nexec {program} --sysroot \"${{0%/bin/*}}\" \"$@\"\n")
 }
 
-/// The static unwinder below `root`.
+/// Returns the static unwinder below `root`.
 fn unwinder(root: &Path) -> Result<PathBuf> {
     let library = root.join("usr/lib");
     let entries = fs::read_dir(&library).with_context(|| format!("cannot list {library:?}"))?;
@@ -338,7 +338,7 @@ fn try_out(sysroot: &Path, compiler: &Compiler, linker: &str, work: &Path) -> Re
     Ok(())
 }
 
-/// The files in `folder` whose names end so, in the order of names.
+/// Returns the files in `folder` whose names end so, in the order of names.
 fn files(folder: &Path, end: &str) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot list {folder:?}"))?;
     let paths = entries.flatten().map(|entry| entry.path());

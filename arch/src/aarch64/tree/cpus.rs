@@ -86,7 +86,8 @@ impl<'a> Caches<'a> {
         }
     }
 
-    /// The phandle of the cache above level 1 with this index: a vCPU's own, or that of all.
+    /// Returns the phandle of the cache above level 1 with this index: a vCPU's own, or that of
+    /// all.
     fn phandle(&self, index: usize, vcpu: u32) -> u32 {
         let owner = if self.above[index].shared { 0 } else { vcpu };
         // Behind the phandles of the vCPUs.

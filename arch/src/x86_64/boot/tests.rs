@@ -10,8 +10,8 @@ const PC: &str = include_str!("../../../../boards/pc.toml");
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// The start of a bzImage with the figures of a Debian kernel: 16 MiB preferred, 2 MiB aligned,
-/// 32 MiB taken, initrd below 2 GiB.
+/// Returns the start of a bzImage with the figures of a Debian kernel: 16 MiB preferred, 2 MiB
+/// aligned, 32 MiB taken, initrd below 2 GiB.
 fn bz_head() -> Vec<u8> {
     let mut head = vec![0; 0x400];
     let mut put = |at: usize, value: &[u8]| head[at..at + value.len()].copy_from_slice(value);
@@ -58,7 +58,7 @@ fn range(start: u64, end: u64) -> Range {
     Range::new(start, end - start).expect("not empty")
 }
 
-/// The memory map as the guest reads it.
+/// Returns the memory map as the guest reads it.
 fn read_e820(page: &[u8]) -> Vec<Range> {
     let number = |at: usize| u64::from_le_bytes(page[at..at + 8].try_into().expect("8 bytes"));
     (0..usize::from(page[0x1e8]))

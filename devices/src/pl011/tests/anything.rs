@@ -1,10 +1,10 @@
-//! What holds whatever a guest does.
+//! Properties that hold whatever a guest does.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// One thing that happens to a UART.
+/// An event at a UART.
 #[derive(Clone, Debug)]
 enum Event {
     Read(u64, usize),
@@ -98,7 +98,7 @@ proptest! {
                 }
                 Event::Write(offset, mut data) => {
                     if offset == offset::CR {
-                        // Looping back mixes the two directions: tested apart.
+                        // Loopback mixes the two directions; it is tested separately.
                         data[0] &= !0x80;
                     }
                     assert_eq!(bench.uart.write(offset, &data), Action::None);
@@ -114,7 +114,7 @@ proptest! {
                     assert_eq!(bench.uart.write_data(&bytes), Action::None);
                     output.extend(bytes);
                 }
-                // These put in what was not sent, or take out what was not read.
+                // These add input that was not sent, or drop input that was not read.
                 Event::Break | Event::Reset => {}
             }
             let told = bench.rooms() - rooms;

@@ -1,4 +1,4 @@
-//! Linux's drivers, the early console and amba-pl011.c, as accesses in their order.
+//! Linux's drivers, the early console and amba-pl011.c, as sequences of accesses.
 
 use std::collections::VecDeque;
 
@@ -25,7 +25,7 @@ fn early_console_prints_before_anything_is_enabled() {
 pub(super) fn linux_opens(bench: &mut Bench) {
     bench.write16(offset::ICR, 0x7d0);
     let im = bench.read16(offset::IMSC);
-    // Unmasked for a moment: the VMM is not so quick (see `Pl011::wanted`).
+    // Unmasked only briefly: the VMM does not react in time (see `Pl011::wanted`).
     bench.write(offset::IMSC, 0x50);
     bench.write16(offset::IMSC, im);
     bench.write16(offset::IFLS, 0x12);
@@ -93,7 +93,8 @@ fn linux_throttles(bench: &mut Bench) {
     bench.write16(offset::IMSC, 0);
 }
 
-/// `pl011_unthrottle_rx`, since a fix of November 2022; before, it threw away as opening does.
+/// `pl011_unthrottle_rx`, since a fix of November 2022; before that, it drained the FIFO as opening
+/// does.
 fn linux_unthrottles(bench: &mut Bench) {
     bench.write16(offset::IMSC, 0x50);
 }
@@ -179,7 +180,7 @@ fn linux_receives_by_interrupt() {
 }
 
 #[test]
-fn linux_throws_away_what_came_before_it_opened_and_hears_what_comes_after() {
+fn linux_discards_input_from_before_it_opened_and_receives_what_follows() {
     let mut bench = Bench::with_fifos();
     assert_eq!(bench.uart.receive(&[b'x'; 20]), 16);
     linux_opens(&mut bench);
@@ -215,7 +216,7 @@ fn nothing_is_wanted_while_linux_only_sends() {
 }
 
 #[test]
-fn nothing_is_wanted_while_linux_throws_away() {
+fn nothing_is_wanted_while_linux_drains_the_fifo() {
     let mut bench = Bench::with_fifos();
     assert_eq!(bench.uart.receive(&[b'x'; 20]), 16);
     bench.write16(offset::ICR, 0x50);
@@ -259,7 +260,8 @@ fn linux_wants_what_fits_from_open_to_close_except_when_throttled() {
 
 #[test]
 fn linux_seems_to_listen_for_a_moment_before_it_opens() {
-    // What the doc of `wanted` warns of: pl011_hwinit unmasks, pl011_allocate_irq masks.
+    // The window that the documentation of `wanted` describes: pl011_hwinit unmasks,
+    // pl011_allocate_irq masks.
     let mut bench = Bench::with_fifos();
     bench.write16(offset::ICR, 0x7d0);
     bench.write16(offset::IMSC, 0x50);
@@ -315,15 +317,15 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Linux's driver, and what its users got from it.
+/// Linux's driver, and what its users received.
 #[derive(Default)]
 struct Linux {
     is_open: bool,
     is_throttled: bool,
     got: Vec<u8>,
-    /// What the device took, without what sat in its FIFO at a close.
+    /// What the device accepted, without what was in its FIFO at a close.
     expected: Vec<u8>,
-    /// How much of what the device took is accounted for in `expected`.
+    /// How much of what the device accepted is accounted for in `expected`.
     accounted: usize,
 }
 
@@ -360,7 +362,7 @@ impl Linux {
         }
     }
 
-    /// All that was taken is expected, but the last `lost` bytes.
+    /// Adds what was accepted to `expected`, but for the last `lost` bytes.
     fn account(&mut self, bench: &Bench, lost: usize) {
         let taken = &bench.input.taken;
         self.expected
@@ -378,7 +380,7 @@ proptest! {
         leftovers in 0..FIFO_DEPTH,
     ) {
         let (mut bench, mut linux) = (Bench::with_fifos(), Linux::default());
-        // Firmware left these behind; Linux throws them away.
+        // Left over from firmware; Linux discards them.
         bench.uart.receive(&vec![b'x'; leftovers]);
         bench.input.waiting = input.iter().copied().collect();
         bench.input.pace = pace.into();
@@ -392,7 +394,7 @@ proptest! {
             linux.does(&mut bench, &step);
         }
         while !bench.input.waiting.is_empty() {
-            // A full FIFO is no dead end as long as the guest is told of it.
+            // A full FIFO does not stall as long as its interrupt is raised.
             prop_assert!(bench.uart.wanted() > 0 || bench.line.is_high());
             for step in [Step::Wait(usize::MAX), Step::Interrupt] {
                 linux.does(&mut bench, &step);

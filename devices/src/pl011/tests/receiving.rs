@@ -1,4 +1,4 @@
-//! When the guest listens, and what the receive FIFO does with what comes.
+//! When the guest listens, and how the receive FIFO handles input.
 
 use super::*;
 
@@ -77,7 +77,7 @@ fn firmware_that_echoes_each_character_gets_all() {
 
 #[test]
 fn firmware_that_reads_the_control_register_between_polls() {
-    // EDK2, TerminalDxe and PL011UartLib: GetControl until it tells of input, then Poll, Read.
+    // EDK2, TerminalDxe and PL011UartLib: GetControl until it reports input, then Poll, Read.
     let mut bench = Bench::with_fifos();
     for _ in 0..3 {
         assert_eq!(bench.uart.wanted(), 0);
@@ -170,7 +170,7 @@ fn cleared_interrupts_stay_clear_until_their_cause_comes_again() {
     assert_eq!(bench.ris(), interrupt::RX | interrupt::RT | interrupt::TX);
     bench.write(offset::ICR, 0x7ff);
     assert_eq!(bench.ris(), 0);
-    // Past the trigger already: only the timeout speaks.
+    // Above the trigger already: only the timeout interrupt is raised.
     bench.uart.receive(b"x");
     assert_eq!(bench.ris(), interrupt::RT);
     bench.write(offset::DR, u32::from(b'y'));
@@ -178,7 +178,7 @@ fn cleared_interrupts_stay_clear_until_their_cause_comes_again() {
 }
 
 #[test]
-fn a_break_is_a_marked_zero() {
+fn a_break_is_a_zero_with_the_break_flag() {
     let mut bench = Bench::with_fifos();
     assert!(bench.uart.receive_break());
     bench.uart.receive(b"b");

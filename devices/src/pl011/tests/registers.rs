@@ -1,4 +1,4 @@
-//! What each register holds and does, looping back, and reset.
+//! The registers, loopback, and reset.
 
 use super::linux::linux_opens;
 use super::*;
@@ -74,14 +74,14 @@ fn narrow_accesses_see_the_low_bytes() {
     assert_eq!(byte, [0x34]);
     assert_eq!(bench.read16(offset::IBRD), 0x1234);
     assert_eq!(bench.read(offset::IBRD), 0x1234);
-    // A narrow write is a write of the register, with zeros above.
+    // A narrow write writes the whole register, zero-extended.
     assert_eq!(bench.uart.write(offset::IBRD, &[0x56]), Action::None);
     assert_eq!(bench.read(offset::IBRD), 0x56);
     assert_eq!(bench.uart.faults(), 0);
 }
 
 #[test]
-fn wrong_accesses_are_zero_ignored_and_counted() {
+fn invalid_accesses_read_as_zero_are_ignored_and_counted() {
     let mut bench = Bench::new();
     let mut wide = [0xff; 8];
     assert_eq!(bench.uart.read(offset::CR, &mut wide), Action::None);
@@ -98,7 +98,7 @@ fn wrong_accesses_are_zero_ignored_and_counted() {
         bench.write(offset, 1);
         assert_eq!(bench.uart.faults(), before + 2, "{offset:#x}");
     }
-    // Registers of one direction.
+    // Read-only and write-only registers.
     for offset in [offset::FR, offset::RIS, offset::MIS, 0xfe0] {
         let (before, value) = (bench.uart.faults(), bench.read(offset));
         bench.write(offset, 0xffff);
@@ -202,7 +202,7 @@ fn reset_is_power_on() {
     let rooms = bench.rooms();
     bench.uart.reset();
     assert!(!bench.line.is_high());
-    // There is room again, but nobody listens.
+    // There is room again, but the guest does not listen.
     assert_eq!(bench.rooms(), rooms);
     assert_eq!(bench.uart.wanted(), 0);
     assert_eq!(bench.output(), b"last words");

@@ -1,11 +1,11 @@
-//! What the guest reads from memory while its output is collected.
+//! What the guest reads from memory while its output is coalesced.
 
 use proptest::prelude::*;
 
 use super::linux::linux_opens;
 use super::*;
 
-/// All that a snapshot may show: a word that is not a register reads as zero.
+/// The window of the snapshot: a word that is not a register reads as zero.
 const WINDOW: std::ops::Range<usize> = 0..0x1000;
 
 fn snapshot(bench: &Bench) -> Snapshot {
@@ -25,7 +25,7 @@ fn assert_shows_what_is_read(bench: &mut Bench) {
 }
 
 #[test]
-fn it_is_what_reads_of_every_register_return() {
+fn a_snapshot_is_what_reads_of_every_register_return() {
     let mut bench = Bench::new();
     assert_shows_what_is_read(&mut bench);
     for offset in [
@@ -70,13 +70,13 @@ fn each_word_is_named_once_and_the_data_register_is_zero() {
 }
 
 #[test]
-fn taking_one_changes_nothing() {
+fn taking_a_snapshot_has_no_side_effects() {
     let mut bench = Bench::new();
     linux_opens(&mut bench);
     let (faults, rooms) = (bench.uart.faults(), bench.rooms());
     let listening = bench.uart.listening();
     let first = snapshot(&bench);
-    // Not even polls of the flags are counted, which would be listening.
+    // It does not even count as a poll of the flags, which would mean that the guest listens.
     assert_eq!(snapshot(&bench), first);
     assert_eq!(bench.uart.faults(), faults);
     assert_eq!(bench.rooms(), rooms);
@@ -105,7 +105,7 @@ fn there_is_none_while_an_error_waits() {
     let mut bench = Bench::with_fifos();
     assert!(bench.uart.receive_break());
     assert_eq!(bench.uart.snapshot(), None);
-    // The character is gone; what came with it stays in UARTRSR until the next, or a write.
+    // The character is gone; its error flags stay in UARTRSR until the next one, or a write.
     bench.read(offset::DR);
     assert_eq!(bench.uart.snapshot(), None);
     bench.write(offset::RSR_ECR, 0);
@@ -116,7 +116,7 @@ fn there_is_none_while_an_error_waits() {
     bench.drain();
     assert_eq!(bench.uart.snapshot(), None);
     bench.write(offset::RSR_ECR, 0);
-    // UARTDR tells of the overrun until a character was taken in since.
+    // UARTDR shows the overrun until another character has been received.
     assert_eq!(bench.read(offset::DR), dr::OVERRUN);
     assert_eq!(bench.uart.snapshot(), None);
     bench.write(offset::DR, u32::from(b'y'));
@@ -137,7 +137,7 @@ fn it_changes_with_the_registers_that_change() {
         bench.write(offset, value);
         assert_ne!(snapshot(&bench), before, "{offset:#x}");
         assert_shows_what_is_read(&mut bench);
-        // The same once more is no change.
+        // Writing the same value again is no change.
         let before = snapshot(&bench);
         bench.write(offset, value);
         assert_eq!(snapshot(&bench), before, "{offset:#x}");

@@ -1,4 +1,4 @@
-//! A PL011 that is saved, and another that goes on in its place.
+//! Saving a PL011, and restoring it into another.
 
 use proptest::prelude::*;
 
@@ -37,7 +37,7 @@ fn make() -> (Pl011, Arc<FakeLine>) {
 }
 
 #[test]
-fn a_restored_guest_that_listens_is_told_of() {
+fn restoring_a_listening_guest_reports_room() {
     let mut bench = Bench::new();
     bench.write(offset::IMSC, interrupt::RX | interrupt::RT);
     let state = bench.uart.save();
@@ -48,7 +48,7 @@ fn a_restored_guest_that_listens_is_told_of() {
 }
 
 #[test]
-fn what_no_guest_can_bring_about_is_not_restored() {
+fn a_state_that_no_guest_can_cause_is_refused() {
     let (mut uart, _) = make();
     let saved = uart.save();
     let mut state = saved.clone();

@@ -36,7 +36,7 @@ impl Inside {
         )
     }
 
-    /// Whether it tells of the pages of this memory.
+    /// Returns whether it tells of the pages of this memory.
     pub(super) fn is_of(&self, memory: &GuestMemoryMmap) -> bool {
         let banks = Inside::new(memory);
         let shape = |bank: &Bank| (bank.start, bank.words.len());
@@ -53,7 +53,7 @@ impl Inside {
         Inside(banks.map(|(start, words)| Bank { start, words }).collect())
     }
 
-    /// The word and the bit of a page; banks that share a word share the first of them.
+    /// Returns the word and the bit of a page; banks that share a word share the first of them.
     fn find(&mut self, page: u64) -> Option<(&mut u64, u32)> {
         self.0.iter_mut().find_map(|bank| {
             let offset = page.checked_sub(bank.start)?;

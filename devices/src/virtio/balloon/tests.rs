@@ -92,7 +92,7 @@ impl Bench {
         self.guest.move_to(Balloon::new(0, offer, Box::new(host)));
     }
 
-    /// A driver that takes all that is offered, as Linux does where it fills free pages.
+    /// Returns a driver that takes all that is offered, as Linux does where it fills free pages.
     fn started(page_size: u64, offer: Offer) -> Bench {
         let mut bench = Bench::new(page_size, offer);
         let features = lock(&bench.guest.device).features();
@@ -115,7 +115,7 @@ impl Bench {
         self.send(1, pages);
     }
 
-    /// What went back since the last look, by page.
+    /// Returns what went back since the last look, by page.
     fn back(&self) -> Vec<(u64, u64)> {
         std::mem::take(&mut *lock(&self.log))
     }

@@ -51,8 +51,8 @@ pub(super) struct Working {
     pub(super) pages: Vec<u64>,
 }
 
-/// The queues that there are with these features, in order. Drivers number the ones that are there
-/// without gaps (drivers/virtio/virtio_mmio.c: vm_find_vqs).
+/// Returns the queues that there are with these features, in order. Drivers number the ones that
+/// are there without gaps (drivers/virtio/virtio_mmio.c: vm_find_vqs).
 pub(super) fn roles(features: u64) -> impl Iterator<Item = Role> {
     [
         (Role::Inflate, u64::MAX),
@@ -67,7 +67,7 @@ pub(super) fn roles(features: u64) -> impl Iterator<Item = Role> {
 }
 
 impl Working {
-    /// The queue of this role, where the driver has it.
+    /// Returns the queue of this role, where the driver has it.
     pub(super) fn queue(&mut self, role: Role) -> Option<&mut Virtqueue> {
         let found = self.queues.iter_mut().find(|(known, _)| *known == role);
         found.and_then(|(_, queue)| queue.as_mut())

@@ -1,4 +1,4 @@
-//! A file system device whose server works, ends, and comes back.
+//! A file system device whose server works, ends, and is replaced.
 
 use std::sync::Mutex;
 
@@ -9,7 +9,7 @@ use super::*;
 use crate::virtio::fake::Guest;
 use crate::virtio::lock;
 
-/// A server that does nothing but say what it is told.
+/// A server that only records its calls.
 #[derive(Clone)]
 struct FakeServer {
     bell: Arc<EventFd>,
@@ -21,9 +21,9 @@ struct State {
     starts: Vec<(u64, usize)>,
     stops: usize,
     pauses: usize,
-    /// What it would take next, of each queue.
+    /// The next available request of each queue.
     base: [u16; 2],
-    /// Where it went on in each queue, each time.
+    /// The positions at which it was resumed, for each call.
     resumed: Vec<Vec<u16>>,
     dead: Option<&'static str>,
     refuses: bool,
@@ -49,7 +49,7 @@ impl Server for FakeServer {
         state.pauses += 1;
         match state.dead {
             Some(why) => Err(why.to_owned()),
-            // It has done what it took.
+            // It has completed what it popped.
             None => Ok(queues
                 .iter()
                 .map(|queue| (queue.index(), state.base[usize::from(queue.index())]))
@@ -92,21 +92,21 @@ fn share() -> (Fs, FakeServer) {
     (device, server)
 }
 
-/// A request of FUSE with this number.
+/// Returns a FUSE request with this unique ID.
 fn request(unique: u8) -> [u8; FUSE_IN] {
     let mut bytes = [0; FUSE_IN];
     bytes[8] = unique;
     bytes
 }
 
-/// The answer that it failed.
+/// Returns the answer to a request that failed.
 fn failed(unique: u8) -> Vec<u8> {
     let mut bytes = vec![16, 0, 0, 0, 0xfb, 0xff, 0xff, 0xff];
     bytes.extend([unique, 0, 0, 0, 0, 0, 0, 0]);
     bytes
 }
 
-/// The server takes a request and completes it, as far as the guest can see.
+/// Completes a request in the server's stead.
 fn complete(guest: &mut Guest<Fs>, queue: usize, head: u16) {
     let [_, _, used] = guest.rings(queue);
     let index: u16 = guest.memory.read_obj(GuestAddress(used + 2)).expect("ring");
@@ -143,7 +143,7 @@ fn the_server_gets_queues_and_features_and_is_stopped_at_a_reset() {
     let (device, server) = share();
     let mut guest = Guest::started(device, 0);
     assert_eq!(lock(&server.state).starts, [(1 << 32, 2)]);
-    // It takes the requests itself.
+    // The server processes the requests itself.
     guest.request(1, &[&request(1)], &[100]);
     kick(&mut guest, 1);
     assert!(guest.used(1).is_empty());
@@ -157,7 +157,7 @@ fn the_server_gets_queues_and_features_and_is_stopped_at_a_reset() {
 fn when_the_server_ends_each_request_gets_an_error() {
     let (device, server) = share();
     let mut guest = Guest::started(device, 0);
-    // One was served, one is under way, and one more comes afterwards.
+    // One is completed, one is in flight, and one follows later.
     let done = guest.request(1, &[&request(1)], &[100]);
     guest.request(1, &[&request(2)], &[16, 84]);
     complete(&mut guest, 1, done);
@@ -171,7 +171,7 @@ fn when_the_server_ends_each_request_gets_an_error() {
     guest.request(1, &[&request(3)], &[100]);
     kick(&mut guest, 1);
     assert_eq!(guest.used(1)[0].1, failed(3));
-    // To forget a file has no answer.
+    // FUSE_FORGET has no answer.
     guest.request(0, &[&request(4)], &[]);
     kick(&mut guest, 0);
     assert_eq!(guest.used(0)[0].1, []);
@@ -179,7 +179,7 @@ fn when_the_server_ends_each_request_gets_an_error() {
 }
 
 #[test]
-fn its_end_is_told_once() {
+fn its_end_is_reported_once() {
     let (device, server) = share();
     let mut guest = Guest::started(device, 0);
     lock(&server.state).dead = Some("it was killed");
@@ -199,7 +199,7 @@ fn its_end_is_told_once() {
 }
 
 #[test]
-fn a_server_that_cannot_be_started_is_one_that_ended() {
+fn a_server_that_cannot_be_started_counts_as_ended() {
     let (device, server) = share();
     lock(&server.state).refuses = true;
     let mut guest = Guest::started(device, 0);
@@ -215,7 +215,7 @@ fn a_queue_that_is_stopped_ends_the_server_and_all_set_up_again_have_a_new_one()
     guest.request(1, &[&request(1)], &[100]);
     guest.stop_queue(0);
     assert_eq!(lock(&server.state).stops, 1);
-    // The other queue's requests fail, rather than wait for ever.
+    // The other queue's requests fail rather than hang.
     assert_eq!(guest.used(1)[0].1, failed(1));
     guest.set_up_queue(0);
     guest.request(0, &[&request(2)], &[100]);
@@ -236,7 +236,7 @@ fn a_queue_that_is_stopped_ends_the_server_and_all_set_up_again_have_a_new_one()
 }
 
 #[test]
-fn a_server_goes_on_where_it_let_go() {
+fn a_server_resumes_where_it_paused() {
     let (device, server) = share();
     let mut guest = Guest::started(device, 0);
     let done = guest.request(1, &[&request(1)], &[100]);
@@ -249,7 +249,7 @@ fn a_server_goes_on_where_it_let_go() {
         assert_eq!((state.starts.len(), state.pauses, state.stops), (1, 1, 0));
         assert_eq!(state.resumed, [[0, 1]]);
     }
-    // A reset while it is held ends it.
+    // A reset while the machine is paused stops the server.
     guest.mmio.quiesce();
     guest.write(0x70, 0);
     assert_eq!(lock(&server.state).stops, 1);
@@ -259,7 +259,7 @@ fn a_server_goes_on_where_it_let_go() {
 }
 
 #[test]
-fn a_server_that_is_another_one_knows_nothing_of_the_guest() {
+fn another_server_has_no_session_of_the_guest() {
     let (device, server) = share();
     let mut guest = Guest::started(device, 0);
     let done = guest.request(1, &[&request(1)], &[100]);
@@ -269,11 +269,11 @@ fn a_server_that_is_another_one_knows_nothing_of_the_guest() {
     assert_eq!(guest.used(1).len(), 1);
     let (device, other) = share();
     guest.move_to(device);
-    // Its first answer: the request that nobody had taken.
+    // Its first answer is to the request that was never popped.
     kick(&mut guest, 1);
     assert_eq!(guest.used(1)[0].1, failed(2));
     assert!(lock(&other.state).starts.is_empty());
-    // So it stays, wherever it goes on.
+    // It stays so after it moves.
     guest.move_to(share().0);
     guest.request(1, &[&request(3)], &[100]);
     kick(&mut guest, 1);
@@ -288,7 +288,7 @@ fn a_server_that_ends_while_the_machine_is_held_fails_what_it_left() {
         let mut guest = Guest::started(device, 0);
         guest.request(1, &[&request(1)], &[100]);
         match refuses {
-            // It does not come back, or does not even let go.
+            // Its resume fails, or already its pause.
             true => lock(&server.state).refuses = true,
             false => lock(&server.state).dead = Some("it was killed"),
         }
@@ -317,7 +317,7 @@ fn a_buffer_outside_memory_fails_its_request_only() {
 }
 
 #[test]
-fn a_server_that_left_a_broken_ring_is_survived() {
+fn a_server_that_leaves_a_broken_ring_does_no_harm() {
     let (device, server) = share();
     let mut guest = Guest::started(device, 0);
     let [_, available, used] = guest.rings(1);

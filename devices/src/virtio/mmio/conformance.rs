@@ -1,5 +1,5 @@
-//! What the specification asks of all devices, tried with each of them: docs/virtio-conformance.md
-//! has the clauses.
+//! Requirements of the specification for all devices, tested with each of them:
+//! docs/virtio-conformance.md lists the clauses.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-/// A world in which everything that is asked for is there and nothing else happens.
+/// Backends that grant everything they are asked for and do nothing else.
 struct World {
     offloads: u64,
 }
@@ -125,7 +125,7 @@ impl Server for World {
 
 const ALL_OFFLOADS: u64 = net::GUEST_OFFLOADS | net::HOST_OFFLOADS;
 
-/// What is done with each kind of device.
+/// A test that runs with each kind of device.
 trait Trial {
     fn of<D: VirtioDevice + 'static>(&mut self, device: D);
 }
@@ -165,7 +165,7 @@ fn each(trial: &mut impl Trial) {
         deflate_on_oom: true,
     };
     trial.of(Balloon::new(1 << 20, offer, Box::new(world(0))));
-    // Tests run side by side.
+    // Tests run in parallel.
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let name = format!("armlet-conformance-{}-{number}", std::process::id());
@@ -220,7 +220,7 @@ fn no_device_touches_a_queue_that_is_not_ready() {
             }
             assert_eq!(guest.interrupts(), before);
             assert_eq!(guest.mmio.faults(), 0);
-            // All of them are there again.
+            // Sets all of them up again.
             for queue in 0..queues {
                 guest.set_up_queue(queue as u32);
             }
@@ -268,7 +268,7 @@ fn no_device_offers_a_feature_without_those_that_it_requires() {
 }
 
 #[test]
-fn each_subset_of_its_features_is_taken() {
+fn each_subset_of_a_devices_features_is_accepted() {
     struct Subsets;
     impl Trial for Subsets {
         fn of<D: VirtioDevice + 'static>(&mut self, device: D) {
@@ -278,7 +278,7 @@ fn each_subset_of_its_features_is_taken() {
             let mut guest = Guest::new(device);
             guest.negotiate(0);
             for bit in bits {
-                // It looks whether FEATURES_OK stands.
+                // This checks that FEATURES_OK stays set.
                 guest.negotiate(bit);
                 guest.negotiate(offered & !bit);
             }

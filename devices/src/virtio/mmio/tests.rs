@@ -1,4 +1,4 @@
-//! The register machine, driven as guests drive it and as none should.
+//! The register state machine, driven correctly and incorrectly.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,7 +22,7 @@ const NOT_OFFERED: u64 = 1 << 6;
 /// Queue sizes.
 const SIZES: [u16; 2] = [64, 4];
 
-/// A device that keeps each request until it is told to answer, and writes down what happens.
+/// A device that holds each request until it is told to answer, and records what happens.
 struct Keeper {
     config: Arc<ConfigSpace>,
     refuses: bool,
@@ -145,7 +145,7 @@ impl VirtioDevice for Keeper {
     }
 }
 
-/// A page that remembers.
+/// A page that records what is stored.
 #[derive(Default)]
 struct RecordingPage(Mutex<BTreeMap<usize, u32>>);
 
@@ -169,7 +169,7 @@ fn guest() -> Guest<Keeper> {
     Guest::new(Keeper::new())
 }
 
-/// What the driver's features are after it wrote them, and whether FEATURES_OK stands.
+/// Writes the driver's features; returns whether FEATURES_OK stays set.
 fn negotiate(guest: &mut Guest<Keeper>, features: u64) -> bool {
     guest.write(STATUS.into(), 0);
     guest.write(STATUS.into(), 3);
@@ -183,7 +183,7 @@ fn negotiate(guest: &mut Guest<Keeper>, features: u64) -> bool {
 }
 
 #[test]
-fn the_window_says_what_it_is() {
+fn the_window_identifies_itself() {
     let mut guest = guest();
     assert_eq!(guest.read(MAGIC.into()), 0x7472_6976);
     assert_eq!(guest.read(VERSION.into()), 2);
@@ -210,7 +210,7 @@ fn features_come_in_halves() {
 }
 
 #[test]
-fn queues_say_how_large_they_may_be() {
+fn queues_show_their_maximum_size() {
     let mut guest = guest();
     for (queue, size) in [(0, 64), (1, 4), (2, 0), (u32::MAX, 0)] {
         guest.write(QUEUE_SEL.into(), queue);
@@ -222,7 +222,7 @@ fn queues_say_how_large_they_may_be() {
 }
 
 #[test]
-fn the_device_gets_the_features_that_were_agreed_on() {
+fn the_device_gets_the_negotiated_features() {
     let mut guest = guest();
     guest.start(OFFERED | FEATURE_EVENT_IDX);
     let agreed = OFFERED | FEATURE_EVENT_IDX | FEATURE_VERSION_1;
@@ -235,9 +235,9 @@ fn features_that_were_not_offered_are_refused() {
     let mut guest = guest();
     assert!(!negotiate(&mut guest, FEATURE_VERSION_1 | NOT_OFFERED));
     assert!(!negotiate(&mut guest, FEATURE_VERSION_1 | 1 << 63));
-    // A driver of the time before version 1.
+    // A legacy driver.
     assert!(!negotiate(&mut guest, OFFERED));
-    // It may try again, with no reset between.
+    // It may try again without a reset.
     guest.write(DRIVER_FEATURES_SEL.into(), 1);
     guest.write(DRIVER_FEATURES.into(), (FEATURE_VERSION_1 >> 32) as u32);
     guest.write(STATUS.into(), 3 | FEATURES_OK);
@@ -245,7 +245,7 @@ fn features_that_were_not_offered_are_refused() {
 }
 
 #[test]
-fn features_stand_once_they_are_agreed_on() {
+fn features_are_fixed_once_negotiated() {
     let mut guest = guest();
     assert!(negotiate(&mut guest, FEATURE_VERSION_1));
     guest.write(DRIVER_FEATURES_SEL.into(), 0);
@@ -259,7 +259,7 @@ fn features_stand_once_they_are_agreed_on() {
 }
 
 #[test]
-fn without_agreement_nothing_starts() {
+fn without_features_ok_nothing_starts() {
     let mut guest = guest();
     for queue in 0..2 {
         guest.set_up_queue(queue);
@@ -268,7 +268,7 @@ fn without_agreement_nothing_starts() {
     assert!(guest.is_broken());
     assert!(lock(&guest.device).features.is_empty());
     assert_eq!(guest.mmio.faults(), 1);
-    // It is too late for it now.
+    // It is too late now.
     guest.write(DRIVER_FEATURES_SEL.into(), 1);
     guest.write(DRIVER_FEATURES.into(), (FEATURE_VERSION_1 >> 32) as u32);
     guest.write(STATUS.into(), 3 | FEATURES_OK | DRIVER_OK);
@@ -280,7 +280,7 @@ fn without_agreement_nothing_starts() {
 }
 
 #[test]
-fn a_device_starts_with_the_queues_that_there_are() {
+fn a_device_starts_with_the_queues_that_are_ready() {
     let mut guest = guest();
     guest.negotiate(0);
     guest.set_up_queue(1);
@@ -297,7 +297,7 @@ fn a_device_starts_with_the_queues_that_there_are() {
 }
 
 #[test]
-fn a_queue_that_cannot_be_asks_for_a_reset() {
+fn an_invalid_queue_asks_for_a_reset() {
     let wrong: [(u32, u32); 7] = [
         (QUEUE_SIZE, 0),
         (QUEUE_SIZE, 3),
@@ -335,7 +335,7 @@ fn a_device_that_does_not_start_asks_for_a_reset() {
 }
 
 #[test]
-fn a_working_device_has_its_registers_fixed() {
+fn registers_of_a_running_device_are_fixed() {
     let mut guest = guest();
     guest.start(0);
     guest.write(QUEUE_SEL.into(), 0);
@@ -364,7 +364,7 @@ fn a_working_device_has_its_registers_fixed() {
 fn status_bits_stay_until_a_reset() {
     let mut guest = guest();
     guest.start(0);
-    // Less than there is, and a bit that only the device sets.
+    // Fewer bits than are set, and one that only the device sets.
     guest.write(STATUS.into(), 1);
     guest.write(STATUS.into(), NEEDS_RESET);
     assert_eq!(guest.read(STATUS.into()), 15);
@@ -381,7 +381,7 @@ fn a_reset_ends_all_work() {
     guest.request(0, &[b"x"], &[8]);
     guest.kick(0);
     assert_eq!(lock(&guest.device).kept.len(), 1);
-    // A kick on its way.
+    // A kick that is still pending.
     guest.write(QUEUE_NOTIFY, 0);
     for select in [QUEUE_SEL, DEVICE_FEATURES_SEL, DRIVER_FEATURES_SEL] {
         guest.write(select.into(), 1);
@@ -397,10 +397,10 @@ fn a_reset_ends_all_work() {
     lock(&guest.device).answer_all();
     assert!(guest.used(0).is_empty());
     assert_eq!(guest.interrupts(), interrupts);
-    // A second one has nothing to end.
+    // A second reset has nothing to end.
     guest.write(STATUS.into(), 0);
     assert_eq!(lock(&guest.device).stops, 1);
-    // What was selected and agreed on is forgotten.
+    // Selectors and features are reset.
     let low = guest.read(DEVICE_FEATURES.into());
     assert_eq!(u64::from(low) & OFFERED, OFFERED);
     guest.write(STATUS.into(), 3 | FEATURES_OK);
@@ -413,7 +413,7 @@ fn a_reset_ends_all_work() {
 }
 
 #[test]
-fn a_device_is_taken_into_use_again_and_again() {
+fn a_device_can_be_started_again_and_again() {
     let mut guest = guest();
     for round in 0..300 {
         let features = if round % 2 == 0 { 0 } else { FEATURE_EVENT_IDX };
@@ -422,7 +422,7 @@ fn a_device_is_taken_into_use_again_and_again() {
             guest.request(queue, &[b"x"], &[6]);
             guest.kick(queue);
         }
-        // Some rounds end with the work half done.
+        // Some rounds end with requests in flight.
         if round % 3 > 0 {
             lock(&guest.device).answer_all();
             assert_eq!(guest.used(0)[0].1, b"answer");
@@ -434,7 +434,7 @@ fn a_device_is_taken_into_use_again_and_again() {
 }
 
 #[test]
-fn a_window_that_goes_away_ends_all_work() {
+fn dropping_a_window_ends_all_work() {
     let mut guest = guest();
     guest.start(0);
     let device = Arc::clone(&guest.device);
@@ -458,7 +458,7 @@ fn kicks_reach_their_queue() {
 }
 
 #[test]
-fn a_broken_ring_asks_for_a_reset_and_is_whole_after_it() {
+fn a_broken_ring_asks_for_a_reset_and_recovers() {
     let mut guest = guest();
     guest.start(0);
     guest.make_available(0, 9999);
@@ -472,7 +472,7 @@ fn a_broken_ring_asks_for_a_reset_and_is_whole_after_it() {
     guest.kick(1);
     lock(&guest.device).answer_all();
     assert_eq!(guest.used(1).len(), 1);
-    // Nothing but a reset takes the bit away.
+    // Only a reset clears the bit.
     guest.write(STATUS.into(), 15);
     assert!(guest.is_broken());
     guest.start(0);
@@ -484,7 +484,7 @@ fn a_broken_ring_asks_for_a_reset_and_is_whole_after_it() {
 }
 
 #[test]
-fn a_change_of_the_configuration_is_told_and_acknowledged() {
+fn a_configuration_change_interrupts_and_is_acknowledged() {
     let mut guest = guest();
     guest.start(0);
     let before = guest.read(CONFIG_GENERATION.into());
@@ -498,7 +498,7 @@ fn a_change_of_the_configuration_is_told_and_acknowledged() {
     assert_eq!(guest.read(CONFIG as u64), 0x0403_6301);
     assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED | CONFIG_CHANGED);
     assert_eq!(guest.interrupts(), 1);
-    // The other bit is no acknowledgement of this one.
+    // Acknowledging the other bit does not clear this one.
     guest.write(INTERRUPT_ACK, USED);
     assert_eq!(guest.read(INTERRUPT_STATUS.into()), USED | CONFIG_CHANGED);
     guest.write(INTERRUPT_ACK, CONFIG_CHANGED);
@@ -523,12 +523,12 @@ fn the_configuration_is_read_and_written_in_any_width() {
     let _ = guest.mmio.write(CONFIG as u64 + 250, &[9]);
     let writes = lock(&guest.device).writes.clone();
     assert_eq!(writes, [(5, vec![7, 8]), (250, vec![9])]);
-    // It is the device that decides what it takes.
+    // The device decides what it accepts.
     assert_eq!(guest.read(CONFIG as u64 + 4), 0x0807_0605);
 }
 
 #[test]
-fn accesses_that_no_register_takes_are_counted() {
+fn invalid_accesses_are_counted() {
     let mut guest = guest();
     for offset in [MAGIC, DEVICE_FEATURES, QUEUE_SIZE_MAX, 0x0f8, 0x001] {
         guest.write(offset.into(), 1);
@@ -561,7 +561,7 @@ fn a_driver_without_event_indexes_is_always_interrupted_and_one_with_them_as_it_
 }
 
 #[test]
-fn addresses_count_when_the_device_starts() {
+fn ring_addresses_take_effect_at_the_start() {
     let mut guest = guest();
     guest.negotiate(0);
     guest.write(QUEUE_SEL.into(), 0);

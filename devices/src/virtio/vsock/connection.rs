@@ -13,84 +13,85 @@ use super::packet::{HEADER, Header, Op, SHUT_BOTH, SHUT_RECEIVE, SHUT_SEND};
 use crate::virtio::Chain;
 use crate::virtio::queue::parts;
 
-/// Bytes that one connection buffers for the host at most; the guest is told so. They are only
-/// taken while the host's end does not read.
+/// The most bytes that a connection buffers for the host, as advertised to the guest. They are
+/// allocated only while the host's end does not read.
 pub(super) const BUFFER: u32 = 128 << 10;
 /// "CONNECT ", the longest port and a carriage return.
 const LONGEST_LINE: usize = 19;
 
-/// How far a connection has come.
+/// The state of a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// The host connected and says where it wants to go; its words so far.
+    /// The host's end has connected and is sending its first line; what it has sent so far.
     Greeting(Vec<u8>),
-    /// The guest is to be asked.
+    /// A request is to be sent to the guest.
     Asking,
-    /// It was asked.
+    /// The request was sent to the guest.
     Asked,
     /// The guest's request is to be answered.
     Answering,
-    /// Data flows.
+    /// The connection is established.
     Open,
 }
 
-/// A connection, seen from between its two ends.
+/// A connection between a port of the guest and a stream of the host.
 pub(super) struct Connection {
     stream: UnixStream,
     pub(super) state: State,
     pub(super) host_port: u32,
     pub(super) guest_port: u32,
-    /// Whether the stream may have something to read.
+    /// Whether the stream may be readable.
     readable: bool,
-    /// Whether the host's end sends no more.
+    /// Whether the host's end has shut down sending.
     ended: bool,
-    /// Whether the host's end takes no more.
+    /// Whether the host's end no longer receives.
     deaf: bool,
-    /// What the guest sent and the host's end did not take yet.
+    /// Data of the guest that the host's end has not accepted yet.
     waiting: VecDeque<u8>,
-    /// Bytes to the guest so far, modulo 2^32; and what it said of its buffer.
+    /// Bytes sent to the guest so far, modulo 2^32, and the buffer space that it advertised.
     sent: u32,
     guest_alloc: u32,
     guest_forwarded: u32,
-    /// Whether the guest was asked for room since it last said how much it has.
+    /// Whether a credit request was sent since the guest's last credit update.
     asked_credit: bool,
-    /// Bytes from the guest so far, those handed on, and what the guest knows of that.
+    /// Bytes received from the guest so far, those passed on, and the count that the guest was told
+    /// last.
     received: u32,
     forwarded: u32,
     told: u32,
-    /// Whether the guest wants to know.
+    /// Whether the guest has requested a credit update.
     wants_credit: bool,
-    /// What the guest shut, and what it was told that the host did: SHUT_*.
+    /// What the guest has shut down, and what it was told that the host has (SHUT_*).
     guest_shut: u32,
     told_shut: u32,
-    /// What of the guest's was done to the stream.
+    /// The guest's shutdowns that were applied to the stream.
     passed_on: u32,
-    /// Whether it waits for its turn to send to the guest.
+    /// Whether it is queued to send to the guest.
     pub(super) queued: bool,
 }
 
-/// That a connection cannot go on.
+/// An error that ends a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Dead;
 
-/// What came out of the stream.
+/// The result of reading the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Got {
     /// So many bytes.
     Bytes(usize),
-    /// Nothing now, or nothing ever.
+    /// Nothing now, or nothing any more.
     Nothing,
 }
 
 impl Connection {
-    /// A connection over `stream`, which does not block.
+    /// Creates a connection over the non-blocking `stream`.
     pub(super) fn new(stream: UnixStream, state: State) -> Connection {
         Connection {
             stream,
             state,
             host_port: 0,
             guest_port: 0,
-            // What came before it was waited for is announced when waiting begins.
+            // epoll reports data that arrived before the stream was added to it.
             readable: false,
             ended: false,
             deaf: false,
@@ -110,30 +111,30 @@ impl Connection {
         }
     }
 
-    /// The stream has something to read, or its end.
+    /// Records that the stream has data or has ended.
     pub(super) fn note_readable(&mut self) {
         self.readable = true;
     }
 
-    /// The host's end is gone: what waits for it never arrives.
+    /// Records that the host's end is gone: buffered data will never arrive.
     pub(super) fn note_gone(&mut self) {
         self.readable = true;
         self.deafen();
     }
 
-    /// Takes what a packet says of the guest's buffer (virtio 1.2, section 5.10.6.3).
+    /// Updates the guest's credit from a packet (virtio 1.2, section 5.10.6.3).
     pub(super) fn take_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc;
         self.guest_forwarded = header.fwd_cnt;
         self.asked_credit = false;
     }
 
-    /// The guest asks for our side of it.
+    /// Records that the guest has requested a credit update.
     pub(super) fn want_credit(&mut self) {
         self.wants_credit = true;
     }
 
-    /// What is to be sent to the guest next.
+    /// Returns the operation to be sent to the guest next.
     pub(super) fn next(&self) -> Option<Op> {
         match self.state {
             State::Greeting(_) | State::Asked => None,
@@ -157,13 +158,14 @@ impl Connection {
         (flows && !self.asked_credit).then_some(Op::CreditRequest)
     }
 
-    /// Bytes that the guest has room for.
+    /// Returns how many bytes the guest has room for.
     pub(super) fn credit(&self) -> u32 {
         let under_way = self.sent.wrapping_sub(self.guest_forwarded);
         self.guest_alloc.saturating_sub(under_way)
     }
 
-    /// Whether the guest believes less than half the buffer free, and is wrong.
+    /// Returns whether the guest believes that less than half of the buffer is free although more
+    /// is.
     fn owes_credit(&self) -> bool {
         let believed = self.received.wrapping_sub(self.told);
         self.forwarded != self.told && believed > BUFFER / 2
@@ -175,8 +177,8 @@ impl Connection {
         sends | takes
     }
 
-    /// Names the connection in the header of a packet to the guest, and says how much room there is:
-    /// each one of its packets does (virtio 1.2, section 5.10.6.3.2).
+    /// Fills the connection's ports and credit into the header of a packet to the guest, as each
+    /// packet has them (virtio 1.2, section 5.10.6.3.2).
     pub(super) fn name(&self, header: &mut Header) {
         header.src_port = self.host_port;
         header.dst_port = self.guest_port;
@@ -184,7 +186,7 @@ impl Connection {
         header.fwd_cnt = self.forwarded;
     }
 
-    /// Completes the header of a packet that goes to the guest now with `len` bytes of data.
+    /// Completes the header of a packet with `len` bytes of data that is being sent to the guest.
     pub(super) fn sending(&mut self, op: Op, len: usize, header: &mut Header) {
         self.name(header);
         header.op = op.number();
@@ -204,7 +206,7 @@ impl Connection {
         }
     }
 
-    /// Reads up to `most` bytes from the stream into a request, behind the header.
+    /// Reads up to `most` bytes from the stream into a buffer of the guest, after the header.
     ///
     /// # Errors
     /// A stream that broke.
@@ -216,7 +218,7 @@ impl Connection {
     ) -> Result<Got, Dead> {
         let mut done = 0;
         for part in parts(chain.writable(), HEADER, most) {
-            // A part may lie across two mappings.
+            // A segment may span two mappings.
             for slice in memory.get_slices(part.address, part.len) {
                 let Ok(mut slice) = slice else {
                     return Err(Dead);
@@ -227,7 +229,7 @@ impl Connection {
                     Ok(0) => self.ended = true,
                     Ok(len) => done += len,
                     Err(ErrorKind::WouldBlock) => self.readable = false,
-                    // What was read before is good.
+                    // What was read before the error is valid.
                     Err(_) if done > 0 => return Ok(Got::Bytes(done)),
                     Err(_) => return Err(Dead),
                 }
@@ -242,10 +244,10 @@ impl Connection {
         Ok(Got::Bytes(done))
     }
 
-    /// Hands `len` bytes of data behind a packet's header to the host's end, or keeps them for it.
+    /// Passes the `len` bytes of data after a packet's header to the host's end, or buffers them.
     ///
     /// # Errors
-    /// More data than the guest was told that there is room for.
+    /// When there is more data than the guest had credit for.
     pub(super) fn write_from(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -273,7 +275,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes from guest memory to the stream; returns how many bytes it took.
+    /// Writes from guest memory to the stream; returns how many bytes were written.
     fn write_now(&mut self, memory: &GuestMemoryMmap, chain: &Chain, len: usize) -> usize {
         let mut done = 0;
         for part in parts(chain.readable(), HEADER, len) {
@@ -299,7 +301,7 @@ impl Connection {
         done
     }
 
-    /// The stream has room: it gets what waits.
+    /// Writes buffered data to the stream, which has room.
     pub(super) fn flush(&mut self) {
         while !self.waiting.is_empty() {
             let (first, _) = self.waiting.as_slices();
@@ -312,61 +314,63 @@ impl Connection {
                 Err(_) => self.deafen(),
             }
         }
-        // Its room is for those that need it.
+        // Frees the allocation.
         self.waiting = VecDeque::new();
         self.pass_on_shut();
     }
 
-    /// The host's end takes no more: what is for it is gone, and so it takes no room.
+    /// Records that the host's end no longer receives, and drops the data buffered for it.
     fn deafen(&mut self) {
         self.deaf = true;
         self.waiting = VecDeque::new();
         self.forwarded = self.received;
     }
 
-    /// The guest shuts its end, or a half of it.
+    /// Handles a shutdown by the guest, of one direction or both.
     pub(super) fn shut(&mut self, flags: u32) {
         self.guest_shut |= flags & SHUT_BOTH;
         self.pass_on_shut();
     }
 
-    /// Shuts the stream as the guest did; what goes to the host, once all of it went.
+    /// Applies the guest's shutdown to the stream; for the direction to the host, once all buffered
+    /// data has been written.
     fn pass_on_shut(&mut self) {
         let mut wanted = self.guest_shut;
         if !self.waiting.is_empty() {
             wanted &= !SHUT_SEND;
         }
-        // Only once: each time is an event of its own.
+        // Only once, because each call raises another event.
         let new = wanted & !self.passed_on;
         self.passed_on = wanted;
         for (flag, how) in [(SHUT_RECEIVE, Shutdown::Read), (SHUT_SEND, Shutdown::Write)] {
             if new & flag != 0 {
-                // An error means that the host's end is gone, which is noticed elsewhere.
+                // An error means that the host's end is gone, which is handled elsewhere.
                 let _ = self.stream.shutdown(how);
             }
         }
     }
 
-    /// Whether the guest wants no more of it, and the host has all that it sent.
+    /// Returns whether the guest has shut down both directions, and the host has received
+    /// everything.
     pub(super) fn is_over(&self) -> bool {
         self.guest_shut == SHUT_BOTH && self.waiting.is_empty()
     }
 
-    /// Whether the host's end is gone before the connection came about.
+    /// Returns whether the host's end went away before the connection was established.
     pub(super) fn is_abandoned(&self) -> bool {
         self.deaf && matches!(self.state, State::Asking | State::Asked)
     }
 
-    /// Reads on in the host's first line, `CONNECT <port>`; returns the port at its end.
+    /// Reads more of the host's first line, `CONNECT <port>`; returns the port when it is complete.
     ///
     /// # Errors
-    /// Another line, or none.
+    /// When the line is malformed or missing.
     pub(super) fn greet(&mut self) -> Result<Option<u32>, Dead> {
         let State::Greeting(line) = &mut self.state else {
             return Ok(None);
         };
         loop {
-            // One by one: what follows the line is for the guest.
+            // Byte by byte, because what follows the line is for the guest.
             let mut byte = [0];
             match retry(|| (&self.stream).read(&mut byte)) {
                 Ok(1) if byte == *b"\n" => break,
@@ -378,18 +382,18 @@ impl Connection {
         }
         let line = str::from_utf8(line).map_err(|_| Dead)?;
         let port = line.trim_end().strip_prefix("CONNECT ").ok_or(Dead)?;
-        // There may be data right behind.
+        // Data may follow immediately.
         self.readable = true;
         port.parse().map(Some).map_err(|_| Dead)
     }
 
-    /// The guest took the connection: the host is told so, and data flows.
+    /// Establishes the connection that the guest accepted, and tells the host's end.
     ///
     /// # Errors
-    /// A host's end that is gone.
+    /// When the host's end is gone.
     pub(super) fn establish(&mut self) -> Result<(), Dead> {
         let line = format!("OK {}\n", self.host_port);
-        // The first bytes into an empty buffer: they all fit.
+        // These are the first bytes in an empty socket buffer, so they all fit.
         match retry(|| (&self.stream).write(line.as_bytes())) {
             Ok(written) if written == line.len() => {
                 self.state = State::Open;
@@ -400,7 +404,7 @@ impl Connection {
     }
 }
 
-/// Calls again what a signal broke off.
+/// Repeats a call while it is interrupted by a signal.
 fn retry(mut call: impl FnMut() -> io::Result<usize>) -> Result<usize, ErrorKind> {
     loop {
         match call() {
@@ -411,7 +415,7 @@ fn retry(mut call: impl FnMut() -> io::Result<usize>) -> Result<usize, ErrorKind
     }
 }
 
-/// As [`retry`], with guest memory: an error of memory is one of the stream.
+/// Like [`retry`], for transfers with guest memory; a memory error counts as one of the stream.
 fn retry_on_memory(
     mut call: impl FnMut() -> Result<usize, VolatileMemoryError>,
 ) -> Result<usize, ErrorKind> {

@@ -1,14 +1,14 @@
-//! The queue for events of a socket device (virtio 1.2, section 5.10.6.7). There is one event: the
-//! guest's connections are no more, because it goes on where it was not before.
+//! The event queue of a socket device (virtio 1.2, section 5.10.6.7). Its one event is the
+//! transport reset: the guest's connections are gone, because it was restored elsewhere.
 
 use crate::virtio::{Positions, Virtqueue, quiesced};
 
-/// Index of the queue.
+/// Index of the event queue.
 pub const EVENTS: usize = 2;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, struct virtio_vsock_event.
 const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
 
-/// The queue, and whether there is something to tell by it.
+/// The event queue, and whether an event is due.
 #[derive(Default)]
 pub struct Events {
     queue: Option<Virtqueue>,
@@ -16,23 +16,23 @@ pub struct Events {
 }
 
 impl Events {
-    /// Has this queue from now on, or none; nothing is done with it yet.
+    /// Sets the queue, or removes it; does not use it yet.
     pub fn set_queue(&mut self, queue: Option<Virtqueue>) {
         self.queue = queue;
     }
 
-    /// Whether the guest has still to hear that its connections are no more.
+    /// Returns whether a transport reset is still to be reported to the guest.
     #[must_use]
     pub fn owes_reset(&self) -> bool {
         self.owes
     }
 
-    /// The guest has to hear that its connections are no more, or has not.
+    /// Sets whether a transport reset is to be reported to the guest.
     pub fn owe_reset(&mut self, owes: bool) {
         self.owes = owes;
     }
 
-    /// Tells what there is to tell, if the guest has a buffer for it.
+    /// Reports an event that is due, if the guest has a buffer for it.
     pub fn tell(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|_| self.owes) else {
             return;
@@ -45,12 +45,12 @@ impl Events {
             let written = chain.write(queue.memory(), 0, &TRANSPORT_RESET);
             queue.complete(chain, written as u32);
             queue.signal();
-            // A buffer without room for it told nothing; the next one may.
+            // A buffer that is too small reports nothing; the next one may be large enough.
             self.owes = written < TRANSPORT_RESET.len();
         }
     }
 
-    /// Ends the work for now; what is to be told stays so.
+    /// Quiesces the queue; an event that is due stays so.
     pub fn quiesce(&mut self) -> Positions {
         quiesced(self.queue.take().iter_mut())
     }

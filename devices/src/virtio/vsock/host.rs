@@ -1,4 +1,5 @@
-//! The host's side of a socket device: its listening socket, and what watches its streams.
+//! The host's side of a socket device: its listening socket, and the epoll instance for its
+//! streams.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -6,19 +7,19 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Token of the listening socket; connections have smaller ones.
+/// The epoll token of the listening socket; connections have smaller ones.
 pub(super) const LISTENER: u64 = u64::MAX;
 
-/// Connects to what stands for a port of the host. It must not wait for anyone.
+/// Connects to the socket that stands for a port of the host. It must not block.
 pub type Connect = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
 
-/// What the connections may take of the process that the device runs in.
+/// Limits on what connections may use of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The most connections at a time, those that wait for an answer among them.
+    /// The most simultaneous connections, including those that are not yet established.
     pub connections: usize,
-    /// The first number that no connection's descriptor has. A new descriptor gets the smallest
-    /// number that is free, so those from here up are left for the rest of the process.
+    /// Connections' descriptors are below this number. A new descriptor gets the lowest free
+    /// number, so those from here up stay available to the rest of the process.
     pub descriptors: RawFd,
 }
 
@@ -31,7 +32,7 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// The host's side, whose listening socket is watched from here on.
+    /// Creates the host's side, and starts to watch the listening socket.
     ///
     /// # Errors
     /// A process without room for more descriptors.
@@ -52,7 +53,7 @@ impl Host {
         Ok(host)
     }
 
-    /// Watches a descriptor for `events`, which come with `token`.
+    /// Watches a descriptor for `events`, which are reported with `token`.
     pub(super) fn watch(&self, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
         let event = EpollEvent::new(events, token);
         self.epoll.ctl(ControlOperation::Add, fd, event)

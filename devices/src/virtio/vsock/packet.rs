@@ -1,4 +1,4 @@
-//! Packets of the socket device as they stand in its buffers (virtio 1.2, section 5.10.6).
+//! The wire format of the socket device's packets (virtio 1.2, section 5.10.6).
 
 /// Bytes of a packet's header.
 pub(in crate::virtio) const HEADER: usize = 44;
@@ -6,14 +6,14 @@ pub(in crate::virtio) const HEADER: usize = 44;
 /// VIRTIO_VSOCK_TYPE_STREAM.
 pub(super) const STREAM: u16 = 1;
 
-/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: who sends it takes no more data.
+/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender receives no more data.
 pub(super) const SHUT_RECEIVE: u32 = 1;
-/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: who sends it sends no more data.
+/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender sends no more data.
 pub(super) const SHUT_SEND: u32 = 2;
 /// Both.
 pub(super) const SHUT_BOTH: u32 = SHUT_RECEIVE | SHUT_SEND;
 
-/// What a packet is for: VIRTIO_VSOCK_OP_*.
+/// A packet's operation (VIRTIO_VSOCK_OP_*).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     Request,
@@ -36,7 +36,7 @@ impl Op {
         (7, Op::CreditRequest),
     ];
 
-    /// The operation of this number.
+    /// Returns the operation with this number.
     pub(super) fn of(number: u16) -> Option<Op> {
         Op::ALL
             .iter()
@@ -44,7 +44,7 @@ impl Op {
             .map(|(_, op)| *op)
     }
 
-    /// Its number.
+    /// Returns its number.
     pub(super) fn number(self) -> u16 {
         let known = Op::ALL.iter().find(|(_, op)| *op == self);
         known.map_or(0, |(number, _)| *number)
@@ -58,15 +58,15 @@ pub(super) struct Header {
     pub(super) dst_cid: u64,
     pub(super) src_port: u32,
     pub(super) dst_port: u32,
-    /// Bytes of data behind the header.
+    /// Bytes of data after the header.
     pub(super) len: u32,
     /// "type" in the specification.
     pub(super) kind: u16,
     pub(super) op: u16,
     pub(super) flags: u32,
-    /// Bytes that the sender buffers for this connection.
+    /// The sender's buffer space for this connection in bytes.
     pub(super) buf_alloc: u32,
-    /// Bytes that the sender took out of that buffer so far, modulo 2^32.
+    /// Bytes that the sender has consumed from that buffer, modulo 2^32.
     pub(super) fwd_cnt: u32,
 }
 
@@ -104,7 +104,7 @@ impl Header {
     }
 }
 
-/// The next `N` bytes; all fields together are [`HEADER`] bytes.
+/// Takes the next `N` bytes; all fields together are [`HEADER`] bytes.
 fn take<const N: usize>(left: &mut &[u8]) -> [u8; N] {
     let (field, rest) = left.split_first_chunk().expect("a field of the header");
     *left = rest;

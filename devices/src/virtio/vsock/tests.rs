@@ -156,7 +156,7 @@ impl World {
         }
     }
 
-    /// The next packet, which must be there and of this kind.
+    /// Returns the next packet, which must be there and of this kind.
     fn expect(&mut self, op: Op) -> (Header, Vec<u8>) {
         if self.inbox.is_empty() {
             self.run();
@@ -171,7 +171,8 @@ impl World {
         assert_eq!(self.inbox, []);
     }
 
-    /// A connection of the guest to a port of the host: the guest's port and the host's stream.
+    /// Returns a connection of the guest to a port of the host: the guest's port and the host's
+    /// stream.
     fn connection(&mut self, guest_port: u32, host_port: u32) -> UnixStream {
         let listener = self.listen(host_port);
         self.send(packet(Op::Request, guest_port, host_port), &[]);
@@ -193,7 +194,7 @@ impl World {
     }
 }
 
-/// A packet of the guest's.
+/// Returns a packet of the guest's.
 fn packet(op: Op, guest_port: u32, host_port: u32) -> Header {
     Header {
         src_cid: u64::from(CID),
@@ -207,7 +208,7 @@ fn packet(op: Op, guest_port: u32, host_port: u32) -> Header {
     }
 }
 
-/// What can be read now.
+/// Returns what can be read now.
 fn read_now(mut stream: &UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
     let mut part = [0; 4096];
@@ -223,7 +224,7 @@ fn read_now(mut stream: &UnixStream) -> Vec<u8> {
     }
 }
 
-/// Whether the other end sends no more.
+/// Returns whether the other end sends no more.
 fn is_ended(mut stream: &UnixStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(0) => true,

@@ -17,42 +17,42 @@ use crate::virtio::{Chain, Link, Virtqueue};
 /// VMADDR_CID_HOST: the host's address.
 pub(super) const HOST_CID: u64 = 2;
 
-/// The most packets "no such connection" that wait for the guest to make room; when there are more
-/// its own packets wait.
+/// The most reset packets that wait for the guest's buffers; beyond that, the guest's own packets
+/// are not processed.
 pub(super) const MOST_RESETS: usize = 256;
-/// The most packets for one turn, so that whoever waits for the device gets it.
+/// The most packets moved in one turn, so that whoever waits for the device gets it.
 const TURN: usize = 512;
-/// The most bytes in one packet to the guest: what Linux sends in one, so that many connections
-/// get their turns.
+/// The most bytes in one packet to the guest, the same as Linux sends, so that connections share
+/// the device fairly.
 const MOST_DATA: usize = 64 << 10;
-/// The most connections that are taken in one turn.
+/// The most connections accepted in one turn.
 const ACCEPTS: usize = 32;
-/// Ports of the host's side for those who connect to the guest: from here up, clear of those that
-/// guests listen and connect to.
+/// The first of the host-side ports for processes that connect to the guest, chosen to avoid ports
+/// that guests use.
 pub(super) const FIRST_PORT: u32 = 1 << 30;
 
-/// What a driver that took the device into use makes.
+/// The connections and queues while a driver uses the device.
 pub(super) struct Traffic {
     cid: u64,
     pub(super) to_guest: Virtqueue,
     pub(super) from_guest: Virtqueue,
     pub(super) link: Arc<Link>,
     pub(super) connections: HashMap<u64, Connection>,
-    /// Tokens by port of the host and port of the guest.
+    /// Tokens by host port and guest port.
     pub(super) tokens: HashMap<(u32, u32), u64>,
     next_token: u64,
     next_port: u32,
-    /// Those that have something for the guest, in turn.
+    /// The connections with something to send to the guest, in turn.
     pub(super) waiting: VecDeque<u64>,
-    /// Answers "no such connection" to be sent.
+    /// Reset packets ("no such connection") to be sent.
     pub(super) resets: VecDeque<Header>,
-    /// Whether someone may wait to be accepted.
+    /// Whether there may be connections to accept.
     accepting: bool,
 }
 
 impl Traffic {
-    /// The traffic of the guest with the address `cid` on these queues, with these packets to be
-    /// sent first.
+    /// Creates the traffic of the guest with the address `cid` on these queues, with these packets
+    /// to be sent first.
     pub(super) fn new(
         cid: u32,
         to_guest: Virtqueue,
@@ -70,17 +70,17 @@ impl Traffic {
             next_port: FIRST_PORT,
             waiting: VecDeque::new(),
             resets: packets.into_iter().collect(),
-            // Who came before the driver did waits still.
+            // Processes may have connected before the driver started.
             accepting: true,
         }
     }
 
-    /// Takes note of what happened to a descriptor.
+    /// Records events of a descriptor.
     pub(super) fn note(&mut self, token: u64, events: EventSet) {
         if token == LISTENER {
             self.accepting = true;
         }
-        // One that went since the event came is not found.
+        // The connection may have ended since the event was raised.
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
@@ -110,7 +110,7 @@ impl Traffic {
                 more = true;
                 break;
             }
-            // What was taken may have an answer.
+            // Packets that were processed may have replies.
             if taken == 0 {
                 break;
             }
@@ -124,20 +124,20 @@ impl Traffic {
 
     // ------------------------------------------------------------------------- from the host
 
-    /// Takes those who connect to the guest; returns whether there may be more of them.
+    /// Accepts connections to the guest; returns whether there may be more.
     fn accept(&mut self, host: &Host) -> bool {
         for _ in 0..ACCEPTS {
             if !self.accepting {
                 return false;
             }
             match host.listener.accept() {
-                // Beyond the bound the stream closes at once, and who connected sees that.
+                // Beyond the limit the stream is closed at once, which the other end sees.
                 Ok((stream, _)) if self.connections.len() < host.limits.connections => {
                     let _ = self.add(host, stream, State::Greeting(Vec::new()));
                 }
                 Ok(_) => {}
-                // Nobody there; or no descriptors left, and then it goes on with the next one
-                // who connects.
+                // No pending connection; or no descriptors left, and the next connection triggers
+                // another attempt.
                 Err(_) => self.accepting = false,
             }
         }
@@ -147,7 +147,9 @@ impl Traffic {
     /// Adds a connection and returns its token.
     fn add(&mut self, host: &Host, stream: UnixStream, state: State) -> io::Result<u64> {
         if stream.as_raw_fd() >= host.limits.descriptors {
-            return Err(io::Error::other("its descriptor is kept for other things"));
+            return Err(io::Error::other(
+                "its descriptor is reserved for other uses",
+            ));
         }
         stream.set_nonblocking(true)?;
         let token = self.next_token;
@@ -159,7 +161,8 @@ impl Traffic {
         Ok(token)
     }
 
-    /// Reads where a host's end wants to go, and has the guest asked for it.
+    /// Reads the first line of a host's end, and queues the request to the guest when it is
+    /// complete.
     fn greet(&mut self, token: u64) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
@@ -174,16 +177,16 @@ impl Traffic {
         }
     }
 
-    /// A port of the host's side that has no connection to this one of the guest.
+    /// Returns a host port that has no connection to this guest port.
     fn free_port(&mut self, guest_port: u32) -> u32 {
         loop {
             let port = self.next_port;
-            // u32::MAX stands for "any port".
+            // u32::MAX is VMADDR_PORT_ANY.
             self.next_port = match port {
                 FIRST_PORT..0xffff_fffe => port + 1,
                 _ => FIRST_PORT,
             };
-            // There are fewer connections than ports.
+            // This ends, because there are fewer connections than ports.
             if !self.tokens.contains_key(&(port, guest_port)) {
                 return port;
             }
@@ -198,13 +201,13 @@ impl Traffic {
         }
     }
 
-    /// After something happened to a connection: it ends, or waits for its turn to send, or waits.
+    /// Decides what follows an event of a connection: it ends, is queued to send, or stays idle.
     fn settle(&mut self, token: u64) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
         if connection.is_abandoned() && connection.state == State::Asking {
-            // The guest never heard of it.
+            // The guest was never told of it.
             self.forget(token);
         } else if connection.is_abandoned() || connection.is_over() {
             self.reset(token);
@@ -214,21 +217,21 @@ impl Traffic {
         }
     }
 
-    /// Ends a connection for the host's end.
+    /// Closes a connection's host end and forgets it.
     fn forget(&mut self, token: u64) {
         if let Some(connection) = self.connections.remove(&token) {
             let ports = (connection.host_port, connection.guest_port);
             if self.tokens.get(&ports) == Some(&token) {
                 self.tokens.remove(&ports);
             }
-            // A guest that takes nothing must not make it grow.
+            // Otherwise the list would grow while the guest has no buffers.
             if connection.queued {
                 self.waiting.retain(|waiting| *waiting != token);
             }
         }
     }
 
-    /// Ends a connection for both ends.
+    /// Resets a connection for both ends.
     fn reset(&mut self, token: u64) {
         if let Some(connection) = self.connections.get(&token) {
             let mut header = Header {
@@ -246,7 +249,7 @@ impl Traffic {
 
     // -------------------------------------------------------------------------- to the guest
 
-    /// Sends what there is, as long as the guest has buffers.
+    /// Sends packets to the guest while it has buffers.
     fn send(&mut self, left: &mut usize) {
         self.to_guest.silence();
         while *left > 0 && (!self.resets.is_empty() || !self.waiting.is_empty()) {
@@ -264,7 +267,7 @@ impl Traffic {
             if chain.writable_len() <= HEADER {
                 let room = chain.writable_len();
                 self.link.fault(format_args!(
-                    "a buffer for packets has {room} bytes, no more than the {HEADER} of a header"
+                    "a receive buffer has {room} bytes and cannot hold data beside the header of {HEADER}"
                 ));
                 self.to_guest.complete(chain, 0);
                 continue;
@@ -276,7 +279,7 @@ impl Traffic {
         }
     }
 
-    /// Sends one packet of the connection whose turn it is, or leaves the buffer be.
+    /// Sends one packet of the next connection in turn, or puts the buffer back.
     fn send_next(&mut self, chain: Chain) {
         let token = self.waiting.pop_front();
         let connection = token.and_then(|token| self.connections.get_mut(&token));
@@ -318,7 +321,7 @@ impl Traffic {
         self.settle(token);
     }
 
-    /// Completes a buffer that has the packet's data in it already.
+    /// Writes the header of a packet whose data is already in the buffer, and completes it.
     fn put(&mut self, chain: Chain, header: Header) {
         chain.write(self.to_guest.memory(), 0, &header.to_bytes());
         self.to_guest.complete(chain, HEADER as u32 + header.len);
@@ -326,11 +329,11 @@ impl Traffic {
 
     // ------------------------------------------------------------------------ from the guest
 
-    /// Takes packets of the guest; returns how many.
+    /// Processes packets of the guest; returns how many.
     fn take(&mut self, host: &mut Host, left: &mut usize) -> usize {
         let mut taken = 0;
         self.from_guest.silence();
-        // With too many answers to be sent it goes on when the guest makes room for them.
+        // When too many resets wait, this continues once the guest has buffers for them.
         while *left > 0 && self.resets.len() < MOST_RESETS {
             let Some(chain) = self.from_guest.pop() else {
                 if self.from_guest.listen() {
@@ -373,7 +376,7 @@ impl Traffic {
             (Some(op), Some(token)) => {
                 if self.operate(token, op, &header, chain) == Err(Dead) {
                     self.link.fault(format_args!(
-                        "{op:?} of {} bytes is against the rules of connection {ports:?}",
+                        "{op:?} of {} bytes violates the protocol of connection {ports:?}",
                         header.len
                     ));
                     self.reset(token);
@@ -382,7 +385,7 @@ impl Traffic {
             }
             (None, Some(token)) => {
                 let op = header.op;
-                self.link.fault(format_args!("operation {op} is not known"));
+                self.link.fault(format_args!("unknown operation {op}"));
                 self.reset(token);
             }
             // No such connection, address or type.
@@ -410,7 +413,7 @@ impl Traffic {
         self.settle(token);
     }
 
-    /// Does what a packet for a connection asks for.
+    /// Handles a packet for an existing connection.
     fn operate(&mut self, token: u64, op: Op, header: &Header, chain: &Chain) -> Result<(), Dead> {
         let connection = self.connections.get_mut(&token).ok_or(Dead)?;
         connection.take_credit(header);

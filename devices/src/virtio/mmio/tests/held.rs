@@ -1,4 +1,4 @@
-//! A machine that is held, saved, and goes on in another.
+//! A machine that is paused, saved, and resumed or restored in another.
 
 use super::*;
 use crate::virtio::{DeviceState, Position, RestoreError};
@@ -8,7 +8,7 @@ fn kept(guest: &Guest<Keeper>) -> usize {
 }
 
 #[test]
-fn what_a_device_held_comes_again_and_in_order() {
+fn requests_in_flight_are_processed_again_in_order() {
     for moves in [false, true] {
         let mut guest = Guest::started(Keeper::new(), OFFERED);
         let first = guest.request(0, &[b"one"], &[6]);
@@ -82,7 +82,7 @@ fn registers_read_as_before() {
 }
 
 #[test]
-fn a_configuration_that_is_another_one_is_told_and_shows_by_its_generation() {
+fn a_changed_configuration_interrupts_and_changes_the_generation() {
     let mut guest = Guest::started(Keeper::new(), OFFERED);
     let before = guest.read(0xfc);
     let other = Keeper {
@@ -99,7 +99,7 @@ fn a_configuration_that_is_another_one_is_told_and_shows_by_its_generation() {
 }
 
 #[test]
-fn a_driver_that_comes_while_the_machine_is_held_is_served_when_it_goes_on() {
+fn a_driver_that_starts_while_the_machine_is_paused_is_served_on_resume() {
     let mut guest = guest();
     guest.mmio.quiesce();
     guest.start(OFFERED);
@@ -109,7 +109,7 @@ fn a_driver_that_comes_while_the_machine_is_held_is_served_when_it_goes_on() {
     guest.pause();
     assert_eq!(kept(&guest), 1);
     assert!(lock(&guest.device).queues[1].is_none());
-    // And one that goes is gone.
+    // So is a driver that goes away meanwhile.
     guest.mmio.quiesce();
     guest.write(0x70, 0);
     guest.mmio.resume();
@@ -118,7 +118,7 @@ fn a_driver_that_comes_while_the_machine_is_held_is_served_when_it_goes_on() {
 }
 
 #[test]
-fn a_device_that_does_not_take_up_the_work_asks_for_a_reset() {
+fn a_device_that_cannot_resume_asks_for_a_reset() {
     let mut guest = Guest::started(Keeper::new(), OFFERED);
     guest.mmio.quiesce();
     lock(&guest.device).refuses = true;
@@ -130,7 +130,7 @@ fn a_device_that_does_not_take_up_the_work_asks_for_a_reset() {
 }
 
 #[test]
-fn one_that_did_not_start_is_restored_whatever_its_driver_says_of_queues() {
+fn a_device_that_did_not_start_is_restored_with_any_queues() {
     let mut guest = guest();
     lock(&guest.device).refuses = true;
     guest.negotiate(OFFERED);
@@ -148,17 +148,18 @@ fn one_that_did_not_start_is_restored_whatever_its_driver_says_of_queues() {
 }
 
 #[test]
-fn a_machine_that_runs_is_not_saved_and_one_in_use_is_not_made_another() {
+fn a_running_device_is_not_saved_and_a_used_one_is_not_restored() {
     let mut guest = Guest::started(Keeper::new(), OFFERED);
     let error = guest.mmio.save().expect_err("it works");
-    assert_eq!(error.0, "a device that works cannot be saved");
+    assert_eq!(error.0, "a running device cannot be saved");
     guest.mmio.quiesce();
     let state = guest.mmio.save().expect("it is held");
     let error = guest.mmio.restore(&state).expect_err("it is in use");
     assert_eq!(error.0, "a driver has the device in use already");
 }
 
-/// What a fresh window says to a state that was changed by `change`; the window is as before.
+/// Returns a fresh window's error for a state modified by `change`, and checks that the window is
+/// unchanged.
 #[track_caller]
 fn refused(change: impl FnOnce(&mut MmioState)) -> String {
     let mut guest = Guest::started(Keeper::new(), OFFERED);
@@ -177,7 +178,7 @@ fn refused(change: impl FnOnce(&mut MmioState)) -> String {
 }
 
 #[test]
-fn a_state_that_cannot_be_is_refused() {
+fn an_invalid_state_is_refused() {
     let error = refused(|state| state.transport.id = 1);
     assert_eq!(error, "the state is that of device ID 1; this is 42");
     let error = refused(|state| state.transport.queues.truncate(1));
@@ -209,7 +210,7 @@ fn a_state_that_cannot_be_is_refused() {
 }
 
 proptest! {
-    /// Positions are numbers that anyone may have written.
+    /// Positions of a saved state are untrusted numbers.
     #[test]
     fn no_position_does_harm(next_available: u16, next_used: u16, broken: bool, offers in 0..64_u16) {
         let mut guest = Guest::started(Keeper::new(), OFFERED);

@@ -1,16 +1,16 @@
-//! The page of registers, beside what reads would give, whatever the driver does.
+//! The register page compared with what reads return, whatever the driver does.
 
 use super::*;
 
-/// What happens to a window.
+/// An event at a window.
 #[derive(Clone, Debug)]
 enum Act {
     Write(u32, u32),
-    /// All that it takes to start, as a well-behaved driver does it.
+    /// A complete start, as a correct driver performs it.
     Start(u32),
     /// The device changes its configuration.
     Change(usize, u8),
-    /// It finds the driver broken.
+    /// The device reports the driver broken.
     Break,
 }
 
@@ -39,7 +39,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     prop::collection::vec(act, 1..40)
 }
 
-/// A window with this page, and its device.
+/// Returns a window with this page, and its device.
 fn paged(page: &Arc<impl RegisterPage + 'static>) -> (Mmio, Arc<Mutex<Keeper>>) {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), 0x1_0000)]);
     let device = Arc::new(Mutex::new(Keeper::new()));
@@ -102,7 +102,7 @@ fn perform(mmio: &mut Mmio, device: &Mutex<Keeper>, act: Act) {
 proptest! {
     /// The guest may read the page in place of the registers, so it must never differ.
     #[test]
-    fn the_page_is_what_a_read_would_give(acts in acts()) {
+    fn the_page_shows_what_a_read_returns(acts in acts()) {
         let page = Arc::new(RecordingPage::default());
         let (mut mmio, device) = paged(&page);
         for step in std::iter::once(None).chain(acts.into_iter().map(Some)) {
@@ -118,9 +118,9 @@ proptest! {
         }
     }
 
-    /// Whatever came before, a driver that does it right gets a device that works.
+    /// Whatever came before, a correct driver gets a working device.
     #[test]
-    fn nothing_outlasts_a_reset(acts in acts()) {
+    fn nothing_survives_a_reset(acts in acts()) {
         let mut guest = guest();
         for act in acts {
             let Guest { mmio, device, .. } = &mut guest;
@@ -138,7 +138,7 @@ proptest! {
 
 #[test]
 fn a_reader_of_the_page_sees_that_the_configuration_changed() {
-    /// What is stored, in order.
+    /// The stores, in order.
     #[derive(Default)]
     struct Log(Mutex<Vec<(usize, u32)>>);
     impl RegisterPage for Log {
@@ -170,8 +170,8 @@ fn a_reader_of_the_page_sees_that_the_configuration_changed() {
 }
 
 #[test]
-fn a_reader_of_the_page_never_finds_a_part_of_a_field() {
-    /// The configuration's words as they are stored, those together that are stored at once.
+fn a_reader_of_the_page_never_sees_a_torn_field() {
+    /// The stores to the configuration space, with words stored together as one entry.
     #[derive(Default)]
     struct Words(Mutex<Vec<(usize, Vec<u8>)>>);
     impl RegisterPage for Words {
@@ -189,7 +189,7 @@ fn a_reader_of_the_page_never_finds_a_part_of_a_field() {
     let (_mmio, device) = paged(&page);
     let config = lock(&device).config();
     lock(&page.0).clear();
-    // A field of 8 bytes, and one of 6, as they are: the others of these 8 come with them.
+    // A field of 8 bytes, and one of 6, which is stored with its neighbours as 8.
     config.change(|bytes| bytes[..8].fill(0xaa));
     config.change(|bytes| bytes[..6].fill(0xbb));
     let stored = lock(&page.0).clone();

@@ -1,4 +1,4 @@
-//! Queues that stop and are set up again while the device works.
+//! Queues that are stopped and set up again while the device works.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn a_queue_stops_when_the_driver_says_so() {
     guest.request(1, &[b"x"], &[6]);
     guest.kick(0);
     guest.kick(1);
-    // A kick on its way.
+    // A kick that is still pending.
     guest.write(QUEUE_NOTIFY, 0);
     guest.write(QUEUE_SEL.into(), 0);
     guest.write(QUEUE_READY.into(), 0);
@@ -21,13 +21,13 @@ fn a_queue_stops_when_the_driver_says_so() {
     );
     assert_eq!(guest.mmio.faults(), 0, "it is no fault");
     assert!(guest.mmio.kicks()[0].read().is_err(), "it led nowhere");
-    // What was under way there touches nothing; the other queue works on.
+    // Requests in flight there access nothing; the other queue keeps working.
     let interrupts = guest.interrupts();
     lock(&guest.device).answer_all();
     assert!(guest.used(0).is_empty());
     assert_eq!(guest.used(1)[0].1, b"answer");
     assert_eq!(guest.interrupts(), interrupts + 1);
-    // Nothing comes out of it, and a second stop is none.
+    // Nothing more completes there, and a second stop has no effect.
     guest.request(0, &[b"x"], &[6]);
     guest.kick(0);
     guest.write(QUEUE_READY.into(), 0);
@@ -51,7 +51,7 @@ fn a_queue_that_was_stopped_is_set_up_again() {
         guest.set_up_queue(0);
         assert_eq!(guest.read(QUEUE_READY.into()), 1);
     }
-    // What it finds there is served without a kick of the driver.
+    // Requests that are already available are processed without a kick.
     guest.write(QUEUE_READY.into(), 0);
     guest.write(QUEUE_SIZE.into(), 8);
     guest.write(QUEUE_READY.into(), 1);
@@ -82,7 +82,7 @@ fn a_queue_that_was_left_out_is_set_up_later() {
 }
 
 #[test]
-fn a_queue_that_cannot_be_set_up_again_asks_for_a_reset() {
+fn a_queue_that_is_set_up_wrongly_asks_for_a_reset() {
     let mut guest = guest();
     guest.start(0);
     guest.write(QUEUE_SEL.into(), 0);
@@ -104,7 +104,7 @@ fn a_queue_that_cannot_be_set_up_again_asks_for_a_reset() {
 }
 
 #[test]
-fn a_device_that_did_not_start_hears_nothing_of_queues() {
+fn a_device_that_did_not_start_is_not_told_of_queues() {
     let mut guest = guest();
     lock(&guest.device).refuses = true;
     guest.negotiate(0);

@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// A packet of a guest that may be anything, but has to do with the connections that there are.
+/// Returns a packet of a guest that may be anything, but has to do with the connections that there
+/// are.
 fn wild_packet() -> impl Strategy<Value = (Header, Vec<u8>)> {
     let number = prop_oneof![
         Just(0_u32),
