@@ -24,6 +24,7 @@ use crate::measure_io::{GUEST_ADDRESS, HOST_ADDRESS, PORT, READY};
 use crate::packages::Store;
 use crate::progress::say;
 use crate::rig;
+use crate::vmms::Vmm;
 use tables::tables;
 pub(crate) use tables::text;
 
@@ -33,9 +34,13 @@ const LIMIT: Duration = Duration::from_secs(7200);
 /// Measure what armlet's devices cost, beside QEMU's, in one run.
 ///
 /// Everything runs in an emulated ARM64 host that counts instructions: a virtual nanosecond is one
-/// instruction. After `--` another VMM may follow, a static ARM64 program with its arguments, to be
-/// measured in the same way: {kernel}, {initrd} and {cmdline} stand for the guest's, {disk}
-/// for a disk image and {tap} for a network interface of the host.
+/// instruction. Other VMMs are measured in the same host, and each row says who is first. A VMM is a
+/// static ARM64 program with its arguments: {kernel}, {initrd}, {cmdline} (which names no console)
+/// and {cpus} stand for the guest's, {disk} for a disk image, {tap} for a network interface of the
+/// host; what uses neither a disk nor a network interface is not measured.
+///
+/// cargo xtask bench io --only disk --vmm "lkvm=/tmp/lkvm run -k {kernel} -i {initrd} -c {cpus}
+/// -m 256 -d {disk} -p 'console=ttyS0 {cmdline}'"
 #[derive(Debug, FromArgs)]
 #[argh(subcommand, name = "io")]
 pub(crate) struct BenchIo {
@@ -55,9 +60,13 @@ pub(crate) struct BenchIo {
     #[argh(switch)]
     alone: bool,
 
-    /// another VMM to measure too, after `--`
-    #[argh(positional, greedy)]
-    other: Vec<String>,
+    /// measure this VMM too: "NAME=PROGRAM ARGUMENTS"; may be repeated
+    #[argh(option)]
+    vmm: Vec<String>,
+
+    /// how many CPUs the host has (default 1)
+    #[argh(option, default = "1")]
+    host_cpus: u32,
 }
 
 const WORKS: [&str; 4] = ["disk", "net", "console", "memory"];
@@ -234,6 +243,22 @@ fn setups() -> Vec<Setup> {
     ]
 }
 
+/// A VMM that somebody asked for, with the work that its arguments have devices for.
+fn setups_of(vmm: &Vmm) -> impl Iterator<Item = Setup> {
+    let uses = |what: &str| vmm.arguments.iter().any(|word| word.contains(what));
+    let works: &[&str] = match (uses("{disk}"), uses("{tap}")) {
+        (true, true) => &["disk", "net", "memory"],
+        (true, false) => &["disk"],
+        (false, true) => &["net"],
+        (false, false) => &[],
+    };
+    works.iter().map(|work| Setup {
+        work,
+        name: vmm.name.clone(),
+        command: vmm.command(1, &["{disk}".to_owned()]),
+    })
+}
+
 impl BenchIo {
     /// Reads the command line after `bench io`.
     pub(crate) fn from_words(words: &[String]) -> Result<Self, argh::EarlyExit> {
@@ -244,7 +269,9 @@ impl BenchIo {
     /// Measures and prints tables, or JSON.
     pub(crate) fn run(&self) -> Result<i32> {
         ensure!(self.runs > 0, "--runs is at least 1");
+        ensure!(self.host_cpus > 0, "--host-cpus is at least 1");
         let works = self.works()?;
+        let vmms = Vmm::parse_all(&self.vmm, &["armlet", "QEMU"])?;
         let store = Store::open()?;
         let folder = assets::prepare(&store, Isa::Arm64, Choice::All)?;
         let armlet = boot::build(Isa::Arm64, "armlet", true)?;
@@ -262,30 +289,11 @@ impl BenchIo {
         let mut setups = setups();
         setups.retain(|setup| works.contains(&setup.work));
         if self.alone {
-            setups.retain(|setup| setup.name.starts_with("armlet"));
+            setups.retain(|setup| !setup.name.starts_with("QEMU"));
         }
-        let other = self.other.iter().skip_while(|word| *word == "--");
-        let other = other.cloned().collect::<Vec<_>>();
-        if let Some((program, arguments)) = other.split_first() {
-            let from = PathBuf::from(program);
-            let name = from.file_name().context("the other VMM names no file")?;
-            let name = name.to_string_lossy().into_owned();
-            let command = [&[format!("/bin/other-{name}")], arguments].concat();
-            let uses = |what: &str| arguments.iter().any(|word| word.contains(what));
-            let at_work = match (uses("{disk}"), uses("{tap}")) {
-                (true, true) => vec!["disk", "net", "memory"],
-                (true, false) => vec!["disk"],
-                (false, true) => vec!["net"],
-                (false, false) => vec![],
-            };
-            for work in at_work.into_iter().filter(|work| works.contains(work)) {
-                setups.push(Setup {
-                    work,
-                    name: name.clone(),
-                    command: command.clone(),
-                });
-            }
-            files.push(file(from, &command[0]));
+        for vmm in &vmms {
+            setups.extend(setups_of(vmm).filter(|setup| works.contains(&setup.work)));
+            files.push(vmm.host_file());
         }
 
         let image = fs::canonicalize(folder.join("Image")).context("no kernel for the guest")?;
@@ -294,7 +302,7 @@ impl BenchIo {
         initrd_for(&folder, &measurer, &initrd)?;
         files.push(file(initrd.path(), "/assets/initrd"));
         let spec = HostSpec {
-            smp: 1,
+            smp: self.host_cpus,
             icount: true,
             tools: true,
             ..HostSpec::of(Isa::Arm64)
@@ -456,5 +464,19 @@ mod tests {
                 "{all}"
             );
         }
+    }
+
+    #[test]
+    fn a_vmm_does_the_work_that_it_has_devices_for() {
+        let works = |text: &str| {
+            let vmm = Vmm::parse(text).expect("a VMM");
+            let setups = setups_of(&vmm).map(|setup| (setup.work, setup.command.join(" ")));
+            setups.collect::<Vec<_>>()
+        };
+        let command = "/bin/vmm-a -d {disk} -c 1".to_owned();
+        assert_eq!(works("a=/a -d {disk} -c {cpus}"), [("disk", command)]);
+        let both = works("a=/a -d {disk} -n {tap}");
+        assert_eq!(both.len(), 3);
+        assert_eq!(works("a=/a"), []);
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use argh::FromArgs;
 use serde_json::{Value, json};
 
@@ -114,8 +114,7 @@ impl BenchScale {
     /// Measures and prints a table, or JSON.
     pub(crate) fn run(&self) -> Result<i32> {
         let cases = self.cases()?;
-        let others = self.vmm.iter().map(|text| Vmm::parse(text));
-        let others = others.collect::<Result<Vec<_>>>()?;
+        let others = Vmm::parse_all(&self.vmm, &["armlet"])?;
         let store = Store::open()?;
         let folder = assets::prepare(&store, Isa::Arm64, Choice::Standard)?;
         let mut vmms = vec![Vmm {
@@ -130,14 +129,7 @@ impl BenchScale {
             .map(str::to_owned)
             .collect(),
         }];
-        for other in others {
-            ensure!(
-                vmms.iter().all(|vmm| vmm.name != other.name),
-                "two VMMs are called {:?}; give each its own name",
-                other.name
-            );
-            vmms.push(other);
-        }
+        vmms.extend(others);
         let measurer = boot::build(Isa::Arm64, "xtask", true)?;
         let image = fs::canonicalize(folder.join("Image")).context("no kernel for the guest")?;
         let mut files: Vec<HostFile> = vmms.iter().map(Vmm::host_file).collect();

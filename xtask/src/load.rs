@@ -21,8 +21,12 @@ use rustix::fs::OFlags;
 /// What is printed when the work begins, before its name.
 pub(crate) const START: &str = "IO-START";
 
-/// What is printed when it has ended, before its name, the number of operations and nanoseconds.
+/// What is printed when it has ended, before its name, the number of operations and nanoseconds, and
+/// the nanoseconds of one operation at each of [`PERCENTILES`] where each one was timed.
 pub(crate) const END: &str = "IO-END";
+
+/// The percentiles of an operation's latency that are told, in tenths of a per cent.
+pub(crate) const PERCENTILES: [u64; 3] = [500, 990, 999];
 
 /// How long a look at counters takes at most: the guest sleeps, and time counts nothing else.
 const LOOK: Duration = Duration::from_millis(100);
@@ -155,12 +159,37 @@ fn begin(name: &str) -> Result<Instant> {
     Ok(Instant::now())
 }
 
-/// Says that the work `name` has ended, after so many operations and nanoseconds.
-fn end(name: &str, operations: u64, begun: Instant) -> Result<()> {
-    let nanos = begun.elapsed().as_nanos();
-    say(&format!("{END} {name} {operations} {nanos}"))?;
+/// Says that the work `name` has ended, how many operations it took that long for, and the
+/// percentiles of `latencies`.
+fn end(name: &str, operations: u64, took: Duration, latencies: Latencies) -> Result<()> {
+    let nanos = took.as_nanos();
+    let mut line = format!("{END} {name} {operations} {nanos}");
+    for nanos in latencies.percentiles() {
+        line += &format!(" {nanos}");
+    }
+    say(&line)?;
     thread::sleep(LOOK);
     Ok(())
+}
+
+/// How long each operation took, in nanoseconds.
+#[derive(Default)]
+struct Latencies(Vec<u64>);
+
+impl Latencies {
+    /// Adds an operation that began then and has ended now.
+    fn since(&mut self, begun: Instant) {
+        self.0.push(begun.elapsed().as_nanos() as u64);
+    }
+
+    /// The latency at each of [`PERCENTILES`], by the nearest rank; none if nothing was timed.
+    fn percentiles(mut self) -> Vec<u64> {
+        self.0.sort_unstable();
+        let count = self.0.len() as u64;
+        let rank = |tenths: u64| (count * tenths).div_ceil(1000).max(1) as usize;
+        let at = |tenths| self.0.get(rank(tenths) - 1).copied();
+        PERCENTILES.into_iter().filter_map(at).collect()
+    }
 }
 
 fn say(line: &str) -> Result<()> {
@@ -204,12 +233,13 @@ impl Disk {
                     scope.spawn(move || {
                         let mut requests = Requests::new(self, file, blocks, index);
                         let warmed = requests.work(next, WARM_UP);
+                        requests.latencies.0.clear();
                         warm.wait();
                         go.wait();
                         let worked = warmed.and_then(|_| requests.work(next, self.operations));
                         over.wait();
                         done.fetch_add(worked.as_ref().map_or(0, |count| *count), Ordering::SeqCst);
-                        worked.map(drop)
+                        worked.map(|_| requests.latencies)
                     })
                 })
                 .collect::<Vec<_>>();
@@ -218,14 +248,15 @@ impl Disk {
             let begun = begin(&self.name);
             go.wait();
             over.wait();
-            let ended = begun.and_then(|begun| end(&self.name, self.operations, begun));
+            let took = begun?.elapsed();
+            let mut all = Latencies::default();
             for thread in threads {
                 match thread.join() {
-                    Ok(worked) => worked.context("cannot use the disk")?,
+                    Ok(worked) => all.0.extend(worked.context("cannot use the disk")?.0),
                     Err(_) => bail!("a thread of the load panicked"),
                 }
             }
-            ended
+            end(&self.name, self.operations, took, all)
         })?;
         let done = done.into_inner();
         ensure!(done == self.operations, "{done} requests were done");
@@ -241,6 +272,7 @@ struct Requests<'a> {
     random: u64,
     buffer: Vec<u8>,
     offset: usize,
+    latencies: Latencies,
 }
 
 impl<'a> Requests<'a> {
@@ -254,6 +286,7 @@ impl<'a> Requests<'a> {
             random: 0x9e37_79b9_7f4a_7c15 ^ (thread + 1),
             buffer,
             offset,
+            latencies: Latencies(Vec::with_capacity(disk.operations as usize)),
         }
     }
 
@@ -269,7 +302,9 @@ impl<'a> Requests<'a> {
                 true => self.draw() % self.blocks,
                 false => index % self.blocks,
             };
+            let begun = Instant::now();
             self.one(block * self.disk.block as u64)?;
+            self.latencies.since(begun);
             count += 1;
         }
     }
@@ -300,11 +335,15 @@ impl Net {
         let mut stream = TcpStream::connect(&self.connect)
             .with_context(|| format!("cannot connect to {}", self.connect))?;
         stream.set_nodelay(true)?;
-        let work = |stream: &mut TcpStream, count: u64| -> io::Result<u64> {
+        let mut latencies = Latencies::default();
+        let mut work = |stream: &mut TcpStream, count: u64| -> io::Result<u64> {
             match self.mode.as_str() {
                 "upload" => upload(stream, count),
                 "download" => download(stream, count),
-                _ => ping(stream, count),
+                _ => {
+                    latencies = Latencies(Vec::with_capacity(count as usize));
+                    ping(stream, count, &mut latencies)
+                }
             }
         };
         ensure!(
@@ -318,7 +357,8 @@ impl Net {
         work(&mut stream, warm).context("cannot talk to the server")?;
         let begun = begin(&self.name)?;
         let done = work(&mut stream, self.count).context("cannot talk to the server")?;
-        end(&self.name, done, begun)
+        let took = begun.elapsed();
+        end(&self.name, done, took, latencies)
     }
 }
 
@@ -344,12 +384,14 @@ fn download(stream: &mut TcpStream, count: u64) -> io::Result<u64> {
     Ok(count)
 }
 
-fn ping(stream: &mut TcpStream, count: u64) -> io::Result<u64> {
+fn ping(stream: &mut TcpStream, count: u64, latencies: &mut Latencies) -> io::Result<u64> {
     order(stream, b'p', count)?;
     let mut message = [7; MESSAGE];
     for _ in 0..count {
+        let begun = Instant::now();
         stream.write_all(&message)?;
         stream.read_exact(&mut message)?;
+        latencies.since(begun);
     }
     Ok(count)
 }
@@ -429,7 +471,8 @@ impl Stream {
             device.write_all(&line).context("cannot write the lines")?;
         }
         rustix::termios::tcdrain(&device).context("cannot wait for the terminal")?;
-        end(&self.name, lines * line.len() as u64, begun)
+        let bytes = lines * line.len() as u64;
+        end(&self.name, bytes, begun.elapsed(), Latencies::default())
     }
 }
 
@@ -464,10 +507,21 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let server = thread::spawn(move || answer(listener.accept().unwrap().0));
         let mut stream = TcpStream::connect(address).unwrap();
+        let mut latencies = Latencies::default();
         assert_eq!(upload(&mut stream, 300_000).unwrap(), 300_000);
         assert_eq!(download(&mut stream, 300_000).unwrap(), 300_000);
-        assert_eq!(ping(&mut stream, 10).unwrap(), 10);
+        assert_eq!(ping(&mut stream, 10, &mut latencies).unwrap(), 10);
+        assert_eq!(latencies.0.len(), 10);
         drop(stream);
         assert!(server.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn percentiles_are_latencies_that_were_seen() {
+        let of = |all: &[u64]| Latencies(all.to_vec()).percentiles();
+        assert_eq!(of(&[]), [0; 0]);
+        assert_eq!(of(&[7]), [7; 3]);
+        let thousand = (1..=1000).rev().collect::<Vec<_>>();
+        assert_eq!(of(&thousand), [500, 990, 999]);
     }
 }

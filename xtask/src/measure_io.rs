@@ -132,9 +132,10 @@ impl MeasureIo {
             let (operations, nanos) = number()
                 .zip(number())
                 .context("the guest's line is short")?;
+            let latencies = std::iter::from_fn(number).collect::<Vec<_>>();
             print(&json!({
                 "vmm": self.name, "work": self.work, "run": run, "name": name,
-                "operations": operations, "nanos": nanos,
+                "operations": operations, "nanos": nanos, "latencies": latencies,
                 "user": counts.user, "kernel": counts.kernel,
                 "kernel_all": counts.kernel_all, "guest": counts.guest,
                 "user_exits": answered, "exits": exits,

@@ -41,6 +41,25 @@ impl Vmm {
         })
     }
 
+    /// Reads one VMM from each of `texts`, with names that differ from one another's and from
+    /// those that are `taken`.
+    ///
+    /// # Errors
+    /// As [`Vmm::parse`], and a name that is there already.
+    pub(crate) fn parse_all(texts: &[String], taken: &[&str]) -> Result<Vec<Vmm>> {
+        let mut vmms: Vec<Vmm> = Vec::new();
+        for text in texts {
+            let vmm = Vmm::parse(text)?;
+            let name = &*vmm.name;
+            ensure!(
+                !taken.contains(&name) && vmms.iter().all(|other| other.name != name),
+                "two VMMs are called {name:?}; give each its own name"
+            );
+            vmms.push(vmm);
+        }
+        Ok(vmms)
+    }
+
     /// Returns where its program is in the host.
     pub(crate) fn path(&self) -> String {
         format!("/bin/vmm-{}", self.name)
@@ -122,5 +141,18 @@ mod tests {
              --drive=file=/a --drive=file=/b"
         );
         assert_eq!(vmm.command(1, &[]).join(" "), "/bin/vmm-x -c=1 -q -v");
+    }
+
+    #[test]
+    fn each_vmm_has_a_name_of_its_own() {
+        let of = |texts: &[&str]| {
+            let texts = texts.iter().map(|text| (*text).to_owned());
+            Vmm::parse_all(&texts.collect::<Vec<_>>(), &["armlet"])
+        };
+        assert_eq!(of(&["a=/a", "b=/a"]).expect("two").len(), 2);
+        for texts in [["a=/a", "a=/b"], ["b=/b", "armlet=/a"]] {
+            let error = of(&texts).expect_err("twice").to_string();
+            assert!(error.contains("give each its own name"), "{error}");
+        }
     }
 }

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
+use crate::load::PERCENTILES;
+
 /// What the issue asks for: memory of a VMM with one disk and one network card, KiB.
 const MEMORY_KIB: f64 = 2560.0;
 
@@ -23,6 +25,8 @@ struct Row {
     user_exits: f64,
     exits: f64,
     nanos: f64,
+    /// Nanoseconds of one operation, at each of [`PERCENTILES`].
+    latencies: Option<[f64; PERCENTILES.len()]>,
 }
 
 impl Row {
@@ -49,8 +53,21 @@ impl Row {
             row.user_exits += per(number("user_exits"));
             row.exits += per(number("exits"));
             row.nanos += per(number("nanos"));
+            let latencies = line["latencies"].as_array().into_iter().flatten();
+            let latencies = latencies.filter_map(Value::as_f64).collect::<Vec<_>>();
+            if let Ok(latencies) = <[f64; PERCENTILES.len()]>::try_from(latencies) {
+                let sums = row.latencies.get_or_insert_default();
+                for (sum, nanos) in sums.iter_mut().zip(latencies) {
+                    *sum += nanos / lines.len() as f64;
+                }
+            }
         }
         row
+    }
+
+    /// What the host does for one operation: the VMM and the kernel on its threads.
+    fn sum(&self) -> f64 {
+        self.user + self.kernel
     }
 }
 
@@ -75,6 +92,7 @@ pub(super) fn tables(lines: &[Value]) -> String {
         }
     }
     let mut goals = Vec::new();
+    let mut comparison = Vec::new();
     for (work, name) in names {
         let mut vmms: BTreeMap<usize, (&str, Vec<&Value>)> = BTreeMap::new();
         let of_row = lines
@@ -95,7 +113,7 @@ pub(super) fn tables(lines: &[Value]) -> String {
         let rows = rows.collect::<Vec<_>>();
         let _ = writeln!(
             out,
-            "{work}: {name}, for each {}\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
+            "{work}: {name}, for each {}\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>9}",
             unit(name).1,
             "",
             "VMM",
@@ -105,12 +123,15 @@ pub(super) fn tables(lines: &[Value]) -> String {
             "guest",
             "to user",
             "exits",
-            "us"
+            "us",
+            "p50",
+            "p99",
+            "p99.9"
         );
         for (vmm, row) in &rows {
             let _ = writeln!(
                 out,
-                "  {vmm:<18}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>9.3}{:>9.3}{:>10.2}",
+                "  {vmm:<18}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>10.0}{:>9.3}{:>9.3}{:>10.2}{}",
                 row.user,
                 row.user_workers,
                 row.kernel,
@@ -118,12 +139,15 @@ pub(super) fn tables(lines: &[Value]) -> String {
                 row.guest,
                 row.user_exits,
                 row.exits,
-                row.nanos / 1e3
+                row.nanos / 1e3,
+                latencies(row)
             );
         }
         out.push('\n');
         goals.extend(goal(work, name, &rows));
+        comparison.extend(compare(name, &rows));
     }
+    out += &compared(&comparison);
     let memory = lines
         .iter()
         .filter(|line| text(line, "name") == "memory" && text(line, "work") == "memory");
@@ -153,14 +177,80 @@ pub(super) fn tables(lines: &[Value]) -> String {
     out.push_str(
         "\nVMM: instructions in user space; its kernel: of the host's kernel on its threads; kernel: \
          of the host's kernel, whoever runs. us: virtual microseconds, one instruction a \
-         nanosecond.\n",
+         nanosecond; p50, p99, p99.9: of one operation, as the guest sees it.\n",
     );
     out
 }
 
+fn latencies(row: &Row) -> String {
+    let latencies = row.latencies.into_iter().flatten();
+    latencies
+        .map(|nanos| format!("{:>9.1}", nanos / 1e3))
+        .collect()
+}
+
+/// What one of armlet's setups takes in one row, and how many times that each other VMM takes, in
+/// the best of its setups.
+struct Compared {
+    row: String,
+    sum: f64,
+    exits: f64,
+    others: Vec<(String, f64, f64)>,
+}
+
+/// A VMM's name is its setup's up to the comma.
+fn compare(name: &str, rows: &[(&str, Row)]) -> Vec<Compared> {
+    let vmm = |setup: &str| setup.split(',').next().unwrap_or_default().to_owned();
+    let mut others: Vec<(String, f64, f64)> = Vec::new();
+    for (setup, row) in rows.iter().filter(|(setup, _)| !is_ours(setup)) {
+        match others.iter_mut().find(|(known, ..)| *known == vmm(setup)) {
+            Some((_, sum, exits)) => {
+                *sum = sum.min(row.sum());
+                *exits = exits.min(row.exits);
+            }
+            None => others.push((vmm(setup), row.sum(), row.exits)),
+        }
+    }
+    let ours = rows.iter().filter(|(setup, _)| is_ours(setup));
+    ours.map(|(setup, row)| Compared {
+        row: format!("{name}: {setup}"),
+        sum: row.sum(),
+        exits: row.exits,
+        others: others.clone(),
+    })
+    .collect()
+}
+
+/// A line for each of armlet's setups in each row, with the ratio to each other VMM of the run.
+fn compared(comparison: &[Compared]) -> String {
+    if comparison.iter().all(|line| line.others.is_empty()) {
+        return String::new();
+    }
+    let mut out =
+        "Beside the others: instructions of the VMM and its kernel, and exits\n".to_owned();
+    for line in comparison {
+        let _ = write!(
+            out,
+            "  {:<42}{:>9.0} {:>7.3}",
+            line.row, line.sum, line.exits
+        );
+        let is_first = line.others.iter().all(|(_, sum, _)| line.sum <= *sum);
+        for (vmm, sum, exits) in &line.others {
+            let ratio = sum / line.sum;
+            let _ = write!(out, "   {vmm} {sum:.0} ({ratio:.2} x) {exits:.3}");
+        }
+        let _ = writeln!(out, "   {}", if is_first { "first" } else { "NOT FIRST" });
+    }
+    out.push('\n');
+    out
+}
+
+fn is_ours(setup: &str) -> bool {
+    setup.split(',').next() == Some("armlet")
+}
+
 /// What is asked of armlet in this row.
 fn goal(work: &str, name: &str, rows: &[(&str, Row)]) -> Vec<(String, bool)> {
-    let is_ours = |vmm: &str| vmm.starts_with("armlet");
     let ours = rows.iter().filter(|(vmm, _)| is_ours(vmm));
     let mut goals = Vec::new();
     if work == "disk" && name.starts_with("4k") {
@@ -226,6 +316,27 @@ mod tests {
         assert!(
             text.contains("met    4k-random-read-1, armlet, io_uring: exits"),
             "{text}"
+        );
+        let sums = text
+            .lines()
+            .filter(|line| line.ends_with("irst") || line.ends_with("FIRST"));
+        let sums = sums.map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(
+            sums.collect::<Vec<_>>(),
+            [[
+                "4k-random-read-1:",
+                "armlet,",
+                "io_uring",
+                "1060",
+                "3.000",
+                "QEMU",
+                "560",
+                "(0.53",
+                "x)",
+                "3.000",
+                "NOT",
+                "FIRST"
+            ]]
         );
     }
 }
