@@ -52,7 +52,7 @@ pub(crate) struct BenchIo {
     #[argh(option, default = "1")]
     runs: u32,
 
-    /// measure only this, separated by commas: disk, net, console, memory
+    /// measure only this, separated by commas: disk, net, console, memory, crowd
     #[argh(option)]
     only: Option<String>,
 
@@ -64,12 +64,20 @@ pub(crate) struct BenchIo {
     #[argh(option)]
     vmm: Vec<String>,
 
+    /// how long a crowd is busy, in virtual seconds (default 10)
+    #[argh(option, default = "10")]
+    seconds: u32,
+
     /// how many CPUs the host has (default 1)
     #[argh(option, default = "1")]
     host_cpus: u32,
 }
 
-const WORKS: [&str; 4] = ["disk", "net", "console", "memory"];
+const WORKS: [&str; 5] = ["disk", "net", "console", "memory", "crowd"];
+
+/// The devices of a crowd, all of which are busy at once.
+const CROWD_DISKS: usize = 16;
+const CROWD_CARDS: usize = 4;
 
 /// What the guest does; `armlet.io=` on the kernel's command line chooses.
 const SCRIPT: &str = r#"
@@ -106,6 +114,24 @@ case "$work" in
     console)
         stream --name serial --device /dev/ttyAMA0 --count 16384
         stream --name virtio --device /dev/hvc0 --count 262144
+        ;;
+    crowd)
+        for card in 1 2 3 4; do
+            ip link set eth$((card - 1)) up
+            ip addr add 192.168.$((80 + card)).2/24 dev eth$((card - 1))
+        done
+        for disk in a b c d e f g h i j k l m n o p; do
+            how=
+            case $disk in [i-p]) how=--write ;; esac
+            xtask load disk --name disk-$disk --device /dev/vd$disk --block 4096 --random \
+                --depth 4 --seconds @SECONDS@ $how > /tmp/disk-$disk &
+        done
+        for card in 1 2 3 4; do
+            xtask load net --name card-$card --connect 192.168.$((80 + card)).1:@PORT@ \
+                --mode ping --count 10000000 --seconds @SECONDS@ > /tmp/card-$card &
+        done
+        wait
+        cat /tmp/disk-* /tmp/card-*
         ;;
 esac
 echo @READY@
@@ -178,7 +204,12 @@ fn setups() -> Vec<Setup> {
     let with_drive = |options: &str| format!("{drive},{options}");
     let card = ["-device", "virtio-net-pci,netdev=net,romfile="];
     let tap = "tap,id=net,ifname={tap},script=no,downscript=no";
+    let disks = (1..=CROWD_DISKS).map(|disk| format!("--disk=path={{disk{disk}}}"));
+    let cards = (1..=CROWD_CARDS).map(|card| format!("--net=tap={{tap{card}}}"));
+    let crowd = disks.chain(cards).collect::<Vec<_>>();
+    let crowd = crowd.iter().map(String::as_str).collect::<Vec<_>>();
     vec![
+        armlet("crowd", "armlet", &crowd),
         armlet(
             "disk",
             "armlet, io_uring",
@@ -299,7 +330,7 @@ impl BenchIo {
         let image = fs::canonicalize(folder.join("Image")).context("no kernel for the guest")?;
         files.push(file(image, "/assets/Image"));
         let initrd = host::NamelessFile::new()?;
-        initrd_for(&folder, &measurer, &initrd)?;
+        initrd_for(&folder, &measurer, &initrd, self.seconds)?;
         files.push(file(initrd.path(), "/assets/initrd"));
         let spec = HostSpec {
             smp: self.host_cpus,
@@ -345,11 +376,16 @@ impl BenchIo {
     fn script(&self, setups: &[Setup]) -> String {
         let mut script = String::new();
         for setup in setups {
-            let options = [
+            let (disks, cards) = (CROWD_DISKS.to_string(), CROWD_CARDS.to_string());
+            let runs = self.runs.to_string();
+            let mut options = vec![
                 ("--name", &*setup.name),
                 ("--work", setup.work),
-                ("--runs", &self.runs.to_string()),
+                ("--runs", &runs),
             ];
+            if setup.work == "crowd" {
+                options.extend([("--disks", &*disks), ("--taps", &*cards)]);
+            }
             script += &measuring("measure-io", &options, &setup.command);
         }
         script
@@ -383,6 +419,7 @@ fn initrd_for(
     folder: &std::path::Path,
     measurer: &std::path::Path,
     to: &host::NamelessFile,
+    seconds: u32,
 ) -> Result<()> {
     let mut data = Vec::new();
     for name in ["initrd", "devices.cpio"] {
@@ -393,6 +430,7 @@ fn initrd_for(
         .replace("@HOST@", HOST_ADDRESS)
         .replace("@GUEST@", GUEST_ADDRESS)
         .replace("@PORT@", &PORT.to_string())
+        .replace("@SECONDS@", &seconds.to_string())
         .replace("@READY@", READY);
     let mut archive = Archive::new(Vec::new());
     archive.file_from("/bin/xtask", 0o755, measurer)?;
@@ -451,7 +489,7 @@ mod tests {
 
     #[test]
     fn every_setup_names_its_devices() {
-        for setup in setups() {
+        for setup in setups().into_iter().filter(|setup| setup.work != "crowd") {
             let all = setup.command.join(" ");
             assert_eq!(
                 all.contains("{disk}"),

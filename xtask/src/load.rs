@@ -26,7 +26,7 @@ pub(crate) const START: &str = "IO-START";
 pub(crate) const END: &str = "IO-END";
 
 /// The percentiles of an operation's latency that are told, in tenths of a per cent.
-pub(crate) const PERCENTILES: [u64; 3] = [500, 990, 999];
+pub(crate) const PERCENTILES: [u64; 4] = [500, 990, 999, 1000];
 
 /// How long a look at counters takes at most: the guest sleeps, and time counts nothing else.
 const LOOK: Duration = Duration::from_millis(100);
@@ -78,9 +78,13 @@ struct Disk {
     #[argh(option)]
     depth: u64,
 
-    /// how many requests there are
+    /// how many requests there are (default: as many as there is time for)
     #[argh(option)]
-    operations: u64,
+    operations: Option<u64>,
+
+    /// end after so many seconds
+    #[argh(option)]
+    seconds: Option<u64>,
 
     /// write, not read
     #[argh(switch)]
@@ -114,6 +118,10 @@ struct Net {
     /// how many bytes, or how many messages
     #[argh(option)]
     count: u64,
+
+    /// with ping: end after so many seconds
+    #[argh(option)]
+    seconds: Option<u64>,
 }
 
 /// Write lines to a console.
@@ -206,6 +214,10 @@ impl Disk {
             "--block is no multiple of 512"
         );
         ensure!(self.depth > 0, "--depth is at least 1");
+        ensure!(
+            self.operations.is_some() || self.seconds.is_some(),
+            "--operations or --seconds is needed"
+        );
         let mut file = OpenOptions::new()
             .read(true)
             .write(self.write)
@@ -232,11 +244,13 @@ impl Disk {
                     let (warm, go, over) = (&warm, &go, &over);
                     scope.spawn(move || {
                         let mut requests = Requests::new(self, file, blocks, index);
-                        let warmed = requests.work(next, WARM_UP);
+                        let warmed = requests.work(next, WARM_UP, None);
                         requests.latencies.0.clear();
                         warm.wait();
                         go.wait();
-                        let worked = warmed.and_then(|_| requests.work(next, self.operations));
+                        let operations = self.operations.unwrap_or(u64::MAX);
+                        let worked =
+                            warmed.and_then(|_| requests.work(next, operations, self.seconds));
                         over.wait();
                         done.fetch_add(worked.as_ref().map_or(0, |count| *count), Ordering::SeqCst);
                         worked.map(|_| requests.latencies)
@@ -256,10 +270,13 @@ impl Disk {
                     Err(_) => bail!("a thread of the load panicked"),
                 }
             }
-            end(&self.name, self.operations, took, all)
+            end(&self.name, all.0.len() as u64, took, all)
         })?;
         let done = done.into_inner();
-        ensure!(done == self.operations, "{done} requests were done");
+        ensure!(
+            self.seconds.is_some() || Some(done) == self.operations,
+            "{done} requests were done"
+        );
         Ok(())
     }
 }
@@ -286,16 +303,18 @@ impl<'a> Requests<'a> {
             random: 0x9e37_79b9_7f4a_7c15 ^ (thread + 1),
             buffer,
             offset,
-            latencies: Latencies(Vec::with_capacity(disk.operations as usize)),
+            latencies: Latencies(Vec::with_capacity(disk.operations.unwrap_or(0) as usize)),
         }
     }
 
-    /// Takes requests until `until` of them were taken by all threads; gives how many it took.
-    fn work(&mut self, next: &AtomicU64, until: u64) -> io::Result<u64> {
+    /// Takes requests until `until` of them were taken by all threads, or for so many seconds; gives
+    /// how many it took.
+    fn work(&mut self, next: &AtomicU64, until: u64, seconds: Option<u64>) -> io::Result<u64> {
+        let end = end_of(seconds);
         let mut count = 0;
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= until {
+            if index >= until || end.is_some_and(|end| Instant::now() >= end) {
                 return Ok(count);
             }
             let block = match self.disk.random {
@@ -342,7 +361,7 @@ impl Net {
                 "download" => download(stream, count),
                 _ => {
                     latencies = Latencies(Vec::with_capacity(count as usize));
-                    ping(stream, count, &mut latencies)
+                    ping(stream, count, self.seconds, &mut latencies)
                 }
             }
         };
@@ -384,16 +403,31 @@ fn download(stream: &mut TcpStream, count: u64) -> io::Result<u64> {
     Ok(count)
 }
 
-fn ping(stream: &mut TcpStream, count: u64, latencies: &mut Latencies) -> io::Result<u64> {
+/// Sends `count` messages, or those that there is time for: the server then answers no more.
+fn ping(
+    stream: &mut TcpStream,
+    count: u64,
+    seconds: Option<u64>,
+    latencies: &mut Latencies,
+) -> io::Result<u64> {
     order(stream, b'p', count)?;
+    let end = end_of(seconds);
     let mut message = [7; MESSAGE];
-    for _ in 0..count {
+    for done in 0..count {
         let begun = Instant::now();
+        if end.is_some_and(|end| begun >= end) {
+            return Ok(done);
+        }
         stream.write_all(&message)?;
         stream.read_exact(&mut message)?;
         latencies.since(begun);
     }
     Ok(count)
+}
+
+/// When so many seconds from now are over.
+fn end_of(seconds: Option<u64>) -> Option<Instant> {
+    Some(Instant::now() + Duration::from_secs(seconds?))
 }
 
 fn send(stream: &mut TcpStream, mut count: u64) -> io::Result<()> {
@@ -510,7 +544,7 @@ mod tests {
         let mut latencies = Latencies::default();
         assert_eq!(upload(&mut stream, 300_000).unwrap(), 300_000);
         assert_eq!(download(&mut stream, 300_000).unwrap(), 300_000);
-        assert_eq!(ping(&mut stream, 10, &mut latencies).unwrap(), 10);
+        assert_eq!(ping(&mut stream, 10, None, &mut latencies).unwrap(), 10);
         assert_eq!(latencies.0.len(), 10);
         drop(stream);
         assert!(server.join().unwrap().is_err());
@@ -520,8 +554,8 @@ mod tests {
     fn percentiles_are_latencies_that_were_seen() {
         let of = |all: &[u64]| Latencies(all.to_vec()).percentiles();
         assert_eq!(of(&[]), [0; 0]);
-        assert_eq!(of(&[7]), [7; 3]);
+        assert_eq!(of(&[7]), [7; 4]);
         let thousand = (1..=1000).rev().collect::<Vec<_>>();
-        assert_eq!(of(&thousand), [500, 990, 999]);
+        assert_eq!(of(&thousand), [500, 990, 999, 1000]);
     }
 }

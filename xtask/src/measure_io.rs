@@ -23,17 +23,21 @@ use crate::vm::Vm;
 /// What the guest prints when all of its work is done, before it powers off.
 pub(crate) const READY: &str = "IO-READY";
 
-/// The host's address on the network with the guest, and the guest's.
+/// Returns the host's address on the network with the guest, and the guest's.
 pub(crate) const HOST_ADDRESS: &str = "192.168.77.1";
 pub(crate) const GUEST_ADDRESS: &str = "192.168.77.2";
 
 /// Where the bench's server listens.
 pub(crate) const PORT: u16 = 5001;
 
-/// The guest's disk, in the host's memory.
+/// The guest's disk, in the host's memory; where there are several, their names end with a number.
 const DISK: &str = "/tmp/bench.disk";
 const DISK_MIB: usize = 128;
 
+/// The size of one of several.
+const DISK_OF_MANY_MIB: usize = 8;
+
+/// The network interface; where there are several, they have other numbers, from 1.
 const TAP: &str = "tap0";
 
 /// Start a VMM with devices and print what they take, as lines of JSON.
@@ -43,9 +47,17 @@ pub(crate) struct MeasureIo {
     #[argh(option)]
     name: String,
 
-    /// what the guest does: disk, net, console, memory or nothing
+    /// what the guest does: disk, net, console, memory, crowd or nothing
     #[argh(option)]
     work: String,
+
+    /// how many disks there are besides {disk}: {disk1} and so on
+    #[argh(option, default = "0")]
+    disks: usize,
+
+    /// how many network interfaces there are besides {tap}: {tap1} and so on
+    #[argh(option, default = "0")]
+    taps: usize,
 
     /// how many VMs are measured
     #[argh(option)]
@@ -76,11 +88,19 @@ impl MeasureIo {
     pub(crate) fn run(&self) -> Result<i32> {
         let uses = |what: &str| self.command.iter().any(|word| word.contains(what));
         if uses("{disk}") && !Path::new(DISK).exists() {
-            make_disk()?;
+            make_disk(DISK, DISK_MIB)?;
+        }
+        for number in 1..=self.disks {
+            make_disk(&format!("{DISK}{number}"), DISK_OF_MANY_MIB)?;
         }
         if uses("{tap}") {
-            make_tap()?;
+            make_tap(TAP, HOST_ADDRESS)?;
             load::serve(&format!("{HOST_ADDRESS}:{PORT}"))?;
+        }
+        for number in 1..=self.taps {
+            let address = host_address(number);
+            make_tap(&format!("tap{number}"), &address)?;
+            load::serve(&format!("{address}:{PORT}"))?;
         }
         for run in 1..=self.runs {
             if let Err(error) = self.measure(run) {
@@ -98,9 +118,16 @@ impl MeasureIo {
             self.work
         );
         let fill = |word: &String| {
-            measure::fill(word, &self.kernel, &self.initrd, &cmdline)
+            let mut word = measure::fill(word, &self.kernel, &self.initrd, &cmdline)
                 .replace("{disk}", DISK)
-                .replace("{tap}", TAP)
+                .replace("{tap}", TAP);
+            for number in 1..=self.disks.max(self.taps) {
+                let disk = format!("{DISK}{number}");
+                word = word
+                    .replace(&format!("{{disk{number}}}"), &disk)
+                    .replace(&format!("{{tap{number}}}"), &format!("tap{number}"));
+            }
+            word
         };
         let words = self.command.iter().skip_while(|word| *word == "--");
         let command = words.map(fill).collect::<Vec<_>>();
@@ -163,26 +190,31 @@ impl MeasureIo {
 }
 
 /// Creates a disk whose every block is there: reading what was never written would cost less.
-fn make_disk() -> Result<()> {
-    let mut file = File::create(DISK).with_context(|| format!("cannot create {DISK}"))?;
+fn make_disk(path: &str, mib: usize) -> Result<()> {
+    let mut file = File::create(path).with_context(|| format!("cannot create {path}"))?;
     let part = (0..1 << 20)
         .map(|byte| (byte % 251) as u8)
         .collect::<Vec<_>>();
-    for _ in 0..DISK_MIB {
+    for _ in 0..mib {
         file.write_all(&part).context("cannot write the disk")?;
     }
     Ok(())
 }
 
-/// Creates the TAP between host and guest, unless it is there already.
-fn make_tap() -> Result<()> {
-    if fs::metadata(format!("/sys/class/net/{TAP}")).is_ok() {
+/// Returns the host's address on network `number` of several.
+fn host_address(number: usize) -> String {
+    format!("192.168.{}.1", 80 + number)
+}
+
+/// Creates a TAP between host and guest, unless it is there already.
+fn make_tap(tap: &str, address: &str) -> Result<()> {
+    if fs::metadata(format!("/sys/class/net/{tap}")).is_ok() {
         return Ok(());
     }
     for words in [
-        format!("tunctl -t {TAP}"),
-        format!("ip addr add {HOST_ADDRESS}/24 dev {TAP}"),
-        format!("ip link set {TAP} up"),
+        format!("tunctl -t {tap}"),
+        format!("ip addr add {address}/24 dev {tap}"),
+        format!("ip link set {tap} up"),
     ] {
         let mut words = words.split(' ');
         let status = Command::new(words.next().unwrap_or_default())

@@ -87,7 +87,7 @@ pub(super) fn tables(lines: &[Value]) -> String {
     let mut names: Vec<(&str, &str)> = Vec::new();
     for line in lines.iter().filter(|line| line["operations"].is_number()) {
         let key = (text(line, "work"), text(line, "name"));
-        if !names.contains(&key) && key.0 != "memory" {
+        if !names.contains(&key) && !["memory", "crowd"].contains(&key.0) {
             names.push(key);
         }
     }
@@ -113,7 +113,7 @@ pub(super) fn tables(lines: &[Value]) -> String {
         let rows = rows.collect::<Vec<_>>();
         let _ = writeln!(
             out,
-            "{work}: {name}, for each {}\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>9}",
+            "{work}: {name}, for each {}\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>9}{:>9}",
             unit(name).1,
             "",
             "VMM",
@@ -126,7 +126,8 @@ pub(super) fn tables(lines: &[Value]) -> String {
             "us",
             "p50",
             "p99",
-            "p99.9"
+            "p99.9",
+            "most"
         );
         for (vmm, row) in &rows {
             let _ = writeln!(
@@ -168,6 +169,7 @@ pub(super) fn tables(lines: &[Value]) -> String {
             ));
         }
     }
+    out += &crowd(lines, &mut goals);
     if !goals.is_empty() {
         out.push_str("\nGoals:\n");
     }
@@ -177,8 +179,41 @@ pub(super) fn tables(lines: &[Value]) -> String {
     out.push_str(
         "\nVMM: instructions in user space; its kernel: of the host's kernel on its threads; kernel: \
          of the host's kernel, whoever runs. us: virtual microseconds, one instruction a \
-         nanosecond; p50, p99, p99.9: of one operation, as the guest sees it.\n",
+         nanosecond; p50, p99, p99.9, most: of one operation, as the guest sees it.\n",
     );
+    out
+}
+
+/// How many times its median the longest request of a busy device among many may take.
+const LONGEST: f64 = 10.0;
+
+/// A line for each of many devices that were busy at once.
+fn crowd(lines: &[Value], goals: &mut Vec<(String, bool)>) -> String {
+    let mut out = String::new();
+    let devices = lines.iter().filter(|line| text(line, "work") == "crowd");
+    for line in devices.filter(|line| line["latencies"].is_array()) {
+        let latencies = line["latencies"].as_array().into_iter().flatten();
+        let latencies = latencies.filter_map(Value::as_f64).map(|nanos| nanos / 1e3);
+        let latencies = latencies.collect::<Vec<_>>();
+        let (Some(median), Some(most)) = (latencies.first(), latencies.last()) else {
+            continue;
+        };
+        let (vmm, name) = (text(line, "vmm"), text(line, "name"));
+        let figures = latencies.iter().map(|us| format!("{us:>10.0}"));
+        let _ = writeln!(
+            out,
+            "many at once: {vmm}: {name:<8}{:>8} requests; us p50, p99, p99.9, most:{}",
+            line["operations"],
+            figures.collect::<String>()
+        );
+        let ratio = most / median.max(1e-9);
+        goals.push((
+            format!(
+                "{vmm}: {name}: longest request {ratio:.1} times the median, at most {LONGEST}"
+            ),
+            ratio <= LONGEST,
+        ));
+    }
     out
 }
 
@@ -338,5 +373,23 @@ mod tests {
                 "FIRST"
             ]]
         );
+    }
+
+    #[test]
+    fn a_device_among_many_waits_at_most_ten_times_its_median() {
+        let line = |name: &str, most: u64| {
+            json!({"vmm": "armlet", "work": "crowd", "name": name, "operations": 9,
+                   "latencies": [1000, 2000, 3000, most]})
+        };
+        let text = tables(&[line("disk-a", 10_000), line("card-1", 10_001_000)]);
+        assert!(
+            text.contains("met    armlet: disk-a: longest request 10.0 times"),
+            "{text}"
+        );
+        assert!(
+            text.contains("MISSED armlet: card-1: longest request 10001.0"),
+            "{text}"
+        );
+        assert!(!text.contains("for each"), "{text}");
     }
 }
