@@ -1,8 +1,10 @@
 //! The command line: argh structs, and what argh lacks (`--option=value`, one-line errors).
 
+mod devices;
 mod parse;
 mod unknown;
 
+pub use devices::DeviceArgs;
 pub use parse::{Parsed, parse};
 
 use argh::FromArgs;
@@ -51,7 +53,7 @@ pub enum Command {
 }
 
 /// The options that describe a machine, shared by `run` and `plan`.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct MachineArgs {
     /// `--kernel`.
     pub kernel: Option<String>,
@@ -91,27 +93,26 @@ pub struct MachineArgs {
     pub mergeable: bool,
     /// `--mlock`.
     pub mlock: bool,
-    /// `--disk`, each.
-    pub disk: Vec<String>,
-    /// `--net`, each.
-    pub net: Vec<String>,
-    /// `--pmem`, each.
-    pub pmem: Vec<String>,
-    /// `--share`, each.
-    pub share: Vec<String>,
-    /// `--console`.
-    pub console: Option<String>,
-    /// `--vsock`.
-    pub vsock: Option<String>,
-    /// `--balloon`.
-    pub balloon: Option<String>,
-    /// `--rng`.
-    pub rng: Option<String>,
+    /// Those of devices, each with its kind.
+    pub devices: DeviceArgs,
     /// `--deterministic`.
     pub deterministic: bool,
     /// `--verbose`.
     pub verbose: bool,
 }
+
+/// The options of `run` and `plan` that take no value.
+const SWITCHES: &[&str] = &[
+    "--prefault",
+    "--mergeable",
+    "--mlock",
+    "--deterministic",
+    "-v",
+    "--verbose",
+    "--stats",
+    "--json",
+    "--dts",
+];
 
 /// Declares a command's struct with the machine's options in front of its own, so that `run` and
 /// `plan` cannot differ in them.
@@ -191,34 +192,6 @@ macro_rules! machine_command {
             /// never swap guest memory out
             #[argh(switch)]
             pub mlock: bool,
-            /// disk, /dev/vda and on: PATH, or path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]
-            /// [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]
-            /// [,block-size=N]; may be repeated
-            #[argh(option, short = 'd', arg_name = "DISK")]
-            pub disk: Vec<String>,
-            /// network card: user[,hostfwd=tcp:2222-:22]... (no privileges needed), or
-            /// tap=NAME|fd=N[,queues=N][,vhost=auto|on|off]; each with [,mac=MAC]; may be repeated
-            #[argh(option, short = 'n', arg_name = "NET")]
-            pub net: Vec<String>,
-            /// persistent memory: PATH, or path=IMG[,readonly]; may be repeated
-            #[argh(option, arg_name = "PMEM")]
-            pub pmem: Vec<String>,
-            /// folder of the host: tag=T,path=DIR[,readonly][,sandbox=namespace|chroot|none]
-            /// [,cache=auto|always|never|metadata][,xattr]; may be repeated
-            #[argh(option, arg_name = "SHARE")]
-            pub share: Vec<String>,
-            /// where the terminal is: serial (ttyAMA0, the default) or virtio (hvc0)
-            #[argh(option, arg_name = "serial|virtio")]
-            pub console: Option<String>,
-            /// sockets between guest and host: cid=N[,uds=PATH], by Unix sockets or vhost
-            #[argh(option, arg_name = "VSOCK")]
-            pub vsock: Option<String>,
-            /// memory balloon: on, or [size=SIZE][,reporting=on|off][,deflate-on-oom=on|off]
-            #[argh(option, arg_name = "BALLOON")]
-            pub balloon: Option<String>,
-            /// entropy for the guest: on (default) or off
-            #[argh(option, arg_name = "on|off")]
-            pub rng: Option<String>,
             /// leave the random seeds out of the device tree, so that it is the same each time
             #[argh(switch)]
             pub deterministic: bool,
@@ -229,9 +202,9 @@ macro_rules! machine_command {
         }
 
         impl $name {
-            /// Returns the options that describe the machine.
+            /// Returns the options that describe the machine, with those of `devices`.
             #[must_use]
-            pub fn machine(&self) -> MachineArgs {
+            pub fn machine(&self, devices: &DeviceArgs) -> MachineArgs {
                 MachineArgs {
                     kernel: self.kernel.clone(),
                     initrd: self.initrd.clone(),
@@ -252,14 +225,7 @@ macro_rules! machine_command {
                     prefault: self.prefault,
                     mergeable: self.mergeable,
                     mlock: self.mlock,
-                    disk: self.disk.clone(),
-                    net: self.net.clone(),
-                    pmem: self.pmem.clone(),
-                    share: self.share.clone(),
-                    console: self.console.clone(),
-                    vsock: self.vsock.clone(),
-                    balloon: self.balloon.clone(),
-                    rng: self.rng.clone(),
+                    devices: devices.clone(),
                     deterministic: self.deterministic,
                     verbose: self.verbose,
                 }

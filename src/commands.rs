@@ -1,7 +1,7 @@
 //! The commands: each reads its arguments, has the work done, and prints the result.
 
 use crate::boards::Chosen;
-use crate::cli::{BoardsArgs, Command, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
+use crate::cli::{BoardsArgs, Command, DeviceArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
 use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
@@ -18,14 +18,14 @@ use armlet_system::status::{Fault, Status};
 use serde_json::json;
 use std::io::Write;
 
-/// Executes a command.
+/// Executes a command, with these devices.
 ///
 /// # Errors
 /// With the status that armlet ends with ([`armlet_system::status::status_of`]).
-pub fn execute(command: &Command) -> Result<Status> {
+pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
     match command {
-        Command::Run(args) => run(args),
-        Command::Plan(args) => plan(args),
+        Command::Run(args) => run::run(run_options(args, devices)?),
+        Command::Plan(args) => plan(args, devices),
         Command::Probe(args) => probe(args),
         Command::Boards(args) => boards(args),
     }
@@ -47,16 +47,13 @@ fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&visible_json(&format!("{value:#}\n")))
 }
 
-fn run(args: &RunArgs) -> Result<Status> {
-    run::run(run_options(args)?)
-}
-
-/// Collects everything that running a guest takes, from the arguments of `run`.
+/// Collects everything that running a guest takes, from the arguments of `run`, with those of
+/// its devices.
 ///
 /// # Errors
 /// Values that are unknown, files that are missing, and a host without KVM.
-pub fn run_options(args: &RunArgs) -> Result<RunOptions<HostArch>> {
-    let machine = args.machine();
+pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<HostArch>> {
+    let machine = args.machine(devices);
     verbosity(&machine);
     let on_reset = match args.on_reset.as_deref() {
         None | Some("restart") => OnReset::Restart,
@@ -121,8 +118,8 @@ pub fn run_options(args: &RunArgs) -> Result<RunOptions<HostArch>> {
     })
 }
 
-fn plan(args: &PlanArgs) -> Result<Status> {
-    let machine = args.machine();
+fn plan(args: &PlanArgs, devices: &DeviceArgs) -> Result<Status> {
+    let machine = args.machine(devices);
     verbosity(&machine);
     if args.json && args.dts {
         return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);

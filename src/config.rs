@@ -6,17 +6,15 @@ use crate::host::HostFiles;
 use crate::kernel::{Initrd, Kernel};
 use crate::memory::{Backing, Sharing};
 use crate::settings::{ChosenValues, Setting};
-use crate::virtio;
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::cores::{self, Counters, HostCores, PinPolicy, Pinning, Topology};
 use armlet_arch::image::Header;
 use armlet_arch::irq::GicChoice;
-use armlet_arch::size::parse_memory;
+use armlet_arch::size::{parse_memory, show_size};
 use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
-use armlet_backends::console::ConsoleKind;
-use armlet_backends::open::DeviceOptions;
-use armlet_backends::open::Wanted;
+use armlet_backends::kind::Guest;
+use armlet_backends::open::{self, Wanted};
 use armlet_system::eintr::uninterrupted;
 use armlet_system::status::{Fault, Status};
 use linux_loader::cmdline::Cmdline;
@@ -40,8 +38,6 @@ pub struct Config<A: Arch> {
     pub initrd: Option<Initrd>,
     /// Virtio devices, in the order of their windows.
     pub virtio: Vec<Wanted>,
-    /// The guest's device that is connected to the terminal.
-    pub console: ConsoleKind,
     /// The host's CPUs that vCPUs are pinned to.
     pub pinning: Pinning,
     /// The CPUs of all other threads; empty for any.
@@ -140,15 +136,20 @@ fn read_checked<A: Arch>(
         mergeable: args.mergeable,
         locked: args.mlock,
     };
-    let wanted = virtio::wanted(args, memory)?;
-    backing.check(match wanted.iter().any(Wanted::shares_memory) {
+    let guest = Guest {
+        memory,
+        parse_size: parse_memory,
+        show_size,
+    };
+    let wanted = open::read(&args.devices, &guest)?;
+    let mut devices = wanted.iter().map(Wanted::options);
+    backing.check(match devices.any(|device| device.shares_memory()) {
         true => Sharing::Shared,
         false => Sharing::Private,
     })?;
-    let console = virtio::console(args)?;
     let cmdline = match &args.cmdline {
         Some(cmdline) => cmdline.clone(),
-        None => default_cmdline(&defaults.cmdline, console, args),
+        None => default_cmdline(&defaults.cmdline, &wanted),
     };
     check_cmdline(&cmdline)?;
     if args.initrd.is_some() && args.kernel.is_none() {
@@ -186,10 +187,9 @@ fn read_checked<A: Arch>(
         // A board does not say.
         _ => Counters::Only,
     };
-    let pmem = wanted.iter().filter_map(|device| match &device.options {
-        DeviceOptions::Pmem(pmem) => Some(pmem.planned_size()),
-        _ => None,
-    });
+    let pmem = wanted
+        .iter()
+        .filter_map(|device| device.options().pmem_size().transpose());
     let request = Request {
         cpus,
         memory,
@@ -199,7 +199,10 @@ fn read_checked<A: Arch>(
         initrd: initrd.as_ref().map(Initrd::size),
         cmdline,
         seeds: None,
-        virtio: wanted.iter().map(|device| device.name.clone()).collect(),
+        virtio: wanted
+            .iter()
+            .map(|device| device.name().to_owned())
+            .collect(),
         pmem: pmem.collect::<Result<_>>()?,
         topology: Topology {
             cores: pinning.guest_cores.clone(),
@@ -230,7 +233,6 @@ fn read_checked<A: Arch>(
         kernel,
         initrd,
         virtio: wanted,
-        console,
         pinning,
         io_cpus,
         backing,
@@ -258,13 +260,10 @@ fn io_cpus(text: &str, host: &HostCores) -> Result<Vec<u32>, String> {
 
 /// Returns the board's command line, with the console where the terminal is and the root file
 /// system where the first disk has one.
-fn default_cmdline(board: &str, console: ConsoleKind, args: &MachineArgs) -> String {
+fn default_cmdline(board: &str, devices: &[Wanted]) -> String {
     let mut words = vec![board];
-    if console == ConsoleKind::Virtio {
-        // The last one is the main one, as soon as its driver is there.
-        words.push("console=hvc0");
-    }
-    words.extend(virtio::root(args));
+    // The root file system comes last.
+    words.extend(devices.iter().rev().filter_map(|device| device.cmdline()));
     words.join(" ")
 }
 
@@ -375,19 +374,46 @@ mod tests {
         assert!(with(|args| args.pin_io = Some("auto".into())).contains("--pin-io"));
         assert!(with(|args| args.hugepages = Some("3M".into())).contains("--hugepages"));
         assert!(with(|args| args.memory = Some("1536".into())).contains("1536M"));
-        assert!(with(|args| args.balloon = Some("size=9G".into())).contains("--balloon"));
-        assert!(with(|args| args.balloon = Some("big".into())).contains("--balloon"));
-        assert!(with(|args| args.net = vec!["tap=a-name-of-16-bytes".into()]).contains("--net"));
-        let long = |args: &mut MachineArgs| {
-            args.vsock = Some(format!("cid=3,uds=/{}", "v".repeat(100)));
+        let device = |name: &str, texts: &[&str]| {
+            let kind = open::KINDS.into_iter().find(|kind| kind.name == name);
+            let kind = kind.expect("a kind");
+            let given = texts.iter().map(|text| (kind, (*text).to_owned()));
+            MachineArgs {
+                devices: given.collect(),
+                ..MachineArgs::default()
+            }
         };
-        assert!(with(long).contains("--vsock"));
-        let same = |args: &mut MachineArgs| args.disk = vec!["a,id=x".into(), "b,id=x".into()];
-        assert!(with(same).contains("have one id=x"));
-        let merged = |args: &mut MachineArgs| {
-            (args.mergeable, args.share) = (true, vec!["tag=a,path=/".into()]);
+        for (name, texts, why) in [
+            (
+                "balloon",
+                &["size=9G"] as &[&str],
+                "leaves nothing of the guest's",
+            ),
+            ("balloon", &["size=512"], "write 512M"),
+            ("balloon", &["big"], "--balloon"),
+            ("net", &["tap=a-name-of-16-bytes"], "--net"),
+            (
+                "vsock",
+                &[&format!("cid=3,uds=/{}", "v".repeat(100))],
+                "--vsock",
+            ),
+            ("disk", &["a,id=x", "b,id=x"], "have one id=x"),
+            (
+                "share",
+                &["tag=a,path=/", "tag=a,path=/x"],
+                "have one tag=a",
+            ),
+            ("rng", &["maybe"], "use on or off"),
+            ("console", &["hvc0"], "use serial or virtio"),
+        ] {
+            let line = refused(device(name, texts));
+            assert!(line.contains(why), "{name} {texts:?}: {line}");
+        }
+        let merged = MachineArgs {
+            mergeable: true,
+            ..device("share", &["tag=a,path=/"])
         };
-        assert!(with(merged).contains("--mergeable"));
+        assert!(refused(merged).contains("--mergeable"));
         assert!(with(|args| args.cmdline = Some("\u{1}".into())).contains("--cmdline"));
         assert!(with(|args| args.cmdline = Some("x".repeat(2048))).contains("--cmdline"));
         assert!(with(|args| args.initrd = Some("/dev/null".into())).contains("--kernel"));

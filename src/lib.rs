@@ -36,4 +36,3 @@ pub mod table;
 #[cfg(any(target_env = "musl", test))]
 mod thread_name;
 pub mod vcpu;
-pub mod virtio;

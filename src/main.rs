@@ -32,8 +32,8 @@ fn start() -> anyhow::Result<Status> {
             }
         }
     }
-    let cli = match cli::parse(&arguments) {
-        Parsed::Cli(cli) => cli,
+    let (cli, devices) = match cli::parse(&arguments) {
+        Parsed::Cli(cli, devices) => (cli, devices),
         Parsed::Help(text) => {
             commands::print(&text)?;
             return Ok(Status::Success);
@@ -48,7 +48,7 @@ fn start() -> anyhow::Result<Status> {
         return Ok(Status::Success);
     }
     match &cli.command {
-        Some(command) => commands::execute(command),
+        Some(command) => commands::execute(command, &devices),
         None => {
             messages::say("no command given; use run, plan, probe or boards (see 'armlet --help')");
             Ok(Status::Usage)

@@ -18,8 +18,7 @@ use crate::vcpu::VcpuEvent;
 use anyhow::Result;
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
-use armlet_backends::console::ConsoleKind;
-use armlet_backends::open;
+use armlet_backends::open::{self, Wanted};
 use armlet_devices::sync::lock;
 use armlet_system::messages;
 use armlet_system::signals::{self, Phase};
@@ -93,14 +92,16 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
     let mut memory = None;
     let mut terminal = None;
-    let hvc = match options.config.console {
-        ConsoleKind::Serial => None,
-        ConsoleKind::Virtio => Some(events.open_hvc()?),
+    let mut devices = options.config.virtio.iter().map(Wanted::options);
+    let hvc = match devices.any(|device| device.is_terminal()) {
+        false => None,
+        true => Some(events.open_hvc()?),
     };
     // What cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
-    let backends =
-        open::open(&options.config.virtio, hvc.as_ref(), broker.as_ref()).fault(Status::Usage)?;
+    let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
+    let backends = open::open(&options.config.virtio, console.as_ref(), broker.as_ref())
+        .fault(Status::Usage)?;
     if let Some(commander) = options.commander.take() {
         commander(events.queue.commands());
     }

@@ -1,6 +1,7 @@
 //! The memory balloon (`--balloon`): what the guest does not need goes back to the host.
 
 use crate::backend::Backend;
+use crate::kind::{DeviceOptions, Guest, Kind, Place};
 use crate::options::Options;
 use crate::pages;
 use anyhow::{Result, bail};
@@ -11,6 +12,21 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const FLAG: &str = "--balloon";
+
+/// The memory balloon.
+pub static KIND: Kind = Kind {
+    name: "balloon",
+    letter: None,
+    value: "BALLOON",
+    help: "memory balloon: on, or\n[size=SIZE][,reporting=on|off][,deflate-on-oom=on|off]",
+    repeats: false,
+    slot: 5,
+    default: None,
+    parse: |text, guest| {
+        let balloon = BalloonOptions::parse(text, guest.parse_size)?;
+        Ok(Some(Box::new(balloon)))
+    },
+};
 
 /// A balloon for the guest, through all its starts.
 pub struct GuestBalloon {
@@ -69,6 +85,27 @@ impl BalloonOptions {
             },
             target: self.target,
         }
+    }
+}
+
+impl DeviceOptions for BalloonOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn check_for(&self, guest: &Guest) -> Result<()> {
+        if self.target >= guest.memory {
+            bail!(
+                "{FLAG}: a balloon of {} leaves nothing of the guest's {}; use less, and leave it what it needs to run",
+                (guest.show_size)(self.target),
+                (guest.show_size)(guest.memory)
+            );
+        }
+        Ok(())
+    }
+
+    fn open_backend(&self, _place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(self.open()))
     }
 }
 

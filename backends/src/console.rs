@@ -4,6 +4,7 @@
 //! only; the guest waits when `ROOM` is full.
 
 use crate::backend::Backend;
+use crate::kind::{DeviceOptions, Kind, Place};
 use anyhow::{Context, Result, bail};
 use armlet_devices::action::Action;
 use armlet_devices::console::Output;
@@ -23,27 +24,43 @@ const ASK: Duration = Duration::from_millis(10);
 /// The writer's stack in bytes: it only writes.
 const STACK_BYTES: usize = 128 << 10;
 
-/// Which console is the terminal's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ConsoleKind {
-    /// The board's serial port: ttyAMA0.
-    #[default]
-    Serial,
-    /// A virtio console: hvc0. What the serial port prints is shown too.
-    Virtio,
-}
+/// The virtio console. What the serial port prints is shown too.
+pub static KIND: Kind = Kind {
+    name: "console",
+    letter: None,
+    value: "serial|virtio",
+    help: "where the terminal is: serial (ttyAMA0, the default) or\nvirtio (hvc0)",
+    repeats: false,
+    slot: 6,
+    default: None,
+    parse: |text, _| match text {
+        "serial" => Ok(None),
+        "virtio" => Ok(Some(Box::new(ConsoleOptions))),
+        _ => bail!("--console '{text}' is not known; use serial or virtio"),
+    },
+};
 
-impl ConsoleKind {
-    /// The kind that `--console` names.
-    ///
-    /// # Errors
-    /// Another word.
-    pub fn parse(text: &str) -> Result<ConsoleKind> {
-        match text {
-            "serial" => Ok(ConsoleKind::Serial),
-            "virtio" => Ok(ConsoleKind::Virtio),
-            _ => bail!("--console '{text}' is not known; use serial or virtio"),
-        }
+/// A console that the terminal is connected to: there is nothing else to say of it.
+#[derive(Clone, Copy, Debug)]
+pub struct ConsoleOptions;
+
+impl DeviceOptions for ConsoleOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn is_terminal(&self) -> bool {
+        true
+    }
+
+    /// The last console that a command line names is the main one, as soon as its driver is there.
+    fn cmdline(&self, _number: usize) -> Option<&'static str> {
+        Some("console=hvc0")
+    }
+
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        let console = place.console.context("nothing stands behind the console")?;
+        Ok(Box::new(Arc::clone(console)))
     }
 }
 
@@ -302,19 +319,5 @@ mod tests {
         let current: Arc<Mutex<dyn VirtioDevice>> = current;
         assert!(Arc::ptr_eq(&current, &second) && !Arc::ptr_eq(&current, &first));
         assert_eq!(lock(&current).sources().len(), 1);
-    }
-
-    #[test]
-    fn kinds_are_named() {
-        assert_eq!(
-            ConsoleKind::parse("serial").expect("known"),
-            ConsoleKind::Serial
-        );
-        assert_eq!(
-            ConsoleKind::parse("virtio").expect("known"),
-            ConsoleKind::Virtio
-        );
-        let error = ConsoleKind::parse("hvc0").expect_err("unknown");
-        assert!(error.to_string().contains("use serial or virtio"));
     }
 }

@@ -14,7 +14,7 @@ mod sys;
 mod table;
 mod uring;
 
-pub use options::{Cache, DiskOptions, EngineChoice, Format, check_ids};
+pub use options::{Cache, DiskOptions, EngineChoice, Format, KIND};
 
 use crate::backend::Backend;
 use crate::locks::Use;
@@ -250,18 +250,6 @@ impl DiskOptions {
             discard_granularity: SECTOR as u32,
         }
     }
-}
-
-/// Opens and locks the images of all disks; they are called disk0, disk1 and so on.
-///
-/// # Errors
-/// Two disks with one id, else as [`DiskOptions::open`].
-pub fn open_all(disks: &[DiskOptions]) -> Result<Vec<Disk>> {
-    disks
-        .iter()
-        .enumerate()
-        .map(|(number, disk)| disk.open(number))
-        .collect()
 }
 
 /// A disk of the host, open and locked.

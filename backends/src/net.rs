@@ -21,7 +21,7 @@ pub mod tap;
 mod tests;
 pub mod vhost;
 
-pub use options::{NetOptions, Network, VhostChoice};
+pub use options::{KIND, NetOptions, Network, VhostChoice};
 
 impl NetOptions {
     /// Connects the card to its network. It is the machine's card `number`, from 0.

@@ -1,72 +1,127 @@
 //! Virtio devices as a user asks for them, and the opening of what stands behind them.
 
 use crate::backend::Backend;
-use crate::balloon::BalloonOptions;
 use crate::broker::Broker;
-use crate::console::HvcConsole;
-use crate::disk::{self, DiskOptions};
-use crate::net::NetOptions;
-use crate::pmem::{PmemImage, PmemOptions};
-use crate::rng;
-use crate::share::ShareOptions;
-use crate::vsock::VsockOptions;
-use anyhow::{Context, Result};
+use crate::kind::{DeviceOptions, Guest, Kind, Place};
+use crate::{balloon, console, disk, net, pmem, rng, share, vsock};
+use anyhow::{Result, bail};
 use armlet_system::signals;
+use std::fmt;
 use std::sync::Arc;
 
-/// A virtio device that the user asked for, not opened yet.
-#[derive(Clone, Debug)]
+/// The kinds of devices, in the order of the help.
+pub static KINDS: [&Kind; 8] = [
+    &disk::KIND,
+    &net::KIND,
+    &pmem::KIND,
+    &share::KIND,
+    &console::KIND,
+    &vsock::KIND,
+    &balloon::KIND,
+    &rng::KIND,
+];
+
+/// A virtio device of a guest, checked and not opened yet.
 pub struct Wanted {
-    /// Its name: "disk0".
-    pub name: String,
-    /// DeviceOptions it is to be.
-    pub options: DeviceOptions,
+    name: String,
+    number: usize,
+    options: Box<dyn DeviceOptions>,
 }
 
-/// A device of one kind, with its options.
-#[derive(Clone, Debug)]
-pub enum DeviceOptions {
-    /// A disk.
-    Disk(DiskOptions),
-    /// A network device.
-    Net(NetOptions),
-    /// A folder of the host.
-    Share(ShareOptions),
-    /// Sockets between guest and host.
-    Vsock(VsockOptions),
-    /// Persistent memory.
-    Pmem(PmemOptions),
-    /// Memory that guest and host give each other.
-    Balloon(BalloonOptions),
-    /// The terminal.
-    Console,
-    /// Random numbers.
-    Rng,
+impl fmt::Debug for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
 }
 
 impl Wanted {
-    /// Whether another process works in guest memory for it.
+    /// Its name: "disk0".
     #[must_use]
-    pub fn shares_memory(&self) -> bool {
-        matches!(self.options, DeviceOptions::Share(_))
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
-    /// Whether a program works for it, which a broker starts.
-    fn needs_broker(&self) -> bool {
-        match &self.options {
-            DeviceOptions::Share(_) => true,
-            DeviceOptions::Net(net) => net.needs_broker(),
-            _ => false,
+    /// What it is to be.
+    #[must_use]
+    pub fn options(&self) -> &dyn DeviceOptions {
+        &*self.options
+    }
+
+    /// Words for the kernel's command line where the user gives none.
+    #[must_use]
+    pub fn cmdline(&self) -> Option<&'static str> {
+        self.options.cmdline(self.number)
+    }
+}
+
+/// Reads the options that a user gave, each with its kind; the result is as that of [`checked`].
+///
+/// # Errors
+/// An option that cannot be read, or does not go with another.
+pub fn read(given: &[(&'static Kind, String)], guest: &Guest) -> Result<Vec<Wanted>> {
+    let mut devices = Vec::new();
+    for kind in KINDS {
+        let texts = given.iter().filter(|(of, _)| of.name == kind.name);
+        let mut texts: Vec<&str> = texts.map(|(_, text)| text.as_str()).collect();
+        if texts.is_empty() {
+            texts.extend(kind.default);
+        }
+        for text in texts {
+            devices.extend((kind.parse)(text, guest)?);
         }
     }
+    checked(devices, guest)
+}
+
+/// Names the devices of a guest, and puts them into the order of its slots. Whatever of them is wrong
+/// on any host is found here, before anything is opened.
+///
+/// # Errors
+/// Devices that do not go with one another or with the guest.
+pub fn checked(mut devices: Vec<Box<dyn DeviceOptions>>, guest: &Guest) -> Result<Vec<Wanted>> {
+    devices.sort_by_key(|device| device.kind().slot);
+    let mut wanted: Vec<Wanted> = Vec::new();
+    for options in devices {
+        let kind = options.kind();
+        options.check_for(guest)?;
+        let others = wanted.iter().map(|other| &other.options);
+        let others = others.filter(|other| other.kind().name == kind.name);
+        let number = others.clone().count();
+        if number > 0 && !kind.repeats {
+            bail!("--{}: a guest has one at most", kind.name);
+        }
+        if let Some(ours) = options.identity() {
+            let mut others = others.filter_map(|other| other.identity());
+            if let Some(other) = others.find(|other| other.value == ours.value) {
+                bail!(
+                    "--{kind} {} and --{kind} {} have one {}={}; guests tell them apart by it",
+                    other.path.display(),
+                    ours.path.display(),
+                    ours.name,
+                    ours.value,
+                    kind = kind.name
+                );
+            }
+        }
+        let name = match kind.repeats {
+            true => format!("{}{number}", kind.name),
+            false => kind.name.to_owned(),
+        };
+        wanted.push(Wanted {
+            name,
+            number,
+            options,
+        });
+    }
+    Ok(wanted)
 }
 
 /// Forks the broker that [`open`] wants, if it wants one. There are to be no other threads yet.
 ///
 /// # Errors
-/// DeviceOptions the system refuses.
+/// What the system refuses.
 pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
-    let is_needed = wanted.iter().any(Wanted::needs_broker);
+    let is_needed = wanted.iter().any(|wanted| wanted.options.needs_broker());
     is_needed.then(Broker::fork).transpose()
 }
 
@@ -74,52 +129,130 @@ pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
 /// console, and `broker` starts programs ([`fork_broker`]).
 ///
 /// # Errors
-/// DeviceOptions cannot be opened, and what would help.
+/// What cannot be opened, and what would help.
 pub fn open(
     wanted: &[Wanted],
-    console: Option<&Arc<HvcConsole>>,
+    console: Option<&Arc<dyn Backend + Sync>>,
     broker: Option<&Arc<Broker>>,
 ) -> Result<Vec<Box<dyn Backend>>> {
-    let mut backends: Vec<Box<dyn Backend>> = Vec::new();
-    let disks: Vec<DiskOptions> = wanted
-        .iter()
-        .filter_map(|wanted| match &wanted.options {
-            DeviceOptions::Disk(disk) => Some(disk.clone()),
-            _ => None,
-        })
-        .collect();
-    let disks = match disks.is_empty() {
-        // Most guests have none, and what opens them stays out of memory.
-        true => Vec::new(),
-        false => {
-            signals::waiting_for("the images of disks to be opened");
-            disk::open_all(&disks)?
-        }
-    };
-    let mut disks = disks.into_iter();
-    let (mut nets, mut pmems) = (0.., 0..);
-    for wanted in wanted {
-        signals::waiting_for(format_args!("{} to be opened", wanted.name));
-        let backend: Option<Box<dyn Backend>> = match &wanted.options {
-            DeviceOptions::Disk(_) => disks.next().map(|disk| Box::new(disk) as Box<dyn Backend>),
-            DeviceOptions::Net(net) => {
-                let number = nets.next().unwrap_or_default();
-                Some(Box::new(net.open(number, broker)?))
-            }
-            DeviceOptions::Share(share) => {
-                let broker = broker.context("nobody starts virtiofsd")?;
-                Some(share.open(&wanted.name, broker)?)
-            }
-            DeviceOptions::Vsock(vsock) => Some(vsock.open()?),
-            DeviceOptions::Pmem(pmem) => {
-                let number = pmems.next().unwrap_or_default();
-                Some(Box::new(PmemImage::open(pmem, number)?))
-            }
-            DeviceOptions::Balloon(balloon) => Some(Box::new(balloon.open())),
-            DeviceOptions::Console => console.map(|console| Box::new(Arc::clone(console)) as _),
-            DeviceOptions::Rng => Some(Box::new(rng::HostEntropy)),
-        };
-        backends.push(backend.with_context(|| format!("nothing stands behind {}", wanted.name))?);
+    let mut backends = Vec::new();
+    for Wanted {
+        name,
+        number,
+        options,
+    } in wanted
+    {
+        signals::waiting_for(format_args!("{name} to be opened"));
+        backends.push(options.open_backend(&Place {
+            name,
+            number: *number,
+            broker,
+            console,
+        })?);
     }
     Ok(backends)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balloon::BalloonOptions;
+    use crate::disk::DiskOptions;
+    use crate::rng::RngOptions;
+    use crate::vsock::VsockOptions;
+
+    const GUEST: Guest = Guest {
+        memory: 1 << 30,
+        parse_size: |text| text.parse().map_err(|_| format!("size '{text}'")),
+        show_size: |bytes| bytes.to_string(),
+    };
+
+    fn names(wanted: &[Wanted]) -> Vec<&str> {
+        wanted.iter().map(Wanted::name).collect()
+    }
+
+    fn kind(name: &str) -> &'static Kind {
+        let mut kinds = KINDS.into_iter();
+        kinds.find(|kind| kind.name == name).expect(name)
+    }
+
+    #[test]
+    fn devices_have_the_order_of_slots_whoever_asks_for_them() {
+        let texts = [
+            ("balloon", "on"),
+            ("console", "virtio"),
+            ("pmem", "p"),
+            ("vsock", "cid=3"),
+            ("share", "tag=a,path=/"),
+            ("net", "user"),
+            ("disk", "b"),
+            ("disk", "a"),
+            ("net", "user"),
+        ];
+        let given = texts.map(|(name, text)| (kind(name), text.to_owned()));
+        let all = read(&given, &GUEST).expect("right");
+        let wanted = [
+            "disk0", "disk1", "net0", "net1", "share0", "vsock", "pmem0", "balloon", "console",
+            "rng",
+        ];
+        assert_eq!(names(&all), wanted);
+        let typed: Vec<Box<dyn DeviceOptions>> =
+            vec![Box::new(RngOptions), Box::new(DiskOptions::new("a"))];
+        let all = checked(typed, &GUEST).expect("right");
+        assert_eq!(names(&all), ["disk0", "rng"]);
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_not_there_but_random_numbers() {
+        assert_eq!(names(&read(&[], &GUEST).expect("right")), ["rng"]);
+        let off = [("rng", "off"), ("console", "serial")];
+        let off = off.map(|(name, text)| (kind(name), text.to_owned()));
+        assert!(read(&off, &GUEST).expect("right").is_empty());
+    }
+
+    #[test]
+    fn devices_without_a_text_are_checked_as_those_with_one() {
+        let wrong = |devices: Vec<Box<dyn DeviceOptions>>| {
+            checked(devices, &GUEST).expect_err("wrong").to_string()
+        };
+        let balloon = |target| BalloonOptions {
+            target,
+            reporting: true,
+            deflate_on_oom: true,
+        };
+        let error = wrong(vec![Box::new(balloon(1 << 30))]);
+        assert!(error.contains("leaves nothing of the guest's"), "{error}");
+        checked(vec![Box::new(balloon(1 << 29))], &GUEST).expect("it leaves half");
+        let error = wrong(vec![Box::new(balloon(0)), Box::new(balloon(0))]);
+        assert_eq!(error, "--balloon: a guest has one at most");
+        let disk = |path: &str| {
+            let mut disk = DiskOptions::new(path);
+            disk.id = Some("x".to_owned());
+            Box::new(disk)
+        };
+        let error = wrong(vec![disk("a"), disk("b")]);
+        assert!(
+            error.contains("--disk a and --disk b have one id=x"),
+            "{error}"
+        );
+        let vsock = VsockOptions { cid: 3, uds: None };
+        checked(vec![Box::new(vsock), disk("a")], &GUEST).expect("right");
+    }
+
+    #[test]
+    fn help_keeps_to_its_width() {
+        let mut slots: Vec<u8> = KINDS.iter().map(|kind| kind.slot).collect();
+        for kind in KINDS {
+            // A word that is longer than a line stands in one of its own.
+            let long = kind.help.lines().filter(|line| line.len() > 60);
+            assert!(
+                long.clone().all(|line| !line.contains(' ')),
+                "{}",
+                kind.name
+            );
+        }
+        slots.sort_unstable();
+        slots.dedup();
+        assert_eq!(slots.len(), KINDS.len(), "two kinds have one place");
+    }
 }

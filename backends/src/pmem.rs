@@ -7,7 +7,7 @@ mod options;
 mod tests;
 
 pub use image::{FileMemory, Missing, PmemImage};
-pub use options::{ALIGN, PmemOptions};
+pub use options::{ALIGN, KIND, PmemOptions};
 
 use crate::backend::Backend;
 use anyhow::Result;

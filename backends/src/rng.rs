@@ -1,11 +1,42 @@
 //! Entropy from the host's kernel (`--rng`).
 
 use crate::backend::Backend;
-use anyhow::Result;
+use crate::kind::{DeviceOptions, Kind, Place};
+use anyhow::{Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::rng::Rng;
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::sync::{Arc, Mutex};
+
+/// Random numbers.
+pub static KIND: Kind = Kind {
+    name: "rng",
+    letter: None,
+    value: "on|off",
+    help: "entropy for the guest: on (default) or off",
+    repeats: false,
+    slot: 7,
+    default: Some("on"),
+    parse: |text, _| match text {
+        "on" => Ok(Some(Box::new(RngOptions))),
+        "off" => Ok(None),
+        other => bail!("--rng '{other}' is not known; use on or off"),
+    },
+};
+
+/// Random numbers as they are asked for: there is nothing to say of them.
+#[derive(Clone, Copy, Debug)]
+pub struct RngOptions;
+
+impl DeviceOptions for RngOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn open_backend(&self, _place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(HostEntropy))
+    }
+}
 
 /// The host's random number generator.
 #[derive(Clone, Copy, Debug)]

@@ -9,7 +9,7 @@
 mod daemon;
 mod options;
 
-pub use options::{Cache, Sandbox, ShareOptions};
+pub use options::{Cache, KIND, Sandbox, ShareOptions};
 
 use crate::backend::Backend;
 use crate::broker::Broker;

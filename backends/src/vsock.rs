@@ -4,7 +4,7 @@
 mod kernel;
 mod options;
 
-pub use options::VsockOptions;
+pub use options::{KIND, VsockOptions};
 
 use crate::backend::Backend;
 use anyhow::{Context, Result, bail};

@@ -1,13 +1,13 @@
 //! Parses the arguments, and reports what is wrong with them in one line.
 
+use super::devices::{self, DeviceArgs};
 use super::{Cli, unknown};
-use argh::{EarlyExit, FromArgs};
+use argh::EarlyExit;
 
 /// The result of parsing: a command line, or a text to print.
-#[derive(Debug)]
 pub enum Parsed {
-    /// Execute this.
-    Cli(Box<Cli>),
+    /// Execute this, with these devices.
+    Cli(Box<Cli>, DeviceArgs),
     /// Print this help on standard output and leave.
     Help(String),
     /// Print this line on standard error and leave with [`armlet_system::status::Status::Usage`].
@@ -19,8 +19,8 @@ pub enum Parsed {
 pub fn parse(arguments: &[String]) -> Parsed {
     let split = split_assignments(arguments);
     let words: Vec<&str> = split.iter().map(String::as_str).collect();
-    match Cli::from_args(&["armlet"], &words) {
-        Ok(cli) => Parsed::Cli(Box::new(cli)),
+    match devices::parse(&words) {
+        Ok((cli, devices)) => Parsed::Cli(Box::new(cli), devices),
         Err(EarlyExit {
             output,
             status: Ok(()),
@@ -72,7 +72,7 @@ mod tests {
     fn wrong(words: &str) -> String {
         match parse_words(words) {
             Parsed::Wrong(line) => line,
-            other => panic!("{words}: {other:?}"),
+            _ => panic!("{words}: not refused"),
         }
     }
 
@@ -83,7 +83,7 @@ mod tests {
             "run --kernel Image --memory 1G --cmdline root=/dev/vda",
             "run -k Image -m 1G -p root=/dev/vda",
         ] {
-            let Parsed::Cli(cli) = parse_words(words) else {
+            let Parsed::Cli(cli, _) = parse_words(words) else {
                 panic!("{words}");
             };
             let Some(Command::Run(run)) = cli.command else {
@@ -160,7 +160,7 @@ mod tests {
         for command in ["run", "plan", "probe", "boards"] {
             match parse_words(&format!("{command} --help")) {
                 Parsed::Help(text) => assert!(text.contains("Examples:"), "{text}"),
-                other => panic!("{command}: {other:?}"),
+                _ => panic!("{command}: no help"),
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Suggestions for options that a command does not have: the option that was probably meant.
 
-use super::Cli;
-use argh::{EarlyExit, FromArgs};
+use super::devices;
+use argh::EarlyExit;
 use armlet_arch::words::nearest;
 
 /// The commands, of which the first has the most options.
@@ -254,7 +254,7 @@ fn is_command(word: &str) -> bool {
 /// Returns the text of `--help`, of a command or of armlet itself.
 fn help_of(command: Option<&str>) -> String {
     let words: Vec<&str> = command.into_iter().chain(["--help"]).collect();
-    match Cli::from_args(&["armlet"], &words) {
+    match devices::parse(&words) {
         Err(EarlyExit { output, .. }) => output,
         Ok(_) => String::new(),
     }

@@ -40,13 +40,13 @@ fn armlet_in_this_process() {
     let mut arguments: Vec<String> = arguments.lines().map(str::to_owned).collect();
     // A shell cuts what is empty at the end, so there is a last one that is not.
     arguments.pop();
-    let Parsed::Cli(cli) = cli::parse(&arguments) else {
+    let Parsed::Cli(cli, devices) = cli::parse(&arguments) else {
         panic!("no command: {arguments:?}");
     };
     let Some(Command::Run(args)) = cli.command else {
         panic!("another command: {arguments:?}");
     };
-    let mut options = commands::run_options(&args).expect("a machine");
+    let mut options = commands::run_options(&args, &devices).expect("a machine");
     options.commander = Some(Box::new(move |commands| {
         std::thread::spawn(move || serve(&commands, &fifo));
     }));

@@ -1,8 +1,26 @@
 //! Disks as they are asked for.
 
+use crate::backend::Backend;
+use crate::kind::{DeviceOptions, Identity, Kind, Place};
 use crate::options::{Options, path_first};
+use crate::root;
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
+
+/// Disks.
+pub static KIND: Kind = Kind {
+    name: "disk",
+    letter: Some("-d"),
+    value: "DISK",
+    help: "disk, /dev/vda and on: PATH, or\n\
+        path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]\n\
+        [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]\n\
+        [,block-size=N]; may be repeated",
+    repeats: true,
+    slot: 0,
+    default: None,
+    parse: |text, _| Ok(Some(Box::new(DiskOptions::parse(text)?))),
+};
 
 /// The flag.
 pub(super) const FLAG: &str = "--disk";
@@ -167,21 +185,25 @@ impl DiskOptions {
     }
 }
 
-/// Refuses disks that a guest cannot tell apart.
-///
-/// # Errors
-/// Two with one serial number.
-pub fn check_ids(disks: &[DiskOptions]) -> Result<()> {
-    for (index, disk) in disks.iter().enumerate() {
-        let same = |other: &&DiskOptions| other.id.is_some() && other.id == disk.id;
-        if let Some(other) = disks[..index].iter().find(same) {
-            bail!(
-                "{FLAG} {} and {FLAG} {} have one id={}; guests tell disks apart by it",
-                other.path.display(),
-                disk.path.display(),
-                disk.id.as_deref().unwrap_or_default(),
-            );
-        }
+impl DeviceOptions for DiskOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
     }
-    Ok(())
+
+    fn identity(&self) -> Option<Identity<'_>> {
+        Some(Identity {
+            name: "id",
+            value: self.id.as_deref()?,
+            path: &self.path,
+        })
+    }
+
+    /// The root file system on the first disk.
+    fn cmdline(&self, number: usize) -> Option<&'static str> {
+        (number == 0).then(|| root::words(&self.path)).flatten()
+    }
+
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(self.open(place.number)?))
+    }
 }

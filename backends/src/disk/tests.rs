@@ -647,28 +647,6 @@ fn options_are_read() {
 }
 
 #[test]
-fn ids_tell_disks_apart() {
-    let folder = Folder::new();
-    let list = |ids: [&str; 2]| {
-        let disks = ids.map(|id| {
-            let image = folder.with(&format!("{id}.img"), &[0; 512]);
-            let id = &id[..1];
-            DiskOptions::parse(&format!("{image},id={id}")).expect("valid")
-        });
-        check_ids(&disks)?;
-        open_all(&disks)
-    };
-    let disks = list(["a1", "b1"]).expect("both");
-    let names: Vec<String> = disks.iter().map(Backend::name).collect();
-    assert_eq!(names, ["disk0", "disk1"]);
-    drop(disks);
-    let Err(error) = list(["a1", "a2"]) else {
-        panic!("two disks have one id");
-    };
-    assert!(error.to_string().contains("have one id=a"), "{error}");
-}
-
-#[test]
 fn each_guest_gets_a_device_on_the_same_image() {
     let folder = Folder::new();
     let image = folder.image();

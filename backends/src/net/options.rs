@@ -2,10 +2,26 @@
 
 use super::passt::Forward;
 use super::tap;
+use crate::backend::Backend;
+use crate::kind::{DeviceOptions, Kind, Place};
 use crate::options::Options;
 use anyhow::{Result, anyhow, bail};
 use std::fmt;
 use std::os::fd::RawFd;
+
+/// Network cards.
+pub static KIND: Kind = Kind {
+    name: "net",
+    letter: Some("-n"),
+    value: "NET",
+    help: "network card: user[,hostfwd=tcp:2222-:22]... (no privileges\n\
+        needed), or tap=NAME|fd=N[,queues=N][,vhost=auto|on|off];\n\
+        each with [,mac=MAC]; may be repeated",
+    repeats: true,
+    slot: 1,
+    default: None,
+    parse: |text, _| Ok(Some(Box::new(NetOptions::parse(text)?))),
+};
 
 /// The option's name, for messages.
 pub(super) const FLAG: &str = "--net";
@@ -117,11 +133,19 @@ impl NetOptions {
         }
         self.mac.as_ref().map_or(Ok(()), check_mac)
     }
+}
 
-    /// Whether a program works for it, which a broker starts.
-    #[must_use]
-    pub fn needs_broker(&self) -> bool {
+impl DeviceOptions for NetOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn needs_broker(&self) -> bool {
         matches!(self.network, Network::User { .. })
+    }
+
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(self.open(place.number, place.broker)?))
     }
 }
 

@@ -1,9 +1,25 @@
 //! Shared folders as they are asked for.
 
+use crate::backend::Backend;
+use crate::kind::{DeviceOptions, Identity, Kind, Place};
 use crate::options::Options;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::fs::TAG;
 use std::path::PathBuf;
+
+/// Folders of the host.
+pub static KIND: Kind = Kind {
+    name: "share",
+    letter: None,
+    value: "SHARE",
+    help: "folder of the host:\n\
+        tag=T,path=DIR[,readonly][,sandbox=namespace|chroot|none]\n\
+        [,cache=auto|always|never|metadata][,xattr]; may be repeated",
+    repeats: true,
+    slot: 2,
+    default: None,
+    parse: |text, _| Ok(Some(Box::new(ShareOptions::parse(text)?))),
+};
 
 /// The flag.
 const FLAG: &str = "--share";
@@ -94,5 +110,32 @@ impl ShareOptions {
             1..=TAG => Ok(()),
             length => bail!("the tag has {length} bytes; use up to {TAG}"),
         }
+    }
+}
+
+impl DeviceOptions for ShareOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn identity(&self) -> Option<Identity<'_>> {
+        Some(Identity {
+            name: "tag",
+            value: &self.tag,
+            path: &self.path,
+        })
+    }
+
+    fn shares_memory(&self) -> bool {
+        true
+    }
+
+    fn needs_broker(&self) -> bool {
+        true
+    }
+
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        let broker = place.broker.context("nobody starts virtiofsd")?;
+        self.open(place.name, broker)
     }
 }

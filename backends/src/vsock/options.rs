@@ -1,8 +1,23 @@
 //! Sockets as they are asked for.
 
+use crate::backend::Backend;
+use crate::kind::{DeviceOptions, Kind, Place};
 use crate::options::Options;
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
+
+/// Sockets between guest and host.
+pub static KIND: Kind = Kind {
+    name: "vsock",
+    letter: None,
+    value: "VSOCK",
+    help: "sockets between guest and host: cid=N[,uds=PATH], by Unix\n\
+        sockets or vhost",
+    repeats: false,
+    slot: 3,
+    default: None,
+    parse: |text, _| Ok(Some(Box::new(VsockOptions::parse(text)?))),
+};
 
 /// The flag.
 const FLAG: &str = "--vsock";
@@ -64,5 +79,15 @@ impl VsockOptions {
             bail!("the path has {length} bytes; use up to {LONGEST_PATH}");
         }
         Ok(())
+    }
+}
+
+impl DeviceOptions for VsockOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn open_backend(&self, _place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        self.open()
     }
 }

@@ -1,8 +1,9 @@
-//! DeviceOptions a start changes of an image: nothing, until the guest writes.
+//! What a start changes of an image: nothing, until the guest writes.
 
 use super::*;
+use crate::kind::{DeviceOptions, Guest};
 use crate::net::NetOptions;
-use crate::open::{DeviceOptions, Wanted, open as open_wanted};
+use crate::open::{checked, open as open_wanted};
 use crate::pmem::PmemOptions;
 use std::process::Command;
 
@@ -42,7 +43,14 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
     let text = format!("path={image},format=qcow2");
     let missing = folder.path("missing.img");
     let base = folder.image();
-    let disk = |text: &str| DeviceOptions::Disk(DiskOptions::parse(text).expect("right"));
+    let guest = Guest {
+        memory: 1 << 30,
+        parse_size: |_| Ok(0),
+        show_size: |bytes| bytes.to_string(),
+    };
+    let disk = |text: &str| -> Box<dyn DeviceOptions> {
+        Box::new(DiskOptions::parse(text).expect("right"))
+    };
     let net = NetOptions::parse("tap=armlet-none").expect("right");
     let cases = [
         ("No such file", vec![disk(&text), disk(&missing)]),
@@ -51,12 +59,12 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
             "stands alone",
             vec![disk(&format!("{text},backing={base}"))],
         ),
-        ("armlet-none", vec![disk(&text), DeviceOptions::Net(net)]),
+        ("armlet-none", vec![disk(&text), Box::new(net)]),
         (
             "cannot open",
             vec![
                 disk(&text),
-                DeviceOptions::Pmem(PmemOptions {
+                Box::new(PmemOptions {
                     path: missing.into(),
                     readonly: false,
                 }),
@@ -64,11 +72,8 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
         ),
     ];
     for (words, devices) in cases {
-        let wanted = devices.into_iter().map(|options| Wanted {
-            name: "device".to_owned(),
-            options,
-        });
-        let Err(error) = open_wanted(&wanted.collect::<Vec<_>>(), None, None) else {
+        let wanted = checked(devices, &guest).expect("right");
+        let Err(error) = open_wanted(&wanted, None, None) else {
             panic!("{words}: it is not refused");
         };
         let error = format!("{error:#}");

@@ -1,0 +1,118 @@
+//! Kinds of virtio devices: what a user may ask for of each, and what comes of it.
+//!
+//! A kind is a [`Kind`], which is a row of the table in [`crate::open`], and a type with
+//! [`DeviceOptions`]. The command line, its help and the plan know kinds by these alone.
+
+use crate::backend::Backend;
+use crate::broker::Broker;
+use anyhow::Result;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A kind of virtio device: its option, and how that is read.
+pub struct Kind {
+    /// What the option is called, without dashes, and the device in messages: "disk".
+    pub name: &'static str,
+    /// The option's letter with its dash, if it has one.
+    pub letter: Option<&'static str>,
+    /// What stands for its value in the help: "DISK".
+    pub value: &'static str,
+    /// What the help says, in lines of up to 60 characters.
+    pub help: &'static str,
+    /// Whether a guest may have several.
+    pub repeats: bool,
+    /// Its place among the kinds in the order of a machine's slots. The help has that of the table.
+    pub slot: u8,
+    /// The value of an option that is not given, where that asks for a device too.
+    pub default: Option<&'static str>,
+    /// Reads a value; `None` where it asks for no device.
+    pub parse: fn(&str, &Guest) -> Result<Option<Box<dyn DeviceOptions>>>,
+}
+
+/// What is known of the guest when its devices are asked for, and how sizes are written.
+pub struct Guest {
+    /// Its memory in bytes.
+    pub memory: u64,
+    /// Reads a size of memory.
+    pub parse_size: fn(&str) -> Result<u64, String>,
+    /// Writes a size.
+    pub show_size: fn(u64) -> String,
+}
+
+/// What guests tell devices of a kind apart by.
+pub struct Identity<'a> {
+    /// What it is called in the option.
+    pub name: &'static str,
+    /// What it is.
+    pub value: &'a str,
+    /// The device's file, for messages.
+    pub path: &'a Path,
+}
+
+/// Where a device's backend is opened.
+pub struct Place<'a> {
+    /// The device's name: "disk0".
+    pub name: &'a str,
+    /// Its number among those of its kind, from 0.
+    pub number: usize,
+    /// Starts programs, where a device [needs](DeviceOptions::needs_broker) that.
+    pub broker: Option<&'a Arc<Broker>>,
+    /// What stands behind the console that is [connected to the terminal](DeviceOptions::is_terminal).
+    pub console: Option<&'a Arc<dyn Backend + Sync>>,
+}
+
+/// A device as it is asked for: public fields, for each kind a type.
+pub trait DeviceOptions: Send + Sync {
+    /// Its kind.
+    fn kind(&self) -> &'static Kind;
+
+    /// Checks it against the guest. What can be wrong with it alone is checked by whoever opens it.
+    ///
+    /// # Errors
+    /// What does not go with the guest, and what would.
+    fn check_for(&self, guest: &Guest) -> Result<()> {
+        let _ = guest;
+        Ok(())
+    }
+
+    /// What no other device of its kind may have.
+    fn identity(&self) -> Option<Identity<'_>> {
+        None
+    }
+
+    /// Whether another process works in guest memory for it.
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
+    /// Whether a program works for it, which a broker starts.
+    fn needs_broker(&self) -> bool {
+        false
+    }
+
+    /// Whether the terminal is connected to it.
+    fn is_terminal(&self) -> bool {
+        false
+    }
+
+    /// Words for the kernel's command line where the user gives none; `number` counts those of its
+    /// kind from 0.
+    fn cmdline(&self, number: usize) -> Option<&'static str> {
+        let _ = number;
+        None
+    }
+
+    /// Bytes of persistent memory that the guest gets with it, for a plan.
+    ///
+    /// # Errors
+    /// A file that cannot be looked at.
+    fn pmem_size(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Opens what stands behind it: the first step of [`Backend`].
+    ///
+    /// # Errors
+    /// What cannot be opened, and what would help.
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>>;
+}
