@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// Pins the calling thread to these CPUs. Threads that it starts later inherit that.
+/// Pins the calling thread to these CPUs. Threads that it starts later inherit this.
 ///
 /// # Errors
 /// CPUs that this process may not use.

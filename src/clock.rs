@@ -1,4 +1,4 @@
-//! Reports changes of the host's clock: an alarm by the time of day is due at another moment then.
+//! Reports changes of the host's clock: an alarm by wall-clock time is then due at another moment.
 
 use anyhow::{Context, Result};
 use rustix::time::{

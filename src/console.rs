@@ -16,7 +16,7 @@ use std::time::Duration;
 /// The action of an escape key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Escape {
-    /// Ctrl-A x: leave.
+    /// Ctrl-A x: stop the guest.
     Leave,
     /// Ctrl-A h: help.
     Help,
@@ -27,7 +27,7 @@ pub enum Escape {
 /// The help that Ctrl-A h prints.
 pub const ESCAPE_HELP: &str = "Ctrl-A x: stop the guest and leave; Ctrl-A b: send a break; Ctrl-A Ctrl-A: send Ctrl-A; Ctrl-A h: this help";
 
-/// Finds escape keys in what is typed, as QEMU has them.
+/// Finds QEMU's escape keys in what is typed.
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     pending: bool,
@@ -36,8 +36,8 @@ pub struct EscapeFilter {
 const CTRL_A: u8 = 1;
 
 impl EscapeFilter {
-    /// Appends to `guest` what is for the guest, up to the first escape key, which is returned
-    /// with the number of bytes used.
+    /// Appends input for the guest to `guest`, up to the first escape key, which is returned with
+    /// the number of bytes consumed.
     pub fn take(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> (usize, Option<Escape>) {
         for (index, &byte) in typed.iter().enumerate() {
             if !self.pending {
@@ -64,19 +64,19 @@ impl EscapeFilter {
     }
 }
 
-/// Standard output as the serial console's far end: every byte, in order, waiting where the
-/// reader is slow, until it is closed or armlet stops. What it does not take for another reason, a
-/// full disk for instance, is lost and counted, and each write tries again.
+/// Standard output as the sink of the serial console: every byte, in order, waiting for a slow
+/// reader, until it is closed or armlet stops. Bytes that cannot be written for another reason,
+/// such as a full disk, are lost and counted, and each further write tries again.
 pub struct StandardOutput<W = fn(&[u8]) -> Result<usize, Errno>> {
     stopping: Arc<AtomicBool>,
     write: W,
     closed: bool,
-    /// Bytes lost since it took some.
+    /// Bytes lost since the last successful write.
     lost: u64,
 }
 
 impl StandardOutput {
-    /// `stopping` ends a wait for a reader that does not read.
+    /// Creates the sink; setting `stopping` ends a wait for a reader that does not read.
     #[must_use]
     pub fn new(stopping: Arc<AtomicBool>) -> StandardOutput {
         StandardOutput::by(stopping, |bytes| rustix::io::write(stdio::stdout(), bytes))
@@ -96,7 +96,7 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno>> StandardOutput<W> {
     fn lose(&mut self, count: usize, error: Errno) {
         if self.lost == 0 {
             log::warn!(
-                "standard output takes nothing ({error}); the guest runs on, and its console output is lost until it does"
+                "cannot write to standard output ({error}); the guest keeps running, and its console output is lost until writing works again"
             );
         }
         self.lost += count as u64;
@@ -123,7 +123,7 @@ impl<W> Drop for StandardOutput<W> {
 impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W> {
     fn write(&mut self, mut bytes: &[u8]) -> Action {
         while !bytes.is_empty() && !self.closed {
-            // Once armlet stops, nothing waits for a reader any more.
+            // Once armlet stops, output no longer waits for a reader.
             if self.stopping.load(Ordering::Relaxed) && !is_output_ready() {
                 break;
             }
@@ -132,18 +132,18 @@ impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W
                     self.tell_lost();
                     bytes = &bytes[written..];
                 }
-                // By a signal that may mean that armlet stops.
+                // The signal may mean that armlet stops.
                 Err(error) if error.is_interrupted() => {}
-                // Not ours to change: others may have made the descriptor so.
+                // Others may have set O_NONBLOCK, and share the description, so it is not cleared.
                 Err(Errno::AGAIN) => {
                     let _ = wait_once(stdio::stdout(), PollFlags::OUT, None);
                 }
-                // Nobody will ever read it.
+                // There is no reader any more.
                 Err(error @ (Errno::PIPE | Errno::BADF | Errno::CONNRESET)) => {
                     self.closed = true;
                     self.tell_lost();
                     log::warn!(
-                        "standard output is closed ({error}); the guest runs on, its console output is lost"
+                        "standard output is closed ({error}); the guest keeps running, its console output is lost"
                     );
                 }
                 Err(error) => {
@@ -162,23 +162,23 @@ pub fn is_output_ready() -> bool {
     wait_once(stdio::stdout(), PollFlags::OUT, Some(Duration::ZERO)) == Ok(true)
 }
 
-/// The line in which a Linux kernel says that it panicked (kernel/panic.c: vpanic).
+/// The message of a Linux kernel panic (kernel/panic.c: vpanic).
 const PANIC: &[u8] = b"Kernel panic - not syncing: ";
 /// The most bytes of a panic's reason that are kept.
 const REASON_BYTES: usize = 160;
 
-/// Passes output on, and looks in it for the message of a kernel panic: KVM/arm64 reports one in no
-/// other way.
+/// Passes output on, and searches it for the message of a kernel panic, which KVM/arm64 does not
+/// report otherwise.
 pub struct PanicWatch {
     output: StandardOutput,
     /// Bytes of [`PANIC`] seen in a row.
     matched: usize,
-    /// The reason, as far as it was printed.
+    /// The reason, as far as it has been printed.
     reason: Option<Vec<u8>>,
 }
 
 impl PanicWatch {
-    /// Watches what passes to `output`.
+    /// Creates a watch that passes its output to `output`.
     #[must_use]
     pub fn new(output: StandardOutput) -> PanicWatch {
         PanicWatch {
@@ -198,7 +198,7 @@ impl PanicWatch {
             reason.push(byte);
             return Action::None;
         }
-        // The first byte of the message occurs nowhere else in it, so a mismatch starts anew.
+        // The first byte of the message occurs nowhere else in it, so a mismatch starts over.
         self.matched = match byte == PANIC[self.matched] {
             true => self.matched + 1,
             false => usize::from(byte == PANIC[0]),
@@ -221,7 +221,7 @@ impl Output for PanicWatch {
                 rest = behind;
                 continue;
             }
-            // Most output has nothing of the message.
+            // Most output contains no part of the message.
             let Some(begin) = rest.iter().position(|byte| *byte == PANIC[0]) else {
                 break;
             };
@@ -241,7 +241,7 @@ mod tests {
     fn filter(typed: &[u8]) -> (Vec<u8>, Vec<Escape>) {
         let mut filter = EscapeFilter::default();
         let (mut guest, mut escapes) = (Vec::new(), Vec::new());
-        // One byte a time, as they come from a keyboard.
+        // Byte by byte, as from a keyboard.
         for byte in typed {
             let (_, escape) = filter.take(&[*byte], &mut guest);
             escapes.extend(escape);

@@ -1,4 +1,4 @@
-//! Makes KVM's objects and the devices of a plan. Nothing is decided here.
+//! Creates the KVM objects and devices of a plan. Nothing is decided here.
 
 use crate::kernel::{Initrd, Kernel};
 use crate::kvm::KvmArch;
@@ -27,16 +27,16 @@ use devices::attach;
 pub use devices::{Devices, Wires};
 use held::Held;
 
-/// A machine as KVM has it, with its devices: the one owner of all of them.
+/// A machine: the single owner of its KVM objects and devices.
 pub struct Machine<A: KvmArch> {
-    /// Whether the virtio devices are held. It ends first.
+    /// Quiesces the virtio devices. Dropped first.
     held: Held,
     vm: Arc<VmFd>,
-    /// vCPUs, by index, until they run.
+    /// The vCPUs by index, until they run.
     idle: Vec<VcpuFd>,
-    /// vCPUs that run.
+    /// The running vCPUs.
     pub vcpus: Vcpus,
-    /// Set when the console's output is not to wait for a reader any more.
+    /// Set when output to the console must no longer wait for a reader.
     pub stopping: Arc<AtomicBool>,
     /// The devices by address.
     pub buses: Arc<Buses>,
@@ -44,7 +44,7 @@ pub struct Machine<A: KvmArch> {
     pub devices: Devices,
     /// The virtio devices that the event loop serves.
     pub light: Reactor,
-    /// The others, at work as long as the machine lives.
+    /// The virtio devices with worker threads of their own.
     pub workers: Workers,
     /// Its counters.
     pub counters: Counters,
@@ -52,10 +52,10 @@ pub struct Machine<A: KvmArch> {
     _chip: A::Chip,
 }
 
-/// Makes the planned machine on `memory`, with the backends in the order of their windows.
+/// Creates the planned machine on `memory`, with the backends in the order of their windows.
 ///
 /// # Errors
-/// The step that failed and what KVM said.
+/// The step that failed, and KVM's error.
 pub fn assemble<A: KvmArch>(
     kvm: &Kvm,
     plan: &Plan<A>,
@@ -109,7 +109,7 @@ pub fn assemble<A: KvmArch>(
 }
 
 impl<A: KvmArch> Machine<A> {
-    /// Opens KVM's counters, where it has them.
+    /// Opens KVM's statistics, where it has them.
     pub fn count(&mut self) {
         let no_vm = |error| log::warn!("KVM does not show its counters ({error})");
         self.counters.vm = Statistics::of(&*self.vm).map_err(no_vm).ok();
@@ -117,10 +117,10 @@ impl<A: KvmArch> Machine<A> {
         self.counters.vcpus = vcpus.filter_map(Result::ok).collect();
     }
 
-    /// Puts kernel, initrd and blobs where the plan says.
+    /// Loads kernel, initrd and blobs where the plan says.
     ///
     /// # Errors
-    /// A file that changed since it was opened, or damaged data.
+    /// When a file has changed since it was opened, or its data is damaged.
     pub fn load(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -129,8 +129,8 @@ impl<A: KvmArch> Machine<A> {
         initrd: Option<&Initrd>,
     ) -> Result<()> {
         let payload = &plan.layout.payload;
-        // SAFETY: no driver has started a device of this machine yet, and those of the guest before
-        // ended with its machine.
+        // SAFETY: no driver has started a device of this machine yet, and the devices of the
+        // previous life ended with its machine.
         let mut idle = unsafe { IdleMemory::new(memory, &mut self.idle) };
         if let (Some(kernel), Some(range)) = (kernel, payload.kernel) {
             kernel.load_into(idle.slice_mut(range)?)?;
@@ -148,11 +148,11 @@ impl<A: KvmArch> Machine<A> {
         Ok(())
     }
 
-    /// Lets the vCPUs run, each on a thread of its own: the one with an index on `cpus(index)`, or
-    /// anywhere where there are none. Each tells by what `tell` makes.
+    /// Starts the vCPUs, each on a thread of its own, pinned to `cpus(index)` unless that is empty.
+    /// Each reports events by a closure that `tell` returns.
     ///
     /// # Errors
-    /// A host without room for another thread.
+    /// When the host cannot create another thread.
     pub fn start<T: Fn(VcpuEvent) + Send + 'static>(
         &mut self,
         cpus: impl Fn(usize) -> Vec<u32>,
@@ -172,22 +172,23 @@ impl<A: KvmArch> Machine<A> {
         Ok(())
     }
 
-    /// Holds the machine: no vCPU runs and no virtio device works until [`Self::resume`]. Each device
-    /// has finished or handed back what it took. The guest's clocks and timers go on.
+    /// Pauses the machine: no vCPU runs and no virtio device works until [`Self::resume`]. Each
+    /// device has completed or put back the requests that it popped. The guest's clocks and timers
+    /// keep running.
     ///
     /// # Errors
-    /// What is waited for longer than `limit`, in a sentence, after which the machine runs on.
+    /// What took longer than `limit`, as a sentence; the machine then keeps running.
     pub fn pause(&self, limit: Duration) -> Result<(), String> {
         let deadline = Deadline::after(limit);
         self.vcpus.pause(limit).map_err(|error| match error {
             NotHeld::Busy(..) => format!("{error}{}", self.what_is_waited_for()),
             NotHeld::Ended(_) => error.to_string(),
         })?;
-        // vCPUs first: what they ask of a device is done, or still in its queues.
+        // vCPUs first: their requests to a device are then done, or still in its queues.
         let held = self.held.hold(self.workers.devices(), deadline.left());
         match held.is_ok() {
             true => (0..self.vcpus.count()).for_each(|index| {
-                // It has not ended, as it is held.
+                // It has not ended, because it is paused.
                 let _ = self.vcpus.ask(index, |vcpu| A::note_pause(vcpu));
             }),
             false => self.vcpus.resume(),
@@ -195,16 +196,16 @@ impl<A: KvmArch> Machine<A> {
         held
     }
 
-    /// Lets a machine that is held go on, devices first.
+    /// Resumes a paused machine, devices first.
     pub fn resume(&self) {
         self.held.release(self.workers.devices());
         self.vcpus.resume();
     }
 
-    /// Has all vCPUs end, also of a machine that is held.
+    /// Stops all vCPUs, even if the machine is paused.
     ///
     /// # Errors
-    /// What is waited for longer than `limit`, for a message. It is to end still: ask again.
+    /// What took longer than `limit`, for a message. The request stands: call again to wait longer.
     pub fn stop(&self, limit: Duration) -> Result<(), String> {
         self.stopping.store(true, Ordering::Release);
         self.vcpus
@@ -212,7 +213,7 @@ impl<A: KvmArch> Machine<A> {
             .map_err(|index| format!("vCPU {index} to stop{}", self.what_is_waited_for()))
     }
 
-    /// Returns what a vCPU may wait for, as the end of a sentence.
+    /// Returns what a vCPU may be waiting for, as the end of a sentence.
     fn what_is_waited_for(&self) -> String {
         let devices = self.workers.at_work();
         match devices.is_empty() {

@@ -23,33 +23,33 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-/// Whose memory the guest's is.
+/// Who can access guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Of this process alone.
+    /// Only this process.
     Private,
-    /// Of each process that gets its descriptor: what vhost-user needs.
+    /// Each process that gets its descriptor, as vhost-user needs.
     Shared,
 }
 
-/// What guest memory is made of, and when it is taken from the host.
+/// How guest memory is backed, and when it is allocated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backing {
     /// The host's pages.
     pub pages: HugePages,
-    /// Take all of it before the guest starts, and not page by page as it is touched.
+    /// Allocate all of it before the guest starts rather than on first touch.
     pub prefault: bool,
-    /// Let the host's kernel keep one copy of pages with the same content (KSM).
+    /// Let the host's kernel merge pages of the same content (KSM).
     pub mergeable: bool,
-    /// Never swap it out. This takes all of it before the guest starts, too.
+    /// Lock it in memory. This allocates all of it before the guest starts, too.
     pub locked: bool,
 }
 
 impl Backing {
-    /// Checks what excludes one another.
+    /// Checks for options that exclude each other.
     ///
     /// # Errors
-    /// What does not go together, in a sentence.
+    /// What does not go together, as a sentence.
     pub fn check(&self, sharing: Sharing) -> Result<()> {
         if !self.mergeable {
             return Ok(());
@@ -68,16 +68,16 @@ impl Backing {
     }
 }
 
-/// Maps the banks. The memory is zero, and taken from the host only where the guest touches it,
-/// unless `backing` says otherwise.
+/// Maps the banks. The memory is zeroed, and allocated on first touch unless `backing` says
+/// otherwise.
 ///
 /// # Errors
-/// More memory than this process can map or lock, and pages that the host does not have.
+/// When this process cannot map or lock that much memory, or the host lacks the pages.
 pub fn map(banks: &[Range], sharing: Sharing, backing: Backing) -> Result<GuestMemoryMmap> {
     backing.check(sharing)?;
     let mut regions = Vec::new();
     for (index, bank) in banks.iter().enumerate() {
-        // What is short is told for all that is still to be mapped.
+        // A shortage is reported for everything that is still to be mapped.
         let wanted = banks[index..].iter().map(|bank| bank.size()).sum();
         let region = map_bank(*bank, sharing, backing, wanted)
             .with_context(|| format!("cannot map {} of guest memory", show_size(bank.size())))?;
@@ -99,13 +99,13 @@ fn map_bank(
         // SAFETY: the range is the mapping made above, and none of these changes what is in it.
         unsafe { rustix::mm::madvise(base.cast::<c_void>(), size, advice) }
     };
-    // Without huge pages, or without this kernel's knowing of them, the guest runs, slower.
+    // Without huge pages, or on a kernel that does not support them, the guest runs, but slower.
     let _ = match backing.pages {
         HugePages::Transparent => advise(Advice::LinuxHugepage),
         HugePages::None => advise(Advice::LinuxNoHugepage),
         HugePages::Of(_) => Ok(()),
     };
-    // Without it a core dump of armlet would hold the guest's memory.
+    // Otherwise a core dump of armlet would contain guest memory.
     let _ = advise(Advice::LinuxDontDump);
     if backing.mergeable {
         advise(Advice::LinuxMergeable)
@@ -140,7 +140,7 @@ fn map_bank(
         .ok_or_else(|| anyhow!("it ends past 2^64"))
 }
 
-/// Returns why `bytes` more were not locked, and what would help.
+/// Returns why `bytes` more could not be locked, and what would help.
 fn why_unlocked(bytes: u64) -> String {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock);
     // CAP_IPC_LOCK, which root has, is not limited (mlock(2)).
@@ -148,7 +148,7 @@ fn why_unlocked(bytes: u64) -> String {
     advice_on_lock(bytes, is_limited.then_some((limit.current, limit.maximum)))
 }
 
-/// As [`why_unlocked`], for a process with a soft and a hard limit of so many bytes, if it has any.
+/// Like [`why_unlocked`], for a process with these soft and hard limits in bytes, if any.
 fn advice_on_lock(bytes: u64, limit: Option<(Option<u64>, Option<u64>)>) -> String {
     let size = show_size(bytes);
     match limit {
@@ -167,7 +167,7 @@ fn advice_on_lock(bytes: u64, limit: Option<(Option<u64>, Option<u64>)>) -> Stri
     }
 }
 
-/// Returns a mapping of `size` bytes of ours at an address that suits huge pages.
+/// Reserves a mapping of `size` bytes at an address that suits huge pages.
 fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     // A huge block needs guest-physical and host-virtual address to agree modulo its size
     // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping).
@@ -178,12 +178,11 @@ fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     let wanted = bank.start() as usize % block;
     let lead = |start: usize| (wanted + block - start % block) % block;
     let start = map_anywhere(size)?;
-    // Linux gives memory of whole huge pages an address that suits them, since 6.7 (mm/mmap.c:
-    // __get_unmapped_area).
+    // Since 6.7, Linux aligns mappings of whole huge pages (mm/mmap.c: __get_unmapped_area).
     if lead(start) == 0 {
         return Ok(start as *mut u8);
     }
-    // SAFETY: it was mapped just now, and nobody knows of it.
+    // SAFETY: it was mapped just now, and nothing refers to it.
     unsafe { unmap(start, size) }?;
     let reserved = size
         .checked_add(block)
@@ -199,7 +198,7 @@ fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     Ok(base as *mut u8)
 }
 
-/// Returns the address of new memory of `size` bytes.
+/// Maps `size` bytes anywhere, and returns their address.
 fn map_anywhere(size: usize) -> Result<usize> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new anonymous mapping at an address that the kernel chooses.
@@ -209,9 +208,9 @@ fn map_anywhere(size: usize) -> Result<usize> {
     Ok(start as usize)
 }
 
-/// Puts the memory that is wanted in the place of the bank's bytes at `base`, which are a mapping
-/// of ours that nobody uses. Gives the descriptor by which other processes share it. `wanted` is
-/// what a pool of huge pages has to give for this bank and those after it, in bytes.
+/// Replaces the reserved mapping of a bank at `base` with the requested kind of memory. Returns the
+/// descriptor by which other processes can share it, if any. `wanted` is what this bank and those
+/// after it need of a pool of huge pages, in bytes.
 fn put_pages(
     base: *mut u8,
     bank: Range,
@@ -224,7 +223,8 @@ fn put_pages(
         HugePages::Of(huge) => huge,
         _ => 0,
     };
-    // A size in the flags: its logarithm in bits 31:26 (include/uapi/asm-generic/hugetlb_encode.h).
+    // The flags encode a size as its logarithm in bits 31:26
+    // (include/uapi/asm-generic/hugetlb_encode.h).
     let encoded = huge.checked_ilog2().unwrap_or(0) << 26;
     if huge > 0 && !(bank.start() | bank.size()).is_multiple_of(huge) {
         bail!(
@@ -244,7 +244,7 @@ fn put_pages(
         Sharing::Private => {
             let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB;
             let flags = flags | MapFlags::from_bits_retain(encoded as _);
-            // SAFETY: it replaces a mapping of ours that nobody uses.
+            // SAFETY: it replaces a mapping of ours that nothing uses.
             unsafe { rustix::mm::mmap_anonymous(base.cast::<c_void>(), size, prot, flags) }
                 .map_err(no_pages)?;
             Ok(None)
@@ -262,12 +262,13 @@ fn put_pages(
                 file => file.context("cannot make memory that other processes can share")?,
             };
             rustix::fs::ftruncate(&file, size as u64)?;
-            // Whoever is given the descriptor could cut the memory off beneath the guest, and then
-            // each access to what is gone ends armlet by SIGBUS. Holes can still be made in it.
+            // Without the seals, a process that has the descriptor could truncate the memory
+            // beneath the guest, and each access to the missing part would kill armlet by SIGBUS.
+            // Holes can still be punched.
             let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
             rustix::fs::fcntl_add_seals(&file, seals)
                 .context("cannot fix the size of memory that other processes share")?;
-            // SAFETY: it replaces a mapping of ours that nobody uses.
+            // SAFETY: it replaces a mapping of ours that nothing uses.
             unsafe { rustix::mm::mmap(base.cast::<c_void>(), size, prot, flags, &file, 0) }
                 .map_err(|error| match huge {
                     0 => error.into(),
@@ -288,10 +289,10 @@ unsafe fn unmap(start: usize, size: usize) -> Result<()> {
     Ok(())
 }
 
-/// Gives the VM its memory: one memslot a bank, from slot 0.
+/// Gives the VM its memory: one memslot for each bank, from slot 0.
 ///
 /// # Errors
-/// What KVM says, with the bank.
+/// KVM's error, with the bank.
 pub fn give(memory: &GuestMemoryMmap, vm: &VmFd) -> Result<()> {
     for (slot, region) in memory.iter().enumerate() {
         let (guest, size) = (region.start_addr().0, region.len());
@@ -309,11 +310,11 @@ pub fn give(memory: &GuestMemoryMmap, vm: &VmFd) -> Result<()> {
     Ok(())
 }
 
-/// Guest memory as devices have it: RAM, and each image of persistent memory in its place. A guest
-/// reads a disk into a file that it has mapped from there.
+/// Returns guest memory as devices see it: RAM, and persistent memory, because a guest may read a
+/// disk into a file that it has mapped from there.
 ///
 /// # Errors
-/// An image that is not as large as planned, and memory where another is.
+/// When an image is not as large as planned, or overlaps other memory.
 pub fn with_pmem<'a>(
     ram: &GuestMemoryMmap,
     images: impl IntoIterator<Item = (&'a PmemImage, Range)>,
@@ -328,13 +329,13 @@ pub fn with_pmem<'a>(
     Ok(memory)
 }
 
-/// The first memslot of persistent memory, behind those of RAM and registers.
+/// The first memslot of persistent memory, after those of RAM and registers.
 const PMEM_SLOT: u32 = 1100;
 
-/// Gives the VM persistent memory in its place.
+/// Gives the VM persistent memory at its planned place.
 ///
 /// # Errors
-/// What KVM says, or an image that is not as large as planned.
+/// KVM's error, or an image that is not as large as planned.
 pub fn give_pmem(image: &PmemImage, place: Range, index: usize, vm: &VmFd) -> Result<()> {
     let (start, size) = (place.start(), image.size());
     ensure!(
@@ -359,15 +360,15 @@ pub fn give_pmem(image: &PmemImage, place: Range, index: usize, vm: &VmFd) -> Re
         .with_context(|| format!("cannot give the VM persistent memory {index} at {place}"))
 }
 
-/// Guest memory that nobody else uses: it holds on to the vCPUs, so none can be running, and whoever
-/// makes it answers for the others.
+/// Guest memory that nothing else accesses: it borrows the vCPUs exclusively, so none can be
+/// running, and its creator vouches for everything else.
 pub struct IdleMemory<'a> {
     memory: &'a GuestMemoryMmap,
     _vcpus: &'a mut [VcpuFd],
 }
 
 impl<'a> IdleMemory<'a> {
-    /// Creates the memory of the VM that has these vCPUs and no others.
+    /// Creates the view of the memory of the VM that has exactly these vCPUs.
     ///
     /// # Safety
     /// For as long as it lives, nobody reads or writes this memory in another way: no device is at
@@ -381,10 +382,10 @@ impl<'a> IdleMemory<'a> {
         }
     }
 
-    /// Returns the bytes of a range, to load the guest's software to.
+    /// Returns the bytes of a range, to load the guest's software into.
     ///
     /// # Errors
-    /// A range that is not in one bank.
+    /// When the range does not lie within one bank.
     pub fn slice_mut(&mut self, range: Range) -> Result<&mut [u8]> {
         let size = usize::try_from(range.size())?;
         let slice = self
@@ -397,7 +398,7 @@ impl<'a> IdleMemory<'a> {
     }
 }
 
-/// Says so if the guest may take more memory than the host has.
+/// Warns if the guest may use more memory than the host has.
 pub fn warn_if_scarce(asked: u64) {
     let system = rustix::system::sysinfo();
     let has = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
@@ -472,7 +473,7 @@ mod tests {
             }
             let seals = rustix::fs::fcntl_add_seals(file, SealFlags::WRITE);
             assert_eq!(seals, Err(Errno::PERM), "{pages}: another seal");
-            // What a balloon does with memory that the guest gives back.
+            // What a balloon does with memory that the guest returns.
             let start = GuestAddress(bank.start());
             memory.write_slice(b"x", start).expect("memory");
             let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -481,7 +482,7 @@ mod tests {
         }
     }
 
-    /// Returns what the host's kernel says of the mapping that `address` lies in, by key.
+    /// Returns the value of `key` in /proc/self/smaps for the mapping that contains `address`.
     fn smaps(address: usize, key: &str) -> String {
         let text = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
         let holds = |line: &str| {

@@ -1,9 +1,10 @@
-//! The life of a guest: one event loop owns the machine; everything reaches it through one
-//! queue, the terminal, and signals.
+//! Runs a guest: one event loop owns the machine; everything reaches it through one queue, the
+//! terminal, and signals.
 //!
-//! `event` waits, and does what is asked; [`command`] is what may be asked, `queue` what other threads
-//! tell, `ending` how a life ends. `input` feeds the console, `power` presses the power key, `alarm`
-//! watches the guest's clock. This file is what happens from one life to the next.
+//! `event` is the event loop; [`command`] the commands that it carries out, `queue` the events of
+//! other threads, `ending` how a life ends. `input` feeds the console, `power` presses the power
+//! key, `alarm` watches the guest's clock. This file takes the guest from one life to the next: a
+//! life lasts from a start to the next reset.
 
 use crate::affinity;
 use crate::config::{Config, fresh_seeds};
@@ -44,14 +45,14 @@ mod queue;
 pub use ending::{OnPanic, OnReset};
 pub use queue::Commands;
 
-/// How long vCPUs are waited for until it is said again which.
+/// How long to wait for vCPUs before the name of the one that is waited for is updated.
 const LONG: Duration = Duration::from_millis(50);
 
-/// Everything that [`run`] is told.
+/// The options of [`run`].
 pub struct RunOptions<A: KvmArch> {
     /// KVM.
     pub kvm: Kvm,
-    /// What it offers.
+    /// What KVM offers.
     pub host: A::Host,
     /// What the user asked for.
     pub config: Config<A>,
@@ -59,31 +60,31 @@ pub struct RunOptions<A: KvmArch> {
     pub on_reset: OnReset,
     /// What to do when the guest's kernel panics.
     pub on_panic: OnPanic,
-    /// How long the guest may take to power off when it was asked to; `None` for no limit.
+    /// How long the guest may take to power off when asked; `None` for no limit.
     pub patience: Option<Duration>,
     /// Whether the guest gets fresh random seeds at each start.
     pub seeded: bool,
-    /// Whether to count exits, and tell at the end and on SIGUSR1.
+    /// Whether to count exits, and report them at the end and on SIGUSR1.
     pub stats: bool,
     /// Where to write the device tree to.
     pub dump_dtb: Option<String>,
-    /// Is handed the way to command the machine, once there is one.
+    /// Called with the sender of commands, once the event loop exists.
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
 }
 
-/// Runs a guest to its end, through as many resets as it asks for.
+/// Runs a guest to its end, through all of its resets.
 ///
 /// # Errors
-/// A machine that cannot be planned or made.
+/// When the machine cannot be planned or created.
 pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
-    // Threads run where the one that starts them does: vCPUs without CPUs of their own go back to
-    // where this one was.
+    // Threads inherit the affinity of the thread that starts them: unpinned vCPUs get the original
+    // affinity back.
     let mut everywhere = Vec::new();
     if !options.config.io_cpus.is_empty() {
         everywhere = allowed_cpus();
         affinity::run_on(&options.config.io_cpus).fault(Status::Usage)?;
     }
-    // Before there are threads.
+    // Must precede the first thread.
     let devices = options.config.virtio.len() as u32;
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
     descriptors::make_room(descriptors);
@@ -97,7 +98,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         false => None,
         true => Some(events.open_hvc()?),
     };
-    // What cannot be planned is refused before images are locked and daemons started.
+    // A machine that cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
     let backends = open::open(&options.config.virtio, console.as_ref(), broker.as_ref())
@@ -143,7 +144,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 signals::follow_terminal();
             }
         }
-        // A guest that runs is asked to power off, also before the loop looks for the first time.
+        // From here on SIGTERM asks the guest to power off, even before the event loop starts.
         signals::enter(Phase::Running);
         start(&mut machine, &options.config, &everywhere, &events)?;
         events.input.terminal = terminal.is_some();
@@ -160,7 +161,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         let is_over = !matches!(ending, Ok(Ending::Reset) if options.on_reset == OnReset::Restart);
         let ending = match is_over {
             true => {
-                // From here on signals end armlet, and the terminal is the user's again.
+                // From here on signals end armlet, and the terminal's modes are restored.
                 terminal = None;
                 let ending = ending.map(Ending::status);
                 signals::end_with(*ending.as_ref().unwrap_or(&Status::Failure));
@@ -190,7 +191,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     }
 }
 
-/// Returns the plan of the guest's next life.
+/// Plans the guest's next life.
 fn plan<A: KvmArch>(options: &mut RunOptions<A>) -> Result<Plan<A>> {
     if options.seeded {
         options.config.request.seeds = Some(fresh_seeds()?);
@@ -198,7 +199,7 @@ fn plan<A: KvmArch>(options: &mut RunOptions<A>) -> Result<Plan<A>> {
     decide(&options.config, &options.host, &options.config.board)
 }
 
-/// Returns the guest's memory, which it keeps through its resets.
+/// Maps the guest's memory, which is kept across resets.
 fn map_memory<A: KvmArch>(
     options: &RunOptions<A>,
     plan: &Plan<A>,
@@ -216,7 +217,7 @@ fn map_memory<A: KvmArch>(
     Ok(Arc::new(mapped))
 }
 
-/// Lets the vCPUs run, on their CPUs or `everywhere`; they tell `events`.
+/// Starts the vCPUs, on their CPUs or `everywhere`; they report to `events`.
 fn start<A: KvmArch>(
     machine: &mut Machine<A>,
     config: &Config<A>,
@@ -232,7 +233,8 @@ fn start<A: KvmArch>(
             if event == VcpuEvent::Asked {
                 return queue.tell(Event::Vcpu(event));
             }
-            // Here, where a reader that does not read holds up a vCPU and not the loop.
+            // Flushed on the vCPU's thread, where a slow reader blocks the vCPU and not the event
+            // loop.
             if let Some(serial) = &serial {
                 queue.tell_action(lock(serial).flush());
             }
@@ -247,10 +249,11 @@ fn start<A: KvmArch>(
     machine.start(cpus, tell)
 }
 
-/// Ends the vCPUs, and hands on the last of the console's output.
+/// Stops the vCPUs, and flushes the rest of the console's output.
 fn finish<A: KvmArch>(machine: &mut Machine<A>, events: &mut Events) {
     signals::waiting_for("the vCPUs to stop");
-    // It is not given up before the deadline of signals passes, or the user has enough.
+    // This ends only with the vCPUs, or when the deadline of `signals` or another signal ends
+    // armlet.
     while let Err(what) = machine.stop(LONG) {
         signals::waiting_for(what);
     }

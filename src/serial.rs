@@ -1,10 +1,10 @@
-//! The serial console on the bus: a UART whose output leaves the guest in bursts.
+//! The serial console on the bus: a UART whose output is coalesced in bursts.
 //!
 //! A kernel that prints reads a status register and writes the data register for each byte: two
-//! exits. While a burst lasts KVM collects what the guest writes to the data register, and the
-//! guest reads the registers from memory where they are in memory ([`BurstWindow`]); each exit for
-//! another register, or a tick of the event loop, takes the bytes out in order. No byte waits longer
-//! than a tick, and a guest that is quiet costs nothing.
+//! exits. During a burst, KVM coalesces writes to the data register, and the guest reads the
+//! registers from memory where the architecture allows it ([`BurstWindow`]); each exit for another
+//! register, and each tick of the event loop, flushes the bytes in order. No byte waits longer than
+//! a tick, and a guest that is quiet costs nothing.
 
 use crate::kvm::burst::BurstWindow;
 use armlet_devices::Device;
@@ -12,35 +12,35 @@ use armlet_devices::action::Action;
 use armlet_devices::console::{Console, Uart};
 use std::time::{Duration, Instant};
 
-/// How often a burst is looked after: the longest that a byte waits.
+/// The interval at which a burst is flushed: the longest that a byte waits.
 pub const TICK: Duration = Duration::from_millis(10);
 
-/// So many bytes within [`BURST_TIME`] are a burst: more than a prompt or an echo.
+/// The number of bytes within [`BURST_TIME`] that start a burst: more than a prompt or an echo.
 const BURST_BYTES: u32 = 48;
 const BURST_TIME: Duration = Duration::from_millis(100);
-/// The most bytes that it takes to begin one, where bursts have been short of late.
+/// The highest such number, reached after a series of short bursts.
 const BURST_BYTES_MOST: u32 = 1 << 16;
 
 /// The data register.
 const DATA: u64 = 0;
 
-/// A UART behind a window for bursts.
+/// A UART with a window that coalesces its output.
 pub struct Serial<U: Uart> {
     uart: U,
-    /// `None` where KVM or the board's map has no room for it: then each access is an exit.
+    /// `None` where KVM or the board's address map does not allow it: each access is then an exit.
     window: Option<BurstWindow>,
-    /// Called when a burst begins: from then on [`tick`](Self::tick) is to be called.
+    /// Called when a burst begins: from then on [`tick`](Self::tick) must be called.
     on_burst: Box<dyn Fn() + Send>,
     /// What the guest reads while the window is open.
     shown: Option<U::Snapshot>,
-    /// Bytes written since `since`, outside a burst; or in it.
+    /// Bytes written since `since` outside a burst, or in the current burst.
     count: u32,
     since: Instant,
-    /// Bytes that it takes to begin a burst.
+    /// The number of bytes that start a burst.
     threshold: u32,
     /// Whether the guest wrote since the last tick.
     written: bool,
-    /// Kept for its capacity.
+    /// Kept to reuse its allocation.
     taken: Vec<u8>,
 }
 
@@ -61,7 +61,7 @@ impl<U: Uart> Serial<U> {
         }
     }
 
-    /// Counts a byte that was an exit of its own, and begins a burst when it is one of many.
+    /// Counts a byte that caused an exit, and begins a burst when there are many.
     fn count(&mut self) {
         if self.window.is_none() || self.shown.is_some() {
             return;
@@ -78,8 +78,8 @@ impl<U: Uart> Serial<U> {
         }
     }
 
-    /// Returns what the guest may read from memory. A guest that waits for the transmit interrupt
-    /// before it sends on would wait for a tick each time: that interrupt comes with the bytes.
+    /// Returns what the guest may read from memory; `None` for a guest that sends by interrupt, as
+    /// it would wait a tick for each interrupt, which comes with the bytes.
     fn snapshot(&self) -> Option<U::Snapshot> {
         match self.uart.sends_by_interrupt() {
             true => None,
@@ -99,8 +99,7 @@ impl<U: Uart> Serial<U> {
         }
     }
 
-    /// Shows the guest the registers as they are now; where a read would change something, it must
-    /// be an exit again.
+    /// Updates the registers in memory, or closes the window if a read would have side effects.
     fn refresh(&mut self) -> Action {
         let snapshot = self.snapshot();
         let (Some(window), Some(shown)) = (&mut self.window, &mut self.shown) else {
@@ -122,7 +121,7 @@ impl<U: Uart> Serial<U> {
             return Action::None;
         };
         window.close();
-        // What came before it was closed.
+        // Bytes from before it was closed.
         let action = self.flush();
         self.shown = None;
         // Backs off after a short burst: the next one takes more bytes to begin.
@@ -201,7 +200,7 @@ impl<U: Uart> Device for Serial<U> {
 
 #[cfg(test)]
 mod tests {
-    //! What holds without KVM; the boot tests hold what a window does.
+    //! The behaviour without KVM; the boot tests cover the window.
 
     use super::*;
     use armlet_devices::IrqLine;
@@ -230,10 +229,10 @@ mod tests {
         fn pulse(&self) {}
     }
 
-    /// A console without a window, and what it tells.
+    /// A console without a window, whose output and callbacks are recorded.
     struct Bench {
         serial: Serial<Pl011>,
-        /// One entry a call of the output.
+        /// One entry for each call of the output.
         output: Arc<Mutex<Vec<Vec<u8>>>>,
         rooms: Arc<AtomicUsize>,
         bursts: Arc<AtomicUsize>,
@@ -255,7 +254,8 @@ mod tests {
             }
         }
 
-        /// With a guest that listens, as Linux does: FIFOs on, the receive interrupts unmasked.
+        /// Creates one with a guest that listens like Linux: FIFOs on, the receive interrupts
+        /// unmasked.
         fn listening() -> Bench {
             let mut bench = Bench::new();
             bench.write(LINE_CONTROL, FIFOS);
@@ -276,7 +276,7 @@ mod tests {
             );
         }
 
-        /// Returns what the guest reads until the flags say that there is no more.
+        /// Reads characters as the guest until UARTFR shows that there are no more.
         fn received(&mut self) -> Vec<u32> {
             let mut characters = Vec::new();
             while self.read(FLAGS) & EMPTY == 0 {
@@ -290,7 +290,7 @@ mod tests {
         }
     }
 
-    /// Returns a count, and what counts it.
+    /// Returns a counter, and a callback that increments it.
     fn counter() -> (Arc<AtomicUsize>, Box<dyn Fn() + Send>) {
         let count = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&count);
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(bench.read(FLAGS), 0x97);
         bench.write(LINE_CONTROL, FIFOS);
         assert_eq!(bench.read(LINE_CONTROL), FIFOS);
-        // As narrow as the guest makes them.
+        // Accesses keep the width that the guest used.
         assert_eq!(bench.serial.write(MASK, &[0x20, 0x04]), Action::None);
         let mut byte = [0xff];
         assert_eq!(bench.serial.read(MASK, &mut byte), Action::None);
@@ -400,7 +400,7 @@ mod tests {
         assert_eq!(bench.serial.receive(b"z"), (0, false, Action::None));
         bench.write(MASK, RECEIVE);
         assert_eq!(bench.serial.listening(), Some(2));
-        // Firmware asks the flags for input.
+        // Firmware polls the flags for input.
         bench.write(MASK, 0);
         for _ in 0..3 {
             assert_eq!(bench.serial.listening(), None);

@@ -1,17 +1,17 @@
-//! The shutdown of a guest that was asked to power off: when its power key is pressed again, and when
-//! the guest is stopped.
+//! The shutdown of a guest that was asked to power off: when to press its power key again, and when
+//! to stop it.
 
 use std::time::{Duration, Instant};
 
-/// The time between two presses of the power key. A guest that is still booting, or whose user space
-/// does not listen yet, misses a press: events of an input device that nobody has open are lost
-/// (Linux: drivers/input/input.c, input_pass_values). A guest that is shutting down ignores further
-/// presses (systemd-logind: an action is in progress).
+/// The time between two presses of the power key. A guest whose user space has not started yet
+/// misses a press: events of an input device that is not open are dropped (Linux:
+/// drivers/input/input.c, input_pass_values). A guest that is shutting down ignores further presses
+/// (systemd-logind: an action is in progress).
 const BETWEEN_PRESSES: Duration = Duration::from_secs(3);
 /// How long a guest may take by default.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What to do now.
+/// What is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
     /// Nothing.
@@ -40,7 +40,7 @@ impl Shutdown {
         }
     }
 
-    /// When to look again.
+    /// Returns when to call [`Self::due`] again.
     #[must_use]
     pub fn next(&self) -> Instant {
         self.end.map_or(self.press, |end| end.min(self.press))
@@ -62,7 +62,7 @@ impl Shutdown {
 /// Returns the value of `--stop-timeout`: seconds, or `None` for no limit.
 ///
 /// # Errors
-/// What it is not, in a sentence.
+/// Why the value is invalid, as a sentence.
 pub fn parse_patience(text: Option<&str>) -> Result<Option<Duration>, String> {
     match text {
         None => Ok(Some(PATIENCE)),
@@ -70,7 +70,7 @@ pub fn parse_patience(text: Option<&str>) -> Result<Option<Duration>, String> {
         Some(text) => match text.parse::<u32>() {
             Ok(seconds) => Ok(Some(Duration::from_secs(u64::from(seconds)))),
             Err(_) => Err(format!(
-                "--stop-timeout '{text}' is not known; use a number of seconds, or none"
+                "--stop-timeout '{text}' is invalid; use a number of seconds, or none"
             )),
         },
     }

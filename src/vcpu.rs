@@ -1,6 +1,7 @@
-//! A vCPU's thread: run, answer the exit, again.
+//! A vCPU's thread: a loop of KVM_RUN and exit handling.
 //!
-//! `answer` says what an exit means; a thread is asked by its `control`, and tells by [`VcpuEvent`]s.
+//! `answer` decodes an exit; the thread takes requests by its `control`, and reports
+//! [`VcpuEvent`]s.
 
 use crate::affinity;
 use crate::kvm::internal::describe_internal_error;
@@ -36,15 +37,15 @@ const STACK_BYTES: usize = 128 << 10;
 pub struct Shared {
     /// Who answers the guest.
     pub buses: Arc<Buses>,
-    /// Whether they are all off.
+    /// The check whether all vCPUs are off.
     pub off: Arc<OffCheck>,
 }
 
-/// Starts vCPU `index` on a thread of its own, on these CPUs of the host, or on any where there
-/// are none. It runs until it is asked to stop, or until it has something to tell that ends it.
+/// Starts vCPU `index` on a thread of its own, pinned to these CPUs of the host, or unpinned if
+/// there are none. It runs until it is asked to stop, or reports an event that ends it.
 ///
 /// # Errors
-/// A host without room for another thread.
+/// When the host cannot create another thread.
 pub fn start<A: KvmArch>(
     index: usize,
     mut vcpu: VcpuFd,
@@ -53,7 +54,7 @@ pub fn start<A: KvmArch>(
     exits: Arc<Exits>,
     tell: impl Fn(VcpuEvent) + Send + 'static,
 ) -> Result<RunningVcpu> {
-    // Before there is a thread that may be kicked.
+    // The handler must exist before any thread can be kicked.
     kick::install();
     let control = Arc::new(Control::default());
     let asked = Arc::clone(&control);
@@ -89,7 +90,7 @@ fn run<A: KvmArch>(
     let faults = Faults::of(index);
     let empty_ports = Faults::of(index);
     let mut seen = Vec::new();
-    // It may have been asked before it could be kicked.
+    // A request may have come before the thread could be kicked.
     if !control.obey(vcpu) {
         return None;
     }
@@ -101,7 +102,7 @@ fn run<A: KvmArch>(
             }
             Err(error) if error.is_interrupted() => {
                 exits.count(Reason::Signal);
-                // First, as the next kick is for what is asked after the look at it.
+                // Cleared first: a kick that follows is for a request that `obey` may not see.
                 vcpu.set_kvm_immediate_exit(0);
                 if let Some(told) = off.answer(index, || A::is_off(vcpu)) {
                     tell(told);
@@ -121,11 +122,11 @@ fn run<A: KvmArch>(
         let next = match next {
             Next::Port => match A::answer_ports(vcpu, &buses.ports) {
                 Ok(access) if access.found => access.action.into(),
-                // Kernels of PCs look at many a port to see what there is: that is no fault.
+                // PC kernels probe many ports for devices: that is no fault.
                 Ok(access) => {
                     empty_ports.note(vcpu, A::position, log::Level::Info, || {
                         let act = if access.write { "wrote" } else { "read" };
-                        format!("{act} port {:#x}, where nothing is", access.port)
+                        format!("{act} port {:#x}, where there is no device", access.port)
                     });
                     Next::Run
                 }
@@ -165,7 +166,7 @@ fn run<A: KvmArch>(
             } => {
                 let act = if write { "wrote" } else { "read" };
                 faults.report(vcpu, A::position, || {
-                    format!("{act} {size} bytes at {address:#x}, where nothing is")
+                    format!("{act} {size} bytes at {address:#x}, where there is no device")
                 });
             }
             Next::Raw(reason) => match A::answer_raw(vcpu, reason) {

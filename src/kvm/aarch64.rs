@@ -1,4 +1,4 @@
-//! KVM on ARM64. The order of the calls is the kernel's wish
+//! KVM on ARM64. The order of the calls follows the kernel's requirements
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
 use super::arch::{Depth, Hypercall, KvmArch, RawExit};
@@ -32,7 +32,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
 use std::sync::Once;
 
-/// Most vCPUs that a host with GICv2 alone reports (KVM_CAP_MAX_VCPUS).
+/// The vCPU limit that a host with only GICv2 reports (KVM_CAP_MAX_VCPUS).
 const GIC_V2_VCPUS: u32 = 8;
 
 /// ONE_REG ids (Documentation/virt/kvm/api.rst, 4.68): core registers are numbered by their
@@ -82,7 +82,7 @@ impl KvmArch for Aarch64 {
         host.gic_v3 = offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3);
         let mmfr0 = read_register(&vcpu, ID_AA64MMFR0_EL1)?;
         host.guest_pages = guest_pages(mmfr0);
-        // KVM_CAP_ARM_SUPPORTED_REG_MASK_RANGES: bit 0 stands for the feature ID registers.
+        // KVM_CAP_ARM_SUPPORTED_REG_MASK_RANGES: bit 0 means the feature ID registers.
         let masks = kvm.check_extension_raw(230);
         Ok(Virtualization::Arm(ArmFacts {
             its: offers(&vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS),
@@ -97,7 +97,7 @@ impl KvmArch for Aarch64 {
     }
 
     fn create_vm(kvm: &Kvm, width: &Width) -> Result<VmFd> {
-        // A KVM without the capability takes 0 alone, which means 40 bits there.
+        // A KVM without the capability accepts only 0, which means 40 bits.
         let kind = if width.fixed {
             0
         } else {
@@ -136,7 +136,7 @@ impl KvmArch for Aarch64 {
     }
 
     fn pins(plan: &Plan<Self>) -> Pins {
-        // The first SPI's INTID is how many interrupts are none.
+        // The first SPI's INTID is the number of INTIDs that are not SPIs.
         let others = Spi(0).intid();
         Pins::Spis(plan.layout.irqchip.interrupts().saturating_sub(others))
     }
@@ -147,31 +147,31 @@ impl KvmArch for Aarch64 {
     }
 
     fn gsi(spi: Spi) -> u32 {
-        // KVM's routes lead GSI n to SPI n (arch/arm64/kvm/vgic/vgic-irqfd.c:
+        // By default KVM routes GSI n to SPI n (arch/arm64/kvm/vgic/vgic-irqfd.c:
         // kvm_vgic_setup_default_irq_routing).
         spi.0
     }
 
     fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit> {
         if reason != KVM_EXIT_ARM_NISV {
-            bail!("KVM stopped it for a reason that armlet does not know (exit {reason})");
+            bail!("KVM stopped it with an unknown exit reason ({reason})");
         }
         // SAFETY: the exit reason says that this member of the union is the valid one.
         let address = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.arm_nisv.fault_ipa };
         let mut events = kvm_vcpu_events::default();
         events.exception.ext_dabt_pending = 1;
         vcpu.set_vcpu_events(&events)
-            .context("cannot hand the guest an abort")?;
+            .context("cannot inject an abort into the guest")?;
         Ok(RawExit::Aborted { address })
     }
 
     fn answer_hypercall(vcpu: &VcpuFd, function: u64) -> Result<Hypercall> {
         ensure!(
             function == u64::from(CPU_OFF),
-            "KVM stopped it at a hypercall that armlet does not know ({function:#x})"
+            "KVM forwarded an unknown hypercall ({function:#x})"
         );
-        // As KVM does itself (arch/arm64/kvm/psci.c: kvm_psci_vcpu_off): CPU_ON and AFFINITY_INFO of
-        // others find it off from here on.
+        // As KVM itself does (arch/arm64/kvm/psci.c: kvm_psci_vcpu_off): other vCPUs' CPU_ON and
+        // AFFINITY_INFO see it off from here on.
         vcpu.set_mp_state(kvm_mp_state {
             mp_state: KVM_MP_STATE_STOPPED,
         })
@@ -192,8 +192,8 @@ impl KvmArch for Aarch64 {
     }
 }
 
-/// Writes the cache line of `address` back to memory, where reads of device type find it. Linux
-/// lets user space do so (arch/arm64/kernel/cpufeature.c: SCTLR_EL1.UCI is set).
+/// Cleans the cache line of `address` to the point of coherency, where reads of device memory find
+/// it. Linux allows this in user space (arch/arm64/kernel/cpufeature.c: SCTLR_EL1.UCI is set).
 ///
 /// # Safety
 /// `address` must be mapped.
@@ -208,8 +208,8 @@ fn host_page() -> u64 {
     rustix::param::page_size() as u64
 }
 
-/// Returns what capabilities alone tell. A host with GICv3 reports more than 8 vCPUs; whether it
-/// has GICv2 too takes a VM to find out.
+/// Returns what can be told from capabilities alone. A host with GICv3 reports more than 8 vCPUs;
+/// finding out whether it also emulates GICv2 takes a VM.
 fn quick_facts(kvm: &Kvm) -> Host {
     let limit = kvm.get_host_ipa_limit();
     let max_vcpus = kvm.get_max_vcpus() as u32;
@@ -220,7 +220,7 @@ fn quick_facts(kvm: &Kvm) -> Host {
         gic_v2: vgic && max_vcpus <= GIC_V2_VCPUS,
         gic_v3: vgic && max_vcpus > GIC_V2_VCPUS,
         max_vcpus,
-        // KVM itself needs the host's page size at stage 2, so every guest has it too.
+        // KVM itself uses the host's page size at stage 2, so every guest can use it too.
         guest_pages: vec![host_page()],
         offered: Offered {
             pmu: kvm.check_extension(Cap::ArmPmuV3),
@@ -233,10 +233,10 @@ fn quick_facts(kvm: &Kvm) -> Host {
     }
 }
 
-/// Returns a VM with one vCPU, to ask questions of.
+/// Creates a VM with one vCPU for probing.
 fn scratch_vm(kvm: &Kvm, host: &Host) -> Result<(VmFd, VcpuFd)> {
-    // KVM fills and walks the tables of the whole width: with 16 KiB pages those of 40 bits take
-    // 2 million instructions.
+    // KVM allocates and walks stage-2 tables for the whole width: with 16 KiB pages 40 bits take 2
+    // million instructions.
     let bits = host.ipa_limit.map_or(0, |_| MIN_BITS);
     let vm =
         uninterrupted(|| kvm.create_vm_with_type(u64::from(bits))).context("cannot create a VM")?;
@@ -252,13 +252,13 @@ fn offers(vm: &VmFd, kind: kvm_device_type) -> bool {
         fd: 0,
         flags: KVM_CREATE_DEVICE_TEST,
     });
-    // A test makes no device: kvm-ioctls takes the 0 that we passed, our standard input, for its
-    // descriptor and would close it.
+    // A test creates no device: kvm-ioctls takes the 0 that was passed in, our standard input, for
+    // a descriptor that it would close.
     asked.map(std::mem::forget).is_ok()
 }
 
-/// Page sizes that guests may use, from ID_AA64MMFR0_EL1: TGRAN4 in bits 31:28 and TGRAN64 in
-/// bits 27:24 count from 0, 0xf is none; TGRAN16 in bits 23:20 counts from 1
+/// Returns the page sizes that guests may use, from ID_AA64MMFR0_EL1: TGRAN4 in bits 31:28 and
+/// TGRAN64 in bits 27:24 count from 0, 0xf is none; TGRAN16 in bits 23:20 counts from 1
 /// (arch/arm64/tools/sysreg).
 fn guest_pages(mmfr0: u64) -> Vec<u64> {
     let field = |shift: u32| mmfr0 >> shift & 0xf;
@@ -275,8 +275,8 @@ fn guest_pages(mmfr0: u64) -> Vec<u64> {
     pages
 }
 
-/// Lowers the guest's PARange to the smallest that holds `bits`; false where KVM does not let us
-/// (before Linux 6.7: arch/arm64/kvm/sys_regs.c, set_id_reg).
+/// Lowers the guest's PARange to the smallest that holds `bits`; returns false where KVM does not
+/// allow it (before Linux 6.7: arch/arm64/kvm/sys_regs.c, set_id_reg).
 fn lower_pa_range(vcpu: &VcpuFd, mmfr0: u64, bits: u8) -> bool {
     let (wanted, _) = pa_range(bits);
     let lowered = mmfr0 & !0xf | wanted;
@@ -286,8 +286,8 @@ fn lower_pa_range(vcpu: &VcpuFd, mmfr0: u64, bits: u8) -> bool {
             .is_ok()
 }
 
-/// Accesses to device memory by instructions without a syndrome (LDP, writeback, SIMD) come to us
-/// instead of failing KVM_RUN with ENOSYS. Older kernels lack it, then they do fail.
+/// Has KVM report accesses to device memory by instructions without a syndrome (LDP, writeback,
+/// SIMD) as exits. On older kernels, which lack this, KVM_RUN fails with ENOSYS.
 fn enable_syndrome_exits(vm: &VmFd) {
     let cap = kvm_enable_cap {
         cap: KVM_CAP_ARM_NISV_TO_USER,
@@ -298,9 +298,9 @@ fn enable_syndrome_exits(vm: &VmFd) {
     }
 }
 
-/// Has KVM leave PSCI's CPU_OFF to us, and that alone, to find out when the last vCPU goes off
-/// (Documentation/virt/kvm/devices/vm.rst, section 6.1). Before Linux 6.4 KVM cannot: then a vCPU goes
-/// off unseen.
+/// Has KVM forward PSCI's CPU_OFF, and only that, to detect when the last vCPU goes off
+/// (Documentation/virt/kvm/devices/vm.rst, section 6.1). Before Linux 6.4 KVM cannot, and a vCPU
+/// goes off unnoticed.
 fn forward_cpu_off(vm: &VmFd) {
     let filter = kvm_smccc_filter {
         base: CPU_OFF,
@@ -340,13 +340,13 @@ fn create_gic(vm: &VmFd, gic: &Gic) -> Result<DeviceFd> {
 fn preferred_target(vm: &VmFd) -> Result<kvm_vcpu_init> {
     let mut init = kvm_vcpu_init::default();
     vm.get_preferred_target(&mut init)
-        .context("cannot ask KVM for its kind of vCPU")?;
+        .context("cannot query KVM's preferred vCPU target")?;
     init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
     Ok(init)
 }
 
-/// Creates all vCPUs before the first is initialised (api.rst, KVM_ARM_VCPU_INIT), and checks the
-/// affinity that the device tree already names.
+/// Creates all vCPUs before the first one is initialised (api.rst, KVM_ARM_VCPU_INIT), and checks
+/// that their affinities are those in the device tree.
 fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
     let vcpus = (0..plan.vcpus.len() as u64)
         .map(|id| {
@@ -366,7 +366,7 @@ fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
             .with_context(|| format!("cannot initialise vCPU {index}"))?;
         if features.sve {
             vcpu.vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
-                .with_context(|| format!("cannot give vCPU {index} scalable vectors"))?;
+                .with_context(|| format!("cannot enable SVE on vCPU {index}"))?;
         }
         let mpidr = read_register(vcpu, MPIDR_EL1)? & AFFINITY;
         ensure!(
@@ -386,7 +386,7 @@ fn feature_bits(features: &Features) -> u32 {
         | bit(features.pauth, KVM_ARM_VCPU_PTRAUTH_GENERIC)
 }
 
-/// Gives each vCPU its performance counters, once there is a GIC for their interrupt.
+/// Initialises each vCPU's PMU, once there is a GIC for its interrupt.
 fn init_counters(vcpus: &[VcpuFd], pmu: &Pmu) -> Result<()> {
     let attribute = |attr: u32, addr: u64| kvm_device_attr {
         flags: 0,
@@ -395,7 +395,7 @@ fn init_counters(vcpus: &[VcpuFd], pmu: &Pmu) -> Result<()> {
         addr,
     };
     if let (Some(number), Some(first)) = (pmu.perf_type, vcpus.first()) {
-        // The choice is the VM's, made by any vCPU (arch/arm64/kvm/pmu-emul.c:
+        // The PMU is chosen for the whole VM, through any vCPU (arch/arm64/kvm/pmu-emul.c:
         // kvm_arm_pmu_v3_set_pmu).
         let address = std::ptr::from_ref(&number) as u64;
         first
@@ -415,11 +415,11 @@ fn init_counters(vcpus: &[VcpuFd], pmu: &Pmu) -> Result<()> {
     Ok(())
 }
 
-/// Has the host's perf switched on while the kernel is read. KVM counts for guests by perf events,
-/// and the first on a host waits until all CPUs have passed through the scheduler, 10 ms and more
-/// (kernel/events/core.c: account_event), in which a vCPU would stand still. An event of ours, which
-/// counts nothing, takes that wait, and stays so that none comes after it. Where users may not use
-/// perf (`kernel.perf_event_paranoid`) the guest waits.
+/// Enables the host's perf while the kernel is being loaded. KVM backs guests' counters with perf
+/// events, and the first event on a host waits until all CPUs have passed through the scheduler, 10
+/// ms and more (kernel/events/core.c: account_event), during which a vCPU would stall. A dummy
+/// event takes that wait on another thread, and stays open so that it does not recur. Where users
+/// may not use perf (`kernel.perf_event_paranoid`) the guest waits.
 fn wake_perf() {
     /// `PERF_TYPE_SOFTWARE`, `PERF_ATTR_SIZE_VER0` in the upper half (include/uapi/linux/perf_event.h).
     const TYPE_AND_SIZE: u64 = 1 | 64 << 32;
@@ -429,14 +429,14 @@ fn wake_perf() {
     const FLAGS: u64 = 1 | 1 << 5 | 1 << 6;
     /// `PERF_FLAG_FD_CLOEXEC`.
     const CLOEXEC: u64 = 8;
-    /// Enough for one system call.
+    /// Enough for a thread that makes one system call.
     const STACK_BYTES: usize = 16 << 10;
     static AWAKE: Once = Once::new();
     AWAKE.call_once(|| {
         let wait = || {
             let attributes = [TYPE_AND_SIZE, DUMMY, 0, 0, 0, FLAGS, 0, 0];
-            // SAFETY: the kernel reads 64 bytes of attributes, which are there, and makes a descriptor
-            // that is nobody else's.
+            // SAFETY: the kernel reads 64 bytes of attributes, which exist, and creates a
+            // descriptor that nothing else owns.
             unsafe {
                 libc::syscall(libc::SYS_perf_event_open, &attributes, 0, -1, -1, CLOEXEC);
             }
@@ -448,7 +448,7 @@ fn wake_perf() {
     });
 }
 
-/// Lets KVM tell the guest at this address of RAM how long the vCPU does not run.
+/// Has KVM report the vCPU's stolen time to the guest at this address in RAM.
 fn tell_stolen_time(vcpu: &VcpuFd, address: &u64) -> Result<()> {
     let attribute = kvm_device_attr {
         flags: 0,
@@ -457,7 +457,7 @@ fn tell_stolen_time(vcpu: &VcpuFd, address: &u64) -> Result<()> {
         addr: std::ptr::from_ref(address) as u64,
     };
     vcpu.set_device_attr(&attribute).with_context(|| {
-        format!("cannot tell of stolen time at {address:#x}; --pv steal-time=off does without")
+        format!("cannot report stolen time at {address:#x}; --pv steal-time=off does without")
     })
 }
 
@@ -517,7 +517,7 @@ fn init_gic(chip: &DeviceFd, gic: &Gic) -> Result<()> {
         .context("cannot initialise the GIC")
 }
 
-/// Sets an attribute whose value KVM reads through a pointer, for the time of the call.
+/// Sets an attribute whose value KVM reads through a pointer during the call.
 fn set_attribute<T>(chip: &DeviceFd, group: u32, attr: u64, value: &T) -> Result<()> {
     let attribute = kvm_device_attr {
         flags: 0,

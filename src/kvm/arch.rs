@@ -1,4 +1,4 @@
-//! The KVM half of an architecture, as a trait: what KVM needs to know of it.
+//! The KVM half of an architecture, as a trait.
 
 use super::facts::Virtualization;
 use super::interrupts::{Interrupts, Pins};
@@ -14,18 +14,19 @@ use std::sync::{Arc, Mutex};
 /// How thoroughly a host is probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// By capabilities alone, in some microseconds: enough for the usual guest.
+    /// By capabilities alone, in microseconds: enough for the usual guest.
     Quick,
-    /// With a VM made for the purpose and dropped again.
+    /// With a scratch VM.
     Full,
 }
 
-/// What KVM needs to know of an architecture to make and run a planned machine.
+/// The operations of an architecture that create and run a planned machine with KVM.
 pub trait KvmArch: Arch {
     /// The interrupt controller's handle, which must live as long as the machine.
     type Chip: Send;
 
-    /// Whether there are I/O ports. Where there are none, a binary has no devices that stand there.
+    /// Whether the architecture has I/O ports. Where it has none, the binary contains no port
+    /// devices.
     const PORTS: bool = false;
 
     /// Returns how thoroughly the host must be probed for this request.
@@ -34,13 +35,13 @@ pub trait KvmArch: Arch {
     /// Asks KVM what it offers.
     ///
     /// # Errors
-    /// A host that cannot run guests at all.
+    /// When the host cannot run guests at all.
     fn probe(kvm: &Kvm, depth: Depth) -> Result<Self::Host>;
 
-    /// Everything about the host that `armlet probe` shows.
+    /// Returns everything about the host that `armlet probe` shows.
     ///
     /// # Errors
-    /// As [`Self::probe`].
+    /// As for [`Self::probe`].
     fn facts(kvm: &Kvm) -> Result<Virtualization>;
 
     /// Creates the VM with its address width.
@@ -49,14 +50,14 @@ pub trait KvmArch: Arch {
     /// What KVM says.
     fn create_vm(kvm: &Kvm, width: &Width) -> Result<VmFd>;
 
-    /// Creates interrupt controller and vCPUs in the order that KVM wants, and checks that KVM
-    /// made what the plan says.
+    /// Creates interrupt controller and vCPUs in the order that KVM requires, and checks that they
+    /// are as planned.
     ///
     /// # Errors
-    /// The ioctl that failed and what KVM said, or both values where KVM and plan differ.
+    /// The ioctl that failed and KVM's error, or both values where KVM and the plan differ.
     fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
 
-    /// Returns the I/O APIC and where it stands, where KVM does not have it. Only x86_64 has one.
+    /// Returns the I/O APIC and its window, where KVM does not emulate one. Only x86_64 has it.
     fn io_apic(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<IoApic>>)> {
         None
     }
@@ -64,42 +65,42 @@ pub trait KvmArch: Arch {
     /// Returns the pins of the interrupt controllers that [`Self::populate`] made in KVM.
     fn pins(plan: &Plan<Self>) -> Pins;
 
-    /// Returns the number by which KVM_IRQ_LINE knows an interrupt.
+    /// Returns an interrupt's number for KVM_IRQ_LINE.
     fn irq_number(spi: Spi) -> u32;
 
-    /// Returns the number by which an irqfd knows an interrupt (KVM's GSI).
+    /// Returns an interrupt's number for irqfds (KVM's GSI).
     fn gsi(spi: Spi) -> u32;
 
-    /// Answers an exit that kvm-ioctls has no name for, by its number.
+    /// Handles an exit that kvm-ioctls has no name for, by its number.
     ///
     /// # Errors
-    /// An exit that nothing is known of.
+    /// When the exit is unknown.
     fn answer_raw(vcpu: &mut VcpuFd, reason: u32) -> Result<RawExit>;
 
-    /// Answers an exit for an access to I/O ports. Only x86_64 has any.
+    /// Handles an exit for an access to I/O ports. Only x86_64 has any.
     ///
     /// # Errors
-    /// An architecture without ports.
+    /// On an architecture without ports.
     fn answer_ports(_: &mut VcpuFd, _: &Bus) -> Result<PortAccess> {
-        bail!("KVM stopped it at an I/O port, which this architecture does not have")
+        bail!("KVM reported an access to an I/O port, which this architecture does not have")
     }
 
-    /// Answers a hypercall that KVM was told to leave to us, by its function number.
+    /// Handles a hypercall that KVM was configured to forward, by its function number.
     ///
     /// # Errors
-    /// A function that KVM was not told of, and what KVM says.
+    /// When the function was not configured, and KVM's errors.
     fn answer_hypercall(_: &VcpuFd, function: u64) -> Result<Hypercall> {
-        bail!("KVM stopped it at a hypercall that armlet does not know ({function:#x})")
+        bail!("KVM forwarded an unknown hypercall ({function:#x})")
     }
 
-    /// Returns whether a vCPU is off, until another turns it on. It is asked on the vCPU's own
+    /// Returns whether a vCPU is off, until another one turns it on. Called on the vCPU's own
     /// thread.
     fn is_off(_: &VcpuFd) -> bool {
         false
     }
 
-    /// Tells a guest, where it wants to hear of it, that the host has held this vCPU: time that it
-    /// did not get. It is called on the vCPU's own thread, before the vCPU goes on.
+    /// Tells the guest, if it supports that, that the host has paused this vCPU, so that it
+    /// accounts for the missing time. Called on the vCPU's own thread, before it resumes.
     fn note_pause(_: &VcpuFd) {}
 
     /// Returns a vCPU's program counter, for reports about it ("PC 0xffff800080010000").
@@ -113,7 +114,7 @@ pub struct PortAccess {
     pub port: u16,
     /// Whether the guest wrote.
     pub write: bool,
-    /// Whether a device stands there.
+    /// Whether there is a device.
     pub found: bool,
     /// What the access means for the machine.
     pub action: Action,
@@ -122,7 +123,7 @@ pub struct PortAccess {
 /// The meaning of a hypercall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hypercall {
-    /// The vCPU went off; it sleeps in KVM_RUN until another turns it on.
+    /// The vCPU went off; it sleeps in KVM_RUN until another one turns it on.
     WentOff,
 }
 

@@ -1,8 +1,8 @@
-//! A device window that rarely makes the guest exit: KVM collects the writes to one register in a
-//! ring, and the guest reads all registers from a page of memory. I/O ports cannot be memory, so
-//! each read of a device there is still an exit.
+//! A device window that rarely causes exits: KVM coalesces the writes to one register in a ring,
+//! and the guest reads all registers from a page of memory. I/O ports cannot be backed by memory,
+//! so each read of a port is still an exit.
 //!
-//! Both are KVM's own: coalesced MMIO and port I/O (Documentation/virt/kvm/api.rst,
+//! Both are features of KVM: coalesced MMIO and port I/O (Documentation/virt/kvm/api.rst,
 //! KVM_REGISTER_COALESCED_MMIO), and [`ReadOnlyPages`].
 
 use super::page::{Mapping, ReadOnlyPages};
@@ -25,28 +25,29 @@ pub struct BurstWindow {
     vm: Arc<VmFd>,
     /// The ring, in a page that all vCPUs of the VM share.
     ring: Mapping,
-    /// The register whose writes are collected, and its bytes; it stands first in the window.
+    /// The register whose writes are coalesced, and its size in bytes; it is the first one of the
+    /// window.
     register: (IoEventAddress, u32),
     /// What the guest reads while the window is open.
     page: Option<ReadOnlyPages>,
 }
 
 impl BurstWindow {
-    /// Creates the window at `address`, closed. It takes a whole page of the host, in which no
-    /// other device may lie.
+    /// Creates the window at `address`, closed. It occupies a whole page of the host, which no
+    /// other device may share.
     ///
     /// # Errors
-    /// A window that does not begin at a page of the host, or a KVM without the ring.
+    /// When the window does not begin at a page boundary of the host, or KVM lacks the ring.
     pub fn new(vm: Arc<VmFd>, vcpu: &VcpuFd, address: u64) -> Result<BurstWindow> {
         let page = ReadOnlyPages::new(MEMSLOT, address, rustix::param::page_size())?;
         let register = (IoEventAddress::Mmio(address), WORD);
         BurstWindow::on(vm, vcpu, register, Some(page))
     }
 
-    /// Returns the window of a device at I/O ports from `port` on, closed.
+    /// Creates the window of a device at I/O ports from `port` on, closed.
     ///
     /// # Errors
-    /// A KVM without the ring.
+    /// When KVM lacks the ring.
     pub fn at_ports(vm: Arc<VmFd>, vcpu: &VcpuFd, port: u64) -> Result<BurstWindow> {
         BurstWindow::on(vm, vcpu, (IoEventAddress::Pio(port), PORT), None)
     }
@@ -58,10 +59,11 @@ impl BurstWindow {
         page: Option<ReadOnlyPages>,
     ) -> Result<BurstWindow> {
         let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * rustix::param::page_size() as u64;
-        // SAFETY: the descriptor is the vCPU's, which is borrowed for the time of the call.
+        // SAFETY: the descriptor belongs to the vCPU, which is borrowed for the duration of the
+        // call.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         let ring =
-            Mapping::of_file(fd, offset).context("cannot map KVM's ring of collected writes")?;
+            Mapping::of_file(fd, offset).context("cannot map KVM's ring of coalesced writes")?;
         Ok(BurstWindow {
             vm,
             ring,
@@ -71,13 +73,13 @@ impl BurstWindow {
     }
 
     /// Opens the window: from now on the guest reads `words` (offset in bytes, value), and its
-    /// writes to the first register are collected. Other writes are exits as before.
+    /// writes to the first register are coalesced. Other writes still exit.
     ///
     /// # Errors
-    /// What KVM says; the window is then closed.
+    /// KVM's error; the window is then closed.
     pub fn open(&mut self, words: impl Iterator<Item = (usize, u32)>) -> Result<()> {
         self.update(words);
-        self.collect().context("cannot have KVM collect writes")?;
+        self.collect().context("cannot have KVM coalesce writes")?;
         let shown = self.page.as_ref().map(|page| page.show(&self.vm));
         shown.unwrap_or(Ok(())).inspect_err(|_| self.close_zone())
     }
@@ -90,7 +92,7 @@ impl BurstWindow {
         }
     }
 
-    /// Closes the window. What was collected stays to be drained.
+    /// Closes the window. Coalesced writes stay in the ring to be drained.
     pub fn close(&mut self) {
         if let Some(page) = &self.page {
             page.hide(&self.vm);
@@ -112,11 +114,11 @@ impl BurstWindow {
 
     fn close_zone(&self) {
         let (address, bytes) = self.register;
-        // It does not fail for what `collect` has made.
+        // This cannot fail for a zone that `collect` has registered.
         let _ = self.vm.unregister_coalesced_mmio(address, bytes);
     }
 
-    /// Takes the low byte of each collected write to the register, oldest first. KVM also collects
+    /// Takes the low byte of each coalesced write to the register, oldest first. KVM also coalesces
     /// writes to the register's other bytes; these are dropped.
     pub fn drain(&mut self, bytes: &mut Vec<u8>) {
         let room = self.ring.size - size_of::<kvm_coalesced_mmio_ring>();
@@ -134,7 +136,8 @@ impl BurstWindow {
         };
         let end = last.load(Ordering::Acquire);
         let mut next = first.load(Ordering::Relaxed);
-        // Only the kernel and we write the ring; the bounds hold memory safe all the same.
+        // Only the kernel and this process write the ring; the bounds checks keep memory safe
+        // regardless.
         while next != end && next < entries && end < entries {
             // SAFETY: `next` is below the number of entries, and the kernel has written it.
             bytes.extend(low_byte(
@@ -147,7 +150,7 @@ impl BurstWindow {
     }
 }
 
-/// Returns the low byte of what was written, if it was written to the register at `start`.
+/// Returns the low byte of a write, if it was to the register at `start`.
 fn low_byte(written: &kvm_coalesced_mmio, start: u64) -> Option<u8> {
     (written.phys_addr == start).then_some(written.data[0])
 }

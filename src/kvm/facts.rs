@@ -1,4 +1,4 @@
-//! What KVM says of a host, as plain data: what `armlet probe` shows.
+//! What KVM offers on a host, as plain data for `armlet probe`.
 
 use super::offers::Offers;
 use armlet_arch::{aarch64, x86_64};
@@ -38,16 +38,16 @@ pub struct ArmFacts {
 pub struct X86Facts {
     /// What planning needs.
     pub host: x86_64::Host,
-    /// Whether guests' timers can go off without an exit.
+    /// Whether guests' timers can fire without an exit.
     pub timers: ExitlessTimers,
-    /// Whether the CPU helps: it has VMX or SVM.
+    /// Whether the CPU has VMX or SVM.
     pub hardware: bool,
     /// What else KVM offers.
     pub offers: Offers,
 }
 
-/// What it takes for guests' timers to go off without an exit: the host's CPUs that keep house take
-/// them and post the interrupt (arch/x86/kvm/lapic.c: kvm_can_post_timer_interrupt).
+/// What it takes for guests' timers to fire without an exit: the host's housekeeping CPUs run them
+/// and post the interrupt (arch/x86/kvm/lapic.c: kvm_can_post_timer_interrupt).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitlessTimers {
     /// The module's parameter `pi_inject_timer`: on by default where CPUs are isolated.
@@ -57,7 +57,7 @@ pub struct ExitlessTimers {
 }
 
 impl ExitlessTimers {
-    /// As the modules' parameters say.
+    /// Reads the modules' parameters.
     #[must_use]
     pub fn look() -> ExitlessTimers {
         let is_on = |path: &str| {

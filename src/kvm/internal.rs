@@ -7,7 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use std::fmt::Write;
 
-/// Describes the error, from the vCPU's last exit, whose reason was this one.
+/// Describes the error of the vCPU's last exit, which must have had this reason.
 #[must_use]
 pub fn describe_internal_error(vcpu: &mut VcpuFd) -> String {
     // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, so this member of the union is the one that KVM
@@ -61,7 +61,7 @@ mod tests {
         let vm = kvm.create_vm().expect("a VM");
         let mut vcpu = vm.create_vcpu(0).expect("a vCPU");
         let run = vcpu.get_kvm_run();
-        // As KVM writes them, with a count that cannot be.
+        // As KVM writes them, but with an impossible count.
         run.__bindgen_anon_1.internal.suberror = 4;
         run.__bindgen_anon_1.internal.ndata = u32::MAX;
         run.__bindgen_anon_1.internal.data = [7; 16];

@@ -1,13 +1,13 @@
-//! Signals while a VM is made.
+//! Signals while a VM is being created.
 
 use crate::kvm::{HostArch, KvmArch, open};
 use armlet_arch::{Range, Region, Width};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
-/// Sends a thread that does `call` signals for as long as it takes.
+/// Runs `call` on a thread that is sent signals until it is done.
 fn under_fire(call: impl FnOnce() + Send + 'static) {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    // Not one of those that queue up: each call would find the next one pending.
+    // Not a real-time signal: those queue up, and each call would find the next one pending.
     let signal = libc::SIGUSR2;
     register_signal_handler(signal, nothing).expect("a signal of the tests' own");
     let thread = std::thread::spawn(call);

@@ -1,9 +1,9 @@
-//! The interrupts of a VM and their one owner: lines, irqfds, and KVM's table of what each GSI leads
-//! to. Nothing else calls KVM_IRQ_LINE, KVM_IRQFD or KVM_SET_GSI_ROUTING.
+//! The single owner of a VM's interrupts: lines, irqfds, and KVM's GSI routing table. Nothing else
+//! calls KVM_IRQ_LINE, KVM_IRQFD or KVM_SET_GSI_ROUTING.
 //!
-//! KVM_SET_GSI_ROUTING replaces the whole table (Documentation/virt/kvm/api.rst), and with it the
-//! routes of pins that KVM made by itself. So the table is kept here as a value, pins and messages
-//! together, and given to KVM as one.
+//! KVM_SET_GSI_ROUTING replaces the whole table (Documentation/virt/kvm/api.rst), including KVM's
+//! default routes of pins. So the table is kept here as a value, pins and MSIs together, and always
+//! set as a whole.
 
 use anyhow::{Context, Result};
 use armlet_devices::IrqLine;
@@ -17,21 +17,21 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
-/// The pins of the interrupt controllers in KVM, to which it has GSIs lead from the start.
+/// The pins of KVM's interrupt controllers, to which it routes GSIs by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pins {
-    /// None: there are local APICs only.
+    /// None: KVM emulates only local APICs.
     None,
-    /// GSI n leads to SPI n, for so many SPIs of a GIC (arch/arm64/kvm/vgic/vgic-irqfd.c:
+    /// GSI n is routed to SPI n, for this many SPIs of a GIC (arch/arm64/kvm/vgic/vgic-irqfd.c:
     /// `kvm_vgic_setup_default_irq_routing`).
     Spis(u32),
-    /// GSI n leads to pin n of the I/O APIC, and those of the 8259s to both (arch/x86/kvm/irq.c:
-    /// `default_routing`).
+    /// GSI n is routed to pin n of the I/O APIC, and those of the 8259s to both controllers
+    /// (arch/x86/kvm/irq.c: `default_routing`).
     Pc,
 }
 
 impl Pins {
-    /// GSI, number of the controller (`KVM_IRQCHIP_*`) and its pin of each.
+    /// Returns GSI, controller (`KVM_IRQCHIP_*`) and pin of each route.
     fn routes(self) -> Vec<[u32; 3]> {
         match self {
             Pins::None => Vec::new(),
@@ -46,25 +46,25 @@ impl Pins {
     }
 }
 
-/// What each GSI leads to.
+/// The GSI routing table.
 #[derive(Debug, PartialEq, Eq)]
 struct Table {
     pins: Pins,
-    /// By GSI.
+    /// MSIs by GSI.
     messages: BTreeMap<u32, Message>,
 }
 
 impl Table {
-    /// Changes what GSIs send and, if that is anything new, hands all of it to `give`.
+    /// Changes the MSIs of GSIs and, if that changes the table, passes the whole table to `give`.
     ///
     /// # Errors
-    /// What `give` says; the table is then what it was.
+    /// The error of `give`; the table is then unchanged.
     fn change(
         &mut self,
         changes: impl Iterator<Item = (u32, Option<Message>)>,
         give: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<()>,
     ) -> Result<()> {
-        // What was sent before, of each GSI that changes.
+        // The previous MSI of each GSI that changes.
         let mut before = Vec::new();
         for (gsi, message) in changes {
             let old = match message {
@@ -79,7 +79,7 @@ impl Table {
             return Ok(());
         }
         give(&self.entries()).inspect_err(|_| {
-            // Backwards: one GSI may have changed twice.
+            // In reverse, because a GSI may have changed twice.
             for (gsi, old) in before.into_iter().rev() {
                 match old {
                     Some(message) => self.messages.insert(gsi, message),
@@ -89,7 +89,7 @@ impl Table {
         })
     }
 
-    /// Returns the table as KVM takes it.
+    /// Returns the table in KVM's format.
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
         let pins = self.pins.routes().into_iter().map(|[gsi, chip, pin]| {
             let mut entry = kvm_irq_routing_entry {
@@ -123,7 +123,7 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// Those of a VM whose controllers in KVM have these pins.
+    /// Creates the owner for a VM whose controllers in KVM have these pins.
     #[must_use]
     pub fn new(vm: &Arc<VmFd>, pins: Pins) -> Arc<Interrupts> {
         Arc::new(Interrupts {
@@ -135,7 +135,7 @@ impl Interrupts {
         })
     }
 
-    /// Returns a level-triggered line, by the number that KVM_IRQ_LINE knows it by.
+    /// Returns a level-triggered line, by its number for KVM_IRQ_LINE.
     #[must_use]
     pub fn line(&self, number: u32) -> Arc<dyn IrqLine> {
         Arc::new(Level {
@@ -144,37 +144,37 @@ impl Interrupts {
         })
     }
 
-    /// Returns a descriptor that makes an edge on what `gsi` leads to by being written (an irqfd).
-    /// Whatever that is later, the descriptor stays the same.
+    /// Returns an irqfd: writing it signals an edge at whatever `gsi` is routed to. It stays valid
+    /// when the route changes.
     ///
     /// # Errors
-    /// A process without room for more descriptors, and what KVM says.
+    /// When the process has no room for more descriptors, and KVM's error.
     pub fn edge(&self, gsi: u32) -> Result<Arc<EventFd>> {
         let event = bell().context("cannot make an eventfd")?;
         self.vm
             .register_irqfd(&event, gsi)
-            .with_context(|| format!("KVM takes no irqfd for GSI {gsi}"))?;
+            .with_context(|| format!("KVM rejects an irqfd for GSI {gsi}"))?;
         Ok(Arc::new(event))
     }
 
-    /// Has each of these GSIs send a message from now on, or nothing.
+    /// Routes each of these GSIs to an MSI, or to nothing.
     ///
     /// # Errors
-    /// What KVM says of the table; everything stays as it was then.
+    /// When KVM rejects the table; nothing has changed then.
     pub fn send(&self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> Result<()> {
-        // Held until KVM has it: of two changes the later one is to stay.
+        // Locked until KVM has the table, so that of two changes the later one prevails.
         let mut table = lock(&self.table);
         table.change(changes, |entries| {
             let routing = KvmIrqRouting::from_entries(entries)
-                .with_context(|| format!("{} routes of interrupts are too many", entries.len()))?;
-            self.vm.set_gsi_routing(&routing).with_context(|| {
-                format!("KVM does not take {} routes of interrupts", entries.len())
-            })
+                .with_context(|| format!("{} interrupt routes are too many", entries.len()))?;
+            self.vm
+                .set_gsi_routing(&routing)
+                .with_context(|| format!("KVM rejects {} interrupt routes", entries.len()))
         })
     }
 }
 
-/// A level-triggered line of KVM's controller.
+/// A level-triggered line of KVM's interrupt controller.
 struct Level {
     vm: Arc<VmFd>,
     number: u32,
@@ -182,7 +182,7 @@ struct Level {
 
 impl IrqLine for Level {
     fn set(&self, high: bool) {
-        // It fails for a number that the controller does not have, which the plan excludes.
+        // It fails only for a line that the controller does not have, which the plan excludes.
         if let Err(error) = self.vm.set_irq_line(self.number, high) {
             log::error!("cannot set interrupt line {:#x}: {error}", self.number);
         }

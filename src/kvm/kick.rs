@@ -16,8 +16,8 @@ thread_local! {
 pub struct Kickable(());
 
 impl Kickable {
-    /// Lets [`kick`] reach this thread: the signal ends KVM_RUN, and its handler sets
-    /// `immediate_exit`, so that a KVM_RUN about to begin ends as well
+    /// Makes this thread kickable: the signal interrupts KVM_RUN, and its handler sets
+    /// `immediate_exit`, so that a KVM_RUN that is about to begin returns as well
     /// (Documentation/virt/kvm/api.rst, section 5).
     #[must_use]
     pub fn new(vcpu: &mut VcpuFd) -> Kickable {
@@ -32,8 +32,8 @@ impl Drop for Kickable {
     }
 }
 
-/// Installs the handler of the signal of kicks. Call it before the first [`kick`]: without a handler the
-/// signal would end the process.
+/// Installs the signal handler for kicks. Call it before the first [`kick`]: without a handler the
+/// signal would kill the process.
 pub fn install() {
     extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let run = KVM_RUN.get();
@@ -43,7 +43,7 @@ pub fn install() {
             unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
         }
     }
-    // It fails for an invalid signal only.
+    // It fails only for an invalid signal.
     let _ = register_signal_handler(signal(), kicked);
 }
 
@@ -52,7 +52,7 @@ pub fn kick<T>(thread: &JoinHandle<T>) {
     let _ = thread.kill(signal());
 }
 
-/// Returns a real-time signal, so that no library takes it for its own.
+/// Returns the signal for kicks, a real-time one, which no library uses.
 fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 1
 }

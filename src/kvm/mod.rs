@@ -1,5 +1,5 @@
-//! KVM: the machine that this binary is for, the one place that knows which it is, and what is the
-//! same on all.
+//! KVM: what all architectures share, and the one place that knows which architecture this binary
+//! is for.
 
 use anyhow::Result;
 use armlet_arch::Arch;
@@ -33,19 +33,19 @@ pub use armlet_arch::x86_64::X86_64 as HostArch;
 #[cfg(target_arch = "x86_64")]
 use x86_64::clean_to_memory;
 
-/// This host, as a plan for an aarch64 guest wants to know it.
+/// Probes this host for the plan of an aarch64 guest.
 ///
 /// # Errors
-/// A host of another architecture, or without KVM.
+/// When the host has another architecture, or no KVM.
 #[cfg(target_arch = "aarch64")]
 pub fn aarch64_host() -> Result<<HostArch as Arch>::Host> {
     HostArch::probe(&open::open()?, Depth::Full)
 }
 
-/// This host, as a plan for an x86_64 guest wants to know it.
+/// Probes this host for the plan of an x86_64 guest.
 ///
 /// # Errors
-/// A host of another architecture, or without KVM.
+/// When the host has another architecture, or no KVM.
 #[cfg(target_arch = "x86_64")]
 pub fn x86_64_host() -> Result<<HostArch as Arch>::Host> {
     HostArch::probe(&open::open()?, Depth::Full)

@@ -1,5 +1,5 @@
-//! What KVM of newer kernels offers, as its capabilities say (include/uapi/linux/kvm.h). Armlet uses
-//! none of it yet; who chooses a kernel wants to know.
+//! Newer features of KVM, by its capabilities (include/uapi/linux/kvm.h). Armlet uses none of them
+//! yet; they help to choose a kernel.
 
 use serde_json::{Value, json};
 
@@ -18,33 +18,33 @@ mod cap {
     pub(super) const ARM_PMU_V3_STRICT: u32 = 251;
 }
 
-/// The flags of guest_memfd by bit.
+/// The names of guest_memfd's flags, by bit.
 const MEMFD_FLAGS: [&str; 2] = ["mmap", "init-shared"];
 
-/// What KVM offers beside what armlet uses.
+/// Features of KVM that armlet does not use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Offers {
-    /// guest_memfd, with the flags that it takes: its bits.
+    /// guest_memfd, with the bits of the flags that it supports.
     pub guest_memfd: Option<u32>,
-    /// Bytes of a ring of dirty pages, at most; 0 for none.
+    /// The maximum size of the dirty ring in bytes; 0 for none.
     pub dirty_ring: u32,
-    /// Whether the counters of a VM can be shifted.
+    /// Whether the counter offset of a VM can be set.
     pub counter_offset: bool,
-    /// Bytes of the blocks that stage 2 can map, smallest first; empty where KVM does not say.
+    /// The block sizes of stage 2 in bytes, smallest first; empty where KVM does not report them.
     pub block_sizes: Vec<u64>,
-    /// Whether a guest's access to broken memory can come to the VMM.
+    /// Whether synchronous external aborts can exit to the VMM.
     pub sea_to_user: bool,
-    /// Whether a guest can be kept from counters of another kind of core than its own.
+    /// Whether a guest can be restricted to the PMU of its own kind of core.
     pub pmu_strict: bool,
-    /// Whether the registers that name the CPU can be written.
+    /// Whether the implementation ID registers are writable.
     pub implementation_ids: bool,
-    /// Kinds of hypervisor that a guest may be.
+    /// The kinds of nested hypervisors that are supported.
     pub nested: Vec<&'static str>,
 }
 
 impl Offers {
-    /// Asks KVM: `ask` gives what KVM_CHECK_EXTENSION says of a capability, where a negative number
-    /// means that it cannot be asked so, and counts as 0.
+    /// Queries KVM: `ask` returns the result of KVM_CHECK_EXTENSION; a negative one is an error and
+    /// counts as 0.
     #[must_use]
     pub fn ask(ask: impl Fn(u32) -> i32) -> Offers {
         let number = |cap| u32::try_from(ask(cap)).unwrap_or(0);
@@ -72,7 +72,7 @@ impl Offers {
         }
     }
 
-    /// Those of any architecture, as `armlet probe` shows them.
+    /// Returns those of all architectures, as `armlet probe` shows them.
     pub fn facts(&self) -> Vec<(&'static str, &'static str, Value)> {
         let flags = self.guest_memfd.unwrap_or(0);
         let known = MEMFD_FLAGS.iter().enumerate();
@@ -103,7 +103,7 @@ impl Offers {
         ]
     }
 
-    /// Those of ARM64.
+    /// Returns those of ARM64.
     pub fn arm_facts(&self) -> Vec<(&'static str, &'static str, Value)> {
         let mut facts = self.facts();
         facts.extend([
@@ -138,8 +138,8 @@ impl Offers {
     }
 }
 
-/// Returns how KVM/arm64 was told to run by the kernel's command line (Documentation/admin-guide/
-/// kernel-parameters.txt: `kvm-arm.mode=`); the last word of several counts.
+/// Returns the mode of KVM/arm64 that the kernel's command line selects
+/// (Documentation/admin-guide/kernel-parameters.txt: `kvm-arm.mode=`); the last of several counts.
 #[must_use]
 pub fn mode_of(cmdline: &str) -> String {
     let words = cmdline.split_whitespace();
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn linux_7_3_offers_more_than_6_12() {
-        // As seen on both, with pages of 4 KiB.
+        // As observed on both, with 4 KiB pages.
         let blocks = 1 << 30 | 1 << 21 | 1 << 12;
         let old = Offers::ask(|cap| match cap {
             223 => 65536 * 16,

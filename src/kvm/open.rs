@@ -1,4 +1,4 @@
-//! `/dev/kvm`, and what stands in the way where it does not open.
+//! Opens `/dev/kvm`, and diagnoses why it cannot be opened.
 
 use anyhow::{Result, anyhow};
 use kvm_ioctls::Kvm;
@@ -8,10 +8,10 @@ use std::os::unix::fs::MetadataExt;
 /// The version of the KVM interface, the same since 2007 (Documentation/virt/kvm/api.rst, 4.1).
 const KVM_API: i32 = 12;
 
-/// Opens `/dev/kvm` and checks that it is what we know.
+/// Opens `/dev/kvm` and checks its version.
 ///
 /// # Errors
-/// No KVM, or no permission, with how to fix that.
+/// When there is no KVM, or no permission, with the fix.
 pub fn open() -> Result<Kvm> {
     let access = access();
     match access {
@@ -25,14 +25,14 @@ pub fn open() -> Result<Kvm> {
     }
 }
 
-/// Returns why there is none, and what helps.
+/// Returns why `/dev/kvm` is missing, and what helps.
 #[must_use]
 pub fn missing() -> String {
     let drivers = std::fs::read_to_string("/proc/misc").unwrap_or_default();
     missing_with(&drivers)
 }
 
-/// As [`missing`], on a kernel with these drivers (/proc/misc: a number and a name a line).
+/// Like [`missing`], on a kernel with these drivers (/proc/misc: a number and a name on each line).
 fn missing_with(drivers: &str) -> String {
     let mut drivers = drivers
         .lines()
@@ -47,7 +47,7 @@ fn missing_with(drivers: &str) -> String {
 
 const NO_KVM: &str = "this kernel has no KVM, or it did not start in a mode with virtualisation: it must enter at EL2 (see 'dmesg | grep -i kvm'; on a board, firmware or boot loader may drop to EL1), and on x86 VMX or SVM must be on in the firmware and the module kvm_intel or kvm_amd loaded";
 
-/// Returns what helps where it may not be opened.
+/// Returns what helps where permission to open it is missing.
 #[must_use]
 pub fn denied() -> String {
     let process = Process {
@@ -69,14 +69,15 @@ pub fn denied() -> String {
 
 const ANOTHER_REASON: &str = "its mode is not the reason, so a container's rules for devices ('--device /dev/kvm' gives it) or a security module are";
 
-/// Who this process is.
+/// The identity of this process.
 struct Process {
     is_root: bool,
     groups: Vec<u32>,
 }
 
 impl Process {
-    /// Returns what helps against a file with this mode, of this group; `groups` is /etc/group.
+    /// Returns what helps for a file with this mode and group; `groups` is the content of
+    /// /etc/group.
     fn what_helps(&self, mode: u32, group: u32, groups: &str) -> String {
         const READ_WRITE: u32 = 0o6;
         let group_may = mode >> 3 & READ_WRITE == READ_WRITE;
@@ -90,7 +91,7 @@ impl Process {
             (number.parse() == Ok(group)).then_some(name)
         });
         match named.next() {
-            // To be in root's group is more than anyone needs.
+            // Joining root's group would grant far too much.
             Some(name) if group_may && group != 0 => format!(
                 "join the group that owns it ('sudo usermod -aG {name} $USER', then log in again), or run as root"
             ),
@@ -99,19 +100,19 @@ impl Process {
     }
 }
 
-/// What came of opening `/dev/kvm`.
+/// The result of opening `/dev/kvm`.
 pub enum Access {
     /// KVM.
     Open(Kvm),
     /// There is none.
     Missing,
-    /// It may not be opened.
+    /// Permission is denied.
     Denied,
-    /// It is not what we know, or does not answer: why.
+    /// It has an unknown version or does not work: why.
     Broken(String),
 }
 
-/// Opens it, and tells what came of that.
+/// Tries to open it.
 #[must_use]
 pub fn access() -> Access {
     let opened = CString::new("/dev/kvm")
@@ -147,7 +148,7 @@ mod tests {
         let helps = |mode, group| of(&[1000]).what_helps(mode, group, GROUPS);
         assert!(helps(0o660, 992).contains("usermod -aG kvm "));
         assert!(helps(0o660, 109).contains("usermod -aG virt "));
-        // No group may, or only root's, or one that is in no list.
+        // No group has access, or only root's, or one that is not listed.
         for (mode, group) in [
             (0o600, 992),
             (0o600, 0),

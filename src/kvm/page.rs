@@ -1,10 +1,10 @@
 //! Memory that the guest reads in place of device registers, without an exit.
 //!
 //! It is a read-only memslot (KVM_MEM_READONLY, Documentation/virt/kvm/api.rst,
-//! KVM_SET_USER_MEMORY_REGION): reads find memory, a write is an MMIO exit, or what an ioeventfd
-//! takes. The guest maps it as device memory, so on a CPU without FEAT_S2FWB its reads pass by the
-//! caches. KVM cleans them when it maps the page (arch/arm64/kvm/hyp/pgtable.c:
-//! stage2_map_walker_try_leaf); what changes later is cleaned here.
+//! KVM_SET_USER_MEMORY_REGION): reads access memory, and a write is an MMIO exit or signals an
+//! ioeventfd. The guest maps it as device memory, so on a CPU without FEAT_S2FWB its reads bypass
+//! the caches. KVM cleans them when it maps the page (arch/arm64/kvm/hyp/pgtable.c:
+//! stage2_map_walker_try_leaf); later changes are cleaned here.
 
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -13,20 +13,20 @@ use rustix::mm::{MapFlags, ProtFlags};
 use std::os::fd::BorrowedFd;
 use std::ptr::{NonNull, null_mut};
 
-/// Memory of this process, until it is dropped.
+/// A memory mapping, unmapped when dropped.
 pub(super) struct Mapping {
     pub(super) start: NonNull<u8>,
-    /// Bytes; a multiple of the host's page.
+    /// Its size in bytes, a multiple of the host's page size.
     pub(super) size: usize,
 }
 
-// SAFETY: a mapping is memory of the process and not bound to a thread.
+// SAFETY: a mapping belongs to the process and not to a thread.
 unsafe impl Send for Mapping {}
-// SAFETY: whoever shares it writes whole words only.
+// SAFETY: it is only written by whole words.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// One page of a file, at `offset` bytes, shared with whoever else maps it.
+    /// Maps one page of a file, at `offset` bytes, shared with other mappings.
     pub(super) fn of_file(file: BorrowedFd<'_>, offset: u64) -> Result<Mapping> {
         let size = rustix::param::page_size();
         let prot = ProtFlags::READ | ProtFlags::WRITE;
@@ -36,7 +36,7 @@ impl Mapping {
         Mapping::at(start.cast(), size)
     }
 
-    /// `size` bytes, zero; rounded up to pages.
+    /// Maps `size` zeroed bytes, rounded up to whole pages.
     pub(super) fn anonymous(size: usize) -> Result<Mapping> {
         let size = size.next_multiple_of(rustix::param::page_size());
         let prot = ProtFlags::READ | ProtFlags::WRITE;
@@ -54,12 +54,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing borrows from it any more.
+        // SAFETY: this value owns the mapping, and nothing borrows from it any more.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.size) };
     }
 }
 
-/// Registers in memory.
+/// Register values in memory that the guest can only read.
 pub struct ReadOnlyPages {
     memslot: u32,
     /// The window's guest-physical address.
@@ -68,11 +68,11 @@ pub struct ReadOnlyPages {
 }
 
 impl ReadOnlyPages {
-    /// Allocates memory for the registers of `size` bytes from `address`, all zero, not yet shown. It
-    /// takes whole pages of the host, in which no other device may lie.
+    /// Allocates zeroed memory for `size` bytes of registers at `address`, not yet mapped into the
+    /// guest. It occupies whole pages of the host, which no other device may share.
     ///
     /// # Errors
-    /// A window that does not begin at a page of the host.
+    /// When the window does not begin at a page boundary of the host.
     pub fn new(memslot: u32, address: u64, size: usize) -> Result<ReadOnlyPages> {
         let page = rustix::param::page_size();
         ensure!(
@@ -96,8 +96,8 @@ impl ReadOnlyPages {
     /// Changes the word at `offset` bytes, a multiple of 4.
     pub fn store(&self, offset: usize, value: u32) {
         if offset.is_multiple_of(4) && offset + 4 <= self.memory.size {
-            // SAFETY: the word lies in the mapping, which is aligned. The guest may read it at the
-            // same time, so it is written as a whole.
+            // SAFETY: the word lies in the mapping, which is aligned. The guest may read it
+            // concurrently, so it is written by a single store.
             unsafe {
                 let word: *mut u32 = self.memory.start.as_ptr().add(offset).cast();
                 word.write_volatile(value.to_le());
@@ -109,7 +109,8 @@ impl ReadOnlyPages {
     /// Changes the two words at `offset` bytes, a multiple of 8, at once.
     pub fn store_two(&self, offset: usize, value: u64) {
         if offset.is_multiple_of(8) && offset + 8 <= self.memory.size {
-            // SAFETY: as in `store`; both architectures write an aligned 64-bit word as a whole.
+            // SAFETY: as in `store`; on both architectures an aligned 64-bit store is single-copy
+            // atomic.
             unsafe {
                 let words: *mut u64 = self.memory.start.as_ptr().add(offset).cast();
                 words.write_volatile(value.to_le());
@@ -118,22 +119,22 @@ impl ReadOnlyPages {
         }
     }
 
-    /// Makes the guest read the memory in place of registers.
+    /// Maps the memory into the guest, in place of register accesses.
     ///
     /// # Errors
-    /// A KVM without read-only memslots, or without room for one more.
+    /// When KVM lacks read-only memslots, or a free one.
     pub fn show(&self, vm: &VmFd) -> Result<()> {
         self.give(vm, self.memory.size as u64)
             .context("cannot show the guest a page of registers")
     }
 
-    /// Hides the memory again: the guest's reads are exits.
+    /// Unmaps the memory from the guest: its reads exit again.
     pub fn hide(&self, vm: &VmFd) {
-        // It does not fail for what `show` has made.
+        // This cannot fail for the memslot that `show` has created.
         let _ = self.give(vm, 0);
     }
 
-    /// Makes the first `size` bytes a memslot; none removes it.
+    /// Makes the first `size` bytes a memslot; 0 removes it.
     fn give(&self, vm: &VmFd, size: u64) -> Result<()> {
         let region = kvm_userspace_memory_region {
             slot: self.memslot,

@@ -1,4 +1,4 @@
-//! KVM's own counters, read through a descriptor (Documentation/virt/kvm/api.rst, 4.133,
+//! KVM's statistics, read through a descriptor (Documentation/virt/kvm/api.rst, 4.133,
 //! KVM_GET_STATS_FD; since Linux 5.15).
 
 use armlet_system::eintr::uninterrupted;
@@ -9,30 +9,30 @@ use vmm_sys_util::ioctl::{_IOC_NONE, ioctl, ioctl_expr};
 
 const KVM_GET_STATS_FD: libc::c_ulong = ioctl_expr(_IOC_NONE, KVMIO, 0xce, 0);
 
-/// Bytes of a descriptor before its name (struct kvm_stats_desc).
+/// Bytes of a statistics descriptor before its name (struct kvm_stats_desc).
 const DESCRIPTOR: usize = 16;
-/// More than any kernel has: what is read is bounded by it.
+/// A bound on what is read, more than any kernel has.
 const MOST_BYTES: usize = 1 << 20;
 
 /// How a counter counts (KVM_STATS_TYPE_*, bits 3:0 of its flags).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Ever more: those of several vCPUs add up.
+    /// Cumulative: the values of several vCPUs add up.
     Cumulative,
-    /// As it is now.
+    /// An instantaneous value.
     Instant,
-    /// The most that there was.
+    /// A peak value.
     Peak,
 }
 
 /// One counter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counter {
-    /// Its name, as the kernel has it.
+    /// Its name in the kernel.
     pub name: String,
     /// How it counts.
     pub kind: Kind,
-    /// Its value, in the unit that the name tells.
+    /// Its value, in the unit that the name implies.
     pub value: u64,
 }
 
@@ -42,26 +42,26 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Those of the VM or vCPU whose descriptor this is. They stay readable as long as this value,
-    /// whatever becomes of it.
+    /// Opens the statistics of the VM or vCPU with this descriptor. They stay readable even after
+    /// it is closed.
     ///
     /// # Errors
-    /// A kernel that does not offer them.
+    /// When the kernel does not offer them.
     pub fn of(fd: &impl AsRawFd) -> std::io::Result<Statistics> {
-        // SAFETY: the call takes no argument, and the descriptor lives during the call.
+        // SAFETY: the call takes no argument, and the descriptor is open during the call.
         let fd = unsafe { ioctl(&BorrowedFd::borrow_raw(fd.as_raw_fd()), KVM_GET_STATS_FD) };
         if fd < 0 {
             return Err(std::io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Statistics { fd })
     }
 
-    /// Returns all counters that are single numbers; histograms are left out.
+    /// Reads all counters that are single numbers; histograms are left out.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn read(&self) -> std::io::Result<Vec<Counter>> {
         let mut header = [0; size_of::<kvm_stats_header>()];
         self.fill(&mut header, 0)?;
@@ -97,7 +97,7 @@ impl Statistics {
     }
 }
 
-/// Name, kind and offset in the data of a counter that is one number.
+/// Returns name, kind and data offset of a counter that is a single number.
 fn described(entry: &[u8]) -> Option<(String, Kind, u32)> {
     let kind = match u32_at(entry, 0) & 0xf {
         0 => Kind::Cumulative,

@@ -1,5 +1,5 @@
-//! KVM on x86_64. The order of the calls is the kernel's wish (Documentation/virt/kvm/api.rst,
-//! 4.24, 4.36, 4.40).
+//! KVM on x86_64. The order of the calls follows the kernel's requirements
+//! (Documentation/virt/kvm/api.rst, 4.24, 4.36, 4.40).
 
 mod cpuid;
 
@@ -25,8 +25,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 
-/// MSRs that a guest expects its firmware to have set (Intel SDM volume 4): memory is cached where
-/// nothing else is said (IA32_MTRR_DEF_TYPE: on, write-back), string instructions are fast
+/// MSRs that a guest expects its firmware to have set (Intel SDM volume 4): MTRRs enabled with
+/// write-back as the default type (IA32_MTRR_DEF_TYPE), fast string instructions
 /// (IA32_MISC_ENABLE).
 const FIRMWARE_MSRS: [(u32, u64); 2] = [(0x2ff, 1 << 11 | 6), (0x1a0, 1)];
 
@@ -63,7 +63,7 @@ impl KvmArch for X86_64 {
     }
 
     fn create_vm(kvm: &Kvm, _: &Width) -> Result<VmFd> {
-        // The width is what CPUID says; a VM has none here.
+        // The width comes from CPUID; a VM has none here.
         uninterrupted(|| kvm.create_vm()).context("cannot create a VM")
     }
 
@@ -75,7 +75,7 @@ impl KvmArch for X86_64 {
             .context("cannot place KVM's task state")?;
         if plan.features.exits_off != 0 {
             enable(vm, KVM_CAP_X86_DISABLE_EXITS, plan.features.exits_off)
-                .context("cannot let instructions be no exits")?;
+                .context("cannot disable exits for instructions")?;
         }
         match chip.messages {
             false => vm
@@ -83,9 +83,9 @@ impl KvmArch for X86_64 {
                 .context("cannot create the interrupt controllers")?,
             true => {
                 enable(vm, KVM_CAP_X2APIC_API, WIDE_APIC_IDS)
-                    .context("cannot have local APICs with numbers of 32 bits")?;
+                    .context("cannot enable 32-bit APIC IDs")?;
                 enable(vm, KVM_CAP_SPLIT_IRQCHIP, PINS as u32)
-                    .context("cannot create local APICs alone")?;
+                    .context("cannot create a split interrupt controller")?;
             }
         }
         let vcpus = (0..plan.vcpus.len() as u64)
@@ -123,7 +123,7 @@ impl KvmArch for X86_64 {
             let interrupts = Arc::clone(interrupts);
             let apic = IoApic::new(Box::new(move |messages| {
                 if let Err(error) = interrupts.send((0..).zip(messages.iter().copied())) {
-                    log::error!("the I/O APIC's pins stay as they were: {error:#}");
+                    log::error!("cannot update the I/O APIC's routes: {error:#}");
                 }
             }));
             (chip.ioapic, Arc::new(Mutex::new(apic)))
@@ -146,7 +146,7 @@ impl KvmArch for X86_64 {
     }
 
     fn answer_raw(_: &mut VcpuFd, reason: u32) -> Result<RawExit> {
-        bail!("KVM stopped it for a reason that armlet does not know (exit {reason})")
+        bail!("KVM stopped it with an unknown exit reason ({reason})")
     }
 
     fn answer_ports(vcpu: &mut VcpuFd, ports: &Bus) -> Result<PortAccess> {
@@ -159,8 +159,8 @@ impl KvmArch for X86_64 {
             usize::from(io.size),
             usize::from(io.size) * io.count as usize,
         );
-        // SAFETY: the kernel puts so many bytes there, within the pages that are mapped for the
-        // vCPU (Documentation/virt/kvm/api.rst, KVM_EXIT_IO), and nobody else holds on to them.
+        // SAFETY: the kernel has stored this many bytes there, within the pages mapped for the vCPU
+        // (Documentation/virt/kvm/api.rst, KVM_EXIT_IO), and nothing else refers to them.
         let data =
             unsafe { std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), bytes) };
         let (port, write) = (
@@ -178,7 +178,7 @@ impl KvmArch for X86_64 {
                 Some(new) => action.add(new),
                 None => {
                     found = false;
-                    // Nobody drives the bus.
+                    // Reads of an undriven bus return ones.
                     if !write {
                         unit.fill(0xff);
                     }
@@ -193,14 +193,14 @@ impl KvmArch for X86_64 {
         })
     }
 
-    /// By its kvmclock, so that its watchdogs do not take the pause for a lockup (Linux,
-    /// arch/x86/kernel/kvmclock.c: kvm_check_and_clear_guest_paused).
+    /// Tells the guest through kvmclock, so that its watchdogs do not take the pause for a lockup
+    /// (Linux, arch/x86/kernel/kvmclock.c: kvm_check_and_clear_guest_paused).
     fn note_pause(vcpu: &VcpuFd) {
-        // A guest without kvmclock has nowhere to read it, and KVM says EINVAL.
+        // For a guest without kvmclock, KVM returns EINVAL.
         if let Err(error) = vcpu.kvmclock_ctrl()
             && error.errno() != libc::EINVAL
         {
-            log::warn!("the guest is not told that it was held: {error}");
+            log::warn!("cannot tell the guest that it was paused: {error}");
         }
     }
 
@@ -212,7 +212,7 @@ impl KvmArch for X86_64 {
     }
 }
 
-/// Numbers of local APICs have 32 bits, and 255 is one of them (Documentation/virt/kvm/api.rst,
+/// APIC IDs have 32 bits, and 255 is not the broadcast ID (Documentation/virt/kvm/api.rst,
 /// KVM_CAP_X2APIC_API).
 const WIDE_APIC_IDS: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
 
@@ -225,10 +225,10 @@ fn enable(vm: &VmFd, cap: u32, argument: u32) -> Result<()> {
     Ok(vm.enable_cap(&wanted)?)
 }
 
-/// Nothing to do: caches are coherent with every kind of memory.
+/// Does nothing: caches are coherent with all memory types.
 ///
 /// # Safety
-/// None; it has the shape of its twin.
+/// None; it has the signature of its counterpart for arm64.
 pub(super) unsafe fn clean_to_memory(_: *const u8) {}
 
 /// Returns whether the CPU has VMX or SVM.
@@ -249,7 +249,7 @@ fn leaf(cpuid: &CpuId, function: u32) -> Option<&kvm_cpuid_entry2> {
     leaves.find(|leaf| leaf.function == function)
 }
 
-/// Physical address bits of guests: CPUID 0x8000_0008, EAX 23:16 where given, else 7:0.
+/// Returns the guests' physical address bits: CPUID 0x8000_0008, EAX 23:16 where given, else 7:0.
 fn physical_bits(cpuid: &CpuId) -> u8 {
     leaf(cpuid, 0x8000_0008).map_or(36, |entry| match (entry.eax >> 16) as u8 {
         0 => entry.eax as u8,
@@ -257,7 +257,7 @@ fn physical_bits(cpuid: &CpuId) -> u8 {
     })
 }
 
-/// CPUID first: the other registers are checked against it.
+/// Initialises a vCPU; CPUID first, because KVM checks the other registers against it.
 fn initialise(vcpu: &VcpuFd, leaves: &[kvm_cpuid_entry2], boot: Option<&Boot>) -> Result<()> {
     let cpuid = CpuId::from_entries(leaves).context("CPUID has too many leaves")?;
     vcpu.set_cpuid2(&cpuid).context("CPUID")?;
@@ -270,7 +270,7 @@ fn initialise(vcpu: &VcpuFd, leaves: &[kvm_cpuid_entry2], boot: Option<&Boot>) -
     let written = vcpu.set_msrs(&msrs).context("MSRs")?;
     ensure!(
         written == FIRMWARE_MSRS.len(),
-        "KVM does not take the MSR {:#x}",
+        "KVM rejects the MSR {:#x}",
         FIRMWARE_MSRS[written].0
     );
     match boot {
@@ -279,8 +279,8 @@ fn initialise(vcpu: &VcpuFd, leaves: &[kvm_cpuid_entry2], boot: Option<&Boot>) -
     }
 }
 
-/// Switches a local APIC to numbers of 32 bits, as firmware does where CPUs have such numbers. An
-/// operating system that starts with 8 bits takes CPUs beyond them for none (arch/x86/kernel/acpi:
+/// Switches a local APIC to x2APIC mode, as firmware does where APIC IDs exceed 8 bits. An
+/// operating system that starts in xAPIC mode ignores such CPUs (arch/x86/kernel/acpi:
 /// acpi_parse_x2apic; Intel SDM volume 3, section 11.12.1, IA32_APIC_BASE.EXTD).
 fn widen_apic(vcpu: &VcpuFd) -> Result<()> {
     const EXTENDED: u64 = 1 << 10;
@@ -289,7 +289,7 @@ fn widen_apic(vcpu: &VcpuFd) -> Result<()> {
     vcpu.set_sregs(&system).context("the mode of its APIC")
 }
 
-/// Puts the boot CPU to its first instruction.
+/// Sets the boot CPU's registers for its first instruction.
 fn enter(vcpu: &VcpuFd, boot: &Boot) -> Result<()> {
     let mut system = vcpu.get_sregs().context("system registers")?;
     system.cs = segment(BOOT_CS, boot.code);
@@ -321,7 +321,7 @@ fn enter(vcpu: &VcpuFd, boot: &Boot) -> Result<()> {
     .context("registers")
 }
 
-/// Returns a flat segment as its descriptor says (Intel SDM volume 3, section 3.4.5).
+/// Returns the segment that a descriptor describes (Intel SDM volume 3, section 3.4.5).
 fn segment(selector: u16, descriptor: u64) -> kvm_segment {
     let bits = |shift: u32, count: u32| (descriptor >> shift & ((1 << count) - 1)) as u8;
     kvm_segment {

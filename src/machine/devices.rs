@@ -1,4 +1,4 @@
-//! The devices of a machine that are not virtio, and the buses that all devices are on.
+//! The non-virtio devices of a machine, and the buses of all devices.
 
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
@@ -26,32 +26,32 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-/// The devices of a machine that are not virtio, where the board has them.
+/// The non-virtio devices of a machine; `None` where the board has none.
 #[derive(Default)]
 pub struct Devices {
     /// The serial console.
     pub serial: Option<Arc<Mutex<dyn Console>>>,
-    /// The virtio console, where the terminal is there.
+    /// The virtio console, if it has the terminal.
     pub hvc: Option<Arc<HvcConsole>>,
-    /// The clock, for its alarm.
+    /// The real-time clock.
     pub clock: Option<Arc<Mutex<Pl031>>>,
     /// The power key.
     pub power_key: Option<Arc<Mutex<dyn PowerKey>>>,
-    /// The GPIO that has the power key on one of its lines.
+    /// The GPIO controller with the power key on one of its lines.
     pub gpio: Option<Arc<Mutex<Pl061>>>,
-    /// What ACPI's tables name: sleep registers and the power key.
+    /// ACPI's sleep registers and power button.
     pub acpi: Option<Arc<Mutex<AcpiPower>>>,
-    /// CMOS memory and its clock.
+    /// CMOS memory and real-time clock.
     pub cmos: Option<Arc<Mutex<Cmos>>>,
     /// The keyboard controller, which resets a PC.
     pub i8042: Option<Arc<Mutex<I8042>>>,
     /// The reset control register.
     pub reset_control: Option<Arc<Mutex<ResetControl>>>,
-    /// The I/O APIC, where KVM has local APICs alone.
+    /// The I/O APIC, where KVM emulates only local APICs.
     pub io_apic: Option<Arc<Mutex<IoApic>>>,
 }
 
-/// The power key on its line of a GPIO.
+/// A power key on a line of a GPIO controller.
 struct GpioKey(Arc<Mutex<Pl061>>);
 
 impl PowerKey for GpioKey {
@@ -61,24 +61,24 @@ impl PowerKey for GpioKey {
     }
 }
 
-/// The callbacks of devices. Each may be called by any vCPU's thread, with the device locked.
+/// The callbacks of devices. Each may be called on any vCPU's thread, with the device locked.
 pub struct Wires {
-    /// Takes the console's output.
+    /// The sink of the console's output.
     pub output: Box<dyn Output>,
-    /// The console takes input again.
+    /// Called when the console has room for input again.
     pub on_room: Box<dyn Fn() + Send>,
-    /// A burst of output began.
+    /// Called when a burst of output begins.
     pub on_burst: Box<dyn Fn() + Send>,
-    /// The clock's alarm was set anew.
+    /// Called when the clock's alarm was changed.
     pub on_deadline: Box<dyn Fn() + Send>,
-    /// Set by the machine when it stops: no reader of the output is to be waited for any more.
+    /// Set when the machine stops: output must no longer wait for a reader.
     pub stopping: Arc<AtomicBool>,
 }
 
-/// Puts the planned devices on their buses; `virtio` makes one of a slot.
+/// Puts the planned devices on their buses; `virtio` creates the one of a slot.
 ///
 /// # Errors
-/// Two devices at one address, and what `virtio` says.
+/// When two devices overlap, and the errors of `virtio`.
 pub(super) fn attach<A: KvmArch>(
     (vm, interrupts): (&Arc<VmFd>, &Arc<Interrupts>),
     vcpu: Option<&VcpuFd>,
@@ -172,14 +172,15 @@ pub(super) fn attach<A: KvmArch>(
     Ok((buses, devices))
 }
 
-/// Keeps a device under its name.
+/// Stores a device in its field of [`Devices`].
 fn named<D>(name: &mut Option<Arc<Mutex<D>>>, device: D) -> Arc<Mutex<D>> {
     Arc::clone(name.insert(Arc::new(Mutex::new(device))))
 }
 
 const TWO_CONSOLES: &str = "the board has two serial consoles; armlet serves one";
 
-/// Returns a window for bursts of output, where KVM has it and no other device shares its page.
+/// Returns a window that coalesces output, where KVM supports it and no other device shares its
+/// page.
 fn burst_window<A: KvmArch>(
     vm: &Arc<VmFd>,
     vcpu: Option<&VcpuFd>,

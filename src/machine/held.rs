@@ -1,9 +1,9 @@
-//! The virtio devices of a machine that is held: each finishes or hands back what it has taken, and
-//! works no more until the machine goes on.
+//! Quiescing the virtio devices of a paused machine: each completes or puts back the requests that
+//! it popped, and does no more work until the machine resumes.
 //!
-//! A device may need long for that: its storage has to answer. So a thread of its own waits, and it
-//! is given up after a while. Devices that are held by then go on at once, and the one that is not
-//! does so when it is.
+//! A device may need long for that, because its storage has to respond. So a separate thread waits,
+//! and the attempt is abandoned after a while: devices that are quiesced by then resume at once,
+//! and the slow one resumes as soon as it is quiesced.
 
 use anyhow::{Context, Result};
 use armlet_devices::sync::lock;
@@ -17,7 +17,7 @@ use std::time::Duration;
 /// A virtio device and its name.
 pub(super) type Named = (String, Arc<Mutex<Mmio>>);
 
-/// Holds the virtio devices of a machine, and lets them go on.
+/// Quiesces the virtio devices of a machine, and resumes them.
 #[derive(Default)]
 pub(super) struct Held(Mutex<State>);
 
@@ -27,14 +27,14 @@ struct State {
     given_up: Option<GivenUp>,
 }
 
-/// An attempt that was given up, for it waits for the device of this name.
+/// An attempt that was abandoned, because it waits for the device of this name.
 struct GivenUp {
     attempt: Arc<Attempt>,
     thread: JoinHandle<()>,
     name: String,
 }
 
-/// How far an attempt to hold devices is.
+/// The progress of an attempt to quiesce the devices.
 #[derive(Default)]
 struct Attempt {
     progress: Mutex<Progress>,
@@ -43,20 +43,20 @@ struct Attempt {
 
 #[derive(Default)]
 struct Progress {
-    /// How many devices are held, from the first on.
+    /// How many devices are quiesced, from the first on.
     held: usize,
     is_over: bool,
     is_given_up: bool,
 }
 
 impl Attempt {
-    /// Holds one device after another.
+    /// Quiesces one device after another.
     fn run(&self, devices: &[Named]) {
         for (_, device) in devices {
             lock(device).quiesce();
             let mut progress = lock(&self.progress);
             if progress.is_given_up {
-                // With the lock, so that whoever tries again does so after this.
+                // With the lock held, so that another attempt comes after this.
                 lock(device).resume();
                 break;
             }
@@ -66,7 +66,7 @@ impl Attempt {
         self.changed.notify_all();
     }
 
-    /// Waits up to `limit` until it is over; returns whether it is.
+    /// Waits up to `limit` for it to finish; returns whether it has.
     fn wait(&self, limit: Duration) -> bool {
         let progress = lock(&self.progress);
         let waited = self
@@ -75,10 +75,10 @@ impl Attempt {
         waited.unwrap_or_else(PoisonError::into_inner).0.is_over
     }
 
-    /// Gives it up, unless all of `devices` are held.
+    /// Abandons the attempt, unless all of `devices` are quiesced.
     ///
     /// # Errors
-    /// The name of the first that is not. All go on then.
+    /// The name of the first that is not. All devices then resume.
     fn end(&self, devices: &[Named]) -> Result<(), String> {
         let mut progress = lock(&self.progress);
         if progress.held == devices.len() {
@@ -93,11 +93,11 @@ impl Attempt {
 }
 
 impl Held {
-    /// Holds `devices`. No vCPU runs, before or after.
+    /// Quiesces `devices`. No vCPU may be running.
     ///
     /// # Errors
-    /// What is waited for longer than `limit`, in a sentence. All devices go on then, the one that
-    /// is waited for as soon as it can.
+    /// What took longer than `limit`, as a sentence. All devices then resume, the slow one as soon
+    /// as it can.
     pub(super) fn hold(&self, devices: &[Named], limit: Duration) -> Result<(), String> {
         let mut state = lock(&self.0);
         if state.are_held || devices.is_empty() {
@@ -105,7 +105,7 @@ impl Held {
         }
         let busy = |name: &str| {
             let limit = limit.as_millis();
-            format!("{name} has not finished within {limit} ms what it took from its queues")
+            format!("{name} has not finished its requests within {limit} ms")
         };
         let deadline = Deadline::after(limit);
         if let Some(earlier) = state.given_up.take() {
@@ -114,7 +114,7 @@ impl Held {
                 state.given_up = Some(earlier);
                 return Err(error);
             }
-            // A panic in it has been reported where it happened.
+            // A panic of the thread was already reported.
             let _ = earlier.thread.join();
         }
         let attempt = Arc::new(Attempt::default());
@@ -123,7 +123,7 @@ impl Held {
             .name("hold".to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || tried.run(&owned))
-            .context("cannot start the thread that holds the devices")
+            .context("cannot start the thread that quiesces the devices")
             .map_err(|error| format!("{error:#}"))?;
         attempt.wait(deadline.left());
         match attempt.end(devices) {
@@ -144,7 +144,7 @@ impl Held {
         }
     }
 
-    /// Lets `devices` that are held go on.
+    /// Resumes quiesced `devices`.
     pub(super) fn release(&self, devices: &[Named]) {
         if std::mem::take(&mut lock(&self.0).are_held) {
             for (_, device) in devices {
@@ -158,7 +158,7 @@ impl Held {
 const STACK_BYTES: usize = 128 << 10;
 
 impl Drop for Held {
-    /// Nothing goes on with a machine that is gone.
+    /// Waits for an abandoned attempt, so that no device resumes after the machine is gone.
     fn drop(&mut self) {
         let given_up = lock(&self.0).given_up.take();
         if let Some(GivenUp { thread, name, .. }) = given_up {
@@ -182,7 +182,7 @@ mod tests {
     const SOON: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A device that tells what becomes of it, and finishes when it is let.
+    /// A device that reports its calls, and finishes only when the test lets it.
     struct Slow {
         name: &'static str,
         tell: Sender<String>,
@@ -238,7 +238,7 @@ mod tests {
         fn pulse(&self) {}
     }
 
-    /// Returns the device that its driver has started, and what lets it finish.
+    /// Returns a device that its driver has started, and the sender that lets it finish.
     fn started(name: &'static str, tell: &Sender<String>) -> (Named, Sender<()>) {
         let (finish, finished) = channel();
         let device = Slow {
@@ -278,7 +278,7 @@ mod tests {
             second_finishes.send(()).expect("it listens");
             assert_eq!(held.hold(&devices, LONG), Ok(()));
             assert_eq!([next(), next()], ["first is held", "second is held"]);
-            // Twice is as good as once.
+            // A second call has no further effect.
             assert_eq!(held.hold(&devices, LONG), Ok(()));
             held.release(&devices);
             assert_eq!([next(), next()], ["first starts", "second starts"]);
@@ -300,7 +300,7 @@ mod tests {
         let held = Held::default();
         first_finishes.send(()).expect("it listens");
         let refused = held.hold(&devices, SOON).expect_err("it waits");
-        let wanted = "second has not finished within 20 ms what it took from its queues";
+        let wanted = "second has not finished its requests within 20 ms";
         assert_eq!(refused, wanted);
         assert_eq!([next(), next()], ["first is held", "first starts"]);
         assert_eq!(held.hold(&devices, SOON), Err(wanted.to_owned()));

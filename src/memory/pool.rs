@@ -1,19 +1,18 @@
 //! The host's pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst), for the advice
-//! that is given where one is too small.
+//! that is given when one is too small.
 
 use armlet_arch::size::show_size;
 use std::path::{Path, PathBuf};
 
-/// Where a pool for each size lies.
+/// The directory with a pool for each size.
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
-/// Returns why a pool does not give `bytes` more in pages of `size` bytes, and what would make it
-/// do so.
+/// Returns why a pool cannot provide `bytes` more in pages of `size` bytes, and what would help.
 pub(super) fn shortage(size: u64, bytes: u64) -> String {
     shortage_at(Path::new(POOLS), size, bytes, available())
 }
 
-/// As [`shortage`], with the pools in `pools`, on a host with `available` bytes to make pages of.
+/// Like [`shortage`], for the pools in `pools`, on a host with `available` bytes for more pages.
 fn shortage_at(pools: &Path, size: u64, bytes: u64, available: Option<u64>) -> String {
     let folder = pools.join(format!("hugepages-{}kB", size >> 10));
     let number = |file: &str| {
@@ -29,10 +28,10 @@ fn shortage_at(pools: &Path, size: u64, bytes: u64, available: Option<u64>) -> S
             ),
         };
     };
-    // Pages that are promised to other mappings, and not touched yet, count as free.
-    let promised = number("resv_hugepages").unwrap_or(0);
+    // Pages that are reserved for other mappings but not touched yet count as free.
+    let reserved = number("resv_hugepages").unwrap_or(0);
     let free = number("free_hugepages").unwrap_or(0);
-    let free = free.saturating_sub(promised);
+    let free = free.saturating_sub(reserved);
     let wanted = bytes / size;
     let what = format!("{wanted} pages are needed, and {free} of {all} in the pool are free");
     let missing = wanted.saturating_sub(free);
@@ -49,7 +48,7 @@ fn shortage_at(pools: &Path, size: u64, bytes: u64, available: Option<u64>) -> S
     }
 }
 
-/// Returns the sizes that this kernel has pools of, as one writes them.
+/// Returns the sizes that this kernel has pools of, in the form that `--hugepages` takes.
 fn sizes(pools: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(pools).into_iter().flatten().flatten();
     let mut sizes: Vec<u64> = entries
@@ -63,7 +62,7 @@ fn sizes(pools: &Path) -> Vec<String> {
     sizes.iter().map(|size| show_size(size << 10)).collect()
 }
 
-/// Bytes that the host could give without swapping (proc_meminfo(5): MemAvailable).
+/// Returns how many bytes the host could allocate without swapping (proc_meminfo(5): MemAvailable).
 fn available() -> Option<u64> {
     let text = std::fs::read_to_string(PathBuf::from("/proc/meminfo")).ok()?;
     let line = text
@@ -79,14 +78,14 @@ mod tests {
 
     const PAGE: u64 = 2 << 20;
 
-    fn pool(all: u64, free: u64, promised: u64) -> tempfile::TempDir {
+    fn pool(all: u64, free: u64, reserved: u64) -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("a folder");
         let pool = folder.path().join("hugepages-2048kB");
         std::fs::create_dir(&pool).expect("a folder");
         for (file, value) in [
             ("nr_hugepages", all),
             ("free_hugepages", free),
-            ("resv_hugepages", promised),
+            ("resv_hugepages", reserved),
         ] {
             std::fs::write(pool.join(file), format!("{value}\n")).expect("a file");
         }
@@ -103,21 +102,21 @@ mod tests {
 
     #[test]
     fn the_advice_makes_room_beside_pages_that_are_in_use_or_promised() {
-        // All, free, promised, wanted.
-        for (all, free, promised, wanted) in [
+        // All, free, reserved, wanted.
+        for (all, free, reserved, wanted) in [
             (100, 70, 40, 64),
             (64, 0, 0, 64),
             (0, 0, 0, 16),
             (10, 10, 10, 1),
             (100, 63, 0, 64),
         ] {
-            let folder = pool(all, free, promised);
+            let folder = pool(all, free, reserved);
             let text = shortage_at(folder.path(), PAGE, wanted * PAGE, None);
             let advised = advised(&text);
             assert!(advised >= all, "{text}");
             // What the pool then has for a new mapping.
-            assert_eq!(advised - (all - free) - promised, wanted, "{text}");
-            assert!(text.contains(&format!("and {} of {all} in the pool", free - promised)));
+            assert_eq!(advised - (all - free) - reserved, wanted, "{text}");
+            assert!(text.contains(&format!("and {} of {all} in the pool", free - reserved)));
         }
     }
 

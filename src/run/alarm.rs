@@ -1,4 +1,4 @@
-//! The alarm of the guest's clock: when it may be due, also where somebody sets the host's clock.
+//! The alarm of the guest's clock: when it is due, even if the host's clock is set.
 
 use crate::clock::ClockWatch;
 use anyhow::{Context, Result};
@@ -10,16 +10,16 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// The alarm.
 pub(super) struct Alarm {
-    /// By what epoll tells that the host's clock was set.
+    /// The epoll token of the watch on the host's clock.
     token: u64,
     /// When it may be due.
     due: Option<Instant>,
-    /// Tells when the host's clock is set, once there was an alarm.
+    /// The watch on the host's clock, once the guest has set an alarm.
     clock_set: Option<ClockWatch>,
 }
 
 impl Alarm {
-    /// No alarm yet; epoll tells by `token` that the host's clock was set.
+    /// Creates an unset alarm; `token` is the epoll token of the watch on the host's clock.
     pub(super) fn new(token: u64) -> Alarm {
         Alarm {
             token,
@@ -28,17 +28,17 @@ impl Alarm {
         }
     }
 
-    /// A new life of the guest begins.
+    /// Begins a new life of the guest.
     pub(super) fn begin_life(&mut self) {
         self.due = None;
     }
 
-    /// When [`Self::set`] is to be called again.
+    /// Returns when to call [`Self::set`] again.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.due
     }
 
-    /// Raises an alarm that is due, and finds the next.
+    /// Raises an alarm that is due, and determines the next deadline.
     ///
     /// # Errors
     /// A process without room for another descriptor.
@@ -57,16 +57,16 @@ impl Alarm {
                 .ctl(ControlOperation::Add, watch.as_raw_fd(), event)
                 .context("cannot watch the host's clock")?;
             self.clock_set = Some(watch);
-            // Set between the question and the watch, it would not have told.
+            // The host's clock may have been set before the watch existed, so ask again.
             return self.set(epoll, clock);
         }
         Ok(())
     }
 
-    /// Somebody set the host's clock: the alarm is due at another time.
+    /// Recomputes the deadline after the host's clock was set.
     ///
     /// # Errors
-    /// What the kernel refuses.
+    /// The kernel's error.
     pub(super) fn clock_was_set(
         &mut self,
         epoll: &Epoll,

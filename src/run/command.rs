@@ -1,47 +1,48 @@
-//! What is asked of a running machine, by signals, by keys, or by another thread of this process.
+//! Commands to a running machine, from signals, keys, or other threads of this process.
 
 use crate::console::Escape;
 use armlet_system::signals::Taken;
 use kvm_ioctls::VcpuFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-/// What is asked.
+/// A command to the machine.
 pub enum Command {
     /// Show the counters.
     ShowCounters,
-    /// The terminal is another: its size, or its modes since a shell had it (`true`).
+    /// The terminal has changed: its size, or (`true`) its modes too, after a shell had it.
     TerminalChanged(bool),
-    /// Press the guest's power key, again and again until it powers off or takes too long.
+    /// Press the guest's power key, repeatedly, until it powers off or takes too long.
     PowerKey,
-    /// End the guest at once. By a key, or by a signal, which is said.
+    /// Stop the guest at once. A stop by a signal is reported.
     Stop(By),
-    /// Send the serial console a break.
+    /// Send a break to the serial console.
     Break,
-    /// Say which keys there are.
+    /// Print the escape keys.
     Help,
-    /// Hold the machine until [`Command::Resume`]; answered when it is held, or why it is not.
+    /// Pause the machine until [`Command::Resume`]; answered when it is paused, or with the reason
+    /// why it cannot be.
     Pause(Reply<Result<(), String>>),
-    /// Let a machine that is held go on.
+    /// Resume a paused machine.
     Resume(Reply<()>),
-    /// Do something with a vCPU on its own thread, between two instructions of the guest. It is
-    /// dropped where there is no such vCPU, or it ends.
+    /// Run a closure on a vCPU's thread, between two instructions of the guest. It is dropped if
+    /// there is no such vCPU, or the vCPU ends first.
     WithVcpu(usize, Box<dyn FnOnce(&mut VcpuFd) + Send>),
 }
 
-/// Who ends the guest.
+/// What stopped the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {
-    /// Somebody at the terminal.
+    /// An escape key at the terminal.
     Key,
     /// A signal.
     Signal,
 }
 
-/// The way to answer a command: once, or never where the guest ends before.
+/// The sender of a command's answer. It is dropped unused if the guest ends first.
 pub struct Reply<T>(SyncSender<T>);
 
 impl<T> Reply<T> {
-    /// Returns a reply, and where it arrives; a sender that is gone means that there will be none.
+    /// Creates a reply and its receiver, which reports a disconnection if there will be no answer.
     #[must_use]
     pub fn channel() -> (Reply<T>, Receiver<T>) {
         let (sender, receiver) = sync_channel(1);
@@ -49,12 +50,12 @@ impl<T> Reply<T> {
     }
 
     pub(super) fn send(self, answer: T) {
-        // Who asked may have given up.
+        // The receiver may have given up.
         let _ = self.0.try_send(answer);
     }
 }
 
-/// Returns what signals ask for, in the order in which it is done.
+/// Returns the commands that signals stand for, in the order in which they are carried out.
 pub(super) fn of_signals(taken: Taken) -> impl Iterator<Item = Command> {
     let changed = taken.resized || taken.continued;
     [

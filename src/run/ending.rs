@@ -1,4 +1,4 @@
-//! How a life of the guest ends, and what comes of it.
+//! How a life of the guest ends, and the resulting exit status.
 
 use armlet_system::messages;
 use armlet_system::status::Status;
@@ -6,36 +6,36 @@ use armlet_system::status::Status;
 /// What to do when the guest asks for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnReset {
-    /// Start the machine anew.
+    /// Start the guest again on a new machine.
     Restart,
-    /// Leave, with [`Status::GuestReset`].
+    /// Exit with [`Status::GuestReset`].
     Exit,
 }
 
 /// What to do when the guest's kernel panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnPanic {
-    /// Say so; the guest goes on as it likes (to a crash kernel, a reset, or nowhere).
+    /// Report it and let the guest continue (with a crash kernel, a reset, or not at all).
     Report,
-    /// Leave, with [`Status::GuestFailed`].
+    /// Exit with [`Status::GuestFailed`].
     Exit,
 }
 
-/// How one life of the guest, from start to reset or end, ended.
+/// How one life of the guest, from a start to the next reset or its end, ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
     /// The guest powered itself off.
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// The guest cannot go on, or its kernel panicked: what happened.
+    /// The guest cannot continue, or its kernel panicked: what happened.
     Failed(String),
-    /// Somebody stopped it, by a key, a signal or a command.
+    /// It was stopped by a key, a signal or a command.
     Stopped,
 }
 
 impl Ending {
-    /// Returns the status that armlet ends with; what happened is said.
+    /// Reports what happened, and returns armlet's exit status.
     pub(super) fn status(self) -> Status {
         match self {
             Ending::PowerOff => Status::Success,

@@ -1,5 +1,5 @@
-//! The event loop: it waits for the terminal, signals, virtio devices, the host's clock and what other
-//! threads tell it, and keeps the deadlines of a life.
+//! The event loop: it waits for the terminal, signals, virtio devices, the host's clock and events
+//! of other threads, and tracks the deadlines of a life.
 
 use super::alarm::Alarm;
 use super::command::{By, Command, of_signals};
@@ -26,10 +26,10 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-/// How long the machine may take until it is held. The event loop waits for it.
+/// How long the machine may take to pause. The event loop waits for it.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// What epoll says is ready.
+/// Epoll tokens.
 const INPUT: u64 = 0;
 const BELL: u64 = 1;
 const SIGNAL: u64 = 2;
@@ -44,15 +44,15 @@ pub(super) struct Events {
     pub(super) input: Input,
     power: Power,
     alarm: Alarm,
-    /// When a burst of output is looked after.
+    /// When to flush a burst of output.
     tick: Option<Instant>,
     on_panic: OnPanic,
-    /// Whether the guest's kernel said in this life that it panicked.
+    /// Whether a panic of the guest's kernel was reported in this life.
     panicked: bool,
 }
 
 impl Events {
-    /// Creates a loop that waits for signals and for what it is told.
+    /// Creates a loop that waits for signals and for its queue.
     ///
     /// # Errors
     /// A process without room for another descriptor.
@@ -89,7 +89,7 @@ impl Events {
     /// Returns the virtio console of this terminal.
     pub(super) fn open_hvc(&self) -> Result<Arc<HvcConsole>> {
         let (room, action) = (self.queue.clone(), self.queue.clone());
-        // What the loop waits for is drained before armlet ends; nothing else stops the thread.
+        // The loop drains the console before armlet ends; nothing else stops its thread.
         let output = StandardOutput::new(Arc::default());
         let hvc = HvcConsole::open(
             Box::new(PanicWatch::new(output)),
@@ -99,9 +99,10 @@ impl Events {
         Ok(Arc::new(hvc))
     }
 
-    /// Returns the wires of a new life of the guest, before any vCPU of it runs.
+    /// Returns the callbacks for the devices of a new life of the guest, before any of its vCPUs
+    /// runs.
     pub(super) fn wires(&mut self) -> Wires {
-        // What an earlier life left behind means nothing to this one.
+        // Events of the previous life are void.
         self.queue.take_events();
         self.input.begin_life();
         self.power.begin_life();
@@ -119,13 +120,13 @@ impl Events {
         }
     }
 
-    /// Serves the machine until its end.
+    /// Serves the machine until its life ends.
     ///
     /// # Errors
-    /// What the system says of a wait.
+    /// A failed wait.
     pub(super) fn watch<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Ending> {
         let devices = &machine.devices;
-        // It leaves epoll when the reactor is dropped.
+        // It is removed from epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
         self.epoll
             .ctl(ControlOperation::Add, machine.light.as_raw_fd(), event)
@@ -173,7 +174,7 @@ impl Events {
     }
 
     fn read_signals<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
-        // What comes after this read rings again.
+        // A signal after this read makes it readable again.
         let _ = self.signals.read();
         for command in of_signals(signals::take()) {
             let ending = self.obey(command, machine)?;
@@ -184,7 +185,7 @@ impl Events {
         Ok(None)
     }
 
-    /// Milliseconds until the next deadline; -1 without one.
+    /// Returns the milliseconds until the next deadline; -1 without one.
     fn timeout(&self) -> i32 {
         let retry = messages::is_behind().then(|| Instant::now() + messages::RETRY);
         let deadlines = [
@@ -196,7 +197,7 @@ impl Events {
         ];
         deadlines.into_iter().flatten().min().map_or(-1, |next| {
             let left = next.saturating_duration_since(Instant::now());
-            // Rounded up, so that it is not woken just before.
+            // Rounded up, so that the loop does not wake just before it.
             i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
         })
     }
@@ -260,7 +261,7 @@ impl Events {
                 ""
             };
             messages::say(&format!(
-                "{what}, and it does not hear its power key; {keys}a signal ends it"
+                "{what}, and it ignores its power key; {keys}a signal ends it"
             ));
         }
         if news.asked {
@@ -284,15 +285,15 @@ impl Events {
         Ok(None)
     }
 
-    /// Says that the guest's kernel panicked, once in a life: a guest may print those words as often
-    /// as it likes.
+    /// Reports that the guest's kernel panicked, once in a life: a guest may print the message any
+    /// number of times.
     fn say_panic(&mut self, what: &str) {
         if !std::mem::replace(&mut self.panicked, true) {
             messages::say(what);
         }
     }
 
-    /// Says what was told after the loop ended, by vCPUs on their way to the end.
+    /// Reports events that vCPUs sent after the loop ended, while they were being stopped.
     pub(super) fn hear_last_words(&mut self) {
         if let Some(what) = self.queue.take_events().panicked {
             self.say_panic(&what);
@@ -304,7 +305,7 @@ impl Events {
         self.power.was_asked()
     }
 
-    /// Does what is asked; returns the guest's end, if that is what comes of it.
+    /// Carries out a command; returns the guest's end, if the command causes it.
     fn obey<A: KvmArch>(
         &mut self,
         command: Command,
@@ -339,7 +340,7 @@ impl Events {
                 reply.send(());
             }
             Command::WithVcpu(index, task) => {
-                // Dropped where nobody does it, which whoever waits for it hears.
+                // If no vCPU runs it, the task is dropped, which notifies whoever waits for it.
                 let _ = machine.vcpus.ask(index, task);
             }
         }
@@ -357,14 +358,14 @@ impl Events {
     }
 }
 
-/// Nobody obeys any more.
+/// Closes the queue: no command is carried out any more.
 impl Drop for Events {
     fn drop(&mut self) {
         self.queue.close();
     }
 }
 
-/// Says that all vCPUs of a guest are off.
+/// Returns the message that all vCPUs of a guest are off.
 fn all_off(vcpus: usize) -> String {
     let which = match vcpus {
         1 => "the guest's only CPU is off".to_owned(),

@@ -1,5 +1,5 @@
-//! Standard input on its way to the guest: escape keys, type-ahead, and the pace at which a console
-//! takes it.
+//! Standard input on its way to the guest: escape keys, type-ahead, and flow control of the
+//! console.
 
 use super::queue::Queue;
 use crate::console::{self, Escape, EscapeFilter};
@@ -17,10 +17,10 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// How long a guest listens before it gets input: Linux's driver listens for a moment before it
-/// throws away what came and begins in earnest (`pl011_hwinit`).
+/// How long a guest must have listened before it gets input: Linux's driver listens briefly before
+/// it discards its input and opens the port (`pl011_hwinit`).
 const SETTLE: Duration = Duration::from_millis(1);
-/// How often a lock that a vCPU holds is tried before the loop goes on to other things.
+/// How often to try a lock that a vCPU holds before the loop moves on.
 const TRIES: usize = 100;
 /// Bytes of type-ahead that are kept for a guest that does not read.
 const INPUT_BYTES: usize = 4096;
@@ -28,36 +28,36 @@ const INPUT_BYTES: usize = 4096;
 /// Standard input on its way to the guest.
 #[derive(Debug)]
 pub(super) struct Input {
-    /// By what epoll tells that it can be read.
+    /// The epoll token of standard input.
     token: u64,
     filter: EscapeFilter,
-    /// Read, and not yet taken by the guest.
+    /// Input that was read and that the guest has not taken yet.
     pending: Vec<u8>,
     /// Whether epoll watches it.
     watched: bool,
-    /// A file, which epoll does not watch: it can be read at any time.
+    /// Whether it is a file, which epoll cannot watch: it can be read at any time.
     always_ready: bool,
-    /// A terminal, where escape keys work.
+    /// Whether it is a terminal, where escape keys work.
     pub(super) terminal: bool,
-    /// Whether the machine is held: its consoles take nothing then, and what is typed waits.
+    /// Whether the machine is paused: its consoles take no input then, and what is typed waits.
     pub(super) held: bool,
     ended: bool,
-    /// The time of the guest's listening that has lasted for [`SETTLE`].
+    /// The session of the guest's listening that has lasted for [`SETTLE`].
     session: Option<u64>,
     /// When to try again.
     retry: Option<Instant>,
 }
 
-/// What came of giving the console input.
+/// The result of passing input to the console.
 enum Handed {
-    /// As much as it wanted; whether it wants more than there was.
+    /// It took as much as it wanted; whether it wants more than there was.
     All { wants_more: bool },
-    /// Nothing; when to try again, if not when it says so itself.
+    /// It took nothing; when to try again, unless it signals that itself.
     NotNow(Option<Duration>),
 }
 
 impl Input {
-    /// Standard input, of which epoll tells by `token` that it can be read.
+    /// Creates the state of standard input, which has the epoll token `token`.
     pub(super) fn new(token: u64) -> Input {
         Input {
             token,
@@ -73,23 +73,23 @@ impl Input {
         }
     }
 
-    /// A new life of the guest begins: it does not listen yet.
+    /// Begins a new life of the guest, which does not listen yet.
     pub(super) fn begin_life(&mut self) {
         (self.session, self.retry, self.held) = (None, None, false);
     }
 
-    /// When [`Self::feed`] is to be called again.
+    /// Returns when to call [`Self::feed`] again.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.retry
     }
 
-    /// Reads what was typed; returns the escape keys in it. The rest waits for [`Self::feed`].
+    /// Reads what was typed, and returns the escape keys in it. The rest waits for [`Self::feed`].
     ///
     /// # Errors
-    /// What epoll says.
+    /// An error of epoll.
     pub(super) fn read(&mut self, epoll: &Epoll) -> Result<Vec<Escape>> {
         let mut buffer = [0_u8; INPUT_BYTES];
-        // It is ready, or does not wait.
+        // The descriptor is ready, or never blocks.
         let count = match uninterrupted(|| rustix::io::read(stdio::stdin(), &mut buffer)) {
             Ok(0) => {
                 self.ended = true;
@@ -110,7 +110,7 @@ impl Input {
             return Ok(Vec::new());
         }
         if !terminal::is_raw() {
-            // Brought back from the background without a signal.
+            // A shell may have put armlet into the foreground again without a signal.
             terminal::make_raw_again();
         }
         let mut escapes = Vec::new();
@@ -120,17 +120,17 @@ impl Input {
             typed = &typed[used..];
             escapes.extend(escape);
         }
-        // A person who types at a guest that does not read is better off with working escape
-        // keys than with all that was typed.
+        // For a user who types at a guest that does not read, working escape keys are worth more
+        // than all of the type-ahead.
         self.pending.truncate(INPUT_BYTES);
         Ok(escapes)
     }
 
-    /// Hands the guest what it wants of what was typed, and reads on where there is room. What the
-    /// guest's console says meanwhile is told to `queue`.
+    /// Passes to the guest what it wants of what was typed, and reads more where there is room.
+    /// Actions that the guest's output causes meanwhile are sent to `queue`.
     ///
     /// # Errors
-    /// What epoll says.
+    /// An error of epoll.
     pub(super) fn feed(&mut self, epoll: &Epoll, queue: &Queue, devices: &Devices) -> Result<()> {
         self.retry = None;
         loop {
@@ -141,8 +141,8 @@ impl Input {
                     false
                 }
             };
-            // While the guest takes nothing, reading on would only fill our memory. A terminal is
-            // read all the same, for its escape keys.
+            // While the guest takes nothing, reading more would only use memory. A terminal is read
+            // anyway, for its escape keys.
             let read_on = self.pending.is_empty() || self.terminal;
             self.watch(epoll, read_on)?;
             let from_file = self.always_ready && !self.ended;
@@ -153,13 +153,14 @@ impl Input {
         }
     }
 
-    /// Gives the console as much of what is pending as it wants.
+    /// Passes as much of the pending input to the console as it wants.
     fn hand_over(&mut self, queue: &Queue, devices: &Devices) -> Handed {
         if self.held {
             return Handed::NotNow(None);
         }
         if let Some(console) = devices.hvc.as_ref().and_then(|hvc| hvc.current()) {
-            // Only this thread and a vCPU that starts or stops the device ever hold it for long.
+            // Only this thread and a vCPU that starts or stops the device take this lock, none of
+            // them for long.
             let mut console = lock(&console);
             if console.listening().is_some() {
                 let (taken, wants_more) = console.receive(&self.pending);
@@ -192,7 +193,7 @@ impl Input {
         }
     }
 
-    /// Has epoll watch standard input, or not.
+    /// Adds standard input to epoll, or removes it.
     fn watch(&mut self, epoll: &Epoll, watch: bool) -> Result<()> {
         let fd: RawFd = stdio::stdin().as_raw_fd();
         let event = EpollEvent::new(EventSet::IN, self.token);
@@ -206,11 +207,11 @@ impl Input {
         };
         match epoll.ctl(operation, fd, event) {
             Ok(()) => self.watched = watch,
-            // A file or /dev/null.
+            // Standard input is a file or /dev/null.
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
                 self.always_ready = true;
             }
-            // A closed one.
+            // Standard input is closed.
             Err(error) if error.raw_os_error() == Some(libc::EBADF) => self.ended = true,
             Err(error) => return Err(error).context("cannot watch standard input"),
         }
@@ -218,12 +219,12 @@ impl Input {
     }
 }
 
-/// Returns the console, if it can be used without waiting for a reader of the output: neither for a
-/// vCPU that writes, nor to write what a burst has left. The loop waits for nobody.
+/// Returns the console, if it can be used without waiting for a reader of its output: neither for a
+/// vCPU that is writing, nor to flush a burst. The event loop must not block.
 pub(super) fn at_hand(
     serial: &Mutex<dyn Console>,
 ) -> Option<MutexGuard<'_, dyn Console + 'static>> {
-    // A vCPU that tells of room still holds the lock, as a rule for an instant only.
+    // A vCPU that has signalled room still holds the lock, usually for an instant only.
     let serial = (0..TRIES).find_map(|_| {
         let free = serial.try_lock().ok();
         if free.is_none() {

@@ -1,4 +1,5 @@
-//! The guest's power key: pressed, released, pressed again, and the guest given up.
+//! The guest's power key: when it is pressed, released and pressed again, and when the guest is
+//! stopped.
 
 use super::ending::Ending;
 use crate::machine::Devices;
@@ -10,20 +11,20 @@ use std::time::{Duration, Instant};
 /// How long the power key is held: longer than gpio-keys' debouncing of 5 ms.
 const KEY_HELD: Duration = Duration::from_millis(100);
 
-/// The power key, and a guest that was asked by it to power off.
+/// The power key, and the state of a request to power off.
 pub(super) struct Power {
     /// When the key is released.
     release: Option<Instant>,
-    /// Whether all vCPUs of this life are off: none hears the key.
+    /// Whether all vCPUs of this life are off, so that none sees the key.
     pub(super) all_off: bool,
-    /// How long the guest may take to power off when it was asked to.
+    /// How long the guest may take to power off when asked; `None` for no limit.
     patience: Option<Duration>,
-    /// That it was.
+    /// The request to power off, if there is one.
     shutdown: Option<Shutdown>,
 }
 
 impl Power {
-    /// Creates the key of a guest that may take so long to power off.
+    /// Creates the key of a guest that may take `patience` to power off.
     pub(super) fn new(patience: Option<Duration>) -> Power {
         Power {
             release: None,
@@ -33,12 +34,12 @@ impl Power {
         }
     }
 
-    /// A new life of the guest begins. One that was asked to power off was so in this one, too.
+    /// Begins a new life of the guest. A request to power off stays in force.
     pub(super) fn begin_life(&mut self) {
         (self.release, self.all_off) = (None, false);
     }
 
-    /// When [`Self::pass`] has something to do.
+    /// Returns when to call [`Self::pass`] again.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let asked = self.shutdown.map(|shutdown| shutdown.next());
         [self.release, asked].into_iter().flatten().min()
@@ -49,8 +50,8 @@ impl Power {
         self.shutdown.is_some()
     }
 
-    /// Asks the guest to power off, by a signal, where a vCPU is on to hear it. Returns the guest's
-    /// end where it cannot be asked.
+    /// Asks the guest to power off, after a signal. Returns the guest's end if it cannot be asked,
+    /// because it has no power key or all of its vCPUs are off.
     pub(super) fn ask(&mut self, devices: &Devices) -> Option<Ending> {
         if self.all_off {
             messages::say("stopped by a signal: all of its CPUs are off");
@@ -65,8 +66,8 @@ impl Power {
         None
     }
 
-    /// Releases the key when it is time to. Presses it again where the guest was asked to power off
-    /// and has not yet, and gives the guest up where it took too long.
+    /// Releases the key when it is due. While the guest has not complied with a request to power
+    /// off, presses it again, and finally returns the end of a guest that took too long.
     pub(super) fn pass(&mut self, now: Instant, devices: &Devices) -> Option<Ending> {
         if self.release.is_some_and(|release| release <= now) {
             self.release = None;

@@ -1,5 +1,5 @@
-//! What other threads tell the event loop: at most one of each kind at a time, however often a guest
-//! causes it.
+//! The event loop's queue. It holds at most one event of each kind, however often a guest causes
+//! it.
 
 use super::command::Command;
 use crate::vcpu::VcpuEvent;
@@ -9,47 +9,47 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Something that happened.
+/// An event.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// A vCPU has something to tell.
+    /// A vCPU's event.
     Vcpu(VcpuEvent),
-    /// The console takes input.
+    /// The console has room for input.
     Room,
     /// A burst of output began.
     Burst,
-    /// The clock's alarm was set anew.
+    /// The clock's alarm was changed.
     Deadline,
 }
 
-/// Commands that wait. Each is answered before its sender sends the next, as a rule.
+/// The most pending commands. A sender usually waits for an answer before it sends the next one.
 const COMMANDS: usize = 16;
 
-/// What happened since the event loop looked.
+/// The pending events and commands.
 #[derive(Default)]
 pub(super) struct News {
-    /// What was asked, in order.
+    /// The commands, in order.
     commands: Vec<Command>,
-    /// Whether nobody looks any more.
+    /// Whether the event loop has ended.
     closed: bool,
-    /// The guest's kernel said that it panicked; the first time that it did.
+    /// The first panic that the guest's kernel printed.
     pub(super) panicked: Option<String>,
-    /// The guest's end or reset: the first that was told.
+    /// The guest's end or reset: the first one reported.
     pub(super) end: Option<VcpuEvent>,
-    /// A vCPU is asked whether it is off.
+    /// A vCPU is to be asked whether it is off.
     pub(super) asked: bool,
     /// All vCPUs are off.
     pub(super) all_off: bool,
-    /// The console takes input.
+    /// The console has room for input.
     pub(super) room: bool,
     /// A burst of output began.
     pub(super) burst: bool,
-    /// The clock's alarm was set anew.
+    /// The clock's alarm was changed.
     pub(super) deadline: bool,
 }
 
 impl News {
-    /// Adds an event; returns whether it says what was not said yet.
+    /// Adds an event; returns whether it is new.
     fn add(&mut self, event: Event) -> bool {
         let flag = match event {
             Event::Vcpu(VcpuEvent::Panicked(what)) => {
@@ -72,21 +72,21 @@ impl News {
     }
 }
 
-/// Where other threads send commands to, for as long as a guest runs, through its resets.
+/// The sender of commands for other threads, valid as long as the guest runs, across its resets.
 #[derive(Clone, Debug)]
 pub struct Commands(Queue);
 
 impl Commands {
-    /// Sends a command. It waits for nothing.
+    /// Sends a command without blocking.
     ///
     /// # Errors
-    /// The command, where the guest has ended, or takes no more of them at the time.
+    /// Returns the command if the guest has ended, or the queue is full.
     pub fn send(&self, command: Command) -> Result<(), Command> {
         self.0.ask(command)
     }
 }
 
-/// One end of the queue. Whoever tells something wakes the event loop.
+/// A handle of the queue. Sending wakes the event loop.
 #[derive(Clone)]
 pub(super) struct Queue {
     news: Arc<Mutex<News>>,
@@ -94,8 +94,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// Creates a queue that rings `bell`, which does not wait and is readable when there is
-    /// something to take.
+    /// Creates a queue that signals the non-blocking eventfd `bell` when there is something to
+    /// take.
     pub(super) fn new(bell: EventFd) -> Queue {
         Queue {
             news: Arc::default(),
@@ -103,27 +103,27 @@ impl Queue {
         }
     }
 
-    /// Returns where others command the machine.
+    /// Returns a sender of commands.
     pub(super) fn commands(&self) -> Commands {
         Commands(self.clone())
     }
 
-    /// Tells the event loop.
+    /// Sends an event to the event loop.
     pub(super) fn tell(&self, event: Event) {
-        // What was said and not taken yet has rung already.
+        // An event that is still pending has signalled the loop already.
         if lock(&self.news).add(event) {
             ring(&self.bell);
         }
     }
 
-    /// Tells what the guest's console output means for the machine.
+    /// Sends the event for an action that the guest's console output caused.
     pub(super) fn tell_action(&self, action: Action) {
         if let Some(told) = VcpuEvent::by(action) {
             self.tell(Event::Vcpu(told));
         }
     }
 
-    /// Asks for something; what there is no room for, or nobody to do it, comes back.
+    /// Sends a command; returns it if there is no room, or the event loop has ended.
     pub(super) fn ask(&self, command: Command) -> Result<(), Command> {
         let mut news = lock(&self.news);
         if news.closed || news.commands.len() == COMMANDS {
@@ -134,9 +134,10 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes what was told. What was asked stays: a guest that is reset is asked in its next life.
+    /// Takes the pending events. Commands stay, so that they reach a guest that is reset in its
+    /// next life.
     pub(super) fn take_events(&self) -> News {
-        // What is told after this read rings again.
+        // An event after this read makes it readable again.
         let _ = self.bell.read();
         let mut news = lock(&self.news);
         let kept = News {
@@ -150,17 +151,18 @@ impl Queue {
         std::mem::replace(&mut news, kept)
     }
 
-    /// Takes what was asked, in order.
+    /// Takes the pending commands, in order.
     pub(super) fn take_commands(&self) -> Vec<Command> {
         std::mem::take(&mut lock(&self.news).commands)
     }
 
-    /// Takes nothing any more. Who waits for an answer hears that there will be none.
+    /// Closes the queue. Pending commands are dropped, which tells their senders that there will be
+    /// no answer.
     pub(super) fn close(&self) {
         let mut news = lock(&self.news);
         news.closed = true;
         let commands = std::mem::take(&mut news.commands);
-        // They may do anything when they are dropped.
+        // Dropping a command may run arbitrary code, so it happens without the lock.
         drop(news);
         drop(commands);
     }
@@ -204,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_end_is_the_one() {
+    fn the_first_end_wins() {
         let queue = queue();
         queue.tell(Event::Vcpu(VcpuEvent::Reset));
         queue.tell(Event::Vcpu(VcpuEvent::PowerOff));
@@ -234,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_one_that_has_ended_hears_of_it() {
+    fn commands_after_the_end_are_returned() {
         let queue = queue();
         let (reply, answered) = Reply::channel();
         assert!(queue.ask(Command::Resume(reply)).is_ok());

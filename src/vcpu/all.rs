@@ -1,4 +1,4 @@
-//! All vCPUs of a machine, which are paused, resumed and stopped together.
+//! All vCPUs of a machine: paused, resumed and stopped together.
 
 use super::control::Stand;
 use super::off::OffCheck;
@@ -9,9 +9,10 @@ use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How soon vCPUs that were asked for something are kicked again; each time it takes twice as long.
+/// The first interval after which vCPUs that have not reacted are kicked again; it doubles each
+/// time.
 const FIRST_KICK: Duration = Duration::from_micros(50);
-/// The longest that it takes then.
+/// The longest such interval.
 const LONGEST_TO_KICK: Duration = Duration::from_millis(10);
 
 /// The running vCPUs of a machine.
@@ -21,12 +22,12 @@ pub struct Vcpus {
     off: Option<Arc<OffCheck>>,
 }
 
-/// Why vCPUs are not held.
+/// Why vCPUs could not be paused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotHeld {
-    /// This one does not come out of what it does within so long.
+    /// This one did not pause within this time.
     Busy(usize, Duration),
-    /// This one has ended: the guest asked for its end or its reset.
+    /// This one has ended, because the guest requested a power-off or reset.
     Ended(usize),
 }
 
@@ -45,19 +46,19 @@ impl Display for NotHeld {
 }
 
 impl Vcpus {
-    /// Adds the next one. All of a machine share one `off`.
+    /// Adds the next vCPU. All vCPUs of a machine share one `off`.
     pub fn add(&mut self, vcpu: RunningVcpu, off: &Arc<OffCheck>) {
         self.running.push(vcpu);
         self.off = Some(Arc::clone(off));
     }
 
-    /// Returns how many there are.
+    /// Returns the number of vCPUs.
     #[must_use]
     pub fn count(&self) -> usize {
         self.running.len()
     }
 
-    /// Kicks the one that is asked whether it is off, if one is.
+    /// Kicks the vCPU that is being asked whether it is off, if any.
     pub fn kick_asked(&self) {
         let asked = self.off.as_ref().and_then(|off| off.asked());
         if let Some(vcpu) = asked.and_then(|index| self.running.get(index)) {
@@ -65,8 +66,8 @@ impl Vcpus {
         }
     }
 
-    /// Has vCPU `index` do `task` on its own thread, out of the guest. Returns
-    /// false where there is none, or it has ended.
+    /// Has vCPU `index` run `task` on its own thread, outside the guest. Returns false if there is
+    /// no such vCPU, or it has ended.
     #[must_use]
     pub fn ask(&self, index: usize, task: impl FnOnce(&mut VcpuFd) + Send + 'static) -> bool {
         let Some(vcpu) = self.running.get(index) else {
@@ -77,12 +78,12 @@ impl Vcpus {
         asked
     }
 
-    /// Holds all of them between two instructions of the guest, until [`Self::resume`]. Those that
-    /// wait in the guest, or are off, are held as well.
+    /// Pauses all of them between two instructions of the guest, until [`Self::resume`]. Those that
+    /// idle in the guest, or are off, are paused too.
     ///
     /// # Errors
-    /// One that is not held, after which all go on: its access waits longer than `limit` for a
-    /// device or for a reader of the console, or it has ended.
+    /// The vCPU that could not be paused: its access waits longer than `limit` for a device or for
+    /// a reader of the console, or it has ended. All vCPUs then resume.
     pub fn pause(&self, limit: Duration) -> Result<(), NotHeld> {
         for vcpu in &self.running {
             vcpu.control.pause();
@@ -103,32 +104,32 @@ impl Vcpus {
         held
     }
 
-    /// Lets all go on.
+    /// Resumes all of them.
     pub fn resume(&self) {
         for vcpu in &self.running {
             vcpu.control.run();
         }
     }
 
-    /// Ends all of them, whether they are held or not.
+    /// Stops all of them, whether paused or not.
     ///
     /// # Errors
-    /// The first that has not ended after `limit`. It is to end still: ask again.
+    /// The first that has not ended after `limit`. The request stands: call again to wait longer.
     pub fn stop(&self, limit: Duration) -> Result<(), usize> {
         for vcpu in &self.running {
             vcpu.control.stop();
         }
-        // A paused one is running for as long as it takes it to end.
+        // A paused one counts as running until it has ended.
         self.kick_while(Stand::Paused, limit)?;
         self.kick_while(Stand::Running, limit)
     }
 
-    /// Kicks those that stand at `stand` until there are none. A kick may come just before a thread
-    /// begins to wait for something else than the guest, so it is repeated, at first soon: most
+    /// Kicks the threads in state `stand` until there are none. A kick may come just before a
+    /// thread blocks on something other than the guest, so it is repeated, at first quickly: most
     /// threads need one.
     ///
     /// # Errors
-    /// The first that stands there after `limit`.
+    /// The first that is still in that state after `limit`.
     fn kick_while(&self, stand: Stand, limit: Duration) -> Result<(), usize> {
         let deadline = Deadline::after(limit);
         let mut pause = FIRST_KICK;
@@ -150,7 +151,7 @@ impl Vcpus {
         }
     }
 
-    /// Waits for the end of all threads, which have been stopped.
+    /// Joins all threads, which have been stopped.
     pub fn join(&mut self) {
         for vcpu in self.running.drain(..) {
             vcpu.join();

@@ -1,4 +1,4 @@
-//! What a vCPU's exit means: a function over data, apart from any vCPU.
+//! Decodes a vCPU's exit: a pure function, independent of any vCPU.
 
 use crate::stats::Reason;
 use armlet_backends::pmem::{FileMemory, Missing};
@@ -8,18 +8,18 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EV
 use kvm_ioctls::VcpuExit;
 use std::sync::Arc;
 
-/// Why KVM did not enter the guest: the vCPU's PMU is that of another kind of core
+/// Why KVM did not enter the guest: the vCPU's PMU belongs to another kind of core
 /// (KVM_EXIT_FAIL_ENTRY_CPU_UNSUPPORTED; arch/arm64/kvm/arm.c: kvm_arch_vcpu_load).
 const UNSUPPORTED_CPU: u64 = 1;
 
-/// Who answers the guest, in both spaces of addresses.
+/// The devices and files that answer the guest's accesses.
 #[derive(Default)]
 pub struct Buses {
-    /// At guest-physical addresses.
+    /// The devices at guest-physical addresses.
     pub memory: Bus,
-    /// At I/O ports; empty where the architecture has none.
+    /// The devices at I/O ports; empty where the architecture has none.
     pub ports: Bus,
-    /// Files that are the guest's memory.
+    /// The files that are mapped as guest memory.
     pub files: Vec<Arc<FileMemory>>,
 }
 
@@ -28,7 +28,8 @@ impl Buses {
     /// access; returns whether there was one. `seen` is kept by the caller, one for each vCPU.
     pub(super) fn find_page(&self, seen: &mut Vec<u64>) -> bool {
         seen.resize(self.files.len(), 0);
-        // KVM does not tell which of them it was. That one was cut is known for sure.
+        // KVM does not report the address. A file that was truncated is certain to be a cause, so
+        // it is checked first.
         [Missing::End, Missing::Blocks].into_iter().any(|missing| {
             let files = self.files.iter().zip(&mut *seen);
             files.fold(false, |found, (file, seen)| {
@@ -41,9 +42,9 @@ impl Buses {
 /// What a vCPU's exit means for the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Go on.
+    /// Continue.
     Run,
-    /// Go on; nothing answers at this guest-physical address.
+    /// Continue; there is no device at this guest-physical address.
     Nowhere {
         /// The address.
         address: u64,
@@ -54,13 +55,13 @@ pub enum Next {
     },
     /// An exit that kvm-ioctls has no name for.
     Raw(u32),
-    /// An access to an I/O port, yet to be answered: kvm-ioctls does not tell how wide it was.
+    /// An access to an I/O port, not answered yet: kvm-ioctls does not tell its width.
     Port,
-    /// A hypercall that KVM was told to leave to us, by its function number.
+    /// A hypercall that KVM was configured to forward, by its function number.
     Hypercall(u64),
     /// The host has no page of memory for the guest's access.
     NoPage,
-    /// KVM met an error of its own, yet to be described: kvm-ioctls does not tell what it says.
+    /// An internal error of KVM, not described yet: kvm-ioctls does not tell its details.
     InternalError,
     /// A fault in the handler of a double fault, which resets a PC.
     TripleFault,
@@ -68,9 +69,9 @@ pub enum Next {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// Go on; the guest's kernel printed that it panicked.
+    /// Continue; the guest's kernel printed that it panicked.
     Panicked(Box<Panic>),
-    /// The guest cannot go on: what happened.
+    /// The guest cannot continue, for this reason.
     Failed(String),
 }
 
@@ -85,7 +86,7 @@ impl From<Action> for Next {
     }
 }
 
-/// Answers an exit by the devices on `bus`.
+/// Decodes an exit, and answers MMIO accesses by the devices on `bus`.
 #[must_use]
 pub(super) fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
     match exit {
@@ -119,7 +120,7 @@ pub(super) fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
         VcpuExit::Shutdown => Next::TripleFault,
         VcpuExit::Intr => Next::Run,
         VcpuExit::FailEntry(UNSUPPORTED_CPU, cpu) => Next::Failed(format!(
-            "KVM cannot run it on CPU {cpu}, which is of another kind than its performance counters; keep it on one kind of core by --pin"
+            "KVM cannot run it on CPU {cpu}, whose performance counters are of another kind than its own; keep it on one kind of core with --pin"
         )),
         VcpuExit::FailEntry(reason, cpu) => Next::Failed(format!(
             "KVM cannot enter the guest on CPU {cpu} (hardware reason {reason:#x})"
@@ -130,7 +131,7 @@ pub(super) fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
     }
 }
 
-/// By what an exit is counted.
+/// Returns the reason by which an exit is counted.
 pub(super) fn reason(exit: &VcpuExit<'_>) -> Reason {
     match exit {
         VcpuExit::MmioRead(..) => Reason::MemoryRead,

@@ -1,17 +1,18 @@
-//! What a vCPU's thread is asked to do: run, pause, do something with its vCPU, stop.
+//! Requests to a vCPU's thread: run, pause, run a task on its vCPU, stop.
 //!
-//! The thread looks at it before it first enters the guest, and after that only when it was kicked,
-//! which is when KVM_RUN fails with EINTR: a running guest pays nothing for it. A kick cannot be
-//! missed: one that comes before KVM_RUN makes it return at once ([`crate::kvm::kick`]). KVM_RUN has
-//! then completed the access that was answered last (Documentation/virt/kvm/api.rst, section 5:
-//! immediate_exit), so the vCPU's registers are those between two instructions of the guest.
+//! The thread checks for requests before it first enters the guest, and after that only when it was
+//! kicked, that is, when KVM_RUN fails with EINTR: a running guest pays nothing for it. A kick
+//! cannot be lost: one that comes before KVM_RUN makes it return at once ([`crate::kvm::kick`]).
+//! KVM_RUN has then completed the last MMIO or port access (Documentation/virt/kvm/api.rst, section
+//! 5: immediate_exit), so the vCPU's registers are consistent, between two instructions of the
+//! guest.
 
 use armlet_devices::sync::lock;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// What a vCPU is to do from now on.
+/// The requested mode of a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Run,
@@ -19,18 +20,18 @@ enum Mode {
     Stop,
 }
 
-/// Where a vCPU's thread stands.
+/// The state of a vCPU's thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stand {
-    /// It runs the guest, or answers an exit.
+    /// It runs the guest, or handles an exit.
     Running,
-    /// It waits to be told to go on, and does what it is asked meanwhile.
+    /// It waits to be resumed, and runs tasks meanwhile.
     Paused,
     /// It has ended.
     Ended,
 }
 
-/// Something to do with a vCPU, on its thread.
+/// A task to run on a vCPU's thread.
 type Task<V> = Box<dyn FnOnce(&mut V) + Send>;
 
 struct Asked<V> {
@@ -39,10 +40,10 @@ struct Asked<V> {
     stand: Stand,
 }
 
-/// Between a vCPU's thread and whoever asks it. Whoever asks also kicks the thread.
+/// The requests to one vCPU's thread. Whoever makes a request also kicks the thread.
 pub(super) struct Control<V> {
     asked: Mutex<Asked<V>>,
-    /// Something was asked, or the thread stands elsewhere.
+    /// Notified of a new request, or when the thread's state has changed.
     changed: Condvar,
 }
 
@@ -60,17 +61,17 @@ impl<V> Default for Control<V> {
 }
 
 impl<V> Control<V> {
-    /// The thread is to run the guest.
+    /// Requests that the thread run the guest.
     pub(super) fn run(&self) {
         self.set(Mode::Run);
     }
 
-    /// The thread is to wait, out of the guest.
+    /// Requests that the thread pause, outside the guest.
     pub(super) fn pause(&self) {
         self.set(Mode::Pause);
     }
 
-    /// The thread is to end.
+    /// Requests that the thread end.
     pub(super) fn stop(&self) {
         self.set(Mode::Stop);
     }
@@ -80,9 +81,9 @@ impl<V> Control<V> {
         self.changed.notify_all();
     }
 
-    /// Has the thread do `task` with its vCPU, between two instructions of the guest, whether it is
-    /// paused or not. Returns false, and drops it, if the thread has ended; a thread that ends before
-    /// it comes to it drops it, too.
+    /// Has the thread run `task` on its vCPU, between two instructions of the guest, whether it is
+    /// paused or not. Returns false, and drops the task, if the thread has ended; a thread that
+    /// ends first drops it too.
     #[must_use]
     pub(super) fn ask(&self, task: impl FnOnce(&mut V) + Send + 'static) -> bool {
         let mut asked = lock(&self.asked);
@@ -94,13 +95,13 @@ impl<V> Control<V> {
         true
     }
 
-    /// Returns where the thread stands.
+    /// Returns the thread's state.
     #[must_use]
     pub(super) fn stand(&self) -> Stand {
         lock(&self.asked).stand
     }
 
-    /// Waits up to `limit` for the thread to stand elsewhere than `stand`.
+    /// Waits up to `limit` for the thread to leave the state `stand`.
     pub(super) fn wait_while(&self, stand: Stand, limit: Duration) {
         let asked = lock(&self.asked);
         let waited = self
@@ -109,13 +110,14 @@ impl<V> Control<V> {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Does what is asked: for the thread, out of the guest. Returns whether to run the guest.
+    /// Carries out pending requests; called by the thread, outside the guest. Returns whether to
+    /// run the guest.
     #[must_use]
     pub(super) fn obey(&self, vcpu: &mut V) -> bool {
         let mut asked = lock(&self.asked);
         loop {
             if let Some(task) = asked.tasks.pop_front() {
-                // It may take its time, and ask something itself.
+                // A task may take long, and make requests itself.
                 drop(asked);
                 task(vcpu);
                 asked = lock(&self.asked);
@@ -155,7 +157,7 @@ impl<V> Drop for UntilEnd<'_, V> {
         asked.stand = Stand::Ended;
         let dropped = std::mem::take(&mut asked.tasks);
         self.0.changed.notify_all();
-        // What waits for their answers hears of it without the lock.
+        // Tasks are dropped without the lock, because that notifies those who wait for them.
         drop(asked);
         drop(dropped);
     }
@@ -171,7 +173,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Starts a thread that counts as a guest would, and looks at its control each time.
+    /// Starts a thread that counts in a guest's stead, and checks its control after each count.
     fn start(control: &Arc<Control<u64>>) -> (JoinHandle<u64>, Arc<AtomicU64>) {
         let control = Arc::clone(control);
         let count = Arc::new(AtomicU64::new(0));

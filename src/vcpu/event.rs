@@ -1,27 +1,28 @@
-//! What vCPUs tell the event loop.
+//! The events that vCPUs report to the event loop.
 
 use armlet_devices::action::{Action, Panic};
 
-/// What a vCPU tells the event loop.
+/// An event that a vCPU reports to the event loop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VcpuEvent {
     /// The guest powered itself off.
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// A vCPU cannot go on: which, where and why, in a sentence.
+    /// A vCPU cannot continue: which one, where and why, as a sentence.
     Failed(String),
-    /// The guest's kernel said that it panicked: which vCPU, where and why, in a sentence.
+    /// The guest's kernel printed that it panicked: which vCPU, where and why, as a sentence.
     Panicked(String),
-    /// A vCPU is asked whether it is off: [`OffCheck::asked`](super::OffCheck::asked) says which.
+    /// A vCPU is to be asked whether it is off: [`OffCheck::asked`](super::OffCheck::asked) says
+    /// which.
     Asked,
     /// All vCPUs are off, for good.
     AllOff,
 }
 
 impl VcpuEvent {
-    /// Returns what an action of the guest's is told as, where no vCPU made the access: output that
-    /// was collected is handed on by other threads, too.
+    /// Returns the event for an action that comes from no vCPU's access: coalesced output is
+    /// flushed by other threads, too.
     #[must_use]
     pub fn by(action: Action) -> Option<VcpuEvent> {
         match action {
@@ -32,7 +33,7 @@ impl VcpuEvent {
         }
     }
 
-    /// `place` says where, with a space before it.
+    /// Returns the event for a panic; `place` says where, with a leading space.
     pub(super) fn panicked(panic: &Panic, place: &str) -> VcpuEvent {
         let reason = &panic.reason;
         VcpuEvent::Panicked(format!("the guest's kernel panicked{place}: {reason}"))

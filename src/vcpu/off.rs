@@ -1,8 +1,8 @@
-//! Detects that all vCPUs of a guest are off, so that none is left to turn another on.
+//! Detects that all vCPUs of a guest are off, so that none is left to turn another one on.
 //!
-//! KVM turns vCPUs on itself and does not report it. When a vCPU goes off, the others are therefore
-//! asked one after another until one is found that is on: each checks its own state, on its own thread.
-//! They are asked at no other time, so an idle guest is not disturbed.
+//! KVM turns vCPUs on by itself and does not report it. So when a vCPU goes off, the others are
+//! asked one after another, until one is on: each checks its own state, on its own thread. They are
+//! asked at no other time, so an idle guest is not disturbed.
 
 use super::event::VcpuEvent;
 use armlet_devices::sync::lock;
@@ -13,20 +13,20 @@ const NOBODY: usize = usize::MAX;
 
 /// The check whether all vCPUs of a machine are off.
 ///
-/// An answer counts only if it was found after the last vCPU went off: one that goes off starts the
-/// question anew. So whoever was off when asked cannot have been turned on since: only a vCPU that
-/// was on could do that, and it would answer that it is on, or start anew by going off.
+/// Only answers given after the last vCPU went off count: a vCPU that goes off restarts the round.
+/// So a vCPU that answered "off" cannot have been turned on since: only a vCPU that was on could do
+/// that, and it would either answer that it is on, or restart the round by going off.
 #[derive(Debug)]
 pub struct OffCheck {
     vcpus: usize,
-    /// The one that is asked. It changes only while `last` is locked.
+    /// The vCPU that is being asked. It changes only while `last` is locked.
     asked: AtomicUsize,
-    /// The one that went off last.
+    /// The vCPU that went off last.
     last: Mutex<usize>,
 }
 
 impl OffCheck {
-    /// For a machine of so many vCPUs.
+    /// Creates the check for a machine with `vcpus` vCPUs.
     #[must_use]
     pub fn new(vcpus: usize) -> OffCheck {
         OffCheck {
@@ -36,7 +36,7 @@ impl OffCheck {
         }
     }
 
-    /// Begins the question, for vCPU `index` is off now. Returns what is to be told.
+    /// Starts a round, because vCPU `index` is off now. Returns the event to report.
     #[must_use]
     pub fn begin(&self, index: usize) -> VcpuEvent {
         let mut last = lock(&self.last);
@@ -44,18 +44,18 @@ impl OffCheck {
         self.ask(0, index)
     }
 
-    /// Returns the vCPU that is asked, if one is: it is to be kicked.
+    /// Returns the vCPU that is being asked, if any, which must be kicked.
     #[must_use]
     pub fn asked(&self) -> Option<usize> {
         let asked = self.asked.load(Ordering::Acquire);
         (asked != NOBODY).then_some(asked)
     }
 
-    /// Answers for vCPU `index`, if that is the one that is asked; `is_off` looks at its state.
-    /// Returns what is to be told.
+    /// Answers for vCPU `index`, if it is the one being asked; `is_off` checks its state. Returns
+    /// the event to report.
     #[must_use]
     pub fn answer(&self, index: usize, is_off: impl FnOnce() -> bool) -> Option<VcpuEvent> {
-        // Whenever it was kicked: without the lock, and mostly that is all.
+        // Called after each kick: without the lock, because there is usually nothing to answer.
         if self.asked() != Some(index) {
             return None;
         }
@@ -63,7 +63,7 @@ impl OffCheck {
         if self.asked() != Some(index) {
             return None;
         }
-        // With the lock, so that the answer is not older than the question.
+        // With the lock, so that the answer is not older than the round.
         if is_off() {
             return Some(self.ask(index + 1, *last));
         }

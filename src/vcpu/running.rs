@@ -1,4 +1,4 @@
-//! A vCPU that runs, as others see it: its thread, and what the thread is asked.
+//! A running vCPU, as other threads see it: its thread, and the requests to it.
 
 use super::control::Control;
 use crate::kvm::kick;
@@ -17,14 +17,14 @@ impl RunningVcpu {
         RunningVcpu { thread, control }
     }
 
-    /// Makes the vCPU leave the guest soon, wherever it is.
+    /// Makes the vCPU leave the guest soon, or not enter it.
     pub fn kick(&self) {
         kick::kick(&self.thread);
     }
 
-    /// Waits for the end of its thread.
+    /// Joins its thread.
     pub fn join(self) {
-        // A panic in it has been reported where it happened.
+        // A panic of the thread was already reported.
         let _ = self.thread.join();
     }
 }

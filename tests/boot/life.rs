@@ -349,7 +349,7 @@ fn a_guest_whose_only_cpu_is_off_is_told_of_and_ends_by_one_sigterm() {
         assert_eq!(outcome.text(), "up\n");
         assert_eq!(
             outcome.errors,
-            "armlet: the guest's only CPU is off (PSCI CPU_OFF): nothing can turn one on again, and it does not hear its power key; a signal ends it
+            "armlet: the guest's only CPU is off (PSCI CPU_OFF): nothing can turn one on again, and it ignores its power key; a signal ends it
 armlet: stopped by a signal: all of its CPUs are off\n"
         );
     }

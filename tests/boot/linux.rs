@@ -287,7 +287,7 @@ fn an_access_to_nowhere_is_reported_and_the_guest_runs_on() {
     );
     let reports: Vec<&str> = errors
         .lines()
-        .filter(|line| line.contains("where nothing is"))
+        .filter(|line| line.contains("where there is no device"))
         .collect();
     assert_eq!(reports.len(), 3, "{errors}");
     for (report, what) in reports.iter().zip([

@@ -209,8 +209,8 @@ fn accesses_to_nowhere_are_reported_and_the_guest_runs_on() {
     let reports: Vec<&str> = outcome.errors.lines().collect();
     assert_eq!(reports.len(), 2, "{}", outcome.errors);
     for (report, what) in reports.iter().zip([
-        "read 4 bytes at 0xd0100000, where nothing is",
-        "wrote 4 bytes at 0xd0200000, where nothing is",
+        "read 4 bytes at 0xd0100000, where there is no device",
+        "wrote 4 bytes at 0xd0200000, where there is no device",
     ]) {
         assert!(report.starts_with("armlet: vCPU 0 at RIP 0x"), "{report}");
         assert!(report.contains(what), "{report}");
@@ -589,7 +589,7 @@ fn a_full_disk_silences_the_console_only_while_it_is_full() {
     let armlet = Armlet::program(&Program::default().echo().power_off());
     let mut guest = armlet.input(Input::Pipe).start_with(Some(output.into()));
     guest.send(b"abc");
-    guest.expect_error("standard output takes nothing (No space left on device");
+    guest.expect_error("cannot write to standard output (No space left on device");
     fs::remove_file(&filler).expect("a file of ours");
     guest.send(b"defq");
     let outcome = guest.end();

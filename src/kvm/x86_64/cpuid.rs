@@ -1,29 +1,30 @@
-//! What CPUID tells a guest: what KVM supports, fitted to the machine that was planned (Intel SDM
-//! volume 2A, "CPUID"; AMD APM volume 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst).
+//! The guest's CPUID: what KVM supports, adapted to the planned machine (Intel SDM volume 2A,
+//! "CPUID"; AMD APM volume 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst).
 
 use armlet_arch::x86_64::features::Features;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// The machine, as far as CPUID tells of it. Each vCPU is a core of its own, all in one package.
+/// The properties of the machine that CPUID shows. Each vCPU is a core of its own, all in one
+/// package.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Topology {
-    /// This vCPU's local APIC.
+    /// This vCPU's APIC ID.
     pub(super) apic_id: u32,
-    /// How many vCPUs there are.
+    /// The number of vCPUs.
     pub(super) vcpus: u32,
     /// Guest-physical address bits.
     pub(super) phys_bits: u8,
-    /// What KVM offers beside a CPU.
+    /// The paravirtual features.
     pub(super) features: Features,
-    /// Whether targets of messages have 15 bits.
+    /// Whether MSI destinations have 15 bits.
     pub(super) messages: bool,
 }
 
-/// CPUID 0x4000_0001 EAX: targets of messages and of I/O APICs have 15 bits
-/// (KVM_FEATURE_MSI_EXT_DEST_ID). It is for who makes the messages to say; KVM does not know.
+/// CPUID 0x4000_0001 EAX: destinations of MSIs and I/O APICs have 15 bits
+/// (KVM_FEATURE_MSI_EXT_DEST_ID). The VMM sets it, because it emulates the I/O APIC.
 const EXTENDED_TARGETS: u32 = 15;
 
-/// Leaves that are made anew: extended topology, both generations of it.
+/// Leaves that are replaced: both extended topology leaves.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
 /// Levels of extended topology (leaf 0xb, ECX 15:8).
@@ -58,16 +59,16 @@ fn fit(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
     } = topology;
     match leaf.function {
         0x1 => {
-            // Initial APIC id, and how many of them the package reserves.
+            // The initial APIC ID, and the number of IDs that the package reserves.
             let reserved = vcpus.next_power_of_two().min(255);
             leaf.ebx = leaf.ebx & 0xffff | reserved << 16 | apic_id << 24;
-            // A hypervisor; x2APIC, which KVM's local APIC has on every host.
+            // The hypervisor bit, and x2APIC, which KVM emulates on every host.
             leaf.ecx |= 1 << 31 | 1 << 21;
             set(&mut leaf.ecx, 24, features.tsc_deadline);
             // More than one logical processor in the package.
             set(&mut leaf.edx, 28, vcpus > 1);
         }
-        // Caches: who shares them, and cores in the package.
+        // How many vCPUs share each cache, and cores in the package.
         0x4 if leaf.eax & 0x1f != 0 => {
             let sharing = sharing_cache(leaf.eax >> 5 & 7, vcpus);
             let cores = vcpus.min(64) - 1;
@@ -82,14 +83,14 @@ fn fit(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
             // No separate guest width in bits 23:16.
             leaf.eax = leaf.eax & 0xff00_ff00 | u32::from(phys_bits);
             let bits = apic_id_bits(vcpus);
-            // Where the bits are given, the number of CPUs, which has 8 bits, counts for nothing.
+            // Where the number of ID bits is given, the 8-bit number of CPUs is ignored.
             leaf.ecx = leaf.ecx & !0xf0ff | (vcpus - 1).min(0xff) | bits << 12;
         }
         0x8000_001d if leaf.eax & 0x1f != 0 => {
             let sharing = sharing_cache(leaf.eax >> 5 & 7, vcpus);
             leaf.eax = leaf.eax & 0x3fff | sharing << 14;
         }
-        // Extended APIC id; one thread in the core; one node in the package.
+        // The extended APIC ID; one thread per core; one node per package.
         0x8000_001e => {
             leaf.eax = apic_id;
             leaf.ebx = apic_id & 0xff;
@@ -99,12 +100,12 @@ fn fit(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
     }
 }
 
-/// Returns how many more vCPUs share a cache of this level: all of them the third.
+/// Returns how many more vCPUs share a cache of this level: all share the third.
 fn sharing_cache(level: u32, vcpus: u32) -> u32 {
     if level >= 3 { vcpus.min(4096) - 1 } else { 0 }
 }
 
-/// Returns how many bits of the APIC id tell cores apart.
+/// Returns how many bits of the APIC ID distinguish cores.
 fn apic_id_bits(vcpus: u32) -> u32 {
     vcpus.next_power_of_two().trailing_zeros()
 }
@@ -213,7 +214,7 @@ mod tests {
             leaf(0x8000_001e, [0; 4]),
         ];
         let leaves = fitted(&supported, last);
-        // 8 bits of it, and of how many there are, are all that fit here.
+        // Both the ID and the count are truncated to 8 bits here.
         assert_eq!(registers(&leaves, 1, 0)[1], 0x2bff_0000);
         assert_eq!(registers(&leaves, 0xb, 1), [9, 300, 0x201, 299]);
         assert_eq!(registers(&leaves, 0x4000_0001, 0)[0], 0x8021);
