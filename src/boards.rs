@@ -1,4 +1,4 @@
-//! Boards: the built-in ones, and files that the user names.
+//! Boards: built-in ones, and files that the user names.
 
 use crate::kvm::HostArch;
 use anyhow::{Context, Result, anyhow};
@@ -11,7 +11,7 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::path::Path;
 
-/// The value of `--board` where it is not given: the board that matches this host.
+/// The default of `--board`: the board that matches this host.
 pub const AUTO: &str = "auto";
 
 /// The board for hosts that no built-in board matches.
@@ -26,7 +26,7 @@ pub const fn fallback_of(guests: Architecture) -> &'static str {
     }
 }
 
-/// Files of `boards/`, and what `build.rs` has made of them.
+/// Includes files of `boards/`, and their compiled form from `build.rs`.
 macro_rules! built_in {
     ($($name:literal),* $(,)?) => {
         &[$(BuiltIn {
@@ -45,9 +45,9 @@ pub struct BuiltIn {
     pub name: &'static str,
     /// Its file.
     pub text: &'static str,
-    /// What the file and those that it inherits from say: a [`Board`] in postcard's format.
+    /// The resolved board, a [`Board`] in postcard's format.
     packed: &'static [u8],
-    /// The signature that its hosts are recognised by.
+    /// The signature by which its hosts are recognised.
     signature: Option<Signature>,
 }
 
@@ -82,7 +82,7 @@ pub static BUILT_IN: &[BuiltIn] = built_in![
     "pc",
 ];
 
-/// The most bytes that a board file may have.
+/// The maximum size of a board file in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
 /// Reads a board's file: a built-in one by its name, any other by its path.
@@ -133,7 +133,7 @@ fn parent(from: &str, wanted: &str) -> Result<(String, String), String> {
 /// Finds and reads a board, and records where each of its values comes from.
 ///
 /// # Errors
-/// An unknown name, a file that cannot be read, or one that is no board, with line and reason.
+/// An unknown name, or a file that cannot be read or is not a board, with line and reason.
 pub fn profile(name: &str) -> Result<Profile> {
     let read = |text: String| Profile::read(name, &text, &parent);
     let profile = text(name).and_then(|text| read(text).with_context(|| format!("board '{name}'")));
@@ -156,12 +156,12 @@ pub fn find(name: &str) -> Result<Board> {
 pub struct Chosen {
     /// The board.
     pub board: Board,
-    /// Who named it, or what it was recognised by.
+    /// Why it was chosen: the option that named it, or how the host was recognised.
     pub why: String,
 }
 
-/// Returns the board called `name`; for [`AUTO`] the one that the host is, which `identity` tells,
-/// and `fallback` where it is none that is known.
+/// Returns the board called `name`; for [`AUTO`] the one that matches the host's `identity`, or
+/// else `fallback`.
 ///
 /// # Errors
 /// As [`profile`].
@@ -212,7 +212,7 @@ mod tests {
         }
     }
 
-    /// What each kind of host says of itself, and the board that it is.
+    /// The identities of known hosts, and the boards that they match.
     #[test]
     fn hosts_are_recognised_by_what_they_say() {
         let tree = |names: &str| Identity {
@@ -321,7 +321,7 @@ mod tests {
                 "{value} {from}: {shown}"
             );
         }
-        // What is shown is a board, the same one.
+        // The output is itself a valid board file, for the same board.
         let again = write("again.toml", &shown);
         assert_eq!(find(&again).expect("valid").guest, profile.board.guest);
     }

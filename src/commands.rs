@@ -1,4 +1,4 @@
-//! The commands: each reads its arguments, has the work done, and prints the result.
+//! The commands: each reads its arguments, does its work, and prints the result.
 
 use crate::boards::Chosen;
 use crate::cli::{BoardsArgs, Command, DeviceArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
@@ -21,7 +21,7 @@ use std::io::Write;
 /// Executes a command, with these devices.
 ///
 /// # Errors
-/// With the status that armlet ends with ([`armlet_system::status::status_of`]).
+/// Errors carry armlet's exit status ([`armlet_system::status::status_of`]).
 pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
     match command {
         Command::Run(args) => run::run(run_options(args, devices)?),
@@ -31,11 +31,10 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
     }
 }
 
-/// Prints on standard output, which may be closed. Control characters are made visible, whoever they
-/// come from.
+/// Prints to standard output, which may be closed. Control characters are escaped.
 ///
 /// # Errors
-/// What the system says of the write.
+/// A failed write.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(visible_lines(text).as_bytes())
@@ -51,7 +50,7 @@ fn print_json(value: &serde_json::Value) -> Result<()> {
 /// its devices.
 ///
 /// # Errors
-/// Values that are unknown, files that are missing, and a host without KVM.
+/// Invalid values, missing files, and a host without KVM.
 pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<HostArch>> {
     let machine = args.machine(devices);
     verbosity(&machine);

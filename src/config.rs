@@ -1,4 +1,4 @@
-//! Turns the command line into a request: parses and checks everything, and decides nothing.
+//! Turns the command line into a request: parses and checks everything, but decides nothing.
 
 use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
@@ -20,7 +20,8 @@ use armlet_system::status::{Fault, Status};
 use linux_loader::cmdline::Cmdline;
 use std::path::Path;
 
-/// Bytes of a kernel command line, its end included (COMMAND_LINE_SIZE of arm64 and x86_64).
+/// The size of a kernel command line in bytes, including the terminating NUL (COMMAND_LINE_SIZE of
+/// arm64 and x86_64).
 const CMDLINE_MAX: usize = 2048;
 
 /// The machine that the user asked for, with its files open.
@@ -28,7 +29,7 @@ const CMDLINE_MAX: usize = 2048;
 pub struct Config<A: Arch> {
     /// The board.
     pub board: Board,
-    /// Each value that was chosen, and who chose it.
+    /// Each chosen value, with its origin.
     pub settings: Vec<Setting>,
     /// The request to plan for.
     pub request: Request<A>,
@@ -46,8 +47,8 @@ pub struct Config<A: Arch> {
     pub backing: Backing,
 }
 
-/// Returns the board that the arguments name, or that the host is: `host` where the machine is
-/// planned for another than this, `fallback` where it is none that is known.
+/// Returns the board that the arguments name, or the one that matches the host: `host` if the
+/// machine is planned for another host, `fallback` if none matches.
 ///
 /// # Errors
 /// As [`boards::choose`].
@@ -73,8 +74,7 @@ pub fn board(
 /// host. `files` are those of the host, where it is this one.
 ///
 /// # Errors
-/// A value that cannot be read, or a file that cannot be opened or used; status
-/// [`Status::Usage`].
+/// An invalid value, or a file that cannot be opened or used; status [`Status::Usage`].
 pub fn read<A: Arch>(
     args: &MachineArgs,
     chosen: Chosen,
@@ -184,7 +184,7 @@ fn read_checked<A: Arch>(
     let features = A::feature_request(&options).map_err(|cause| anyhow!("{cause}"))?;
     let counters = match files {
         Some(files) if options.pmu != Switch::Off => pinning.counters(|cpus| files.counters(cpus)),
-        // A board does not say.
+        // Boards do not specify this.
         _ => Counters::Only,
     };
     let pmem = wanted
@@ -247,7 +247,7 @@ fn switch(option: &str, text: Option<&str>, board: Switch) -> Result<Switch> {
     }
 }
 
-/// Returns all the CPUs of a list, each of which is one of the host's.
+/// Returns the CPUs of a list, after checking that the host has them.
 fn io_cpus(text: &str, host: &HostCores) -> Result<Vec<u32>, String> {
     let PinPolicy::List(list) = text.parse()? else {
         return Err(format!("'{text}' is no list of CPUs: 0,2-3"));
@@ -258,8 +258,8 @@ fn io_cpus(text: &str, host: &HostCores) -> Result<Vec<u32>, String> {
     Ok(pinning.cpus.concat())
 }
 
-/// Returns the board's command line, with the console where the terminal is and the root file
-/// system where the first disk has one.
+/// Returns the board's command line, with the console that has the terminal, and the root file
+/// system if the first disk has one.
 fn default_cmdline(board: &str, devices: &[Wanted]) -> String {
     let mut words = vec![board];
     // The root file system comes last.
@@ -277,7 +277,7 @@ fn check_cmdline(cmdline: &str) -> Result<()> {
         })
 }
 
-/// Returns the kernel's header, with the memory that it needs where it does not say so itself.
+/// Returns the kernel's header, with an estimate of its memory size if the header does not give it.
 fn sized_header(kernel: &Kernel) -> Header {
     let mut header = kernel.header().clone();
     if let Header::Arm64(image) = &mut header {

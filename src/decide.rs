@@ -1,5 +1,5 @@
-//! Plans a configured machine for a host, with advice where that fails and warnings where it does not
-//! suit the host.
+//! Plans a configured machine for a host, with advice on errors and warnings about mismatches with
+//! the host.
 
 use crate::config::Config;
 use anyhow::{Context, Result, anyhow};
@@ -10,7 +10,7 @@ use armlet_system::files;
 use armlet_system::status::{Fault, Status};
 use std::path::Path;
 
-/// Warns of what does not suit the host in a machine that can be made. `host` is given where the
+/// Warns about properties of a valid machine that do not suit the host. `host` is given if the
 /// machine is for this host.
 pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
     for warning in &config.pinning.warnings {
@@ -27,11 +27,11 @@ pub fn warn_of_host<A: Arch>(config: &Config<A>, host: Option<&A::Host>) {
     }
 }
 
-/// Plans the machine for a host that is, or is assumed to be, the board `known`. What cannot be planned
-/// is an error of the request, unless it is the host that limits it.
+/// Plans the machine for a host that is, or is assumed to be, the board `known`. A failure counts
+/// as an error of the request, unless the host is the limit.
 ///
 /// # Errors
-/// [`armlet_arch::PlanError`], and pages that the plan's memory cannot be made of.
+/// [`armlet_arch::PlanError`], and huge pages that do not fit the plan's memory.
 pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host, known: &Board) -> Result<Plan<A>> {
     use armlet_arch::PlanError;
     let plan = armlet_arch::plan(&config.board, &config.request, host).or_else(|error| {

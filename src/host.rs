@@ -1,4 +1,4 @@
-//! What /proc and /sys say of this host, as plain data.
+//! Reads facts about this host from /proc and /sys, as plain data.
 
 use armlet_arch::board::Identity;
 use armlet_arch::cores::FULL_CAPACITY;
@@ -10,32 +10,32 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
-/// The most bytes that are read of a file: a page, as sysfs has, and more than firmware's names take.
+/// The most bytes read of a file: a page, the limit of sysfs, and more than firmware's names take.
 const MAX_BYTES: usize = 4096;
 
-/// The folder that /proc and /sys lie in.
+/// The root directory below which /proc and /sys are read.
 #[derive(Clone, Debug)]
 pub struct HostFiles {
     root: PathBuf,
-    /// The CPUs that this process may run on, each with what it is.
+    /// The CPUs that this process may run on, each with its kind.
     cpus: OnceCell<Vec<(u32, Option<Midr>)>>,
 }
 
-/// The host's policy for transparent huge pages of the size that it calls huge
-/// (Documentation/admin-guide/mm/transhuge.rst), and the file that holds each.
+/// The host's policy for PMD-sized transparent huge pages
+/// (Documentation/admin-guide/mm/transhuge.rst), and the files that hold it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HugePagePolicy {
-    /// For memory of one process: always, madvise or never; `None` where the kernel has none.
+    /// For private memory: always, madvise or never; `None` where the kernel has none.
     pub private: Option<String>,
-    /// Where that is written.
+    /// The file that holds it.
     pub private_file: String,
-    /// For memory that processes share: always, within_size, advise, never, deny or force.
+    /// For shared memory: always, within_size, advise, never, deny or force.
     pub shared: Option<String>,
-    /// Where that is written.
+    /// The file that holds it.
     pub shared_file: String,
 }
 
-/// This host's files.
+/// Returns this host's files.
 #[must_use]
 pub fn this() -> HostFiles {
     HostFiles::below("/")
@@ -53,7 +53,7 @@ impl HostFiles {
         self.cpus.get_or_init(|| {
             let mut told = true;
             let kind = |cpu| {
-                // Where one CPU does not say what it is, none does.
+                // If the kind of one CPU is unknown, all are unknown.
                 let kind = if told { self.midr(cpu) } else { None };
                 told = kind.is_some();
                 (cpu, kind)
@@ -62,7 +62,7 @@ impl HostFiles {
         })
     }
 
-    /// Returns what the host's firmware says that it is.
+    /// Returns the identity that the host's firmware gives.
     #[must_use]
     pub fn identity(&self) -> Identity {
         let mut kinds: Vec<Midr> = Vec::new();
@@ -81,7 +81,7 @@ impl HostFiles {
         }
     }
 
-    /// Returns the CPUs that guests may run on; `names` are those of kinds of core.
+    /// Returns the CPUs that guests may run on; `names` are the names of kinds of core.
     #[must_use]
     pub fn cores(&self, names: Vec<(Midr, String)>) -> HostCores {
         let core = |&(number, kind): &(u32, Option<Midr>)| Core {
@@ -90,7 +90,7 @@ impl HostFiles {
             capacity: FULL_CAPACITY,
         };
         let mut cores: Vec<Core> = self.cpus().iter().map(core).collect();
-        // Where all are alike none has more power than another, and a file each is left unread.
+        // If all are alike, none has more power than another, and their files need not be read.
         if cores.windows(2).any(|pair| pair[0].kind != pair[1].kind) {
             for core in &mut cores {
                 let path = format!("sys/devices/system/cpu/cpu{}/cpu_capacity", core.number);
@@ -112,7 +112,7 @@ impl HostFiles {
         for index in 0.. {
             let folder = format!("sys/devices/system/cpu/cpu{first}/cache/index{index}");
             let read = |file: &str| self.text(&format!("{folder}/{file}"));
-            // Linux shows no size where firmware describes no cache.
+            // Linux shows no size for a cache that firmware does not describe.
             let size = read("size").and_then(|size| parse_size(&size).ok());
             let Some(size) = size.and_then(|size| u32::try_from(size).ok()) else {
                 break;
@@ -134,7 +134,8 @@ impl HostFiles {
                     .iter()
                     .any(|cpus| (cpus.first..=cpus.last).contains(cpu))
             };
-            // One that some of the cores share can be told of no vCPU: it may run on any of them.
+            // A cache shared by only some of the cores cannot be described for any vCPU, which may
+            // run on all of them.
             let shared = match cores.iter().filter(sharers).count() {
                 sharers if sharers == cores.len() => sharers > 1,
                 1 => false,
@@ -152,8 +153,8 @@ impl HostFiles {
         caches
     }
 
-    /// Returns the type of the perf events that all of these CPUs count by performance counters of
-    /// their own (Documentation/ABI/testing/sysfs-bus-event_source-devices;
+    /// Returns the perf event type of the PMU that all of these CPUs share
+    /// (Documentation/ABI/testing/sysfs-bus-event_source-devices;
     /// Documentation/arch/arm64/perf.rst).
     #[must_use]
     pub fn counters(&self, cpus: &[u32]) -> Option<u32> {
@@ -162,7 +163,7 @@ impl HostFiles {
         for entry in std::fs::read_dir(self.root.join(FOLDER)).ok()?.flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            // Those of cores have this file, those of caches and memory controllers another
+            // PMUs of cores have this file, those of caches and memory controllers another one
             // (drivers/perf/arm_pmu.c: armpmu_common_attrs).
             let counted: Option<PinPolicy> = self
                 .text(&format!("{FOLDER}/{name}/cpus"))
@@ -181,8 +182,9 @@ impl HostFiles {
         found.first().copied()
     }
 
-    /// Bytes of a GICv2's window for guests (GICV), where the device tree has one: the fourth range
-    /// of its `reg` (Documentation/devicetree/bindings/interrupt-controller/arm,gic.yaml).
+    /// Returns the size of a GICv2's virtual CPU interface (GICV) in bytes, where the device tree
+    /// has one: the fourth range of its `reg`
+    /// (Documentation/devicetree/bindings/interrupt-controller/arm,gic.yaml).
     #[must_use]
     pub fn gic_v2_cpu_interface(&self) -> Option<u64> {
         self.find_gic_v2(Path::new("proc/device-tree"), 0)
@@ -206,7 +208,7 @@ impl HostFiles {
                 let (address, size) = (cells("#address-cells")?, cells("#size-cells")?);
                 return fourth_size(&read(node.join("reg"))?, address, size);
             }
-            // Interrupt controllers lie at the top or on a bus of the SoC.
+            // Interrupt controllers are at the root or on a bus of the SoC.
             if depth < 2
                 && let Some(found) = self.find_gic_v2(&node, depth + 1)
             {
@@ -227,7 +229,7 @@ impl HostFiles {
             let chosen = words.find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
             chosen.map(str::to_owned)
         };
-        // That of the size rules, since Linux 6.8, unless it leaves it to that of all.
+        // Since Linux 6.8 the policy of the size takes precedence, unless it is "inherit".
         let rules = |name: &str| {
             let of_size = format!("{FOLDER}/hugepages-{}kB/{name}", size >> 10);
             let of_all = format!("{FOLDER}/{name}");
@@ -256,8 +258,8 @@ impl HostFiles {
         self.text(path)?.parse().ok()
     }
 
-    /// Returns the board as its firmware names it: the device tree's model (Devicetree
-    /// specification v0.4, section 2.3.2), else what DMI says.
+    /// Returns the board's name from firmware: the device tree's model (Devicetree specification
+    /// v0.4, section 2.3.2), else DMI's.
     #[must_use]
     pub fn name(&self) -> Option<String> {
         self.text("proc/device-tree/model").or_else(|| {
@@ -273,7 +275,7 @@ impl HostFiles {
         names.map(str::to_owned).collect()
     }
 
-    /// Returns what kind of core a CPU is (Documentation/arch/arm64/cpu-feature-registers.rst).
+    /// Returns a CPU's kind of core (Documentation/arch/arm64/cpu-feature-registers.rst).
     fn midr(&self, cpu: u32) -> Option<Midr> {
         let path = format!("sys/devices/system/cpu/cpu{cpu}/regs/identification/midr_el1");
         let text = self.text(&path)?;
@@ -286,7 +288,7 @@ impl HostFiles {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let path = self.root.join(path);
         let file = uninterrupted(|| openat(CWD, &path, flags, Mode::empty())).ok()?;
-        // sysfs, and what /proc shows of a device tree, give all at once.
+        // sysfs and /proc/device-tree return everything in one read.
         let length = uninterrupted(|| rustix::io::read(&file, &mut buffer)).ok()?;
         let text = std::str::from_utf8(buffer.get(..length)?).ok()?;
         let text = text.trim_matches(['\0', '\n', ' ']);
@@ -294,10 +296,10 @@ impl HostFiles {
     }
 }
 
-/// Returns the size of the fourth range in a `reg` with so many cells to an address and to a size
+/// Returns the size of the fourth range in a `reg` with these numbers of address and size cells
 /// (Devicetree specification v0.4, section 2.3.6).
 fn fourth_size(reg: &[u8], address: usize, size: usize) -> Option<u64> {
-    // At most two cells to a number.
+    // At most two cells for a number.
     let range = (address.min(2) + size.min(2)) * 4;
     let start = 3 * range + address.min(2) * 4;
     let bytes = reg.get(start..start + size.min(2) * 4)?;
@@ -312,7 +314,7 @@ pub fn allowed_cpus() -> Vec<u32> {
         return Vec::new();
     };
     let cpus = (0..).filter(|cpu| set.is_set(*cpu));
-    // Most hosts have far fewer than the set can hold.
+    // Most hosts have far fewer CPUs than the set can hold.
     let count = set.count() as usize;
     cpus.take(count).map(|cpu| cpu as u32).collect()
 }
@@ -343,7 +345,7 @@ mod tests {
         write("proc/device-tree/compatible", "maker,board\0maker,soc\0");
         write("proc/device-tree/model", "The Board\0");
         assert_eq!(files.name().as_deref(), Some("The Board"));
-        // What its CPUs are is read once.
+        // The kinds of its CPUs are read once.
         let files = HostFiles::below(folder.path());
         let identity = files.identity();
         assert_eq!(identity.compatible, ["maker,board", "maker,soc"]);
@@ -388,7 +390,7 @@ mod tests {
         .collect();
         write("soc/interrupt-controller@7fff9000/reg", &reg);
         assert_eq!(files.gic_v2_cpu_interface(), Some(0x2000));
-        // Two ranges: no window for guests.
+        // Two ranges: no GICV.
         assert_eq!(fourth_size(&reg[..16], 1, 1), None);
         assert_eq!(fourth_size(&[0; 64], 2, 2), Some(0));
     }
@@ -489,7 +491,8 @@ mod tests {
         };
         let first = [(1, 64 << 10, false), (1, 64 << 10, false)];
         let last = [(3, 3 << 20, true)];
-        // Two of four cores share the second level: a vCPU on any of the four has no such cache.
+        // Two of four cores share a level-2 cache: for a vCPU that may run on all four, it cannot
+        // be described.
         assert_eq!(of(&[4, 5, 6, 7]), [&first[..], &last].concat());
         let pair = [&first[..], &[(2, 512 << 10, true)], &last].concat();
         assert_eq!(of(&[4, 5]), pair);

@@ -1,9 +1,9 @@
-//! Kernel and initrd files: opened once, recognised by content, loaded into guest memory as often
-//! as the guest starts.
+//! Kernel and initrd files: opened once, recognised by content, and loaded into guest memory at
+//! each start.
 //!
 //! A plain Image is read straight into guest memory. A compressed one is unpacked into it as a
-//! stream: the VMM never holds a copy, only what the decompressor itself keeps (gzip 32 KiB, lz4
-//! at most 16 MiB, zstd, xz and lzma what their window asks for, at most [`MAX_WINDOW`]).
+//! stream: the VMM never holds a copy, only the decompressor's window (gzip 32 KiB, lz4 at most 16
+//! MiB, zstd, xz and lzma at most [`MAX_WINDOW`]).
 
 use anyhow::{Context as _, Result, ensure};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
@@ -21,8 +21,8 @@ mod unpack;
 pub use initrd::Initrd;
 pub use unpack::MAX_WINDOW;
 
-/// A kernel file that stays open: loading again after a reset reads the same inode, whatever
-/// happens to the path.
+/// An open kernel file: loading it again after a reset reads the same inode, whatever happens to
+/// the path.
 #[derive(Debug)]
 pub struct Kernel {
     path: PathBuf,
@@ -31,18 +31,18 @@ pub struct Kernel {
     file_size: u64,
     packing: Packing,
     header: Header,
-    /// Bytes that the kernel's sections claim, if it has a section table.
+    /// The size in bytes that the kernel's section table implies, if it has one.
     extent: Option<u64>,
 }
 
-/// Where in the file the kernel lies, and how it is packed.
+/// Where in the file the kernel is, and how it is compressed.
 #[derive(Debug)]
 struct Packing {
     zboot: bool,
     compression: Option<Compression>,
     /// File bytes of the (compressed) kernel.
     span: Range<u64>,
-    /// Unpacked size in bytes, where something apart from the data states it.
+    /// The unpacked size in bytes, where the file states it apart from the data.
     unpacked: Option<u64>,
 }
 
@@ -51,8 +51,8 @@ impl Kernel {
     /// zboot file, or an x86_64 bzImage or ELF vmlinux.
     ///
     /// # Errors
-    /// A path that is no readable regular file, and everything in it that is not such a kernel:
-    /// then an [`ImageError`] or the decompressor's error is in the chain.
+    /// When the path is not a readable regular file, or its content is not such a kernel: then an
+    /// [`ImageError`] or the decompressor's error is in the chain.
     pub fn open(path: &Path) -> Result<Self> {
         open_kernel(path).with_context(|| format!("cannot open kernel {}", path.display()))
     }
@@ -63,9 +63,9 @@ impl Kernel {
         &self.header
     }
 
-    /// Bytes of guest memory that the kernel needs from its load address on: what its header asks
-    /// for. A kernel of before 3.17 does not say; it gets twice its file, for a BSS of unknown
-    /// size.
+    /// Returns how many bytes of guest memory the kernel needs from its load address on, according
+    /// to its header. Kernels before 3.17 do not state it and get twice the file's size, for a BSS
+    /// of unknown size.
     #[must_use]
     pub fn memory_size(&self) -> u64 {
         match &self.header {
@@ -104,15 +104,14 @@ impl Kernel {
         }
     }
 
-    /// Loads the kernel to the start of `dst`, the guest memory set aside for it
-    /// ([`Self::memory_size`] bytes), while nothing else uses that memory. Returns the bytes
-    /// written; what follows them is left as it is. Of a bzImage the protected-mode part is
-    /// loaded.
+    /// Loads the kernel at the start of `dst`, the guest memory set aside for it
+    /// ([`Self::memory_size`] bytes), while nothing else uses that memory. Returns the number of
+    /// bytes written; the rest is left unchanged. Of a bzImage the protected-mode part is loaded.
     ///
     /// # Errors
-    /// A file that changed since it was opened, damaged or truncated data, and data that exceed
-    /// `dst`: unpacking stops there. `dst` is then partly written. Damage is told by checksums,
-    /// which plain Images, legacy lz4 and lzma data do not have.
+    /// When the file has changed since it was opened, when its data is damaged or truncated, or
+    /// exceeds `dst`; `dst` is then partly written. Damage is detected by checksums, which plain
+    /// Images, legacy lz4 and lzma data do not have.
     pub fn load_into(&self, dst: &mut [u8]) -> Result<u64> {
         self.load(dst)
             .with_context(|| format!("cannot load kernel {}", self.path.display()))
@@ -227,7 +226,7 @@ fn open_elf(file: &File, head: &[u8]) -> Result<X86Elf> {
     Ok(elf)
 }
 
-/// Loads the segments of an ELF file to where they lie behind the first, and zeros between them.
+/// Loads the segments of an ELF file at their offsets from the first one, and zeros the gaps.
 fn load_elf(file: &File, elf: &X86Elf, opened: u64, dst: &mut [u8]) -> Result<u64> {
     let memory = elf.memory();
     let room = dst.len();
@@ -236,7 +235,7 @@ fn load_elf(file: &File, elf: &X86Elf, opened: u64, dst: &mut [u8]) -> Result<u6
         .and_then(|len| dst.get_mut(..len))
         .with_context(|| format!("its segments do not fit into the {room} bytes set aside"))?;
     let within = |address: u64| (address - memory.start) as usize;
-    // After a reset there is what the guest left.
+    // After a reset the memory still holds the guest's data.
     let mut in_order: Vec<_> = elf.segments.iter().map(|segment| &segment.memory).collect();
     in_order.sort_by_key(|memory| memory.start);
     let mut filled = 0;
@@ -269,7 +268,7 @@ fn open_packed(
     let Format::Arm64(image) = format else {
         return Err(not_packable(name, &format));
     };
-    // With no size, there is no bound for what the data may unpack to.
+    // Without a size, the unpacked data would be unbounded.
     ensure!(image.image_size > 0, ImageError::SizeUnknown);
     let extent = image::file_extent(&head);
     Ok((packing, Header::Arm64(image), extent))
@@ -293,7 +292,7 @@ fn check_extent(extent: Option<u64>, len: u64) -> Result<(), ImageError> {
     }
 }
 
-/// Refuses a plain Image with more bytes in its file than in memory.
+/// Refuses a plain Image whose file is larger than its memory size.
 fn check_fits(file_size: u64, image_size: u64) -> Result<()> {
     ensure!(
         image_size == 0 || file_size <= image_size,

@@ -27,34 +27,33 @@ pub struct Report {
     pub kernel: String,
     /// The board, as its firmware names it.
     pub board: String,
-    /// The built-in board that it is.
+    /// The built-in board that matches it.
     pub profile: Option<Recognised>,
-    /// Instruction set that this armlet was built for.
+    /// The instruction set that this binary was built for.
     pub architecture: Architecture,
     /// Page size in bytes.
     pub page_size: u64,
-    /// CPUs that are on.
+    /// The number of online CPUs.
     pub cpus: usize,
     /// Memory in bytes.
     pub memory: u64,
-    /// Bytes of the window by which a GICv2 shows guests their CPU interface (GICV), where the
-    /// device tree says so.
+    /// The size of a GICv2's virtual CPU interface (GICV) in bytes, where the device tree gives it.
     pub cpu_interface: Option<u64>,
     /// The policy for transparent huge pages, of memory that only armlet has and of memory that it
     /// shares (`--share`): always, madvise or never, say; `None` on a kernel without them.
     pub huge_pages: HugePagePolicy,
-    /// The mode that the kernel's command line asks of KVM/arm64.
+    /// The mode of KVM/arm64 that the kernel's command line selects.
     pub kvm_mode: String,
     /// KVM, or why there is none.
     pub kvm: Result<Virtualization, NoKvm>,
 }
 
-/// The built-in board that a host is.
+/// The built-in board that matches a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recognised {
     /// The board.
     pub board: Board,
-    /// By what it was recognised.
+    /// Why it matches.
     pub why: String,
 }
 
@@ -63,13 +62,13 @@ pub struct Recognised {
 pub enum NoKvm {
     /// There is no `/dev/kvm`; what helps.
     Missing(String),
-    /// It may not be opened; what helps.
+    /// Permission to open it is missing; what helps.
     Denied(String),
-    /// It was opened and does not work.
+    /// It can be opened but does not work.
     Broken(String),
 }
 
-/// Looks at this host.
+/// Probes this host.
 #[must_use]
 pub fn probe() -> Report {
     let kvm = match open::access() {
@@ -115,7 +114,7 @@ impl Report {
             .any(|finding| finding.severity == Severity::Stops)
     }
 
-    /// Returns each thing that would stop or slow a guest, with the fix.
+    /// Returns everything that would stop or slow a guest, with the fix.
     #[must_use]
     pub fn diagnosis(&self) -> Vec<Finding> {
         let finding = |severity, what: &str, fix: &str| Finding {
@@ -145,7 +144,7 @@ impl Report {
         findings
     }
 
-    /// For people.
+    /// Formats the report for people.
     #[must_use]
     pub fn text(&self) -> String {
         let mut out = String::new();
@@ -172,7 +171,7 @@ impl Report {
         out
     }
 
-    /// For programs.
+    /// Formats the report as JSON.
     #[must_use]
     pub fn json(&self) -> Value {
         let facts = self.facts().into_iter();

@@ -1,4 +1,4 @@
-//! Shows a plan, as text and as JSON.
+//! Formats a plan as text and as JSON.
 
 use crate::settings::Setting;
 use armlet_arch::Plan;
@@ -72,7 +72,7 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
     out
 }
 
-/// Returns a name on a line of its own, whoever gave it.
+/// Returns an untrusted name, escaped to fit on one line.
 fn shown(text: &str) -> String {
     visible(text.as_bytes(), usize::MAX)
 }
@@ -108,7 +108,7 @@ fn address_bits(width: &Width) -> String {
     text
 }
 
-/// Interrupts with who raises them, devices at addresses first.
+/// Returns the interrupts with their sources, memory-mapped devices first.
 fn interrupts<A: Arch>(plan: &Plan<A>) -> Vec<(Spi, String)> {
     let devices = plan.layout.devices.iter();
     let devices = devices.map(|device| (device.spi, device.to_string()));
@@ -163,7 +163,7 @@ fn table(out: &mut String, rows: &[Row]) {
     }
 }
 
-/// Returns the plan for programs. Addresses are numbers; ends are inclusive.
+/// Returns the plan as JSON. Addresses are numbers; ends are inclusive.
 #[must_use]
 pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Value {
     let rows = |rows: Vec<Row>| -> Vec<Value> {

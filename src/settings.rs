@@ -8,18 +8,18 @@ use armlet_arch::irq::GicChoice;
 use armlet_arch::size::show_size;
 use armlet_arch::{Architecture, Board, FeatureOptions, WidthPolicy};
 
-/// A value of the machine and who chose it.
+/// A value of the machine, with its origin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
     /// Its name ("memory").
     pub name: &'static str,
     /// Its value, as in an option.
     pub value: String,
-    /// Who chose it: an option, a board or nobody ("default").
+    /// Its origin: an option, a board, or the default.
     pub from: String,
 }
 
-/// The values that were chosen for a machine.
+/// The values chosen for a machine.
 pub struct ChosenValues<'a> {
     /// The options.
     pub args: &'a MachineArgs,
@@ -35,9 +35,9 @@ pub struct ChosenValues<'a> {
     pub gic: GicChoice,
     /// How the address width is chosen.
     pub width: WidthPolicy,
-    /// The CPUs that were asked for.
+    /// The requested CPUs.
     pub pin: &'a PinPolicy,
-    /// The CPUs that resulted.
+    /// The resulting CPUs.
     pub pinning: &'a Pinning,
     /// The host's pages.
     pub pages: HugePages,
@@ -48,7 +48,7 @@ pub struct ChosenValues<'a> {
 }
 
 impl ChosenValues<'_> {
-    /// Returns each value with who chose it.
+    /// Returns each value with its origin.
     #[must_use]
     pub fn settings(&self) -> Vec<Setting> {
         let (args, guest) = (self.args, &self.board.guest);
@@ -56,7 +56,7 @@ impl ChosenValues<'_> {
             "" => self.pin.to_string(),
             words => format!("{}, to {words}", self.pin),
         };
-        // Name, value, the option, whether it was given, whether the board says just the default.
+        // Name, value, option, whether the option was given, whether the board has the default.
         let rows = [
             (
                 "vCPUs",

@@ -15,7 +15,7 @@ pub enum Reason {
     MemoryWrite,
     /// It accessed an I/O port.
     Port,
-    /// A signal.
+    /// A signal interrupted it.
     Signal,
     /// Anything else.
     Other,
@@ -36,7 +36,7 @@ impl Reason {
 pub struct Exits([AtomicU64; Reason::ALL.len()]);
 
 impl Exits {
-    /// Counts one.
+    /// Counts an exit.
     pub fn count(&self, reason: Reason) {
         self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
     }
@@ -49,16 +49,16 @@ impl Exits {
 /// The counters of a running machine.
 #[derive(Default)]
 pub struct Counters {
-    /// By vCPU.
+    /// Each vCPU's exits.
     pub exits: Vec<Arc<Exits>>,
-    /// The VM's, where KVM offers them.
+    /// The VM's statistics, where KVM offers them.
     pub vm: Option<Statistics>,
-    /// Each vCPU's.
+    /// Each vCPU's statistics.
     pub vcpus: Vec<Statistics>,
 }
 
 impl Counters {
-    /// Formats the counters, in lines for people.
+    /// Formats the counters as lines for people.
     #[must_use]
     pub fn report(&self) -> Vec<String> {
         let mut lines = Vec::new();
@@ -86,7 +86,7 @@ fn exit_line(index: usize, count: impl Fn(Reason) -> u64) -> String {
     line
 }
 
-/// Returns the counters that are not 0, by name; several of one name are one.
+/// Formats the counters that are not 0, by name, with counters of the same name combined.
 fn counter_line(what: &str, counters: Vec<Counter>) -> Option<String> {
     let mut sums: BTreeMap<String, u64> = BTreeMap::new();
     for Counter { name, kind, value } in counters {

@@ -1,4 +1,4 @@
-//! The guests that fit on each board's host, as a table for the documentation.
+//! A table of the guests that fit on each board's host, for the documentation.
 
 use crate::boards;
 use anyhow::{Context, Result};
@@ -13,7 +13,7 @@ use std::fmt::Write;
 /// Returns the table of all built-in boards for ARM64, in Markdown.
 ///
 /// # Errors
-/// A board that cannot be planned for.
+/// When a board cannot be planned for.
 pub fn of_boards() -> Result<String> {
     let mut out = String::from(
         "| board | cores | GIC | vCPUs | host pages | IPA limit | widest guest | 512M | 4G | full RAM |\n\
@@ -24,7 +24,7 @@ pub fn of_boards() -> Result<String> {
         if board.arch != Architecture::Aarch64 {
             continue;
         }
-        // The pages of the usual kernel, and the small ones where that has others.
+        // The usual kernel's page size, and 4 KiB where that is another one.
         let mut pages = vec![board.host.page_size, 0x1000];
         pages.dedup();
         for page in pages {
@@ -82,7 +82,7 @@ fn row(board: &Board) -> Result<Vec<String>> {
     Ok(cells)
 }
 
-/// Returns the address bits of a guest with so much memory, and their levels of stage-2
+/// Returns the address bits of a guest with this much memory, and the levels of stage-2
 /// translation.
 fn width(board: &Board, host: &Host, memory: u64) -> Result<String> {
     let width = plan(board, &request(board, memory), host)?.width;

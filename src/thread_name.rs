@@ -1,23 +1,23 @@
-//! How a thread is given its name, in place of the C library's way.
+//! Names threads, in place of the C library's function.
 //!
-//! The standard library has one way to name a thread, pthread_setname_np(3). musl's can name other
-//! threads, too, by a path that it formats: it brings all of printf along, with floating-point
-//! numbers of 128 bits, 12 KiB that nothing else in a release needs.
+//! The standard library names threads by pthread_setname_np(3). musl's version can name other
+//! threads too, by a path that it formats: that links all of printf, including 128-bit floating
+//! point, 12 KiB that nothing else in a release needs.
 
 use rustix::io::Errno;
 use std::ffi::{CStr, c_char, c_int};
 
-/// Names the calling thread; the standard library names no other.
+/// Names the calling thread, the only one that the standard library ever names.
 ///
 /// # Safety
-/// `name` is a string that ends in a zero byte, as pthread_setname_np(3) asks.
+/// `name` is a NUL-terminated string, as for pthread_setname_np(3).
 ///
 /// # Errors
 /// ESRCH for another thread; ERANGE for a name of more than 15 bytes.
-// SAFETY: it has the arguments, the result and the contract of the function whose name it has.
+// SAFETY: it has the signature and the contract of the function that it replaces.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn pthread_setname_np(thread: libc::pthread_t, name: *const c_char) -> c_int {
-    // SAFETY: pthread_self(3) does nothing but answer.
+    // SAFETY: pthread_self(3) has no preconditions.
     if thread != unsafe { libc::pthread_self() } {
         return Errno::SRCH.raw_os_error();
     }
@@ -32,7 +32,7 @@ unsafe extern "C" fn pthread_setname_np(thread: libc::pthread_t, name: *const c_
     }
 }
 
-/// The longest name in bytes (TASK_COMM_LEN, include/linux/sched.h, without the zero byte).
+/// The longest name in bytes (TASK_COMM_LEN, include/linux/sched.h, without the terminating NUL).
 const LONGEST: usize = 15;
 
 #[cfg(test)]

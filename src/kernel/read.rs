@@ -1,4 +1,4 @@
-//! Bytes of kernel and initrd files, by position: no offset moves that others share.
+//! Reads kernel and initrd files by position, so that a shared file offset is not moved.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use armlet_arch::image::HEAD;
@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-/// Opens a file that has bytes, and returns it with their number.
+/// Opens a non-empty file, and returns it with its size.
 pub(super) fn open_regular(path: &Path) -> Result<(File, u64)> {
     let file = files::open(path, Accepted::File, false)?;
     let size = file.metadata()?.len();
@@ -18,7 +18,7 @@ pub(super) fn open_regular(path: &Path) -> Result<(File, u64)> {
     Ok((file, size))
 }
 
-/// Reads the first [`HEAD`] bytes of a span, or all of a smaller one.
+/// Reads the first [`HEAD`] bytes of a span, or the whole span if it is shorter.
 pub(super) fn read_head(file: &File, span: &Range<u64>) -> Result<Vec<u8>> {
     let len = (span.end - span.start).min(HEAD as u64);
     let mut head = vec![0; len as usize];
@@ -27,7 +27,7 @@ pub(super) fn read_head(file: &File, span: &Range<u64>) -> Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Reads file bytes straight to the start of `dst`. `opened` is the file's size at open.
+/// Reads a span of the file directly into `dst`. `opened` is the file's size when it was opened.
 pub(super) fn read_span(
     file: &File,
     span: &Range<u64>,

@@ -1,4 +1,4 @@
-//! Compressed kernels, unpacked as a stream.
+//! Unpacks compressed kernels as a stream.
 
 use super::read::read_at;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -16,10 +16,10 @@ use std::os::unix::fs::FileExt as _;
 /// `zstd --ultra -22` on a pipe, which asks for just this much (scripts/Makefile.lib).
 pub const MAX_WINDOW: u64 = 128 << 20;
 
-/// Compressed bytes read from the file, and unpacked bytes asked for, at a time.
+/// The buffer size in bytes, for compressed and for unpacked data.
 const BUFFER: usize = 64 << 10;
 
-/// Unpacks a span to the start of `dst`, to its end and no further. Returns the bytes written.
+/// Unpacks a span into `dst`, and fails if it does not fit. Returns the number of bytes written.
 pub(super) fn unpack_all(
     file: &File,
     span: &Range<u64>,
@@ -28,7 +28,7 @@ pub(super) fn unpack_all(
 ) -> Result<u64> {
     let mut reader = unpacker(file, span, compression)?;
     let written = unpack(&mut *reader, compression, dst)?;
-    // The end of the data has still to come, with its checksum.
+    // The end of the data, with its checksum, has not been read yet.
     if written == dst.len() && unpack(&mut *reader, compression, &mut [0])? > 0 {
         bail!(
             "the {} data unpack to more than the {} bytes that the kernel's header asks for",
@@ -39,7 +39,7 @@ pub(super) fn unpack_all(
     Ok(written as u64)
 }
 
-/// Unpacks the first [`HEAD`] bytes, or all of fewer.
+/// Unpacks the first [`HEAD`] bytes, or fewer if there are no more.
 pub(super) fn unpack_head(
     file: &File,
     span: &Range<u64>,
@@ -59,7 +59,7 @@ pub(super) fn unpack_head(
 fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Result<usize> {
     let mut done = 0;
     while done < dst.len() {
-        // By pieces: after an error nobody knows how much of its piece was written.
+        // In pieces, because after an error it is unknown how much of a piece was written.
         let end = dst.len().min(done + BUFFER);
         match uninterrupted(|| reader.read(&mut dst[done..end])) {
             Ok(0) => break,
@@ -70,21 +70,21 @@ fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Re
     Ok(done)
 }
 
-/// Returns the error for data that a decompressor does not take after it made about `done` bytes.
+/// Returns the error for data that a decompressor rejects after about `done` bytes of output.
 fn damaged(error: io::Error, compression: Compression, done: usize) -> anyhow::Error {
     let name = compression.name();
     if error.kind() == ErrorKind::OutOfMemory {
-        // How lzma-rust2 refuses a dictionary over its limit.
+        // lzma-rust2's error for a dictionary over its limit.
         let limit = MAX_WINDOW >> 20;
         return anyhow!("the {name} data need a dictionary of more than {limit} MiB");
     }
-    // The decompressors repeat each cause in its effect: the first one says it all.
+    // The decompressors' errors repeat their causes: the root cause is enough.
     let mut cause: &dyn std::error::Error = &error;
     while let Some(source) = cause.source() {
         cause = source;
     }
     match cause.downcast_ref::<io::Error>() {
-        // Only the system's errors carry its number: it is the file that cannot be read.
+        // Only system errors carry an errno: reading the file failed.
         Some(system) if system.raw_os_error().is_some() => anyhow!("cannot read it: {system}"),
         _ => anyhow!("truncated or damaged {name} data after {done} bytes: {cause}"),
     }
@@ -97,7 +97,7 @@ fn unpacker<'a>(
     compression: Compression,
 ) -> Result<Box<dyn Read + 'a>> {
     let input = Span::buffered(file, span);
-    // lzma-rust2 counts in KiB, and its own tables with the dictionary: .xz 104 KiB, .lzma 22.
+    // lzma-rust2's limit is in KiB and includes its own tables: .xz 104 KiB, .lzma 22.
     let limit = (MAX_WINDOW >> 10) as u32 + 128;
     Ok(match compression {
         Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(input)),
@@ -116,15 +116,15 @@ fn unpacker<'a>(
     })
 }
 
-/// The bytes of a span of a file, read through a buffer. It reads by position, so it moves no
-/// offset that others share.
+/// The bytes of a span of a file, read through a buffer. It reads by position, so that a shared
+/// file offset is not moved.
 type Input<'a> = BufReader<Span<'a>>;
 
 struct Span<'a> {
     file: &'a File,
     position: u64,
     end: u64,
-    /// A decompressor asked for more bytes than there are.
+    /// Whether a decompressor has tried to read past the end.
     exhausted: bool,
 }
 
@@ -156,9 +156,9 @@ fn zstd() -> FrameDecoder {
     decoder
 }
 
-/// Returns the first blocks of a zstd frame, enough for [`HEAD`] bytes. The decoder gives out only
+/// Returns the first blocks of a zstd frame, enough for [`HEAD`] bytes. The decoder outputs only
 /// what has left its window, which may be larger than the whole kernel; therefore the frame is
-/// ended early with an empty last block of our own.
+/// terminated early with an empty last block.
 fn zstd_head<'a>(file: &File, span: &Range<u64>) -> Result<Box<dyn Read + 'a>> {
     // RFC 8878, 3.1.1.2: Last_Block, Raw_Block, size 0; then four bytes for a content checksum,
     // which the decoder reads and does not compare.
@@ -176,7 +176,7 @@ fn zstd_head<'a>(file: &File, span: &Range<u64>) -> Result<Box<dyn Read + 'a>> {
     Ok(Box::new(decoder))
 }
 
-/// zstd with the comparison of the content checksum, which ruzstd leaves to its user.
+/// A zstd decoder that verifies the content checksum, which ruzstd leaves to its user.
 struct Zstd<'a>(StreamingDecoder<Input<'a>, FrameDecoder>);
 
 impl Read for Zstd<'_> {
@@ -205,8 +205,9 @@ fn zstd_refusal(error: FrameDecoderError) -> anyhow::Error {
     }
 }
 
-/// LZ4 of both formats. lz4_flex takes an end of input between two blocks for the end of the
-/// data: that is so in the legacy format, which has no end mark, and truncation in the other.
+/// A decoder of both LZ4 formats. lz4_flex treats the end of input between two blocks as the end of
+/// the data: that is right for the legacy format, which has no end mark, but means truncation in
+/// the other.
 struct Lz4<'a> {
     decoder: lz4_flex::frame::FrameDecoder<Input<'a>>,
     ends_with_input: bool,
@@ -223,10 +224,9 @@ impl Read for Lz4<'_> {
     }
 }
 
-/// Finds where legacy LZ4 data end, by going from block to block: they have no end mark, and the
-/// kernel's build may append the unpacked size as a 32-bit word (`lz4_with_size` in
-/// scripts/Makefile.lib), which the decoder would take for a block. Returns the bytes without
-/// that word, and the word.
+/// Finds the end of legacy LZ4 data by walking its blocks: it has no end mark, and the kernel's
+/// build may append the unpacked size as a 32-bit word (`lz4_with_size` in scripts/Makefile.lib),
+/// which the decoder would take for a block. Returns the span without that word, and the word.
 pub(super) fn lz4_legacy_span(file: &File, span: Range<u64>) -> Result<(Range<u64>, Option<u64>)> {
     // Every block but the last unpacks to 8 MiB; LZ4_compressBound(8 MiB) of lz4.h.
     const LARGEST: u64 = (8 << 20) + (8 << 20) / 255 + 16;

@@ -17,7 +17,7 @@ pub struct Finding {
     pub fix: String,
 }
 
-/// Returns what it means for guests that the host gives them no huge pages.
+/// Diagnoses a host that gives guests no huge pages.
 pub(super) fn diagnose_huge_pages(policy: &HugePagePolicy, page_size: u64) -> Vec<Finding> {
     let block = show_size(huge_page(page_size as usize) as u64);
     let cost = format!(
@@ -130,7 +130,7 @@ pub(super) fn diagnose_arm(
             ),
             "give a guest that must be fast a multiple of that; armlet aligns memory and GIC windows by itself",
         );
-        // KVM maps the interface to guests by whole host pages, or not at all
+        // KVM maps the CPU interface to guests in whole host pages, or not at all
         // (arch/arm64/kvm/vgic/vgic-v2.c: vgic_v2_probe).
         let page = show_size(host.page_size);
         let fix = "use a kernel with 4K pages where interrupts matter (Raspberry Pi 5: kernel=kernel8.img in config.txt)";

@@ -5,7 +5,7 @@ use armlet_arch::aarch64;
 use armlet_arch::x86_64::features::{EXITS, PARAVIRTUAL};
 use serde_json::{Value, json};
 
-/// Its key for programs, its name for people, and what it is.
+/// A fact: its key for programs, its name for people, and its value.
 pub(super) type Fact = (&'static str, &'static str, Value);
 
 pub(super) fn x86_facts(x86: &X86Facts) -> Vec<Fact> {

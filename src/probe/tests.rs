@@ -1,4 +1,4 @@
-//! Reports of hosts that are not this one.
+//! Reports of hosts other than this one.
 
 use super::*;
 use crate::kvm::facts::ArmFacts;

@@ -6,19 +6,19 @@ use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// Waits until `fd` is ready for one of `events` or its other end is closed, up to `limit`, or
-/// without an end. Returns whether it is.
+/// Waits until `fd` is ready for one of `events`, or its other end is closed, for at most `limit`
+/// or indefinitely. Returns whether it is ready.
 ///
 /// # Errors
-/// What poll(2) says; EINTR where a signal came in between.
+/// An error of poll(2), including EINTR after a signal.
 pub fn wait_once(fd: impl AsFd, events: PollFlags, limit: Option<Duration>) -> Result<bool, Errno> {
-    // One that is too long for the kernel has no end.
+    // A limit that is too long for the kernel means an indefinite wait.
     let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
     let ready = poll(&mut [PollFd::new(&fd, events)], limit.as_ref())?;
     Ok(ready > 0)
 }
 
-/// When something is waited for no longer. What consists of several waits has one of it.
+/// The end of a wait, shared by all waits of one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline {
     end: Instant,
@@ -26,7 +26,7 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// Returns the moment that comes `patience` from now.
+    /// Creates the deadline `patience` from now.
     #[must_use]
     pub fn after(patience: Duration) -> Deadline {
         Deadline {
@@ -35,23 +35,23 @@ impl Deadline {
         }
     }
 
-    /// Returns how long it was away at first, for messages.
+    /// Returns the original length of the wait, for messages.
     #[must_use]
     pub fn patience(&self) -> Duration {
         self.patience
     }
 
-    /// Returns how long it is away still; zero once it has passed.
+    /// Returns the remaining time; zero once it has passed.
     #[must_use]
     pub fn left(&self) -> Duration {
         self.end.saturating_duration_since(Instant::now())
     }
 
     /// Waits until `fd` is ready for one of `events`, or its other end is closed. Returns whether
-    /// it is; if not, the deadline has passed.
+    /// it is ready; if not, the deadline has passed.
     ///
     /// # Errors
-    /// What poll(2) says, but for a signal that came in between.
+    /// An error of poll(2) other than EINTR.
     pub fn wait(&self, fd: impl AsFd, events: PollFlags) -> Result<bool, Errno> {
         uninterrupted(|| wait_once(&fd, events, Some(self.left())))
     }

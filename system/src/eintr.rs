@@ -1,11 +1,11 @@
-//! System calls that were interrupted, and are made again: all of the program's that can say EINTR.
+//! Restarts interrupted system calls: all of the program's calls that can fail with EINTR.
 //!
-//! A signal is not all that interrupts: the kernel completes requests of io_uring by work that its
-//! submitter does, and wakes that thread as if a signal were pending (TIF_NOTIFY_SIGNAL). Calls that
-//! ask `signal_pending` then fail with EINTR although no signal comes: KVM_CREATE_VM does
-//! (mm/mmu_notifier.c and mm/vma.c: mm_take_all_locks), as may fallocate and fsync where the file
-//! system is another process or machine. Handlers of signals are set with SA_RESTART, which waits for
-//! descriptors (poll(2), epoll_wait(2)) do not heed (signal(7)).
+//! Signals are not the only cause: the kernel completes io_uring requests by task work of the
+//! submitter, and wakes that thread as if a signal were pending (TIF_NOTIFY_SIGNAL). Calls that
+//! check `signal_pending` then fail with EINTR although there is no signal: KVM_CREATE_VM does
+//! (mm/mmu_notifier.c and mm/vma.c: mm_take_all_locks), and fallocate and fsync may on FUSE and
+//! network file systems. Signal handlers are installed with SA_RESTART, which poll(2) and
+//! epoll_wait(2) ignore (signal(7)).
 
 use rustix::io::Errno;
 use std::io;
@@ -29,18 +29,18 @@ impl CallError for Errno {
     }
 }
 
-// Of KVM's ioctls, too.
+// The error of KVM's ioctls, among others.
 impl CallError for vmm_sys_util::errno::Error {
     fn is_interrupted(&self) -> bool {
         self.errno() == libc::EINTR
     }
 }
 
-/// Makes a system call again as long as it says EINTR. It is for calls that do nothing when they say
-/// so; one that waits reckons its time limit anew each time ([`crate::deadline::Deadline`]).
+/// Repeats a system call while it fails with EINTR. It is for calls that have no effect in that
+/// case; one with a timeout has to recompute it each time ([`crate::deadline::Deadline`]).
 ///
 /// # Errors
-/// Whatever else it says.
+/// Any other error of the call.
 pub fn uninterrupted<T, E: CallError>(mut call: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     loop {
         match call() {
@@ -50,11 +50,11 @@ pub fn uninterrupted<T, E: CallError>(mut call: impl FnMut() -> Result<T, E>) ->
     }
 }
 
-/// Waits up to `timeout` milliseconds, or without an end for -1, and returns how many events there
-/// are: none where the wait was interrupted, so that the caller looks at its deadlines.
+/// Waits up to `timeout` milliseconds, or indefinitely for -1, and returns the number of events: 0
+/// if the wait was interrupted, so that the caller checks its deadlines.
 ///
 /// # Errors
-/// Whatever else epoll_wait(2) says.
+/// Any other error of epoll_wait(2).
 pub fn events(epoll: &Epoll, timeout: i32, ready: &mut [EpollEvent]) -> io::Result<usize> {
     match epoll.wait(timeout, ready) {
         Err(error) if error.is_interrupted() => Ok(0),

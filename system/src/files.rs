@@ -1,8 +1,8 @@
-//! Files that users name: the one way to open them to read or to write, and to make new ones.
+//! Opens and creates files that users name; everything else goes through this module.
 //!
-//! A path can lead to anything. To open a FIFO waits for its other end, and to open a device does
-//! things: a watchdog starts, a tape winds. So a path is looked up without opening what is there
-//! (O_PATH), its kind is checked, and then that very file is opened.
+//! A path can lead to anything. Opening a FIFO blocks until its other end is opened, and opening a
+//! device can have side effects: a watchdog starts, a tape rewinds. So a path is looked up without
+//! opening the file (O_PATH), its type is checked, and then that very file is opened.
 
 use crate::deadline::Deadline;
 use crate::eintr::uninterrupted;
@@ -17,9 +17,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Where the kernel shows the descriptors of this process, to be opened anew.
+/// The directory by which this process can reopen its descriptors.
 const DESCRIPTORS: &str = "/proc/self/fd";
-/// What whoever reads a pipe has time for.
+/// How long to wait for the reader of a pipe.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The device number of /dev/null (Documentation/admin-guide/devices.txt).
 const NULL: (u32, u32) = (1, 3);
@@ -33,15 +33,15 @@ pub enum Accepted {
     FileOrDisk,
 }
 
-/// Opens a file to read, and to write as well where `writable`.
+/// Opens a file for reading, and for writing too if `writable`.
 ///
 /// # Errors
-/// What the system says, as [`io::Error`], and a path that leads to something else than a file.
+/// The system's error, as [`io::Error`], and a path that does not lead to an accepted file.
 pub fn open(path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
     open_by(DESCRIPTORS, path, accepted, writable)
 }
 
-/// As [`open`]; `descriptors` is the folder of this process' descriptors.
+/// Like [`open`]; `descriptors` is the directory of this process's descriptors.
 fn open_by(descriptors: &str, path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
     let (place, found) = look_up(path)?;
     let kind = FileType::from_raw_mode(found.st_mode);
@@ -63,19 +63,19 @@ fn open_by(descriptors: &str, path: &Path, accepted: Accepted, writable: bool) -
     Ok(reopen(descriptors, path, &place, &found, access)?.into())
 }
 
-/// Finds what a path leads to and does not open it.
+/// Looks up a path without opening the file.
 fn look_up(path: &Path) -> io::Result<(OwnedFd, Stat)> {
     let place = open_once(path, OFlags::PATH | OFlags::CLOEXEC)?;
     let found = uninterrupted(|| rustix::fs::fstat(&place))?;
     Ok((place, found))
 }
 
-/// Opens what is there. A file system that is another process or machine can be interrupted.
+/// Opens a path. On FUSE and network file systems this can be interrupted.
 fn open_once(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     uninterrupted(|| rustix::fs::open(path, flags, Mode::empty()))
 }
 
-/// Opens what was found at a path.
+/// Opens the file that was looked up.
 fn reopen(
     descriptors: &str,
     path: &Path,
@@ -86,17 +86,17 @@ fn reopen(
     let access = access | OFlags::CLOEXEC | OFlags::NOCTTY;
     let same = format!("{descriptors}/{}", place.as_raw_fd());
     match open_once(same.as_ref(), access) {
-        // There is no /proc.
+        // /proc is not mounted.
         Err(Errno::NOENT | Errno::NOTDIR) => {}
         opened => return Ok(opened?),
     }
-    // Another file may have taken its place: a FIFO must not make this wait.
+    // Another file may have replaced it: a FIFO must not block this.
     let file = open_once(path, access | OFlags::NONBLOCK)?;
     let now = uninterrupted(|| rustix::fs::fstat(&file))?;
     if (now.st_dev, now.st_ino) != (found.st_dev, found.st_ino) {
         return Err(io::Error::other("another file took its place meanwhile"));
     }
-    // io_uring would say EAGAIN where a read has to wait.
+    // With O_NONBLOCK, io_uring would fail with EAGAIN where a read has to wait.
     let flags = rustix::fs::fcntl_getfl(&file)?;
     rustix::fs::fcntl_setfl(&file, flags & !OFlags::NONBLOCK | access & OFlags::NONBLOCK)?;
     Ok(file)
@@ -115,16 +115,16 @@ fn name_of(kind: FileType) -> &'static str {
     }
 }
 
-/// Writes a file that only its owner may read, whatever was there: a file is replaced by a new
-/// one, so that who has the old one open does not see what is written. A symbolic link is followed
-/// where it is root's or this user's own. A FIFO or pipe that somebody reads is written to.
+/// Writes a file that only its owner may read. An existing file is replaced by a new one, so that
+/// processes that have the old one open do not see the contents. A symbolic link is followed if it
+/// belongs to root or this user. A FIFO or pipe that has a reader is written to.
 ///
 /// # Errors
-/// What the system says; a link of somebody else, something that is no file.
+/// The system's error, another user's link, or something that is not a file.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     let cwd = rustix::fs::CWD;
     let found = match uninterrupted(|| rustix::fs::statat(cwd, path, AtFlags::SYMLINK_NOFOLLOW)) {
-        // Not even a link that appears now is followed (open(2): O_EXCL).
+        // O_EXCL does not even follow a link that appears now (open(2)).
         Err(Errno::NOENT) => return Ok(create(path)?.write_all(bytes)?),
         found => found?,
     };
@@ -146,14 +146,14 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     }
 }
 
-/// Makes a file that is not there yet, for its owner alone.
+/// Creates a new file that only its owner may read.
 fn create(path: &Path) -> io::Result<File> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    // Not made again when it was interrupted: the file may be there now.
+    // Not repeated after EINTR: the file may exist by then.
     Ok(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?.into())
 }
 
-/// Puts a new file in the place of another.
+/// Replaces a file by a new one.
 fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut number = [0; 8];
     uninterrupted(|| getrandom(&mut number, GetRandomFlags::empty()))?;
@@ -170,7 +170,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(written?)
 }
 
-/// Writes to what is no file.
+/// Writes to a FIFO, pipe or device.
 fn write_to(path: &Path, bytes: &[u8]) -> Result<()> {
     let (place, found) = look_up(path)?;
     let kind = FileType::from_raw_mode(found.st_mode);
@@ -234,7 +234,7 @@ mod tests {
         fifo(&path("fifo"));
         let _listener = UnixListener::bind(path("socket")).expect("a socket");
         for accepted in [Accepted::File, Accepted::FileOrDisk] {
-            // A FIFO that nobody writes to would be waited for here.
+            // Opening a FIFO without a writer would block here.
             assert!(refused(&path("fifo"), accepted).ends_with("but a FIFO"));
             assert!(refused(&path("socket"), accepted).ends_with("but a socket"));
             assert!(refused(Path::new("/dev/null"), accepted).ends_with("but a character device"));
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_terminal_is_not_opened() {
-        // A terminal master that has no slave open says so, once one was.
+        // A pseudo-terminal master reports a hangup once its slave was opened and closed.
         let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
         let master = rustix::pty::openpt(flags).expect("a terminal");
         rustix::pty::unlockpt(&master).expect("a terminal");
@@ -310,7 +310,7 @@ mod tests {
         let path = folder.path().join("tree.dtb");
         write_private(&path, b"new").expect("written");
         assert_eq!(mode(&path), 0o600);
-        // A file that others may read, and have open.
+        // A file that others may read and have opened.
         let open = std::fs::Permissions::from_mode(0o666);
         std::fs::set_permissions(&path, open).expect("a file");
         let mut before = File::open(&path).expect("a file");

@@ -1,7 +1,7 @@
-//! How a process deals with its own system: files that users name, messages, signals, the terminal,
-//! waits, and system calls that are interrupted.
+//! The process and its operating system: files that users name, messages, signals, the terminal,
+//! waits, and interrupted system calls.
 //!
-//! It knows nothing of virtual machines but what an exit status of armlet's says.
+//! It knows nothing of virtual machines except the meaning of armlet's exit statuses.
 
 pub mod deadline;
 pub mod eintr;

@@ -1,9 +1,9 @@
-//! What armlet says on standard error: the one way that every message goes.
+//! Messages on standard error; all of them go through this module.
 //!
-//! A message is one line, without control characters whoever they come from, and of bounded length.
-//! Saying it never waits: where standard error takes no more, some lines are kept, what is more is
-//! counted, and the count is said as soon as there is room. What is logged is limited by kind: a
-//! kind is the place in the source, or what has a [`RateLimit`] of its own.
+//! A message is one line of bounded length, without control characters, whatever it quotes.
+//! Printing never blocks: while standard error is full, some lines are kept, further ones are
+//! counted, and the count is printed as soon as there is room. Log messages are rate-limited by
+//! kind: by their place in the source, or by a [`RateLimit`] of their own.
 
 pub use crate::visible::{shell_word, visible, visible_json, visible_lines};
 
@@ -22,30 +22,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-/// What a pipe takes as a whole, in bytes (`limits.h` of Linux).
+/// The size up to which writes to a pipe are atomic, in bytes (Linux's `limits.h`).
 const PIPE_BUF: usize = 4096;
-/// The longest message in bytes: less than that, with what stands before it.
+/// The longest message in bytes: less than that, including its prefix.
 const LONGEST: usize = 2048;
-/// The longest piece of a message that another program or a file says, in bytes.
+/// The longest quotation from another program or a file, in bytes.
 const LONGEST_OF_OTHERS: usize = 512;
-/// Lines of another program that are shown in a row.
+/// How many lines of another program are shown before the rate limit applies.
 pub const LINES: u32 = 16;
-/// Bytes that wait for a reader who does not read.
+/// How many bytes are kept while standard error is full.
 const ROOM: usize = 16 << 10;
-/// Messages of one place in the source that are shown in a row.
+/// How many messages of one place in the source are shown before the rate limit applies.
 const BURST: u32 = 32;
-/// How often what waits is tried again.
+/// The interval at which kept messages are retried.
 pub const RETRY: Duration = Duration::from_secs(1);
-/// How long the end of armlet waits for a reader.
+/// How long armlet waits for the reader when it exits.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Says a message in any case. It is for what a user asked for and for the end of a guest; what
-/// a guest, a file or another program can cause again and again is logged, which limits it.
+/// Prints a message without a rate limit. It is for what a user asked for and for the end of a
+/// guest; anything that a guest, a file or another program can cause repeatedly is logged instead.
 pub fn say(message: &str) {
     outlet().say(message);
 }
 
-/// Returns the lines that another program said, made visible and cut, without empty ones.
+/// Returns the non-empty lines of another program's output, escaped and truncated.
 pub fn lines(said: &[u8]) -> impl Iterator<Item = String> {
     said.split(|byte| *byte == b'\n')
         .map(<[u8]>::trim_ascii)
@@ -53,14 +53,14 @@ pub fn lines(said: &[u8]) -> impl Iterator<Item = String> {
         .map(|line| visible(line, LONGEST_OF_OTHERS))
 }
 
-/// Sends what is logged, and what is said of a crash of armlet, the way of all messages; warnings
-/// and errors at first.
+/// Routes log records and panic messages through this module; at first only warnings and errors are
+/// logged.
 pub fn install() {
     static LOG: Log = Log(Mutex::new(Vec::new()));
     if log::set_logger(&LOG).is_ok() {
         log::set_max_level(log::LevelFilter::Warn);
     }
-    // With it a developer gets the standard library's own report.
+    // With it, developers get the standard library's own report.
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         std::panic::set_hook(Box::new(|panic| {
             let thread = std::thread::current();
@@ -72,7 +72,7 @@ pub fn install() {
     }
 }
 
-/// Says a line from a signal's handler: at once or not at all, without locks and a heap.
+/// Prints a line from a signal handler: at once or not at all, without locks or allocations.
 pub fn say_from_handler(line: &[u8]) {
     let stderr = stdio::stderr();
     if is_ready(stderr) {
@@ -80,19 +80,19 @@ pub fn say_from_handler(line: &[u8]) {
     }
 }
 
-/// Returns whether some of what was said still waits for a reader: [`retry`] is due some time.
+/// Returns whether messages are waiting for the reader, so that [`retry`] has to be called.
 #[must_use]
 pub fn is_behind() -> bool {
     BEHIND.load(Ordering::Relaxed)
 }
 
-/// Tries again to say what waits. It does not wait.
+/// Tries to print waiting messages, without blocking.
 pub fn retry() {
     outlet().flush();
 }
 
-/// Says how many messages were held back, and waits up to a second for a reader to take what
-/// waits: the last that armlet does.
+/// Prints how many messages were suppressed, and waits up to a second for the reader to take what
+/// is left: armlet's last act.
 pub fn finish() {
     let held = take_held_back();
     if held > 0 {
@@ -103,13 +103,13 @@ pub fn finish() {
     outlet().finish(FAREWELL);
 }
 
-/// A place in the source that logs: file and line.
+/// The file and line of a log statement.
 type Site = (Option<&'static str>, Option<u32>);
 
 struct Log(Mutex<Vec<(Site, RateLimit)>>);
 
 impl Log {
-    /// Counts a message of `site`; `None` if it is held back.
+    /// Counts a message of `site`; returns `None` if it is suppressed.
     fn admit(&self, site: Site) -> Option<Admitted> {
         let mut sites = lock(&self.0);
         let index = sites.iter().position(|(known, _)| *known == site);
@@ -143,7 +143,7 @@ impl log::Log for Log {
     }
 }
 
-/// Whether the outlet of standard error has something that waits.
+/// Whether messages are waiting for the reader of standard error.
 static BEHIND: AtomicBool = AtomicBool::new(false);
 
 fn outlet() -> MutexGuard<'static, Outlet> {
@@ -151,15 +151,15 @@ fn outlet() -> MutexGuard<'static, Outlet> {
     lock(&OUTLET)
 }
 
-/// How a descriptor is written without waiting and without O_NONBLOCK, which would be set for
-/// everyone who shares its description: the shell, and whoever armlet starts.
+/// How to write to a descriptor without blocking and without setting O_NONBLOCK, which would affect
+/// everyone who shares its open file description: the shell, and programs that armlet starts.
 #[derive(Debug)]
 enum Way {
-    /// MSG_DONTWAIT does.
+    /// By MSG_DONTWAIT.
     Socket,
-    /// A description of our own, with O_NONBLOCK.
+    /// By reopening it with O_NONBLOCK.
     Reopened(OwnedFd),
-    /// poll(2) goes before each write; a pipe that is ready takes PIPE_BUF bytes.
+    /// By poll(2) before each write; a pipe that is ready takes PIPE_BUF bytes.
     Polled,
 }
 
@@ -191,14 +191,14 @@ fn is_ready(fd: BorrowedFd<'_>) -> bool {
     wait_once(fd, PollFlags::OUT, Some(Duration::ZERO)) == Ok(true)
 }
 
-/// Messages on their way to a descriptor.
+/// A descriptor with the messages that wait for it.
 struct Outlet {
     fd: BorrowedFd<'static>,
     way: Option<Way>,
     waiting: Vec<u8>,
-    /// Messages that there was no room for.
+    /// The number of messages that were dropped for lack of room.
     lost: u64,
-    /// Whether something waits, for those who ask without the lock.
+    /// Whether messages are waiting, readable without the lock.
     behind: &'static AtomicBool,
 }
 
@@ -221,7 +221,7 @@ impl Outlet {
         self.flush();
         let end = terminal::line_end();
         let line = format!("armlet: {}{end}", visible(message.as_bytes(), LONGEST));
-        // With lost ones before it, it would take the room of the line that tells of them.
+        // After lost messages, it would take the room of the line that reports them.
         if self.lost > 0 || self.waiting.len() + line.len() > ROOM {
             self.lost += 1;
         } else {
@@ -243,12 +243,12 @@ impl Outlet {
             let part = &self.waiting[..self.waiting.len().min(PIPE_BUF)];
             match uninterrupted(|| way.write(self.fd, part)) {
                 Ok(count) => drop(self.waiting.drain(..count)),
-                // There is nobody left to tell.
+                // There is no reader any more.
                 Err(Errno::PIPE | Errno::BADF | Errno::CONNRESET | Errno::NOTCONN) => {
                     self.waiting.clear();
                     self.lost = 0;
                 }
-                // A reader may come back, a full disk may get room.
+                // The reader may continue, and a full disk may get room.
                 Err(_) => break,
             }
         }
@@ -265,7 +265,7 @@ impl Outlet {
                 return;
             }
             self.flush();
-            // A file on a full disk is always ready.
+            // For poll(2), a file on a full disk is always ready.
             std::thread::sleep(deadline.left().min(Duration::from_millis(1)));
         }
     }

@@ -1,11 +1,12 @@
-//! Signals: what each does in each phase of armlet's life, and the deadline of what they wait for.
+//! Signals: what each does in each phase of armlet's life, and the deadline for waits.
 //!
-//! Handlers note signals and wake the event loop. Where no loop looks at them, while files are
-//! opened and daemons started, and once an end is decided, they end armlet at once. An alarm says
-//! which wait has lasted too long, and ends armlet where an end is decided or was asked for. All
-//! that handlers do is safe in them (signal-safety(7)): atomics, write, poll, alarm, _exit.
+//! Handlers record signals and wake the event loop. While no loop checks them, that is, while files
+//! are opened and daemons started, and once armlet is about to exit, they end armlet at once. An
+//! alarm reports which wait has taken too long, and ends armlet if it is about to exit or was asked
+//! to. Handlers only call what is async-signal-safe (signal-safety(7)): atomics, write, poll,
+//! alarm, _exit.
 //!
-//! Nothing is blocked, so that the programs that armlet starts have no signal blocked either.
+//! No signal is blocked, so that the programs that armlet starts inherit an empty mask.
 
 use crate::messages;
 use crate::status::Status;
@@ -18,60 +19,60 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
 use vmm_sys_util::eventfd::EventFd;
 
-/// How long a phase other than [`Phase::Running`] may take until something is said, and how long an
-/// end may take, in seconds.
+/// How long a wait in a phase other than [`Phase::Running`] may take before it is reported, and how
+/// long exiting may take, in seconds.
 const PATIENCE: u32 = 30;
 
-/// Where armlet is in its life.
+/// The phases of armlet's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
     /// Before the first guest runs. Signals end armlet.
     Starting,
-    /// A guest runs, and the event loop looks at signals.
+    /// A guest runs, and the event loop handles signals.
     Running,
-    /// A guest was reset: one machine is taken down and the next is made. A signal that asks for an
-    /// end at once gets it; the power key waits for the event loop.
+    /// A guest was reset: one machine is torn down and the next one created. A signal that asks to
+    /// stop at once does so; the power key waits for the event loop.
     Between,
-    /// An end is decided. A signal, and the deadline, end armlet at once.
+    /// Armlet is exiting. A signal, or the deadline, ends it at once.
     Ending,
 }
 
-/// What came since it was last [taken](take).
+/// The signals since they were last [taken](take).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
     /// SIGTERM or SIGHUP: presses the power key.
     pub power_key: bool,
-    /// SIGINT, or the second of those that ask for an end.
+    /// SIGINT, or the second signal that asks armlet to end.
     pub stop: bool,
     /// SIGUSR1: shows the counters.
     pub counters: bool,
-    /// SIGWINCH: the terminal has another size.
+    /// SIGWINCH: the terminal's size has changed.
     pub resized: bool,
-    /// SIGCONT: armlet was stopped, and goes on.
+    /// SIGCONT: armlet was stopped, and continues.
     pub continued: bool,
 }
 
-/// The status that a handler ends armlet with.
+/// The status with which a handler ends armlet.
 static STATUS: AtomicU8 = AtomicU8::new(Status::Stopped.code());
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Starting as u8);
-/// Signals so far that asked for an end.
+/// The number of signals so far that asked armlet to end.
 static ENDS: AtomicU32 = AtomicU32::new(0);
-/// Seconds that a wait may last.
+/// How long a wait may take, in seconds.
 static LIMIT: AtomicU32 = AtomicU32::new(PATIENCE);
-/// The descriptor of the bell.
+/// The eventfd that wakes the event loop.
 static BELL: AtomicI32 = AtomicI32::new(-1);
 static POWER_KEY: AtomicBool = AtomicBool::new(false);
 static STOP: AtomicBool = AtomicBool::new(false);
 static COUNTERS: AtomicBool = AtomicBool::new(false);
 static RESIZED: AtomicBool = AtomicBool::new(false);
 static CONTINUED: AtomicBool = AtomicBool::new(false);
-/// What is waited for.
+/// What armlet is waiting for, for messages.
 static WAIT: Mutex<Words> = Mutex::new(Words::none());
 
-/// Has a write that would make a file longer than this process may make one (RLIMIT_FSIZE) fail with
-/// EFBIG, and not end the process by SIGXFSZ. The handler does nothing; unlike a signal that is
-/// ignored, it is not handed on to programs that are started.
+/// Makes writes beyond RLIMIT_FSIZE fail with EFBIG instead of killing the process by SIGXFSZ. It
+/// installs an empty handler because, unlike an ignored signal, that is not inherited by programs
+/// that are started.
 pub fn survive_file_size_limit() {
     extern "C" fn nothing(_: i32) {}
     // SAFETY: all fields are numbers or sets of them, for which zero is a value, and the handler has
@@ -84,11 +85,12 @@ pub fn survive_file_size_limit() {
     }
 }
 
-/// Has signals handled: those that ask for an end, the alarm and, if it is `counted`, SIGUSR1. One
-/// that is ignored stays so, as nohup(1) wants it. Returns what is readable when one came.
+/// Installs handlers for the signals that ask armlet to end, for the alarm and, if `counted`, for
+/// SIGUSR1. A signal that is ignored stays ignored, as nohup(1) intends. Returns the eventfd that
+/// is readable after a signal.
 ///
 /// # Errors
-/// A process without room for another descriptor.
+/// When the process has no room for another descriptor.
 pub fn install(counted: bool) -> Result<&'static EventFd> {
     static KEPT: OnceLock<EventFd> = OnceLock::new();
     let bell = match KEPT.get() {
@@ -111,13 +113,13 @@ pub fn install(counted: bool) -> Result<&'static EventFd> {
     Ok(bell)
 }
 
-/// Has the signals handled that tell of a terminal: SIGWINCH and SIGCONT.
+/// Installs handlers for the terminal's signals: SIGWINCH and SIGCONT.
 pub fn follow_terminal() {
     handle(libc::SIGWINCH);
     handle(libc::SIGCONT);
 }
 
-/// Begins a phase, and the time that it may take.
+/// Enters a phase, and starts its deadline.
 pub fn enter(phase: Phase) {
     if phase != Phase::Running {
         waiting_for("its own work");
@@ -129,21 +131,21 @@ pub fn enter(phase: Phase) {
     });
 }
 
-/// Begins the end, with the status that armlet ends with.
+/// Enters the phase of exiting, with armlet's exit status.
 pub fn end_with(status: Status) {
     STATUS.store(status.code(), Ordering::Release);
     enter(Phase::Ending);
 }
 
-/// Says what is waited for from here on, for the sentence that tells of a wait that lasts too long.
+/// Sets what armlet is waiting for from here on, for the message about a wait that takes too long.
 pub fn waiting_for(what: impl fmt::Display) {
     let mut wait = lock(&WAIT);
     *wait = Words::none();
-    // What does not fit is cut.
+    // What does not fit is truncated.
     let _ = write!(wait, "{what}");
 }
 
-/// Takes what came since it was last taken.
+/// Takes the signals since the last call.
 pub fn take() -> Taken {
     let take = |flag: &AtomicBool| flag.swap(false, Ordering::AcqRel);
     let taken = Taken {
@@ -154,7 +156,7 @@ pub fn take() -> Taken {
         continued: take(&CONTINUED),
     };
     if taken.power_key && !taken.stop {
-        // The event loop does what was asked for.
+        // The event loop is handling the request.
         alarm(0);
     }
     taken
@@ -165,7 +167,7 @@ fn alarm(seconds: u32) {
     unsafe { libc::alarm(seconds) };
 }
 
-/// Returns whether who started armlet has a signal ignored.
+/// Returns whether armlet was started with this signal ignored.
 fn is_ignored(signal: libc::c_int) -> bool {
     // SAFETY: all fields are numbers and pointers for which zero is a value, and the call writes to
     // `now` alone.
@@ -183,7 +185,7 @@ fn handle(signal: libc::c_int) {
         let mut new: libc::sigaction = std::mem::zeroed();
         let handler: extern "C" fn(libc::c_int) = caught;
         new.sa_sigaction = handler as usize;
-        // System calls of whichever thread it is go on.
+        // The interrupted thread's system call is restarted.
         new.sa_flags = libc::SA_RESTART;
         libc::sigfillset(&raw mut new.sa_mask);
         libc::sigaction(signal, &raw const new, std::ptr::null_mut());
@@ -234,12 +236,12 @@ fn asked_to_end(signal: libc::c_int) -> Option<&'static AtomicBool> {
     {
         end("armlet: stopped by a signal\n", None);
     }
-    // If the event loop does not look at it in time, something is said or done.
+    // In case the event loop does not handle it in time.
     alarm(LIMIT.load(Ordering::Relaxed));
     Some(if at_once { &STOP } else { &POWER_KEY })
 }
 
-/// The alarm: a wait has lasted too long.
+/// Handles the alarm: a wait has taken too long.
 fn overdue() {
     let wait = WAIT.try_lock().ok();
     let wait = wait.as_deref();
@@ -254,12 +256,12 @@ fn overdue() {
 fn end(start: &str, wait: Option<&Words>) -> ! {
     terminal::restore();
     say(start, wait);
-    // SAFETY: the call ends the process. What it held goes with it: the guest, locks on images, and
-    // the programs that it started.
+    // SAFETY: the call ends the process. The kernel releases what it held: the guest, locks on
+    // images, and the programs that it started.
     unsafe { libc::_exit(STATUS.load(Ordering::Acquire).into()) }
 }
 
-/// Says something from a handler, if standard error takes it at once.
+/// Prints a message from a handler, if standard error takes it at once.
 fn say(start: &str, wait: Option<&Words>) {
     let mut line = Words::none();
     let end = terminal::line_end();
@@ -271,7 +273,7 @@ fn say(start: &str, wait: Option<&Words>) {
     messages::say_from_handler(line.bytes());
 }
 
-/// A short text without a heap, which a handler has no use of.
+/// A short text in a fixed buffer, because a handler must not allocate.
 struct Words {
     bytes: [u8; 200],
     len: usize,
@@ -311,14 +313,14 @@ impl fmt::Display for Words {
 
 #[cfg(test)]
 mod tests {
-    //! Each test's process is one of its own: signals are the whole process's.
+    //! Each test runs in a process of its own, because signals affect the whole process.
 
     use super::*;
     use std::io::{BufRead, BufReader, Read};
     use std::process::{Child, ChildStderr, Command, Stdio};
     use std::time::Duration;
 
-    /// Runs one of the functions below in a process of its own; returns it when it is ready.
+    /// Runs one of the functions below in a child process; returns the child when it is ready.
     fn start(name: &str) -> (Child, BufReader<ChildStderr>) {
         let mut child = Command::new(std::env::current_exe().expect("this test"))
             .args(["--exact", "--ignored", "--nocapture"])
@@ -339,16 +341,16 @@ mod tests {
         rustix::process::kill_process(pid, signal).expect("it runs");
     }
 
-    /// Returns what it said until its end, and its status.
+    /// Waits for the child; returns its output and status.
     fn end_of(mut child: Child, mut errors: BufReader<ChildStderr>) -> (String, Option<i32>) {
         let mut text = String::new();
         errors.read_to_string(&mut text).expect("UTF-8");
         (text, child.wait().expect("its end").code())
     }
 
-    /// Has no signal ignored that these tests send: this process may have been started with some of
-    /// them ignored (by nohup(1), or in the background of a shell without job control), which
-    /// [`install`] leaves so.
+    /// Restores the default action of the signals that these tests send: this process may have been
+    /// started with some of them ignored (by nohup(1), or in the background of a shell without job
+    /// control), which [`install`] leaves so.
     fn ignore_nothing() {
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
             // SAFETY: the default action is no handler, so no code of ours runs by it.
@@ -356,7 +358,7 @@ mod tests {
         }
     }
 
-    /// Returns a wait that nothing ends but a signal or the deadline.
+    /// Waits until a signal or the deadline ends the process.
     fn hang(phase: Phase) -> ! {
         ignore_nothing();
         LIMIT.store(1, Ordering::Relaxed);

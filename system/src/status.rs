@@ -3,18 +3,18 @@
 use std::fmt;
 use std::process::ExitCode;
 
-/// How armlet ends, as a script sees it. `docs/options.md` lists them.
+/// Armlet's exit statuses, as a script sees them. `docs/options.md` lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// 0: the guest powered off, or the command did its work.
     Success,
-    /// 1: armlet itself failed, for instance at writing a file.
+    /// 1: armlet itself failed, for instance to write a file.
     Failure,
     /// 2: the command line, a board file or an input file is wrong.
     Usage,
     /// 3: this host cannot run the machine.
     Host,
-    /// 4: the guest crashed, or did what KVM cannot go on from.
+    /// 4: the guest crashed, or did something that KVM cannot continue from.
     GuestFailed,
     /// 5: the guest asked for a reset and `--on-reset exit` was given.
     GuestReset,
@@ -44,7 +44,7 @@ impl From<Status> for ExitCode {
     }
 }
 
-/// A status attached to an error by [`Fault::fault`]; it adds no words of its own.
+/// A status attached to an error by [`Fault::fault`]; it adds no text of its own.
 #[derive(Debug)]
 struct Tagged {
     status: Status,
@@ -59,9 +59,9 @@ impl fmt::Display for Tagged {
 
 impl std::error::Error for Tagged {}
 
-/// Says with which status armlet ends if this result is an error.
+/// Attaches exit statuses to errors.
 pub trait Fault<T> {
-    /// Attaches `status` to the error.
+    /// Attaches `status` to the error, if it is one.
     ///
     /// # Errors
     /// The same error, with the status.

@@ -1,4 +1,4 @@
-//! The terminal's modes: raw while a guest has it, and given back however armlet ends.
+//! The terminal's modes: raw while a guest uses it, and restored however armlet ends.
 
 use anyhow::{Context, Result};
 use armlet_devices::sync::lock;
@@ -7,12 +7,12 @@ use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The terminal's modes before armlet changed them; there while they are changed.
+/// The terminal's original modes, while armlet has changed them.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Whether the terminal is raw, so that messages need carriage returns.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Returns what ends a line on the terminal, raw or not.
+/// Returns the line ending for the terminal's current mode.
 #[must_use]
 pub fn line_end() -> &'static str {
     match RAW.load(Ordering::Relaxed) {
@@ -27,10 +27,10 @@ pub fn line_end() -> &'static str {
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes standard input raw if it is a terminal; else there is nothing to do.
+    /// Makes standard input raw if it is a terminal.
     ///
     /// # Errors
-    /// A terminal whose modes cannot be set.
+    /// When the terminal's modes cannot be set.
     pub fn enter() -> Result<Option<RawTerminal>> {
         let input = stdio::stdin();
         if !termios::isatty(input) {
@@ -53,8 +53,9 @@ fn raw_of(modes: &Termios) -> Termios {
     raw
 }
 
-/// Makes the terminal raw again that a [`RawTerminal`] made so and others changed since: a shell
-/// takes it back while armlet is stopped. In the background it is left alone, for the next time.
+/// Makes the terminal raw again after another program changed the modes that a [`RawTerminal`] set:
+/// a shell restores its own while armlet is stopped. In the background the terminal is left alone
+/// until the next call.
 pub fn make_raw_again() {
     let input = stdio::stdin();
     let mut saved = saved();
@@ -68,7 +69,7 @@ pub fn make_raw_again() {
     let Ok(modes) = termios::tcgetattr(input) else {
         return;
     };
-    // Modes that are raw still are ours.
+    // If the modes are still raw, there is nothing to do.
     if modes.local_modes.contains(LocalModes::ICANON) {
         *before = modes;
     }
@@ -82,8 +83,8 @@ pub fn is_raw() -> bool {
     RAW.load(Ordering::Relaxed)
 }
 
-/// Returns whether the terminal may be changed: one who does so in the background is stopped
-/// (SIGTTOU). A terminal that is not this session's has no background.
+/// Returns whether the terminal may be changed: in the background, that would stop the process
+/// (SIGTTOU). A terminal of another session has no background.
 fn is_foreground() -> bool {
     termios::tcgetpgrp(stdio::stdin()).map_or(true, |group| group == rustix::process::getpgrp())
 }
@@ -98,21 +99,22 @@ fn saved() -> std::sync::MutexGuard<'static, Option<Termios>> {
     lock(&SAVED)
 }
 
-/// Restores the terminal's modes from before a [`RawTerminal`]. Async-signal-safe.
+/// Restores the terminal's original modes. Async-signal-safe.
 pub fn restore() {
-    // A crash while the modes are being saved finds them locked, and not yet changed.
+    // If armlet crashes while the modes are being saved, the lock is held, and they are unchanged.
     if let Ok(mut saved) = SAVED.try_lock()
         && let Some(modes) = saved.take()
     {
         RAW.store(false, Ordering::Relaxed);
-        // In the background it is the shell's already.
+        // In the background, the shell has restored them already.
         if is_foreground() {
             let _ = termios::tcsetattr(stdio::stdin(), OptionalActions::Now, &modes);
         }
     }
 }
 
-/// A panic aborts, so the signals of a crash are the whole of it.
+/// Restores the modes on a crash. A panic aborts, so handlers for the signals of crashes cover it
+/// too.
 fn restore_at_crash() {
     extern "C" fn crashed(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         restore();

@@ -1,15 +1,15 @@
-//! Text of guests, files and other programs, as it may be shown: without control characters, and
-//! as a word for a shell.
+//! Escapes untrusted text of guests, files and other programs: for terminals, and as a word for a
+//! shell.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 
-/// Makes the control characters of a text visible, and cuts it at `longest` bytes or a few more,
-/// which say how much is left out.
+/// Escapes the control characters of a text, and truncates it to about `longest` bytes with a note
+/// of how much is missing.
 ///
-/// C0 and C1, line and paragraph separators, what changes the direction of writing or cannot be
-/// seen, and bytes that are no UTF-8 become escapes such as `\n`, `\x1b` or `\u{202e}`.
+/// C0 and C1 controls, line and paragraph separators, characters that are invisible or change the
+/// writing direction, and invalid UTF-8 become escapes such as `\n`, `\x1b` or `\u{202e}`.
 #[must_use]
 pub fn visible(text: &[u8], longest: usize) -> String {
     let mut shown = String::new();
@@ -37,7 +37,7 @@ pub fn visible(text: &[u8], longest: usize) -> String {
     shown
 }
 
-/// As [`visible`], of a text of several lines: the ends of its lines and its tabs stay.
+/// Like [`visible`], for a text of several lines: newlines and tabs are kept.
 #[must_use]
 pub fn visible_lines(text: &str) -> String {
     let mut shown = String::new();
@@ -50,7 +50,7 @@ pub fn visible_lines(text: &str) -> String {
     shown
 }
 
-/// Makes what a terminal would not show visible in JSON, whose value stays the same.
+/// Escapes in JSON what a terminal would not show; the JSON value stays the same.
 #[must_use]
 pub fn visible_json(json: &str) -> String {
     let mut shown = String::new();
@@ -67,9 +67,8 @@ pub fn visible_json(json: &str) -> String {
     shown
 }
 
-/// Returns a name as a word of a command that a user is told to give to a shell; a path is never
-/// taken for an option or a protocol of QEMU ("nbd:"). With control characters in it, for shells
-/// that know `$'...'` (POSIX.1-2024, 2.2.4).
+/// Quotes a name as a word of a suggested shell command; a path is never taken for an option or a
+/// QEMU protocol ("nbd:"). Control characters require a shell with `$'...'` (POSIX.1-2024, 2.2.4).
 #[must_use]
 pub fn shell_word(name: impl AsRef<OsStr>) -> String {
     let bytes = name.as_ref().as_bytes();
@@ -81,7 +80,7 @@ pub fn shell_word(name: impl AsRef<OsStr>) -> String {
     let text = str::from_utf8(bytes).ok();
     match text.filter(|text| !text.chars().any(|c| c.is_control() || deceives(c))) {
         Some(text) if !text.is_empty() && text.chars().all(is_plain) => format!("{before}{text}"),
-        // Advice stands in single quotes.
+        // Suggested commands are printed in single quotes.
         Some(text) if !text.contains(['"', '$', '`', '\\', '!']) => format!("\"{before}{text}\""),
         Some(text) => format!("'{before}{}'", text.replace('\'', "'\\''")),
         None => {
@@ -95,7 +94,7 @@ pub fn shell_word(name: impl AsRef<OsStr>) -> String {
     }
 }
 
-/// Returns whether a shell takes a character as it is, wherever it stands in a word.
+/// Returns whether a character needs no quoting anywhere in a shell word.
 fn is_plain(character: char) -> bool {
     character.is_ascii_alphanumeric() || "@%+=:,./_-".contains(character)
 }
@@ -114,7 +113,7 @@ fn show(character: char, shown: &mut String) {
     };
 }
 
-/// Returns whether a character changes how others are shown, or cannot be seen (Unicode Technical
+/// Returns whether a character is invisible or changes how others are displayed (Unicode Technical
 /// Report 36, section 2.5; the general categories Cf, Zl and Zp).
 pub(crate) fn deceives(character: char) -> bool {
     matches!(
