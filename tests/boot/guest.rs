@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use vmm_sys_util::signal::register_signal_handler;
 
 /// How long a test waits for anything: an emulated guest takes seconds, on a machine that others
 /// use too some tens of them.
@@ -243,6 +244,7 @@ impl Armlet {
     }
 
     fn spawn(self, output: Option<OwnedFd>) -> Guest {
+        ignore_no_signal();
         let turn = self.turn.unwrap_or_else(|| Turn::of(self.cpus));
         let mut words = self.through.clone();
         words.push(env!("CARGO_BIN_EXE_armlet").into());
@@ -290,6 +292,22 @@ impl Armlet {
             started: Instant::now(),
             folder: self.folder,
             _turn: turn,
+        }
+    }
+}
+
+/// Lets the processes that are started from here on take the signals that tests send: this one may
+/// have been started with some of them ignored, by nohup(1) or in the background of a shell, which
+/// they would inherit, and armlet leaves them so. A signal with a handler gets its default action
+/// back when a program is executed (signal(7)).
+fn ignore_no_signal() {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    let status = fs::read_to_string("/proc/self/status").expect("/proc");
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = u64::from_str_radix(ignored.expect("SigIgn").trim(), 16).expect("a mask");
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+        if ignored >> (signal - 1) & 1 == 1 {
+            register_signal_handler(signal, nothing).expect("a signal that can be handled");
         }
     }
 }
