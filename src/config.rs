@@ -375,9 +375,9 @@ mod tests {
         assert!(with(|args| args.hugepages = Some("3M".into())).contains("--hugepages"));
         assert!(with(|args| args.memory = Some("1536".into())).contains("1536M"));
         let device = |name: &str, texts: &[&str]| {
-            let kind = open::KINDS.into_iter().find(|kind| kind.name == name);
+            let kind = open::KINDS.iter().find(|kind| kind.name == name);
             let kind = kind.expect("a kind");
-            let given = texts.iter().map(|text| (kind, (*text).to_owned()));
+            let given = texts.iter().map(|text| (*kind, (*text).to_owned()));
             MachineArgs {
                 devices: given.collect(),
                 ..MachineArgs::default()

@@ -35,6 +35,7 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 mod alarm;
+mod change;
 pub mod command;
 mod ending;
 mod event;
@@ -101,8 +102,10 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     // A machine that cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
-    let backends = open::open(&options.config.virtio, console.as_ref(), broker.as_ref())
-        .fault(Status::Usage)?;
+    let config = &options.config;
+    let ram = config.request.memory;
+    events.backends =
+        open::open(&config.virtio, ram, console.as_ref(), broker.as_ref()).fault(Status::Usage)?;
     if let Some(commander) = options.commander.take() {
         commander(events.queue.commands());
     }
@@ -123,10 +126,11 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         let memory = match &memory {
             Some(memory) => memory,
-            None => memory.insert(map_memory(&options, &plan, &backends)?),
+            None => memory.insert(map_memory(&options, &plan, &events.backends)?),
         };
         let wires = events.wires();
-        let mut machine = machine::assemble::<A>(&options.kvm, &plan, memory, &backends, wires)
+        let backends = &events.backends;
+        let mut machine = machine::assemble::<A>(&options.kvm, &plan, memory, backends, wires)
             .fault(Status::Host)?;
         let (kernel, initrd) = (&options.config.kernel, &options.config.initrd);
         machine.devices.hvc = hvc.clone();
@@ -181,7 +185,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         match ending {
             None => log::info!("the guest asked for a reset; starting it again"),
             Some(ending) => {
-                for backend in backends {
+                for backend in std::mem::take(&mut events.backends) {
                     signals::waiting_for(format_args!("{} to be closed", backend.name()));
                     drop(backend);
                 }

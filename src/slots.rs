@@ -11,7 +11,7 @@ use armlet_backends::backend::Backend;
 use armlet_backends::reactor::{Reactor, Worker};
 use armlet_devices::IrqLine;
 use armlet_devices::sync::{bell, ring};
-use armlet_devices::virtio::mailbox::Mailbox;
+use armlet_devices::virtio::mailbox::{self, Mailbox};
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use armlet_system::signals;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -155,7 +155,7 @@ impl Slots {
         (
             self.light,
             Workers {
-                _threads: self.workers,
+                threads: self.workers,
                 devices: self.filled,
                 _pages: self.pages,
             },
@@ -165,7 +165,7 @@ impl Slots {
 
 /// The threads of the busy devices, and what all devices need as long as they live.
 pub struct Workers {
-    _threads: Vec<Worker>,
+    threads: Vec<Worker>,
     devices: Vec<(String, Arc<Mutex<Mmio>>)>,
     _pages: Option<Arc<ReadOnlyPages>>,
 }
@@ -175,6 +175,14 @@ impl Workers {
     #[must_use]
     pub fn devices(&self) -> &[(String, Arc<Mutex<Mmio>>)] {
         &self.devices
+    }
+
+    /// Has a busy device's thread do something with it; dropped where no such device is called `name`.
+    pub fn post(&self, name: &str, command: mailbox::Command) {
+        let mut threads = self.threads.iter();
+        if let Some(thread) = threads.find(|thread| thread.name() == name) {
+            thread.post(command);
+        }
     }
 
     /// The devices whose registers someone is at now, for messages: a driver stops one of them, and

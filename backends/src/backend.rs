@@ -1,5 +1,7 @@
 //! What stands behind a virtio device on the host.
 
+use crate::balloon::BalloonTarget;
+use crate::disk::DiskHandle;
 use crate::pmem::PmemImage;
 use anyhow::Result;
 use armlet_devices::virtio::VirtioDevice;
@@ -46,6 +48,16 @@ pub trait Backend: Send {
     fn pmem(&self) -> Option<&PmemImage> {
         None
     }
+
+    /// Returns the image of a disk, for whoever looks at it while the guest runs.
+    fn disk(&self) -> Option<DiskHandle> {
+        None
+    }
+
+    /// Returns what a balloon should hold, for whoever changes it while the guest runs.
+    fn balloon(&self) -> Option<&BalloonTarget> {
+        None
+    }
 }
 
 impl<B: Backend + Sync + ?Sized> Backend for Arc<B> {
@@ -71,5 +83,13 @@ impl<B: Backend + Sync + ?Sized> Backend for Arc<B> {
 
     fn pmem(&self) -> Option<&PmemImage> {
         (**self).pmem()
+    }
+
+    fn disk(&self) -> Option<DiskHandle> {
+        (**self).disk()
+    }
+
+    fn balloon(&self) -> Option<&BalloonTarget> {
+        (**self).balloon()
     }
 }

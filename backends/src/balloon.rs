@@ -1,5 +1,9 @@
 //! The memory balloon (`--balloon`): what the guest does not need goes back to the host.
 
+mod target;
+
+pub use target::BalloonTarget;
+
 use crate::backend::Backend;
 use crate::kind::{DeviceOptions, Guest, Kind, Place};
 use crate::options::Options;
@@ -31,8 +35,7 @@ pub static KIND: Kind = Kind {
 /// A balloon for the guest, through all its starts.
 pub struct GuestBalloon {
     offer: Offer,
-    /// Bytes that it should hold.
-    target: u64,
+    target: BalloonTarget,
 }
 
 /// A balloon as the user asks for it.
@@ -75,7 +78,7 @@ impl BalloonOptions {
 
     /// The balloon.
     #[must_use]
-    pub fn open(&self) -> GuestBalloon {
+    pub fn open(&self, memory: u64) -> GuestBalloon {
         GuestBalloon {
             offer: Offer {
                 reporting: self.reporting,
@@ -83,7 +86,7 @@ impl BalloonOptions {
                 hinting: false,
                 deflate_on_oom: self.deflate_on_oom,
             },
-            target: self.target,
+            target: BalloonTarget::new(self.target, memory),
         }
     }
 }
@@ -95,17 +98,15 @@ impl DeviceOptions for BalloonOptions {
 
     fn check_for(&self, guest: &Guest) -> Result<()> {
         if self.target >= guest.memory {
-            bail!(
-                "{FLAG}: a balloon of {} leaves nothing of the guest's {}; use less, and leave it what it needs to run",
-                (guest.show_size)(self.target),
-                (guest.show_size)(guest.memory)
-            );
+            let (target, memory) = (self.target, guest.memory);
+            let what = target::too_large((guest.show_size)(target), (guest.show_size)(memory));
+            bail!("{FLAG}: {what}");
         }
         Ok(())
     }
 
-    fn open_backend(&self, _place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        Ok(Box::new(self.open()))
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(self.open(place.memory)))
     }
 }
 
@@ -116,12 +117,16 @@ impl Backend for GuestBalloon {
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let pages = Box::new(HostPages::default());
-        let balloon = Balloon::new(self.target, self.offer, pages);
+        let balloon = Balloon::new(self.target.get(), self.offer, pages);
         Ok(Arc::new(Mutex::new(balloon)))
     }
 
     fn takes_memory(&self) -> bool {
         true
+    }
+
+    fn balloon(&self) -> Option<&BalloonTarget> {
+        Some(&self.target)
     }
 
     /// Giving back gigabytes takes the host a while.
@@ -167,7 +172,7 @@ mod tests {
                 .map_err(|_| text.into()),
             None => text.parse().map_err(|_| format!("size '{text}'")),
         };
-        BalloonOptions::parse(text, parse_size).map(|options| options.open())
+        BalloonOptions::parse(text, parse_size).map(|options| options.open(1 << 30))
     }
 
     #[test]
@@ -179,7 +184,7 @@ mod tests {
             deflate_on_oom: true,
         };
         assert_eq!(balloon.offer, defaults);
-        assert_eq!(balloon.target, 0);
+        assert_eq!(balloon.target.get(), 0);
         let balloon = open("size=512M,reporting=off,deflate-on-oom=off").expect("valid");
         let others = Offer {
             reporting: false,
@@ -187,7 +192,7 @@ mod tests {
             deflate_on_oom: false,
         };
         assert_eq!(balloon.offer, others);
-        assert_eq!(balloon.target, 512 << 20);
+        assert_eq!(balloon.target.get(), 512 << 20);
     }
 
     #[test]

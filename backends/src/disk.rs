@@ -5,6 +5,7 @@
 
 mod complaints;
 mod growth;
+mod handle;
 mod image;
 mod opened;
 mod options;
@@ -14,6 +15,7 @@ mod sys;
 mod table;
 mod uring;
 
+pub use handle::DiskHandle;
 pub use options::{Cache, DiskOptions, EngineChoice, Format, KIND};
 
 use crate::backend::Backend;
@@ -24,6 +26,7 @@ use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};
 use armlet_system::messages::shell_word;
 use complaints::Complaints;
+use handle::Measured;
 use image::{Alignment, Image, PlainEngine};
 use opened::{Opened, is_in_memory};
 use options::{FLAG, QCOW2, SECTOR};
@@ -282,17 +285,14 @@ impl Storage {
 }
 
 impl Disk {
-    /// Looks how large the image is now, in bytes.
-    fn size(&self) -> Result<u64> {
-        match &self.storage {
-            Storage::Raw { image, .. } => {
-                let size = (&image.file).seek(SeekFrom::End(0));
-                let size =
-                    size.with_context(|| format!("cannot look at the image of {}", self.name))?;
-                Ok(image.set_len(size))
-            }
-            #[cfg(feature = "qcow2")]
-            Storage::Qcow2(image) => Ok(image.size()),
+    fn handle(&self) -> DiskHandle {
+        DiskHandle {
+            name: self.name.clone(),
+            image: match &self.storage {
+                Storage::Raw { image, .. } => Measured::Raw(Arc::clone(image)),
+                #[cfg(feature = "qcow2")]
+                Storage::Qcow2(image) => Measured::Fixed(image.size()),
+            },
         }
     }
 
@@ -321,8 +321,12 @@ impl Backend for Disk {
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let mut shape = self.shape.clone();
-        shape.size = self.size()?;
+        shape.size = self.handle().look()?;
         Ok(Arc::new(Mutex::new(Block::new(&shape, self.engine()?))))
+    }
+
+    fn disk(&self) -> Option<DiskHandle> {
+        Some(self.handle())
     }
 
     fn is_busy(&self) -> bool {

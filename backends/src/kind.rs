@@ -55,6 +55,8 @@ pub struct Place<'a> {
     pub name: &'a str,
     /// Its number among those of its kind, from 0.
     pub number: usize,
+    /// The guest's memory in bytes.
+    pub memory: u64,
     /// Starts programs, where a device [needs](DeviceOptions::needs_broker) that.
     pub broker: Option<&'a Arc<Broker>>,
     /// What stands behind the console that is [connected to the terminal](DeviceOptions::is_terminal).

@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// The kinds of devices, in the order of the help.
-pub static KINDS: [&Kind; 8] = [
+pub static KINDS: &[&Kind] = &[
     &disk::KIND,
     &net::KIND,
     &pmem::KIND,
@@ -125,13 +125,14 @@ pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
     is_needed.then(Broker::fork).transpose()
 }
 
-/// Opens what stands behind the devices of a guest, in their order; `console` stands behind the
-/// console, and `broker` starts programs ([`fork_broker`]).
+/// Opens what stands behind the devices of a guest with `memory` bytes, in their order; `console` stands
+/// behind the console, and `broker` starts programs ([`fork_broker`]).
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
 pub fn open(
     wanted: &[Wanted],
+    memory: u64,
     console: Option<&Arc<dyn Backend + Sync>>,
     broker: Option<&Arc<Broker>>,
 ) -> Result<Vec<Box<dyn Backend>>> {
@@ -146,6 +147,7 @@ pub fn open(
         backends.push(options.open_backend(&Place {
             name,
             number: *number,
+            memory,
             broker,
             console,
         })?);
@@ -172,7 +174,7 @@ mod tests {
     }
 
     fn kind(name: &str) -> &'static Kind {
-        let mut kinds = KINDS.into_iter();
+        let mut kinds = KINDS.iter();
         kinds.find(|kind| kind.name == name).expect(name)
     }
 

@@ -7,12 +7,46 @@ mod options;
 mod tests;
 
 pub use image::{FileMemory, Missing, PmemImage};
-pub use options::{ALIGN, KIND, PmemOptions};
+pub use options::{ALIGN, PmemOptions};
 
 use crate::backend::Backend;
-use anyhow::Result;
+use crate::kind::{DeviceOptions, Kind, Place};
+use anyhow::{Context, Result};
 use armlet_devices::virtio::VirtioDevice;
+use armlet_system::files::{self, Accepted};
+use options::{FLAG, size_of};
 use std::sync::{Arc, Mutex};
+
+/// Persistent memory.
+pub static KIND: Kind = Kind {
+    name: "pmem",
+    letter: None,
+    value: "PMEM",
+    help: "persistent memory: PATH, or path=IMG[,readonly]; may be\nrepeated",
+    repeats: true,
+    slot: 4,
+    default: None,
+    parse: |text, _| Ok(Some(Box::new(PmemOptions::parse(text)?))),
+};
+
+impl DeviceOptions for PmemOptions {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    /// The image is neither locked nor kept open.
+    fn pmem_size(&self) -> Result<Option<u64>> {
+        let shown = self.path.display();
+        let file = files::open(&self.path, Accepted::FileOrDisk, false)
+            .with_context(|| format!("{FLAG}: cannot open {shown}"))?;
+        let size = size_of(&file).with_context(|| format!("{FLAG}: {shown}"))?;
+        Ok(Some(size))
+    }
+
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(PmemImage::open(self, place.number)?))
+    }
+}
 
 impl Backend for PmemImage {
     fn name(&self) -> String {

@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 use armlet_devices::sync::{lock, ring};
 use armlet_devices::virtio::VirtioDevice;
-use armlet_devices::virtio::mailbox::{Mailbox, Owner};
+use armlet_devices::virtio::mailbox::{Command, Mailbox, Owner};
 use armlet_system::eintr::events;
 use armlet_system::signals;
 use std::os::fd::{AsRawFd, RawFd};
@@ -201,6 +201,19 @@ impl Worker {
             stopping,
             mailbox,
         })
+    }
+}
+
+impl Worker {
+    /// Returns what the thread is called, as its device.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Has the thread do something with its device.
+    pub fn post(&self, command: Command) {
+        self.mailbox.post(command);
     }
 }
 

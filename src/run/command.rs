@@ -24,6 +24,12 @@ pub enum Command {
     Pause(Reply<Result<(), String>>),
     /// Resume a paused machine.
     Resume(Reply<()>),
+    /// Set the balloon's target in bytes; answered once the device has it, or with the reason why it
+    /// cannot be set.
+    SetBalloon(u64, Reply<Result<(), String>>),
+    /// Read again the size of a disk's image, by the disk's name; answered with the disk's bytes once
+    /// the device has them, or with the reason why not.
+    LookAtDisk(String, Reply<Result<u64, String>>),
     /// Run a closure on a vCPU's thread, between two instructions of the guest. It is dropped if
     /// there is no such vCPU, or the vCPU ends first.
     WithVcpu(usize, Box<dyn FnOnce(&mut VcpuFd) + Send>),

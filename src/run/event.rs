@@ -2,6 +2,7 @@
 //! of other threads, and tracks the deadlines of a life.
 
 use super::alarm::Alarm;
+use super::change;
 use super::command::{By, Command, of_signals};
 use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
@@ -14,6 +15,7 @@ use crate::serial::TICK;
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
+use armlet_backends::backend::Backend;
 use armlet_backends::console::{HvcConsole, terminal_size};
 use armlet_devices::sync::{bell, lock};
 use armlet_system::eintr::events;
@@ -42,6 +44,8 @@ pub(super) struct Events {
     pub(super) queue: Queue,
     signals: &'static EventFd,
     pub(super) input: Input,
+    /// What stands behind the virtio devices.
+    pub(super) backends: Vec<Box<dyn Backend>>,
     power: Power,
     alarm: Alarm,
     /// When to flush a burst of output.
@@ -78,6 +82,7 @@ impl Events {
             queue: Queue::new(bell),
             signals,
             input: Input::new(INPUT),
+            backends: Vec::new(),
             power: Power::new(patience),
             alarm: Alarm::new(CLOCK),
             tick: None,
@@ -338,6 +343,14 @@ impl Events {
                 self.input.held = false;
                 self.feed(devices)?;
                 reply.send(());
+            }
+            Command::SetBalloon(bytes, reply) => {
+                let post = |name: &str, command| machine.workers.post(name, command);
+                change::set_balloon(&self.backends, post, bytes, reply);
+            }
+            Command::LookAtDisk(name, reply) => {
+                let post = |name: &str, command| machine.workers.post(name, command);
+                change::look_at_disk(&self.backends, post, &name, reply);
             }
             Command::WithVcpu(index, task) => {
                 // If no vCPU runs it, the task is dropped, which notifies whoever waits for it.

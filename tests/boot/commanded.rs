@@ -71,6 +71,20 @@ fn serve(commands: &Commands, fifo: &str) {
                 let good = each.filter(|said| said == "held.goes on.").count();
                 format!("{good} of {times}.")
             }
+            ["look", name] => {
+                let look = |reply| asked::Command::LookAtDisk(name.to_owned(), reply);
+                match answer(commands, look) {
+                    Ok(bytes) => format!("{name} has {bytes} bytes."),
+                    Err(why) => format!("there is no {name}: {why}."),
+                }
+            }
+            ["balloon", bytes] => {
+                let bytes = bytes.parse().expect("a number");
+                match answer(commands, |reply| asked::Command::SetBalloon(bytes, reply)) {
+                    Ok(()) => "the balloon knows.".to_owned(),
+                    Err(why) => format!("no balloon: {why}."),
+                }
+            }
             ["stop"] => {
                 let _ = commands.send(asked::Command::Stop(By::Key));
                 return;
@@ -79,6 +93,13 @@ fn serve(commands: &Commands, fifo: &str) {
         };
         messages::say(&said);
     }
+}
+
+/// What comes of a command.
+fn answer<T>(commands: &Commands, command: impl FnOnce(Reply<T>) -> asked::Command) -> T {
+    let (reply, answer) = Reply::channel();
+    assert!(commands.send(command(reply)).is_ok(), "nobody takes it");
+    answer.recv_timeout(LONG).expect("an answer")
 }
 
 fn pause(commands: &Commands) -> String {
@@ -310,4 +331,49 @@ pub(crate) fn is_not_held_while_nobody_reads(armlet: Armlet) {
     commanded.command("resume", "goes on.\n");
     writeln!(commanded.fifo, "stop").expect("armlet reads it");
     commanded.guest.end().assert_status(6);
+}
+
+/// A guest that sees its disk grow and its balloon's target change, as somebody asks for both while it
+/// runs.
+pub(crate) fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
+    const SIZE: u64 = 3 << 20;
+    const TARGET: u64 = 16 << 20;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("disk");
+    fs::write(&path, vec![0; 1 << 20]).expect("an image");
+    let disk = path.to_string_lossy().into_owned();
+    let options = [("--disk", disk), ("--balloon", "on".to_owned())];
+    // Where each device's configuration space begins.
+    let config = |wanted: &str| {
+        let slots = slots(&options);
+        let slot = slots.iter().find(|(name, _)| name == wanted);
+        slot.expect("a slot").1 + 0x100
+    };
+    let mut steps = Steps::default();
+    steps.print(FIRST);
+    steps.wait(config("disk0"), u32::MAX, (SIZE / 512) as u32);
+    steps.print("larger\n");
+    steps.wait(config("balloon"), u32::MAX, (TARGET / 4096) as u32);
+    steps.print("asked for memory\n");
+    let mut armlet = Armlet::image(&image(&steps)).option("--board", BOARD);
+    for (name, value) in &options {
+        armlet = armlet.option(name, value);
+    }
+    let mut commanded = Commanded::start(armlet, None);
+    commanded.guest.expect(FIRST);
+    let file = File::options().write(true).open(&path);
+    file.expect("an image").set_len(SIZE).expect("room");
+    commanded.command(
+        "look disk1",
+        "there is no disk1: the guest has no disk called disk1.\n",
+    );
+    commanded.command("look disk0", &format!("disk0 has {SIZE} bytes.\n"));
+    commanded.guest.expect("larger\n");
+    let most = format!("balloon {}", u64::MAX);
+    commanded.command(&most, "no balloon: a balloon of ");
+    commanded.command(&format!("balloon {TARGET}"), "the balloon knows.\n");
+    commanded.guest.expect("asked for memory\n");
+    let outcome = commanded.guest.end();
+    outcome.assert_status(0);
+    assert!(!outcome.text().contains('!'), "{}", outcome.text());
 }

@@ -628,6 +628,13 @@ fn a_held_disk_stands_still_and_goes_on() {
     }
 }
 
+#[test]
+fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
+    if rig::small() {
+        commanded::a_disk_and_a_balloon_are_changed_while_the_guest_runs();
+    }
+}
+
 /// `pvclock_vcpu_time_info` and its flag PVCLOCK_GUEST_STOPPED (Documentation/virt/kvm/x86/msr.rst,
 /// MSR_KVM_SYSTEM_TIME_NEW).
 #[test]

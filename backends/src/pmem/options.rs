@@ -1,26 +1,10 @@
 //! Persistent memory as it is asked for.
 
-use super::PmemImage;
-use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Kind, Place};
 use crate::options::{Options, path_first};
 use anyhow::{Context, Result};
-use armlet_system::files::{self, Accepted};
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
-
-/// Persistent memory.
-pub static KIND: Kind = Kind {
-    name: "pmem",
-    letter: None,
-    value: "PMEM",
-    help: "persistent memory: PATH, or path=IMG[,readonly]; may be\nrepeated",
-    repeats: true,
-    slot: 4,
-    default: None,
-    parse: |text, _| Ok(Some(Box::new(PmemOptions::parse(text)?))),
-};
 
 pub(super) const FLAG: &str = "--pmem";
 
@@ -50,25 +34,6 @@ impl PmemOptions {
         let readonly = options.switch("readonly")?;
         options.finish()?;
         Ok(PmemOptions { path, readonly })
-    }
-}
-
-impl DeviceOptions for PmemOptions {
-    fn kind(&self) -> &'static Kind {
-        &KIND
-    }
-
-    /// The image is neither locked nor kept open.
-    fn pmem_size(&self) -> Result<Option<u64>> {
-        let shown = self.path.display();
-        let file = files::open(&self.path, Accepted::FileOrDisk, false)
-            .with_context(|| format!("{FLAG}: cannot open {shown}"))?;
-        let size = size_of(&file).with_context(|| format!("{FLAG}: {shown}"))?;
-        Ok(Some(size))
-    }
-
-    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        Ok(Box::new(PmemImage::open(self, place.number)?))
     }
 }
 

@@ -22,8 +22,8 @@ use self::working::{
     FEATURE_STATISTICS, Role, Working, roles,
 };
 use super::{
-    Chain, ConfigSpace, DeviceState, Driver, Positions, RestoreError, StartError, VirtioDevice,
-    Virtqueue, quiesced,
+    Chain, Change, ConfigSpace, DeviceState, Driver, Positions, RestoreError, StartError,
+    VirtioDevice, Virtqueue, quiesced,
 };
 
 mod pages;
@@ -371,6 +371,14 @@ impl VirtioDevice for Balloon {
 
     fn config(&self) -> Arc<ConfigSpace> {
         Arc::clone(&self.config)
+    }
+
+    fn change(&mut self, change: Change) -> bool {
+        match change {
+            Change::BalloonTarget(bytes) => self.set_target(bytes),
+            _ => return false,
+        }
+        true
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

@@ -8,8 +8,8 @@ use self::request::{Disk, SERIAL};
 use self::shape::{ENTRIES, SECTOR, config_bytes, features, field, put};
 use self::work::Work;
 use super::{
-    ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError, VirtioDevice,
-    Virtqueue,
+    Change, ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError,
+    VirtioDevice, Virtqueue,
 };
 
 mod data;
@@ -98,6 +98,14 @@ impl VirtioDevice for Block {
 
     fn config(&self) -> Arc<ConfigSpace> {
         Arc::clone(&self.config)
+    }
+
+    fn change(&mut self, change: Change) -> bool {
+        match change {
+            Change::DiskSize(bytes) => self.set_size(bytes),
+            _ => return false,
+        }
+        true
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

@@ -95,6 +95,13 @@ pub trait VirtioDevice: Send {
     /// When the backend refuses it; the device then asks the driver for a reset.
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError>;
 
+    /// Makes a change that the host asks for, whether or not a driver has the device in use. Returns
+    /// false for a change that this device does not know.
+    fn change(&mut self, change: Change) -> bool {
+        let _ = change;
+        false
+    }
+
     /// Returns a flag that is set while the device is to be reset: a device that is processing a
     /// long request checks it and abandons the request.
     fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
@@ -127,6 +134,15 @@ pub trait VirtioDevice: Send {
     fn ready(&mut self, source: usize) {
         let _ = source;
     }
+}
+
+/// What the host may change of a device while a guest has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A disk has so many bytes.
+    DiskSize(u64),
+    /// A balloon should hold so many bytes.
+    BalloonTarget(u64),
 }
 
 /// A descriptor that a device waits for.

@@ -136,18 +136,34 @@ impl Mailbox {
     }
 }
 
-impl Access for Mailbox {
-    fn run(&self, what: fmt::Arguments<'_>, command: Command) {
+impl Mailbox {
+    /// Submits a command that nobody waits for: it answers by itself, if it is to. It is run also if
+    /// the thread that owns the device ends.
+    pub fn post(&self, command: Command) {
+        let _ = self.submit(command);
+    }
+
+    /// Submits a command, or runs it where nobody owns the device; returns its number if it waits.
+    fn submit(&self, command: Command) -> Option<(MutexGuard<'_, Commands>, u64)> {
         let mut queue = lock(&self.queue);
         if !queue.is_owned {
             command(&mut *lock(&self.device));
-            return;
+            return None;
         }
         let number = queue.submitted;
         queue.submitted += 1;
         queue.commands.push_back(command);
         self.is_pending.store(true, Ordering::Release);
         ring(&self.wakeup);
+        Some((queue, number))
+    }
+}
+
+impl Access for Mailbox {
+    fn run(&self, what: fmt::Arguments<'_>, command: Command) {
+        let Some((mut queue, number)) = self.submit(command) else {
+            return;
+        };
         let mut patience = Patience::new();
         while queue.completed <= number {
             let most = patience.look(what).max(POLL_INTERVAL);
@@ -268,6 +284,22 @@ mod tests {
         }
         thread.join().expect("it did not panic");
         assert!(lock(&notes).iter().copied().eq(0..1000));
+    }
+
+    #[test]
+    fn what_is_posted_is_done_in_order_and_nobody_waits_for_it() {
+        let (mailbox, notes) = (mailbox(), Arc::default());
+        mailbox.post(note(&notes, 1));
+        assert_eq!(*lock(&notes), [1]);
+        let mut owner = mailbox.own();
+        mailbox.post(note(&notes, 2));
+        mailbox.post(note(&notes, 3));
+        assert_eq!(*lock(&notes), [1], "the owner is at work");
+        owner.run_commands();
+        assert_eq!(*lock(&notes), [1, 2, 3]);
+        mailbox.post(note(&notes, 4));
+        drop(owner);
+        assert_eq!(*lock(&notes), [1, 2, 3, 4]);
     }
 
     #[test]

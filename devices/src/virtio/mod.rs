@@ -29,7 +29,7 @@ pub(crate) mod fake;
 
 pub use crate::persist::RestoreError;
 pub use config::ConfigSpace;
-pub use device::{Driver, Positions, Source, StartError, VirtioDevice, quiesced};
+pub use device::{Change, Driver, Positions, Source, StartError, VirtioDevice, quiesced};
 pub use link::{Interrupts, Link, Vector};
 pub use queue::{Chain, Position, Virtqueue};
 pub use state::DeviceState;
