@@ -2,7 +2,7 @@
 //! memory that the guest reads without an exit.
 
 use crate::kvm::KvmArch;
-use crate::kvm::interrupts::Interrupts;
+use crate::kvm::interrupts::{Interrupts, Lead};
 use crate::kvm::page::ReadOnlyPages;
 use anyhow::{Context, Result};
 use armlet_arch::{DeviceKind, Range};
@@ -77,8 +77,9 @@ impl Slots {
         let device = backend.device().with_context(|| name.clone())?;
         let call = self
             .interrupts
-            .edge(A::gsi(placed.spi))
-            .with_context(|| format!("cannot give {name} its interrupt"))?;
+            .edge(Lead::Pin(A::gsi(placed.spi)))
+            .with_context(|| format!("cannot give {name} its interrupt"))?
+            .call();
         let window = placed.window;
         let page: Arc<dyn RegisterPage> = match &self.pages {
             Some(pages) => Arc::new(SlotPage {

@@ -43,6 +43,9 @@ mod guest;
 /// What does the steps of a guest without an operating system, in the guest.
 #[path = "boot/interpreter.rs"]
 mod interpreter;
+/// KVM's table of interrupts.
+#[path = "boot/interrupts.rs"]
+mod interrupts;
 /// Kernels in every form that distributions ship.
 #[path = "boot/kernels.rs"]
 mod kernels;

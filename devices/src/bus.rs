@@ -1,20 +1,35 @@
 //! The bus: which device answers at an address.
 
 use crate::sync::lock;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::Device;
 use crate::action::Action;
 
 /// Windows of addresses and the devices behind them.
 ///
-/// It is filled while the machine is built and read-only afterwards, so vCPU threads share it in an
-/// [`Arc`] without a lock; only the devices are locked.
+/// It is filled while the machine is built, and vCPU threads share it in an [`Arc`]. Windows that stay
+/// where they are are read-only from then on and need no lock; only the devices are locked. Those that
+/// move are looked for where none of the others is, so that accesses to the others cost what they cost
+/// without them.
 #[derive(Default)]
 pub struct Bus {
-    /// Sorted by `start`; no two overlap.
+    /// Those that stay, sorted by `start`; no two overlap.
     windows: Vec<Window>,
+    /// Those that move.
+    moving: RwLock<Vec<Moving>>,
 }
+
+/// A window that moves: its length, its device, and where it is now, if it is anywhere.
+struct Moving {
+    len: u64,
+    device: Arc<Mutex<dyn Device>>,
+    place: Option<Window>,
+}
+
+/// Which of the windows that move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MovingWindow(usize);
 
 /// Why a window could not be put on the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -74,16 +89,45 @@ impl Bus {
             .and_then(|index| self.windows.get(index));
         let after = self.windows.get(place);
         for other in before.into_iter().chain(after) {
-            if window.start <= other.last && other.start <= window.last {
-                return Err(BusError::Overlaps {
-                    start,
-                    len,
-                    other_start: other.start,
-                    other_len: other.last - other.start + 1,
-                });
-            }
+            window.check_apart(other)?;
         }
         self.windows.insert(place, window);
+        Ok(())
+    }
+
+    /// Adds a window of `len` bytes that moves. It is nowhere until [`Self::place`] says where.
+    pub fn insert_moving(&mut self, len: u64, device: Arc<Mutex<dyn Device>>) -> MovingWindow {
+        let moving = self.moving.get_mut();
+        let moving = moving.unwrap_or_else(PoisonError::into_inner);
+        moving.push(Moving {
+            len,
+            device,
+            place: None,
+        });
+        MovingWindow(moving.len() - 1)
+    }
+
+    /// Has a window begin at `start` from now on, or be nowhere. Other threads may read and write
+    /// meanwhile: each access finds the window at its old place or at its new one.
+    ///
+    /// # Errors
+    /// As [`Self::insert`], after which the window is nowhere: a guest may place a window as it likes.
+    pub fn place(&self, window: MovingWindow, start: Option<u64>) -> Result<(), BusError> {
+        let moving = self.moving.write();
+        let mut moving = moving.unwrap_or_else(PoisonError::into_inner);
+        let Some(Moving { len, device, place }) = moving.get_mut(window.0) else {
+            return Ok(());
+        };
+        *place = None;
+        let Some(start) = start else {
+            return Ok(());
+        };
+        let new = Window::new(start, *len, Arc::clone(device))?;
+        let places = moving.iter().filter_map(|moving| moving.place.as_ref());
+        for other in self.windows.iter().chain(places) {
+            new.check_apart(other)?;
+        }
+        moving[window.0].place = Some(new);
         Ok(())
     }
 
@@ -93,8 +137,11 @@ impl Bus {
     /// the bytes: `data` is then zeroed, and the caller counts and logs the access.
     pub fn read(&self, address: u64, data: &mut [u8]) -> Option<Action> {
         data.fill(0);
-        let (window, offset) = self.find(address, data.len())?;
-        Some(window.lock().read(offset, data))
+        if let Some((window, offset)) = find(&self.windows, address, data.len()) {
+            return Some(window.lock().read(offset, data));
+        }
+        let (device, offset) = self.find_moving(address, data.len())?;
+        Some(lock(&device).read(offset, data))
     }
 
     /// Writes `data` at `address` to the device there.
@@ -102,18 +149,34 @@ impl Bus {
     /// Returns what the access means for the machine, or `None` when no single device covers all of
     /// the bytes: nothing is then written, and the caller counts and logs the access.
     pub fn write(&self, address: u64, data: &[u8]) -> Option<Action> {
-        let (window, offset) = self.find(address, data.len())?;
-        Some(window.lock().write(offset, data))
+        if let Some((window, offset)) = find(&self.windows, address, data.len()) {
+            return Some(window.lock().write(offset, data));
+        }
+        let (device, offset) = self.find_moving(address, data.len())?;
+        Some(lock(&device).write(offset, data))
     }
 
-    /// Finds the window that covers all `size` bytes from `address`, and the offset into it.
-    fn find(&self, address: u64, size: usize) -> Option<(&Window, u64)> {
-        let more = u64::try_from(size).ok()?.checked_sub(1)?;
-        let last = address.checked_add(more)?;
-        let next = self.windows.partition_point(|other| other.start <= address);
-        let window = self.windows.get(next.checked_sub(1)?)?;
-        (last <= window.last).then(|| (window, address - window.start))
+    /// Finds the device that all `size` bytes from `address` are of, among the windows that move.
+    /// Nothing is locked when this returns: what the device does may be to move its window.
+    #[cold]
+    fn find_moving(&self, address: u64, size: usize) -> Option<(Arc<Mutex<dyn Device>>, u64)> {
+        let moving = self.moving.read();
+        let moving = moving.unwrap_or_else(PoisonError::into_inner);
+        moving.iter().find_map(|moving| {
+            let (window, offset) = find(moving.place.as_slice(), address, size)?;
+            Some((Arc::clone(&window.device), offset))
+        })
     }
+}
+
+/// Finds the window that covers all `size` bytes from `address`, among windows that are sorted, and the
+/// offset into it.
+fn find(windows: &[Window], address: u64, size: usize) -> Option<(&Window, u64)> {
+    let more = u64::try_from(size).ok()?.checked_sub(1)?;
+    let last = address.checked_add(more)?;
+    let next = windows.partition_point(|other| other.start <= address);
+    let window = windows.get(next.checked_sub(1)?)?;
+    (last <= window.last).then(|| (window, address - window.start))
 }
 
 /// One device's addresses. The bounds are inclusive, because a window may end at 2^64 - 1.
@@ -133,6 +196,19 @@ impl Window {
             start,
             last,
             device,
+        })
+    }
+
+    /// Checks that the windows have no address in common.
+    fn check_apart(&self, other: &Window) -> Result<(), BusError> {
+        if self.start > other.last || other.start > self.last {
+            return Ok(());
+        }
+        Err(BusError::Overlaps {
+            start: self.start,
+            len: self.last - self.start + 1,
+            other_start: other.start,
+            other_len: other.last - other.start + 1,
         })
     }
 
@@ -319,6 +395,76 @@ mod tests {
         let mut data = [0; 1];
         assert_eq!(bus.read(0x1000, &mut data), Some(Action::None));
         assert_eq!(data, [1]);
+    }
+
+    #[test]
+    fn a_window_moves_and_answers_where_it_is_alone() {
+        let (fixed, moves) = (probe(1), probe(2));
+        let mut bus = Bus::new();
+        bus.insert(0x1000, 0x1000, fixed).expect("free");
+        let window = bus.insert_moving(0x100, moves.clone());
+        let other = bus.insert_moving(0x100, probe(3));
+        let at = |address| {
+            let mut data = [9; 1];
+            bus.read(address, &mut data).map(|_| data[0])
+        };
+        assert_eq!(at(0x3000), None, "it is nowhere");
+        for start in [0x3000, 0x4000, 0xf00, 0x2000, u64::MAX - 0xff] {
+            bus.place(window, Some(start)).expect("free");
+            assert_eq!([at(start), at(start + 0xff)], [Some(2); 2]);
+            assert_eq!(at(0x1000), Some(1));
+            assert_eq!(at(start - 1).filter(|name| *name == 2), None);
+        }
+        assert_eq!(bus.write(u64::MAX, b"a"), Some(Action::None));
+        assert_eq!(moves.lock().expect("sound").writes, [(0xff, b"a".to_vec())]);
+        bus.place(other, Some(0x5000)).expect("free");
+        // A place that is taken, or is none: then it is nowhere, and all others stay.
+        for start in [0x1fff, 0xf01, 0x50ff, u64::MAX] {
+            bus.place(window, Some(0x3000)).expect("free");
+            bus.place(window, Some(start)).expect_err("taken");
+            assert_eq!(
+                [at(0x3000), at(0x1fff), at(0x50ff)],
+                [None, Some(1), Some(3)]
+            );
+        }
+        bus.place(window, Some(0x3000)).expect("free");
+        bus.place(window, None).expect("always");
+        assert_eq!(at(0x3000), None);
+    }
+
+    #[test]
+    fn a_window_moves_while_others_look_and_is_never_in_two_places() {
+        let mut bus = Bus::new();
+        let window = bus.insert_moving(0x100, probe(1));
+        let bus = Arc::new(bus);
+        let seen = thread::scope(|scope| {
+            let looks = (0..2).map(|_| {
+                scope.spawn(|| {
+                    let mut seen = [0_u32; 2];
+                    while seen.iter().any(|times| *times < 100) {
+                        for (times, start) in seen.iter_mut().zip([0x1000, 0x2000]) {
+                            let mut data = [0; 4];
+                            if bus.read(start, &mut data).is_some() {
+                                assert_eq!(data, [1; 4]);
+                                *times += 1;
+                            }
+                        }
+                    }
+                    seen
+                })
+            });
+            let looks: Vec<_> = looks.collect();
+            let mut places = [0x1000, 0x2000].into_iter().cycle();
+            while !looks.iter().all(|look| look.is_finished()) {
+                bus.place(window, places.next()).expect("free");
+                thread::yield_now();
+            }
+            looks
+                .into_iter()
+                .map(|look| look.join().expect("no panic"))
+                .count()
+        });
+        assert_eq!(seen, 2);
     }
 
     proptest! {

@@ -10,10 +10,11 @@ use armlet_devices::IrqLine;
 use armlet_devices::ioapic::{Message, PINS};
 use armlet_devices::sync::{bell, lock};
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting,
+    kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -46,32 +47,83 @@ impl Pins {
     }
 }
 
+/// An MSI, as an entry of the routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The message.
+    pub message: Message,
+    /// The DeviceID of the sender, which an ITS needs (KVM_MSI_VALID_DEVID).
+    pub device: Option<u32>,
+}
+
+impl From<Message> for Route {
+    /// The MSI of an interrupt controller itself.
+    fn from(message: Message) -> Route {
+        Route {
+            message,
+            device: None,
+        }
+    }
+}
+
+/// What an irqfd is routed to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// The pin that KVM routes this GSI to by default.
+    Pin(u32),
+    /// An MSI, which [`Edge::send`] sets.
+    Msi,
+}
+
 /// The GSI routing table.
 #[derive(Debug, PartialEq, Eq)]
 struct Table {
     pins: Pins,
     /// MSIs by GSI.
-    messages: BTreeMap<u32, Message>,
+    messages: BTreeMap<u32, Route>,
+    /// The GSIs that are allocated to irqfds of MSIs.
+    allocated: BTreeSet<u32>,
 }
 
 impl Table {
+    fn new(pins: Pins) -> Table {
+        Table {
+            pins,
+            messages: BTreeMap::new(),
+            allocated: BTreeSet::new(),
+        }
+    }
+
+    /// Allocates the lowest free GSI above those of pins, and of an I/O APIC in user space.
+    fn allocate(&mut self) -> u32 {
+        let first = match self.pins {
+            Pins::Spis(count) => count,
+            Pins::None | Pins::Pc => PINS as u32,
+        };
+        let free = (first..).find(|gsi| !self.allocated.contains(gsi));
+        // Descriptors run out long before numbers do.
+        let gsi = free.unwrap_or(u32::MAX);
+        self.allocated.insert(gsi);
+        gsi
+    }
+
     /// Changes the MSIs of GSIs and, if that changes the table, passes the whole table to `give`.
     ///
     /// # Errors
     /// The error of `give`; the table is then unchanged.
     fn change(
         &mut self,
-        changes: impl Iterator<Item = (u32, Option<Message>)>,
+        changes: impl Iterator<Item = (u32, Option<Route>)>,
         give: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<()>,
     ) -> Result<()> {
         // The previous MSI of each GSI that changes.
         let mut before = Vec::new();
-        for (gsi, message) in changes {
-            let old = match message {
-                Some(message) => self.messages.insert(gsi, message),
+        for (gsi, route) in changes {
+            let old = match route {
+                Some(route) => self.messages.insert(gsi, route),
                 None => self.messages.remove(&gsi),
             };
-            if old != message {
+            if old != route {
                 before.push((gsi, old));
             }
         }
@@ -82,7 +134,7 @@ impl Table {
             // In reverse, because a GSI may have changed twice.
             for (gsi, old) in before.into_iter().rev() {
                 match old {
-                    Some(message) => self.messages.insert(gsi, message),
+                    Some(route) => self.messages.insert(gsi, route),
                     None => self.messages.remove(&gsi),
                 };
             }
@@ -101,15 +153,19 @@ impl Table {
             entry.u.irqchip.pin = pin;
             entry
         });
-        let messages = self.messages.iter().map(|(&gsi, message)| {
+        let messages = self.messages.iter().map(|(&gsi, route)| {
             let mut entry = kvm_irq_routing_entry {
                 gsi,
                 type_: KVM_IRQ_ROUTING_MSI,
                 ..Default::default()
             };
-            entry.u.msi.address_lo = message.address as u32;
-            entry.u.msi.address_hi = (message.address >> 32) as u32;
-            entry.u.msi.data = message.data;
+            entry.u.msi.address_lo = route.message.address as u32;
+            entry.u.msi.address_hi = (route.message.address >> 32) as u32;
+            entry.u.msi.data = route.message.data;
+            if let Some(device) = route.device {
+                entry.flags = KVM_MSI_VALID_DEVID;
+                entry.u.msi.__bindgen_anon_1.devid = device;
+            }
             entry
         });
         pins.chain(messages).collect()
@@ -122,16 +178,55 @@ pub struct Interrupts {
     table: Mutex<Table>,
 }
 
+/// An irqfd, which stays the same when its route changes. One for an MSI, and its GSI, are freed on drop.
+pub struct Edge {
+    call: Arc<EventFd>,
+    message: Option<(Arc<Interrupts>, u32)>,
+}
+
+impl Edge {
+    /// Returns the eventfd: writing it signals an edge.
+    #[must_use]
+    pub fn call(&self) -> Arc<EventFd> {
+        Arc::clone(&self.call)
+    }
+
+    /// Sets the MSI, or masks it: an edge that is signalled while it is masked is lost, so the caller has
+    /// to keep the pending bit.
+    ///
+    /// # Errors
+    /// When KVM rejects the table, or the irqfd is a pin's; nothing has changed then.
+    pub fn send(&self, route: Option<Route>) -> Result<()> {
+        let (interrupts, gsi) = self
+            .message
+            .as_ref()
+            .context("the irqfd of a pin sends no MSI")?;
+        interrupts.change([(*gsi, route)].into_iter())
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        let Some((interrupts, gsi)) = &self.message else {
+            return;
+        };
+        if let Err(error) = interrupts.vm.unregister_irqfd(&self.call, *gsi) {
+            log::error!("KVM keeps the irqfd of GSI {gsi}: {error}");
+        }
+        if let Err(error) = self.send(None) {
+            log::error!("KVM keeps the route of GSI {gsi}: {error:#}");
+        }
+        lock(&interrupts.table).allocated.remove(gsi);
+    }
+}
+
 impl Interrupts {
     /// Creates the owner for a VM whose controllers in KVM have these pins.
     #[must_use]
     pub fn new(vm: &Arc<VmFd>, pins: Pins) -> Arc<Interrupts> {
         Arc::new(Interrupts {
             vm: Arc::clone(vm),
-            table: Mutex::new(Table {
-                pins,
-                messages: BTreeMap::new(),
-            }),
+            table: Mutex::new(Table::new(pins)),
         })
     }
 
@@ -144,17 +239,24 @@ impl Interrupts {
         })
     }
 
-    /// Returns an irqfd: writing it signals an edge at whatever `gsi` is routed to. It stays valid
-    /// when the route changes.
+    /// Creates an irqfd.
     ///
     /// # Errors
     /// When the process has no room for more descriptors, and KVM's error.
-    pub fn edge(&self, gsi: u32) -> Result<Arc<EventFd>> {
-        let event = bell().context("cannot make an eventfd")?;
-        self.vm
-            .register_irqfd(&event, gsi)
-            .with_context(|| format!("KVM rejects an irqfd for GSI {gsi}"))?;
-        Ok(Arc::new(event))
+    pub fn edge(self: &Arc<Self>, lead: Lead) -> Result<Edge> {
+        let call = bell().context("cannot make an eventfd")?;
+        let gsi = match lead {
+            Lead::Pin(gsi) => gsi,
+            Lead::Msi => lock(&self.table).allocate(),
+        };
+        if let Err(error) = self.vm.register_irqfd(&call, gsi) {
+            lock(&self.table).allocated.remove(&gsi);
+            return Err(error).with_context(|| format!("KVM rejects an irqfd for GSI {gsi}"));
+        }
+        Ok(Edge {
+            call: Arc::new(call),
+            message: (lead == Lead::Msi).then(|| (Arc::clone(self), gsi)),
+        })
     }
 
     /// Routes each of these GSIs to an MSI, or to nothing.
@@ -162,6 +264,10 @@ impl Interrupts {
     /// # Errors
     /// When KVM rejects the table; nothing has changed then.
     pub fn send(&self, changes: impl Iterator<Item = (u32, Option<Message>)>) -> Result<()> {
+        self.change(changes.map(|(gsi, message)| (gsi, message.map(Route::from))))
+    }
+
+    fn change(&self, changes: impl Iterator<Item = (u32, Option<Route>)>) -> Result<()> {
         // Locked until KVM has the table, so that of two changes the later one prevails.
         let mut table = lock(&self.table);
         table.change(changes, |entries| {
@@ -198,18 +304,65 @@ impl IrqLine for Level {
 mod tests {
     use super::*;
 
-    fn message(data: u32) -> Message {
-        Message {
+    fn message(data: u32) -> Route {
+        Route::from(Message {
             address: 0x1_fee0_0000,
             data,
-        }
+        })
     }
 
     fn table() -> Table {
-        Table {
-            pins: Pins::Spis(2),
-            messages: BTreeMap::new(),
+        Table::new(Pins::Spis(2))
+    }
+
+    #[test]
+    fn numbers_for_messages_lie_behind_those_of_pins_and_are_given_again() {
+        for (pins, first) in [(Pins::Spis(2), 2), (Pins::Pc, 24), (Pins::None, 24)] {
+            let mut table = Table::new(pins);
+            let gsis = [table.allocate(), table.allocate(), table.allocate()];
+            assert_eq!(gsis, [first, first + 1, first + 2], "{pins:?}");
+            table.allocated.remove(&gsis[1]);
+            assert_eq!([table.allocate(), table.allocate()], [gsis[1], first + 3]);
+            let taken = table.pins.routes().iter().any(|[gsi, ..]| *gsi >= first);
+            assert!(!taken, "{pins:?}");
         }
+    }
+
+    #[test]
+    fn a_message_says_who_sends_it_and_changes_and_is_masked_by_itself() {
+        let mut table = table();
+        let (first, second) = (table.allocate(), table.allocate());
+        let sent = |data| {
+            let device = Some(0x0108);
+            Some(Route {
+                device,
+                ..message(data)
+            })
+        };
+        let mut shown = |gsi, route| {
+            let mut shown = Vec::new();
+            let give = |entries: &[kvm_irq_routing_entry]| {
+                let messages = entries.iter().filter(|entry| entry.gsi >= 2);
+                // SAFETY: messages have the member `msi`, and with the flag an ID.
+                shown.extend(messages.map(|entry| unsafe {
+                    let msi = entry.u.msi;
+                    (entry.gsi, entry.flags, msi.data, msi.__bindgen_anon_1.devid)
+                }));
+                assert_eq!(entries.len() - shown.len(), 2, "the pins stay");
+                Ok(())
+            };
+            let change = [(gsi, route)].into_iter();
+            table.change(change, give).expect("taken");
+            shown
+        };
+        let (id, flag) = (0x0108, KVM_MSI_VALID_DEVID);
+        assert_eq!(shown(first, sent(1)), [(first, flag, 1, id)]);
+        let both = [(first, flag, 1, id), (second, 0, 2, 0)];
+        assert_eq!(shown(second, Some(message(2))), both);
+        let changed = [(first, flag, 3, id), (second, 0, 2, 0)];
+        assert_eq!(shown(first, sent(3)), changed);
+        assert_eq!(shown(first, None), [(second, 0, 2, 0)]);
+        assert_eq!(shown(first, sent(3)), changed);
     }
 
     #[test]
