@@ -163,6 +163,7 @@ fn unsafe_stands_where_it_must() {
         "src/heap.rs",
         "src/thread_name.rs",
         "src/machine.rs",
+        "system/src/scheduling.rs",
         "system/src/signals.rs",
         "system/src/terminal.rs",
         "backends/src/broker/sys.rs",

@@ -8,13 +8,18 @@ use armlet_devices::sync::{lock, ring};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::mailbox::{Command, Mailbox, Owner};
 use armlet_system::eintr::events;
+use armlet_system::scheduling::Policy;
 use armlet_system::signals;
+use batching::Batching;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Instant;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
+
+mod batching;
 
 /// The most events that one turn handles; further ones wait for the next.
 const EVENTS: usize = 8;
@@ -118,9 +123,8 @@ impl Reactor {
 
     /// As [`Self::turn`], with no end to the wait, for the thread that owns the one device. It looks
     /// for commands after each event.
-    fn work(&self, owner: &mut Owner<'_>) -> Result<()> {
-        let mut ready = [EpollEvent::default(); EVENTS];
-        let count = events(&self.epoll, -1, &mut ready).context("cannot wait for devices")?;
+    fn work(&self, owner: &mut Owner<'_>, ready: &mut [EpollEvent; EVENTS]) -> Result<()> {
+        let count = events(&self.epoll, -1, ready).context("cannot wait for devices")?;
         for event in &ready[..count] {
             owner.run_commands();
             if let Some((_, of)) = self.find(event.data()) {
@@ -187,11 +191,18 @@ impl Worker {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let mut owner = owned.own();
+                let mut ready = [EpollEvent::default(); EVENTS];
+                let mut policy = Policy::of_this_thread();
+                let mut batching = Batching::new();
+                let (begun, mut counted) = (Instant::now(), 0);
                 while !stop.load(Ordering::Acquire) {
-                    if let Err(error) = reactor.work(&mut owner) {
+                    if let Err(error) = reactor.work(&mut owner, &mut ready) {
                         log::error!("a device stops working: {error:#}");
                         return;
                     }
+                    let count = owner.device().requests();
+                    let requests = count.wrapping_sub(std::mem::replace(&mut counted, count));
+                    policy.set_batch(batching.observe(requests, || begun.elapsed()));
                 }
             })
             .context(what)?;

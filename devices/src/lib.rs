@@ -55,9 +55,13 @@ pub(crate) mod fake {
 
     use crate::IrqLine;
 
+    type Answer = Box<dyn FnOnce() + Send>;
+
     #[derive(Default)]
     pub(crate) struct FakeLine {
         history: Mutex<Vec<bool>>,
+        /// What the guest does when the line is driven high next.
+        pub(crate) answer: Mutex<Option<Answer>>,
     }
 
     impl FakeLine {
@@ -79,6 +83,10 @@ pub(crate) mod fake {
     impl IrqLine for FakeLine {
         fn set(&self, high: bool) {
             self.history.lock().expect("no test panics here").push(high);
+            let mut answer = self.answer.lock().expect("no test panics here");
+            if let Some(answer) = answer.take_if(|_| high) {
+                answer();
+            }
         }
 
         fn pulse(&self) {

@@ -124,6 +124,9 @@ impl Pieces {
                 0 => return Err(end_of(direction)),
                 done => {
                     self.advance(done);
+                    if self.left == 0 {
+                        return Ok(());
+                    }
                     offset += done as u64;
                 }
             }

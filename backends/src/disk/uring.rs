@@ -4,6 +4,7 @@
 
 use super::complaints::cancelled;
 use super::image::{Alignment, Image, PlainEngine};
+use super::opened::is_in_memory;
 use super::sys::{Direction, Ring, end_of};
 use armlet_devices::virtio::block::{Engine, Operation, Outcome, Request};
 use armlet_system::eintr::CallError;
@@ -30,6 +31,8 @@ pub(super) struct UringEngine {
     done: VecDeque<(u16, Outcome)>,
     /// For what a ring does not do.
     plain: PlainEngine,
+    /// Whether no request has to wait for storage: then a ring only has threads do each.
+    is_in_memory: bool,
     /// Whether the file system knows I/O that does not wait; true until it says no.
     tries_reads: bool,
     tries_writes: bool,
@@ -84,6 +87,7 @@ impl UringEngine {
             jobs: vec![NO_JOB; usize::from(DEPTH)],
             done: VecDeque::new(),
             plain: PlainEngine::new(Arc::clone(image)),
+            is_in_memory: is_in_memory(&image.file),
             tries_reads: true,
             tries_writes: true,
             is_cancelled: false,
@@ -268,6 +272,9 @@ impl Engine for UringEngine {
     }
 
     fn begin(&mut self, request: &Request<'_>) -> Option<Outcome> {
+        if self.is_in_memory {
+            return self.plain.begin(request);
+        }
         let Some(mut step) = self.step_of(request) else {
             return self.now(request);
         };
@@ -384,12 +391,16 @@ mod tests {
     use crate::disk::complaints::Complaints;
     use armlet_devices::virtio::block::Data;
     use armlet_devices::virtio::queue::Segment;
+    use std::fs::File;
     use std::path::PathBuf;
     use vm_memory::GuestAddress;
 
     /// An engine on a file of 64 KiB; `None` on a host that has no io_uring.
     fn engine() -> Option<(UringEngine, Arc<Image>)> {
-        let file = tempfile::tempfile().expect("a file");
+        engine_on(tempfile::tempfile().expect("a file"))
+    }
+
+    fn engine_on(file: File) -> Option<(UringEngine, Arc<Image>)> {
         file.set_len(64 << 10).expect("room");
         let complaints = Complaints::new("disk0".to_owned(), PathBuf::new());
         let image = Arc::new(Image::new(file, false, false, None, 512, complaints));
@@ -411,6 +422,36 @@ mod tests {
             durable: true,
             cancelled,
         }
+    }
+
+    #[test]
+    fn a_file_in_memory_is_not_worked_on_by_threads() {
+        let Ok(file) = tempfile::tempfile_in("/dev/shm") else {
+            println!("skipped: no /dev/shm");
+            return;
+        };
+        assert!(is_in_memory(&file), "/dev/shm is a tmpfs");
+        let Some((mut engine, _)) = engine_on(file) else {
+            return;
+        };
+        let segments = [Segment {
+            address: GuestAddress(0),
+            len: 4096,
+        }];
+        let cancelled = Arc::default();
+        for operation in [Operation::Write, Operation::Read, Operation::Flush] {
+            let len = if operation == Operation::Flush {
+                0
+            } else {
+                4096
+            };
+            let request = Request {
+                operation,
+                ..write(Data::new(&segments, 0, len), &cancelled)
+            };
+            assert_eq!(engine.begin(&request), Some(Outcome::Done), "{operation:?}");
+        }
+        assert_eq!(engine.ring.under_way(), 0);
     }
 
     #[test]

@@ -181,6 +181,10 @@ impl VirtioDevice for Block {
         self.work.kicked(&self.disk, queue);
     }
 
+    fn requests(&self) -> u32 {
+        self.work.requests
+    }
+
     fn sources(&self) -> Vec<Source> {
         let engine = &self.work.engine;
         let fds = [engine.source(), engine.growth_fd()];

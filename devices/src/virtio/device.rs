@@ -118,6 +118,12 @@ pub trait VirtioDevice: Send {
     /// may be empty.
     fn kicked(&mut self, queue: usize);
 
+    /// Returns how many requests were taken from the queues so far, modulo 2^32, for the thread that
+    /// owns the device; 0 where the device does not count them.
+    fn requests(&self) -> u32 {
+        0
+    }
+
     /// Returns whether kicks go to [`Self::kicked`]; false where the kernel or another process
     /// receives them by the eventfds in [`Virtqueue::kick`].
     fn takes_kicks(&self) -> bool {

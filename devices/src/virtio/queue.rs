@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::area::Area;
@@ -185,6 +185,29 @@ impl Virtqueue {
         &self.memory
     }
 
+    /// Finds places in guest memory: fast in the region of the descriptors.
+    #[inline]
+    pub(super) fn regions(&self) -> Regions<'_> {
+        Regions::at(&self.memory, self.descriptors.region())
+    }
+
+    /// Reads a value of a request's readable buffers at their beginning; `None` where there are not
+    /// so many bytes.
+    #[must_use]
+    pub fn read_first<T: ByteValued + Default>(&self, chain: &Chain) -> Option<T> {
+        chain.first(&self.memory, self.regions())
+    }
+
+    /// Writes a number to the last byte that the device may write of a request, if it is in memory.
+    pub fn put_last(&self, chain: &Chain, number: u8) {
+        let slice = chain
+            .last_writable()
+            .and_then(|last| self.regions().slice(last, 1));
+        if let Some(place) = slice.as_ref().and_then(|slice| slice.get_ref(0).ok()) {
+            place.store(number);
+        }
+    }
+
     /// Takes the next request; `None` when there is none now, or the driver broke the ring.
     pub fn pop(&mut self) -> Option<Chain> {
         if self.broken {
@@ -221,7 +244,7 @@ impl Virtqueue {
             entries: self.size,
             whole: self.descriptors.slice(),
         };
-        match chain.fill(&self.memory, table, head) {
+        match chain.fill(self.regions(), table, head) {
             Ok(()) => {
                 if !chain.is_whole() {
                     self.link.fault(format_args!(
@@ -236,6 +259,13 @@ impl Virtqueue {
                 None
             }
         }
+    }
+
+    /// Whether [`Self::pop`] probably has something.
+    #[must_use]
+    pub fn has_next(&self) -> bool {
+        let index = self.available.load(&self.memory, INDEX, Ordering::Relaxed);
+        !self.broken && index.is_some_and(|index| index != self.next_available)
     }
 
     /// Puts the request that was popped last back: the next [`Self::pop`] gets it again.

@@ -1,6 +1,6 @@
 //! The data of a request: pieces of guest memory, and where this process has them.
 
-use vm_memory::{Address, GuestMemoryMmap};
+use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use crate::virtio::queue::{Regions, Segment, parts};
 
@@ -72,27 +72,89 @@ impl<'a> Data<'a> {
         places: &mut Vec<Place>,
     ) -> Option<usize> {
         let mut regions = Regions::new(memory);
-        let mut bytes = 0;
-        for Segment { mut address, len } in self.parts() {
-            let mut left = len;
+        let (mut skip, mut bytes) = (self.skip, 0);
+        places.reserve(self.segments.len());
+        for segment in self.segments {
+            if skip >= segment.len {
+                skip -= segment.len;
+                continue;
+            }
+            let mut address = GuestAddress(segment.address.0 + skip as u64);
+            let mut left = (segment.len - skip).min(self.len - bytes);
+            if left == 0 {
+                break;
+            }
+            (skip, bytes) = (0, bytes + left);
             // A buffer may lie in several regions that meet.
-            while let Some((region, offset)) = regions.find(address) {
+            loop {
+                let (region, offset) = regions.find(address)?;
                 let len = left.min(region.size() - offset).min(most);
                 places.push(Place {
                     address: region.as_ptr() as usize + offset,
                     len,
                 });
                 left -= len;
-                match address.checked_add(len as u64) {
-                    Some(next) if left > 0 => address = next,
-                    _ => break,
+                if left == 0 {
+                    break;
                 }
+                address = address.checked_add(len as u64)?;
             }
-            if left > 0 {
-                return None;
-            }
-            bytes += len;
         }
         Some(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use vm_memory::GuestMemoryBackend;
+
+    /// Two regions that meet at this address, and their size.
+    const MIDDLE: u64 = 0x1_0000;
+    const SIZE: usize = 0x1_0000;
+
+    proptest! {
+        #[test]
+        fn places_are_the_bytes_of_the_parts_in_order(
+            cuts in prop::collection::vec((0..2 * SIZE as u64 - 600, 1_usize..600), 0..8),
+            (skip, len) in (0_usize..3000, 0_usize..3000),
+            most in 1_usize..700,
+        ) {
+            let banks = [(GuestAddress(0), SIZE), (GuestAddress(MIDDLE), SIZE)];
+            let memory = GuestMemoryMmap::<()>::from_ranges(&banks).expect("memory");
+            let segments: Vec<_> = cuts
+                .iter()
+                .map(|(address, len)| Segment { address: GuestAddress(*address), len: *len })
+                .collect();
+            let data = Data::new(&segments, skip, len);
+            let mut places = Vec::new();
+            let bytes = data.places(&memory, most, &mut places).expect("all of it is memory");
+            let host = |address| memory.get_host_address(address).expect("memory") as usize;
+            let expected: Vec<usize> = data
+                .parts()
+                .flat_map(|part| (0..part.len).map(move |at| part.address.unchecked_add(at as u64)))
+                .map(host)
+                .collect();
+            let found: Vec<usize> =
+                places.iter().flat_map(|place| place.address..place.address + place.len).collect();
+            prop_assert_eq!(bytes, expected.len());
+            prop_assert_eq!(found, expected);
+            prop_assert!(places.iter().all(|place| (1..=most).contains(&place.len)));
+        }
+    }
+
+    #[test]
+    fn data_outside_memory_have_no_place() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(MIDDLE), SIZE)]);
+        let memory = memory.expect("memory");
+        for (address, len) in [(0, 1), (MIDDLE - 1, 2), (2 * MIDDLE - 1, 2), (u64::MAX, 1)] {
+            let segments = [Segment {
+                address: GuestAddress(address),
+                len,
+            }];
+            let data = Data::new(&segments, 0, len);
+            assert_eq!(data.places(&memory, 4096, &mut Vec::new()), None);
+        }
     }
 }

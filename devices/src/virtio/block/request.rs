@@ -4,7 +4,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::engine::Operation;
 use super::shape::{DISCARD_SECTORS, FEATURE_DISCARD, FEATURE_WRITE_ZEROES, SECTOR, ZERO_SECTORS};
-use crate::virtio::{Chain, Link};
+use crate::virtio::{Chain, Virtqueue};
 
 /// The most bytes of one read or write. Drivers make far smaller ones; a guest that points at the
 /// same memory over and over would keep the host busy with one request for ever.
@@ -59,8 +59,9 @@ pub(super) enum Parsed {
 
 impl Disk {
     /// Reads the header of a request that has a byte for its status, and checks what it asks for.
-    pub(super) fn parse(&self, memory: &GuestMemoryMmap, link: &Link, chain: &Chain) -> Parsed {
-        let Some(header) = chain.read_first(memory) else {
+    pub(super) fn parse(&self, queue: &Virtqueue, chain: &Chain) -> Parsed {
+        let (memory, link) = (queue.memory(), queue.link());
+        let Some(header) = queue.read_first(chain) else {
             link.fault(format_args!(
                 "a request has less than {HEADER} bytes of header"
             ));

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileMemory};
-
 use super::data::Data;
 use super::engine::{Engine, Operation, Outcome, Request};
 use super::in_flight::{InFlight, Pending};
@@ -24,7 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(super) struct Work {
     pub(super) engine: Box<dyn Engine>,
     queues: Vec<Option<Virtqueue>>,
-    running: Option<Running>,
+    /// The way to the driver that started the device.
+    running: Option<Arc<Link>>,
     /// Queues whose turn it is, or that are held: the next request of each has no tag, or would be
     /// too many bytes of its queue.
     ///
@@ -36,16 +35,12 @@ pub(super) struct Work {
     /// Whether something changed for the queues that wait.
     is_freed: bool,
     in_flight: InFlight,
+    /// Taken from the queues so far, modulo 2^32.
+    pub(super) requests: u32,
     /// Set while the device is to be reset.
     pub(super) cancelled: Arc<AtomicBool>,
     /// Set while somebody waits for the device, to reset it or else.
     pub(super) wanted: Arc<AtomicBool>,
-}
-
-/// What a driver that started the device gave it.
-struct Running {
-    link: Arc<Link>,
-    memory: Arc<GuestMemoryMmap>,
 }
 
 impl Work {
@@ -58,6 +53,7 @@ impl Work {
             waiting: VecDeque::new(),
             is_freed: false,
             in_flight: InFlight::new(usize::from(queues)),
+            requests: 0,
             cancelled: Arc::default(),
             wanted: Arc::default(),
         }
@@ -70,7 +66,7 @@ impl Work {
 
     /// The way to the driver, while it has the device in use.
     pub(super) fn link(&self) -> Option<&Link> {
-        self.running.as_ref().map(|running| &*running.link)
+        self.running.as_deref()
     }
 
     // ---------------------------------------------------------------------------- life cycle
@@ -81,10 +77,7 @@ impl Work {
             *queue = driver.take(index);
         }
         self.engine.start(&driver.memory);
-        self.running = Some(Running {
-            link: driver.link,
-            memory: driver.memory,
-        });
+        self.running = Some(driver.link);
         for queue in self.queues.iter().flatten() {
             // Its thread begins the requests that are there, not the vCPU that starts it.
             ring(queue.kick());
@@ -216,6 +209,7 @@ impl Work {
                     break true;
                 };
                 *left -= 1;
+                self.requests = self.requests.wrapping_add(1);
                 if let Err(chain) = self.begin(disk, index, chain) {
                     if let Some(queue) = self.queue(index) {
                         queue.undo_pop(chain);
@@ -227,7 +221,13 @@ impl Work {
             self.engine.submit();
             self.collect();
             if emptied {
-                if !self.queue(index).is_some_and(Virtqueue::listen) {
+                let Some(queue) = self.queue(index) else {
+                    return;
+                };
+                // A driver on another CPU makes more while it is interrupted, and is asked for
+                // kicks only when it has made none.
+                queue.signal();
+                if !queue.has_next() && !queue.listen() {
                     return;
                 }
             } else if is_held {
@@ -253,14 +253,14 @@ impl Work {
     /// # Errors
     /// A request that would be too much of its queue under way: the same again.
     fn begin(&mut self, disk: &Disk, queue: usize, chain: Chain) -> Result<(), Chain> {
-        let Some(running) = &self.running else {
+        let Some(ring) = self.queues.get(queue).and_then(Option::as_ref) else {
             return Ok(());
         };
         let room = chain.writable_len();
         let parsed = match room {
             _ if !chain.is_whole() => Parsed::Done(IOERR),
             0 => Parsed::Done(IOERR),
-            _ => disk.parse(&running.memory, &running.link, &chain),
+            _ => disk.parse(ring, &chain),
         };
         let mut pending = Pending {
             queue,
@@ -272,7 +272,7 @@ impl Work {
             Parsed::Run(operation, offset, len) => (operation, offset, len),
             Parsed::Identify => {
                 let wanted = SERIAL.min(room - 1);
-                let memory = &running.memory;
+                let memory = ring.memory();
                 pending.chain.write(memory, 0, &disk.serial[..wanted]);
                 pending.is_read = wanted == room - 1;
                 self.complete(pending, OK);
@@ -315,6 +315,9 @@ impl Work {
 
     /// Completes the requests that the engine is done with.
     fn collect(&mut self) {
+        if self.in_flight.is_empty() {
+            return;
+        }
         while let Some((tag, outcome)) = self.engine.finished() {
             if let Some(pending) = self.remove(tag) {
                 self.complete(pending, status_of(outcome));
@@ -341,13 +344,7 @@ impl Work {
             return;
         };
         match chain.last_writable() {
-            Some(last) => {
-                if let Ok(slice) = queue.memory().get_slice(last, 1)
-                    && let Ok(place) = slice.get_ref(0)
-                {
-                    place.store(status);
-                }
-            }
+            Some(_) => queue.put_last(&chain, status),
             None if chain.is_whole() => {
                 let head = chain.head();
                 queue.break_ring(format_args!(

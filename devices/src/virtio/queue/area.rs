@@ -12,7 +12,7 @@ use vm_memory::{
 pub(super) struct Area {
     pub(super) start: GuestAddress,
     bytes: usize,
-    /// The mapping that it lies in and how far behind its beginning, if it lies in one.
+    /// The region that it lies in and how far behind its beginning, if it lies in one.
     place: Option<(Arc<MmapRegion>, usize)>,
 }
 
@@ -34,6 +34,13 @@ impl Area {
     pub(super) fn slice(&self) -> Option<VolatileSlice<'_>> {
         let (mapping, start) = self.place.as_ref()?;
         VolatileMemory::get_slice(&**mapping, *start, self.bytes).ok()
+    }
+
+    /// The region that it lies in, if it lies in one, and where that begins.
+    #[inline]
+    pub(super) fn region(&self) -> Option<(&MmapRegion, u64)> {
+        let (mapping, offset) = self.place.as_ref()?;
+        Some((mapping, self.start.0 - *offset as u64))
     }
 
     /// The little-endian number at so many bytes.

@@ -1,8 +1,7 @@
 //! Requests: chains of descriptors, followed and checked.
 
 use vm_memory::{
-    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory,
-    VolatileSlice,
+    Address, ByteValued, Bytes, GuestAddress, GuestMemoryMmap, VolatileMemory, VolatileSlice,
 };
 
 use super::segment::{Regions, Segment, parts};
@@ -27,80 +26,93 @@ pub(super) const INDIRECT: u16 = 4;
 /// ([`Chain::is_whole`]).
 #[derive(Debug, Default)]
 pub struct Chain {
+    /// Behind a pointer, because a request goes through many hands.
+    parts: Box<Parts>,
+}
+
+#[derive(Debug, Default)]
+struct Parts {
     head: u16,
-    readable: Vec<Segment>,
-    writable: Vec<Segment>,
-    /// Bytes of the readable and of the writable ones.
-    bytes: [usize; 2],
-    /// Whether a readable buffer, and a writable one, is not in memory.
-    lacks: [bool; 2],
+    /// The readable ones, and the writable ones.
+    lists: [List; 2],
     /// The last writable byte, if it is in memory.
     last: Option<GuestAddress>,
+}
+
+/// Buffers that go one way.
+#[derive(Debug, Default)]
+struct List {
+    segments: Vec<Segment>,
+    bytes: usize,
+    /// Whether one is not in memory.
+    lacks: bool,
 }
 
 impl Chain {
     /// A number that tells this request from the others of its queue that are under way.
     #[must_use]
     pub fn head(&self) -> u16 {
-        self.head
+        self.parts.head
     }
 
     /// Makes it the request at descriptor `head`, without buffers so far.
     pub(super) fn reset(&mut self, head: u16) {
-        self.head = head;
-        self.readable.clear();
-        self.writable.clear();
-        self.bytes = [0; 2];
-        self.lacks = [false; 2];
-        self.last = None;
+        self.parts.head = head;
+        for list in &mut self.parts.lists {
+            list.segments.clear();
+            (list.bytes, list.lacks) = (0, false);
+        }
+        self.parts.last = None;
     }
 
     /// The segments that its lists have room for.
     pub(super) fn capacity(&self) -> usize {
-        self.readable.capacity().max(self.writable.capacity())
+        let [readable, writable] = &self.parts.lists;
+        let room = |list: &List| list.segments.capacity();
+        room(readable).max(room(writable))
     }
 
     /// Whether all of its buffers are in memory.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.lacks == [false; 2]
+        !self.parts.lists[0].lacks && !self.parts.lists[1].lacks
     }
 
     /// The last byte that the device may write, if there is one and it is in memory: where some
     /// devices say how a request ended, also of one that is not whole.
     #[must_use]
     pub fn last_writable(&self) -> Option<GuestAddress> {
-        self.last
+        self.parts.last
     }
 
     /// Buffers that the device reads.
     #[must_use]
     pub fn readable(&self) -> &[Segment] {
-        &self.readable
+        &self.parts.lists[0].segments
     }
 
     /// Buffers that the device writes.
     #[must_use]
     pub fn writable(&self) -> &[Segment] {
-        &self.writable
+        &self.parts.lists[1].segments
     }
 
     /// Bytes of the buffers that the device reads.
     #[must_use]
     pub fn readable_len(&self) -> usize {
-        self.bytes[0]
+        self.parts.lists[0].bytes
     }
 
     /// Bytes of the buffers that the device writes.
     #[must_use]
     pub fn writable_len(&self) -> usize {
-        self.bytes[1]
+        self.parts.lists[1].bytes
     }
 
     /// Copies from the readable buffers at `offset` bytes; returns how many bytes there were.
     pub fn read(&self, memory: &GuestMemoryMmap, offset: usize, data: &mut [u8]) -> usize {
         let mut done = 0;
-        for part in parts(&self.readable, offset, data.len()) {
+        for part in parts(self.readable(), offset, data.len()) {
             if memory
                 .read_slice(&mut data[done..done + part.len], part.address)
                 .is_err()
@@ -115,7 +127,7 @@ impl Chain {
     /// Copies what lies in the writable buffers, from their first byte on: what was put there before.
     pub(crate) fn read_back(&self, memory: &GuestMemoryMmap, data: &mut [u8]) {
         let mut done = 0;
-        for part in parts(&self.writable, 0, data.len()) {
+        for part in parts(self.writable(), 0, data.len()) {
             // All of it is memory.
             let _ = memory.read_slice(&mut data[done..done + part.len], part.address);
             done += part.len;
@@ -126,7 +138,7 @@ impl Chain {
     /// for.
     pub fn write(&self, memory: &GuestMemoryMmap, offset: usize, data: &[u8]) -> usize {
         let mut done = 0;
-        for part in parts(&self.writable, offset, data.len()) {
+        for part in parts(self.writable(), offset, data.len()) {
             if memory
                 .write_slice(&data[done..done + part.len], part.address)
                 .is_err()
@@ -138,14 +150,16 @@ impl Chain {
         done
     }
 
-    /// Reads a value of the readable buffers at their beginning; `None` where there are not so many
-    /// bytes.
-    #[must_use]
-    pub fn read_first<T: ByteValued + Default>(&self, memory: &GuestMemoryMmap) -> Option<T> {
+    /// Reads a value of the readable buffers at their beginning.
+    pub(super) fn first<T: ByteValued + Default>(
+        &self,
+        memory: &GuestMemoryMmap,
+        mut regions: Regions<'_>,
+    ) -> Option<T> {
         // As a rule all of it lies in the first buffer.
-        if let Some(first) = self.readable.first()
+        if let Some(first) = self.readable().first()
             && first.len >= size_of::<T>()
-            && let Ok(slice) = memory.get_slice(first.address, size_of::<T>())
+            && let Some(slice) = regions.slice(first.address, size_of::<T>())
         {
             return Some(slice.get_ref(0).ok()?.load());
         }
@@ -157,12 +171,11 @@ impl Chain {
     /// Takes the request apart whose first descriptor is `head` of `table`.
     pub(super) fn fill<'a>(
         &mut self,
-        memory: &'a GuestMemoryMmap,
+        mut regions: Regions<'a>,
         mut table: Table<'a>,
         head: u16,
     ) -> Result<(), &'static str> {
         const ASTRAY: &str = "does not end, or leads out of its table";
-        let mut regions = Regions::new(memory);
         let mut index = head;
         let mut left = table.entries;
         let mut is_indirect = false;
@@ -179,16 +192,16 @@ impl Chain {
                 }
                 let (address, bytes) = (GuestAddress(descriptor.address), len as usize);
                 table = Table {
-                    memory,
                     address,
                     entries,
                     whole: regions.slice(address, bytes),
+                    ..table
                 };
                 (index, left, is_indirect) = (0, entries, true);
                 continue;
             }
             bytes = bytes.checked_add(len).ok_or(ASTRAY)?;
-            self.add(&mut regions, descriptor)?;
+            self.parts.add(&mut regions, &descriptor)?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
@@ -196,38 +209,42 @@ impl Chain {
         }
         Err(ASTRAY)
     }
+}
 
+impl Parts {
+    #[inline]
     fn add(
         &mut self,
         regions: &mut Regions<'_>,
-        descriptor: Descriptor,
+        descriptor: &Descriptor,
     ) -> Result<(), &'static str> {
         let address = GuestAddress(descriptor.address);
         let len = descriptor.len as usize;
         let is_writable = descriptor.flags & WRITE != 0;
-        let segments = match is_writable {
-            true => &mut self.writable,
-            false if !self.writable.is_empty() || self.lacks[1] => {
+        let [readable, writable] = &mut self.lists;
+        let list = match is_writable {
+            true => writable,
+            false if !writable.segments.is_empty() || writable.lacks => {
                 return Err("has a readable buffer behind a writable one");
             }
-            false => &mut self.readable,
+            false => readable,
         };
         if len == 0 {
             return Ok(());
         }
-        if segments.len() == MOST_SEGMENTS {
+        if list.segments.len() == MOST_SEGMENTS {
             return Err("has too many buffers");
         }
         let is_there = regions.are_memory(address, len, is_writable);
         if is_writable {
-            let last = address.checked_add(len as u64 - 1);
-            self.last = last.filter(|_| is_there);
+            // What is in memory does not run over.
+            let last = GuestAddress(address.0.wrapping_add(len as u64 - 1));
+            self.last = is_there.then_some(last);
         }
-        let lacks = &mut self.lacks[usize::from(is_writable)];
-        *lacks |= !is_there;
-        if !*lacks {
-            segments.push(Segment { address, len });
-            self.bytes[usize::from(is_writable)] += len;
+        list.lacks |= !is_there;
+        if !list.lacks {
+            list.segments.push(Segment { address, len });
+            list.bytes += len;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! What requests do, and which are refused.
 
 use super::*;
+use vm_memory::Address;
 
 #[test]
 fn each_queue_is_served() {
@@ -13,6 +14,40 @@ fn each_queue_is_served() {
         let data = guest.answer(queue, &[&header(IN, 5)], &[512, 1]);
         assert_eq!(data[..], [&[5; 512][..], &[OK]].concat());
     }
+}
+
+#[test]
+fn requests_are_counted_once_each_for_the_thread_that_owns_the_device() {
+    let (mut guest, _fake) = start(ALL);
+    for count in 1..=3 {
+        guest.answer(0, &[&header(IN, 0)], &[512, 1]);
+        assert_eq!(lock(&guest.device).requests(), count);
+    }
+}
+
+#[test]
+fn a_driver_that_makes_more_while_it_is_interrupted_need_not_kick() {
+    let (mut guest, _fake) = start(ALL);
+    let [_, available, used] = guest.rings(0).map(GuestAddress);
+    guest.request(0, &[&header(IN, 0)], &[512, 1]);
+    guest.request(0, &[&header(IN, 1)], &[512, 1]);
+    let set_index = move |memory: &GuestMemoryMmap, index: u16| {
+        let at = available.unchecked_add(2);
+        memory.write_obj(index, at).expect("memory");
+    };
+    set_index(&guest.memory, 1);
+    let asked = Arc::new(Mutex::new(None));
+    let (memory, told) = (Arc::clone(&guest.memory), Arc::clone(&asked));
+    let answer = move || {
+        // VIRTQ_USED_F_NO_NOTIFY.
+        let flags: u16 = memory.read_obj(used).expect("memory");
+        *lock(&told) = Some(flags);
+        set_index(&memory, 2);
+    };
+    *lock(&guest.line.answer) = Some(Box::new(answer));
+    lock(&guest.device).kicked(0);
+    assert_eq!(*lock(&asked), Some(1), "it is not asked for kicks then");
+    assert_eq!(guest.used(0).len(), 2);
 }
 
 #[test]

@@ -68,6 +68,29 @@ fn a_buffer_may_cross_from_one_bank_to_the_next() {
 }
 
 #[test]
+fn the_first_and_the_last_bytes_may_lie_in_any_bank() {
+    let mut bench = Bench::new();
+    // The rings are in the first bank; one buffer crosses into the second, one lies there.
+    for (header, status) in [
+        (0x1_fffc, 0x2_0100),
+        (0x2_0200, 0x1_8000),
+        (0x1_8000, 0x1_8010),
+    ] {
+        bench.put(header, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        bench.descriptor(RINGS.descriptors, 0, (header, 8), NEXT, 1);
+        bench.descriptor(RINGS.descriptors, 1, (status - 1, 2), WRITE, 0);
+        bench.offer(0);
+        let chain = bench.queue.pop().expect("a request");
+        let first = bench.queue.read_first::<u64>(&chain);
+        assert_eq!(first, Some(u64::from_ne_bytes([1, 2, 3, 4, 5, 6, 7, 8])));
+        bench.queue.put_last(&chain, 0x5a);
+        let found = bench.memory.read_obj::<[u8; 3]>(GuestAddress(status - 1));
+        assert_eq!(found.expect("memory"), [0, 0x5a, 0]);
+        bench.queue.complete(chain, 2);
+    }
+}
+
+#[test]
 fn a_request_that_is_put_back_comes_again() {
     let mut bench = Bench::new();
     bench.offer_plain();
