@@ -25,9 +25,12 @@ pub struct Kind {
     pub slot: u8,
     /// The value of an option that is not given, where that asks for a device too.
     pub default: Option<&'static str>,
-    /// Reads a value; `None` where it asks for no device.
-    pub parse: fn(&str, &Guest) -> Result<Option<Box<dyn DeviceOptions>>>,
+    /// Reads a value.
+    pub parse: fn(&str, &Guest) -> Parsed,
 }
+
+/// The device that a value asks for; `None` where it asks for none.
+pub type Parsed = Result<Option<Box<dyn DeviceOptions>>>;
 
 /// What is known of the guest when its devices are asked for, and how sizes are written.
 pub struct Guest {

@@ -437,7 +437,7 @@ mod tests {
         let mut bus = Bus::new();
         let window = bus.insert_moving(0x100, probe(1));
         let bus = Arc::new(bus);
-        let seen = thread::scope(|scope| {
+        thread::scope(|scope| {
             let looks = (0..2).map(|_| {
                 scope.spawn(|| {
                     let mut seen = [0_u32; 2];
@@ -450,7 +450,6 @@ mod tests {
                             }
                         }
                     }
-                    seen
                 })
             });
             let looks: Vec<_> = looks.collect();
@@ -459,12 +458,10 @@ mod tests {
                 bus.place(window, places.next()).expect("free");
                 thread::yield_now();
             }
-            looks
-                .into_iter()
-                .map(|look| look.join().expect("no panic"))
-                .count()
+            for look in looks {
+                look.join().expect("no panic");
+            }
         });
-        assert_eq!(seen, 2);
     }
 
     proptest! {
