@@ -1,5 +1,7 @@
 //! Unpacks compressed kernels as a stream.
 
+mod gzip;
+
 use super::read::read_at;
 use anyhow::{Context as _, Result, anyhow, bail};
 use armlet_arch::image::{Compression, HEAD};
@@ -100,7 +102,9 @@ fn unpacker<'a>(
     // lzma-rust2's limit is in KiB and includes its own tables: .xz 104 KiB, .lzma 22.
     let limit = (MAX_WINDOW >> 10) as u32 + 128;
     Ok(match compression {
-        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(input)),
+        Compression::Gzip => {
+            Box::new(gzip::Gzip::new(input).map_err(|error| damaged(error, compression, 0))?)
+        }
         Compression::Zstd => Box::new(Zstd(
             StreamingDecoder::new_with_decoder(input, zstd()).map_err(zstd_refusal)?,
         )),

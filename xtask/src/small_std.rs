@@ -23,11 +23,13 @@ const ARGUMENTS: [&str; 2] = [
 /// What the compiler is told in addition. What aborts where it panics needs no tables, and no
 /// library, to unwind by. Functions that are the same are made one by the linker (`build.rs`), which
 /// leaves each in its section, and not by the compiler: `packaging/order.ld` names sections. What
-/// several functions have in common is sought once more in what the first search has left.
-const FLAGS: [&str; 3] = [
+/// several functions have in common is sought once more in what the first search has left. SHA-256, which
+/// few .xz files have for a check, is a loop for CPUs without an instruction for it.
+const FLAGS: [&str; 4] = [
     "-Cforce-unwind-tables=no",
     "-Zmerge-functions=disabled",
     "-Cllvm-args=-machine-outliner-reruns=1",
+    "--cfg=sha2_backend_soft=\"compact\"",
 ];
 
 /// Makes `cargo`, which builds a release of `sources` in `target` with the active compiler, build the
