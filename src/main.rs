@@ -8,7 +8,7 @@ use armlet_system::status::{Status, status_of};
 use std::process::ExitCode;
 
 #[global_allocator]
-static ALLOCATOR: Heap = Heap::new();
+static ALLOCATOR: Heap = Heap;
 
 fn main() -> ExitCode {
     messages::install();
