@@ -5,7 +5,7 @@ use anyhow::{Context, Result, anyhow};
 use armlet_arch::board::{self, Identity, Profile, Signature};
 use armlet_arch::midr::Midr;
 use armlet_arch::{Arch, Architecture, Board};
-use armlet_system::files::{self, Accepted};
+use armlet_system::files;
 use armlet_system::status::{Fault, Status};
 use std::borrow::Cow;
 use std::io::Read;
@@ -106,8 +106,7 @@ fn looks_like_a_path(name: &str) -> bool {
 }
 
 fn read(path: &Path) -> Result<String> {
-    let file = files::open(path, Accepted::File, false)?;
-    let size = file.metadata()?.len();
+    let (file, size) = files::open_regular(path)?;
     let mut text = String::new();
     // Files in /proc report a size of 0.
     let read = file.take(MAX_BYTES + 1).read_to_string(&mut text)? as u64;

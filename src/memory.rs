@@ -8,6 +8,7 @@ use armlet_arch::backing::HugePages;
 use armlet_arch::size::show_size;
 use armlet_backends::pmem::PmemImage;
 use armlet_system::huge::huge_page;
+use armlet_system::page_size::page_size;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -173,7 +174,7 @@ fn reserve(bank: Range, size: usize, pages: HugePages) -> Result<*mut u8> {
     // (arch/arm64/kvm/mmu.c: fault_supports_stage2_huge_mapping).
     let block = match pages {
         HugePages::Of(huge) => usize::try_from(huge)?,
-        _ => huge_page(rustix::param::page_size()),
+        _ => huge_page(page_size()),
     };
     let wanted = bank.start() as usize % block;
     let lead = |start: usize| (wanted + block - start % block) % block;
@@ -422,7 +423,7 @@ mod tests {
         let bank = Range::new(0x4000_0000, 6 << 20).expect("a bank");
         let odd = Range::new(0x8000_0000 + 0x1_0000, 1 << 20).expect("a bank");
         let memory = map(&[bank, odd], Sharing::Private, Backing::default()).expect("7 MiB");
-        let block = rustix::param::page_size() / 8 * rustix::param::page_size();
+        let block = page_size() / 8 * page_size();
         for (region, bank) in memory.iter().zip([bank, odd]) {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
             assert_eq!(guest % block as u64, host % block as u64);
@@ -445,7 +446,7 @@ mod tests {
         let mut byte = [0];
         rustix::io::pread(file.file(), &mut byte, bank.size() - 1).expect("a byte");
         assert_eq!(&byte, b"x");
-        let block = rustix::param::page_size() / 8 * rustix::param::page_size();
+        let block = page_size() / 8 * page_size();
         assert_eq!(region.as_ptr() as usize % block, 0x4000_0000 % block);
     }
 

@@ -10,6 +10,7 @@ use armlet_arch::board::Severity;
 use armlet_arch::{Arch, Architecture, Board};
 use armlet_system::huge::huge_page;
 use armlet_system::messages::visible;
+use armlet_system::page_size::page_size;
 use diagnosis::{diagnose_arm, diagnose_huge_pages, diagnose_x86};
 use facts::{Fact, arm_facts, x86_facts};
 use serde_json::{Value, json};
@@ -94,11 +95,11 @@ pub fn probe() -> Report {
             Some(Recognised { board, why })
         }),
         architecture: HostArch::ARCHITECTURE,
-        page_size: rustix::param::page_size() as u64,
+        page_size: page_size() as u64,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory: (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)),
         cpu_interface: files.gic_v2_cpu_interface(),
-        huge_pages: files.huge_page_policy(huge_page(rustix::param::page_size())),
+        huge_pages: files.huge_page_policy(huge_page(page_size())),
         kvm_mode: offers::mode_of(&files.kernel_cmdline()),
         kvm,
     }

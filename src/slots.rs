@@ -13,6 +13,7 @@ use armlet_devices::IrqLine;
 use armlet_devices::sync::{bell, ring};
 use armlet_devices::virtio::mailbox::{self, Mailbox};
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
+use armlet_system::page_size::page_size;
 use armlet_system::signals;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use std::sync::{Arc, Mutex, TryLockError};
@@ -209,7 +210,7 @@ fn pages<A: KvmArch>(plan: &Plan<A>) -> Option<ReadOnlyPages> {
         .filter(is_slot)
         .map(|placed| placed.window)
         .collect();
-    let page = rustix::param::page_size() as u64;
+    let page = page_size() as u64;
     let first = windows.iter().map(|window| window.start()).min()?;
     let last = windows.iter().map(|window| window.last()).max()?;
     let start = first - first % page;

@@ -163,6 +163,7 @@ fn unsafe_stands_where_it_must() {
         "src/heap.rs",
         "src/thread_name.rs",
         "src/machine.rs",
+        "system/src/page_size.rs",
         "system/src/scheduling.rs",
         "system/src/signals.rs",
         "system/src/terminal.rs",

@@ -11,6 +11,7 @@ use crate::pages;
 use anyhow::{Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::balloon::{Balloon, Discard, Offer};
+use armlet_system::page_size::page_size;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -143,7 +144,7 @@ struct HostPages {
 
 impl Discard for HostPages {
     fn page_size(&self) -> u64 {
-        rustix::param::page_size() as u64
+        page_size() as u64
     }
 
     fn discard(&self, memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> bool {

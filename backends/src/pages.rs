@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use armlet_system::eintr::uninterrupted;
 use armlet_system::huge::huge_page;
+use armlet_system::page_size::page_size;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -26,7 +27,7 @@ use vm_memory::{
 /// # Errors
 /// What is not guest memory, and memory that the host keeps (locked in RAM, of huge pages).
 pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io::Result<()> {
-    let page = rustix::param::page_size() as u64;
+    let page = page_size() as u64;
     let (mut at, mut left) = (address, len);
     while left > 0 {
         let Some((region, offset)) = memory.to_region_addr(at) else {
@@ -70,7 +71,7 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
 /// stays as Linux has it: such pages never became huge again when the balloon shrinks.
 fn keep_small(region: &GuestRegionMmap, offset: u64, len: u64) {
     const REPORTED: u64 = 2 << 20;
-    let block = huge_page(rustix::param::page_size()) as u64;
+    let block = huge_page(page_size()) as u64;
     if block <= REPORTED {
         return;
     }
@@ -98,7 +99,7 @@ fn keep_small(region: &GuestRegionMmap, offset: u64, len: u64) {
 /// # Errors
 /// What the host says: no room in the address space, a file system without mappings.
 pub fn map_file(file: &File, size: usize, readonly: bool) -> Result<*mut u8> {
-    let block = huge_page(rustix::param::page_size());
+    let block = huge_page(page_size());
     let reserved = size.checked_add(block).context("it is too large")?;
     let nothing = ProtFlags::empty();
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -220,7 +221,7 @@ extern "C" fn on_bus_error(_: i32, info: *mut libc::siginfo_t, _: *mut c_void) {
         touched.wrapping_sub(mapping.address.load(Ordering::Relaxed)) < size
     });
     let is_replaced = is_there.is_some_and(|mapping| {
-        let page = rustix::param::page_size();
+        let page = page_size();
         let address = mapping.address.load(Ordering::Relaxed);
         let size = mapping.size.load(Ordering::Relaxed);
         // SAFETY: all fields are numbers, and the call writes to nothing else.
@@ -256,14 +257,14 @@ extern "C" fn on_bus_error(_: i32, info: *mut libc::siginfo_t, _: *mut c_void) {
 /// The next page's start, unless `offset` is one.
 #[must_use]
 pub fn whole(offset: u64) -> u64 {
-    offset.next_multiple_of(rustix::param::page_size() as u64)
+    offset.next_multiple_of(page_size() as u64)
 }
 
 /// Whether the host has a page for what a mapping by [`map_file`] has at `offset`. It gets one by
 /// this question. Hosts before Linux 5.14 cannot be asked: they have none.
 #[must_use]
 pub fn has_page(address: usize, offset: u64, to_write: bool) -> bool {
-    let page = rustix::param::page_size();
+    let page = page_size();
     let start = (address + offset as usize) / page * page;
     let advice = match to_write {
         true => Advice::LinuxPopulateWrite,
@@ -280,7 +281,7 @@ pub fn has_page(address: usize, offset: u64, to_write: bool) -> bool {
 /// # Errors
 /// What the host says: no memory.
 pub fn detach(address: usize, file: &File, start: u64, end: u64, readonly: bool) -> io::Result<()> {
-    let page = rustix::param::page_size() as u64;
+    let page = page_size() as u64;
     let (first, end) = (start - start % page, whole(end));
     let size = (end - first) as usize;
     let prot = ProtFlags::READ | ProtFlags::WRITE;
@@ -372,7 +373,7 @@ mod tests {
     const BASE: u64 = 0x4000_0000;
 
     fn page() -> u64 {
-        rustix::param::page_size() as u64
+        page_size() as u64
     }
 
     fn zeros(memory: &GuestMemoryMmap) -> Vec<bool> {

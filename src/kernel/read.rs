@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use armlet_arch::image::HEAD;
 use armlet_system::eintr::uninterrupted;
-use armlet_system::files::{self, Accepted};
+use armlet_system::files;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -12,8 +12,7 @@ use std::path::Path;
 
 /// Opens a non-empty file, and returns it with its size.
 pub(super) fn open_regular(path: &Path) -> Result<(File, u64)> {
-    let file = files::open(path, Accepted::File, false)?;
-    let size = file.metadata()?.len();
+    let (file, size) = files::open_regular(path)?;
     ensure!(size > 0, "it is empty");
     Ok((file, size))
 }

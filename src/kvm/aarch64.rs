@@ -15,6 +15,7 @@ use armlet_arch::irq::{GicChoice, Spi};
 use armlet_arch::width::MIN_BITS;
 use armlet_arch::{Plan, Request, Width};
 use armlet_system::eintr::uninterrupted;
+use armlet_system::page_size::page_size;
 use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
     KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,
@@ -205,7 +206,7 @@ pub(super) unsafe fn clean_to_memory(address: *const u8) {
 }
 
 fn host_page() -> u64 {
-    rustix::param::page_size() as u64
+    page_size() as u64
 }
 
 /// Returns what can be told from capabilities alone. A host with GICv3 reports more than 8 vCPUs;

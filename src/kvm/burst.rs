@@ -7,6 +7,7 @@
 
 use super::page::{Mapping, ReadOnlyPages};
 use anyhow::{Context, Result};
+use armlet_system::page_size::page_size;
 use kvm_bindings::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_coalesced_mmio, kvm_coalesced_mmio_ring};
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -39,7 +40,7 @@ impl BurstWindow {
     /// # Errors
     /// When the window does not begin at a page boundary of the host, or KVM lacks the ring.
     pub fn new(vm: Arc<VmFd>, vcpu: &VcpuFd, address: u64) -> Result<BurstWindow> {
-        let page = ReadOnlyPages::new(MEMSLOT, address, rustix::param::page_size())?;
+        let page = ReadOnlyPages::new(MEMSLOT, address, page_size())?;
         let register = (IoEventAddress::Mmio(address), WORD);
         BurstWindow::on(vm, vcpu, register, Some(page))
     }
@@ -58,7 +59,7 @@ impl BurstWindow {
         register: (IoEventAddress, u32),
         page: Option<ReadOnlyPages>,
     ) -> Result<BurstWindow> {
-        let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * rustix::param::page_size() as u64;
+        let offset = u64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * page_size() as u64;
         // SAFETY: the descriptor belongs to the vCPU, which is borrowed for the duration of the
         // call.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };

@@ -7,6 +7,7 @@
 //! stage2_map_walker_try_leaf); later changes are cleaned here.
 
 use anyhow::{Context, Result, ensure};
+use armlet_system::page_size::page_size;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::mm::{MapFlags, ProtFlags};
@@ -28,7 +29,7 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps one page of a file, at `offset` bytes, shared with other mappings.
     pub(super) fn of_file(file: BorrowedFd<'_>, offset: u64) -> Result<Mapping> {
-        let size = rustix::param::page_size();
+        let size = page_size();
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses.
         let start =
@@ -38,7 +39,7 @@ impl Mapping {
 
     /// Maps `size` zeroed bytes, rounded up to whole pages.
     pub(super) fn anonymous(size: usize) -> Result<Mapping> {
-        let size = size.next_multiple_of(rustix::param::page_size());
+        let size = size.next_multiple_of(page_size());
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses.
         let start =
@@ -74,7 +75,7 @@ impl ReadOnlyPages {
     /// # Errors
     /// When the window does not begin at a page boundary of the host.
     pub fn new(memslot: u32, address: u64, size: usize) -> Result<ReadOnlyPages> {
-        let page = rustix::param::page_size();
+        let page = page_size();
         ensure!(
             address.is_multiple_of(page as u64),
             "the window at {address:#x} is not aligned to pages of {page} bytes"

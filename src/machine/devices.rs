@@ -22,6 +22,7 @@ use armlet_devices::pl061::Pl061;
 use armlet_devices::power::{AcpiPower, PowerKey, ResetControl};
 use armlet_devices::sync::lock;
 use armlet_devices::uart16550::Uart16550;
+use armlet_system::page_size::page_size;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -187,7 +188,7 @@ fn burst_window<A: KvmArch>(
     plan: &Plan<A>,
     device: &Placed,
 ) -> Option<BurstWindow> {
-    let page = Range::new(device.window.start(), rustix::param::page_size() as u64)?;
+    let page = Range::new(device.window.start(), page_size() as u64)?;
     let mut regions = plan.layout.regions().into_iter();
     if regions.any(|other| other.range != device.window && other.range.overlaps(page)) {
         return None;

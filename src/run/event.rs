@@ -17,7 +17,7 @@ use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
 use armlet_backends::backend::Backend;
 use armlet_backends::console::{HvcConsole, terminal_size};
-use armlet_devices::sync::{bell, lock};
+use armlet_devices::sync::lock;
 use armlet_system::eintr::events;
 use armlet_system::messages;
 use armlet_system::signals;
@@ -34,15 +34,15 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Epoll tokens.
 const INPUT: u64 = 0;
 const BELL: u64 = 1;
-const SIGNAL: u64 = 2;
-const VIRTIO: u64 = 3;
-const CLOCK: u64 = 4;
+const VIRTIO: u64 = 2;
+const CLOCK: u64 = 3;
 
 /// The event loop.
 pub(super) struct Events {
     epoll: Epoll,
     pub(super) queue: Queue,
-    signals: &'static EventFd,
+    /// Rings for signals and for what is in the queue.
+    bell: &'static EventFd,
     pub(super) input: Input,
     /// What stands behind the virtio devices.
     pub(super) backends: Vec<Box<dyn Backend>>,
@@ -66,21 +66,18 @@ impl Events {
         patience: Option<Duration>,
     ) -> Result<Events> {
         let epoll = Epoll::new().context("cannot make an epoll instance")?;
-        let bell = bell().context("cannot make an eventfd")?;
-        let signals = signals::install(stats)?;
-        for (fd, token) in [(bell.as_raw_fd(), BELL), (signals.as_raw_fd(), SIGNAL)] {
-            epoll
-                .ctl(
-                    ControlOperation::Add,
-                    fd,
-                    EpollEvent::new(EventSet::IN, token),
-                )
-                .context("cannot watch a descriptor")?;
-        }
+        let bell = signals::install(stats)?;
+        epoll
+            .ctl(
+                ControlOperation::Add,
+                bell.as_raw_fd(),
+                EpollEvent::new(EventSet::IN, BELL),
+            )
+            .context("cannot watch a descriptor")?;
         Ok(Events {
             epoll,
             queue: Queue::new(bell),
-            signals,
+            bell,
             input: Input::new(INPUT),
             backends: Vec::new(),
             power: Power::new(patience),
@@ -144,14 +141,13 @@ impl Events {
             for event in &ready[..count] {
                 let ending = match event.data() {
                     INPUT => self.read_input(machine)?,
-                    SIGNAL => self.read_signals(machine)?,
                     VIRTIO => machine.light.turn(0).map(|_| None)?,
                     CLOCK => {
                         let clock = devices.clock.as_deref();
                         self.alarm.clock_was_set(&self.epoll, clock)?;
                         None
                     }
-                    _ => self.read_queue(machine)?,
+                    _ => self.answer_bell(machine)?,
                 };
                 if let Some(ending) = ending {
                     return Ok(ending);
@@ -178,9 +174,16 @@ impl Events {
         self.input.feed(&self.epoll, &self.queue, devices)
     }
 
+    fn answer_bell<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
+        // A signal or an event after this read makes it readable again.
+        let _ = self.bell.read();
+        match self.read_signals(machine)? {
+            None => self.read_queue(machine),
+            ending => Ok(ending),
+        }
+    }
+
     fn read_signals<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
-        // A signal after this read makes it readable again.
-        let _ = self.signals.read();
         for command in of_signals(signals::take()) {
             let ending = self.obey(command, machine)?;
             if ending.is_some() {

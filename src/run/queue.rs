@@ -90,16 +90,16 @@ impl Commands {
 #[derive(Clone)]
 pub(super) struct Queue {
     news: Arc<Mutex<News>>,
-    bell: Arc<EventFd>,
+    bell: &'static EventFd,
 }
 
 impl Queue {
-    /// Creates a queue that signals the non-blocking eventfd `bell` when there is something to
-    /// take.
-    pub(super) fn new(bell: EventFd) -> Queue {
+    /// Creates a queue that signals the eventfd `bell` when there is something to take. The caller
+    /// of [`Queue::take_events`] reads `bell` first.
+    pub(super) fn new(bell: &'static EventFd) -> Queue {
         Queue {
             news: Arc::default(),
-            bell: Arc::new(bell),
+            bell,
         }
     }
 
@@ -112,7 +112,7 @@ impl Queue {
     pub(super) fn tell(&self, event: Event) {
         // An event that is still pending has signalled the loop already.
         if lock(&self.news).add(event) {
-            ring(&self.bell);
+            ring(self.bell);
         }
     }
 
@@ -130,15 +130,13 @@ impl Queue {
             return Err(command);
         }
         news.commands.push(command);
-        ring(&self.bell);
+        ring(self.bell);
         Ok(())
     }
 
     /// Takes the pending events. Commands stay, so that they reach a guest that is reset in its
     /// next life.
     pub(super) fn take_events(&self) -> News {
-        // An event after this read makes it readable again.
-        let _ = self.bell.read();
         let mut news = lock(&self.news);
         let kept = News {
             commands: std::mem::take(&mut news.commands),
@@ -146,7 +144,7 @@ impl Queue {
             ..News::default()
         };
         if !kept.commands.is_empty() {
-            ring(&self.bell);
+            ring(self.bell);
         }
         std::mem::replace(&mut news, kept)
     }
@@ -181,7 +179,8 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     fn queue() -> Queue {
-        Queue::new(EventFd::new(EFD_NONBLOCK).expect("a descriptor"))
+        let bell = EventFd::new(EFD_NONBLOCK).expect("a descriptor");
+        Queue::new(Box::leak(Box::new(bell)))
     }
 
     #[test]
@@ -195,6 +194,7 @@ mod tests {
         }
         assert_eq!(queue.bell.read().expect("it rang"), 4);
         queue.tell(Event::Burst);
+        assert_eq!(queue.bell.read().expect("it rings again"), 1);
         let news = queue.take_events();
         assert_eq!(news.panicked.as_deref(), Some("0"));
         assert!(news.deadline && news.room && news.burst && news.asked);
@@ -223,6 +223,7 @@ mod tests {
         assert!(matches!(queue.ask(Command::Help), Err(Command::Help)));
         // The guest is reset.
         queue.tell(Event::Vcpu(VcpuEvent::Reset));
+        queue.bell.read().expect("it rang");
         assert_eq!(queue.take_events().end, Some(VcpuEvent::Reset));
         assert!(queue.take_events().end.is_none());
         assert!(queue.bell.read().is_ok(), "they are not forgotten");

@@ -41,8 +41,27 @@ pub fn open(path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
     open_by(DESCRIPTORS, path, accepted, writable)
 }
 
+/// Opens a regular file for reading. Returns it and its size in bytes.
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let (file, found) = open_found(DESCRIPTORS, path, Accepted::File, false)?;
+    Ok((file, found.st_size.unsigned_abs()))
+}
+
 /// Like [`open`]; `descriptors` is the directory of this process's descriptors.
 fn open_by(descriptors: &str, path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
+    Ok(open_found(descriptors, path, accepted, writable)?.0)
+}
+
+/// As `open_by`; returns what was found too.
+fn open_found(
+    descriptors: &str,
+    path: &Path,
+    accepted: Accepted,
+    writable: bool,
+) -> Result<(File, Stat)> {
     let (place, found) = look_up(path)?;
     let kind = FileType::from_raw_mode(found.st_mode);
     match (kind, accepted) {
@@ -60,7 +79,8 @@ fn open_by(descriptors: &str, path: &Path, accepted: Accepted, writable: bool) -
         true => OFlags::RDWR,
         false => OFlags::RDONLY,
     };
-    Ok(reopen(descriptors, path, &place, &found, access)?.into())
+    let file = reopen(descriptors, path, &place, &found, access)?;
+    Ok((file.into(), found))
 }
 
 /// Looks up a path without opening the file.

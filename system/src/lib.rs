@@ -8,6 +8,7 @@ pub mod eintr;
 pub mod files;
 pub mod huge;
 pub mod messages;
+pub mod page_size;
 pub mod scheduling;
 pub mod signals;
 pub mod status;

@@ -56,6 +56,9 @@ pub struct Taken {
 /// The status with which a handler ends armlet.
 static STATUS: AtomicU8 = AtomicU8::new(Status::Stopped.code());
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Starting as u8);
+/// The signal whose previous disposition is not known yet, and whether it arrived meanwhile.
+static UNDECIDED: AtomicI32 = AtomicI32::new(0);
+static CAME_EARLY: AtomicBool = AtomicBool::new(false);
 /// The number of signals so far that asked armlet to end.
 static ENDS: AtomicU32 = AtomicU32::new(0);
 /// How long a wait may take, in seconds.
@@ -104,9 +107,7 @@ pub fn install(counted: bool) -> Result<&'static EventFd> {
     let usr1 = counted.then_some(libc::SIGUSR1);
     let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
     for signal in signals.into_iter().chain(usr1) {
-        if !is_ignored(signal) {
-            handle(signal);
-        }
+        handle_unless_ignored(signal);
     }
     handle(libc::SIGALRM);
     enter(Phase::Starting);
@@ -125,10 +126,10 @@ pub fn enter(phase: Phase) {
         waiting_for("its own work");
     }
     PHASE.store(phase as u8, Ordering::Release);
-    alarm(match phase {
-        Phase::Running => 0,
-        _ => LIMIT.load(Ordering::Relaxed),
-    });
+    // One that is set while a guest begins to run finds nothing overdue.
+    if phase != Phase::Running {
+        alarm(LIMIT.load(Ordering::Relaxed));
+    }
 }
 
 /// Enters the phase of exiting, with armlet's exit status.
@@ -167,18 +168,24 @@ fn alarm(seconds: u32) {
     unsafe { libc::alarm(seconds) };
 }
 
-/// Returns whether armlet was started with this signal ignored.
-fn is_ignored(signal: libc::c_int) -> bool {
-    // SAFETY: all fields are numbers and pointers for which zero is a value, and the call writes to
-    // `now` alone.
-    unsafe {
-        let mut now: libc::sigaction = std::mem::zeroed();
-        let asked = libc::sigaction(signal, std::ptr::null(), &raw mut now);
-        asked == 0 && now.sa_sigaction == libc::SIG_IGN
+/// Installs the handler for a signal, unless armlet was started with this signal ignored: then it stays
+/// ignored. A signal that arrives before that is known is not lost.
+fn handle_unless_ignored(signal: libc::c_int) {
+    UNDECIDED.store(signal, Ordering::Release);
+    let was_ignored = handle(signal) == libc::SIG_IGN;
+    if was_ignored {
+        // SAFETY: the call sets what the signal does, and touches no memory.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    UNDECIDED.store(0, Ordering::Release);
+    if CAME_EARLY.swap(false, Ordering::AcqRel) && !was_ignored {
+        // SAFETY: the call has the handler called.
+        unsafe { libc::raise(signal) };
     }
 }
 
-fn handle(signal: libc::c_int) {
+/// Has a signal handled; returns what was done with it before.
+fn handle(signal: libc::c_int) -> libc::sighandler_t {
     // SAFETY: all fields are numbers and pointers for which zero is a value; the handler does only
     // what is safe in one, and the calls work on sets of our own.
     unsafe {
@@ -188,11 +195,17 @@ fn handle(signal: libc::c_int) {
         // The interrupted thread's system call is restarted.
         new.sa_flags = libc::SA_RESTART;
         libc::sigfillset(&raw mut new.sa_mask);
-        libc::sigaction(signal, &raw const new, std::ptr::null_mut());
+        let mut old: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, &raw const new, &raw mut old);
+        old.sa_sigaction
     }
 }
 
 extern "C" fn caught(signal: libc::c_int) {
+    if signal == UNDECIDED.load(Ordering::Acquire) {
+        CAME_EARLY.store(true, Ordering::Release);
+        return;
+    }
     // SAFETY: the location is this thread's own, and lives as long as it.
     let kept = unsafe { *libc::__errno_location() };
     let flag = match signal {
@@ -243,6 +256,9 @@ fn asked_to_end(signal: libc::c_int) -> Option<&'static AtomicBool> {
 
 /// Handles the alarm: a wait has taken too long.
 fn overdue() {
+    if is_phase(Phase::Running) && ENDS.load(Ordering::Acquire) == 0 {
+        return;
+    }
     let wait = WAIT.try_lock().ok();
     let wait = wait.as_deref();
     if is_phase(Phase::Ending) || STOP.load(Ordering::Acquire) {
@@ -440,5 +456,46 @@ mod tests {
         let (said, status) = end_of(child, errors);
         let wanted = "armlet: ended without waiting longer for disk0 to stop\n";
         assert_eq!((said.as_str(), status), (wanted, Some(6)));
+    }
+
+    #[test]
+    fn nothing_is_overdue_while_a_guest_runs() {
+        let (child, errors) = start("hangs_while_it_runs");
+        // Longer than its waits may last: the alarm of the start goes off.
+        std::thread::sleep(Duration::from_secs(2));
+        send(&child, rustix::process::Signal::INT);
+        let (said, _) = end_of(child, errors);
+        assert_eq!(
+            said,
+            "armlet: ended without waiting longer for disk0 to stop\n"
+        );
+    }
+
+    #[test]
+    #[ignore = "run by another"]
+    fn was_started_by_nohup() {
+        ignore_nothing();
+        // SAFETY: no code of ours runs by it; the other call sends a signal.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+        install(false).expect("room");
+        messages::say("ready");
+        // SAFETY: the call sends a signal.
+        unsafe { libc::raise(libc::SIGHUP) };
+        messages::say("still there");
+        std::thread::sleep(Duration::from_secs(600));
+    }
+
+    #[test]
+    fn a_signal_that_was_ignored_stays_so() {
+        let (child, mut errors) = start("was_started_by_nohup");
+        let mut line = String::new();
+        errors.read_line(&mut line).expect("a line");
+        assert_eq!(line, "armlet: still there\n");
+        send(&child, rustix::process::Signal::TERM);
+        let (said, status) = end_of(child, errors);
+        assert_eq!(
+            (said.as_str(), status),
+            ("armlet: stopped by a signal\n", Some(6))
+        );
     }
 }
