@@ -50,17 +50,18 @@ unsafe impl GlobalAlloc for Heap {
 mod c {
     use super::memory;
 
-    // SAFETY, of names: C's own, with C's types. No other definition is linked: the linker looks into
-    // musl for what is not there yet.
+    // No other definition of these names is linked: the linker looks into musl for what is not there yet.
 
     #[cfg_attr(target_env = "musl", unsafe(no_mangle))]
-    pub(super) unsafe extern "C" fn malloc(size: usize) -> *mut u8 {
+    // SAFETY: callers keep C's contract, and the types are C's.
+    unsafe extern "C" fn malloc(size: usize) -> *mut u8 {
         // SAFETY: any size is allowed.
         unsafe { memory().c_malloc(size) }
     }
 
     #[cfg_attr(target_env = "musl", unsafe(no_mangle))]
-    pub(super) unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut u8 {
+    // SAFETY: callers keep C's contract, and the types are C's.
+    unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut u8 {
         let Some(size) = count.checked_mul(size) else {
             return std::ptr::null_mut();
         };
@@ -69,29 +70,29 @@ mod c {
     }
 
     #[cfg_attr(target_env = "musl", unsafe(no_mangle))]
-    pub(super) unsafe extern "C" fn realloc(start: *mut u8, size: usize) -> *mut u8 {
+    // SAFETY: callers keep C's contract, and the types are C's.
+    unsafe extern "C" fn realloc(start: *mut u8, size: usize) -> *mut u8 {
         // SAFETY: the caller's promise.
         unsafe { memory().c_realloc(start, size) }
     }
 
     #[cfg_attr(target_env = "musl", unsafe(no_mangle))]
-    pub(super) unsafe extern "C" fn free(start: *mut u8) {
+    // SAFETY: callers keep C's contract, and the types are C's.
+    unsafe extern "C" fn free(start: *mut u8) {
         // SAFETY: the caller's promise.
         unsafe { memory().c_free(start) }
     }
 
     #[cfg_attr(target_env = "musl", unsafe(no_mangle))]
-    pub(super) unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut u8 {
+    // SAFETY: callers keep C's contract, and the types are C's.
+    unsafe extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut u8 {
         // SAFETY: the caller's promise.
         unsafe { memory().c_memalign(align, size) }
     }
 
     #[cfg_attr(target_env = "musl", unsafe(no_mangle))]
-    pub(super) unsafe extern "C" fn posix_memalign(
-        result: *mut *mut u8,
-        align: usize,
-        size: usize,
-    ) -> i32 {
+    // SAFETY: callers keep C's contract, and the types are C's.
+    unsafe extern "C" fn posix_memalign(result: *mut *mut u8, align: usize, size: usize) -> i32 {
         // SAFETY: the caller's promise.
         let start = unsafe { memory().c_memalign(align, size) };
         if start.is_null() {
@@ -100,6 +101,48 @@ mod c {
         // SAFETY: the caller's promise.
         unsafe { result.write(start) };
         0
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn c_has_its_memory_from_there_too() {
+            let filled = |start: *mut u8, value: u8, length: usize| {
+                // SAFETY: so much was allocated, and written before it is read.
+                let bytes = unsafe { std::slice::from_raw_parts(start, length) };
+                bytes.iter().all(|byte| *byte == value)
+            };
+            // SAFETY: what was allocated is used within its size and freed once.
+            unsafe {
+                let start = malloc(3000);
+                start.write_bytes(5, 3000);
+                let start = realloc(start, 90_000);
+                assert!(filled(start, 5, 3000));
+                free(start);
+                let start = calloc(30, 100);
+                assert!(filled(start, 0, 3000));
+                free(start);
+                let mut aligned = [std::ptr::null_mut(), aligned_alloc(4096, 100)];
+                assert_eq!(posix_memalign(&mut aligned[0], 4096, 100), 0);
+                for start in aligned {
+                    assert!(start.addr().is_multiple_of(4096));
+                    start.write_bytes(7, 100);
+                    assert!(filled(start, 7, 100));
+                    free(start);
+                }
+                // What there cannot be.
+                assert!(calloc(usize::MAX, 2).is_null());
+                assert!(malloc(usize::MAX / 2).is_null());
+                assert_eq!(
+                    posix_memalign(&mut aligned[0], 64, usize::MAX / 2),
+                    libc::ENOMEM
+                );
+                free(realloc(std::ptr::null_mut(), 8));
+                free(std::ptr::null_mut());
+            }
+        }
     }
 }
 
@@ -128,42 +171,5 @@ mod tests {
                 });
             }
         });
-    }
-
-    #[test]
-    fn c_has_its_memory_from_there_too() {
-        let filled = |start: *mut u8, value: u8, length: usize| {
-            // SAFETY: so much was allocated, and written before it is read.
-            let bytes = unsafe { std::slice::from_raw_parts(start, length) };
-            bytes.iter().all(|byte| *byte == value)
-        };
-        // SAFETY: what was allocated is used within its size and freed once.
-        unsafe {
-            let start = c::malloc(3000);
-            start.write_bytes(5, 3000);
-            let start = c::realloc(start, 90_000);
-            assert!(filled(start, 5, 3000));
-            c::free(start);
-            let start = c::calloc(30, 100);
-            assert!(filled(start, 0, 3000));
-            c::free(start);
-            let mut aligned = [std::ptr::null_mut(), c::aligned_alloc(4096, 100)];
-            assert_eq!(c::posix_memalign(&mut aligned[0], 4096, 100), 0);
-            for start in aligned {
-                assert!(start.addr().is_multiple_of(4096));
-                start.write_bytes(7, 100);
-                assert!(filled(start, 7, 100));
-                c::free(start);
-            }
-            // What there cannot be.
-            assert!(c::calloc(usize::MAX, 2).is_null());
-            assert!(c::malloc(usize::MAX / 2).is_null());
-            assert_eq!(
-                c::posix_memalign(&mut aligned[0], 64, usize::MAX / 2),
-                libc::ENOMEM
-            );
-            c::free(c::realloc(std::ptr::null_mut(), 8));
-            c::free(std::ptr::null_mut());
-        }
     }
 }

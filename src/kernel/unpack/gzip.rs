@@ -68,10 +68,10 @@ impl<R: BufRead> Gzip<R> {
             }
         }
         for text in [FNAME, FCOMMENT] {
-            while flags & text != 0 {
+            if flags & text != 0 {
                 take(&mut byte)?;
-                if byte == [0] {
-                    break;
+                while byte != [0] {
+                    take(&mut byte)?;
                 }
             }
         }
