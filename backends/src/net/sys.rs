@@ -1,12 +1,12 @@
 //! System calls for network cards that no library has in a safe form: vectors of guest memory,
 //! the ioctls of TAPs, descriptors that go from process to process.
 
+use armlet_devices::virtio::net::Pieces;
 use armlet_system::eintr::uninterrupted;
 use rustix::io::FdFlags;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::raw::{c_int, c_ulong};
-use std::ptr::null_mut;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
@@ -20,10 +20,6 @@ const TUNSETQUEUE: c_ulong = ioctl_expr(_IOC_WRITE, b'T' as u32, 217, 4);
 // include/uapi/linux/sockios.h.
 const SIOCGIFFLAGS: c_ulong = 0x8913;
 const SIOCGIFMTU: c_ulong = 0x8921;
-
-/// Pieces of memory for which there is room without asking for some: more than a frame of 64 KiB
-/// has in buffers of a page or an Ethernet frame.
-const FEW: usize = 48;
 
 /// Bytes of an interface's name with its end (IFNAMSIZ).
 pub(super) const NAME_BYTES: usize = 16;
@@ -63,20 +59,36 @@ impl Request {
     }
 }
 
+// What pieces are is what the system takes.
+const _: () = assert!(size_of::<libc::iovec>() == size_of::<[usize; 2]>());
+const _: () = assert!(std::mem::offset_of!(libc::iovec, iov_len) == size_of::<usize>());
+
 /// Reads into memory, piece by piece, as readv(2) does.
 ///
 /// # Errors
 /// As readv(2); EINVAL for more than 1024 pieces.
-pub(super) fn read_into<'a>(
-    fd: BorrowedFd<'_>,
-    pieces: impl Iterator<Item = VolatileSlice<'a>>,
-) -> io::Result<usize> {
-    with_vector(None, pieces, |vector| {
-        let (pointer, count) = (vector.as_ptr(), vector.len() as c_int);
-        // SAFETY: the pieces are memory that may be written to as long as `'a` lasts. Others may
-        // change it meanwhile, so nobody has references to it.
-        unsafe { libc::readv(fd.as_raw_fd(), pointer, count) }
-    })
+pub(super) fn read_pieces(fd: BorrowedFd<'_>, pieces: Pieces<'_>) -> io::Result<usize> {
+    let vector = pieces.vector();
+    let (pointer, count) = (vector.as_ptr().cast(), vector.len() as c_int);
+    // SAFETY: the pieces are memory that may be written to as long as they are borrowed. Others may
+    // change it meanwhile, so nobody has references to it.
+    moved(|| unsafe { libc::readv(fd.as_raw_fd(), pointer, count) })
+}
+
+/// Writes memory, piece by piece, as writev(2) does.
+///
+/// # Errors
+/// As writev(2); EINVAL for more than 1024 pieces.
+pub(super) fn write_pieces(fd: BorrowedFd<'_>, pieces: Pieces<'_>) -> io::Result<usize> {
+    let vector = pieces.vector();
+    let (pointer, count) = (vector.as_ptr().cast(), vector.len() as c_int);
+    // SAFETY: the pieces are memory that may be read as long as they are borrowed.
+    moved(|| unsafe { libc::writev(fd.as_raw_fd(), pointer, count) })
+}
+
+/// The bytes that a call moved, which is made again where a signal came between.
+fn moved(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    uninterrupted(|| usize::try_from(call()).map_err(|_| io::Error::last_os_error()))
 }
 
 /// Writes `head` and then memory, piece by piece, as writev(2) does.
@@ -88,51 +100,12 @@ pub(super) fn write_from<'a>(
     head: &[u8],
     pieces: impl Iterator<Item = VolatileSlice<'a>>,
 ) -> io::Result<usize> {
-    let head = (!head.is_empty()).then_some(head);
-    with_vector(head, pieces, |vector| {
-        let (pointer, count) = (vector.as_ptr(), vector.len() as c_int);
-        // SAFETY: the head is borrowed, and the pieces are memory that may be read as long as
-        // `'a` lasts.
-        unsafe { libc::writev(fd.as_raw_fd(), pointer, count) }
-    })
-}
-
-/// Has `call` called with the pieces as the system takes them, again where a signal came between.
-fn with_vector<'a>(
-    head: Option<&[u8]>,
-    pieces: impl Iterator<Item = VolatileSlice<'a>>,
-    call: impl Fn(&[libc::iovec]) -> isize,
-) -> io::Result<usize> {
-    const NONE: libc::iovec = libc::iovec {
-        iov_base: null_mut(),
-        iov_len: 0,
-    };
-    let mut few = [NONE; FEW];
-    let mut many = Vec::new();
-    let mut count = 0;
-    let head = head.map(|head| libc::iovec {
-        iov_base: head.as_ptr().cast_mut().cast(),
-        iov_len: head.len(),
-    });
-    let pieces = pieces.map(|piece| libc::iovec {
-        iov_base: piece.ptr_guard_mut().as_ptr().cast(),
-        iov_len: piece.len(),
-    });
-    for piece in head.into_iter().chain(pieces) {
-        if count == FEW {
-            many = few.to_vec();
-        }
-        match count < FEW {
-            true => few[count] = piece,
-            false => many.push(piece),
-        }
-        count += 1;
-    }
-    let vector = match count <= FEW {
-        true => &few[..count],
-        false => &many,
-    };
-    uninterrupted(|| usize::try_from(call(vector)).map_err(|_| io::Error::last_os_error()))
+    let head = [head.as_ptr() as usize, head.len()];
+    let pieces = pieces.map(|piece| [piece.ptr_guard_mut().as_ptr() as usize, piece.len()]);
+    let vector: Vec<[usize; 2]> = std::iter::once(head).chain(pieces).collect();
+    let (pointer, count) = (vector.as_ptr().cast(), vector.len() as c_int);
+    // SAFETY: the head is borrowed, and the pieces are memory that may be read as long as `'a` lasts.
+    moved(|| unsafe { libc::writev(fd.as_raw_fd(), pointer, count) })
 }
 
 /// Makes `tun` a queue of the interface `name`, with the flags IFF_... of TUNSETIFF.
@@ -250,8 +223,8 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_written_and_read_in_pieces_of_any_number() {
-        for size in [1, FEW - 1, FEW, FEW + 1, 500] {
+    fn memory_is_written_in_pieces_of_any_number() {
+        for size in [1, 47, 500] {
             let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
             let mut source: Vec<u8> = (0..size * 3).map(|index| index as u8).collect();
             let expected = [b"head", &source[..]].concat();
@@ -259,8 +232,7 @@ mod tests {
             let written = write_from(writer.as_fd(), b"head", pieces).expect("room");
             assert_eq!(written, 4 + size * 3);
             let mut target = vec![0; 4 + size * 3];
-            let pieces = target.chunks_mut(4).map(VolatileSlice::from);
-            let read = read_into(reader.as_fd(), pieces).expect("bytes");
+            let read = rustix::io::read(&reader, &mut target).expect("bytes");
             assert_eq!(read, written);
             assert_eq!(target, expected);
         }

@@ -407,15 +407,15 @@ impl Frames for TapFrames {
         true
     }
 
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), FrameError> {
-        match sys::write_from(self.0.queues[pair].as_fd(), &[], frame.slices()) {
+    fn send(&mut self, pair: usize, mut frame: Frame<'_>) -> Result<(), FrameError> {
+        match sys::write_pieces(self.0.queues[pair].as_fd(), frame.pieces()) {
             Ok(_) => Ok(()),
             Err(error) => Err(self.0.frame_error("send", &error)),
         }
     }
 
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
-        sys::read_into(self.0.queues[pair].as_fd(), room.slices())
+    fn receive(&mut self, pair: usize, mut room: Room<'_>) -> Result<usize, FrameError> {
+        sys::read_pieces(self.0.queues[pair].as_fd(), room.pieces())
             .map_err(|error| self.0.frame_error("receive", &error))
     }
 }

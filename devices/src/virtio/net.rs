@@ -24,7 +24,9 @@ mod send;
 mod tests;
 
 pub use super::state::{NetSession, NetState};
-pub use network::{Frame, FrameError, Frames, HEADER, MOST_BYTES, Network, Room, SourceEvent};
+pub use network::{
+    Frame, FrameError, Frames, HEADER, MOST_BYTES, Network, Pieces, Room, SourceEvent,
+};
 pub use rings::{RingNet, Rings};
 
 /// Device ID.
@@ -90,7 +92,7 @@ impl<N: Frames> Net<N> {
         let Some(transmitter) = transmitter else {
             return;
         };
-        let network = is_used.then_some(&mut self.network);
+        let network = is_used.then_some(&mut self.network as &mut dyn Frames);
         if let Err(why) = transmitter.run(network, pair) {
             self.lose(&why);
         }
@@ -105,20 +107,25 @@ impl<N: Frames> Net<N> {
         self.card.lose(why);
         for pair in 0..self.pairs.len() {
             self.woken(pair);
+            self.send(pair);
         }
     }
 
     /// Moves the frames of a pair, for which some may have come or can be sent again.
     fn woken(&mut self, pair: usize) {
-        if let Some(pair) = self.pairs.get_mut(pair) {
-            if let Some(receiver) = &mut pair.receiver {
-                receiver.woken();
-            }
-            if let Some(transmitter) = &mut pair.transmitter {
-                transmitter.woken();
-            }
+        let Some(queues) = self.pairs.get_mut(pair) else {
+            return;
+        };
+        if let Some(receiver) = &mut queues.receiver {
+            receiver.woken();
         }
-        self.move_frames(pair);
+        let transmitter = queues.transmitter.as_mut();
+        let is_awaited = transmitter.is_some_and(Transmitter::woken);
+        self.receive(pair);
+        // One that waits for nothing is kicked when there is something to send.
+        if is_awaited {
+            self.send(pair);
+        }
     }
 }
 

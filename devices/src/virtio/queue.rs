@@ -12,9 +12,11 @@ use super::Link;
 use crate::sync::ring;
 
 mod area;
+mod buffers;
 mod chain;
 mod segment;
 
+pub(super) use buffers::{Buffer, Way};
 pub use chain::Chain;
 pub(super) use segment::Regions;
 pub use segment::{Segment, parts};
@@ -210,6 +212,12 @@ impl Virtqueue {
 
     /// Takes the next request; `None` when there is none now, or the driver broke the ring.
     pub fn pop(&mut self) -> Option<Chain> {
+        let head = self.take_head()?;
+        self.follow(head)
+    }
+
+    /// Takes the head of the next request from the available ring.
+    fn take_head(&mut self) -> Option<u16> {
         if self.broken {
             return None;
         }
@@ -236,6 +244,11 @@ impl Virtqueue {
             return None;
         };
         self.next_available = self.next_available.wrapping_add(1);
+        Some(head)
+    }
+
+    /// The request at descriptor `head`; `None` where the driver broke the ring.
+    fn follow(&mut self, head: u16) -> Option<Chain> {
         let mut chain = self.spare.pop().unwrap_or_default();
         chain.reset(head);
         let table = Table {
@@ -311,22 +324,11 @@ impl Virtqueue {
         self.keep(chain);
     }
 
-    /// Completes requests that belong together, with the bytes put into each: the driver sees all
-    /// of them or none, as it must where a frame lies in several buffers (virtio 1.2, section
-    /// 5.1.6.4).
-    pub fn complete_together(&mut self, chains: impl IntoIterator<Item = (Chain, u32)>) {
+    /// Puts a request into the used ring, where the driver does not see it yet.
+    fn put_used(&mut self, head: u16, written: u32) {
         if self.broken {
             return;
         }
-        for (chain, written) in chains {
-            self.put_used(chain.head(), written);
-            self.keep(chain);
-        }
-        self.show_used();
-    }
-
-    /// Puts a request into the used ring, where the driver does not see it yet.
-    fn put_used(&mut self, head: u16, written: u32) {
         // struct virtq_used_elem (section 2.7.8).
         let slot = ENTRIES + 8 * usize::from(self.next_used % self.size);
         let entry = [u32::from(head).to_le(), written.to_le()];

@@ -1,11 +1,9 @@
 //! The host's end of a network card, and the frames that pass between it and the card.
 
-use std::collections::VecDeque;
-
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use crate::virtio::queue::{Segment, parts};
-use crate::virtio::{Chain, Source};
+use crate::virtio::{Source, Virtqueue};
 
 /// Entries of a queue of frames. A frame of 64 KiB takes 16 of the guest's buffers. Where fewer are
 /// left than the next one needs, vhost-net looks again and again until the guest brings more
@@ -108,25 +106,47 @@ pub enum FrameError {
     Gone(String),
 }
 
+/// Pieces of this process's memory, which is there as long as `'a` lasts.
+#[derive(Clone, Copy, Debug)]
+pub struct Pieces<'a>(&'a [[usize; 2]]);
+
+impl<'a> Pieces<'a> {
+    /// Address and bytes of each, as struct iovec has them. Others may change what lies there.
+    #[must_use]
+    pub fn vector(self) -> &'a [[usize; 2]] {
+        self.0
+    }
+}
+
 /// A frame to send, in guest memory; never empty.
-#[derive(Clone, Copy)]
 pub struct Frame<'a> {
-    pub(super) memory: &'a GuestMemoryMmap,
+    pub(super) queue: &'a Virtqueue,
     pub(super) segments: &'a [Segment],
+    /// Its bytes, with those that are skipped.
+    pub(super) size: usize,
     pub(super) skip: usize,
+    /// Kept for its capacity.
+    pub(super) vector: &'a mut Vec<[usize; 2]>,
 }
 
 impl<'a> Frame<'a> {
     /// Its bytes, counted.
     #[must_use]
     pub fn size(&self) -> usize {
-        let all: usize = self.segments.iter().map(|segment| segment.len).sum();
-        all - self.skip
+        self.size - self.skip
     }
 
     /// Its bytes, piece by piece.
     pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'a>> + use<'a> {
-        slices(self.memory, self.segments, self.skip)
+        slices(self.queue.memory(), self.segments, self.skip)
+    }
+
+    /// Its bytes, as writev(2) takes them.
+    #[must_use]
+    pub fn pieces(&mut self) -> Pieces<'_> {
+        self.vector.clear();
+        self.queue.add_pieces(self.segments, self.skip, self.vector);
+        Pieces(self.vector)
     }
 }
 
@@ -141,34 +161,37 @@ pub(super) fn slices<'a>(
         .map_while(Result::ok)
 }
 
-/// A buffer of the driver.
-pub(super) struct Held {
-    pub(super) chain: Chain,
-    /// Its bytes.
-    pub(super) room: usize,
-}
-
 /// Room for a frame: where its header goes, if it has one; the driver's buffers, and behind them one
 /// of ours.
 pub struct Room<'a> {
-    pub(super) memory: &'a GuestMemoryMmap,
+    pub(super) queue: &'a Virtqueue,
     pub(super) header: Option<&'a mut [u8]>,
-    pub(super) held: &'a VecDeque<Held>,
+    pub(super) segments: &'a [Segment],
     pub(super) spill: &'a mut [u8],
+    /// Its pieces, or nothing where they have changed.
+    pub(super) vector: &'a mut Vec<[usize; 2]>,
 }
 
 impl<'a> Room<'a> {
     /// The bytes to write to, piece by piece; fewer than 1024 pieces.
     pub fn slices(self) -> impl Iterator<Item = VolatileSlice<'a>> {
         // The driver's header is written when the frame is handed over.
-        let (memory, mut skip) = (self.memory, HEADER);
-        let held = self.held.iter().flat_map(move |held| {
-            let skip = std::mem::take(&mut skip);
-            slices(memory, held.chain.writable(), skip)
-        });
+        let held = slices(self.queue.memory(), self.segments, HEADER);
         let header = self.header.into_iter().map(VolatileSlice::from);
         let spill = std::iter::once(VolatileSlice::from(self.spill));
         header.chain(held).chain(spill)
+    }
+
+    /// The same bytes, as readv(2) takes them.
+    #[must_use]
+    pub fn pieces(&mut self) -> Pieces<'_> {
+        if self.vector.is_empty() {
+            let ours = |bytes: &mut [u8]| [bytes.as_mut_ptr() as usize, bytes.len()];
+            self.vector.extend(self.header.as_deref_mut().map(ours));
+            self.queue.add_pieces(self.segments, HEADER, self.vector);
+            self.vector.push(ours(self.spill));
+        }
+        Pieces(self.vector)
     }
 
     /// Writes a frame, as much as there is room for; returns its bytes.

@@ -1,11 +1,13 @@
 //! Frames from the network to the driver.
 
 use crate::sync::ring;
-use std::collections::VecDeque;
 use std::sync::Arc;
 
+use vm_memory::Bytes;
+
 use super::feature;
-use super::network::{BATCH, FrameError, Frames, HEADER, Held, MOST_BYTES, Room};
+use super::network::{BATCH, FrameError, Frames, HEADER, MOST_BYTES, Room};
+use crate::virtio::queue::{Buffer, Segment, Way, parts};
 use crate::virtio::{Link, Position, Virtqueue};
 
 /// Offset of num_buffers in the header, in bytes (virtio 1.2, section 5.1.6).
@@ -42,11 +44,11 @@ pub(super) struct Receiver {
     /// The header of the frame that was read last; zeros where the network has none.
     header: [u8; HEADER],
     /// Buffers from the queue that are not used yet, in order.
-    held: VecDeque<Held>,
+    held: Vec<Buffer>,
+    /// Where they lie. A frame begins with the first byte, and goes on from one to the next.
+    segments: Vec<Segment>,
     /// Bytes of all of them.
     room: usize,
-    /// Pieces of memory of all of them.
-    pieces: usize,
     /// Bytes that the next frame may well have.
     expected: usize,
     /// The part of a frame for which there was no room.
@@ -57,6 +59,8 @@ pub(super) struct Receiver {
     more: bool,
     /// Buffers that were handed back in this turn, because they are not all in memory.
     refused: usize,
+    /// Where to read to, or nothing where that has changed.
+    vector: Vec<[usize; 2]>,
 }
 
 /// A frame that was read.
@@ -83,15 +87,16 @@ impl Receiver {
             has_header,
             longest,
             header: [0; HEADER],
-            held: VecDeque::new(),
+            held: Vec::new(),
+            segments: Vec::new(),
             room: 0,
-            pieces: 0,
             expected: 0,
             spill: vec![0; MOST_BYTES],
             waiting: None,
             // It may have frames from the time before the driver.
             more: true,
             refused: 0,
+            vector: Vec::new(),
         }
     }
 
@@ -99,8 +104,7 @@ impl Receiver {
     /// and waits for more of them, with its header; there may be none.
     pub(super) fn quiesce(mut self) -> ((u16, Position), Option<Vec<u8>>) {
         let frame = self.waiting.map(|frame| self.copy_frame(frame));
-        let held = self.held.drain(..).map(|held| held.chain);
-        self.queue.hand_back(held);
+        self.queue.hand_back_buffers(self.held.len());
         ((self.queue.index(), self.queue.quiesce()), frame)
     }
 
@@ -109,11 +113,11 @@ impl Receiver {
         let mut bytes = vec![0; frame.size];
         let (placed, spilled) = bytes.split_at_mut(frame.placed.min(frame.size));
         let mut at = 0;
-        for held in &self.held {
-            let end = (at + held.room).min(placed.len());
-            held.chain
-                .read_back(self.queue.memory(), &mut placed[at..end]);
-            at = end;
+        for part in parts(&self.segments, 0, placed.len()) {
+            // All of it is memory.
+            let place = &mut placed[at..at + part.len];
+            let _ = self.queue.memory().read_slice(place, part.address);
+            at += part.len;
         }
         spilled.copy_from_slice(&self.spill[..spilled.len()]);
         bytes[..NUM_BUFFERS].copy_from_slice(&self.header[..NUM_BUFFERS]);
@@ -147,7 +151,7 @@ impl Receiver {
     /// Why the network is gone.
     pub(super) fn run(
         &mut self,
-        network: &mut impl Frames,
+        network: &mut dyn Frames,
         pair: usize,
         offloads: u64,
     ) -> Result<(), String> {
@@ -208,10 +212,11 @@ impl Receiver {
 
     fn offer(&mut self) -> Room<'_> {
         Room {
-            memory: self.queue.memory(),
+            queue: &self.queue,
             header: self.has_header.then_some(&mut self.header[..]),
-            held: &self.held,
+            segments: &self.segments,
             spill: &mut self.spill,
+            vector: &mut self.vector,
         }
     }
 
@@ -259,7 +264,7 @@ impl Receiver {
     /// Takes buffers from the queue, as many as the next frame may well need; false without any.
     fn gather(&mut self) -> bool {
         while self.held.is_empty()
-            || (self.merges && self.room < self.expected && self.pieces < PIECES)
+            || (self.merges && self.room < self.expected && self.segments.len() < PIECES)
         {
             if !self.take() {
                 break;
@@ -270,11 +275,10 @@ impl Receiver {
 
     /// Takes one buffer from the queue, if there is one.
     fn take(&mut self) -> bool {
-        let chain = loop {
-            match self.queue.pop() {
-                Some(chain) if chain.is_whole() => break chain,
-                Some(chain) => {
-                    self.queue.complete(chain, 0);
+        let buffer = loop {
+            match self.queue.pop_buffer(Way::In, &mut self.segments) {
+                Some(Ok(buffer)) => break buffer,
+                Some(Err(())) => {
                     self.refused += 1;
                     if self.refused >= BATCH {
                         return false;
@@ -283,18 +287,20 @@ impl Receiver {
                 None => return false,
             }
         };
-        let (room, pieces) = (chain.writable_len(), chain.writable().len());
+        let Buffer { room, pieces, .. } = buffer;
         // The header has to fit, and a request has no more pieces than its queue entries (virtio
         // 1.2, sections 5.1.6.3.1 and 2.7.5.3.1).
-        if room < HEADER || pieces > usize::from(self.queue.size()) {
+        if room < HEADER || pieces > self.queue.size() {
+            let kept = self.segments.len() - usize::from(pieces);
+            self.segments.truncate(kept);
             self.queue.break_ring(format_args!(
                 "a receive buffer has {room} bytes in {pieces} pieces"
             ));
             return false;
         }
         self.room += room;
-        self.pieces += pieces;
-        self.held.push_back(Held { chain, room });
+        self.vector.clear();
+        self.held.push(buffer);
         true
     }
 
@@ -317,41 +323,39 @@ impl Receiver {
         // Short frames follow long ones more often than not, and copying one that was not expected
         // costs more than some buffers too many: so the memory of long ones fades slowly.
         self.expected = frame.size.max(self.expected - self.expected / 8);
-        let count = self.copy_spill(frame);
-        self.header[NUM_BUFFERS..].copy_from_slice(&(count as u16).to_le_bytes());
-        self.held[0]
-            .chain
-            .write(self.queue.memory(), 0, &self.header);
-        for held in self.held.range(..count) {
-            self.room -= held.room;
-            self.pieces -= held.chain.writable().len();
+        self.copy_spill(frame);
+        let (mut count, mut room, mut pieces) = (0, 0, 0);
+        while room < frame.size {
+            room += self.held[count].room;
+            pieces += usize::from(self.held[count].pieces);
+            count += 1;
         }
-        let mut left = frame.size;
-        let used = self.held.drain(..count).map(|held| {
-            let size = held.room.min(left);
-            left -= size;
-            (held.chain, size as u32)
-        });
-        self.queue.complete_together(used);
+        self.header[NUM_BUFFERS..].copy_from_slice(&(count as u16).to_le_bytes());
+        self.write(0, &self.header);
+        self.queue.complete_buffers(&self.held[..count], frame.size);
+        self.room -= room;
+        self.vector.clear();
+        self.held.drain(..count);
+        self.segments.drain(..pieces);
         true
     }
 
-    /// Copies to the driver's buffers what was not read into them. Returns the buffers of the
-    /// frame, counted.
-    fn copy_spill(&self, frame: Waiting) -> usize {
-        let mut at = 0;
-        for (index, held) in self.held.iter().enumerate() {
-            let end = (at + held.room).min(frame.size);
-            let from = at.max(frame.placed);
-            if from < end {
-                let data = &self.spill[from - frame.placed..end - frame.placed];
-                held.chain.write(self.queue.memory(), from - at, data);
-            }
-            at = end;
-            if at == frame.size {
-                return index + 1;
-            }
+    /// Copies to the driver's buffers what was not read into them.
+    fn copy_spill(&self, frame: Waiting) {
+        let data = self.spill.get(..frame.size.saturating_sub(frame.placed));
+        if let Some(data @ [_, ..]) = data {
+            self.write(frame.placed, data);
         }
-        self.held.len()
+    }
+
+    /// Writes to the driver's buffers, from their byte `offset` on.
+    fn write(&self, offset: usize, data: &[u8]) {
+        let mut left = data;
+        for Segment { address, len } in parts(&self.segments, offset, data.len()) {
+            let (now, later) = left.split_at(len);
+            // All of it is memory.
+            let _ = self.queue.memory().write_slice(now, address);
+            left = later;
+        }
     }
 }

@@ -4,7 +4,8 @@ use crate::sync::ring;
 use std::sync::Arc;
 
 use super::network::{BATCH, Frame, FrameError, Frames, HEADER, LEAST_FRAME, MOST_BYTES};
-use crate::virtio::{Chain, Link, Position, Virtqueue};
+use crate::virtio::queue::{Buffer, Segment, Way};
+use crate::virtio::{Link, Position, Virtqueue};
 
 /// A queue of frames to send.
 pub(super) struct Transmitter {
@@ -13,6 +14,10 @@ pub(super) struct Transmitter {
     has_header: bool,
     /// Whether the network took no more when it was last tried.
     blocked: bool,
+    /// Where the frame lies that is sent now.
+    segments: Vec<Segment>,
+    /// Kept for its capacity.
+    vector: Vec<[usize; 2]>,
 }
 
 impl Transmitter {
@@ -22,6 +27,8 @@ impl Transmitter {
             link: Arc::clone(link),
             has_header,
             blocked: false,
+            segments: Vec::new(),
+            vector: Vec::new(),
         }
     }
 
@@ -30,9 +37,9 @@ impl Transmitter {
         (self.queue.index(), self.queue.quiesce())
     }
 
-    /// The network may take frames again.
-    pub(super) fn woken(&mut self) {
-        self.blocked = false;
+    /// The network may take frames again; returns whether one waits for that.
+    pub(super) fn woken(&mut self) -> bool {
+        std::mem::take(&mut self.blocked)
     }
 
     /// Sends what can be sent; without a network it is thrown away. A frame that the network
@@ -43,7 +50,7 @@ impl Transmitter {
     /// Why the network is gone.
     pub(super) fn run(
         &mut self,
-        mut network: Option<&mut impl Frames>,
+        mut network: Option<&mut dyn Frames>,
         pair: usize,
     ) -> Result<(), String> {
         if self.blocked {
@@ -58,7 +65,8 @@ impl Transmitter {
                 ring(self.queue.kick());
                 break;
             }
-            let Some(chain) = self.queue.pop() else {
+            self.segments.clear();
+            let Some(taken) = self.queue.pop_buffer(Way::Out, &mut self.segments) else {
                 if self.queue.listen() {
                     self.queue.silence();
                     continue;
@@ -66,46 +74,47 @@ impl Transmitter {
                 break;
             };
             left -= 1;
-            if !chain.is_whole() {
-                self.queue.complete(chain, 0);
+            let Ok(buffer) = taken else {
                 continue;
-            }
-            let sent = match (self.frame(&chain), &mut network) {
-                (Some(frame), Some(network)) => network.send(pair, frame),
-                (Some(_), None) => Ok(()),
-                (None, _) => Err(FrameError::Lost(format!(
+            };
+            let sent = match (self.is_frame(buffer), &mut network) {
+                (true, Some(network)) => network.send(pair, self.frame(buffer)),
+                (true, None) => Ok(()),
+                (false, _) => Err(FrameError::Lost(format!(
                     "a frame to send has {} bytes in {} pieces",
-                    chain.readable_len(),
-                    chain.readable().len()
+                    buffer.room, buffer.pieces
                 ))),
             };
             match sent {
                 Ok(()) => {}
                 Err(FrameError::Wait) => {
-                    self.queue.undo_pop(chain);
+                    self.queue.hand_back_buffers(1);
                     self.blocked = true;
                     break;
                 }
                 Err(FrameError::Lost(why)) => self.link.fault(format_args!("{why}")),
                 Err(FrameError::Gone(why)) => result = Err(why),
             }
-            self.queue.complete(chain, 0);
+            self.queue.complete_buffers(&[buffer], 0);
         }
         self.queue.signal();
         result
     }
 
-    /// The frame of a request, if it is one that a network can have.
-    fn frame<'a>(&'a self, chain: &'a Chain) -> Option<Frame<'a>> {
-        let segments = chain.readable();
-        let size = chain.readable_len();
+    /// Whether a request is a frame that a network can have.
+    fn is_frame(&self, buffer: Buffer) -> bool {
         // No more pieces than a request may have (virtio 1.2, section 2.7.5.3.1).
-        let can_be = (HEADER + LEAST_FRAME..=MOST_BYTES).contains(&size)
-            && segments.len() <= usize::from(self.queue.size());
-        can_be.then_some(Frame {
-            memory: self.queue.memory(),
-            segments,
+        (HEADER + LEAST_FRAME..=MOST_BYTES).contains(&buffer.room)
+            && buffer.pieces <= self.queue.size()
+    }
+
+    fn frame(&mut self, buffer: Buffer) -> Frame<'_> {
+        Frame {
+            queue: &self.queue,
+            segments: &self.segments,
+            size: buffer.room,
             skip: if self.has_header { 0 } else { HEADER },
-        })
+            vector: &mut self.vector,
+        }
     }
 }

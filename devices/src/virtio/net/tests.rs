@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::feature::*;
@@ -122,7 +122,7 @@ impl Frames for FakeNetwork {
         !lock(&self.0).bare
     }
 
-    fn send(&mut self, pair: usize, frame: Frame<'_>) -> Result<(), FrameError> {
+    fn send(&mut self, pair: usize, mut frame: Frame<'_>) -> Result<(), FrameError> {
         let mut wire = lock(&self.0);
         if let Some(trouble) = &wire.refuse {
             return Err(trouble.clone());
@@ -134,15 +134,19 @@ impl Frames for FakeNetwork {
             bytes.extend(piece);
         }
         assert_eq!(bytes.len(), frame.size());
+        let places: Vec<_> = frame.slices().map(place).collect();
+        assert_eq!(frame.pieces().vector(), places);
         wire.sent.push((pair, bytes));
         Ok(())
     }
 
-    fn receive(&mut self, pair: usize, room: Room<'_>) -> Result<usize, FrameError> {
+    fn receive(&mut self, pair: usize, mut room: Room<'_>) -> Result<usize, FrameError> {
+        let pieces = room.pieces().vector().to_vec();
         let frame = lock(&self.0).incoming[pair].pop_front();
         let frame = frame.unwrap_or(Err(FrameError::Wait))?;
         // As readv does it.
         let slices: Vec<_> = room.slices().collect();
+        assert!(slices.iter().copied().map(place).eq(pieces));
         assert!(slices.len() <= 1024, "{} pieces", slices.len());
         let mut left = &frame[..];
         for slice in slices {
@@ -153,6 +157,11 @@ impl Frames for FakeNetwork {
         assert!(left.is_empty(), "no room for a frame");
         Ok(frame.len())
     }
+}
+
+/// Where this process has a piece of memory, and its bytes.
+fn place(slice: VolatileSlice<'_>) -> [usize; 2] {
+    [slice.ptr_guard_mut().as_ptr() as usize, slice.len()]
 }
 
 type TestGuest = Guest<Net<FakeNetwork>>;

@@ -43,6 +43,15 @@ impl Area {
         Some((mapping, self.start.0 - *offset as u64))
     }
 
+    /// Where this process has bytes that lie in the same region as the area, all of them.
+    #[inline]
+    pub(super) fn host(&self, address: GuestAddress, bytes: usize) -> Option<usize> {
+        let (mapping, start) = self.region()?;
+        let at = address.0.checked_sub(start)? as usize;
+        let fits = at.checked_add(bytes)? <= mapping.size();
+        fits.then(|| mapping.as_ptr() as usize + at)
+    }
+
     /// The little-endian number at so many bytes.
     #[inline]
     pub(super) fn load(

@@ -124,16 +124,6 @@ impl Chain {
         done
     }
 
-    /// Copies what lies in the writable buffers, from their first byte on: what was put there before.
-    pub(crate) fn read_back(&self, memory: &GuestMemoryMmap, data: &mut [u8]) {
-        let mut done = 0;
-        for part in parts(self.writable(), 0, data.len()) {
-            // All of it is memory.
-            let _ = memory.read_slice(&mut data[done..done + part.len], part.address);
-            done += part.len;
-        }
-    }
-
     /// Copies to the writable buffers at `offset` bytes; returns how many bytes there was room
     /// for.
     pub fn write(&self, memory: &GuestMemoryMmap, offset: usize, data: &[u8]) -> usize {

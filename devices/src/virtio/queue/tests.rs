@@ -11,6 +11,7 @@ use super::*;
 use crate::virtio::{Interrupts, Vector};
 
 mod anything;
+mod buffers;
 mod chains;
 mod positions;
 
@@ -362,37 +363,6 @@ fn without_event_indexes_a_flag_holds_interrupts_back() {
     assert_eq!(serve(&mut bench), 1);
     bench.put(RINGS.available, &[0, 0]);
     assert_eq!(serve(&mut bench), 2);
-}
-
-#[test]
-fn what_is_completed_together_is_in_the_ring_in_order() {
-    let mut bench = Bench::with(true);
-    // Twice, so that the second time goes over the ring's end.
-    for round in 0..2_u16 {
-        for _ in 0..6 {
-            bench.offer_plain();
-        }
-        let chains: Vec<_> = std::iter::from_fn(|| bench.queue.pop()).collect();
-        let heads: Vec<u32> = chains.iter().map(|chain| chain.head().into()).collect();
-        let last = 4 + 2 * u64::from(SIZE);
-        bench.put(RINGS.available + last, &(6 * round + 5).to_le_bytes());
-        assert_eq!(bench.used(), 6 * round);
-        // The driver must not see some of them before all are there.
-        let memory = Arc::clone(&bench.memory);
-        let chains = chains.into_iter().zip(100..).inspect(|_| {
-            assert_eq!(load_u16(&memory, RINGS.used + 2), Some(6 * round));
-        });
-        bench.queue.complete_together(chains);
-        assert_eq!(bench.used(), 6 * round + 6);
-        bench.queue.signal();
-        assert_eq!(bench.interrupts(), usize::from(round) + 1);
-        for (offset, head) in heads.into_iter().enumerate() {
-            let slot = (6 * u64::from(round) + offset as u64) % u64::from(SIZE);
-            let at = GuestAddress(RINGS.used + 4 + 8 * slot);
-            let entry: [u32; 2] = bench.memory.read_obj(at).expect("memory");
-            assert_eq!(entry, [head, 100 + offset as u32]);
-        }
-    }
 }
 
 #[test]

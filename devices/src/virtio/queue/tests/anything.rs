@@ -42,9 +42,9 @@ fn lengths() -> impl Strategy<Value = u32> {
     ]
 }
 
-type Entry = ((u64, u32), u16, u16);
+pub(super) type Entry = ((u64, u32), u16, u16);
 
-fn entries() -> impl Strategy<Value = Vec<Entry>> {
+pub(super) fn entries() -> impl Strategy<Value = Vec<Entry>> {
     let entry = ((addresses(), lengths()), 0..8_u16, 0..SIZE + 2);
     prop::collection::vec(entry, usize::from(SIZE))
 }

@@ -265,7 +265,7 @@ fn what_one_large_request_needed_is_given_back() {
     bench.queue.complete(large, 0);
     bench.queue.undo_pop(small);
     let small = bench.queue.pop().expect("a request");
-    bench.queue.complete_together([(small, 0)]);
+    bench.queue.complete(small, 0);
     let kept = bench.queue.spare.iter();
     let kept: Vec<usize> = kept.map(|chain| chain.capacity()).collect();
     assert!(kept.len() == 1 && kept[0] <= KEPT_SEGMENTS, "{kept:?}");
