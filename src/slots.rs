@@ -10,7 +10,7 @@ use armlet_arch::{Placed, Plan};
 use armlet_backends::backend::Backend;
 use armlet_backends::reactor::{Reactor, Worker};
 use armlet_devices::IrqLine;
-use armlet_devices::sync::{bell, ring};
+use armlet_devices::sync::{bell, lock, ring};
 use armlet_devices::virtio::mailbox::{self, Mailbox};
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use armlet_system::page_size::page_size;
@@ -102,7 +102,7 @@ impl Slots {
                 let access = Arc::clone(&mailbox);
                 let mmio = Mmio::of(name.clone(), access, memory, line, Some(call), page)
                     .with_context(no_room)?;
-                self.catch_kicks(window, &mmio);
+                self.catch_kicks(window, &mmio, |_| true);
                 let mut reactor = Reactor::new()?;
                 reactor.add(device, mmio.kicks())?;
                 let worker = Worker::start(name.clone(), reactor, mailbox)?;
@@ -113,7 +113,7 @@ impl Slots {
                 let access = Arc::clone(&device);
                 let mmio = Mmio::new(name.clone(), access, memory, line, Some(call), page)
                     .with_context(no_room)?;
-                self.catch_kicks(window, &mmio);
+                self.catch_kicks(window, &mmio, |queue| !lock(&device).answers_at_once(queue));
                 self.light.add(device, mmio.kicks())?;
                 mmio
             }
@@ -123,11 +123,14 @@ impl Slots {
         Ok(mmio)
     }
 
-    /// Has KVM take kicks, and acknowledgements that nobody needs. What it does not take comes to
-    /// the device's registers, slower.
-    fn catch_kicks(&self, window: Range, mmio: &Mmio) {
+    /// Has KVM take kicks of the queues that `are_caught`, and acknowledgements that nobody needs. What
+    /// it does not take comes to the device's registers, slower.
+    fn catch_kicks(&self, window: Range, mmio: &Mmio, are_caught: impl Fn(usize) -> bool) {
         let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
         for (queue, kick) in (0_u32..).zip(mmio.kicks()) {
+            if !are_caught(queue as usize) {
+                continue;
+            }
             if let Err(error) = self.vm.register_ioevent(kick, &notify, queue) {
                 log::info!("each kick of queue {queue} at {window} is an exit: {error}");
             }

@@ -453,6 +453,12 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
+    /// Linux waits busily until its output is taken (drivers/char/virtio_console.c: `__send_to_port`),
+    /// on the very CPU that another thread may need.
+    fn answers_at_once(&self, queue: usize) -> bool {
+        queue == TRANSMIT
+    }
+
     fn kicked(&mut self, queue: usize) {
         match queue {
             RECEIVE => {

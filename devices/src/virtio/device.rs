@@ -124,6 +124,14 @@ pub trait VirtioDevice: Send {
         0
     }
 
+    /// Returns whether the thread that kicks this queue calls [`Self::kicked`] itself, unless another
+    /// thread has the device just then: for a driver that waits busily for the answer, and work that is
+    /// short and never blocks.
+    fn answers_at_once(&self, queue: usize) -> bool {
+        let _ = queue;
+        false
+    }
+
     /// Returns whether kicks go to [`Self::kicked`]; false where the kernel or another process
     /// receives them by the eventfds in [`Virtqueue::kick`].
     fn takes_kicks(&self) -> bool {

@@ -30,6 +30,13 @@ pub trait Access: Send + Sync {
     /// for the warning about a long wait. The wait has no deadline, because a driver may reuse its
     /// memory as soon as its write to a register returns.
     fn run(&self, what: fmt::Arguments<'_>, command: Command);
+
+    /// Has the device serve a queue that was kicked on this thread, if it [answers at
+    /// once](VirtioDevice::answers_at_once) and nobody has it just now. Returns whether it did.
+    fn answer(&self, queue: usize) -> bool {
+        let _ = queue;
+        false
+    }
 }
 
 /// Logs that a wait takes long, at increasing intervals.
@@ -76,6 +83,17 @@ impl Access for Direct {
             std::thread::sleep(POLL_INTERVAL);
         };
         command(&mut *device);
+    }
+
+    fn answer(&self, queue: usize) -> bool {
+        let Ok(mut device) = self.0.try_lock() else {
+            return false;
+        };
+        let answers = device.answers_at_once(queue);
+        if answers {
+            device.kicked(queue);
+        }
+        answers
     }
 }
 

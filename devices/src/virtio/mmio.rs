@@ -338,7 +338,8 @@ impl Mmio {
             QUEUE_SEL => self.queue_select = value,
             QUEUE_SIZE => self.transport.set_queue(select, |queue| queue.size = value),
             QUEUE_READY => self.transport.set_ready(select, value & 1 != 0),
-            0x050 => self.transport.kick(value),
+            // It changes no register.
+            0x050 => return self.transport.kick(value),
             0x064 => self.acknowledge(value),
             STATUS => self.set_status(value),
             QUEUE_DESC..=QUEUE_DEVICE_HIGH => self.set_address(offset, value),

@@ -251,7 +251,11 @@ impl Transport {
 
     /// Kicks a queue by the register, where no ioeventfd catches the write.
     pub(crate) fn kick(&self, index: u32) {
-        match self.kicks.get(index as usize) {
+        let queue = index as usize;
+        if self.works && self.held.is_none() && self.device.answer(queue) {
+            return;
+        }
+        match self.kicks.get(queue) {
             Some(kick) => ring(kick),
             None => self
                 .link

@@ -11,6 +11,8 @@ use crate::Device;
 use crate::virtio::fake::Guest;
 use crate::virtio::lock;
 
+mod at_once;
+
 /// What the reader got, and how much more it has room for.
 #[derive(Default)]
 struct Reader {
