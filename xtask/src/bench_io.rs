@@ -37,7 +37,7 @@ const LIMIT: Duration = Duration::from_secs(7200);
 /// instruction. Other VMMs are measured in the same host, and each row says who is first. A VMM is a
 /// static ARM64 program with its arguments: {kernel}, {initrd}, {cmdline} (which names no console)
 /// and {cpus} stand for the guest's, {disk} for a disk image, {tap} for a network interface of the
-/// host; what uses neither a disk nor a network interface is not measured.
+/// host; what uses neither is measured at its console.
 ///
 /// cargo xtask bench io --only disk --vmm "lkvm=/tmp/lkvm run -k {kernel} -i {initrd} -c {cpus}
 /// -m 256 -d {disk} -p 'console=ttyS0 {cmdline}'"
@@ -281,7 +281,7 @@ fn setups_of(vmm: &Vmm) -> impl Iterator<Item = Setup> {
         (true, true) => &["disk", "net", "memory"],
         (true, false) => &["disk"],
         (false, true) => &["net"],
-        (false, false) => &[],
+        (false, false) => &["console"],
     };
     works.iter().map(|work| Setup {
         work,
@@ -468,7 +468,7 @@ pub(crate) fn measure(
             match serde_json::from_slice::<Value>(&line) {
                 Ok(value) => {
                     if value["error"].is_null() {
-                        say(&format!("{}: {}", text(&value, "vmm"), text(&value, what)));
+                        say(&told(&value, what));
                     }
                     lines.push(value);
                 }
@@ -483,9 +483,27 @@ pub(crate) fn measure(
     }
 }
 
+/// What a line of JSON says, in short: its VMM, what it has under the key `what`, and its values.
+fn told(line: &Value, what: &str) -> String {
+    let mut told = format!("{}: {}", text(line, "vmm"), text(line, what));
+    for (key, value) in line["values"].as_object().into_iter().flatten() {
+        if let Some(number) = value.as_f64() {
+            told += &format!(", {key} {number:.1}");
+        }
+    }
+    told
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_is_told_with_its_values_when_it_comes() {
+        let line =
+            json!({"vmm": "a", "row": "8 disks", "values": {"entry_ms": 4.26, "threads": 3}});
+        assert_eq!(told(&line, "row"), "a: 8 disks, entry_ms 4.3, threads 3.0");
+    }
 
     #[test]
     fn every_setup_names_its_devices() {
@@ -515,6 +533,6 @@ mod tests {
         assert_eq!(works("a=/a -d {disk} -c {cpus}"), [("disk", command)]);
         let both = works("a=/a -d {disk} -n {tap}");
         assert_eq!(both.len(), 3);
-        assert_eq!(works("a=/a"), []);
+        assert_eq!(works("a=/a"), [("console", "/bin/vmm-a".to_owned())]);
     }
 }

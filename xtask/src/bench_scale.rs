@@ -44,6 +44,10 @@ pub(crate) struct BenchScale {
     #[argh(option)]
     only: Option<String>,
 
+    /// measure only these rows, separated by commas, as "128 vCPUs,20 guests"
+    #[argh(option)]
+    rows: Option<String>,
+
     /// measure this VMM too: "NAME=PROGRAM ARGUMENTS"; may be repeated
     #[argh(option)]
     vmm: Vec<String>,
@@ -166,6 +170,17 @@ impl BenchScale {
             }
             cases.retain(|case| asked.contains(&case.group));
         }
+        if let Some(rows) = &self.rows {
+            let asked = rows.split(',').map(str::trim).collect::<Vec<_>>();
+            let known = cases.iter().map(Case::row).collect::<Vec<_>>();
+            if let Some(row) = asked
+                .iter()
+                .find(|row| !known.iter().any(|known| known == *row))
+            {
+                bail!("{row:?} is not one of {}", known.join(", "));
+            }
+            cases.retain(|case| asked.contains(&&*case.row()));
+        }
         Ok(cases)
     }
 }
@@ -270,6 +285,25 @@ mod tests {
         assert_eq!(rows[1][6..], ["2.0", "5.0", "2.50", "x", "ms"]);
         assert_eq!(rows[2][6..], ["4.0", "-", "ms"]);
         assert_eq!(rows.len(), 3);
+    }
+
+    #[test]
+    fn rows_are_chosen_by_name() {
+        let rows = |words: &[&str]| -> Result<Vec<String>> {
+            let words = words.iter().map(|word| (*word).to_owned());
+            let bench = BenchScale::from_words(&words.collect::<Vec<_>>());
+            let cases = bench
+                .map_err(|exit| anyhow::anyhow!(exit.output))?
+                .cases()?;
+            Ok(cases.iter().map(Case::row).collect())
+        };
+        let chosen = rows(&["--rows", "20 guests, 96 vCPUs"]).expect("there are such rows");
+        assert_eq!(chosen, ["96 vCPUs", "20 guests"]);
+        let error = rows(&["--only", "disks", "--rows", "96 vCPUs"]).expect_err("no disks");
+        assert!(
+            error.to_string().contains("is not one of 1 disks"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -500,13 +500,18 @@ impl Stream {
         let line = [&[b'.'; 63][..], b"\n"].concat();
         let lines = self.count / line.len() as u64;
         device.write_all(&line)?;
+        // The VMM may write this console's output later than the serial port's, and both to one place,
+        // where what is said next is to stand on a line of its own.
+        thread::sleep(LOOK);
         let begun = begin(&self.name)?;
         for _ in 0..lines {
             device.write_all(&line).context("cannot write the lines")?;
         }
         rustix::termios::tcdrain(&device).context("cannot wait for the terminal")?;
+        let took = begun.elapsed();
+        thread::sleep(LOOK);
         let bytes = lines * line.len() as u64;
-        end(&self.name, bytes, begun.elapsed(), Latencies::default())
+        end(&self.name, bytes, took, Latencies::default())
     }
 }
 
