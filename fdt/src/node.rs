@@ -160,6 +160,14 @@ impl Node {
         &mut self.children[index]
     }
 
+    /// Adds a child of a name that no other child has, at the end. Unlike [`Self::child`] it does not
+    /// look for one, which takes time that grows with their number.
+    pub fn add_child(&mut self, name: impl Into<Cow<'static, str>>) -> &mut Node {
+        self.children.push(Node::new(name));
+        let last = self.children.len() - 1;
+        &mut self.children[last]
+    }
+
     /// Returns the value of a property.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Value> {

@@ -17,14 +17,15 @@ pub(super) fn cpus(root: &mut Node, vcpus: &[Vcpu], topology: &Topology) {
         // KVM numbers no vCPU in Aff3, so one cell holds the affinity.
         let affinity = vcpu.mpidr as u32;
         let cpu = node
-            .child(format!("cpu@{affinity:x}"))
+            .add_child(format!("cpu@{affinity:x}"))
             .prop("device_type", "cpu")
             .prop("compatible", "arm,armv8")
             .prop("reg", affinity)
-            .prop("enable-method", "psci")
-            .prop("phandle", FIRST_CPU + index as u32);
+            .prop("enable-method", "psci");
         if let Some(core) = topology.cores.get(index) {
-            cpu.prop("capacity-dmips-mhz", core.capacity);
+            // The map refers to it.
+            cpu.prop("phandle", FIRST_CPU + index as u32)
+                .prop("capacity-dmips-mhz", core.capacity);
         }
         caches.of_cpu(cpu, index as u32);
     }
