@@ -355,6 +355,7 @@ pub(crate) fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
     steps.print("larger\n");
     steps.wait(config("balloon"), u32::MAX, (TARGET / 4096) as u32);
     steps.print("asked for memory\n");
+    steps.power_off();
     let mut armlet = Armlet::image(&image(&steps)).option("--board", BOARD);
     for (name, value) in &options {
         armlet = armlet.option(name, value);
