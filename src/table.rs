@@ -91,17 +91,8 @@ fn width(board: &Board, host: &Host, memory: u64) -> Result<String> {
 
 fn request(board: &Board, memory: u64) -> Request<Aarch64> {
     Request {
-        cpus: 1,
-        memory: memory / MEMORY_UNIT * MEMORY_UNIT,
         width: board.guest.width,
         gic: board.guest.gic,
-        kernel: None,
-        initrd: None,
-        cmdline: String::new(),
-        seeds: None,
-        virtio: Vec::new(),
-        pmem: Vec::new(),
-        topology: Default::default(),
-        features: Default::default(),
+        ..Request::new(1, memory / MEMORY_UNIT * MEMORY_UNIT)
     }
 }

@@ -41,18 +41,10 @@ fn board(text: &str) -> Board {
 /// What `armlet plan --deterministic --board NAME` asks for.
 fn request<A: Arch>(board: &Board) -> Request<A> {
     Request {
-        cpus: board.guest.cpus,
-        memory: board.guest.memory,
         width: board.guest.width,
         gic: board.guest.gic,
-        kernel: None,
-        initrd: None,
         cmdline: board.guest.cmdline.clone(),
-        seeds: None,
-        virtio: Vec::new(),
-        pmem: Vec::new(),
-        features: Default::default(),
-        topology: Default::default(),
+        ..Request::new(board.guest.cpus, board.guest.memory)
     }
 }
 

@@ -164,6 +164,27 @@ pub struct Request<A: Arch> {
     pub topology: Topology,
 }
 
+impl<A: Arch> Request<A> {
+    /// Creates the request for a machine with only vCPUs and memory: without kernel, initrd, seeds
+    /// and virtio devices, and with the default policies.
+    pub fn new(cpus: u32, memory: u64) -> Request<A> {
+        Request {
+            cpus,
+            memory,
+            width: WidthPolicy::default(),
+            gic: GicChoice::default(),
+            kernel: None,
+            initrd: None,
+            cmdline: String::new(),
+            seeds: None,
+            virtio: Vec::new(),
+            pmem: Vec::new(),
+            features: A::FeatureRequest::default(),
+            topology: Topology::default(),
+        }
+    }
+}
+
 /// Fresh random numbers for one start of the guest.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Seeds {

@@ -14,8 +14,8 @@ pub enum Architecture {
 }
 
 impl Architecture {
-    /// Returns what its shared interrupts are called, and how many there are of them. aarch64: KVM
-    /// takes at most 992 interrupts, 32 of them private (arch/arm64/kvm/vgic/vgic-kvm-device.c:
+    /// Returns the term for its shared interrupts, and their number. aarch64: KVM takes at most 992
+    /// interrupts, 32 of them private (arch/arm64/kvm/vgic/vgic-kvm-device.c:
     /// vgic_set_common_attr). x86_64: the pins of an I/O APIC (82093AA datasheet, section 2.4).
     #[must_use]
     pub const fn interrupts(self) -> (&'static str, u32) {

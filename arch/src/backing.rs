@@ -1,4 +1,4 @@
-//! What pages of the host a guest's memory is made of.
+//! The host pages that back guest memory.
 
 use crate::Architecture;
 use crate::range::Range;
@@ -10,21 +10,21 @@ use std::str::FromStr;
 /// What was asked for by `--hugepages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
-    /// Transparent ones, as far as the host finds some.
+    /// Transparent huge pages, as far as the host has them.
     #[default]
     Transparent,
     /// None.
     None,
-    /// Only pages of this size in bytes, from the pool that the administrator set aside.
+    /// Only huge pages of this size in bytes, from the host's hugetlbfs pool.
     Of(u64),
 }
 
 impl HugePages {
-    /// Checks that a guest of architecture `arch` can have its RAM in such pages, on a host with
+    /// Checks that such pages can back the RAM of a guest of architecture `arch`, on a host with
     /// pages of `page` bytes.
     ///
     /// # Errors
-    /// A size that no such host has, or that the banks are no whole number of; with what would work.
+    /// When no such host has this size, or a bank is not a multiple of it; with what would work.
     pub fn check(&self, arch: Architecture, page: u64, banks: &[Range]) -> Result<(), String> {
         let HugePages::Of(size) = *self else {
             return Ok(());

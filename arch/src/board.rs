@@ -48,10 +48,10 @@ pub struct Board {
     pub virtio_mmio: Option<VirtioSlots>,
 }
 
-/// Facts about a host that a plan made elsewhere starts from.
+/// Facts to assume about a host when planning without it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AssumedHost {
-    /// Most guest-physical address bits.
+    /// The maximum of guest-physical address bits.
     pub ipa_limit: u8,
     /// Page size in bytes.
     pub page_size: u64,
@@ -59,14 +59,14 @@ pub struct AssumedHost {
     pub gic: Vec<u8>,
     /// Page sizes in bytes that guest kernels may use, and host kernels too.
     pub guest_pages: Vec<u64>,
-    /// What KVM offers on its cores beside the base architecture.
+    /// The optional features that KVM offers on its cores.
     pub offered: Offered,
-    /// Bytes of memory that such hosts are sold with, fewest first.
+    /// The memory sizes of such hosts in bytes, in ascending order.
     pub ram: Vec<u64>,
     /// Its cores by kind, in the order of their numbers. A board without any is generic: nothing
     /// is known of the host.
     pub clusters: Vec<Cluster>,
-    /// What to know of such hosts.
+    /// Notes on such hosts.
     pub notes: Vec<HostNote>,
 }
 
@@ -109,7 +109,7 @@ pub struct Cluster {
     pub midr: Option<Midr>,
     /// How many there are.
     pub cpus: u32,
-    /// Computing power beside the other kinds, where 1024 is the most.
+    /// Computing power relative to the other kinds; 1024 is the maximum.
     pub capacity: u32,
 }
 
@@ -135,7 +135,7 @@ pub struct HostNote {
     pub fix: String,
 }
 
-/// Values for flags that were not given.
+/// Defaults for options that are not given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestDefaults {
     /// Number of vCPUs.
@@ -172,11 +172,11 @@ pub struct Bank {
 /// How much of the guest's memory a bank takes, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Share {
-    /// Just so much.
+    /// Exactly this much.
     Exactly(u64),
-    /// What is left, up to so much.
+    /// The remainder, up to this much.
     UpTo(u64),
-    /// All that is left.
+    /// The whole remainder.
     Rest,
 }
 
@@ -187,7 +187,7 @@ pub struct GicWindows {
     pub distributor: u64,
     /// GICC of GICv2: 8 KiB.
     pub cpu_interface: u64,
-    /// GICR of GICv3: 128 KiB a vCPU.
+    /// GICR of GICv3: 128 KiB for each vCPU.
     pub redistributors: u64,
     /// How many redistributor frames fit there; further ones go above RAM.
     pub redistributor_frames: u32,
@@ -233,7 +233,7 @@ pub enum PortKind {
     /// 16550A UART: the serial console.
     #[serde(rename = "16550")]
     Uart16550,
-    /// MC146818 clock with its memory.
+    /// MC146818 real-time clock and CMOS memory.
     Cmos,
     /// Keyboard controller without a keyboard; its command 0xfe resets.
     I8042,
@@ -270,7 +270,7 @@ impl PortKind {
         match self {
             PortKind::Uart16550 => 8,
             PortKind::Cmos | PortKind::Acpi => 2,
-            // Data, control port B of the PC, and at the fourth place behind it the command.
+            // Data at 0, control port B at 1, command at 4.
             PortKind::I8042 => 5,
             PortKind::Reset => 1,
         }

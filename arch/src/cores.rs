@@ -15,19 +15,19 @@ pub struct Core {
     pub number: u32,
     /// What kind of core it is, where the host says so.
     pub kind: Option<Midr>,
-    /// Its computing power beside the others, where 1024 is the most.
+    /// Its computing power relative to the others; 1024 is the maximum.
     pub capacity: u32,
 }
 
 /// What `--pin` asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PinPolicy {
-    /// On hosts with several kinds of core, to those of one kind; else not.
+    /// Pin to cores of one kind on hosts with several kinds, otherwise do not pin.
     #[default]
     Auto,
-    /// Not at all.
+    /// Do not pin.
     None,
-    /// Each vCPU to its own run of CPUs, or all to the only one.
+    /// Pin each vCPU to its own range of CPUs, or all to a single one.
     List(Vec<Cpus>),
 }
 
@@ -70,7 +70,7 @@ impl FromStr for Cpus {
             first: first.parse().map_err(drop)?,
             last: last.parse().map_err(drop)?,
         };
-        // Also so that no list of theirs is endless.
+        // The bound also limits the length of lists.
         (cpus.first <= cpus.last && cpus.last < 1 << 16)
             .then_some(cpus)
             .ok_or(())
@@ -115,27 +115,27 @@ pub struct Pinning {
     pub cpus: Vec<Vec<u32>>,
     /// Which CPUs and why, for people; empty where vCPUs run anywhere.
     pub description: String,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
-    /// For each vCPU what the guest is told of its core; empty where all are alike.
+    /// The properties of each vCPU's core that the guest sees; empty where all are alike.
     pub guest_cores: Vec<GuestCore>,
-    /// The CPUs that all vCPUs run on, where these are of one kind: what is true of their caches
-    /// is true of the guest's.
+    /// The CPUs that all vCPUs run on, if these are of one kind, so that their caches can be
+    /// described to the guest.
     pub alike: Vec<u32>,
     /// How many kinds of core the host has, as far as it is known.
     pub kinds: usize,
 }
 
-/// What a guest is told of a vCPU's core.
+/// The properties of a vCPU's core that the guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestCore {
     /// Its kind, from 0.
     pub kind: u32,
-    /// Its computing power, where 1024 is the most.
+    /// Its computing power; 1024 is the maximum.
     pub capacity: u32,
 }
 
-/// CPUs of one kind. Those of a kind may differ in their fastest clock, and so in capacity.
+/// CPUs of one kind. They may differ in their maximum frequency, and so in capacity.
 struct Kind {
     midr: Option<Midr>,
     capacity: u32,
@@ -145,7 +145,7 @@ struct Kind {
 /// Decides where `vcpus` vCPUs run.
 ///
 /// # Errors
-/// A list that does not fit the vCPUs or the host's CPUs, with what would.
+/// When a list does not match the vCPUs or the host's CPUs, with one that would.
 pub fn pin(policy: &PinPolicy, vcpus: u32, host: &HostCores) -> Result<Pinning, String> {
     let kinds = kinds(&host.cores);
     let all: Vec<u32> = host.cores.iter().map(|core| core.number).collect();
@@ -197,7 +197,7 @@ fn kinds(cores: &[Core]) -> Vec<Kind> {
     kinds
 }
 
-/// To the fastest kind that has a CPU for each vCPU, else to that with the most CPUs.
+/// Pins to the fastest kind that has a CPU for each vCPU, or else to the kind with the most CPUs.
 fn to_one_kind(vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Pinning {
     let enough = kinds
         .iter()
@@ -242,7 +242,7 @@ fn by_list(list: &[Cpus], vcpus: u32, host: &HostCores, kinds: &[Kind]) -> Resul
                 runs(&all)
             ));
         }
-        // The first CPU's kind stands for a vCPU that may run on several.
+        // A vCPU that may run on several CPUs gets the kind of the first one.
         let found = kinds.iter().enumerate();
         let mut found = found.filter(|(_, kind)| kind.cpus.contains(&entry.first));
         let core = host.cores.iter().find(|core| core.number == entry.first);
@@ -291,7 +291,7 @@ fn name(midr: Option<Midr>, host: &HostCores) -> String {
     }
 }
 
-/// Numbers as people write them: `0-3,6`.
+/// Formats numbers as a list of ranges: `0-3,6`.
 fn runs(numbers: &[u32]) -> String {
     let mut runs: Vec<Cpus> = Vec::new();
     for &number in numbers {
@@ -317,50 +317,49 @@ pub enum CacheKind {
     Unified,
 }
 
-/// A cache of the vCPUs' cores. A number that is not known is 0.
+/// A cache of the vCPUs' cores. Unknown values are 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cache {
     /// Its level, from 1.
     pub level: u32,
     /// What it holds.
     pub kind: CacheKind,
-    /// Its bytes.
+    /// Its size in bytes.
     pub size: u32,
-    /// Bytes of a line.
+    /// Its line size in bytes.
     pub line: u32,
-    /// Its sets.
+    /// The number of its sets.
     pub sets: u32,
-    /// Whether all the cores have it together; else each has its own.
+    /// Whether all cores share it; otherwise each has its own.
     pub shared: bool,
 }
 
-/// What a guest is told of its cores.
+/// The cores and caches that a guest sees.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
-    /// For each vCPU its core; empty where all are alike.
+    /// The core of each vCPU; empty where all are alike.
     pub cores: Vec<GuestCore>,
-    /// The caches of all cores, by level; empty where they are not known or not alike.
+    /// The caches of all cores, by level; empty where they are unknown or differ.
     pub caches: Vec<Cache>,
-    /// What can count what its vCPUs do.
+    /// The host's PMU for its vCPUs.
     pub counters: Counters,
 }
 
-/// The host's performance counters for a guest: each kind of core has its own.
+/// The host's PMU for a guest: each kind of core has its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Counters {
-    /// The only ones, since its cores are of one kind.
+    /// The only one, because the host's cores are of one kind.
     #[default]
     Only,
-    /// Those whose perf events have this type, since its vCPUs run on cores that these are of.
+    /// The one whose perf events have this type, because the vCPUs run only on its cores.
     Type(u32),
     /// None, with the reason.
     None(String),
 }
 
 impl Pinning {
-    /// Returns the counters of the CPUs that the vCPUs run on; `type_of` tells of some CPUs the
-    /// type of the counters that all of them have, and is asked on hosts with several kinds of core
-    /// alone.
+    /// Returns the PMU of the CPUs that the vCPUs run on. `type_of` returns the perf event type of
+    /// the PMU that the given CPUs share; it is called only on hosts with several kinds of core.
     pub fn counters(&self, type_of: impl FnOnce(&[u32]) -> Option<u32>) -> Counters {
         if self.kinds < 2 {
             return Counters::Only;
@@ -406,7 +405,7 @@ mod tests {
             "{pinning:?}"
         );
         assert_eq!((pinning.warnings.len(), pinning.guest_cores.len()), (0, 0));
-        // There is no kind with six: the fast one is taken, and it is said that they share.
+        // No kind has six: the fast one is used, with a warning that vCPUs share CPUs.
         let pinning = pinned("auto", 6).expect("valid");
         assert_eq!(pinning.cpus, vec![vec![4, 5, 6, 7]; 6]);
         let warning = &pinning.warnings[0];
@@ -446,7 +445,7 @@ mod tests {
             many.warnings[0].contains("this host has 4 CPUs"),
             "{many:?}"
         );
-        // Nothing is known: nothing is said.
+        // Nothing is known, so there is no warning.
         let unknown = pin(&PinPolicy::Auto, 5, &HostCores::default());
         assert_eq!(unknown, Ok(Pinning::default()));
         let list = pin(&"9".parse().expect("a list"), 1, &HostCores::default());

@@ -3,7 +3,7 @@
 use crate::architecture::Architecture;
 use crate::range::{Range, Region};
 
-/// Why there is no plan. Each message says the numbers and what would work.
+/// Why a machine cannot be planned. Each message gives the numbers and what would work.
 #[derive(Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// A board of another architecture.
@@ -19,7 +19,7 @@ pub enum PlanError {
     /// No vCPU.
     #[error("0 vCPUs were asked for; use --cpus 1 or more")]
     NoCpus,
-    /// More vCPUs than the interrupt controller or the host serves.
+    /// More vCPUs than the interrupt controller or the host supports.
     #[error("{asked} vCPUs were asked for; {why}; use --cpus {most} or fewer")]
     TooManyCpus {
         /// Asked for.
@@ -32,14 +32,14 @@ pub enum PlanError {
     /// No memory.
     #[error("0 bytes of memory were asked for; use --memory 512M, say")]
     NoMemory,
-    /// Memory that is no whole number of pages.
+    /// Memory that is not a multiple of the page size.
     #[error(
         "memory of {asked} bytes is not a multiple of 64 KiB; the next that is: --memory {next}"
     )]
     UnalignedMemory {
         /// Bytes asked for.
         asked: u64,
-        /// The next size that fits, as one writes it.
+        /// The next valid size, in the form that `--memory` takes.
         next: String,
     },
     /// A bank that is not aligned to 64 KiB.
@@ -54,7 +54,7 @@ pub enum PlanError {
         /// Where it lies.
         range: Range,
     },
-    /// Memory that does not fill the board's banks of fixed size.
+    /// Less memory than the board's fixed-size banks.
     #[error(
         "memory of {asked} is less than the banks of fixed size on board '{board}' take ({fixed}); use --memory {fixed} or more"
     )]
@@ -98,7 +98,7 @@ pub enum PlanError {
         /// Its bytes.
         size: u64,
     },
-    /// Memory that ends past 2^64, let alone within the host's address bits.
+    /// Memory that ends past 2^64, and so beyond the host's address bits.
     #[error("memory of {asked} does not fit into the {limit} address bits of this host; {advice}")]
     MemoryWraps {
         /// Asked for, as one writes it.
@@ -108,7 +108,7 @@ pub enum PlanError {
         /// What would work.
         advice: String,
     },
-    /// Two things in one place.
+    /// Two regions that overlap.
     #[error(
         "{} ({}) and {} ({}) overlap on board '{board}'; {advice}",
         a.name, a.range, b.name, b.range
@@ -123,7 +123,7 @@ pub enum PlanError {
         /// What would work.
         advice: String,
     },
-    /// Two devices on one interrupt.
+    /// Two devices with the same interrupt.
     #[error("{a} and {b} share {line} {spi} on board '{board}'; give each its own")]
     SharedInterrupt {
         /// The board.
@@ -137,7 +137,7 @@ pub enum PlanError {
         /// The SPI.
         spi: u32,
     },
-    /// An interrupt that no controller has.
+    /// An interrupt number out of range.
     #[error(
         "{name} gets {line} {spi} on board '{board}'; {line}s are numbered 0 to {last}; change the board's file"
     )]
@@ -163,7 +163,7 @@ pub enum PlanError {
         /// Slots.
         slots: u32,
     },
-    /// A machine wider than the host.
+    /// A machine that needs more address bits than the host offers.
     #[error("{name} ends at {last:#x} and needs {need} address bits; this host offers {limit}{only}; {advice}", only = if *fixed { " and no other number" } else { "" })]
     TooWide {
         /// The highest region.
@@ -174,12 +174,12 @@ pub enum PlanError {
         need: u8,
         /// Bits that the host offers.
         limit: u8,
-        /// Whether the host offers just this width.
+        /// Whether the host offers only this width.
         fixed: bool,
         /// What would work.
         advice: String,
     },
-    /// `--ipa-bits N` too few for the machine.
+    /// Too few `--ipa-bits` for the machine.
     #[error(
         "--ipa-bits {asked} is too few: {name} ends at {last:#x} and needs {need} bits; {advice}"
     )]
@@ -195,7 +195,7 @@ pub enum PlanError {
         /// What would work.
         advice: String,
     },
-    /// `--ipa-bits N` that the host does not offer.
+    /// An `--ipa-bits` value that the host does not offer.
     #[error("--ipa-bits {asked}: this host offers {offered}; use --ipa-bits fit")]
     WidthNotOffered {
         /// Bits asked for.
@@ -213,7 +213,7 @@ pub enum PlanError {
         /// What would work.
         advice: String,
     },
-    /// Something that KVM offers on other hosts.
+    /// A feature that KVM does not offer on this host.
     #[error("{asked} is not offered by this host's KVM, which has {offered}; leave it out")]
     FeatureNotOffered {
         /// Asked for.
@@ -221,7 +221,7 @@ pub enum PlanError {
         /// What the host has.
         offered: String,
     },
-    /// Performance counters for vCPUs on cores that have none in common.
+    /// Performance counters for vCPUs whose cores do not share a PMU.
     #[error("--pmu on: {0}; pin the vCPUs to CPUs of one kind (--pin), or leave it out")]
     NoCounters(String),
     /// A board that lacks what the plan needs.
@@ -242,17 +242,18 @@ pub enum PlanError {
         /// The host's.
         offered: String,
     },
-    /// Memory too small for what is loaded.
+    /// Too little memory for kernel, initrd and blobs.
     #[error("guest memory of {memory} is too small: {needs}; use --memory {advice} or more")]
     TooSmall {
-        /// The memory of the bank that things are loaded to.
+        /// The size of the bank that they are loaded into.
         memory: String,
-        /// What takes how much.
+        /// What needs how much.
         needs: String,
         /// Memory that would do.
         advice: String,
     },
-    /// A first bank too small for what is loaded, which more memory does not enlarge.
+    /// A first bank that is too small for kernel, initrd and blobs, and that more memory would not
+    /// enlarge.
     #[error(
         "the first RAM bank of board '{board}' ({memory}) is too small: {needs}; more memory does not enlarge it: change the board's file"
     )]
@@ -261,7 +262,7 @@ pub enum PlanError {
         board: String,
         /// What the bank holds, as one writes it.
         memory: String,
-        /// What takes how much.
+        /// What needs how much.
         needs: String,
     },
     /// A placement that the boot protocol forbids.
@@ -272,7 +273,8 @@ pub enum PlanError {
     Tree(#[from] armlet_fdt::EncodeError),
 }
 
-/// The sentence: the names of variants and fields, which nobody is shown, would be in every program.
+/// Prints the message: a derived implementation would put the names of all variants and fields,
+/// which are never shown, into the binary.
 impl std::fmt::Debug for PlanError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::fmt::Display::fmt(self, f)

@@ -1,7 +1,8 @@
-//! Kernel headers as facts: what a file is by its first bytes, and what the kernel in it asks for.
+//! Kernel headers: the format of a file by its first bytes, and the requirements of the kernel in
+//! it.
 //!
-//! [`recognise`] looks at content only, never at names. It does no I/O: `src/kernel.rs` reads the
-//! bytes, unpacks compressed forms and asks again about what came out.
+//! [`recognise`] looks only at content, never at names. It does no I/O: `src/kernel.rs` reads the
+//! bytes, unpacks compressed formats and calls it again for the result.
 
 mod arm64;
 mod bytes;
@@ -26,7 +27,7 @@ use compression::compression;
 use efi::zboot;
 use error::{WANTED, X86_WANTED, unknown};
 
-/// What a file is.
+/// The format of a kernel file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Format {
     /// A plain arm64 Image.
@@ -66,7 +67,7 @@ impl Header {
     /// Returns the header for an arm64 guest.
     ///
     /// # Errors
-    /// It is an x86_64 kernel.
+    /// When it is an x86_64 kernel.
     pub fn arm64(&self) -> Result<&Arm64Image, ImageError> {
         match self {
             Self::Arm64(image) => Ok(image),
@@ -84,7 +85,7 @@ impl Header {
     /// Returns the header for an x86_64 guest.
     ///
     /// # Errors
-    /// It is an arm64 kernel.
+    /// When it is an arm64 kernel.
     pub fn x86_64(&self) -> Result<&X86Kernel, ImageError> {
         match self {
             Self::X86(kernel) => Ok(kernel),
@@ -96,13 +97,13 @@ impl Header {
     }
 }
 
-/// Says what `head`, the first [`HEAD`] bytes of a file (or all, if it is shorter), belongs to.
+/// Recognises the format of a file by `head`, its first [`HEAD`] bytes (or all, if it is shorter).
 ///
 /// # Errors
 /// Formats that cannot be started, by name where they are known, and damaged headers.
 pub fn recognise(head: &[u8]) -> Result<Format, ImageError> {
-    // zboot first: it has "MZ" like every EFI kernel, and its mark at 0x38 is no proof of an
-    // architecture, for the x86 EFI stub has the same.
+    // zboot first: it begins with "MZ" like every EFI kernel, and its magic number at 0x38 does not
+    // identify the architecture, because the x86 EFI stub has the same one.
     if head.starts_with(b"MZ") && head.get(4..8) == Some(b"zimg") {
         return zboot(head).map(Format::Zboot);
     }
@@ -142,7 +143,7 @@ fn elf(head: &[u8]) -> Result<Format, ImageError> {
         })
 }
 
-/// Names formats that are recognised only to be refused.
+/// Returns the name of a format that is recognised only to be refused.
 fn unsupported(head: &[u8]) -> Option<&'static str> {
     const MAGIC: [(usize, &[u8], &str); 9] = [
         // include/image.h of U-Boot: IH_MAGIC.

@@ -10,7 +10,7 @@ use std::str::FromStr;
 pub struct Spi(pub u32);
 
 impl Spi {
-    /// Returns the number that the GIC architecture counts by.
+    /// Returns the INTID of the GIC architecture.
     #[must_use]
     pub const fn intid(self) -> u32 {
         self.0 + 32

@@ -1,7 +1,7 @@
 //! Pure planning of virtual machines: everything about a guest that can be decided without KVM.
 //!
 //! A [`Board`] (the machine's map), a [`Request`] (what the user asked for) and an [`Arch::Host`]
-//! (what KVM said) make a [`Plan`]: address map, address width, interrupt controller, vCPUs and
+//! (what KVM offers) make a [`Plan`]: address map, address width, interrupt controller, vCPUs and
 //! the blobs that the guest reads at start. Both architectures are compiled and tested on every
 //! host; nothing here does I/O or knows which machine it was compiled for.
 

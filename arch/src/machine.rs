@@ -1,5 +1,5 @@
-//! The parts of a planned machine: devices in their windows, and what guest memory holds at the
-//! start.
+//! The parts of a planned machine: devices in their windows, and the initial contents of guest
+//! memory.
 
 use crate::board::PortKind;
 use crate::irq::Spi;
@@ -27,7 +27,7 @@ pub struct Placed {
     pub window: Range,
     /// Its interrupt.
     pub spi: Spi,
-    /// Which device of the user's it is ("disk0"), for virtio.
+    /// The name of the user's device ("disk0"), for virtio.
     pub name: Option<String>,
 }
 
@@ -91,10 +91,10 @@ impl fmt::Display for DeviceKind {
     }
 }
 
-/// Where the guest's software is put.
+/// Where the guest's software is loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Payload {
-    /// The memory that the kernel takes, its BSS included.
+    /// The memory of the kernel, including its BSS.
     pub kernel: Option<Range>,
     /// The first instruction of the boot CPU.
     pub entry: u64,

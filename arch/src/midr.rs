@@ -1,10 +1,10 @@
-//! Kinds of core, as MIDR_EL1 names them.
+//! Kinds of core, as identified by MIDR_EL1.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A kind of core: MIDR_EL1 without the revision of the chip, which is the variant in bits 23:20
-/// and the revision in bits 3:0 (Arm DDI 0487, D23.2.122).
+/// A kind of core: MIDR_EL1 without the variant in bits 23:20 and the revision in bits 3:0 (Arm DDI
+/// 0487, D23.2.122).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Midr(u32);
 
@@ -15,7 +15,7 @@ impl Midr {
         Midr(register as u32 & 0xff0f_fff0)
     }
 
-    /// Returns what the register of such a core holds, with zeros for the revision.
+    /// Returns the register's value for this kind of core, with zeros for variant and revision.
     #[must_use]
     pub const fn register(self) -> u64 {
         self.0 as u64

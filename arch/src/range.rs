@@ -39,7 +39,7 @@ impl Range {
         self.start + (self.size - 1)
     }
 
-    /// Returns the first address behind the range, or `u64::MAX` where there is none.
+    /// Returns the first address after the range, or `u64::MAX` if there is none.
     #[must_use]
     pub const fn end(self) -> u64 {
         self.last().saturating_add(1)
@@ -71,7 +71,7 @@ impl fmt::Display for Range {
     }
 }
 
-/// `address` rounded up to a multiple of `align` (a power of two); `None` past 2^64.
+/// Rounds `address` up to a multiple of `align` (a power of two); returns `None` past 2^64.
 #[must_use]
 pub const fn align_up(address: u64, align: u64) -> Option<u64> {
     match address.checked_add(align - 1) {
@@ -80,7 +80,7 @@ pub const fn align_up(address: u64, align: u64) -> Option<u64> {
     }
 }
 
-/// A range of the machine's map with the name that people know it by.
+/// A named range of the machine's address map.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Region {
     /// What lies there ("RAM bank 0", "GIC distributor").

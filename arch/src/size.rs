@@ -1,7 +1,7 @@
 //! Sizes as people write them: `512M`, `4G`.
 
 /// Returns the bytes that `text` means: a whole number and K, M, G or T (powers of 1024), upper or
-/// lower case, with an optional `i`, `iB` or `B` behind it (`4Gi`, `4GiB`); no letter means bytes.
+/// lower case, with an optional `i`, `iB` or `B` after it (`4Gi`, `4GiB`); no letter means bytes.
 ///
 /// # Errors
 /// One sentence that says what is wrong and shows what is valid.
@@ -31,8 +31,8 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| refuse("is more than 64 bits hold"))
 }
 
-/// As [`parse_size`], for an amount of a guest's memory: a number without a unit that is less than
-/// 1 MiB is refused, since other VMMs count it in MiB.
+/// Like [`parse_size`], for guest memory: a number without a unit that is less than 1 MiB is
+/// refused, because other VMMs take it as MiB.
 ///
 /// # Errors
 /// As [`parse_size`], and with the unit that is most likely meant.
@@ -46,7 +46,7 @@ pub fn parse_memory(text: &str) -> Result<u64, String> {
     }
 }
 
-/// `bytes` in the largest unit that divides it: `512M`, `1536K`, `7` (bytes).
+/// Formats `bytes` in the largest unit that divides it: `512M`, `1536K`, `7` (bytes).
 #[must_use]
 pub fn show_size(bytes: u64) -> String {
     for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {

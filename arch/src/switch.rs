@@ -1,4 +1,4 @@
-//! Something that a guest can have, or not, or as the host offers it.
+//! Options that are on, off, or follow what the host offers.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -7,12 +7,12 @@ use std::str::FromStr;
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Switch {
-    /// As the host offers it and as is best for most guests.
+    /// On where the host offers it, unless most guests are better off without it.
     #[default]
     Auto,
-    /// It has to be there.
+    /// Required.
     On,
-    /// It is not there.
+    /// Off.
     Off,
 }
 

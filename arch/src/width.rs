@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// The fewest bits that KVM gives a VM (`ARM64_MIN_PARANGE_BITS`,
+/// The smallest width that KVM supports (`ARM64_MIN_PARANGE_BITS`,
 /// arch/arm64/include/asm/sysreg.h).
 pub const MIN_BITS: u8 = 32;
-/// The most bits that the architecture's 52-bit extensions (FEAT_LPA, FEAT_LPA2) give.
+/// The largest width, with the architecture's 52-bit extensions (FEAT_LPA, FEAT_LPA2).
 pub const MAX_BITS: u8 = 52;
 
 /// What was asked for by `--ipa-bits`.
@@ -20,7 +20,7 @@ pub enum WidthPolicy {
     Fit,
     /// As many as the host offers.
     Max,
-    /// Just so many bits, 32 to 52.
+    /// Exactly this many bits, 32 to 52.
     Exact(u8),
 }
 
@@ -62,32 +62,32 @@ pub struct Width {
     pub highest: Region,
     /// The most that the host offers, in bits.
     pub limit: u8,
-    /// Whether the host offers this one width and no other (KVM before 4.20).
+    /// Whether the host offers only this width (KVM before 4.20).
     pub fixed: bool,
     /// Stage-2 translation levels at `bits` on the host's page size.
     pub levels: u8,
-    /// Stage-2 translation levels that `limit` would have cost.
+    /// Stage-2 translation levels at `limit`.
     pub levels_at_limit: u8,
     /// The host's page size in bytes, which is stage 2's granule.
     pub host_page: u64,
 }
 
-/// What a host offers, and what a width costs on it.
+/// The widths that a host offers, and their translation levels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Offer {
     /// The most bits.
     pub(crate) limit: u8,
-    /// Whether it offers this one width and no other.
+    /// Whether it offers only this width.
     pub(crate) fixed: bool,
     /// Bytes of a host page.
     pub(crate) page: u64,
-    /// Levels of second-stage translation for so many bits on pages of so many bytes.
+    /// Returns the levels of stage-2 translation for a width in bits and a page size in bytes.
     pub(crate) levels: fn(u8, u64) -> u8,
 }
 
 impl Offer {
     /// Chooses the width for a machine whose highest address lies in `highest`. The advice in an
-    /// error about the fit is left empty: [`crate::plan()`] knows what would fit.
+    /// error about the fit is left empty: [`crate::plan()`] fills it in.
     pub(crate) fn choose(self, highest: &Region, policy: WidthPolicy) -> Result<Width, PlanError> {
         let Offer { limit, fixed, .. } = self;
         let need = highest.range.bits().max(MIN_BITS);

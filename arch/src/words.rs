@@ -1,7 +1,7 @@
-//! Which of some names a misspelt word most likely means.
+//! Suggests corrections for misspelt words.
 
-/// Returns the name that takes the fewest changes to become `word`, and how many: letters added,
-/// left out or replaced (the Levenshtein distance). `None` without names.
+/// Returns the name with the smallest Levenshtein distance to `word`, and that distance; `None`
+/// without names.
 #[must_use]
 pub fn nearest<'a>(
     word: &str,

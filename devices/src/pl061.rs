@@ -223,6 +223,7 @@ mod tests {
     use super::*;
     use crate::fake::FakeLine;
     use crate::persist::tests::{Access, accesses, goes_on};
+    use crate::primecell::tests::{assert_invalid, assert_read_only, identification};
 
     struct Bench {
         gpio: Pl061,
@@ -284,10 +285,7 @@ mod tests {
     #[test]
     fn identification_is_what_linux_matches() {
         let mut bench = Bench::new();
-        let ids: Vec<_> = (0xfe0..0x1000)
-            .step_by(4)
-            .map(|offset| bench.read(offset))
-            .collect();
+        let ids = identification(&mut bench.gpio);
         assert_eq!(ids, [0x61, 0x10, 0x04, 0, 0x0d, 0xf0, 0x05, 0xb1]);
     }
 
@@ -417,18 +415,11 @@ mod tests {
             (u64::MAX - 3, 4),
             (offset::DIR, 0),
         ] {
-            let before = bench.gpio.faults();
-            let mut data = vec![0xff; size];
-            assert_eq!(bench.gpio.read(offset, &mut data), Action::None);
-            assert_eq!(data, vec![0; size], "{offset:#x}");
-            assert_eq!(bench.gpio.write(offset, &vec![0xff; size]), Action::None);
-            assert_eq!(bench.gpio.faults(), before + 2, "{offset:#x}");
+            assert_invalid(&mut bench.gpio, Pl061::faults, offset, size);
         }
         assert_eq!(bench.read(offset::DIR), 0);
         for read_only in [offset::RIS, offset::MIS, 0xfe0] {
-            let before = bench.gpio.faults();
-            bench.write(read_only, 0xff);
-            assert_eq!(bench.gpio.faults(), before + 1);
+            assert_read_only(&mut bench.gpio, Pl061::faults, read_only);
         }
         let before = bench.gpio.faults();
         assert_eq!(bench.read(offset::IC), 0);

@@ -1,9 +1,9 @@
-//! The blob of a tree: what a kernel reads (devicetree specification v0.4, chapter 5).
+//! Encodes a tree as a blob (DTB) (devicetree specification v0.4, chapter 5).
 
 use crate::node::{Node, Value};
 use vm_fdt::FdtWriter;
 
-/// Why a tree could not be encoded: the offending name and what the format says.
+/// Why a tree could not be encoded: the offending name, and the rule of the format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("device tree {place}: {cause}")]
 pub struct EncodeError {
@@ -16,7 +16,7 @@ impl Node {
     /// root.
     ///
     /// # Errors
-    /// A name or a nesting that the format cannot hold, or two nodes of one phandle.
+    /// A name or a nesting depth that the format cannot represent, or a duplicate phandle.
     pub fn to_dtb(&self) -> Result<Vec<u8>, EncodeError> {
         let error = |cause: vm_fdt::Error| EncodeError {
             place: "as a whole".to_owned(),
@@ -27,8 +27,8 @@ impl Node {
         writer.finish().map_err(error)
     }
 
-    /// `bytes` is room for the value of a property, which the writer's own functions would allocate
-    /// for each.
+    /// Encodes a node. `bytes` is a buffer for property values, which the writer's own functions
+    /// would allocate each time.
     fn encode(&self, writer: &mut FdtWriter, bytes: &mut Vec<u8>) -> Result<(), EncodeError> {
         let error = |cause: vm_fdt::Error| EncodeError {
             place: format!("node '{}'", self.name),
@@ -56,7 +56,7 @@ fn encode_property(
     bytes: &mut Vec<u8>,
 ) -> Result<(), vm_fdt::Error> {
     match value {
-        // property_phandle is the writer's check that no phandle is given twice.
+        // property_phandle makes the writer check that phandles are unique.
         Value::Cells(cells) if name == "phandle" && cells.len() == 1 => {
             return writer.property_phandle(cells[0]);
         }

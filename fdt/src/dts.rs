@@ -8,7 +8,7 @@ use std::fmt::Write;
 type Paths = BTreeMap<u32, String>;
 
 impl Node {
-    /// Device-tree source (`/dts-v1/;`) that dtc compiles to the same tree.
+    /// Returns device-tree source (`/dts-v1/;`) that dtc compiles to the same tree.
     #[must_use]
     pub fn to_dts(&self) -> String {
         print(self)
@@ -100,7 +100,8 @@ fn escape(text: &str) -> String {
             '\n' => vec!['\\', 'n'],
             '\t' => vec!['\\', 't'],
             ' '..='~' => vec![c],
-            // Bytes by their numbers, so that a terminal shows them (dtc's util.c: get_escape_char).
+            // Other bytes are escaped by number, so that a terminal shows them (dtc's util.c:
+            // get_escape_char).
             _ => c
                 .encode_utf8(&mut [0; 4])
                 .bytes()

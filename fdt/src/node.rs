@@ -132,7 +132,7 @@ impl Node {
         &self.name
     }
 
-    /// Sets a property; one of the same name is replaced where it stands.
+    /// Sets a property; an existing one of the same name is replaced in place.
     pub fn prop(
         &mut self,
         name: impl Into<Cow<'static, str>>,

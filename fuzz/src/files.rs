@@ -77,18 +77,11 @@ pub fn board(data: &[u8]) {
 
 fn plan_of<A: Arch>(board: &Board) {
     let request = Request::<A> {
-        cpus: board.guest.cpus,
-        memory: board.guest.memory,
         width: board.guest.width,
         gic: board.guest.gic,
-        kernel: None,
-        initrd: None,
         cmdline: board.guest.cmdline.clone(),
-        seeds: None,
         virtio: vec!["disk0".to_owned()],
-        pmem: Vec::new(),
-        features: Default::default(),
-        topology: Default::default(),
+        ..Request::new(board.guest.cpus, board.guest.memory)
     };
     match plan(board, &request, &A::assumed_host(board)) {
         Ok(plan) => {

@@ -291,12 +291,6 @@ fn setups_of(vmm: &Vmm) -> impl Iterator<Item = Setup> {
 }
 
 impl BenchIo {
-    /// Reads the command line after `bench io`.
-    pub(crate) fn from_words(words: &[String]) -> Result<Self, argh::EarlyExit> {
-        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-        Self::from_args(&["cargo xtask bench io"], &words)
-    }
-
     /// Measures and prints tables, or JSON.
     pub(crate) fn run(&self) -> Result<i32> {
         ensure!(self.runs > 0, "--runs is at least 1");

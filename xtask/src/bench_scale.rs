@@ -109,12 +109,6 @@ const FIGURES: [(&str, &str, &str); 7] = [
 ];
 
 impl BenchScale {
-    /// Reads the command line after `bench scale`.
-    pub(crate) fn from_words(words: &[String]) -> Result<Self, argh::EarlyExit> {
-        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-        Self::from_args(&["cargo xtask bench scale"], &words)
-    }
-
     /// Measures and prints a table, or JSON.
     pub(crate) fn run(&self) -> Result<i32> {
         let cases = self.cases()?;

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use argh::FromArgs;
 use rustix::fs::OFlags;
 
@@ -142,12 +142,6 @@ struct Stream {
 }
 
 impl Load {
-    /// Reads the command line after `load`.
-    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
-        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-        Self::from_args(&["xtask load"], &words).map_err(|exit| anyhow!("{}", exit.output))
-    }
-
     /// Does the work.
     pub(crate) fn run(&self) -> Result<i32> {
         match &self.kind {
@@ -529,8 +523,8 @@ mod tests {
             "disk --name w --device {} --block 4096 --depth 4 --operations 16 --write",
             path.display()
         );
-        let words = words.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        let load = Load::from_words(&words).unwrap();
+        let words = words.split(' ').collect::<Vec<_>>();
+        let load = Load::from_args(&["xtask load"], &words).unwrap();
         // Not every file system has O_DIRECT.
         if let Err(error) = load.run() {
             println!("skipped: {error:#}");

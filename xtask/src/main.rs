@@ -43,7 +43,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use argh::FromArgs;
 
 use crate::assets::Choice;
@@ -150,19 +150,23 @@ fn run() -> Result<i32> {
             return Runner { command }.run();
         }
         // Not for people, so the help does not tell of it.
-        Some((task, rest)) if task == "measure" => return Measure::from_words(rest)?.run(),
-        Some((task, rest)) if task == "measure-io" => return MeasureIo::from_words(rest)?.run(),
-        Some((task, rest)) if task == "measure-scale" => {
-            return MeasureScale::from_words(rest)?.run();
+        Some((task, rest)) if task == "measure" => {
+            return measuring("xtask measure", rest, Measure::run);
         }
-        Some((task, rest)) if task == "load" => return Load::from_words(rest)?.run(),
+        Some((task, rest)) if task == "measure-io" => {
+            return measuring("xtask measure-io", rest, MeasureIo::run);
+        }
+        Some((task, rest)) if task == "measure-scale" => {
+            return measuring("xtask measure-scale", rest, MeasureScale::run);
+        }
+        Some((task, rest)) if task == "load" => return measuring("xtask load", rest, Load::run),
         // `bench` takes any words after its options, so it has no subcommands of its own.
         Some((task, rest)) if task == "bench" => match rest.first().map(String::as_str) {
             Some("io") => {
-                return bench(BenchIo::from_words(&rest[1..]), BenchIo::run);
+                return bench("cargo xtask bench io", &rest[1..], BenchIo::run);
             }
             Some("scale") => {
-                return bench(BenchScale::from_words(&rest[1..]), BenchScale::run);
+                return bench("cargo xtask bench scale", &rest[1..], BenchScale::run);
             }
             _ => {}
         },
@@ -182,9 +186,20 @@ fn run() -> Result<i32> {
     }
 }
 
-/// Runs a bench, or prints what is to be said about its command line.
-fn bench<B>(bench: Result<B, argh::EarlyExit>, run: fn(&B) -> Result<i32>) -> Result<i32> {
-    match bench {
+/// Parses the words after a command's `name`.
+fn parse<T: FromArgs>(name: &str, words: &[String]) -> Result<T, argh::EarlyExit> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    T::from_args(&[name], &words)
+}
+
+/// Runs a command that a bench starts in its host or guest.
+fn measuring<T: FromArgs>(name: &str, words: &[String], run: fn(&T) -> Result<i32>) -> Result<i32> {
+    run(&parse(name, words).map_err(|exit| anyhow!("{}", exit.output))?)
+}
+
+/// Runs a bench, or prints its help or the error in its command line.
+fn bench<T: FromArgs>(name: &str, words: &[String], run: fn(&T) -> Result<i32>) -> Result<i32> {
+    match parse(name, words) {
         Ok(bench) => run(&bench),
         Err(exit) => {
             print!("{}", exit.output);

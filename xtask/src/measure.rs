@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use argh::FromArgs;
 use serde_json::{Map, Value, json};
 
@@ -118,12 +118,6 @@ impl Pass {
 }
 
 impl Measure {
-    /// Reads the command line after `measure`.
-    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
-        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-        Self::from_args(&["xtask measure"], &words).map_err(|exit| anyhow!("{}", exit.output))
-    }
-
     /// Measures, and prints a line for the host and one for each VM.
     pub(crate) fn run(&self) -> Result<i32> {
         let release = rustix::system::uname()

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
 use serde_json::{Value, json};
 
@@ -78,12 +78,6 @@ pub(crate) struct MeasureIo {
 }
 
 impl MeasureIo {
-    /// Reads the command line after `measure-io`.
-    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
-        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-        Self::from_args(&["xtask measure-io"], &words).map_err(|exit| anyhow!("{}", exit.output))
-    }
-
     /// Measures; what fails is told as a line as well, so that others are measured still.
     pub(crate) fn run(&self) -> Result<i32> {
         let uses = |what: &str| self.command.iter().any(|word| word.contains(what));

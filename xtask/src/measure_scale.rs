@@ -9,7 +9,7 @@ use std::fs;
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use argh::FromArgs;
 use serde_json::{Map, Value, json};
 
@@ -61,12 +61,6 @@ pub(crate) struct MeasureScale {
 }
 
 impl MeasureScale {
-    /// Reads the command line after `measure-scale`.
-    pub(crate) fn from_words(words: &[String]) -> Result<Self> {
-        let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-        Self::from_args(&["xtask measure-scale"], &words).map_err(|exit| anyhow!("{}", exit.output))
-    }
-
     /// Measures; what fails is told as a line as well, so that others are measured still.
     pub(crate) fn run(&self) -> Result<i32> {
         for disk in &self.disk {

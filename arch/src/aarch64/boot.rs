@@ -12,18 +12,18 @@ use crate::switch::Switch;
 const KERNEL_ALIGN: u64 = 2 << 20;
 /// The largest page of a guest.
 const LARGEST_PAGE: u64 = 0x1_0000;
-/// The most that a device tree may take (booting.rst, section 2).
+/// The maximum size of a device tree (booting.rst, section 2).
 pub const TREE_MAX: u64 = 2 << 20;
-/// Kernel and initrd lie within one window of this size, aligned to 1 GiB (booting.rst,
+/// Kernel and initrd must lie within one window of this size, aligned to 1 GiB (booting.rst,
 /// section 3).
 const INITRD_WINDOW: u64 = 32 << 30;
 const GIB: u64 = 1 << 30;
-/// Bytes between the clocks of stolen time of two vCPUs (Documentation/virt/kvm/arm/pvtime.rst).
+/// The size of a vCPU's stolen time structure in bytes (Documentation/virt/kvm/arm/pvtime.rst).
 pub(super) const STOLEN_TIME_SIZE: u64 = 64;
 
-/// Kernel at the start of the first bank, initrd and device tree directly behind it: close
-/// together they share huge pages, each of which costs its clearing, and low they keep clear of
-/// the rest of RAM. The tree stands last, since it takes much less than its room.
+/// Places the kernel at the start of the first bank, and initrd and device tree directly after it:
+/// close together they share huge pages, each of which has to be cleared, and low addresses leave
+/// the rest of RAM contiguous. The tree comes last, because it takes much less than its room.
 pub(super) fn place(
     ram: &[Range],
     request: &Request<Aarch64>,
@@ -130,7 +130,7 @@ fn page_size(request: &Request<Aarch64>) -> u64 {
     said.unwrap_or(LARGEST_PAGE)
 }
 
-/// At least the bytes that the device tree takes, before there is one.
+/// Returns an upper bound on the size of the device tree before it is built.
 fn tree_room(request: &Request<Aarch64>) -> u64 {
     // A cpu node and its entry in cpu-map take 160 bytes, with six numbers of its caches and a node
     // for each of up to two more it takes 700; all else without the command line takes 4 KiB.
@@ -142,18 +142,17 @@ fn tree_room(request: &Request<Aarch64>) -> u64 {
     bytes.next_multiple_of(page_size(request))
 }
 
-/// Returns the bytes behind the device tree in which KVM tells of stolen time. None where that is
-/// not wanted.
+/// Returns the size of the area after the device tree in which KVM reports stolen time: 0 without
+/// that feature.
 fn stolen_time_room(request: &Request<Aarch64>) -> u64 {
     match request.features.steal_time {
         Switch::Off => 0,
-        // Whole pages, since the guest takes them out of its RAM.
+        // Whole pages, because the guest reserves them.
         _ => (STOLEN_TIME_SIZE * u64::from(request.cpus)).next_multiple_of(page_size(request)),
     }
 }
 
-/// Returns where KVM tells of stolen time, each vCPU's behind the one before; of no use where it
-/// does not.
+/// Returns the area in which KVM reports stolen time, with one structure for each vCPU.
 pub(super) fn stolen_time(payload: &Payload, request: &Request<Aarch64>) -> Option<Range> {
     Range::new(payload.info + tree_room(request), stolen_time_room(request))
 }
@@ -225,18 +224,9 @@ mod tests {
 
     fn request(kernel: Option<Arm64Image>, initrd: Option<u64>) -> Request<Aarch64> {
         Request {
-            cpus: 1,
-            memory: 512 * MIB,
-            width: Default::default(),
-            gic: Default::default(),
             kernel,
             initrd,
-            cmdline: String::new(),
-            seeds: None,
-            virtio: Vec::new(),
-            pmem: Vec::new(),
-            features: Default::default(),
-            topology: Default::default(),
+            ..Request::new(1, 512 * MIB)
         }
     }
 

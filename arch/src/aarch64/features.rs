@@ -1,6 +1,5 @@
-//! What a vCPU can have beside the base architecture: performance counters, scalable vectors,
-//! pointer authentication (Documentation/virt/kvm/api.rst, KVM_ARM_VCPU_INIT), and a clock of the
-//! time that it does not run (Documentation/virt/kvm/arm/pvtime.rst).
+//! Optional features of a vCPU: PMU, SVE, pointer authentication (Documentation/virt/kvm/api.rst,
+//! KVM_ARM_VCPU_INIT), and stolen time (Documentation/virt/kvm/arm/pvtime.rst).
 
 use super::{Aarch64, Host, Offered};
 use crate::arch::Request;
@@ -9,8 +8,8 @@ use crate::error::PlanError;
 use crate::switch::{Switch, pairs};
 use serde::Serialize;
 
-/// The interrupt of performance counters: PPI 7, as on QEMU's virt machine. KVM raises what it is
-/// told to (Documentation/virt/kvm/devices/vcpu.rst, KVM_ARM_VCPU_PMU_V3_IRQ).
+/// The interrupt of performance counters: PPI 7, as on QEMU's virt machine. KVM raises the one that
+/// is configured (Documentation/virt/kvm/devices/vcpu.rst, KVM_ARM_VCPU_PMU_V3_IRQ).
 const PMU_INTID: u32 = 23;
 
 /// The name that `--pv` takes.
@@ -34,7 +33,7 @@ pub struct FeatureRequest {
 pub struct Features {
     /// Performance counters.
     pub pmu: Option<Pmu>,
-    /// Scalable vectors, of every length that the host has.
+    /// Scalable vectors, of every length that the host supports.
     pub sve: bool,
     /// Pointer authentication.
     pub pauth: bool,
@@ -47,12 +46,12 @@ pub struct Features {
 pub struct Pmu {
     /// The number of its interrupt, a PPI.
     pub intid: u32,
-    /// The host's counters behind it, by the type of their perf events; `None` where the host's
-    /// cores are of one kind, and KVM takes the only ones.
+    /// The host's PMU behind it, by its perf event type; `None` where the host's cores are of one
+    /// kind, and KVM uses its only PMU.
     pub perf_type: Option<u32>,
 }
 
-/// Returns what the guest gets on this host.
+/// Decides which features the guest gets on this host.
 pub(super) fn decide(request: &Request<Aarch64>, host: &Host) -> Result<Features, PlanError> {
     let wanted = &request.features;
     let offered = host.offered;
@@ -111,7 +110,7 @@ fn switched(wish: Switch, asked: &str, has: bool, offered: Offered) -> Result<bo
     }
 }
 
-/// Returns what a host has, by the options' names.
+/// Returns the names of what a host offers, as in the options.
 fn names(offered: Offered) -> String {
     let names = [
         (offered.pmu, "pmu"),

@@ -29,7 +29,7 @@ pub enum Gic {
         distributor: Range,
         /// GICC, 8 KiB.
         cpu_interface: Range,
-        /// Interrupts that the distributor counts, the 32 private ones included.
+        /// The number of interrupts, including the 32 private ones.
         interrupts: u32,
     },
     /// GICv3.
@@ -39,7 +39,7 @@ pub enum Gic {
         distributor: Range,
         /// GICR regions, filled in order by the vCPUs.
         redistributors: Vec<Redistributors>,
-        /// Interrupts that the distributor counts, the 32 private ones included.
+        /// The number of interrupts, including the 32 private ones.
         interrupts: u32,
     },
 }
@@ -63,8 +63,8 @@ impl Gic {
         }
     }
 
-    /// Interrupts that the distributor counts, the 32 private ones included: a multiple of 32 as
-    /// KVM_DEV_ARM_VGIC_GRP_NR_IRQS takes it.
+    /// Returns the number of interrupts, including the 32 private ones: a multiple of 32, as for
+    /// KVM_DEV_ARM_VGIC_GRP_NR_IRQS.
     #[must_use]
     pub const fn interrupts(&self) -> u32 {
         match self {
@@ -177,7 +177,8 @@ fn check_vcpus(version: u8, asked: u32, host: &Host) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// As few interrupts as the board's devices need: the guest walks them all at its start.
+/// Returns the smallest number of interrupts that the board's devices need: the guest initialises
+/// them all at its start.
 fn interrupts(board: &Board) -> u32 {
     let devices = board.devices.iter().map(|device| device.spi + 1);
     let virtio = board
@@ -189,7 +190,7 @@ fn interrupts(board: &Board) -> u32 {
     (32 + spis.next_multiple_of(32)).clamp(64, 992)
 }
 
-/// Returns the board's window first, then the first gap above RAM.
+/// Places redistributors in the board's window first, then in the first gap above RAM.
 fn place_redistributors(
     board: &Board,
     windows: &GicWindows,
@@ -239,8 +240,8 @@ fn first_gap(ram: &[Range], taken: &[Range], frames: u32) -> Result<Redistributo
         .unwrap_or(Err(PlanError::NoMemory))
 }
 
-/// Returns the windows of the board's devices, virtio slots without a device included, so that a
-/// device more moves nothing.
+/// Returns the windows of the board's devices, including empty virtio slots, so that another device
+/// moves nothing.
 fn device_windows(board: &Board) -> Vec<Range> {
     let devices = board.devices.iter();
     let mut windows: Vec<Range> = devices
@@ -277,18 +278,8 @@ mod tests {
 
     fn request(cpus: u32, gic: GicChoice) -> Request<Aarch64> {
         Request {
-            cpus,
             gic,
-            memory: GIB,
-            width: Default::default(),
-            kernel: None,
-            initrd: None,
-            cmdline: String::new(),
-            seeds: None,
-            virtio: Vec::new(),
-            pmem: Vec::new(),
-            features: Default::default(),
-            topology: Default::default(),
+            ..Request::new(cpus, GIB)
         }
     }
 
@@ -349,12 +340,12 @@ mod tests {
         let next = |ram: &[(u64, u64)]| runs(placed(&virt, 130, ram))[1].0;
         // Between two banks, where that keeps the machine narrow.
         assert_eq!(next(&[(GIB, GIB), (1 << 48, GIB)]), 2 * GIB);
-        // 64 KiB are no room for 7 frames of 128 KiB.
+        // 64 KiB cannot hold 7 frames of 128 KiB.
         assert_eq!(
             next(&[(GIB, GIB), (2 * GIB + 0x1_0000, GIB)]),
             3 * GIB + 0x1_0000
         );
-        // A device directly above RAM is passed over.
+        // A device directly above RAM is skipped.
         let above = board(&VIRT.replace("0x0901_0000", "0x8000_0000"));
         let gic = placed(&above, 130, &[(GIB, GIB)]);
         assert_eq!(runs(gic)[1].0, 2 * GIB + 0x1_0000);

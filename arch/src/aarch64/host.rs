@@ -1,8 +1,8 @@
-//! What planning must know of an ARM64 host, as plain data.
+//! The facts about an ARM64 host that planning needs, as plain data.
 
 use serde::{Deserialize, Serialize};
 
-/// What KVM/arm64 said of the host.
+/// What KVM/arm64 offers on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Host {
     /// Most IPA bits (KVM_CAP_ARM_VM_IPA_SIZE); `None` for a KVM without that capability (before
@@ -19,11 +19,11 @@ pub struct Host {
     /// Page sizes in bytes that the CPUs translate for guests
     /// (ID_AA64MMFR0_EL1.TGRAN4, TGRAN16, TGRAN64).
     pub guest_pages: Vec<u64>,
-    /// What it offers beside the base architecture.
+    /// The optional features that it offers.
     pub offered: Offered,
 }
 
-/// What KVM offers on a host.
+/// The optional features that KVM offers on a host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offered {
     /// Performance counters: PMUv3 (KVM_CAP_ARM_PMU_V3).

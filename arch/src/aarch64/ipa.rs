@@ -1,11 +1,11 @@
-//! The IPA width: how many guest-physical address bits, and what they cost.
+//! The IPA width: guest-physical address bits, and the translation levels that they take.
 
 use super::Host;
 use crate::error::PlanError;
 use crate::range::Region;
 use crate::width::{Offer, Width, WidthPolicy};
 
-/// The width of a VM on a KVM that cannot be asked for one (KVM_PHYS_SHIFT).
+/// The width of a VM on a KVM without a choice of widths (KVM_PHYS_SHIFT).
 pub const LEGACY_BITS: u8 = 40;
 
 pub(super) fn width(
@@ -22,8 +22,8 @@ pub(super) fn width(
     .choose(highest, policy)
 }
 
-/// Levels of stage-2 translation for `bits` address bits on pages of `page_size` bytes: up to 16
-/// first-level tables are concatenated, and there are at least two levels
+/// Returns the levels of stage-2 translation for `bits` address bits on pages of `page_size` bytes:
+/// up to 16 first-level tables are concatenated, and there are at least two levels
 /// (arch/arm64/include/asm/stage2_pgtable.h: stage2_pgtable_levels; arch/arm64/kvm/hyp/pgtable.c:
 /// kvm_get_vtcr).
 #[must_use]

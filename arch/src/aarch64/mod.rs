@@ -20,11 +20,11 @@ pub struct Aarch64;
 /// A vCPU before its first instruction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Vcpu {
-    /// Affinity fields as KVM numbers them: Aff3 in bits 39:32, Aff2.Aff1.Aff0 in bits 23:0.
+    /// The affinity fields that KVM assigns: Aff3 in bits 39:32, Aff2.Aff1.Aff0 in bits 23:0.
     pub mpidr: u64,
-    /// Where the boot CPU begins; the others wait for PSCI CPU_ON.
+    /// The boot CPU's initial registers; the others wait for PSCI CPU_ON.
     pub boot: Option<Boot>,
-    /// Where KVM tells the guest how long the vCPU did not run, if it does.
+    /// Where KVM reports stolen time to the guest, if it does.
     pub stolen_time: Option<u64>,
 }
 
@@ -37,7 +37,7 @@ pub struct Boot {
     pub x0: u64,
 }
 
-/// Returns the MPIDR affinity that KVM gives vCPU `index`: 16 to an Aff0, because GICv3's SGI
+/// Returns the MPIDR affinity that KVM gives vCPU `index`: 16 for each Aff1, because GICv3's SGI
 /// target lists hold 16 (arch/arm64/kvm/sys_regs.c: reset_mpidr).
 #[must_use]
 pub const fn mpidr(index: u32) -> u64 {

@@ -1,4 +1,4 @@
-//! ARM64 as an [`Arch`]: which function of the modules beside this one answers what.
+//! ARM64 as an [`Arch`]: delegates to the sibling modules.
 
 use super::features::{self, FeatureRequest, Features};
 use super::gic::{self, Gic};
@@ -55,7 +55,7 @@ impl Arch for Aarch64 {
             (false, true) => "GICv3",
             (true, true) => "GICv2 and GICv3",
         };
-        // A quick look at a host does not see a GICv2 beside a GICv3.
+        // A quick probe does not detect GICv2 emulation on a GICv3.
         if expected.gic_v3 != host.gic_v3 || (!host.gic_v3 && expected.gic_v2 != host.gic_v2) {
             let (has, wants) = (gics(host), gics(&expected));
             differences.push(format!("its KVM has {has}, the board's {wants}"));

@@ -41,9 +41,9 @@ pub(super) fn build(
     root.prop("#address-cells", 2_u32)
         .prop("#size-cells", 2_u32)
         .prop("interrupt-parent", Cell::Phandle(GIC))
-        // All that accesses memory here does so through the host's caches. Each device inherits it,
-        // those of AMBA too, for which Linux warns where a cache's write-back granule is larger than
-        // 128 bytes (arch/arm64/mm/dma-mapping.c: arch_setup_dma_ops).
+        // All devices access memory through the host's caches. Each inherits the property,
+        // including AMBA devices, for which Linux otherwise warns where a cache's write-back
+        // granule is larger than 128 bytes (arch/arm64/mm/dma-mapping.c: arch_setup_dma_ops).
         .prop("dma-coherent", ())
         .prop("compatible", "linux,dummy-virt")
         .prop("model", format!("armlet,{}", board.name).as_str());
@@ -140,8 +140,8 @@ fn psci(root: &mut Node) {
         .prop("method", "hvc");
 }
 
-/// Returns a private interrupt of each vCPU, level-triggered. On a GICv2 bits 15:8 hold the mask of
-/// CPUs (interrupt-controller/arm,gic.yaml).
+/// Returns the cells of a level-triggered PPI. On a GICv2 bits 15:8 hold the mask of CPUs
+/// (interrupt-controller/arm,gic.yaml).
 fn ppi(number: u32, gic: &Gic, vcpus: usize) -> [u32; 3] {
     let mask = match gic {
         Gic::V2 { .. } => (1_u32 << vcpus.min(8)) - 1,
@@ -199,7 +199,7 @@ fn gic(root: &mut Node, gic: &Gic) {
     node.prop("reg", reg(frames)).prop("phandle", GIC);
 }
 
-/// clock/fixed-clock.yaml: the clock that the PrimeCell drivers want.
+/// clock/fixed-clock.yaml: the clock that the PrimeCell drivers require.
 fn clock(root: &mut Node) {
     root.child("apb-pclk")
         .prop("compatible", "fixed-clock")
@@ -209,8 +209,8 @@ fn clock(root: &mut Node) {
         .prop("phandle", CLOCK);
 }
 
-/// arm/primecell.yaml. The peripheral id is what the device's own registers say; given here, the
-/// guest need not read them byte by byte, which is an exit each.
+/// arm/primecell.yaml. The peripheral ID is also in the device's registers; given here, it spares
+/// the guest an exit for each of them.
 fn primecell<'a>(
     root: &'a mut Node,
     name: String,
@@ -292,18 +292,10 @@ mod tests {
 
     fn request(cpus: u32, gic: GicChoice) -> Request<Aarch64> {
         Request {
-            cpus,
             gic,
-            memory: 512 << 20,
-            width: Default::default(),
-            kernel: None,
-            initrd: None,
             cmdline: "console=ttyAMA0 \"quoted\"".to_owned(),
-            seeds: None,
             virtio: vec!["disk0".to_owned(), "rng".to_owned()],
-            pmem: Vec::new(),
-            features: Default::default(),
-            topology: Default::default(),
+            ..Request::new(cpus, 512 << 20)
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 /// Why a board file was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BoardError {
-    /// The text is no TOML.
+    /// Invalid TOML.
     #[error("{place}: {cause}")]
     Syntax {
         /// Where.
@@ -14,7 +14,7 @@ pub enum BoardError {
         /// What the parser says.
         cause: String,
     },
-    /// A key that no board has.
+    /// An unknown key.
     #[error(
         "{place}: unknown key '{key}' in {table}; did you mean '{nearest}'? Known here: {known}"
     )]
@@ -23,9 +23,9 @@ pub enum BoardError {
         place: Place,
         /// The key.
         key: String,
-        /// The table that it stands in.
+        /// The table that contains it.
         table: String,
-        /// The known key that looks most like it.
+        /// The known key that is most similar.
         nearest: String,
         /// All known keys of the table.
         known: String,
@@ -40,7 +40,7 @@ pub enum BoardError {
         /// How it is written.
         example: String,
     },
-    /// A value that does not fit its key.
+    /// An invalid value.
     #[error("{place}: '{key}' {cause}")]
     Value {
         /// Where.
@@ -52,7 +52,7 @@ pub enum BoardError {
     },
 }
 
-/// Where a value stands.
+/// The place of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The board file, if it is not the one that was asked for.

@@ -1,11 +1,11 @@
-//! A board file and those that it inherits from, as one tree of values that know where they stand.
+//! Merges a board file and those that it inherits from into one tree of values with their places.
 
 use super::error::{BoardError, Place};
 use std::sync::Arc;
 use toml_span::value::ValueInner;
 use toml_span::{Span, Value};
 
-/// Most board files between a board and the one that inherits from no other.
+/// The longest chain of inheritance.
 const DEEPEST: usize = 8;
 
 /// Finds the file of a board that another inherits from: the first name is that of the file that
@@ -30,7 +30,7 @@ pub(super) enum Item {
     Number(i64),
     List(Vec<Entry>),
     Table(Tree),
-    /// What no key of a board takes: fractions, truth values.
+    /// A type that no key accepts: floats, booleans.
     Other,
 }
 
@@ -79,7 +79,7 @@ fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree,
     }
     let (parent, text) = find(name, wanted).map_err(refuse)?;
     let mut inherited = inherit(&parent, &text, find, depth + 1)?;
-    // What names one board and no other.
+    // Keys that are not inherited.
     for own in ["name", "description", "match"] {
         inherited.remove(own);
     }
@@ -87,7 +87,7 @@ fn inherit(name: &str, text: &str, find: Find<'_>, depth: usize) -> Result<Tree,
     Ok(inherited)
 }
 
-/// Tables are merged key by key; all else, lists of tables too, is replaced as a whole.
+/// Merges tables key by key; everything else, including lists of tables, is replaced as a whole.
 fn merge(tree: &mut Tree, over: Tree) {
     for (key, entry) in over.0 {
         match (tree.remove(&key), entry) {

@@ -1,4 +1,4 @@
-//! The tables of a board file as a [`Board`]: one function a table.
+//! Reads the tables of a board file into a [`Board`]: one function for each table.
 
 use super::error::BoardError;
 use super::fields::Fields;
@@ -20,7 +20,7 @@ pub(super) fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
     let name = root.string("name", "\"my-board\"")?;
     let description = root.optional_string("description")?.unwrap_or_default();
     let arch = root.architecture()?;
-    // Recognition reads it by itself; here it is checked.
+    // Recognition reads it separately; it is only checked here.
     if let Some(fields) = root.optional_table("match")? {
         signature(fields)?;
     }
@@ -267,7 +267,7 @@ fn gic_windows(mut fields: Fields<'_>) -> Result<GicWindows, BoardError> {
         ("cpu-interface", windows.cpu_interface),
         ("redistributors", windows.redistributors),
     ] {
-        // 64 KiB is what GICv3 asks for and what suits every host page size.
+        // GICv3 requires 64 KiB, which also suits every host page size.
         if !address.is_multiple_of(0x1_0000) {
             return Err(fields.wrong(key, format!("{address:#x} must be a multiple of 64 KiB")));
         }

@@ -1,4 +1,4 @@
-//! How a host is recognised as a board.
+//! Recognises a host as a board.
 
 use super::error::BoardError;
 use super::fields::Fields;
@@ -7,7 +7,7 @@ use crate::architecture::Architecture;
 use crate::midr::Midr;
 use std::borrow::Cow;
 
-/// What a host says of itself.
+/// The identity of a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// `/compatible` of its device tree, most specific first (Devicetree specification v0.4,
@@ -26,7 +26,7 @@ pub struct Identity {
 pub struct Signature {
     /// The architecture of the hosts.
     pub arch: Architecture,
-    /// Any of these stands in `/compatible`.
+    /// Any of these is in `/compatible`.
     pub compatible: Cow<'static, [Cow<'static, str>]>,
     /// DMI's maker begins with any of these.
     pub vendors: Cow<'static, [Cow<'static, str>]>,
@@ -54,7 +54,7 @@ impl Signature {
         Ok(signature.map(|signature| Signature { arch, ..signature }))
     }
 
-    /// Returns how well it fits a host, more is better, and why.
+    /// Returns a score of how well it matches a host, higher is better, and why.
     fn fits(&self, host: &Identity) -> Option<(usize, String)> {
         let core = self.cores.iter().find(|core| host.cores.contains(core));
         let by_tree = host
@@ -82,13 +82,13 @@ impl Signature {
                 (100, format!("its firmware says '{vendor} {product}'{core}"))
             });
         }
-        // A core alone tells less than a name.
+        // A core alone is weaker evidence than a name.
         core.filter(|_| self.compatible.is_empty())
             .map(|core| (1, format!("its cores are {core}")))
     }
 }
 
-/// Returns the one of `boards` that the host is, by index, and why.
+/// Returns the index of the board that matches the host best, and why.
 #[must_use]
 pub fn recognize<'a>(
     host: &Identity,

@@ -1,11 +1,11 @@
-//! How much of a file is looked at, and numbers in it.
+//! How much of a file is examined, and reading numbers in it.
 
 /// Bytes from the start of a file (or of unpacked data) that hold every header and section table
 /// read here. The arm64 Image keeps its PE header in its first 4 KiB page
 /// (arch/arm64/kernel/efi-header.S), the bzImage its setup header below 0x301.
 pub const HEAD: usize = 4096;
 
-/// The largest kernel that is believed, in bytes from the load address to the end of its BSS.
+/// The largest plausible kernel, in bytes from the load address to the end of its BSS.
 ///
 /// Distributions' kernels need 25 to 60 MiB and a build with everything in it some hundreds, so
 /// 1 GiB refuses nothing real, and bounds what a damaged header can make the VMM set aside.

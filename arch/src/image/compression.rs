@@ -1,8 +1,8 @@
-//! Forms of compression, told by their first bytes.
+//! Compression formats, recognised by their first bytes.
 
 use super::bytes::{MAX_IMAGE_SIZE, u32_at, u64_at};
 
-/// How data are compressed, told by their first bytes.
+/// A compression format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
     /// RFC 1952.

@@ -1,4 +1,4 @@
-//! Why a file is no kernel that can be started.
+//! Why a file is not a kernel that can be started.
 
 use super::bytes::MAX_IMAGE_SIZE;
 use thiserror::Error;
@@ -12,7 +12,7 @@ pub(super) const X86_WANTED: &str = "an x86_64 guest takes a bzImage or an ELF v
 /// Why bytes are not a kernel that can be started.
 #[derive(Clone, PartialEq, Eq, Error)]
 pub enum ImageError {
-    /// Nothing that is known begins like this.
+    /// An unknown format.
     #[error("no known kernel format begins with the bytes {start:02x?}; {WANTED}; {X86_WANTED}")]
     Unknown {
         /// The first bytes, at most eight.
@@ -25,10 +25,10 @@ pub enum ImageError {
         what: &'static str,
         /// Bytes that there are.
         len: usize,
-        /// Bytes that the header takes.
+        /// The size of the header in bytes.
         need: usize,
     },
-    /// A format that is known and cannot be started.
+    /// A known format that cannot be started.
     #[error("this is {what}; {remedy}")]
     Unsupported {
         /// The format, with its article.
@@ -136,7 +136,8 @@ pub enum ImageError {
     },
 }
 
-/// The sentence: the names of variants and fields, which nobody is shown, would be in every program.
+/// Prints the message: a derived implementation would put the names of all variants and fields,
+/// which are never shown, into the binary.
 impl std::fmt::Debug for ImageError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::fmt::Display::fmt(self, f)

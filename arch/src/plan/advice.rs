@@ -1,4 +1,4 @@
-//! Completes errors with what would work, which only a second look at the whole machine tells.
+//! Completes errors with what would work, which takes another look at the whole machine.
 
 use super::map::{MEMORY_UNIT, check_overlaps, map, place_ram};
 use crate::arch::{Arch, Request};
@@ -8,7 +8,7 @@ use crate::range::{Range, Region};
 use crate::size::{parse_size, show_size};
 use crate::width::{MAX_BITS, WidthPolicy};
 
-/// Turns memory that ends past 2^64 into an error that says what the host holds.
+/// Turns an error about memory past 2^64 into one that says what fits the host.
 pub(super) fn with_memory_limit<A: Arch>(
     error: PlanError,
     board: &Board,
@@ -94,7 +94,7 @@ pub(super) fn with_advice<A: Arch>(
     }
 }
 
-/// Corrects an error about too little memory where the board's banks make its advice worthless.
+/// Corrects an error about too little memory whose advice does not work with the board's banks.
 pub(super) fn with_bank_limit<A: Arch>(
     error: PlanError,
     board: &Board,

@@ -1,5 +1,5 @@
-//! The address map: RAM, devices, interrupt controller and persistent memory, each in its place,
-//! and whether they keep clear of one another.
+//! The address map: places RAM, devices, interrupt controller and persistent memory, and checks for
+//! overlaps.
 
 use crate::arch::{Arch, Request, regions};
 use crate::board::{Board, BoardDeviceKind, Share};
@@ -14,11 +14,11 @@ use std::borrow::Cow;
 /// plan holds on every host.
 pub const MEMORY_UNIT: u64 = 0x1_0000;
 
-/// Persistent memory comes in multiples of this many bytes, and is aligned to it: guests add it to
-/// their memory map in such pieces (Linux, include/linux/mmzone.h: SUBSECTION_SHIFT).
+/// The size unit and alignment of persistent memory in bytes: guests add it to their memory map in
+/// such pieces (Linux, include/linux/mmzone.h: SUBSECTION_SHIFT).
 pub const PMEM_UNIT: u64 = 2 << 20;
 
-/// Where everything lies but the guest's software.
+/// The address map without the guest's software.
 pub(super) struct Map<A: Arch> {
     pub(super) ram: Vec<Range>,
     pub(super) devices: Vec<Placed>,
@@ -159,7 +159,7 @@ fn place_devices(board: &Board, virtio: &[String]) -> Result<Vec<Placed>, PlanEr
     }
 }
 
-/// Ports are a space of their own: nothing there can meet a window of memory.
+/// Places devices at I/O ports, which are a separate address space.
 fn place_ports(board: &Board) -> Result<Vec<PlacedPorts>, PlanError> {
     let mut placed = Vec::new();
     for device in &board.ports {
@@ -195,7 +195,7 @@ fn place_ports(board: &Board) -> Result<Vec<PlacedPorts>, PlanError> {
     Ok(placed)
 }
 
-/// Persistent memory lies above everything else, whose last address is `below`.
+/// Places persistent memory above everything else, whose last address is `below`.
 fn place_pmem(sizes: &[u64], below: u64) -> Result<Vec<Range>, PlanError> {
     let mut below = below;
     let mut placed = Vec::new();

@@ -4,27 +4,13 @@ use super::map::place_ram;
 use super::*;
 use crate::Seeds;
 use crate::aarch64::{Aarch64, Host};
-use crate::irq::{GicChoice, Spi};
-use crate::width::WidthPolicy;
+use crate::irq::Spi;
 
 const VIRT: &str = include_str!("../../../boards/virt.toml");
 const MIB: u64 = 1 << 20;
 
 fn request() -> Request<Aarch64> {
-    Request {
-        cpus: 1,
-        memory: 512 * MIB,
-        width: WidthPolicy::Fit,
-        gic: GicChoice::Auto,
-        kernel: None,
-        initrd: None,
-        cmdline: String::new(),
-        seeds: None,
-        virtio: Vec::new(),
-        pmem: Vec::new(),
-        features: Default::default(),
-        topology: Default::default(),
-    }
+    Request::new(1, 512 * MIB)
 }
 
 fn board(text: &str) -> Board {

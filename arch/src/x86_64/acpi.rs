@@ -1,7 +1,7 @@
 //! ACPI tables of a hardware-reduced PC (ACPI 6.5): RSDP, XSDT, FADT, MADT, DSDT.
 //!
-//! Linux takes from them what it finds by no other way: its CPUs, the interrupts of devices that
-//! are on no bus, the registers that switch the machine off and reset it, and the power button.
+//! Linux takes from them what it cannot discover otherwise: its CPUs, the interrupts of platform
+//! devices, the registers that power off and reset the machine, and the power button.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -26,15 +26,14 @@ const OEM: [u8; 6] = *b"ARMLET";
 const OEM_TABLE: [u8; 8] = *b"ARMLETPC";
 const REVISION: u32 = 1;
 
-/// FADT, IAPC_BOOT_ARCH (section 5.2.9.3): no VGA, no MSI, no CMOS clock. Bits that would say that
-/// there are other legacy devices or a keyboard controller stay clear: Linux then looks for none.
+/// FADT, IAPC_BOOT_ARCH (section 5.2.9.3): no VGA, no MSI, no CMOS clock. The bits for other legacy
+/// devices and for a keyboard controller stay clear, so that Linux does not probe them.
 const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
 const NO_CMOS: u16 = 1 << 5;
-/// What the reset control register takes to reset the machine (82801 datasheets, RST_CNT).
+/// The value of the reset control register that resets the machine (82801 datasheets, RST_CNT).
 pub(super) const RESET: u8 = 0x06;
-/// `\_S5`: the type of sleep that is soft off. The registers take the same
-/// (`armlet_devices::power`).
+/// `\_S5`: the type of sleep that is soft off. The same as in `armlet_devices::power`.
 const SLEEP_TYPE_OFF: u8 = 5;
 /// The status value of a power button's notification (section 4.8.2.2.1.2).
 const BUTTON_PRESSED: u8 = 0x80;
@@ -71,7 +70,7 @@ fn to_bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// Puts a table at the next multiple of 16 and returns its address.
+/// Appends a table at the next multiple of 16, and returns its address.
 fn append(bytes: &mut Vec<u8>, table: &[u8]) -> u64 {
     let at = bytes.len().next_multiple_of(16);
     bytes.resize(at, 0);
@@ -92,7 +91,7 @@ fn fadt(ports: &[PlacedPorts], dsdt: u64) -> Vec<u8> {
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::Headless)
-        // The power button is a device of the DSDT, the sleep button is none.
+        // The power button is a device in the DSDT; there is no sleep button.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     let cmos = match find(ports, PortKind::Cmos) {
@@ -117,7 +116,7 @@ fn madt(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Vec<u8> {
     let address = |range: crate::Range| range.start() as u32;
     let mut body = Vec::new();
     body.extend(address(layout.irqchip.lapic).to_le_bytes());
-    // No 8259 that has to be looked after.
+    // Flags: no 8259.
     body.extend([0; 4]);
     for vcpu in vcpus {
         match u8::try_from(vcpu.apic_id) {
@@ -133,7 +132,7 @@ fn madt(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-/// Returns a CPU whose number needs more than 8 bits (section 5.2.12.12).
+/// Returns the entry of a CPU whose APIC ID needs more than 8 bits (section 5.2.12.12).
 fn local_x2apic(id: u32) -> [u8; 16] {
     const KIND: u8 = 9;
     const ENABLED: u8 = 1;
@@ -163,7 +162,7 @@ fn dsdt(layout: &Layout<X86_64>) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-/// Returns an edge that rises.
+/// Returns a rising-edge interrupt.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -193,13 +192,13 @@ fn port_device(device: &PlacedPorts) -> Vec<u8> {
             ],
         )),
         PortKind::Acpi => power_button(gsi),
-        // The FADT tells of it, or nobody looks for it.
+        // Described by the FADT, or not at all.
         PortKind::Reset | PortKind::I8042 => Vec::new(),
     }
 }
 
-/// Returns the power button, and the event device whose interrupt means that it was pressed
-/// (sections 4.8.2.2.1.2 and 5.6.9).
+/// Returns the power button, and the generic event device whose interrupt reports a press (sections
+/// 4.8.2.2.1.2 and 5.6.9).
 fn power_button(gsi: u32) -> Vec<u8> {
     let button = Path::new("PWRB");
     let mut bytes = to_bytes(&Device::new(

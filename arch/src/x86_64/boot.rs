@@ -18,8 +18,8 @@ use crate::size::show_size;
 /// Bytes from the load address to the 64-bit entry (boot.rst).
 const ENTRY: u64 = 0x200;
 
-/// Kernel where it prefers to lie, initrd as high as it may in the bank at 0: there it is out of
-/// the way of the kernel, which unpacks itself upwards.
+/// Places the kernel at its preferred address, and the initrd as high as allowed in the bank at 0,
+/// out of the way of the kernel, which unpacks itself upwards.
 pub(super) fn place(ram: &[Range], request: &Request<X86_64>) -> Result<Payload, PlanError> {
     let bank = first_bank(ram)?;
     let kernel = request.kernel.as_ref().map(kernel_range).transpose()?;
@@ -50,7 +50,7 @@ pub(super) fn place(ram: &[Range], request: &Request<X86_64>) -> Result<Payload,
     })
 }
 
-/// Returns the zero page and what it needs around it.
+/// Returns the zero page and the structures that go with it.
 pub(super) fn blobs(
     layout: &Layout<X86_64>,
     vcpus: &[Vcpu],
@@ -85,8 +85,8 @@ pub(super) fn blobs(
     Ok(blobs)
 }
 
-/// Instructions of real mode that reset the machine, where it has a register for that: MOV DX, port;
-/// MOV AL, value; OUT DX, AL; HLT; JMP to it.
+/// Returns real-mode code that resets the machine, if it has a reset register: MOV DX, port; MOV
+/// AL, value; OUT DX, AL; HLT; JMP to HLT.
 fn reset_code(layout: &Layout<X86_64>) -> Option<Vec<u8>> {
     let mut ports = layout.ports.iter();
     let register = ports.find(|device| device.kind == PortKind::Reset)?;
@@ -104,7 +104,7 @@ fn reset_code(layout: &Layout<X86_64>) -> Option<Vec<u8>> {
     ])
 }
 
-/// Returns the bank that all is loaded to.
+/// Returns the bank that everything is loaded into.
 fn first_bank(ram: &[Range]) -> Result<Range, PlanError> {
     match ram.first() {
         None => Err(PlanError::NoMemory),
@@ -137,7 +137,7 @@ fn elf_range(elf: &X86Elf) -> Result<Range, PlanError> {
         })
 }
 
-/// Returns what the kernel takes from its load address on (boot.rst: init_size).
+/// Returns the memory that the kernel needs from its load address on (boot.rst: init_size).
 fn bz_range(image: &X86BzImage) -> Result<Range, PlanError> {
     let wanted = image.pref_address;
     let start = match image.relocatable {
@@ -192,7 +192,7 @@ fn no_room(
     ))
 }
 
-/// Bytes of command line that a kernel takes which does not say (arch/x86/include/asm/setup.h:
+/// The command line limit of a kernel that does not state one (arch/x86/include/asm/setup.h:
 /// COMMAND_LINE_SIZE, less the NUL).
 const ELF_CMDLINE: u64 = 2047;
 

@@ -1,4 +1,4 @@
-//! How the boot CPU begins: its registers, and the descriptors and page tables that they need.
+//! The initial state of the boot CPU: its registers, descriptors and page tables.
 
 use super::Boot;
 use super::low_memory::{GDT_BASE, MAPPED, PAGE, PAGE_TABLES};
@@ -59,8 +59,9 @@ pub(super) fn registers(payload: &Payload, kernel: Option<&X86Kernel>) -> Boot {
     }
 }
 
-/// Four levels that map the first 4 GiB one to one by pages of 2 MiB, which every x86_64 CPU has
-/// (Intel SDM volume 3, section 4.5): a PML4, a page-directory-pointer table, four directories.
+/// Returns four-level page tables that identity-map the first 4 GiB with 2 MiB pages, which every
+/// x86_64 CPU supports (Intel SDM volume 3, section 4.5): a PML4, a page-directory-pointer table,
+/// four directories.
 pub(super) fn page_tables() -> Vec<u8> {
     /// Present, writable.
     const TABLE: u64 = 0b11;

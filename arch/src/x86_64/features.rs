@@ -1,5 +1,5 @@
-//! What KVM offers a guest beside a CPU (Documentation/virt/kvm/x86/cpuid.rst), and at which
-//! instructions a vCPU leaves the guest: each can be had, or not, or as the host has it.
+//! KVM's paravirtual features (Documentation/virt/kvm/x86/cpuid.rst), and the instructions that
+//! cause exits: each is on, off, or as the host has it.
 
 use std::fmt::Write;
 
@@ -9,14 +9,14 @@ use super::Host;
 use crate::error::PlanError;
 use crate::switch::{Switch, pairs};
 
-/// A feature, by the name that options use and the bits of CPUID 0x4000_0001 EAX that stand for it.
+/// A paravirtual feature: its name in options, and its bits in CPUID 0x4000_0001 EAX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature {
     /// "steal-time".
     pub name: &'static str,
     /// What it is, for people.
     pub label: &'static str,
-    /// Its bits; those of things that Linux uses together are one feature.
+    /// Its bits; those that Linux uses together form one feature.
     pub bits: u32,
 }
 
@@ -24,7 +24,7 @@ const fn feature(name: &'static str, label: &'static str, bits: u32) -> Feature 
     Feature { name, label, bits }
 }
 
-/// Those of KVM's signature leaf (arch/x86/include/uapi/asm/kvm_para.h).
+/// The features of KVM's feature leaf (arch/x86/include/uapi/asm/kvm_para.h).
 pub const PARAVIRTUAL: [Feature; 9] = [
     feature("clock", "Paravirtual clock", 1 << 0 | 1 << 3 | 1 << 24),
     feature(
@@ -41,24 +41,24 @@ pub const PARAVIRTUAL: [Feature; 9] = [
     feature("sched-yield", "Directed yield", 1 << 13),
 ];
 
-/// PV_UNHALT, which KVM takes away where HLT is no exit (arch/x86/kvm/cpuid.c).
+/// PV_UNHALT, which KVM clears when HLT does not exit (arch/x86/kvm/cpuid.c).
 const UNHALT: u32 = 1 << 7;
 /// Two more switches of the same option.
 const REALTIME: &str = "realtime";
 const TSC_DEADLINE: &str = "tsc-deadline";
 
-/// Instructions that need not be exits, with the bits of KVM_CAP_X86_DISABLE_EXITS.
+/// Instructions whose exits can be disabled, with their bits of KVM_CAP_X86_DISABLE_EXITS.
 pub const EXITS: [(&str, u32); 4] = [("mwait", 1), ("hlt", 2), ("pause", 4), ("cstate", 8)];
 const HLT: u32 = 2;
 
 /// What was asked for by `--pv` and `--exits`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct FeatureRequest {
-    /// By [`PARAVIRTUAL`].
+    /// Indexed like [`PARAVIRTUAL`].
     paravirtual: [Switch; PARAVIRTUAL.len()],
     realtime: Switch,
     tsc_deadline: Switch,
-    /// By [`EXITS`]: whether the instruction is an exit.
+    /// Indexed like [`EXITS`]: whether the instruction exits.
     exits: [Switch; EXITS.len()],
 }
 
@@ -106,7 +106,7 @@ impl FeatureRequest {
         Ok(request)
     }
 
-    /// Returns what the host makes of them.
+    /// Decides which features the guest gets on this host.
     pub(super) fn decide(&self, host: &Host) -> Result<Features, PlanError> {
         let mut paravirtual = host.paravirtual;
         for (feature, switch) in PARAVIRTUAL.iter().zip(self.paravirtual) {
@@ -150,7 +150,7 @@ fn lacks(option: &str, name: &str, value: &str, offered: &str) -> PlanError {
     }
 }
 
-/// Returns what this host has, by name.
+/// Returns the names of what this host offers.
 fn offered(host: &Host) -> String {
     let mut names = String::new();
     for feature in PARAVIRTUAL {

@@ -1,8 +1,8 @@
-//! What planning must know of an x86_64 host, as plain data.
+//! The facts about an x86_64 host that planning needs, as plain data.
 
 use serde::Serialize;
 
-/// What KVM/x86 said of the host.
+/// What KVM/x86 offers on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Host {
     /// Most guest-physical address bits: CPUID 0x8000_0008 as KVM_GET_SUPPORTED_CPUID gives it,
@@ -15,9 +15,9 @@ pub struct Host {
     /// Whether the local APIC's timer can have a deadline in TSC ticks
     /// (KVM_CAP_TSC_DEADLINE_TIMER).
     pub tsc_deadline: bool,
-    /// Whether the I/O APIC may be ours, and local APICs have numbers of 32 bits
-    /// (KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API).
+    /// Whether the VMM can emulate the I/O APIC, and APIC IDs have 32 bits (KVM_CAP_SPLIT_IRQCHIP,
+    /// KVM_CAP_X2APIC_API).
     pub wide_apic_ids: bool,
-    /// Instructions that need not be exits (KVM_CAP_X86_DISABLE_EXITS).
+    /// The exits that can be disabled (KVM_CAP_X86_DISABLE_EXITS).
     pub exits_off: u32,
 }

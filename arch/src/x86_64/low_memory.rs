@@ -11,8 +11,8 @@
 //! 1 MiB    kernel, mostly at 16 MiB; the initrd ends where the bank does
 //! ```
 
-/// The zero page's address. The first page is left alone: the kernel looks there for what a BIOS
-/// keeps (arch/x86/boot/compressed/pgtable_64.c: find_trampoline_placement).
+/// The zero page's address. The first page is left free: the kernel looks there for the BIOS data
+/// area (arch/x86/boot/compressed/pgtable_64.c: find_trampoline_placement).
 pub const ZERO_PAGE: u64 = 0x1000;
 
 /// The GDT's address.
@@ -28,23 +28,24 @@ pub const CMDLINE: u64 = 0x1_0000;
 /// (arch/x86/include/asm/setup.h: COMMAND_LINE_SIZE); what lies above is for its trampoline.
 pub const CMDLINE_ROOM: u64 = 0x8_0000;
 
-/// Video memory and ROMs of a PC: Linux expects no RAM from here to [`HIGH_RAM`]
+/// Video memory and ROMs of a PC: Linux does not use RAM from here to [`HIGH_RAM`]
 /// (arch/x86/include/asm/e820/types.h: BIOS_BEGIN, BIOS_END).
 pub(super) const LEGACY_HOLE: u64 = 0xa_0000;
 
-/// Below it lies what the VMM writes, and the legacy hole; kernel and initrd lie above.
+/// The start of high memory, which holds kernel and initrd; below are the structures that the VMM
+/// writes, and the legacy hole.
 pub(super) const HIGH_RAM: u64 = 0x10_0000;
 
 /// The ACPI tables' address: the RSDP is looked for here (ACPI 6.5, section 5.2.5.1).
 pub(super) const ACPI_TABLES: u64 = 0xe_0000;
 
 /// Where a PC's firmware begins after a reset. Linux jumps there, in real mode, to reset a
-/// hardware-reduced machine, for it takes such a one to have EFI (arch/x86/kernel/reboot.c:
-/// reboot_init, machine_real_restart).
+/// hardware-reduced machine, because it assumes that such a machine has EFI
+/// (arch/x86/kernel/reboot.c: reboot_init, machine_real_restart).
 pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// Bytes of a page.
 pub(super) const PAGE: u64 = 0x1000;
 
-/// What the page tables map, one to one: the kernel, the zero page and the command line lie there.
+/// The size of the identity-mapped memory, in which kernel, zero page and command line must lie.
 pub(super) const MAPPED: u64 = 4 << 30;

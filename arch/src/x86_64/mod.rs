@@ -28,7 +28,8 @@ pub struct Irqchip {
     pub ioapic: Range,
     /// The local APICs, 4 KiB: each vCPU sees its own there.
     pub lapic: Range,
-    /// Whether the I/O APIC is ours and not KVM's: it sends messages, whose targets have more bits.
+    /// Whether the VMM emulates the I/O APIC instead of KVM, and delivers interrupts as MSIs, which
+    /// have more destination bits.
     pub messages: bool,
     /// KVM's page table for real mode, 4 KiB.
     pub identity_map: Range,
@@ -39,9 +40,9 @@ pub struct Irqchip {
 /// A vCPU before its first instruction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Vcpu {
-    /// Its local APIC's number: KVM takes the vCPU's own (arch/x86/kvm/lapic.c: kvm_lapic_reset).
+    /// Its APIC ID: KVM uses the vCPU's ID (arch/x86/kvm/lapic.c: kvm_lapic_reset).
     pub apic_id: u32,
-    /// Where the boot CPU begins; the others wait for INIT and SIPI.
+    /// The boot CPU's initial registers; the others wait for INIT and SIPI.
     pub boot: Option<Boot>,
 }
 

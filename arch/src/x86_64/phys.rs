@@ -1,4 +1,5 @@
-//! The guest's physical address bits: how many it is told, and what they cost.
+//! The guest's physical address bits: the width that it sees, and the translation levels that it
+//! takes.
 
 use super::Host;
 use crate::error::PlanError;
@@ -22,9 +23,9 @@ pub(super) fn width(
     .choose(highest, policy)
 }
 
-/// Levels of EPT for a guest that is told `bits` address bits: KVM takes a fifth only where it is
-/// needed (arch/x86/kvm/mmu/mmu.c: kvm_mmu_get_tdp_level). NPT has always as many as the host's
-/// own page tables, which this cannot know (arch/x86/kvm/svm/svm.c: get_npt_level).
+/// Returns the EPT levels for a guest with `bits` address bits: KVM uses a fifth only if needed
+/// (arch/x86/kvm/mmu/mmu.c: kvm_mmu_get_tdp_level). NPT always has as many as the host's own page
+/// tables, which is unknown here (arch/x86/kvm/svm/svm.c: get_npt_level).
 #[must_use]
 pub const fn tdp_levels(bits: u8) -> u8 {
     if bits <= 48 { 4 } else { 5 }

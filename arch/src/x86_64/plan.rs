@@ -1,5 +1,4 @@
-//! x86_64 as an [`Arch`]: which function of the modules beside this one answers what, and where the
-//! interrupt controllers lie.
+//! x86_64 as an [`Arch`]: delegates to the sibling modules, and places the interrupt controllers.
 
 use super::features::{EXITS, FeatureRequest, Features, PARAVIRTUAL};
 use super::{Host, Irqchip, Vcpu, X86_64, boot, cpu, phys};
@@ -13,7 +12,7 @@ use crate::range::{Range, Region};
 use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
 
-/// Most vCPUs with KVM's own I/O APIC, which names its target by 8 bits, of which 255 means all
+/// Most vCPUs with KVM's own I/O APIC, whose destination field has 8 bits, with 255 for broadcast
 /// (82093AA datasheet, section 3.2.4, IOREDTBL bits 63:56).
 pub const IOAPIC_VCPUS: u32 = 255;
 /// Most vCPUs that KVM can be built for (arch/x86/kvm/Kconfig: KVM_MAX_NR_VCPUS).
@@ -28,9 +27,9 @@ const IOAPIC: u64 = 0xfec0_0000;
 const LAPIC: u64 = 0xfee0_0000;
 /// Bytes of each of the two windows.
 const APIC_SIZE: u64 = 0x1000;
-/// What KVM itself takes of the address space on Intel CPUs that cannot run real mode as it is: a
-/// page table of one page (its default, arch/x86/include/asm/vmx.h:
-/// VMX_EPT_IDENTITY_PAGETABLE_ADDR) and behind it three pages of task state
+/// What KVM reserves in the address space for Intel CPUs without unrestricted guest support: one
+/// page for an identity page table (its default, arch/x86/include/asm/vmx.h:
+/// VMX_EPT_IDENTITY_PAGETABLE_ADDR), followed by three pages of task state
 /// (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 const TASK_STATE: u64 = IDENTITY_MAP + 0x1000;
@@ -55,7 +54,7 @@ impl Arch for X86_64 {
         Host {
             phys_bits: board.host.ipa_limit,
             max_vcpus: USUAL_VCPUS,
-            // What Linux has had since 5.10.
+            // What Linux has offered since 5.10.
             paravirtual: PARAVIRTUAL
                 .iter()
                 .fold(0, |bits, feature| bits | feature.bits),
@@ -167,7 +166,6 @@ fn check_vcpus(asked: u32, host: &Host) -> Result<(), PlanError> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::irq::GicChoice;
     use crate::x86_64::Boot;
     use crate::{Plan, plan};
 
@@ -179,18 +177,8 @@ pub(super) mod tests {
 
     pub(in crate::x86_64) fn request(memory: u64) -> Request<X86_64> {
         Request {
-            cpus: 1,
-            memory,
-            width: WidthPolicy::Fit,
-            gic: GicChoice::Auto,
-            kernel: None,
-            initrd: None,
             cmdline: "console=ttyS0".to_owned(),
-            seeds: None,
-            virtio: Vec::new(),
-            pmem: Vec::new(),
-            features: Default::default(),
-            topology: Default::default(),
+            ..Request::new(1, memory)
         }
     }
 

@@ -1,4 +1,4 @@
-//! What an ELF kernel reads at its start: `struct hvm_start_info` with its modules and its memory
+//! The boot information of an ELF kernel: `struct hvm_start_info` with its modules and its memory
 //! map (include/xen/interface/hvm/start_info.h; Documentation/arch/x86, "PVH").
 
 use super::X86_64;
@@ -9,7 +9,7 @@ use crate::range::Range;
 const MAGIC: u32 = 0x336e_c578;
 /// The first version with a memory map.
 const VERSION: u32 = 1;
-/// Offsets in the page: the list of modules and the memory map stand behind the structure.
+/// Offsets in the page: the list of modules and the memory map follow the structure.
 const MODULES: u64 = 0x40;
 const MAP: u64 = 0x80;
 /// Bytes of an entry of the memory map.
@@ -19,7 +19,7 @@ pub(super) const MAP_MAX: usize = ((0x1000 - MAP) / MAP_ENTRY) as usize;
 /// XEN_HVM_MEMMAP_TYPE_RAM.
 const RAM: u32 = 1;
 
-/// Returns the structure, with `map` as the guest's RAM.
+/// Returns the page, with `map` as the guest's RAM.
 pub(super) fn start_info(layout: &Layout<X86_64>, map: &[Range]) -> Vec<u8> {
     let mut page = Vec::new();
     let initrd = layout.payload.initrd;

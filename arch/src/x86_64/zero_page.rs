@@ -1,5 +1,5 @@
-//! The zero page, which a bzImage reads at its start: its own header back, the command line, the
-//! initrd and the memory map (Documentation/arch/x86/zero-page.rst).
+//! The zero page, the boot information of a bzImage: a copy of its setup header, the command line,
+//! the initrd and the memory map (Documentation/arch/x86/zero-page.rst).
 
 use super::X86_64;
 use super::low_memory::{ACPI_TABLES, CMDLINE, HIGH_RAM, LEGACY_HOLE, PAGE};
@@ -14,7 +14,7 @@ const E820_MAX: usize = 128;
 /// Usable memory (arch/x86/include/asm/e820/types.h: E820_TYPE_RAM).
 const E820_RAM: u32 = 1;
 
-/// A boot loader without a number of its own (boot.rst: type_of_loader).
+/// A boot loader without an assigned ID (boot.rst: type_of_loader).
 const LOADER_UNDEFINED: u8 = 0xff;
 
 /// Returns the zero page (struct boot_params).
@@ -54,7 +54,7 @@ pub(super) fn zero_page(
     Ok(page)
 }
 
-/// Returns the memory map, if it fits into so many entries.
+/// Returns the memory map, if it fits into `most` entries.
 pub(super) fn usable(ram: &[Range], most: usize) -> Result<Vec<Range>, PlanError> {
     let map = e820(ram);
     match map.len() {
@@ -65,7 +65,7 @@ pub(super) fn usable(ram: &[Range], most: usize) -> Result<Vec<Range>, PlanError
     }
 }
 
-/// Returns the RAM that the guest may use: all of it but the legacy hole.
+/// Returns the RAM that the guest may use: everything except the legacy hole.
 fn e820(ram: &[Range]) -> Vec<Range> {
     ram.iter()
         .flat_map(|bank| {

@@ -4,7 +4,7 @@ use crate::aarch64::Vcpu;
 use crate::cores::{Cache, CacheKind, Topology};
 use armlet_fdt::{Cell, Node};
 
-/// CPUs' phandles follow from here.
+/// The phandle of the first CPU.
 const FIRST_CPU: u32 = 0x100;
 
 /// arm/cpus.yaml; dt-schema cpu-map.yaml, cache-controller.yaml; cpu/cpu-capacity.txt.
@@ -14,7 +14,7 @@ pub(super) fn cpus(root: &mut Node, vcpus: &[Vcpu], topology: &Topology) {
         .prop("#size-cells", 0_u32);
     let caches = Caches::new(&topology.caches, vcpus.len() as u32);
     for (index, vcpu) in vcpus.iter().enumerate() {
-        // KVM numbers no vCPU in Aff3, so one cell holds the affinity.
+        // KVM leaves Aff3 0, so one cell holds the affinity.
         let affinity = vcpu.mpidr as u32;
         let cpu = node
             .add_child(format!("cpu@{affinity:x}"))
@@ -30,14 +30,14 @@ pub(super) fn cpus(root: &mut Node, vcpus: &[Vcpu], topology: &Topology) {
         caches.of_cpu(cpu, index as u32);
     }
     caches.of_all(node);
-    // Without kinds of core a map says nothing, and costs much: Linux looks up each of its cores
-    // among all nodes of CPUs, for each CPU that there may be (`get_cpu_for_node` in
+    // With a single kind of core, the map carries no information, and is expensive: Linux looks up
+    // each of its cores among all CPU nodes, for each possible CPU (`get_cpu_for_node` in
     // drivers/base/arch_topology.c), 276 million instructions for 128.
     if topology.cores.is_empty() {
         return;
     }
     let map = node.child("cpu-map");
-    // A cluster for each kind of core, numbered from 0 on as they come up.
+    // A cluster for each kind of core, numbered in order of appearance.
     let mut kinds: Vec<u32> = Vec::new();
     for core in &topology.cores {
         if !kinds.contains(&core.kind) {
@@ -56,8 +56,8 @@ pub(super) fn cpus(root: &mut Node, vcpus: &[Vcpu], topology: &Topology) {
     }
 }
 
-/// The caches that can be described: those of level 1, and above them unified ones without a gap,
-/// of which a shared one has none above it that are not.
+/// The caches that can be described: those of level 1, and above them an unbroken series of unified
+/// ones, where no private cache follows a shared one.
 struct Caches<'a> {
     first: Vec<&'a Cache>,
     above: Vec<&'a Cache>,
@@ -87,11 +87,11 @@ impl<'a> Caches<'a> {
         }
     }
 
-    /// Returns the phandle of the cache above level 1 with this index: a vCPU's own, or that of
-    /// all.
+    /// Returns the phandle of the cache above level 1 with this index: the vCPU's own, or the
+    /// shared one.
     fn phandle(&self, index: usize, vcpu: u32) -> u32 {
         let owner = if self.above[index].shared { 0 } else { vcpu };
-        // Behind the phandles of the vCPUs.
+        // After the phandles of the vCPUs.
         FIRST_CPU + self.vcpus * (index as u32 + 1) + owner
     }
 
@@ -107,7 +107,7 @@ impl<'a> Caches<'a> {
         if !self.above.is_empty() {
             cpu.prop("next-level-cache", Cell::Phandle(self.phandle(0, vcpu)));
         }
-        // Own caches stand within one another's CPU, those of all beside the CPUs.
+        // Private caches are children of their CPU's node, shared ones siblings of the CPUs.
         for (index, cache) in self.above.iter().enumerate() {
             if !cache.shared {
                 self.describe(cpu, index, vcpu);

@@ -2,6 +2,7 @@
 
 use super::linux::linux_opens;
 use super::*;
+use crate::primecell::tests::{assert_invalid, assert_read_only, identification};
 
 #[test]
 fn registers_have_their_reset_values() {
@@ -31,10 +32,7 @@ fn registers_have_their_reset_values() {
 #[test]
 fn identification_is_what_linux_matches() {
     let mut bench = Bench::new();
-    let ids: Vec<_> = (0xfe0..0x1000)
-        .step_by(4)
-        .map(|offset| bench.read(offset))
-        .collect();
+    let ids = identification(&mut bench.uart);
     assert_eq!(ids, [0x11, 0x10, 0x14, 0, 0x0d, 0xf0, 0x05, 0xb1]);
     // drivers/tty/serial/amba-pl011.c: id 0x00041011, mask 0x000fffff.
     let id = ids[0] | ids[1] << 8 | ids[2] << 16 | ids[3] << 24;
@@ -93,17 +91,11 @@ fn invalid_accesses_read_as_zero_are_ignored_and_counted() {
     assert_eq!(inside, [0]);
     assert_eq!(bench.uart.faults(), 3);
     for offset in [0x08, 0x14, 0x1c, 0x4c, 0x80, 0xfdc, 0x1000, u64::MAX - 3] {
-        let before = bench.uart.faults();
-        assert_eq!(bench.read(offset), 0);
-        bench.write(offset, 1);
-        assert_eq!(bench.uart.faults(), before + 2, "{offset:#x}");
+        assert_invalid(&mut bench.uart, Pl011::faults, offset, 4);
     }
     // Read-only and write-only registers.
     for offset in [offset::FR, offset::RIS, offset::MIS, 0xfe0] {
-        let (before, value) = (bench.uart.faults(), bench.read(offset));
-        bench.write(offset, 0xffff);
-        assert_eq!(bench.read(offset), value);
-        assert_eq!(bench.uart.faults(), before + 1);
+        assert_read_only(&mut bench.uart, Pl011::faults, offset);
     }
     let before = bench.uart.faults();
     assert_eq!(bench.read(offset::ICR), 0);
