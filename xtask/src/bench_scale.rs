@@ -284,8 +284,7 @@ mod tests {
     #[test]
     fn rows_are_chosen_by_name() {
         let rows = |words: &[&str]| -> Result<Vec<String>> {
-            let words = words.iter().map(|word| (*word).to_owned());
-            let bench = BenchScale::from_words(&words.collect::<Vec<_>>());
+            let bench = BenchScale::from_args(&["bench scale"], words);
             let cases = bench
                 .map_err(|exit| anyhow::anyhow!(exit.output))?
                 .cases()?;
