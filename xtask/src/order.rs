@@ -184,13 +184,21 @@ fn ran(sections: &BTreeMap<u64, Section>, addresses: impl Iterator<Item = u64>) 
 
 /// Returns the linker's script.
 fn script(patterns: &[String]) -> String {
-    let list: String = patterns.iter().map(|one| format!("    {one}\n")).collect();
+    let list = patterns.iter().map(String::as_str).chain(KINDS);
+    let list: String = list.map(|one| format!("    {one}\n")).collect();
     format!(
         "/* Code that runs in every guest, in the order in which it first does: \
          written by `cargo xtask order`. */\n\
          SECTIONS\n{{\n  .text.first :\n  {{\n{list}    *({OUTLINED}*)\n  }}\n}}\nINSERT BEFORE .text;\n"
     )
 }
+
+/// Functions of a kind that are all the same: with each order the linker keeps another one of them, which
+/// no run has seen. They are argh's closures and the methods of errors that nobody overrides.
+const KINDS: [&str; 2] = [
+    "*(.text._RNvYNCNvX*_6armlet3cli*9from_args*call_once*)",
+    "*(.text._RNvY*_4core5error5Error*)",
+];
 
 /// What the compiler has found in several functions and made one. It numbers them anew each time.
 const OUTLINED: &str = ".text.OUTLINED_FUNCTION_";
