@@ -288,10 +288,12 @@ IN:
         let script = script(&patterns.collect::<Vec<_>>());
         let lines: Vec<&str> = script.lines().map(str::trim).collect();
         assert_eq!(
-            lines[5..8],
+            lines[5..10],
             [
                 "*libc.a:memcpy.lo(.text)",
                 "*(.text._RNvNtCs*_6armlet8commands7execute)",
+                KINDS[0],
+                KINDS[1],
                 "*(.text.OUTLINED_FUNCTION_*)",
             ],
             "{script}"
