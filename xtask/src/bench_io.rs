@@ -20,7 +20,7 @@ use crate::boot;
 use crate::host::{self, Ended, HostFile, HostSpec, Job};
 use crate::initramfs::Archive;
 use crate::isa::Isa;
-use crate::measure_io::{GUEST_ADDRESS, HOST_ADDRESS, PORT, READY};
+use crate::measure_io::{FIRST_OF_MANY, GUEST_ADDRESS, HOST_ADDRESS, NETWORK_OF_MANY, PORT, READY};
 use crate::packages::Store;
 use crate::progress::say;
 use crate::rig;
@@ -117,18 +117,18 @@ case "$work" in
         stream --name virtio --device /dev/hvc0 --count 262144
         ;;
     crowd)
-        for card in 1 2 3 4; do
+        for card in @CARDS@; do
             ip link set eth$((card - 1)) up
-            ip addr add 192.168.$((80 + card)).2/24 dev eth$((card - 1))
+            ip addr add @NETWORK@$((@FIRST@ + card)).2/24 dev eth$((card - 1))
         done
-        for disk in a b c d e f g h i j k l m n o p; do
+        for disk in @DISKS@; do
             how=
             case $disk in [i-p]) how=--write ;; esac
             xtask load disk --name disk-$disk --device /dev/vd$disk --block 4096 --random \
                 --depth 4 --seconds @SECONDS@ $how > /tmp/disk-$disk &
         done
-        for card in 1 2 3 4; do
-            xtask load net --name card-$card --connect 192.168.$((80 + card)).1:@PORT@ \
+        for card in @CARDS@; do
+            xtask load net --name card-$card --connect @NETWORK@$((@FIRST@ + card)).1:@PORT@ \
                 --mode ping --count 10000000 --seconds @SECONDS@ > /tmp/card-$card &
         done
         wait
@@ -410,6 +410,12 @@ fn write_all(file: &host::NamelessFile, data: &[u8]) -> Result<()> {
     std::io::Write::write_all(&mut file.file(), data).context("cannot write a temporary file")
 }
 
+/// Words for the guest's shell.
+fn list(words: impl Iterator<Item = impl ToString>) -> String {
+    let words = words.map(|word| word.to_string());
+    words.collect::<Vec<_>>().join(" ")
+}
+
 /// The guest's initramfs: the standard one with drivers, our program and the script.
 fn initrd_for(
     folder: &std::path::Path,
@@ -427,6 +433,10 @@ fn initrd_for(
         .replace("@GUEST@", GUEST_ADDRESS)
         .replace("@PORT@", &PORT.to_string())
         .replace("@SECONDS@", &seconds.to_string())
+        .replace("@NETWORK@", NETWORK_OF_MANY)
+        .replace("@FIRST@", &FIRST_OF_MANY.to_string())
+        .replace("@CARDS@", &list(1..=CROWD_CARDS))
+        .replace("@DISKS@", &list(('a'..='z').take(CROWD_DISKS)))
         .replace("@READY@", READY);
     let mut archive = Archive::new(Vec::new());
     archive.file_from("/bin/xtask", 0o755, measurer)?;

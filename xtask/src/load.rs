@@ -225,16 +225,15 @@ impl Disk {
         ensure!(blocks > 0, "the disk is smaller than a request");
 
         let next = AtomicU64::new(0);
-        let done = AtomicU64::new(0);
         let (warm, go, over) = (
             Barrier::new(self.depth as usize + 1),
             Barrier::new(self.depth as usize + 1),
             Barrier::new(self.depth as usize + 1),
         );
-        thread::scope(|scope| {
+        let done = thread::scope(|scope| {
             let threads = (0..self.depth)
                 .map(|index| {
-                    let (file, next, done) = (&file, &next, &done);
+                    let (file, next) = (&file, &next);
                     let (warm, go, over) = (&warm, &go, &over);
                     scope.spawn(move || {
                         let mut requests = Requests::new(self, file, blocks, index);
@@ -246,8 +245,7 @@ impl Disk {
                         let worked =
                             warmed.and_then(|_| requests.work(next, operations, self.seconds));
                         over.wait();
-                        done.fetch_add(worked.as_ref().map_or(0, |count| *count), Ordering::SeqCst);
-                        worked.map(|_| requests.latencies)
+                        worked.map(|()| requests.latencies)
                     })
                 })
                 .collect::<Vec<_>>();
@@ -264,9 +262,10 @@ impl Disk {
                     Err(_) => bail!("a thread of the load panicked"),
                 }
             }
-            end(&self.name, all.0.len() as u64, took, all)
+            let done = all.0.len() as u64;
+            end(&self.name, done, took, all)?;
+            Ok(done)
         })?;
-        let done = done.into_inner();
         ensure!(
             self.seconds.is_some() || Some(done) == self.operations,
             "{done} requests were done"
@@ -301,15 +300,14 @@ impl<'a> Requests<'a> {
         }
     }
 
-    /// Takes requests until `until` of them were taken by all threads, or for so many seconds; gives
-    /// how many it took.
-    fn work(&mut self, next: &AtomicU64, until: u64, seconds: Option<u64>) -> io::Result<u64> {
+    /// Takes requests until `until` of them were taken by all threads, or for so many
+    /// seconds; each that it took has a latency.
+    fn work(&mut self, next: &AtomicU64, until: u64, seconds: Option<u64>) -> io::Result<()> {
         let end = end_of(seconds);
-        let mut count = 0;
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= until || end.is_some_and(|end| Instant::now() >= end) {
-                return Ok(count);
+                return Ok(());
             }
             let block = match self.disk.random {
                 true => self.draw() % self.blocks,
@@ -318,7 +316,6 @@ impl<'a> Requests<'a> {
             let begun = Instant::now();
             self.one(block * self.disk.block as u64)?;
             self.latencies.since(begun);
-            count += 1;
         }
     }
 

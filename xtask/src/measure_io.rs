@@ -27,6 +27,10 @@ pub(crate) const READY: &str = "IO-READY";
 pub(crate) const HOST_ADDRESS: &str = "192.168.77.1";
 pub(crate) const GUEST_ADDRESS: &str = "192.168.77.2";
 
+/// Where there are several networks, each has a third byte of its own, from the one after this.
+pub(crate) const NETWORK_OF_MANY: &str = "192.168.";
+pub(crate) const FIRST_OF_MANY: usize = 80;
+
 /// Where the bench's server listens.
 pub(crate) const PORT: u16 = 5001;
 
@@ -197,7 +201,7 @@ fn make_disk(path: &str, mib: usize) -> Result<()> {
 
 /// Returns the host's address on network `number` of several.
 fn host_address(number: usize) -> String {
-    format!("192.168.{}.1", 80 + number)
+    format!("{NETWORK_OF_MANY}{}.1", FIRST_OF_MANY + number)
 }
 
 /// Creates a TAP between host and guest, unless it is there already.
