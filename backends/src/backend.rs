@@ -14,10 +14,10 @@ use std::sync::{Arc, Mutex};
 /// 1. **open** ([`crate::open::open`], and `open` of each kind's options), once. It may open files by
 ///    name, connect, fork and have programs executed (by the broker), and ask for memory.
 /// 2. [`Self::device`], at each life of the guest, and what devices do from then on. It uses the
-///    descriptors that were kept and asks the broker for programs. It opens no file by name, does not
-///    fork and executes nothing.
+///    descriptors that were kept and asks the broker, which was told in the first step what that may be.
+///    It opens no file by name, connects to nothing, does not fork and executes nothing.
 ///
-/// `docs/ARCHITECTURE.md` ("Before and after confinement") lists what does not keep to this yet.
+/// `docs/ARCHITECTURE.md` ("Before and after confinement") lists what each kind does in the second.
 pub trait Backend: Send {
     /// What it is called in messages and in the name of its thread: "disk0", up to 15 bytes.
     fn name(&self) -> String;

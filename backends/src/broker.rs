@@ -1,12 +1,16 @@
-//! Programs that work for a device (passt, virtiofsd): how each is found, started, heard and ended.
+//! What armlet may no longer do itself once it is confined: programs that work for a device (passt,
+//! virtiofsd) are found here, started, heard and ended; devices are opened, and sockets connected to.
 //!
-//! A broker starts them: a process that armlet forks before it has other threads, guest memory or
+//! A broker does it: a process that armlet forks before it has other threads, guest memory or
 //! KVM objects. So a program gets the descriptors that are meant for it and no others, a clean
 //! environment, no blocked or ignored signals, and a start costs no copy of armlet's page tables.
 //! The broker is the reaper of all that they start in turn (`PR_SET_CHILD_SUBREAPER`), in other PID
 //! namespaces too, and kills all of it when it is told to, or when armlet is gone in whatever way.
 //!
-//! Between armlet and the broker is one socket for requests, and a line for each process: the broker
+//! What it does is named while devices are opened ([`Broker::offer`]), and nothing can be added once it
+//! is sealed: who takes armlet over has the broker do only what the user's options mean.
+//!
+//! Between armlet and the broker is one socket for requests, and a line for each of them: the broker
 //! says on it that the process started and how it ended, and kills the process when armlet closes it.
 //! Each wait here has a deadline.
 
@@ -16,11 +20,12 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-pub use protocol::SOCKET;
+pub use protocol::{FileId, SOCKET, Service};
 
-use protocol::{MOST_REQUEST, Word};
+use protocol::{MOST_DESCRIPTORS, MOST_REQUEST, MOST_SERVICES, Request, Word};
 
 use anyhow::{Context, Result, bail};
+use armlet_devices::sync::lock;
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::messages;
@@ -28,19 +33,19 @@ use rustix::event::PollFlags;
 use rustix::fs::{Access, OFlags, access};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
-    SocketFlags, SocketType, recv, sendmsg, shutdown, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown,
+    socketpair,
 };
 use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, waitpid};
-use std::ffi::{OsStr, OsString};
-use std::io::{self, IoSlice};
+use std::ffi::OsStr;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Where programs are that no folder of `$PATH` has.
@@ -73,7 +78,18 @@ pub fn find(name: &str, path: Option<&OsStr>, folders: &[&str]) -> Option<PathBu
 pub struct Broker {
     socket: OwnedFd,
     pid: Pid,
+    offers: Mutex<Offers>,
 }
+
+#[derive(Debug, Default)]
+struct Offers {
+    count: u32,
+    is_sealed: bool,
+}
+
+/// A service of a broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceId(u32);
 
 impl Broker {
     /// Forks it. There are to be no other threads yet: one that holds a lock would hold it in the
@@ -85,32 +101,72 @@ impl Broker {
         let cannot = "cannot make the process that starts others";
         let (ours, theirs) = pair().context(cannot)?;
         let pid = sys::fork(|| keeper::keep(theirs)).context(cannot)?;
-        Ok(Arc::new(Broker { socket: ours, pid }))
+        Ok(Arc::new(Broker {
+            socket: ours,
+            pid,
+            offers: Mutex::default(),
+        }))
     }
 
-    /// Starts the program at an absolute path. It gets `socket` as descriptor [`SOCKET`].
+    /// Adds a service.
     ///
     /// # Errors
-    /// That it cannot be run, in the system's words; a command line that is too long.
+    /// A broker that is sealed; a command line that is too long; a folder of sockets that cannot be
+    /// opened.
+    pub fn offer(&self, mut service: Service) -> Result<ServiceId> {
+        let mut folder = None;
+        if let Service::Sockets(path) | Service::Removal(path, _) = &mut service {
+            let (parent, name) = in_folder(path)?;
+            folder = Some(parent);
+            *path = name;
+        }
+        let request = Request::Offer(service).to_bytes();
+        if request.len() > MOST_REQUEST {
+            let length = request.len() - 1;
+            let most = MOST_REQUEST - 1;
+            bail!("its command line has {length} bytes; {most} are possible");
+        }
+        let mut offers = lock(&self.offers);
+        if offers.is_sealed || offers.count as usize == MOST_SERVICES {
+            bail!(
+                "the broker does no more than the {} services it has",
+                offers.count
+            );
+        }
+        let descriptors: Vec<_> = folder.iter().collect();
+        self.send(&request, &descriptors, Deadline::after(PATIENCE))?;
+        offers.count += 1;
+        Ok(ServiceId(offers.count - 1))
+    }
+
+    /// Lets nobody add a service any more.
+    ///
+    /// # Errors
+    /// That the broker is gone.
+    pub fn seal(&self) -> Result<()> {
+        let mut offers = lock(&self.offers);
+        offers.is_sealed = true;
+        self.send(&Request::Seal.to_bytes(), &[], Deadline::after(PATIENCE))
+    }
+
+    /// Starts a program. It gets `socket` as descriptor [`SOCKET`]; without one it
+    /// [listens](Service::Program), and the connection that it will accept is returned.
+    ///
+    /// # Errors
+    /// That it cannot be run, in the system's words.
     pub fn start(
         self: &Arc<Broker>,
-        program: &Path,
-        arguments: &[OsString],
-        socket: OwnedFd,
-    ) -> Result<Process> {
-        let mut request = program.as_os_str().as_bytes().to_vec();
-        for argument in arguments {
-            request.push(0);
-            request.extend(argument.as_bytes());
-        }
-        if request.len() > MOST_REQUEST {
-            let length = request.len();
-            bail!("its command line has {length} bytes; {MOST_REQUEST} are possible");
-        }
+        program: ServiceId,
+        socket: Option<OwnedFd>,
+    ) -> Result<(Process, Option<OwnedFd>)> {
         let (line, far) = pair().context("cannot make a socket")?;
         let (words, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         rustix::fs::fcntl_setfl(&words, OFlags::RDONLY | OFlags::NONBLOCK)?;
-        self.ask(&request, [&far, &theirs, &socket])?;
+        let deadline = Deadline::after(PATIENCE);
+        let request = Request::Do(program.0, 0).to_bytes();
+        let mut descriptors = vec![&far, &theirs];
+        descriptors.extend(&socket);
+        self.send(&request, &descriptors, deadline)?;
         // With them here, nobody would notice that they are closed there.
         drop((far, theirs, socket));
         let mut process = Process {
@@ -120,41 +176,113 @@ impl Broker {
             ended: None,
             _broker: Arc::clone(self),
         };
-        match process.hear(Deadline::after(PATIENCE)) {
-            Some(Word::Started(pid)) => process.pid = pid,
-            Some(Word::Failed(error)) => {
-                process.ended = Some("it was never started".to_owned());
-                return Err(io::Error::from_raw_os_error(error).into());
+        let (word, connection) = process.hear(deadline);
+        let (error, what) = match word {
+            Some(Word::Done(pid)) => {
+                process.pid = pid;
+                return Ok((process, connection));
             }
-            _ if process.ended.is_some() => {
-                bail!("{BROKER_GONE}, or may have no more descriptors ('ulimit -n')")
-            }
+            Some(Word::Failed(error)) => (error, None),
+            Some(Word::NoSocket(error)) => (error, Some("cannot make a socket for it")),
+            _ if process.ended.is_some() => bail!("{BROKER_GONE_OR_FULL}"),
             _ => bail!("it was not started within {PATIENCE:?}"),
-        }
-        Ok(process)
+        };
+        process.ended = Some("it was never started".to_owned());
+        let error = anyhow::Error::from(io::Error::from_raw_os_error(error));
+        Err(match what {
+            Some(what) => error.context(what),
+            None => error,
+        })
     }
 
-    fn ask(&self, request: &[u8], descriptors: [&OwnedFd; 3]) -> Result<()> {
-        let descriptors = descriptors.map(AsFd::as_fd);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    /// Opens a device, or connects to the socket of a port.
+    ///
+    /// # Errors
+    /// What the system says to the broker; that the broker is gone.
+    pub fn get(&self, service: ServiceId, port: u32) -> io::Result<OwnedFd> {
+        let other = |error: anyhow::Error| io::Error::other(format!("{error:#}"));
+        let (line, far) = pair()?;
         let deadline = Deadline::after(PATIENCE);
+        let request = Request::Do(service.0, port).to_bytes();
+        self.send(&request, &[&far], deadline).map_err(other)?;
+        drop(far);
+        match hear(&line, deadline) {
+            Ok(Some((Word::Done(_), Some(descriptor)))) => Ok(descriptor),
+            Ok(Some((Word::Failed(error), _))) => Err(io::Error::from_raw_os_error(error)),
+            Ok(None) => Err(io::Error::other(format!("no answer within {PATIENCE:?}"))),
+            _ => Err(io::Error::other(BROKER_GONE_OR_FULL)),
+        }
+    }
+
+    fn send(&self, request: &[u8], descriptors: &[&OwnedFd], deadline: Deadline) -> Result<()> {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        }
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
             let message = [IoSlice::new(request)];
             match uninterrupted(|| sendmsg(&self.socket, &message, &mut control, flags)) {
                 Ok(_) => return Ok(()),
                 Err(Errno::AGAIN) if deadline.wait(&self.socket, PollFlags::OUT)? => {}
-                Err(Errno::AGAIN) => bail!("it was not started within {PATIENCE:?}"),
+                Err(Errno::AGAIN) => bail!("the broker took no request within {PATIENCE:?}"),
                 Err(Errno::PIPE | Errno::CONNRESET) => bail!("{BROKER_GONE}"),
-                Err(error) => return Err(error).context("cannot ask for it"),
+                Err(error) => return Err(error).context("cannot ask the broker"),
             }
         }
     }
 }
 
 const BROKER_GONE: &str = "armlet's process that starts others is gone";
+const BROKER_GONE_OR_FULL: &str =
+    "armlet's process that starts others is gone, or has no descriptor left ('ulimit -n')";
+
+/// The folder of a path, and the name in it.
+fn in_folder(path: &Path) -> Result<(OwnedFd, PathBuf)> {
+    let shown = path.display();
+    let name = path.file_name();
+    let name = name.with_context(|| format!("{shown} is no name of a socket"))?;
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    let parent = parent.unwrap_or(Path::new("."));
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(parent, flags, rustix::fs::Mode::empty());
+    let folder = folder.with_context(|| format!("cannot open the folder of {shown}"))?;
+    Ok((folder, name.into()))
+}
+
+/// What the broker says on a line by `deadline`: `None` if that is nothing.
+///
+/// # Errors
+/// That it says no more.
+fn hear(line: &OwnedFd, deadline: Deadline) -> Result<Option<(Word, Option<OwnedFd>)>, Errno> {
+    let mut bytes = [0; Word::BYTES];
+    loop {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = uninterrupted(|| {
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            recvmsg(line, &mut parts, &mut control, flags)
+        });
+        match received {
+            Ok(got) if got.bytes == Word::BYTES => {
+                let descriptor = control.drain().find_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+                    _ => None,
+                });
+                let word = Word::from_bytes(bytes).ok_or(Errno::PROTO)?;
+                return Ok(Some((word, descriptor)));
+            }
+            Err(Errno::AGAIN) => match deadline.wait(line, PollFlags::IN) {
+                Ok(true) => {}
+                _ => return Ok(None),
+            },
+            _ => return Err(Errno::PIPE),
+        }
+    }
+}
 
 impl Drop for Broker {
     fn drop(&mut self) {
@@ -219,7 +347,7 @@ impl Process {
     /// How it ended, if it has by `deadline`.
     pub fn ended(&mut self, deadline: Deadline) -> Option<&str> {
         if self.ended.is_none()
-            && let Some(Word::Ended(status)) = self.hear(deadline)
+            && let Some(Word::Ended(status)) = self.hear(deadline).0
         {
             self.ended = Some(ExitStatus::from_raw(status).to_string());
         }
@@ -243,19 +371,13 @@ impl Process {
     }
 
     /// What the broker says of it by `deadline`.
-    fn hear(&mut self, deadline: Deadline) -> Option<Word> {
-        let mut bytes = [0; Word::BYTES];
-        loop {
-            match uninterrupted(|| recv(&self.line, &mut bytes, RecvFlags::DONTWAIT)) {
-                Ok((Word::BYTES, _)) => return Word::from_bytes(bytes),
-                Err(Errno::AGAIN) => match deadline.wait(&self.line, PollFlags::IN) {
-                    Ok(true) => {}
-                    _ => return None,
-                },
-                _ => {
-                    self.ended = Some(BROKER_GONE.to_owned());
-                    return None;
-                }
+    fn hear(&mut self, deadline: Deadline) -> (Option<Word>, Option<OwnedFd>) {
+        match hear(&self.line, deadline) {
+            Ok(Some((word, descriptor))) => (Some(word), descriptor),
+            Ok(None) => (None, None),
+            Err(_) => {
+                self.ended = Some(BROKER_GONE.to_owned());
+                (None, None)
             }
         }
     }

@@ -60,7 +60,7 @@ pub struct Place<'a> {
     pub number: usize,
     /// The guest's memory in bytes.
     pub memory: u64,
-    /// Starts programs, where a device [needs](DeviceOptions::needs_broker) that.
+    /// Starts programs and opens things later, where a device [needs](DeviceOptions::needs_broker) that.
     pub broker: Option<&'a Arc<Broker>>,
     /// What stands behind the console that is [connected to the terminal](DeviceOptions::is_terminal).
     pub console: Option<&'a Arc<dyn Backend + Sync>>,
@@ -90,7 +90,7 @@ pub trait DeviceOptions: Send + Sync {
         false
     }
 
-    /// Whether a program works for it, which a broker starts.
+    /// Whether a program works for it, or it opens something while the guest runs: a broker's work.
     fn needs_broker(&self) -> bool {
         false
     }

@@ -126,7 +126,8 @@ pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
 }
 
 /// Opens what stands behind the devices of a guest with `memory` bytes, in their order; `console` stands
-/// behind the console, and `broker` starts programs ([`fork_broker`]).
+/// behind the console, and `broker` does what devices will not do themselves ([`fork_broker`]): with
+/// these, and nothing else.
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
@@ -151,6 +152,9 @@ pub fn open(
             broker,
             console,
         })?);
+    }
+    if let Some(broker) = broker {
+        broker.seal()?;
     }
     Ok(backends)
 }

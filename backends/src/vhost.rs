@@ -80,6 +80,12 @@ pub struct Vhost {
     fd: OwnedFd,
 }
 
+impl From<OwnedFd> for Vhost {
+    fn from(fd: OwnedFd) -> Vhost {
+        Vhost { fd }
+    }
+}
+
 impl Vhost {
     /// Opens a vhost device, such as `/dev/vhost-net`.
     ///

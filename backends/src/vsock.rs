@@ -7,6 +7,7 @@ mod options;
 pub use options::{KIND, VsockOptions};
 
 use crate::backend::Backend;
+use crate::broker::{Broker, FileId, Service, ServiceId};
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::vsock::{Limits, Vsock};
@@ -18,7 +19,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::RawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// The most connections at a time.
@@ -32,11 +33,11 @@ impl VsockOptions {
     /// # Errors
     /// A path that cannot be listened at, a kernel without vhost-vsock, an address that another
     /// guest has; with what would work.
-    pub fn open(&self) -> Result<Box<dyn Backend>> {
+    pub fn open(&self, broker: &Arc<Broker>) -> Result<Box<dyn Backend>> {
         self.check().context("--vsock")?;
         Ok(match &self.uds {
-            Some(path) => Box::new(UnixVsock::open(self.cid, path)?),
-            None => Box::new(KernelVsock::open(self.cid)?),
+            Some(path) => Box::new(UnixVsock::open(self.cid, path, broker)?),
+            None => Box::new(KernelVsock::open(self.cid, broker)?),
         })
     }
 }
@@ -46,21 +47,29 @@ impl VsockOptions {
 #[derive(Debug)]
 struct UnixVsock {
     cid: u32,
-    path: PathBuf,
     listener: UnixListener,
-    /// Device and inode of the listening socket, which is ours to remove.
-    file: Option<(u64, u64)>,
+    broker: Arc<Broker>,
+    /// The broker's: connects to the paths of ports.
+    ports: ServiceId,
 }
 
 impl UnixVsock {
-    fn open(cid: u32, path: &Path) -> Result<UnixVsock> {
+    fn open(cid: u32, path: &Path, broker: &Arc<Broker>) -> Result<UnixVsock> {
         let listener =
             listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        // The socket is ours to remove, and a broker is there when armlet was killed, too.
+        if let Ok(found) = fs::symlink_metadata(path) {
+            let file = FileId {
+                device: found.dev(),
+                inode: found.ino(),
+            };
+            broker.offer(Service::Removal(path.to_owned(), file))?;
+        }
         Ok(UnixVsock {
             cid,
-            path: path.to_owned(),
             listener,
-            file: identity(path),
+            broker: Arc::clone(broker),
+            ports: broker.offer(Service::Sockets(path.to_owned()))?,
         })
     }
 }
@@ -71,12 +80,8 @@ impl Backend for UnixVsock {
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
-        let path = self.path.clone();
-        let connect = move |port| {
-            let mut path = path.clone().into_os_string();
-            path.push(format!("_{port}"));
-            connect_at_once(Path::new(&path))
-        };
+        let (broker, ports) = (Arc::clone(&self.broker), self.ports);
+        let connect = move |port| Ok(UnixStream::from(broker.get(ports, port)?));
         let limits = limits(getrlimit(Resource::Nofile).current);
         let listener = self.listener.try_clone();
         let device =
@@ -87,15 +92,6 @@ impl Backend for UnixVsock {
 
     fn is_busy(&self) -> bool {
         true
-    }
-}
-
-impl Drop for UnixVsock {
-    fn drop(&mut self) {
-        // Someone else's socket may have taken the place.
-        if self.file.is_some() && identity(&self.path) == self.file {
-            let _ = fs::remove_file(&self.path);
-        }
     }
 }
 
@@ -111,11 +107,6 @@ fn limits(most: Option<u64>) -> Limits {
         connections: MOST_CONNECTIONS,
         descriptors,
     }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let found = fs::symlink_metadata(path).ok()?;
-    Some((found.dev(), found.ino()))
 }
 
 /// Listens at a path where nobody else listens.
@@ -157,6 +148,10 @@ mod tests {
     use std::io::Read;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+    fn open_at(path: &Path) -> Result<UnixVsock> {
+        UnixVsock::open(3, path, &Broker::fork()?)
+    }
+
     fn wrong(text: &str) -> String {
         VsockOptions::parse(text).expect_err(text).to_string()
     }
@@ -188,10 +183,10 @@ mod tests {
     fn the_socket_is_there_while_it_is_open() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("v.sock");
-        let open = UnixVsock::open(3, &path).expect("a free path");
+        let open = open_at(&path).expect("a free path");
         let stream = UnixStream::connect(&path).expect("it listens");
         drop(stream);
-        let again = UnixVsock::open(3, &path).expect_err("it is in use");
+        let again = open_at(&path).expect_err("it is in use");
         assert!(format!("{again:#}").contains("another process listens"));
         // The guest may start again and again.
         for _ in 0..2 {
@@ -207,7 +202,7 @@ mod tests {
         let path = folder.path().join("v.sock");
         drop(UnixListener::bind(&path).expect("a free path"));
         assert!(path.exists());
-        let _open = UnixVsock::open(3, &path).expect("a stale socket");
+        let _open = open_at(&path).expect("a stale socket");
         UnixStream::connect(&path).expect("it listens");
     }
 
@@ -216,10 +211,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("letter");
         fs::write(&path, "dear").expect("a file");
-        let error = UnixVsock::open(3, &path).expect_err("a file");
+        let error = open_at(&path).expect_err("a file");
         assert!(format!("{error:#}").contains("choose another path"));
         assert_eq!(fs::read(&path).expect("the file"), b"dear");
-        let error = UnixVsock::open(3, &folder.path().join("none/v")).expect_err("no folder");
+        let error = open_at(&folder.path().join("none/v")).expect_err("no folder");
         assert!(format!("{error:#}").contains("cannot listen at"));
         let long = "v".repeat(options::LONGEST_PATH + 1);
         let error = VsockOptions::parse(&format!("cid=3,uds={long}")).expect_err("a long path");
@@ -230,7 +225,7 @@ mod tests {
     fn a_socket_that_took_the_place_is_not_removed() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("v.sock");
-        let open = UnixVsock::open(3, &path).expect("a free path");
+        let open = open_at(&path).expect("a free path");
         fs::rename(&path, folder.path().join("old")).expect("moved");
         let _other = UnixListener::bind(&path).expect("a free path");
         drop(open);
@@ -280,7 +275,7 @@ mod tests {
         setrlimit(Resource::Nofile, few).expect("less than before");
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("v.sock");
-        let open = UnixVsock::open(3, &path).expect("a free path");
+        let open = open_at(&path).expect("a free path");
         let device = open.device().expect("a device");
         let _mmio = started(&open, &device);
         // Both ends of each connection are here.
@@ -354,7 +349,7 @@ mod tests {
     fn who_connects_is_kept_waiting_until_the_guest_is_there() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("v.sock");
-        let open = UnixVsock::open(3, &path).expect("a free path");
+        let open = open_at(&path).expect("a free path");
         let mut stream = UnixStream::connect(&path).expect("it listens");
         stream.set_nonblocking(true).expect("a socket");
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);

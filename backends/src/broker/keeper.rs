@@ -1,6 +1,8 @@
 //! The broker itself: starts processes, notes their ends, and leaves none behind.
 
-use super::protocol::{MOST_REQUEST, SOCKET, Word};
+mod services;
+
+use super::protocol::{MOST_DESCRIPTORS, MOST_REQUEST, Request, SOCKET, Word};
 use super::sys;
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr::uninterrupted;
@@ -8,17 +10,19 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, getpgid, getpid, kill_process, kill_process_group,
     pidfd_open, set_child_subreaper, setsid, waitpgid, waitpid,
 };
-use std::ffi::OsStr;
-use std::io::IoSliceMut;
+use services::{Known, Services};
+use std::ffi::OsString;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -35,17 +39,20 @@ struct Kept {
     line: OwnedFd,
 }
 
-/// Starts processes as they are asked for on `socket`, until that is closed; then ends them all.
+/// Does what it is asked for on `socket`, until that is closed; then ends all that it started.
 pub(super) fn keep(socket: OwnedFd) {
     let Ok(socket) = settle(socket) else {
         return;
     };
+    let mut services = Services::default();
     let mut kept = Vec::new();
     // Which one's turn it is does not matter: each event is still there at the next look.
     while let Some(event) = wait(&socket, &kept) {
         match event {
             Event::Request => match receive(&socket) {
-                Asked::Start(request) => kept.extend(start(request)),
+                Asked::For(request, descriptors) => {
+                    kept.extend(serve(&mut services, request, descriptors));
+                }
                 // Its line is closed with it, which armlet notices.
                 Asked::Unreadable => {}
                 Asked::Nothing => break,
@@ -56,6 +63,7 @@ pub(super) fn keep(socket: OwnedFd) {
             }
         }
     }
+    services.remove_sockets();
     for process in kept.drain(..) {
         end(&process);
     }
@@ -102,18 +110,11 @@ fn wait(socket: &OwnedFd, kept: &[Kept]) -> Option<Event> {
     })
 }
 
-/// What is to be started, and where to say so.
-struct Request {
-    words: Vec<u8>,
-    line: OwnedFd,
-    standard_error: OwnedFd,
-    socket: OwnedFd,
-}
-
 /// What came on the socket for requests.
 enum Asked {
-    Start(Request),
-    /// A request whose descriptors there was no room for.
+    /// A request and the descriptors that came with it.
+    For(Request, Vec<OwnedFd>),
+    /// None that is understood, or one whose descriptors there was no room for.
     Unreadable,
     /// armlet is gone.
     Nothing,
@@ -121,7 +122,7 @@ enum Asked {
 
 fn receive(socket: &OwnedFd) -> Asked {
     let mut words = vec![0; MOST_REQUEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = uninterrupted(|| {
         let mut parts = [IoSliceMut::new(&mut words)];
@@ -142,72 +143,114 @@ fn receive(socket: &OwnedFd) -> Asked {
     {
         return Asked::Unreadable;
     }
-    words.truncate(got.bytes);
-    match <[OwnedFd; 3]>::try_from(files) {
-        Ok([line, standard_error, socket]) => Asked::Start(Request {
-            words,
-            line,
-            standard_error,
-            socket,
-        }),
-        Err(_) => Asked::Unreadable,
+    match Request::from_bytes(&words[..got.bytes]) {
+        Some(request) => Asked::For(request, files),
+        None => Asked::Unreadable,
     }
 }
 
-/// Starts what was asked for, and says so.
-fn start(request: Request) -> Option<Kept> {
-    let mut words = request
-        .words
-        .split(|byte| *byte == 0)
-        .map(OsStr::from_bytes);
-    let mut command = Command::new(words.next().unwrap_or_default());
+/// Carries a request out, and says so on its line. Returns the process that it started.
+fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -> Option<Kept> {
+    let mut descriptors = descriptors.into_iter();
+    let (index, port) = match request {
+        Request::Offer(service) => {
+            services.add(service, descriptors.next());
+            return None;
+        }
+        Request::Seal => {
+            services.seal();
+            return None;
+        }
+        Request::Do(index, port) => (index, port),
+    };
+    let line = descriptors.next()?;
+    let done = match services.get(index) {
+        Some(Known::Program {
+            path,
+            arguments,
+            listens,
+        }) => {
+            let standard_error = descriptors.next()?;
+            let (socket, connection) = match listens {
+                true => match services::listening_socket() {
+                    Ok((listener, connection)) => (listener, Some(connection)),
+                    Err(error) => {
+                        tell(&line, Word::NoSocket(errno(&error)), None);
+                        return None;
+                    }
+                },
+                false => (descriptors.next()?, None),
+            };
+            match start(path, arguments, standard_error, socket) {
+                Ok((pid, pidfd)) => {
+                    tell(&line, Word::Done(pid.as_raw_pid()), connection.as_ref());
+                    return Some(Kept { pid, pidfd, line });
+                }
+                Err(error) => Err(error),
+            }
+        }
+        Some(known) => known.get(port),
+        None => Err(Errno::NOENT.into()),
+    };
+    match done {
+        Ok(descriptor) => tell(&line, Word::Done(0), Some(&descriptor)),
+        Err(error) => tell(&line, Word::Failed(errno(&error)), None),
+    }
+    None
+}
+
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// Starts a program.
+fn start(
+    program: &Path,
+    arguments: &[OsString],
+    standard_error: OwnedFd,
+    socket: OwnedFd,
+) -> io::Result<(Pid, OwnedFd)> {
+    let mut command = Command::new(program);
     let path = std::env::var_os("PATH");
     command
-        .args(words)
+        .args(arguments)
         .env_clear()
         .envs(path.map(|path| ("PATH", path)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::from(request.standard_error));
-    sys::prepare(&mut command, request.socket, SOCKET);
+        .stderr(Stdio::from(standard_error));
+    sys::prepare(&mut command, socket, SOCKET);
     let spawned = command.spawn();
     // With it go the descriptors that are the process's now.
     drop(command);
-    let started = spawned.and_then(|child| {
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or(Errno::SRCH)?;
-        match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok((pid, pidfd)),
-            Err(error) => {
-                end_group(pid);
-                Err(error.into())
-            }
-        }
-    });
-    match started {
-        Ok((pid, pidfd)) => {
-            let line = request.line;
-            tell(&line, Word::Started(pid.as_raw_pid()));
-            Some(Kept { pid, pidfd, line })
-        }
+    let child = spawned?;
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or(Errno::SRCH)?;
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => Ok((pid, pidfd)),
         Err(error) => {
-            let error = error.raw_os_error().unwrap_or(libc::EIO);
-            tell(&request.line, Word::Failed(error));
-            None
+            end_group(pid);
+            Err(error.into())
         }
     }
 }
 
-fn tell(line: &OwnedFd, word: Word) {
+fn tell(line: &OwnedFd, word: Word, descriptor: Option<&OwnedFd>) {
+    let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    }
     // A line takes a few words at any time. Where nobody hears it, nobody wants to know.
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-    let _ = send(line, &word.to_bytes(), flags);
+    let _ = sendmsg(line, &[IoSlice::new(&word.to_bytes())], &mut control, flags);
 }
 
 /// Ends a process and its group, and says how it ended once they are gone.
 fn end(process: &Kept) {
     if let Some(status) = end_group(process.pid) {
-        tell(&process.line, Word::Ended(status));
+        tell(&process.line, Word::Ended(status), None);
     }
 }
 

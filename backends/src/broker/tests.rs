@@ -5,8 +5,13 @@ use crate::alone::{
     assert_none_is_left, command, descendants, hold, in_own_process, is_alone, is_gone, kill,
 };
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::recv;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::ffi::OsString;
 use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 
 /// How long a test waits for what must come.
@@ -16,14 +21,25 @@ fn socket() -> (OwnedFd, OwnedFd) {
     pair().expect("a pair")
 }
 
+/// Has a program started with a socket.
+fn start(
+    broker: &Arc<Broker>,
+    path: &str,
+    arguments: &[OsString],
+    socket: OwnedFd,
+) -> Result<Process> {
+    let service = broker.offer(Service::Program {
+        path: path.into(),
+        arguments: arguments.into(),
+        listens: false,
+    })?;
+    Ok(broker.start(service, Some(socket))?.0)
+}
+
 /// Starts a script; returns the other end of its socket, too.
 fn run(broker: &Arc<Broker>, script: &str) -> (Process, OwnedFd) {
     let (ours, theirs) = socket();
-    let process = broker.start(
-        Path::new("/bin/sh"),
-        &["-c", script].map(Into::into),
-        theirs,
-    );
+    let process = start(broker, "/bin/sh", &["-c", script].map(Into::into), theirs);
     (process.expect("a shell"), ours)
 }
 
@@ -65,7 +81,7 @@ fn a_process_says_how_it_ended() {
 fn what_cannot_be_started_is_an_error_in_the_systems_words() {
     let broker = Broker::fork().expect("a process");
     let start = |program: &str, arguments: &[OsString]| {
-        let started = broker.start(Path::new(program), arguments, socket().1);
+        let started = start(&broker, program, arguments, socket().1);
         started.expect_err(program).to_string()
     };
     assert!(start("/bin/none", &[]).contains("No such file"));
@@ -73,7 +89,7 @@ fn what_cannot_be_started_is_an_error_in_the_systems_words() {
     let path = file.path().to_str().expect("a name");
     assert!(start(path, &[]).contains("Permission denied"));
     let long = "x".repeat(MOST_REQUEST);
-    assert!(start("/bin/true", &[long.into()]).contains("65546 bytes; 65536 are possible"));
+    assert!(start("/bin/true", &[long.into()]).contains("65546 bytes; 65535 are possible"));
     // It works on.
     assert_eq!(output(&broker, "exit 0").1, "exit status: 0");
 }
@@ -228,7 +244,7 @@ fn without_a_broker_nothing_is_waited_for() {
     let (mut process, _ours) = run(&broker, "exec sleep 1000");
     kill(broker.pid.as_raw_pid().cast_unsigned());
     assert_eq!(process.ended(Deadline::after(LONG)), Some(BROKER_GONE));
-    let error = broker.start(Path::new("/bin/true"), &[], socket().1);
+    let error = start(&broker, "/bin/true", &[], socket().1);
     let error = error.expect_err("no broker").to_string();
     assert!(error.starts_with(BROKER_GONE), "{error}");
     let deadline = Deadline::after(LONG);
@@ -257,7 +273,7 @@ fn a_broker_without_room_for_a_request_goes_on() {
     let error = loop {
         let (ours, theirs) = socket();
         let arguments = ["-c", "exec sleep 1000"].map(Into::into);
-        match broker.start(Path::new("/bin/sh"), &arguments, theirs) {
+        match start(&broker, "/bin/sh", &arguments, theirs) {
             Ok(process) => running.push((process, ours)),
             Err(error) => break error,
         }
@@ -305,4 +321,116 @@ fn its_socket_is_where_it_looks_for_it() {
     drop(process);
     // And nobody else has it.
     assert_eq!(recv(&ours, &mut bytes, RecvFlags::empty()), Ok((0, 0)));
+}
+
+#[test]
+fn a_sealed_broker_does_what_it_was_told_and_no_more() {
+    let broker = Broker::fork().expect("a process");
+    let program = |script: &str| Service::Program {
+        path: "/bin/sh".into(),
+        arguments: ["-c", script].map(Into::into).into(),
+        listens: false,
+    };
+    let known = broker.offer(program("exit 7")).expect("a service");
+    broker.seal().expect("a broker");
+    let refused = broker
+        .offer(program("exit 8"))
+        .expect_err("sealed")
+        .to_string();
+    assert!(refused.contains("no more than the 1 services"), "{refused}");
+    // One who has taken armlet over is not held by its own side of that.
+    let request = Request::Offer(program("exit 8")).to_bytes();
+    let deadline = Deadline::after(LONG);
+    broker.send(&request, &[], deadline).expect("a message");
+    let error = broker.start(ServiceId(1), Some(socket().1));
+    let error = error.expect_err("no such service").to_string();
+    assert!(error.contains("No such file"), "{error}");
+    let (mut process, _) = broker.start(known, Some(socket().1)).expect("a shell");
+    let how = process.ended(Deadline::after(LONG));
+    assert_eq!(how, Some("exit status: 7"));
+}
+
+#[test]
+fn requests_that_make_no_sense_are_errors() {
+    let broker = Broker::fork().expect("a process");
+    let device = broker.offer(Service::Device("/dev/zero".into()));
+    let device = device.expect("a service");
+    // A program is no device.
+    let program = broker.offer(Service::Program {
+        path: "/bin/true".into(),
+        arguments: Vec::new(),
+        listens: false,
+    });
+    let error = broker.get(program.expect("a service"), 0);
+    assert!(error.is_err());
+    for request in [&b"x"[..], b"?", b"p", &[0; 100]] {
+        let deadline = Deadline::after(LONG);
+        broker.send(request, &[], deadline).expect("a message");
+    }
+    let mut bytes = [1; 8];
+    let opened = broker.get(device, 0).expect("it goes on");
+    let mut zero = fs::File::from(opened);
+    zero.read_exact(&mut bytes).expect("zeros");
+    assert_eq!(bytes, [0; 8]);
+}
+
+#[test]
+fn devices_are_opened_and_ports_connected_to() {
+    const NAME: &str = "broker::tests::devices_are_opened_and_ports_connected_to";
+    if !in_own_process(NAME) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    // An absolute path would be too long for a socket.
+    let deep = folder.path().join("d".repeat(100));
+    fs::create_dir(&deep).expect("a folder");
+    std::env::set_current_dir(&deep).expect("a folder");
+    let listener = UnixListener::bind("v_4294967295").expect("a socket");
+    drop(UnixListener::bind("v_2").expect("a socket"));
+    let broker = Broker::fork().expect("a process");
+    let ports = broker
+        .offer(Service::Sockets("v".into()))
+        .expect("a folder");
+    let full = broker
+        .offer(Service::Device("/dev/full".into()))
+        .expect("one");
+    broker.seal().expect("a broker");
+    let file = broker.get(full, 0).expect("a device");
+    let error = fs::File::from(file).write(&[0]).expect_err("full");
+    assert_eq!(error.kind(), ErrorKind::StorageFull);
+    let ours = broker.get(ports, u32::MAX).expect("a listener");
+    let (mut theirs, _) = listener.accept().expect("a connection");
+    theirs.write_all(b"hello").expect("a connection");
+    let mut bytes = [0; 5];
+    let mut ours = UnixStream::from(ours);
+    ours.read_exact(&mut bytes).expect("a message");
+    assert_eq!(&bytes, b"hello");
+    let kind = |port| broker.get(ports, port).expect_err("nobody").kind();
+    assert_eq!(kind(1), ErrorKind::NotFound);
+    assert_eq!(kind(2), ErrorKind::ConnectionRefused);
+    // Who accepts nobody keeps nobody waiting.
+    let busy = (0..).find_map(|_| broker.get(ports, u32::MAX).map(std::mem::forget).err());
+    assert_eq!(busy.map(|error| error.kind()), Some(ErrorKind::WouldBlock));
+}
+
+#[test]
+fn a_socket_goes_with_the_broker_unless_something_took_its_place() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [ours, other] = ["ours", "other"].map(|name| folder.path().join(name));
+    let _listeners = [&ours, &other].map(|path| UnixListener::bind(path).expect("a socket"));
+    let broker = Broker::fork().expect("a process");
+    for path in [&ours, &other] {
+        let found = fs::metadata(path).expect("a socket");
+        let file = FileId {
+            device: found.dev(),
+            inode: found.ino(),
+        };
+        broker
+            .offer(Service::Removal(path.clone(), file))
+            .expect("a folder");
+    }
+    fs::write(folder.path().join("new"), "").expect("a file");
+    fs::rename(folder.path().join("new"), &other).expect("a name");
+    drop(broker);
+    assert!(!ours.exists() && other.exists());
 }

@@ -3,7 +3,7 @@
 //! where each frame follows its length in 4 bytes, and ends when the other end is closed.
 
 use self::stream::{Broken, LONGEST, Stream};
-use crate::broker::{self, Broker, Process};
+use crate::broker::{self, Broker, Process, Service};
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
 use armlet_devices::sync::lock;
@@ -148,9 +148,16 @@ impl Passt {
             ["--foreground", "--quiet", "--fd"].map(Into::into).into();
         arguments.push(broker::SOCKET.to_string().into());
         arguments.extend(forwards.iter().flat_map(Forward::option).map(Into::into));
-        let process = broker
-            .start(program, &arguments, theirs)
-            .with_context(|| format!("cannot start {}", program.display()))?;
+        let service = Service::Program {
+            path: program.to_owned(),
+            arguments,
+            listens: false,
+        };
+        let started = broker
+            .offer(service)
+            .and_then(|service| broker.start(service, Some(theirs)));
+        let (process, _) =
+            started.with_context(|| format!("cannot start {}", program.display()))?;
         let mut passt = Passt {
             stream: Stream::new(ours),
             process,

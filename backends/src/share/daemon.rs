@@ -1,17 +1,13 @@
 //! A virtiofsd: where it is, how it is started, what it says, and how it ends.
 
 use super::options::{Cache, Sandbox, ShareOptions};
-use crate::broker::{self, Broker, Process};
+use crate::broker::{self, Broker, Process, Service, ServiceId};
 use crate::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_system::deadline::Deadline;
-use armlet_system::eintr::uninterrupted;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, DirBuilder};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,15 +49,15 @@ pub(super) fn find(path: Option<&OsStr>) -> Result<PathBuf> {
 pub(super) struct Launch {
     broker: Arc<Broker>,
     program: PathBuf,
-    arguments: Vec<OsString>,
+    service: ServiceId,
     sandbox: Sandbox,
 }
 
 impl Launch {
-    /// For a folder, with the user's options.
+    /// For a folder, with the user's options; the broker is told of it.
     ///
     /// # Errors
-    /// What QEMU's does not know.
+    /// What QEMU's does not know; a path that is too long.
     pub(super) fn new(
         broker: &Arc<Broker>,
         program: PathBuf,
@@ -72,10 +68,16 @@ impl Launch {
             true => qemus_arguments(options, &folder)?,
             false => arguments(options, folder),
         };
+        let service = broker.offer(Service::Program {
+            path: program.clone(),
+            arguments,
+            listens: true,
+        });
+        let service = service.with_context(|| format!("cannot start {}", program.display()))?;
         Ok(Launch {
             broker: Arc::clone(broker),
             program,
-            arguments,
+            service,
             sandbox: options.sandbox,
         })
     }
@@ -85,13 +87,11 @@ impl Launch {
     /// # Errors
     /// That it cannot be started, or ended; with what it said and what would work.
     pub(super) fn start(&self, name: &str, deadline: Deadline) -> Result<Daemon> {
-        let (listener, stream) = socket_pair().context("cannot make a socket for virtiofsd")?;
         let shown = self.program.display();
-        let process = self
-            .broker
-            .start(&self.program, &self.arguments, listener.into());
-        let mut process = process.with_context(|| format!("cannot start {shown}"))?;
-        let failed = match VhostUser::connect(stream, deadline) {
+        let started = self.broker.start(self.service, None);
+        let (mut process, stream) = started.with_context(|| format!("cannot start {shown}"))?;
+        let stream = stream.context("the broker made no connection")?;
+        let failed = match VhostUser::connect(stream.into(), deadline) {
             Ok(connection) => {
                 let daemon = Daemon {
                     name: name.to_owned(),
@@ -194,24 +194,6 @@ fn qemus_arguments(options: &ShareOptions, folder: &Path) -> Result<Vec<OsString
         add("xattr".into());
     }
     Ok(arguments)
-}
-
-/// A listening socket with one connection that is to be accepted, and the connection's other end.
-/// (virtiofsd takes no connected socket.)
-fn socket_pair() -> Result<(UnixListener, UnixStream)> {
-    let mut number = [0; 16];
-    let none = rustix::rand::GetRandomFlags::empty();
-    uninterrupted(|| rustix::rand::getrandom(&mut number, none))?;
-    let number = u128::from_ne_bytes(number);
-    let folder = std::env::temp_dir().join(format!("armlet-{number:032x}"));
-    // Nobody else gets in: who connects first may read and write the shared folder.
-    DirBuilder::new().mode(0o700).create(&folder)?;
-    let path = folder.join("s");
-    let pair =
-        UnixListener::bind(&path).and_then(|listener| Ok((listener, UnixStream::connect(&path)?)));
-    let _ = fs::remove_file(&path);
-    let _ = fs::remove_dir(&folder);
-    Ok(pair?)
 }
 
 /// One that runs. When it is dropped it has ended.

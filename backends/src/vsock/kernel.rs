@@ -2,6 +2,7 @@
 //! AF_VSOCK with the guest's address, and the guest's kicks and interrupts do not come by us.
 
 use crate::backend::Backend;
+use crate::broker::{Broker, Service, ServiceId};
 use crate::vhost::Vhost;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_devices::sync::{self, lock, ring};
@@ -10,7 +11,7 @@ use armlet_devices::virtio::{
     ConfigSpace, DeviceState, Driver, Link, Positions, RestoreError, Source, StartError,
     VirtioDevice, Virtqueue, quiesced,
 };
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
@@ -39,12 +40,15 @@ pub(super) struct KernelVsock {
 #[derive(Debug)]
 struct Claim {
     cid: u32,
+    broker: Arc<Broker>,
+    /// The broker's: opens the device.
+    device: ServiceId,
     vhost: Mutex<Option<Vhost>>,
 }
 
 impl KernelVsock {
-    pub(super) fn open(cid: u32) -> Result<KernelVsock> {
-        let vhost = claim(cid)?;
+    pub(super) fn open(cid: u32, broker: &Arc<Broker>) -> Result<KernelVsock> {
+        let vhost = claim(cid, Vhost::open(PATH))?;
         let features = vhost
             .features()
             .with_context(|| format!("cannot use {PATH}"))?;
@@ -53,6 +57,8 @@ impl KernelVsock {
             features: features & FEATURE_SEQPACKET,
             claim: Arc::new(Claim {
                 cid,
+                broker: Arc::clone(broker),
+                device: broker.offer(Service::Device(PATH.into()))?,
                 vhost: Mutex::new(Some(vhost)),
             }),
         })
@@ -60,8 +66,8 @@ impl KernelVsock {
 }
 
 /// Takes the address.
-fn claim(cid: u32) -> Result<Vhost> {
-    let vhost = Vhost::open(PATH).map_err(|error| match error.kind() {
+fn claim(cid: u32, opened: io::Result<Vhost>) -> Result<Vhost> {
+    let vhost = opened.map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied => anyhow!(
             "cannot open {PATH}: {error}; become a member of the group that owns it, or use \
              uds=PATH, which needs no rights"
@@ -89,15 +95,20 @@ fn claim(cid: u32) -> Result<Vhost> {
 }
 
 impl Claim {
+    fn claim(&self) -> Result<Vhost> {
+        let opened = self.broker.get(self.device, 0);
+        claim(self.cid, opened.map(Vhost::from))
+    }
+
     /// The kernel's device for a driver that starts.
     fn take(&self) -> Result<Vhost> {
         let kept = lock(&self.vhost).take();
-        kept.map_or_else(|| claim(self.cid), Ok)
+        kept.map_or_else(|| self.claim(), Ok)
     }
 
     /// Holds the address until the next driver starts.
     fn renew(&self) {
-        match claim(self.cid) {
+        match self.claim() {
             Ok(vhost) => {
                 *lock(&self.vhost) = Some(vhost);
             }
@@ -363,7 +374,7 @@ mod tests {
 
     #[test]
     fn a_host_without_it_says_what_would_work() {
-        let Err(error) = KernelVsock::open(3) else {
+        let Err(error) = KernelVsock::open(3, &Broker::fork().expect("a process")) else {
             println!("skipped: this host has {PATH}");
             return;
         };

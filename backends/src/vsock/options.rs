@@ -87,7 +87,11 @@ impl DeviceOptions for VsockOptions {
         &KIND
     }
 
-    fn open_backend(&self, _place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        self.open()
+    fn needs_broker(&self) -> bool {
+        true
+    }
+
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        self.open(place.broker.context("nobody opens what it needs later")?)
     }
 }
