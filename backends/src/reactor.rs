@@ -126,8 +126,8 @@ impl Reactor {
     fn work(&self, owner: &mut Owner<'_>, ready: &mut [EpollEvent; EVENTS]) -> Result<()> {
         let count = events(&self.epoll, -1, ready).context("cannot wait for devices")?;
         for event in &ready[..count] {
-            owner.run_commands();
             if let Some((_, of)) = self.find(event.data()) {
+                owner.before_request();
                 of.call(owner.device());
             }
         }

@@ -688,6 +688,7 @@ mod features;
 mod sizes;
 #[cfg(feature = "qcow2")]
 mod start;
+mod waits;
 
 #[cfg(feature = "qcow2")]
 mod qcow2 {

@@ -18,6 +18,9 @@ use crate::sync::{bell, lock, ring};
 
 /// How long someone waits for a device before a warning is logged.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the owner of a device pauses for callers whose commands it has completed, beside the
+/// slack of the host's timers.
+const COURTESY: Duration = Duration::from_micros(20);
 /// How often a lock that is taken is tried again.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 
@@ -116,6 +119,8 @@ struct Commands {
     /// The number of commands submitted and completed so far.
     submitted: u64,
     completed: u64,
+    /// The number of callers that wait, or have not noticed yet that their commands are completed.
+    callers: usize,
 }
 
 impl Mailbox {
@@ -150,6 +155,7 @@ impl Mailbox {
         Owner {
             mailbox: self,
             device,
+            has_answered: false,
         }
     }
 }
@@ -182,12 +188,14 @@ impl Access for Mailbox {
         let Some((mut queue, number)) = self.submit(command) else {
             return;
         };
+        queue.callers += 1;
         let mut patience = Patience::new();
         while queue.completed <= number {
             let most = patience.look(what).max(POLL_INTERVAL);
             let waited = self.completed.wait_timeout(queue, most);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        queue.callers -= 1;
     }
 }
 
@@ -195,6 +203,8 @@ impl Access for Mailbox {
 pub struct Owner<'a> {
     mailbox: &'a Mailbox,
     device: MutexGuard<'a, dyn VirtioDevice + 'static>,
+    /// Whether commands were completed since the last request.
+    has_answered: bool,
 }
 
 impl Owner<'_> {
@@ -217,6 +227,17 @@ impl Owner<'_> {
         let count = lock(&self.mailbox.queue).commands.len();
         for _ in 0..count {
             self.run_one();
+        }
+        self.has_answered |= count > 0;
+    }
+
+    /// Runs the commands submitted so far, and pauses for callers that have not noticed yet that their
+    /// commands are completed; to be called before a request. On this CPU the scheduler would let a
+    /// caller go on when this thread has had its share, which is many requests.
+    pub fn before_request(&mut self) {
+        self.run_commands();
+        if std::mem::take(&mut self.has_answered) && lock(&self.mailbox.queue).callers > 0 {
+            std::thread::sleep(COURTESY);
         }
     }
 
