@@ -50,6 +50,8 @@ pub enum Command {
     Probe(ProbeArgs),
     /// List the boards.
     Boards(BoardsArgs),
+    /// Confine a program before it starts.
+    Jail(JailArgs),
 }
 
 /// The options that describe a machine, shared by `run` and `plan`.
@@ -353,4 +355,65 @@ pub struct BoardsArgs {
     /// print a board as one file, with the place that each value comes from
     #[argh(option, arg_name = "NAME|PATH")]
     pub show: Option<String>,
+}
+
+/// Start a program, armlet or another VMM, in a jail: a folder as its root, devices in it, a user,
+/// and what else was asked for. For root, with the command line of Firecracker's jailer; it is the same
+/// when this program is started under the name 'jailer'.
+#[derive(FromArgs, Debug)]
+#[argh(
+    subcommand,
+    name = "jail",
+    example = "A guest as user 123 and group 100, whose files are in the jail already:
+  {command_name} --id web --uid 123 --gid 100 -- run -k /Image -i /initrd -d /root.img
+
+In the background, in a network namespace, with at most 2 GiB of memory:
+  {command_name} --id web --uid 123 --gid 100 --daemonize --netns /run/netns/web \\
+    --cgroup-version 2 --cgroup memory.max=2G -- run -k /Image -n tap=tap0",
+    note = "The jail is the folder DIR/PROGRAM/ID/root, where DIR is that of --chroot-base-dir and PROGRAM the name of the program; remove it when the program has ended. The file PROGRAM.pid in it has the program's process ID. Files that the program needs are put there first."
+)]
+pub struct JailArgs {
+    /// the jail's name: 1 to 64 letters, digits and '-'; needed
+    #[argh(option, arg_name = "ID")]
+    pub id: Option<String>,
+    /// the user that the program runs as, a number; needed
+    #[argh(option, arg_name = "N")]
+    pub uid: Option<String>,
+    /// the group that the program runs as, a number; needed
+    #[argh(option, arg_name = "N")]
+    pub gid: Option<String>,
+    /// the program, linked statically, of which the jail gets a copy (default: armlet)
+    #[argh(option, arg_name = "PATH")]
+    pub exec_file: Option<String>,
+    /// the folder of jails (default: /srv/jailer)
+    #[argh(option, arg_name = "DIR", default = "String::from(\"/srv/jailer\")")]
+    pub chroot_base_dir: String,
+    /// a value of a control group, such as pids.max=64; may be repeated
+    #[argh(option, arg_name = "FILE=VALUE")]
+    pub cgroup: Vec<String>,
+    /// version of cgroups (default: 1)
+    #[argh(option, arg_name = "1|2", default = "String::from(\"1\")")]
+    pub cgroup_version: String,
+    /// the control group in which the jail's one, ID, is made (default: the name of the program)
+    #[argh(option, arg_name = "PATH")]
+    pub parent_cgroup: Option<String>,
+    /// the file of a network namespace for the program, such as /run/netns/NAME
+    #[argh(option, arg_name = "PATH")]
+    pub netns: Option<String>,
+    /// run in the background, without a terminal, with /dev/null as standard input and output
+    #[argh(switch)]
+    pub daemonize: bool,
+    /// make the program the first process of a PID namespace
+    #[argh(switch)]
+    pub new_pid_ns: bool,
+    /// a limit: fsize=BYTES for the files that the program writes, no-file=N for its
+    /// descriptors (default: no-file=2048); may be repeated
+    #[argh(option, arg_name = "NAME=N")]
+    pub resource_limit: Vec<String>,
+    /// print the version and leave
+    #[argh(switch)]
+    pub version: bool,
+    /// the program's arguments, after --
+    #[argh(positional, greedy)]
+    pub arguments: Vec<String>,
 }

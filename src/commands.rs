@@ -1,13 +1,15 @@
 //! The commands: each reads its arguments, does its work, and prints the result.
 
 use crate::boards::Chosen;
-use crate::cli::{BoardsArgs, Command, DeviceArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs};
+use crate::cli::{
+    BoardsArgs, Command, DeviceArgs, JailArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs,
+};
 use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions};
-use crate::{boards, host, probe, report, run, shutdown, table};
+use crate::{boards, host, jail, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
@@ -28,7 +30,17 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
         Command::Plan(args) => plan(args, devices),
         Command::Probe(args) => probe(args),
         Command::Boards(args) => boards(args),
+        Command::Jail(args) => jail(args),
     }
+}
+
+/// Confines a program, and becomes it.
+fn jail(args: &JailArgs) -> Result<Status> {
+    if args.version {
+        print(concat!("Jailer v", env!("CARGO_PKG_VERSION"), "\n"))?;
+        return Ok(Status::Success);
+    }
+    jail::jail(args).map(|never| match never {})
 }
 
 /// Prints to standard output, which may be closed. Control characters are escaped.

@@ -20,6 +20,7 @@ pub mod decide;
 pub mod descriptors;
 pub mod heap;
 pub mod host;
+pub mod jail;
 pub mod kernel;
 pub mod kvm;
 pub mod machine;

@@ -3,8 +3,11 @@
 use armlet::cli::{self, Parsed};
 use armlet::commands;
 use armlet::heap::Heap;
+use armlet::jail::JAILER;
 use armlet_system::messages;
 use armlet_system::status::{Status, status_of};
+use std::env::ArgsOs;
+use std::path::Path;
 use std::process::ExitCode;
 
 #[global_allocator]
@@ -12,17 +15,25 @@ static ALLOCATOR: Heap = Heap;
 
 fn main() -> ExitCode {
     messages::install();
-    let status = start().unwrap_or_else(|error| {
+    let mut words = std::env::args_os();
+    let name = words.next();
+    let is_jailer = name.is_some_and(|name| Path::new(&name).file_name() == Some(JAILER.as_ref()));
+    let mut status = start(is_jailer, words).unwrap_or_else(|error| {
         messages::say(&format!("{error:#}"));
         status_of(&error)
     });
     messages::finish();
+    // Firecracker's has one status for all that goes wrong.
+    if is_jailer && status != Status::Success {
+        status = Status::Failure;
+    }
     status.into()
 }
 
-fn start() -> anyhow::Result<Status> {
-    let mut arguments = Vec::new();
-    for word in std::env::args_os().skip(1) {
+fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
+    let mut arguments: Vec<String> = Vec::new();
+    arguments.extend(is_jailer.then(|| "jail".to_owned()));
+    for word in words {
         match word.into_string() {
             Ok(word) => arguments.push(word),
             Err(word) => {
@@ -50,7 +61,9 @@ fn start() -> anyhow::Result<Status> {
     match &cli.command {
         Some(command) => commands::execute(command, &devices),
         None => {
-            messages::say("no command given; use run, plan, probe or boards (see 'armlet --help')");
+            messages::say(
+                "no command given; use run, plan, probe, boards or jail (see 'armlet --help')",
+            );
             Ok(Status::Usage)
         }
     }

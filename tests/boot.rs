@@ -46,6 +46,9 @@ mod interpreter;
 /// KVM's table of interrupts.
 #[path = "boot/interrupts.rs"]
 mod interrupts;
+/// Guests in the jails that root makes.
+#[path = "boot/jailed.rs"]
+mod jailed;
 /// Kernels in every form that distributions ship.
 #[path = "boot/kernels.rs"]
 mod kernels;

@@ -33,15 +33,18 @@ pub fn parse(arguments: &[String]) -> Parsed {
 }
 
 /// Splits `--option=value` into the two words that argh expects.
+/// What follows `--` is another program's.
 fn split_assignments(arguments: &[String]) -> Vec<String> {
-    arguments
-        .iter()
+    let end = arguments.iter().position(|word| word == "--");
+    let (ours, others) = arguments.split_at(end.unwrap_or(arguments.len()));
+    ours.iter()
         .flat_map(|word| match word.split_once('=') {
             Some((name, value)) if name.starts_with("--") && name.len() > 2 => {
                 vec![name.to_owned(), value.to_owned()]
             }
             _ => vec![word.clone()],
         })
+        .chain(others.iter().cloned())
         .collect()
 }
 
@@ -157,7 +160,7 @@ mod tests {
 
     #[test]
     fn each_command_has_help_with_examples() {
-        for command in ["run", "plan", "probe", "boards"] {
+        for command in ["run", "plan", "probe", "boards", "jail"] {
             match parse_words(&format!("{command} --help")) {
                 Parsed::Help(text) => assert!(text.contains("Examples:"), "{text}"),
                 _ => panic!("{command}: no help"),

@@ -5,7 +5,7 @@ use argh::EarlyExit;
 use armlet_arch::words::nearest;
 
 /// The commands, of which the first has the most options.
-pub(super) const COMMANDS: [&str; 4] = ["run", "plan", "probe", "boards"];
+pub(super) const COMMANDS: [&str; 5] = ["run", "plan", "probe", "boards", "jail"];
 
 /// Options of QEMU, kvmtool, Firecracker, Cloud Hypervisor and crosvm, without their dashes, and
 /// what stands for them here: an option, or words.
@@ -73,7 +73,7 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
     ),
     (
         &["daemonize", "pidfile"],
-        "leave it out: armlet stays in the foreground, and armlet@.service makes a service of it",
+        "leave it out: armlet stays in the foreground; armlet@.service makes a service of it, and 'armlet jail' can start it in the background",
     ),
     (&["no-reboot"], "--on-reset exit"),
     (

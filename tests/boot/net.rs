@@ -79,7 +79,7 @@ nc {host} {out} <&4 >/tmp/all && nc {host} {back} </tmp/all"
 }
 
 /// Runs busybox's or the system's program; says why the test is skipped where it does not work.
-fn runs(words: &str) -> bool {
+pub(crate) fn runs(words: &str) -> bool {
     let mut parts = words.split(' ');
     let mut command = Command::new(parts.next().expect("a program"));
     let status = command
@@ -118,7 +118,7 @@ impl Tap {
         Some(tap)
     }
 
-    fn host(&self) -> String {
+    pub(crate) fn host(&self) -> String {
         format!("10.88.{}.1", self.subnet)
     }
 
@@ -127,7 +127,7 @@ impl Tap {
     }
 
     /// What a guest runs first.
-    fn up(&self) -> String {
+    pub(crate) fn up(&self) -> String {
         format!(
             "ip link set eth0 up; ip addr add {}/24 dev eth0\n",
             self.guest()

@@ -1,0 +1,59 @@
+//! System calls of the jail that no library has in a safe form.
+
+use rustix::process::Pid;
+use rustix::thread::UnshareFlags;
+use std::io;
+use std::os::fd::RawFd;
+
+/// The first descriptor after standard input, output and error.
+const FIRST: RawFd = 3;
+
+/// Closes all descriptors but standard input, output and error.
+pub(super) fn close_inherited() {
+    // SAFETY: nothing here owns a descriptor yet; this process has opened none.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) != 0 {
+            // A kernel before 5.9.
+            let most = libc::sysconf(libc::_SC_OPEN_MAX).clamp(0, 1 << 20);
+            for number in FIRST..most as RawFd {
+                libc::close(number);
+            }
+        }
+    }
+}
+
+/// Makes new namespaces for this process, or, of PIDs, for its children.
+///
+/// # Errors
+/// What the system refuses.
+pub(super) fn unshare(namespaces: UnshareFlags) -> io::Result<()> {
+    // SAFETY: the flags name namespaces alone; the table of descriptors stays shared by the one
+    // thread that there is.
+    Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
+}
+
+/// Copies this process, which has one thread. Returns the copy's ID, and `None` in the copy.
+///
+/// # Errors
+/// What the system refuses.
+pub(super) fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: the command is carried out by the one thread that the process begins with.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        pid => Ok(Pid::from_raw(pid)),
+    }
+}
+
+/// Ends this process at once.
+pub(super) fn leave(status: i32) -> ! {
+    // SAFETY: it has no preconditions.
+    unsafe { libc::_exit(status) }
+}
+
+/// Returns whether this process leads its session.
+pub(super) fn leads_session() -> bool {
+    // Where the leader is in another PID namespace, or the session is that of the kernel's first
+    // process, the number is 0, which rustix's function takes for impossible.
+    // SAFETY: the calls have no preconditions.
+    unsafe { libc::getsid(0) == libc::getpid() }
+}
