@@ -2,8 +2,9 @@
 //! each start.
 //!
 //! A plain Image is read straight into guest memory. A compressed one is unpacked into it as a
-//! stream: the VMM never holds a copy, only the decompressor's window (gzip 32 KiB, lz4 at most 16
-//! MiB, zstd, xz and lzma at most [`MAX_WINDOW`]).
+//! stream, by a process that can do nothing else (`unpacker`): nobody holds a copy, that process only
+//! the decompressor's window (gzip 32 KiB, lz4 at most 16 MiB, zstd, xz and lzma at most
+//! [`MAX_WINDOW`]).
 
 use anyhow::{Context as _, Result, ensure};
 use armlet_arch::image::{self, Compression, Format, HEAD, Header, ImageError, MAX_IMAGE_SIZE};
@@ -12,14 +13,16 @@ use read::{open_regular, read_at, read_head, read_span};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use unpack::{lz4_legacy_span, unpack_all, unpack_head};
+use unpack::lz4_legacy_span;
 
 mod initrd;
 mod read;
 mod unpack;
+mod unpacker;
 
 pub use initrd::Initrd;
 pub use unpack::MAX_WINDOW;
+use unpacker::Unpacker;
 
 /// An open kernel file: loading it again after a reset reads the same inode, whatever happens to
 /// the path.
@@ -44,6 +47,8 @@ struct Packing {
     span: Range<u64>,
     /// The unpacked size in bytes, where the file states it apart from the data.
     unpacked: Option<u64>,
+    /// What unpacks it, if it is compressed.
+    unpacker: Option<Unpacker>,
 }
 
 impl Kernel {
@@ -123,7 +128,10 @@ impl Kernel {
         }
         let written = match self.packing.compression {
             None => read_span(&self.file, &self.packing.span, self.file_size, dst)?,
-            Some(compression) => unpack_all(&self.file, &self.packing.span, compression, dst)?,
+            Some(_) => {
+                let unpacker = self.packing.unpacker.as_ref();
+                unpacker.context("nothing unpacks it")?.all(dst)?
+            }
         };
         if let Some(stated) = self.packing.unpacked {
             ensure!(
@@ -156,6 +164,7 @@ fn open_kernel(path: &Path) -> Result<Kernel> {
         compression,
         span: 0..file_size,
         unpacked: None,
+        unpacker: None,
     };
     let (packing, header, extent) = match image::recognise(&head)? {
         Format::Arm64(image) => {
@@ -199,6 +208,7 @@ fn open_kernel(path: &Path) -> Result<Kernel> {
                 compression: Some(compression),
                 span,
                 unpacked: None,
+                unpacker: None,
             };
             open_packed(&file, packing, compression).with_context(inside)?
         }
@@ -262,7 +272,9 @@ fn open_packed(
     if compression == Compression::Lz4Legacy {
         (packing.span, packing.unpacked) = lz4_legacy_span(file, packing.span)?;
     }
-    let head = unpack_head(file, &packing.span, compression)?;
+    let unpacker = Unpacker::start(file, &packing.span, compression)?;
+    let head = unpacker.head()?;
+    packing.unpacker = Some(unpacker);
     let name = compression.name();
     let format = image::recognise(&head).with_context(|| format!("in the {name} data"))?;
     let Format::Arm64(image) = format else {

@@ -162,6 +162,7 @@ fn unsafe_stands_where_it_must() {
         "src/memory.rs",
         "src/heap.rs",
         "src/jail/sys.rs",
+        "src/kernel/unpacker/sys.rs",
         "src/thread_name.rs",
         "src/machine.rs",
         "system/src/page_size.rs",

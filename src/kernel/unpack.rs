@@ -21,24 +21,35 @@ pub const MAX_WINDOW: u64 = 128 << 20;
 /// The buffer size in bytes, for compressed and for unpacked data.
 const BUFFER: usize = 64 << 10;
 
-/// Unpacks a span into `dst`, and fails if it does not fit. Returns the number of bytes written.
+/// Unpacks a span in pieces that `take` is given, and fails at more than `room` bytes. Returns their
+/// number.
 pub(super) fn unpack_all(
     file: &File,
     span: &Range<u64>,
     compression: Compression,
-    dst: &mut [u8],
+    room: u64,
+    take: &mut dyn FnMut(&[u8]) -> io::Result<()>,
 ) -> Result<u64> {
     let mut reader = unpacker(file, span, compression)?;
-    let written = unpack(&mut *reader, compression, dst)?;
-    // The end of the data, with its checksum, has not been read yet.
-    if written == dst.len() && unpack(&mut *reader, compression, &mut [0])? > 0 {
-        bail!(
-            "the {} data unpack to more than the {} bytes that the kernel's header asks for",
-            compression.name(),
-            dst.len()
-        );
+    let mut piece = vec![0; BUFFER];
+    let mut done = 0;
+    loop {
+        // One byte more than there is room for: the end of the data, with its checksum, is read too.
+        let most = (room - done).clamp(1, BUFFER as u64) as usize;
+        let got = unpack(&mut *reader, compression, &mut piece[..most], done)?;
+        if got as u64 > room - done {
+            bail!(
+                "the {} data unpack to more than the {room} bytes that the kernel's header asks for",
+                compression.name()
+            );
+        }
+        take(&piece[..got]).context("cannot pass it on")?;
+        done += got as u64;
+        // After the end a decompressor is not to be asked again.
+        if got < most {
+            return Ok(done);
+        }
     }
-    Ok(written as u64)
 }
 
 /// Unpacks the first [`HEAD`] bytes, or fewer if there are no more.
@@ -52,28 +63,31 @@ pub(super) fn unpack_head(
         Compression::Zstd => zstd_head(file, span)?,
         _ => unpacker(file, span, compression)?,
     };
-    let got = unpack(&mut *reader, compression, &mut head)?;
+    let got = unpack(&mut *reader, compression, &mut head, 0)?;
     head.truncate(got);
     Ok(head)
 }
 
-/// Reads unpacked bytes until `dst` is full or they end.
-fn unpack(reader: &mut dyn Read, compression: Compression, dst: &mut [u8]) -> Result<usize> {
+/// Reads unpacked bytes, of which `before` came already, until `dst` is full or they end.
+fn unpack(
+    reader: &mut dyn Read,
+    compression: Compression,
+    dst: &mut [u8],
+    before: u64,
+) -> Result<usize> {
     let mut done = 0;
     while done < dst.len() {
-        // In pieces, because after an error it is unknown how much of a piece was written.
-        let end = dst.len().min(done + BUFFER);
-        match uninterrupted(|| reader.read(&mut dst[done..end])) {
+        match uninterrupted(|| reader.read(&mut dst[done..])) {
             Ok(0) => break,
             Ok(got) => done += got,
-            Err(error) => return Err(damaged(error, compression, done)),
+            Err(error) => return Err(damaged(error, compression, before + done as u64)),
         }
     }
     Ok(done)
 }
 
 /// Returns the error for data that a decompressor rejects after about `done` bytes of output.
-fn damaged(error: io::Error, compression: Compression, done: usize) -> anyhow::Error {
+fn damaged(error: io::Error, compression: Compression, done: u64) -> anyhow::Error {
     let name = compression.name();
     if error.kind() == ErrorKind::OutOfMemory {
         // lzma-rust2's error for a dictionary over its limit.

@@ -1,0 +1,267 @@
+//! Forks the process that unpacks, and confines it: system calls that no library has in a safe form.
+
+use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// The most bytes of memory that it may take, beside what it begins with: a window, and as much
+/// again.
+const MOST_MEMORY: u64 = 1 << 30;
+
+/// What it may call, in the order of how often.
+const CALLS: [libc::c_long; 11] = [
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+/// What it may call for memory that is not executable: their third argument says what it is.
+const CALLS_FOR_MEMORY: [libc::c_long; 2] = [libc::SYS_mmap, libc::SYS_mprotect];
+
+/// Where a filter finds what: `struct seccomp_data` (include/uapi/linux/seccomp.h). Both
+/// architectures are little-endian: the lower half of an argument comes first.
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const THIRD_ARGUMENT: u32 = 16 + 2 * 8;
+
+/// The architecture's number (include/uapi/linux/audit.h: AUDIT_ARCH_AARCH64 and _X86_64).
+const fn architecture() -> u32 {
+    const LITTLE_ENDIAN_64_BIT: u32 = 0xc000_0000;
+    let is_x86 = matches!(std::env::consts::ARCH.as_bytes(), b"x86_64");
+    LITTLE_ENDIAN_64_BIT
+        | if is_x86 {
+            libc::EM_X86_64
+        } else {
+            libc::EM_AARCH64
+        } as u32
+}
+
+/// Runs `work` in a confined copy of this process that has these descriptors and no others.
+///
+/// # Errors
+/// What the system refuses.
+pub(super) fn start(
+    requests: OwnedFd,
+    results: OwnedFd,
+    file: &File,
+    work: impl FnOnce(&OwnedFd, &OwnedFd, &File),
+) -> io::Result<()> {
+    // SAFETY: the copy runs on with its own memory. It has this thread alone; tests, which have
+    // others, have the C library's allocator, whose locks fork(3) takes care of.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                let kept = [requests.as_fd(), results.as_fd(), file.as_fd()];
+                if let Ok([requests, results, file]) = keep_only(kept.map(|fd| fd.as_raw_fd()))
+                    && confine().is_ok()
+                {
+                    work(&requests, &results, &file.into());
+                }
+            }));
+            // SAFETY: it ends the copy, without what this process wants done at its end.
+            unsafe { libc::_exit(0) }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Gives descriptors the first three numbers, and closes all others.
+fn keep_only(kept: [RawFd; 3]) -> io::Result<[OwnedFd; 3]> {
+    let made = |number: RawFd| match number {
+        0.. => Ok(number),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: the numbers may be those of descriptors that other objects own. This is a process that
+    // was just forked, and will not use those.
+    unsafe {
+        let mut above = [0; 3];
+        for (above, number) in above.iter_mut().zip(kept) {
+            *above = made(libc::fcntl(number, libc::F_DUPFD, kept.len()))?;
+        }
+        for (number, above) in (0..).zip(above) {
+            made(libc::dup2(above, number))?;
+        }
+        if libc::syscall(libc::SYS_close_range, kept.len(), libc::c_uint::MAX, 0) != 0 {
+            // A kernel before 5.9.
+            let most = libc::sysconf(libc::_SC_OPEN_MAX).clamp(0, 1 << 20);
+            for number in kept.len() as RawFd..most as RawFd {
+                libc::close(number);
+            }
+        }
+        Ok([0, 1, 2].map(|number| OwnedFd::from_raw_fd(number)))
+    }
+}
+
+/// Gives up all that unpacking does not need.
+fn confine() -> io::Result<()> {
+    // SAFETY: the set is of our own, and the call changes this thread's signals alone.
+    unsafe {
+        let mut all = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+    }
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let limits = [
+        (Resource::Data, MOST_MEMORY),
+        (Resource::Core, 0),
+        (Resource::Fsize, 0),
+    ];
+    for (resource, most) in limits {
+        let [current, maximum] = [Some(most); 2];
+        setrlimit(resource, Rlimit { current, maximum })?;
+    }
+    rustix::thread::set_no_new_privs(true)?;
+    let filter = filter();
+    let program = libc::sock_fprog {
+        len: filter.len() as libc::c_ushort,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // A kernel without seccomp refuses it: then the process has no descriptors and no more.
+    // SAFETY: the program and what it points to live until the kernel has copied them.
+    unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
+    Ok(())
+}
+
+/// Makes the filter (Documentation/userspace-api/seccomp_filter.rst).
+fn filter() -> Vec<sock_filter> {
+    let allow = statement(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW);
+    let kill = statement(BPF_RET | BPF_K, libc::SECCOMP_RET_KILL_PROCESS);
+    let load = |offset| statement(BPF_LD | BPF_W | BPF_ABS, offset);
+    let mut filter = vec![
+        load(ARCHITECTURE),
+        jump(BPF_JEQ, architecture(), 1, 0),
+        kill,
+        load(NUMBER),
+    ];
+    for call in CALLS {
+        filter.extend([jump(BPF_JEQ, call as u32, 0, 1), allow]);
+    }
+    for call in CALLS_FOR_MEMORY {
+        filter.extend([
+            jump(BPF_JEQ, call as u32, 0, 4),
+            load(THIRD_ARGUMENT),
+            jump(BPF_JSET, libc::PROT_EXEC as u32, 1, 0),
+            allow,
+            kill,
+        ]);
+    }
+    filter.push(kill);
+    filter
+}
+
+fn statement(code: u32, k: u32) -> sock_filter {
+    sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: 0,
+        k,
+    }
+}
+
+/// Compares what was loaded with `k`, and passes over `jt` or `jf` steps.
+fn jump(test: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
+    sock_filter {
+        code: (BPF_JMP | test | BPF_K) as u16,
+        jt,
+        jf,
+        k,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketType, socket};
+    use rustix::pipe::{PipeFlags, pipe_with};
+    use std::io::Read;
+
+    /// Whether the process can do this and live on.
+    fn survives(act: impl FnOnce()) -> bool {
+        let file = tempfile::tempfile().expect("a file");
+        let (asked, _requests) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
+        let (results, given) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
+        let work = |_: &OwnedFd, given: &OwnedFd, _: &File| {
+            act();
+            let _ = rustix::io::write(given, b"x");
+        };
+        start(asked, given, &file, work).expect("a process");
+        let mut said = Vec::new();
+        let read = File::from(results).read_to_end(&mut said);
+        read.expect("a pipe");
+        !said.is_empty()
+    }
+
+    fn map(protection: i32) -> *mut libc::c_void {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping takes no other's place.
+        unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) }
+    }
+
+    fn execute() {
+        let path = c"/bin/true".as_ptr();
+        let (words, variables) = ([path, std::ptr::null()], [std::ptr::null()]);
+        // SAFETY: the strings are constant, and the lists end with a null pointer.
+        unsafe { libc::execve(path, words.as_ptr(), variables.as_ptr()) };
+    }
+
+    #[test]
+    fn the_unpacker_may_take_memory_and_nothing_else() {
+        type Act = (&'static str, fn());
+        let allowed: [Act; 2] = [
+            ("memory", || {
+                drop(std::hint::black_box(vec![7_u8; 10 << 20]))
+            }),
+            ("mapping", || {
+                map(libc::PROT_READ | libc::PROT_WRITE);
+            }),
+        ];
+        for (name, act) in allowed {
+            assert!(survives(act), "{name}");
+        }
+        let forbidden: [Act; 9] = [
+            ("open", || drop(std::fs::read("/etc/passwd"))),
+            ("socket", || {
+                drop(socket(AddressFamily::INET, SocketType::STREAM, None));
+            }),
+            ("execve", execute),
+            ("fork", || {
+                // SAFETY: the copy ends at once.
+                unsafe {
+                    if libc::fork() == 0 {
+                        libc::_exit(0);
+                    }
+                }
+            }),
+            ("kill", || {
+                let parent = rustix::process::getppid();
+                let _ = parent.map(rustix::process::test_kill_process);
+            }),
+            ("executable mapping", || {
+                map(libc::PROT_READ | libc::PROT_EXEC);
+            }),
+            ("mprotect to executable", || {
+                let page = map(libc::PROT_READ);
+                // SAFETY: the page was mapped by us, and nothing is in it.
+                unsafe { libc::mprotect(page, 4096, libc::PROT_READ | libc::PROT_EXEC) };
+            }),
+            ("pipe", || drop(pipe_with(PipeFlags::CLOEXEC))),
+            ("name", || {
+                let _ = rustix::thread::set_name(c"other");
+            }),
+        ];
+        for (name, act) in forbidden {
+            assert!(!survives(act), "{name}");
+        }
+    }
+}
