@@ -27,7 +27,7 @@ const HOST_MIB: u32 = 6144;
 /// Measure what many vCPUs, disks and guests cost.
 ///
 /// Everything runs in an emulated ARM64 host that counts instructions: a virtual nanosecond is one
-/// instruction. Other VMMs run in the same host, and each row has armlet's figure, theirs, and the
+/// instruction. Of many vCPUs the guest starts one (maxcpus=1). Other VMMs run in the same host, and each row has armlet's figure, theirs, and the
 /// ratio. A VMM is a static ARM64 program with its arguments: {kernel}, {initrd}, {cmdline} (which
 /// names no console) and {cpus} stand for the guest's; what holds {disk} is repeated for each disk.
 ///
@@ -97,16 +97,25 @@ const CASES: [Case; 11] = [
     case("guests", 1, 0, 20),
 ];
 
+/// Of many vCPUs the guest starts one. The host has one CPU, on which the others would wait for each
+/// other: QEMU traps no WFE, by which KVM notices those that do.
+const ONE_STARTED: &str = "maxcpus=1";
+
 /// The figures of a row: key and what it is.
-const FIGURES: [(&str, &str, &str); 7] = [
+const FIGURES: [(&str, &str, &str); 9] = [
     ("entry_ms", "exec to first KVM_RUN", "ms"),
     ("marker_ms", "exec to the guest's init", "ms"),
     ("threads", "threads", ""),
     ("stacks_kib", "kernel stacks", "KiB"),
+    ("user_k", "the VMM's instructions to there", "k"),
+    (PER_CPU, "of these for a vCPU more", "k"),
     ("memory_kib", "memory beside RAM, each", "KiB"),
     ("slab_kib", "kernel slab, each", "KiB"),
     ("idle_us", "CPU of an idle one, each second", "us"),
 ];
+
+/// The figure that comes of two rows: thousands of instructions for a vCPU more.
+const PER_CPU: &str = "user_k_per_cpu";
 
 impl BenchScale {
     /// Measures and prints a table, or JSON.
@@ -140,7 +149,8 @@ impl BenchScale {
             icount: true,
             ..HostSpec::of(Isa::Arm64)
         };
-        let lines = measure(&store, &spec, files, &script_of(&vmms, &cases), "row")?;
+        let mut lines = measure(&store, &spec, files, &script_of(&vmms, &cases), "row")?;
+        add_vcpus(&mut lines);
         match self.json {
             true => println!("{:#}", json!({"lines": lines})),
             false => print!("{}", table(&lines)),
@@ -193,12 +203,32 @@ fn script_of(vmms: &[Vmm], cases: &[Case]) -> String {
                 ("--row", &row),
                 ("--guests", &guests),
             ];
+            if case.group == "cpus" {
+                options.push(("--cmdline", ONE_STARTED));
+            }
             options.extend(disks.iter().map(|disk| ("--disk", &**disk)));
             let command = vmm.command(case.cpus, &disks);
             script += &measuring("measure-scale", &options, &command);
         }
     }
     script
+}
+
+/// Adds to rows on vCPUs what each takes, by the row of the same VMM with one.
+fn add_vcpus(lines: &mut [Value]) {
+    let vcpus =
+        |line: &Value| -> Option<u32> { text(line, "row").strip_suffix(" vCPUs")?.parse().ok() };
+    let user = |line: &Value| line["values"]["user_k"].as_f64();
+    let ones = lines.iter().filter(|line| vcpus(line) == Some(1));
+    let ones: BTreeMap<String, f64> = ones
+        .filter_map(|line| Some((text(line, "vmm").to_owned(), user(line)?)))
+        .collect();
+    for line in lines {
+        let one = ones.get(text(line, "vmm"));
+        if let (Some(count @ 2..), Some(all), Some(one)) = (vcpus(line), user(line), one) {
+            line["values"][PER_CPU] = json!((all - one) / f64::from(count - 1));
+        }
+    }
 }
 
 /// A line for each figure of each row: armlet's, and of each other VMM its own and how many times
@@ -282,6 +312,21 @@ mod tests {
     }
 
     #[test]
+    fn a_vcpu_costs_what_a_row_has_more_than_the_one_with_one() {
+        let line =
+            |vmm, row, user: f64| json!({"vmm": vmm, "row": row, "values": {"user_k": user}});
+        let mut lines = [
+            line("a", "1 vCPUs", 100.0),
+            line("a", "16 vCPUs", 250.0),
+            line("b", "16 vCPUs", 250.0),
+            line("a", "24 disks", 250.0),
+        ];
+        add_vcpus(&mut lines);
+        let added = lines.map(|line| line["values"][PER_CPU].as_f64());
+        assert_eq!(added, [None, Some(10.0), None, None]);
+    }
+
+    #[test]
     fn rows_are_chosen_by_name() {
         let rows = |words: &[&str]| -> Result<Vec<String>> {
             let bench = BenchScale::from_args(&["bench scale"], words);
@@ -305,5 +350,7 @@ mod tests {
         let script = script_of(&vmms, &CASES);
         assert_eq!(script.lines().count(), 2 * CASES.len());
         assert!(script.contains("'/bin/vmm-a' '128'"));
+        let started = script.lines().filter(|line| line.contains("'maxcpus=1'"));
+        assert_eq!(started.count(), 2 * 5);
     }
 }

@@ -219,6 +219,11 @@ pub(crate) fn build_with(
     cargo.args(&toolchain.args).envs(toolchain.env.clone());
     if release {
         cargo.arg("--release");
+        // Armlet's library needs it, and build scripts run anew, with all that depends on them, where it
+        // is set now and then.
+        if toolchain.is_active() {
+            cargo.env("RUSTC_BOOTSTRAP", "1");
+        }
         // Debian's compiler has a library that was compiled so already.
         let shipped = program == "armlet" && toolchain.is_active();
         let (sources, target) = (

@@ -95,6 +95,39 @@ impl Counters {
     }
 }
 
+/// Counters of what this thread executes in user space, with and without the processes that it
+/// starts.
+pub(crate) struct Started {
+    all: Counter,
+    own: Counter,
+}
+
+impl Started {
+    /// Starts to count.
+    pub(crate) fn count() -> Result<Self> {
+        let count = |inherit| -> Result<Counter> {
+            let mut builder = Builder::new(Hardware::INSTRUCTIONS);
+            builder.observe_self().any_cpu().inherit(inherit);
+            builder.exclude_kernel(true).exclude_hv(true);
+            builder.exclude_guest(true);
+            let mut counter = builder.build().context("cannot count instructions")?;
+            counter.enable().context("cannot count instructions")?;
+            Ok(counter)
+        };
+        Ok(Self {
+            all: count(true)?,
+            own: count(false)?,
+        })
+    }
+
+    /// Returns the instructions of the processes that this thread started.
+    pub(crate) fn read(&mut self) -> Result<u64> {
+        let own = self.own.read().context("cannot read a counter")?;
+        let all = self.all.read().context("cannot read a counter")?;
+        Ok(all.saturating_sub(own))
+    }
+}
+
 impl Counts {
     /// Returns what was counted after `before`.
     pub(crate) fn since(&self, before: &Self) -> Self {
