@@ -16,6 +16,7 @@ use armlet_system::eintr::uninterrupted;
 use armlet_system::messages::visible;
 use rustix::event::PollFlags;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, waitpid};
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -24,6 +25,8 @@ use std::time::Duration;
 
 /// How long unpacking may take: xz on a slow core takes tens of seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// How long the process may take to end.
+const END: Duration = Duration::from_secs(1);
 /// The bytes that the pipe of results should hold, so that both sides work at once.
 const PIPE: usize = 1 << 20;
 /// The most bytes of a message.
@@ -48,7 +51,9 @@ pub(super) struct Packed {
 /// The process, which ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Unpacker {
-    requests: OwnedFd,
+    pid: Option<Pid>,
+    /// `None` once it is to end.
+    requests: Option<OwnedFd>,
     results: OwnedFd,
     /// Fuzzers want to see what the decompressors do.
     packed: Packed,
@@ -74,14 +79,16 @@ impl Unpacker {
         let (results, given) = pipe_with(PipeFlags::CLOEXEC).context(cannot)?;
         // A user who has many pipes gets smaller ones.
         let _ = fcntl_setpipe_size(&results, PIPE);
+        let mut pid = None;
         if !cfg!(fuzzing) {
             let work = |asked: &OwnedFd, given: &OwnedFd, file: &File| {
                 serve(asked, given, file, &packed.span, compression)
             };
-            sys::start(asked, given, &packed.file, work).context(cannot)?;
+            pid = Some(sys::start(asked, given, &packed.file, work).context(cannot)?);
         }
         Ok(Unpacker {
-            requests,
+            pid,
+            requests: Some(requests),
             results,
             packed,
         })
@@ -131,7 +138,8 @@ impl Unpacker {
 
     fn ask(&self, request: u64, dst: &mut [u8]) -> Result<usize> {
         let deadline = Deadline::after(PATIENCE);
-        if uninterrupted(|| rustix::io::write(&self.requests, &request.to_le_bytes())).is_err() {
+        let requests = self.requests.as_ref().context(GONE)?;
+        if uninterrupted(|| rustix::io::write(requests, &request.to_le_bytes())).is_err() {
             bail!(GONE);
         }
         let mut done = 0;
@@ -169,6 +177,19 @@ impl Unpacker {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Unpacker {
+    fn drop(&mut self) {
+        // Without requests it ends. One that does not ends with armlet at the latest.
+        drop(self.requests.take());
+        if let Some(pid) = self.pid
+            && let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty())
+            && let Ok(true) = Deadline::after(END).wait(pidfd, PollFlags::IN)
+        {
+            let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+        }
     }
 }
 
@@ -232,14 +253,16 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         let (asked, requests) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
         let (results, given) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
-        sys::start(asked, given, &file, |_, given, _| work(given)).expect("a process");
+        let pid = sys::start(asked, given, &file, |_, given, _| work(given));
+        let pid = Some(pid.expect("a process"));
         let packed = Packed {
             file,
             span: 0..0,
             compression: Compression::Gzip,
         };
         let unpacker = Unpacker {
-            requests,
+            pid,
+            requests: Some(requests),
             results,
             packed,
         };
