@@ -57,7 +57,7 @@ impl Node {
         if !(depth == 0 && self.name.is_empty() || is_node_name(&self.name)) {
             return Err(refused("its name is not one of the format"));
         }
-        blob.cell(BEGIN_NODE);
+        blob.cells([BEGIN_NODE]);
         blob.bytes.extend_from_slice(self.name.as_bytes());
         blob.bytes.push(0);
         blob.align();
@@ -70,7 +70,7 @@ impl Node {
         for child in &self.children {
             child.encode(blob, depth + 1)?;
         }
-        blob.cell(END_NODE);
+        blob.cells([END_NODE]);
         Ok(())
     }
 }
@@ -102,10 +102,8 @@ struct Name<'a> {
 impl<'a> Blob<'a> {
     fn property(&mut self, name: &'a str, value: &Value) -> Result<(), &'static str> {
         let name_offset = self.name(name)?;
-        self.cell(PROP);
         let header = self.bytes.len();
-        self.cell(0);
-        self.cell(name_offset);
+        self.cells([PROP, 0, name_offset]);
         let start = self.bytes.len();
         match value {
             Value::Empty => {}
@@ -114,12 +112,12 @@ impl<'a> Blob<'a> {
                     return Err("another node has this phandle");
                 }
                 for cell in cells {
-                    self.cell(*cell);
+                    self.cells([*cell]);
                 }
             }
             Value::References(cells) => {
                 for cell in cells {
-                    self.cell(cell.number());
+                    self.cells([cell.number()]);
                 }
             }
             Value::U64s(numbers) => {
@@ -136,7 +134,7 @@ impl<'a> Blob<'a> {
             Value::Bytes(raw) => self.bytes.extend_from_slice(raw),
         }
         let len = u32::try_from(self.bytes.len() - start).map_err(|_| "it is too long")?;
-        self.put(header, len);
+        self.put(header + 4, len);
         self.align();
         Ok(())
     }
@@ -182,8 +180,9 @@ impl<'a> Blob<'a> {
         Ok(())
     }
 
-    fn cell(&mut self, cell: u32) {
-        self.bytes.extend_from_slice(&cell.to_be_bytes());
+    fn cells<const N: usize>(&mut self, cells: [u32; N]) {
+        self.bytes
+            .extend_from_slice(cells.map(u32::to_be_bytes).as_flattened());
     }
 
     /// Sets the cell at an offset that is there already.
@@ -192,13 +191,14 @@ impl<'a> Blob<'a> {
     }
 
     fn align(&mut self) {
-        let len = self.bytes.len().next_multiple_of(4);
-        self.bytes.resize(len, 0);
+        let len = self.bytes.len();
+        let missing = len.next_multiple_of(4) - len;
+        self.bytes.extend_from_slice(&[0; 4][..missing]);
     }
 
     /// Adds the end, the strings and the header (section 5.2).
     fn finish(mut self) -> Result<Vec<u8>, EncodeError> {
-        self.cell(END);
+        self.cells([END]);
         let structure = HEADER + NO_RESERVATION;
         let strings = self.bytes.len();
         self.bytes.append(&mut self.strings);
