@@ -5,7 +5,7 @@
 
 use super::cgroup::Step;
 use super::request::{DEVICES, FACTS, FOLDERS, Request};
-use super::sys::{fork, leads_session, leave, unshare};
+use super::sys::{fork, leads_session, leave, microseconds, unshare};
 use anyhow::{Context as _, Result, anyhow};
 use armlet_system::files;
 use rustix::fs::{CWD, FileType, Mode, OFlags, chown, makedev, mknodat, open, sendfile};
@@ -14,14 +14,13 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::mount::{mount_bind_recursive, mount_change, mount_remount, unmount};
 use rustix::process::{Pid, Resource, Rlimit, getpid, pivot_root, setrlimit, setsid};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
-use rustix::time::{ClockId, clock_gettime};
 use std::convert::Infallible;
 use std::fmt::Display;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The permissions of a program's folders and devices, of its copy, and of files about the host.
@@ -38,9 +37,27 @@ fn cannot<T, E: Into<anyhow::Error>>(
     on: impl Display,
     result: Result<T, E>,
 ) -> Result<T> {
-    result
-        .map_err(Into::into)
-        .with_context(|| format!("cannot {act} {on}"))
+    result.map_err(|error| failed(error.into(), act, &on))
+}
+
+#[cold]
+#[inline(never)]
+fn failed(error: anyhow::Error, act: &str, on: &dyn Display) -> anyhow::Error {
+    error.context(format!("cannot {act} {on}"))
+}
+
+/// Makes a folder and those that it is in, unless they are there.
+fn make_folders(path: &Path) -> Result<()> {
+    let mut made = PathBuf::new();
+    for part in path {
+        made.push(part);
+        let result = match rustix::fs::mkdir(&made, Mode::from_raw_mode(0o777)) {
+            Err(Errno::EXIST) => Ok(()),
+            result => result,
+        };
+        cannot("make", made.display(), result)?;
+    }
+    Ok(())
 }
 
 /// Makes the jail and becomes the program.
@@ -48,10 +65,10 @@ fn cannot<T, E: Into<anyhow::Error>>(
 /// # Errors
 /// What the system refuses, with what it was for.
 pub(super) fn build(request: &Request) -> Result<Infallible> {
-    let began = microseconds(ClockId::Monotonic);
+    let began = microseconds(libc::CLOCK_MONOTONIC);
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let root = request.root.display();
-    cannot("make", &root, std::fs::create_dir_all(&request.root))?;
+    make_folders(&request.root)?;
     let (program, _) = cannot(
         "open",
         request.program.display(),
@@ -93,7 +110,7 @@ pub(super) fn build(request: &Request) -> Result<Infallible> {
 
 /// Starts the program without a terminal, in a session that it does not lead, so that it never gets
 /// one.
-fn start_in_background(request: &Request, began: u128, null: &OwnedFd) -> Result<Infallible> {
+fn start_in_background(request: &Request, began: i64, null: &OwnedFd) -> Result<Infallible> {
     setsid()?;
     if fork()?.is_some() {
         leave(0);
@@ -102,7 +119,7 @@ fn start_in_background(request: &Request, began: u128, null: &OwnedFd) -> Result
 }
 
 /// Writes the file with the program's process ID, gives up root's rights and becomes the program.
-fn start(request: &Request, began: u128, null: Option<&OwnedFd>) -> Result<Infallible> {
+fn start(request: &Request, began: i64, null: Option<&OwnedFd>) -> Result<Infallible> {
     if request.new_pid_namespace {
         // The end of a session's leader, which this process may be, would end the program.
         let is_leader = leads_session();
@@ -130,7 +147,7 @@ fn start(request: &Request, began: u128, null: Option<&OwnedFd>) -> Result<Infal
     let path = format!("/{}", request.name);
     let mut command = Command::new(&path);
     if let Some(id) = &request.id {
-        let used = microseconds(ClockId::ProcessCPUTime);
+        let used = microseconds(libc::CLOCK_PROCESS_CPUTIME_ID);
         command.args(["--id", id]);
         for (option, time) in [
             ("--start-time-us", began),
@@ -146,12 +163,6 @@ fn start(request: &Request, began: u128, null: Option<&OwnedFd>) -> Result<Infal
         _ => "",
     };
     Err(anyhow!("cannot start {path} in the jail: {error}{hint}"))
-}
-
-fn microseconds(clock: ClockId) -> u128 {
-    let time = clock_gettime(clock);
-    let time = std::time::Duration::try_from(time);
-    time.map_or(0, |time| time.as_micros())
 }
 
 fn join(path: &Path) -> Result<(), Errno> {
@@ -173,7 +184,7 @@ fn limit(resource: Resource, most: Option<u64>) -> Result<()> {
 /// Takes a step with a control group.
 fn take(step: &Step) -> Result<()> {
     match step {
-        Step::Make(group) => cannot("make", group.display(), std::fs::create_dir_all(group)),
+        Step::Make(group) => make_folders(group),
         Step::Write(file, value) => set(file, value),
         Step::Inherit(file) => {
             let read = |file: &Path| {
@@ -298,7 +309,7 @@ fn furnish(
     }
     for (path, bytes) in facts {
         let folder = Path::new(path).parent().unwrap_or(Path::new("/"));
-        cannot("make", folder.display(), std::fs::create_dir_all(folder))?;
+        make_folders(folder)?;
         let file = create(path, READABLE)?;
         cannot("write", path, rustix::io::write(&file, bytes))?;
     }

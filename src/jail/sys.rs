@@ -57,3 +57,14 @@ pub(super) fn leads_session() -> bool {
     // SAFETY: the calls have no preconditions.
     unsafe { libc::getsid(0) == libc::getpid() }
 }
+
+/// Returns what a clock shows, in microseconds.
+pub(super) fn microseconds(clock: libc::clockid_t) -> i64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the structure is of our own.
+    unsafe { libc::clock_gettime(clock, &raw mut time) };
+    time.tv_sec * 1_000_000 + time.tv_nsec / 1000
+}
