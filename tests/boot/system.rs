@@ -106,9 +106,56 @@ fn installs(login: &Login<'_>, package: &Path) {
     ));
     let journal = login.says(&format!("sudo journalctl --no-pager -u {unit}"));
     assert!(journal.contains("armlet: "), "{journal}");
+    // A host without KVM is not tried again.
+    let show = format!("systemctl show {unit} -p ExecMainStatus -p NRestarts");
+    let shown = login.says(&show);
+    assert!(shown.contains("ExecMainStatus=3"), "{shown}");
+    assert!(shown.contains("NRestarts=0"), "{shown}");
+    is_confined(login);
     login.says("sudo rm /etc/armlet/web.conf; sudo dpkg --purge armlet; test ! -e /etc/armlet; sudo systemctl reset-failed");
     let left = login.ssh("command -v armlet || ls /usr/share/doc/armlet");
     assert!(!left.status.success(), "{left:?}");
+}
+
+/// Looks at what the unit leaves to its program, which is another one for once.
+fn is_confined(login: &Login<'_>) {
+    const LOOK: &str = "[Service]
+Type=oneshot
+Restart=no
+ExecStart=
+ExecStart=-/bin/sh -c 'cat /proc/self/status; touch /etc/x; ls /home; touch here && echo WRITTEN; \\
+unshare -U true; chown 1 here; head -c 1 /dev/vda; true'
+";
+    let folder = "/etc/systemd/system/armlet@look.service.d";
+    login.says(&format!(
+        "set -e; sudo mkdir {folder}; echo \"{LOOK}\" | sudo tee {folder}/look.conf; \
+         sudo touch /etc/armlet/look.conf; sudo systemctl daemon-reload; \
+         sudo systemctl start armlet@look"
+    ));
+    let seen = login.says("sudo journalctl --no-pager -o cat -u armlet@look");
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        "cannot touch '/etc/x': Read-only file system",
+        "cannot open directory '/home': Permission denied",
+        "WRITTEN",
+        "unshare failed: Operation not permitted",
+        "changing ownership of 'here': Operation not permitted",
+        "cannot open '/dev/vda' for reading: Permission denied",
+    ] {
+        assert!(seen.contains(line), "{line}: {seen}");
+    }
+    // systemd's range of users that exist while a service runs (systemd.exec(5): DynamicUser=).
+    let user = seen.lines().find_map(|line| line.strip_prefix("Uid:\t"));
+    let user = user.and_then(|users| users.split('\t').next()?.parse().ok());
+    let user: u32 = user.unwrap_or_else(|| panic!("no user in {seen}"));
+    assert!((61184..=65519).contains(&user), "{user}");
+    login.says(&format!(
+        "sudo rm -r {folder} /etc/armlet/look.conf /var/lib/private/armlet /var/lib/armlet; \
+         sudo systemctl daemon-reload"
+    ));
 }
 
 /// Boots the system on `disk` to a login, works there, and ends it by SIGTERM.
