@@ -219,8 +219,8 @@ fn pages<A: KvmArch>(plan: &Plan<A>) -> Option<ReadOnlyPages> {
     let start = first - first % page;
     let size = (last - start + 1).next_multiple_of(page);
     let taken = Range::new(start, size)?;
-    let mut others = plan.layout.regions().into_iter();
-    if others.any(|other| !windows.contains(&other.range) && other.range.overlaps(taken)) {
+    let mut others = plan.layout.ranges();
+    if others.any(|other| other.overlaps(taken) && !windows.contains(&other)) {
         return None;
     }
     ReadOnlyPages::new(SLOT, start, size as usize)

@@ -243,6 +243,16 @@ impl<A: Arch> Layout<A> {
     pub fn regions(&self) -> Vec<Region> {
         regions::<A>(&self.ram, &self.devices, &self.irqchip, &self.pmem)
     }
+
+    /// Returns the ranges of all regions, in no order: what needs no names makes none.
+    pub fn ranges(&self) -> impl Iterator<Item = Range> {
+        let irqchip = A::irqchip_regions(&self.irqchip).into_iter();
+        let windows = self.devices.iter().map(|device| device.window);
+        let memory = self.ram.iter().chain(&self.pmem).copied();
+        memory
+            .chain(windows)
+            .chain(irqchip.map(|region| region.range))
+    }
 }
 
 /// Every region, by address.

@@ -189,8 +189,8 @@ fn burst_window<A: KvmArch>(
     device: &Placed,
 ) -> Option<BurstWindow> {
     let page = Range::new(device.window.start(), page_size() as u64)?;
-    let mut regions = plan.layout.regions().into_iter();
-    if regions.any(|other| other.range != device.window && other.range.overlaps(page)) {
+    let mut ranges = plan.layout.ranges();
+    if ranges.any(|other| other != device.window && other.overlaps(page)) {
         return None;
     }
     collecting(BurstWindow::new(

@@ -274,7 +274,8 @@ fn pl061(root: &mut Node, device: &Placed, has_power_key: bool) {
 /// virtio/mmio.yaml. Edge-triggered, because an irqfd only ever asserts
 /// (virt/kvm/eventfd.c: irqfd_wakeup).
 fn virtio_mmio(root: &mut Node, device: &Placed) {
-    root.child(format!("virtio_mmio@{:x}", device.window.start()))
+    // No two have one address.
+    root.add_child(format!("virtio_mmio@{:x}", device.window.start()))
         .prop("compatible", "virtio,mmio")
         .prop("reg", reg([device.window]))
         .prop("interrupts", spi(device.spi, EDGE_RISING))

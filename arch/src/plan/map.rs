@@ -8,7 +8,7 @@ use crate::irq::Spi;
 use crate::machine::{DEVICE_SIZE, DeviceKind, Placed, PlacedPorts, VIRTIO_MMIO_SIZE};
 use crate::range::{Range, Region};
 use crate::size::show_size;
-use std::borrow::Cow;
+use std::fmt::Display;
 
 /// Guest memory and its banks are multiples of this many bytes: the largest host page, so that a
 /// plan holds on every host.
@@ -241,20 +241,23 @@ pub(super) fn check_overlaps<A: Arch>(board: &Board, map: &Map<A>) -> Result<Reg
             });
         }
     }
-    let mut lines: Vec<(u32, Cow<'static, str>)> = devices
-        .iter()
-        .map(|device| (device.spi.0, device.title()))
-        .collect();
+    // A name is made only of what shares a line.
+    type Line<'a> = (u32, &'a dyn Display);
+    let mut lines: Vec<Line<'_>> = Vec::new();
+    lines.extend(devices.iter().map(|device| (device.spi.0, device as _)));
     let ports = map.ports.iter();
-    lines.extend(ports.filter_map(|device| Some((device.irq?.0, device.kind.to_string().into()))));
-    lines.sort();
+    lines.extend(ports.filter_map(|device| Some((device.irq?.0, &device.kind as _))));
+    lines.sort_by_key(|line| line.0);
     for pair in lines.windows(2) {
         if pair[0].0 == pair[1].0 {
+            let mut names = [pair[0].1.to_string(), pair[1].1.to_string()];
+            names.sort();
+            let [a, b] = names;
             return Err(PlanError::SharedInterrupt {
                 board: board.name.clone(),
                 line: board.arch.interrupts().0,
-                a: pair[0].1.to_string(),
-                b: pair[1].1.to_string(),
+                a,
+                b,
                 spi: pair[0].0,
             });
         }
