@@ -52,6 +52,8 @@ pub enum Command {
     Boards(BoardsArgs),
     /// Confine a program before it starts.
     Jail(JailArgs),
+    /// Control a running guest.
+    Ctl(CtlArgs),
 }
 
 /// The options that describe a machine, shared by `run` and `plan`.
@@ -271,6 +273,9 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// count exits by reason, and tell them with KVM's own counters at the end and on SIGUSR1
         #[argh(switch)]
         pub stats: bool,
+        /// let 'armlet ctl' control the guest by a Unix socket at this path, for this user alone
+        #[argh(option, arg_name = "PATH")]
+        pub control: Option<String>,
         /// write the device tree that the guest gets to this file, which only its owner may read:
         /// it holds the seeds of the guest's random numbers
         #[argh(option, arg_name = "PATH")]
@@ -416,4 +421,33 @@ pub struct JailArgs {
     /// the program's arguments, after --
     #[argh(positional, greedy)]
     pub arguments: Vec<String>,
+}
+
+/// Control a running guest: status, pause, resume, power-key, reset, stop, stats, balloon SIZE, or
+/// disk resize NAME (to tell the guest the size that the image of a disk has now).
+#[derive(FromArgs, Debug)]
+#[argh(
+    subcommand,
+    name = "ctl",
+    example = "A guest that can be controlled:
+  armlet run --kernel Image --control guest.sock
+
+From another terminal:
+  {command_name} guest.sock status
+  {command_name} guest.sock balloon 256M
+
+A disk that has grown:
+  truncate -s 8G disk.img && {command_name} guest.sock disk resize disk0",
+    note = "The exit status is 1 if the guest refused, or nobody listens at the path."
+)]
+pub struct CtlArgs {
+    /// print JSON
+    #[argh(switch)]
+    pub json: bool,
+    /// the path that the guest has as --control
+    #[argh(positional, arg_name = "PATH")]
+    pub path: String,
+    /// what is asked for
+    #[argh(positional, arg_name = "REQUEST")]
+    pub request: Vec<String>,
 }

@@ -2,14 +2,14 @@
 
 use crate::boards::Chosen;
 use crate::cli::{
-    BoardsArgs, Command, DeviceArgs, JailArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs,
+    BoardsArgs, Command, CtlArgs, DeviceArgs, JailArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs,
 };
 use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions};
-use crate::{boards, host, jail, probe, report, run, shutdown, table};
+use crate::{boards, control, host, jail, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
@@ -19,6 +19,7 @@ use armlet_system::messages::{visible_json, visible_lines};
 use armlet_system::status::{Fault, Status};
 use serde_json::json;
 use std::io::Write;
+use std::path::Path;
 
 /// Executes a command, with these devices.
 ///
@@ -31,6 +32,7 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
         Command::Probe(args) => probe(args),
         Command::Boards(args) => boards(args),
         Command::Jail(args) => jail(args),
+        Command::Ctl(args) => ctl(args),
     }
 }
 
@@ -41,6 +43,17 @@ fn jail(args: &JailArgs) -> Result<Status> {
         return Ok(Status::Success);
     }
     jail::jail(args).map(|never| match never {})
+}
+
+fn ctl(args: &CtlArgs) -> Result<Status> {
+    let words: Vec<&str> = args.request.iter().map(String::as_str).collect();
+    let (text, is_refused) = control::ask(Path::new(&args.path), &words, args.json)?;
+    print(&text)?;
+    Ok(if is_refused {
+        Status::Failure
+    } else {
+        Status::Success
+    })
 }
 
 /// Prints to standard output, which may be closed. Control characters are escaped.
@@ -125,6 +138,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         seeded: !machine.deterministic,
         stats: args.stats,
         dump_dtb: args.dump_dtb.clone(),
+        control: args.control.clone().map(Into::into),
         commander: None,
     })
 }

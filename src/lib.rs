@@ -16,6 +16,7 @@ pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod console;
+pub mod control;
 pub mod decide;
 pub mod descriptors;
 pub mod heap;

@@ -62,7 +62,7 @@ fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
         Some(command) => commands::execute(command, &devices),
         None => {
             messages::say(
-                "no command given; use run, plan, probe, boards or jail (see 'armlet --help')",
+                "no command given; use run, plan, probe, boards, jail or ctl (see 'armlet --help')",
             );
             Ok(Status::Usage)
         }

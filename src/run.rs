@@ -9,6 +9,7 @@
 use crate::affinity;
 use crate::config::{Config, fresh_seeds};
 use crate::console;
+use crate::control::{Control, Fixed};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::descriptors;
 use crate::host::allowed_cpus;
@@ -19,6 +20,7 @@ use crate::vcpu::VcpuEvent;
 use anyhow::Result;
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
+use armlet_backends::broker::Broker;
 use armlet_backends::open::{self, Wanted};
 use armlet_devices::sync::lock;
 use armlet_system::messages;
@@ -29,6 +31,7 @@ use ending::Ending;
 use event::{Events, tell_counters};
 use kvm_ioctls::Kvm;
 use queue::Event;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -43,6 +46,7 @@ mod input;
 mod power;
 mod queue;
 
+pub use command::{By, Command, Reply, State};
 pub use ending::{OnPanic, OnReset};
 pub use queue::Commands;
 
@@ -69,6 +73,8 @@ pub struct RunOptions<A: KvmArch> {
     pub stats: bool,
     /// Where to write the device tree to.
     pub dump_dtb: Option<String>,
+    /// Where to listen for clients that control the machine.
+    pub control: Option<PathBuf>,
     /// Called with the sender of commands, once the event loop exists.
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
 }
@@ -89,7 +95,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let devices = options.config.virtio.len() as u32;
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
     descriptors::make_room(descriptors);
-    let broker = open::fork_broker(&options.config.virtio).fault(Status::Host)?;
+    let control = options.control.take();
+    let broker =
+        open::fork_broker(&options.config.virtio, control.is_some()).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
     let mut memory = None;
@@ -104,8 +112,17 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
     let config = &options.config;
     let ram = config.request.memory;
+    let control = match &control {
+        Some(path) => Some(listen(path, broker.as_deref()).fault(Status::Usage)?),
+        None => None,
+    };
     events.backends =
         open::open(&config.virtio, ram, console.as_ref(), broker.as_ref()).fault(Status::Usage)?;
+    if let Some(control) = control {
+        let commands = events.queue.commands();
+        let started = control.start(move |command| commands.send(command), fixed(config));
+        started.fault(Status::Host)?;
+    }
     if let Some(commander) = options.commander.take() {
         commander(events.queue.commands());
     }
@@ -192,6 +209,28 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 return ending;
             }
         }
+    }
+}
+
+/// Listens at the control socket, which `broker` removes at the end.
+fn listen(path: &Path, broker: Option<&Broker>) -> Result<Control> {
+    let control = Control::listen(path)?;
+    if let Some(broker) = broker {
+        broker.offer_removal(path)?;
+    }
+    Ok(control)
+}
+
+/// What clients are told of the machine.
+fn fixed<A: KvmArch>(config: &Config<A>) -> Fixed {
+    Fixed {
+        vcpus: config.request.cpus,
+        memory: config.request.memory,
+        devices: config
+            .virtio
+            .iter()
+            .map(|device| device.name().to_owned())
+            .collect(),
     }
 }
 

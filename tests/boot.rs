@@ -25,6 +25,9 @@ mod commanded;
 /// The console: every byte, in order, both ways, and no time taken while nothing comes.
 #[path = "boot/console.rs"]
 mod console;
+/// Guests that armlet ctl controls.
+#[path = "boot/control.rs"]
+mod control;
 /// Kills and power cuts while a guest writes: what it flushed is there.
 #[path = "boot/cuts.rs"]
 mod cuts;

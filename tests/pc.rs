@@ -12,6 +12,9 @@ mod bad;
 /// Machines that are held, by commands.
 #[path = "boot/commanded.rs"]
 mod commanded;
+/// Guests that armlet ctl controls.
+#[path = "boot/control.rs"]
+mod control;
 /// Kills and power cuts while a guest writes: what it flushed is there.
 #[path = "boot/cuts.rs"]
 mod cuts;

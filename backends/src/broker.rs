@@ -42,6 +42,7 @@ use std::ffi::OsStr;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -137,6 +138,22 @@ impl Broker {
         self.send(&request, &descriptors, Deadline::after(PATIENCE))?;
         offers.count += 1;
         Ok(ServiceId(offers.count - 1))
+    }
+
+    /// Has the socket that is at `path` now removed when the broker ends.
+    ///
+    /// # Errors
+    /// As [`Self::offer`].
+    pub fn offer_removal(&self, path: &Path) -> Result<()> {
+        let Ok(found) = std::fs::symlink_metadata(path) else {
+            return Ok(());
+        };
+        let file = FileId {
+            device: found.dev(),
+            inode: found.ino(),
+        };
+        self.offer(Service::Removal(path.to_owned(), file))
+            .map(drop)
     }
 
     /// Lets nobody add a service any more.

@@ -116,12 +116,12 @@ pub fn checked(mut devices: Vec<Box<dyn DeviceOptions>>, guest: &Guest) -> Resul
     Ok(wanted)
 }
 
-/// Forks the broker that [`open`] wants, if it wants one. There are to be no other threads yet.
+/// Forks a broker if [`open`] wants one, or if `wanted_besides`. There are to be no other threads yet.
 ///
 /// # Errors
 /// What the system refuses.
-pub fn fork_broker(wanted: &[Wanted]) -> Result<Option<Arc<Broker>>> {
-    let is_needed = wanted.iter().any(|wanted| wanted.options.needs_broker());
+pub fn fork_broker(wanted: &[Wanted], wanted_besides: bool) -> Result<Option<Arc<Broker>>> {
+    let is_needed = wanted_besides || wanted.iter().any(|wanted| wanted.options.needs_broker());
     is_needed.then(Broker::fork).transpose()
 }
 

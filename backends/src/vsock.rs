@@ -7,17 +7,14 @@ mod options;
 pub use options::{KIND, VsockOptions};
 
 use crate::backend::Backend;
-use crate::broker::{Broker, FileId, Service, ServiceId};
-use anyhow::{Context, Result, bail};
+use crate::broker::{Broker, Service, ServiceId};
+use anyhow::{Context, Result};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::vsock::{Limits, Vsock};
+use armlet_system::sockets::{self, Access};
 use kernel::KernelVsock;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, getrlimit};
-use std::fs;
-use std::io::{self, ErrorKind};
 use std::os::fd::RawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -55,16 +52,10 @@ struct UnixVsock {
 
 impl UnixVsock {
     fn open(cid: u32, path: &Path, broker: &Arc<Broker>) -> Result<UnixVsock> {
-        let listener =
-            listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        let listener = sockets::listen(path, Access::Umask)
+            .with_context(|| format!("cannot listen at {}", path.display()))?;
         // The socket is ours to remove, and a broker is there when armlet was killed, too.
-        if let Ok(found) = fs::symlink_metadata(path) {
-            let file = FileId {
-                device: found.dev(),
-                inode: found.ino(),
-            };
-            broker.offer(Service::Removal(path.to_owned(), file))?;
-        }
+        broker.offer_removal(path)?;
         Ok(UnixVsock {
             cid,
             listener,
@@ -109,35 +100,6 @@ fn limits(most: Option<u64>) -> Limits {
     }
 }
 
-/// Listens at a path where nobody else listens.
-fn listen(path: &Path) -> Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {}
-        bound => return Ok(bound?),
-    }
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    if !is_socket {
-        bail!("there is something else; choose another path");
-    }
-    match connect_at_once(path) {
-        // What a process leaves behind that did not end by itself.
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).context("cannot remove the socket that nobody listens at")?;
-        }
-        _ => bail!("another process listens there; choose another path"),
-    }
-    Ok(UnixListener::bind(path)?)
-}
-
-/// Connects to a path, without waiting for a listener that has too many to accept already.
-fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &address)?;
-    Ok(UnixStream::from(socket))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,7 +107,8 @@ mod tests {
     use armlet_devices::virtio::mmio::{Mmio, NoPage};
     use armlet_devices::{Device, IrqLine};
     use rustix::process::{Rlimit, setrlimit};
-    use std::io::Read;
+    use std::fs;
+    use std::io::{self, ErrorKind, Read};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     fn open_at(path: &Path) -> Result<UnixVsock> {
@@ -230,25 +193,6 @@ mod tests {
         let _other = UnixListener::bind(&path).expect("a free path");
         drop(open);
         assert!(path.exists());
-    }
-
-    #[test]
-    fn a_listener_with_too_many_waiting_is_not_waited_for() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("busy");
-        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None);
-        let socket = socket.expect("a socket");
-        let address = SocketAddrUnix::new(&path).expect("a path");
-        rustix::net::bind(&socket, &address).expect("a free path");
-        rustix::net::listen(&socket, 1).expect("a socket");
-        let mut streams = Vec::new();
-        let error = loop {
-            match connect_at_once(&path) {
-                Ok(stream) => streams.push(stream),
-                Err(error) => break error,
-            }
-        };
-        assert_eq!(error.kind(), ErrorKind::WouldBlock);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use argh::EarlyExit;
 use armlet_arch::words::nearest;
 
 /// The commands, of which the first has the most options.
-pub(super) const COMMANDS: [&str; 5] = ["run", "plan", "probe", "boards", "jail"];
+pub(super) const COMMANDS: [&str; 6] = ["run", "plan", "probe", "boards", "jail", "ctl"];
 
 /// Options of QEMU, kvmtool, Firecracker, Cloud Hypervisor and crosvm, without their dashes, and
 /// what stands for them here: an option, or words.

@@ -30,6 +30,12 @@ pub enum Command {
     /// Read again the size of a disk's image, by the disk's name; answered with the disk's bytes once
     /// the device has them, or with the reason why not.
     LookAtDisk(String, Reply<Result<u64, String>>),
+    /// Answer with the machine's state.
+    Status(Reply<State>),
+    /// Answer with the counters, as lines for people.
+    Counters(Reply<Vec<String>>),
+    /// Reset the guest as if it had asked for it; answered before that.
+    Reset(Reply<()>),
     /// Run a closure on a vCPU's thread, between two instructions of the guest. It is dropped if
     /// there is no such vCPU, or the vCPU ends first.
     WithVcpu(usize, Box<dyn FnOnce(&mut VcpuFd) + Send>),
@@ -42,6 +48,17 @@ pub enum By {
     Key,
     /// A signal.
     Signal,
+    /// A client of the control socket.
+    Control,
+}
+
+/// The state of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// Whether it is paused.
+    pub is_paused: bool,
+    /// How often the guest was started again.
+    pub restarts: u64,
 }
 
 /// The sender of a command's answer. It is dropped unused if the guest ends first.
@@ -55,7 +72,7 @@ impl<T> Reply<T> {
         (Reply(sender), receiver)
     }
 
-    pub(super) fn send(self, answer: T) {
+    pub(crate) fn send(self, answer: T) {
         // The receiver may have given up.
         let _ = self.0.try_send(answer);
     }

@@ -3,7 +3,7 @@
 
 use super::alarm::Alarm;
 use super::change;
-use super::command::{By, Command, of_signals};
+use super::command::{By, Command, State, of_signals};
 use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
@@ -48,6 +48,8 @@ pub(super) struct Events {
     pub(super) backends: Vec<Box<dyn Backend>>,
     power: Power,
     alarm: Alarm,
+    /// How often a guest was started.
+    lives: u64,
     /// When to flush a burst of output.
     tick: Option<Instant>,
     on_panic: OnPanic,
@@ -82,6 +84,7 @@ impl Events {
             backends: Vec::new(),
             power: Power::new(patience),
             alarm: Alarm::new(CLOCK),
+            lives: 0,
             tick: None,
             on_panic,
             panicked: false,
@@ -104,6 +107,7 @@ impl Events {
     /// Returns the callbacks for the devices of a new life of the guest, before any of its vCPUs
     /// runs.
     pub(super) fn wires(&mut self) -> Wires {
+        self.lives += 1;
         // Events of the previous life are void.
         self.queue.take_events();
         self.input.begin_life();
@@ -330,8 +334,10 @@ impl Events {
                 }
             }
             Command::Stop(by) => {
-                if by == By::Signal {
-                    messages::say("stopped by a signal");
+                match by {
+                    By::Key => {}
+                    By::Signal => messages::say("stopped by a signal"),
+                    By::Control => messages::say("stopped at the control socket"),
                 }
                 return Ok(Some(Ending::Stopped));
             }
@@ -354,6 +360,15 @@ impl Events {
             Command::LookAtDisk(name, reply) => {
                 let post = |name: &str, command| machine.workers.post(name, command);
                 change::look_at_disk(&self.backends, post, &name, reply);
+            }
+            Command::Status(reply) => reply.send(State {
+                is_paused: self.input.held,
+                restarts: self.lives.saturating_sub(1),
+            }),
+            Command::Counters(reply) => reply.send(machine.counters.report()),
+            Command::Reset(reply) => {
+                reply.send(());
+                return Ok(Some(Ending::Reset));
             }
             Command::WithVcpu(index, task) => {
                 // If no vCPU runs it, the task is dropped, which notifies whoever waits for it.

@@ -11,6 +11,7 @@ pub mod messages;
 pub mod page_size;
 pub mod scheduling;
 pub mod signals;
+pub mod sockets;
 pub mod status;
 pub mod terminal;
 pub mod visible;

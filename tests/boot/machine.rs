@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, GLANCE, MARKER};
 use crate::software::{Program, UARTDR};
-use crate::{commanded, rig};
+use crate::{commanded, control, rig};
 use rustix::process::Signal;
 use std::fs;
 use std::path::PathBuf;
@@ -142,4 +142,25 @@ fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
     let ticks = Program::default().print(commanded::TICKS).again();
     let program = Program::default().print(commanded::FIRST).then(&ticks);
     commanded::is_not_held_while_nobody_reads(Armlet::program(&program));
+}
+
+/// A guest that prints [`commanded::FIRST`] and then [`commanded::TICKS`] for ever.
+fn ticking() -> Armlet {
+    let ticks = Program::default().print(commanded::TICKS).wait(100_000);
+    let program = Program::default().print(commanded::FIRST);
+    Armlet::program(&program.then(&ticks.again()))
+}
+
+#[test]
+fn a_guest_is_paused_resumed_reset_and_stopped_by_ctl() {
+    if rig::any().is_some() {
+        control::a_guest_is_paused_resumed_reset_and_stopped(ticking());
+    }
+}
+
+#[test]
+fn what_a_guest_has_not_is_refused_to_ctl_and_a_killed_armlet_leaves_no_socket() {
+    if rig::any().is_some() {
+        control::what_a_guest_has_not_is_refused_and_a_killed_armlet_leaves_no_socket(ticking());
+    }
 }

@@ -2,7 +2,7 @@ use crate::guest::{Armlet, Input};
 use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::steps::Steps;
-use crate::{commanded, lives, rig};
+use crate::{commanded, control, lives, rig};
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -618,6 +618,21 @@ fn ticking(turns: u32) -> Program {
 fn a_held_guest_stands_still_and_goes_on() {
     if rig::small() {
         commanded::is_held_and_goes_on(Armlet::program(&ticking(100_000)), 2, "RIP 0x");
+    }
+}
+
+#[test]
+fn a_guest_is_paused_resumed_reset_and_stopped_by_ctl() {
+    if rig::small() {
+        control::a_guest_is_paused_resumed_reset_and_stopped(Armlet::program(&ticking(100_000)));
+    }
+}
+
+#[test]
+fn what_a_guest_has_not_is_refused_to_ctl_and_a_killed_armlet_leaves_no_socket() {
+    if rig::small() {
+        let armlet = Armlet::program(&ticking(100_000));
+        control::what_a_guest_has_not_is_refused_and_a_killed_armlet_leaves_no_socket(armlet);
     }
 }
 

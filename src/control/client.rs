@@ -1,0 +1,79 @@
+//! `armlet ctl`: asks the control socket of a running armlet.
+
+use super::answer::{DONE, REFUSED, TEXT};
+use super::request::Request;
+use anyhow::{Context, Result, anyhow, bail};
+use armlet_system::eintr::uninterrupted;
+use armlet_system::sockets::connect_at_once;
+use armlet_system::status::{Fault, Status};
+use rustix::io::Errno;
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+use std::time::Duration;
+
+/// How long an answer may take: longer than the other side waits for its machine.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The most bytes of an answer.
+const MOST: u64 = 1 << 20;
+
+/// Asks at `path`, and returns what is to be printed (lines for people, or a line of JSON), and whether
+/// that is a refusal.
+///
+/// # Errors
+/// Words that are no request ([`Status::Usage`]); nobody who listens; a request that is refused.
+pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
+    Request::parse(words).fault(Status::Usage)?;
+    let shown = path.display();
+    let cannot = || format!("cannot ask at {shown}");
+    let mut stream = connect_at_once(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(
+            "nobody listens at {shown}; it is the path that a running 'armlet run --control' has"
+        ),
+        ErrorKind::WouldBlock => anyhow!("{shown} has too many clients; try again"),
+        _ => anyhow!(error).context(cannot()),
+    })?;
+    stream.set_nonblocking(false).with_context(cannot)?;
+    stream
+        .set_read_timeout(Some(PATIENCE))
+        .with_context(cannot)?;
+    stream
+        .set_write_timeout(Some(PATIENCE))
+        .with_context(cannot)?;
+    let words = words.join(" ");
+    let line = match json {
+        true => format!("{words}\n"),
+        false => format!("{TEXT} {words}\n"),
+    };
+    stream.write_all(line.as_bytes()).with_context(cannot)?;
+    let end: &[u8] = if json { b"\n" } else { b"\n\n" };
+    let mut answer = Vec::new();
+    let mut bytes = [0; 4096];
+    while !answer.ends_with(end) {
+        match uninterrupted(|| rustix::io::read(&stream, &mut bytes)) {
+            Ok(0) => bail!("{shown}: the guest ended before it answered"),
+            Ok(count) => answer.extend_from_slice(&bytes[..count]),
+            Err(Errno::AGAIN) => bail!("{shown}: no answer within {PATIENCE:?}"),
+            Err(error) => return Err(error).with_context(cannot),
+        }
+        if answer.len() as u64 > MOST {
+            bail!("{shown}: an answer of more than {MOST} bytes; is this a control socket?");
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    print(&answer, json)
+}
+
+/// What is to be printed of an answer. A refusal is an error for people, and printed as JSON for
+/// programs.
+fn print(answer: &str, json: bool) -> Result<(String, bool)> {
+    if json {
+        return Ok((answer.to_owned(), answer.starts_with("{\"error\"")));
+    }
+    let text = answer.strip_suffix('\n').unwrap_or(answer);
+    if let Some(error) = text.strip_prefix(REFUSED) {
+        bail!("{}", error.trim_end());
+    }
+    let text = text.strip_prefix(DONE);
+    let text = text.context("an answer that is none; is this a control socket?")?;
+    Ok((text.to_owned(), false))
+}
