@@ -67,7 +67,6 @@ fn notation(value: &Value, paths: &Paths) -> String {
                 .iter()
                 .flat_map(|number| [(number >> 32) as u32, *number as u32]),
         ),
-        Value::Text(text) => format!("\"{}\"", escape(text)),
         Value::Strings(texts) => texts
             .iter()
             .map(|text| format!("\"{}\"", escape(text)))

@@ -1,7 +1,7 @@
 //! A flattened device tree as a value.
 //!
 //! A [`Node`] is built by plain function calls, compared and printed like any other value, and
-//! turned into a blob by [`Node::to_dtb`] or into source text by
+//! turned into a blob by [`Node::to_dtb`] (encoded by vm-fdt) or into source text by
 //! [`Node::to_dts`]. Properties and children keep the order in which they were added, so equal
 //! trees give equal bytes. This crate knows nothing of virtual machines.
 //!

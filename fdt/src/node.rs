@@ -15,10 +15,8 @@ pub enum Value {
     References(Vec<Cell>),
     /// 64-bit big-endian numbers, each two cells in size.
     U64s(Vec<u64>),
-    /// A NUL-terminated string; nearly all are literals.
-    Text(Cow<'static, str>),
-    /// Several of them.
-    Strings(Vec<Cow<'static, str>>),
+    /// One or more NUL-terminated strings.
+    Strings(Vec<String>),
     /// Raw bytes.
     Bytes(Vec<u8>),
 }
@@ -90,21 +88,15 @@ impl From<Vec<u64>> for Value {
     }
 }
 
-impl From<&'static str> for Value {
-    fn from(text: &'static str) -> Self {
-        Value::Text(Cow::Borrowed(text))
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Value::Strings(vec![text.to_owned()])
     }
 }
 
-impl From<String> for Value {
-    fn from(text: String) -> Self {
-        Value::Text(Cow::Owned(text))
-    }
-}
-
-impl<const N: usize> From<[&'static str; N]> for Value {
-    fn from(texts: [&'static str; N]) -> Self {
-        Value::Strings(texts.map(Cow::Borrowed).to_vec())
+impl<const N: usize> From<[&str; N]> for Value {
+    fn from(texts: [&str; N]) -> Self {
+        Value::Strings(texts.iter().map(|&text| text.to_owned()).collect())
     }
 }
 

@@ -46,11 +46,11 @@ pub(super) fn build(
         // granule is larger than 128 bytes (arch/arm64/mm/dma-mapping.c: arch_setup_dma_ops).
         .prop("dma-coherent", ())
         .prop("compatible", "linux,dummy-virt")
-        .prop("model", format!("armlet,{}", board.name));
+        .prop("model", format!("armlet,{}", board.name).as_str());
     chosen(&mut root, layout, request);
     if let Some(console) = find(layout, DeviceKind::Pl011) {
         root.child("aliases")
-            .prop("serial0", format!("/{}", serial_name(console)));
+            .prop("serial0", format!("/{}", serial_name(console)).as_str());
     }
     cpus::cpus(&mut root, vcpus, &request.topology);
     for bank in &layout.ram {
@@ -98,9 +98,9 @@ fn spi(spi: Spi, flags: u32) -> [u32; 3] {
 /// dt-schema chosen.yaml; drivers/of/fdt.c: early_init_dt_scan_chosen.
 fn chosen(root: &mut Node, layout: &Layout<Aarch64>, request: &Request<Aarch64>) {
     let node = root.child("chosen");
-    node.prop("bootargs", request.cmdline.clone());
+    node.prop("bootargs", request.cmdline.as_str());
     if let Some(console) = find(layout, DeviceKind::Pl011) {
-        node.prop("stdout-path", format!("/{}", serial_name(console)));
+        node.prop("stdout-path", format!("/{}", serial_name(console)).as_str());
     }
     if let Some(initrd) = layout.payload.initrd {
         // The end is exclusive.
@@ -215,7 +215,7 @@ fn primecell<'a>(
     root: &'a mut Node,
     name: String,
     device: &Placed,
-    part: &'static str,
+    part: &str,
     id: u32,
 ) -> &'a mut Node {
     root.child(name)
@@ -330,7 +330,7 @@ mod tests {
         }
     }
 
-    fn text(text: &'static str) -> Option<Value> {
+    fn text(text: &str) -> Option<Value> {
         Some(Value::from(text))
     }
 
