@@ -7,6 +7,7 @@ mod complaints;
 mod growth;
 mod handle;
 mod image;
+mod lent;
 mod opened;
 mod options;
 #[cfg(feature = "qcow2")]
@@ -21,13 +22,13 @@ pub use options::{Cache, DiskOptions, EngineChoice, Format, KIND};
 use crate::backend::Backend;
 use crate::locks::Use;
 use anyhow::{Context, Result, bail};
-use armlet_devices::sync::lock;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};
 use armlet_system::messages::shell_word;
 use complaints::Complaints;
 use handle::Measured;
 use image::{Alignment, Image, PlainEngine};
+use lent::Home;
 use opened::{Opened, is_in_memory};
 use options::{FLAG, QCOW2, SECTOR};
 use rustix::fs::OFlags;
@@ -143,27 +144,27 @@ impl DiskOptions {
             );
         }
         let image = Arc::new(image);
-        let uring = self.ring(name, &image)?;
-        let storage = Storage::Raw {
-            image,
-            is_uring: uring.is_some(),
-            spare: Mutex::new(uring),
-        };
+        let ring = self.ring(name, &image)?;
+        let storage = Storage::Raw { image, ring };
         Ok((storage, shape))
     }
 
     /// A ring for the first guest, where the user wants one and the host has it.
-    fn ring(&self, name: &str, image: &Arc<Image>) -> Result<Option<Box<UringEngine>>> {
+    fn ring(&self, name: &str, image: &Arc<Image>) -> Result<Option<Home>> {
         let error = match self.engine {
             EngineChoice::Sync => return Ok(None),
             // The ring would have a thread do each read.
             EngineChoice::Auto if image.direct.is_none() && is_in_memory(&image.file) => {
                 return Ok(None);
             }
-            _ => match UringEngine::new(image) {
-                Ok(engine) => return Ok(Some(Box::new(engine))),
-                Err(error) => error,
-            },
+            _ => {
+                let home = Home::default();
+                match UringEngine::new(image, &home) {
+                    // Dropped, it leaves its ring at home.
+                    Ok(_) => return Ok(Some(home)),
+                    Err(error) => error,
+                }
+            }
         };
         let why = match error.kind() {
             io::ErrorKind::PermissionDenied => {
@@ -265,9 +266,8 @@ pub struct Disk {
 enum Storage {
     Raw {
         image: Arc<Image>,
-        is_uring: bool,
-        /// The ring that was made to see whether one can be made.
-        spare: Mutex<Option<Box<UringEngine>>>,
+        /// The ring, where its work is done by one.
+        ring: Option<Home>,
     },
     #[cfg(feature = "qcow2")]
     Qcow2(Arc<qcow2::Image>),
@@ -300,12 +300,10 @@ impl Disk {
         match &self.storage {
             Storage::Raw {
                 image,
-                is_uring: true,
-                spare,
+                ring: Some(home),
             } => {
-                let first = lock(spare).take();
-                let engine = first.map_or_else(|| UringEngine::new(image).map(Box::new), Ok);
-                Ok(engine.context("cannot make another io_uring")?)
+                let engine = UringEngine::new(image, home);
+                Ok(Box::new(engine.context("cannot make another io_uring")?))
             }
             Storage::Raw { image, .. } => Ok(Box::new(PlainEngine::new(Arc::clone(image)))),
             #[cfg(feature = "qcow2")]

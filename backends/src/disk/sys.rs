@@ -7,6 +7,7 @@
 use armlet_devices::virtio::block::{Data, Place};
 use armlet_system::deadline::wait_once;
 use armlet_system::eintr::{CallError, uninterrupted};
+use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
 use rustix::event::PollFlags;
@@ -214,6 +215,17 @@ impl Mover {
     }
 }
 
+/// What a ring has to do.
+const NEEDED: [u8; 7] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
 /// An io_uring for one file, with numbered slots of which each holds one request.
 pub(super) struct Ring {
     ring: IoUring,
@@ -238,23 +250,26 @@ impl Ring {
     /// process have it.
     pub(super) fn new(file: &File, slots: u16) -> io::Result<Ring> {
         let entries = u32::from(slots);
-        let ring = IoUring::builder()
+        // Which does nothing before it is told what it may be asked for.
+        let disabled = IoUring::builder()
             .setup_coop_taskrun()
             .setup_submit_all()
+            .setup_r_disabled()
             .build(entries)
             // Before Linux 5.19.
-            .or_else(|_| IoUring::new(entries))?;
+            .or_else(|_| IoUring::builder().setup_r_disabled().build(entries));
+        let is_disabled = disabled.is_ok();
+        // Before Linux 5.10.
+        let ring = disabled.or_else(|_| IoUring::new(entries))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let needed = [
-            opcode::Read::CODE,
-            opcode::Write::CODE,
-            opcode::Readv::CODE,
-            opcode::Writev::CODE,
-            opcode::Fsync::CODE,
-            opcode::Fallocate::CODE,
-        ];
-        if !needed.iter().all(|code| probe.is_supported(*code)) {
+        if is_disabled {
+            // No filter of system calls sees what a ring is asked for.
+            let mut only = NEEDED.map(Restriction::sqe_op);
+            ring.submitter().register_restrictions(&mut only)?;
+            ring.submitter().register_enable_rings()?;
+        }
+        if !NEEDED.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "this kernel's io_uring is older than Linux 5.6",
@@ -517,6 +532,14 @@ impl Ring {
         let result = usize::try_from(result)
             .map_err(|_| io::Error::from_raw_os_error(result.wrapping_neg()));
         Some((slot, result))
+    }
+
+    /// Has the kernel do nothing, as an entry of the ring; returns what it says to that.
+    #[cfg(test)]
+    pub(super) fn try_nop(&mut self) -> i32 {
+        self.add(&opcode::Nop::new().build());
+        self.ring.submit_and_wait(1).expect("an entry");
+        self.ring.completion().next().expect("its end").result()
     }
 
     /// Pieces for which a slot has room.

@@ -4,8 +4,9 @@
 
 use super::complaints::cancelled;
 use super::image::{Alignment, Image, PlainEngine};
+use super::lent::{Home, Lent};
 use super::opened::is_in_memory;
-use super::sys::{Direction, Ring, end_of};
+use super::sys::{Direction, end_of};
 use armlet_devices::virtio::block::{Engine, Operation, Outcome, Request};
 use armlet_system::eintr::CallError;
 use rustix::fs::FallocateFlags;
@@ -24,7 +25,7 @@ const DEPTH: u16 = 128;
 /// Works on an image by io_uring.
 pub(super) struct UringEngine {
     image: Arc<Image>,
-    ring: Ring,
+    ring: Lent,
     /// By tag.
     jobs: Vec<Job>,
     /// Done, but not yet fetched.
@@ -76,13 +77,13 @@ const NO_JOB: Job = Job {
 };
 
 impl UringEngine {
-    /// An engine for `image`.
+    /// An engine for `image`, by the ring that is at home, or another.
     ///
     /// # Errors
     /// A kernel that has no io_uring, or none for this process.
-    pub(super) fn new(image: &Arc<Image>) -> io::Result<UringEngine> {
+    pub(super) fn new(image: &Arc<Image>, home: &Home) -> io::Result<UringEngine> {
         Ok(UringEngine {
-            ring: Ring::new(&image.file, DEPTH)?,
+            ring: Lent::new(home, &image.file, DEPTH)?,
             image: Arc::clone(image),
             jobs: vec![NO_JOB; usize::from(DEPTH)],
             done: VecDeque::new(),
@@ -404,7 +405,7 @@ mod tests {
         file.set_len(64 << 10).expect("room");
         let complaints = Complaints::new("disk0".to_owned(), PathBuf::new());
         let image = Arc::new(Image::new(file, false, false, None, 512, complaints));
-        let mut engine = UringEngine::new(&image)
+        let mut engine = UringEngine::new(&image, &Home::default())
             .inspect_err(|error| println!("skipped: {error}"))
             .ok()?;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 10)]);
@@ -422,6 +423,20 @@ mod tests {
             durable: true,
             cancelled,
         }
+    }
+
+    #[test]
+    fn a_ring_serves_every_life_of_a_guest_and_does_no_more_than_a_disk_needs() {
+        let Some((engine, image)) = engine() else {
+            return;
+        };
+        let home = Arc::clone(&engine.ring.home);
+        let first = engine.ring.as_raw_fd();
+        drop(engine);
+        let mut engine = UringEngine::new(&image, &home).expect("the ring is at home");
+        assert_eq!(engine.ring.as_raw_fd(), first);
+        assert!(armlet_devices::sync::lock(&home).is_none());
+        assert_eq!(engine.ring.try_nop(), -libc::EACCES);
     }
 
     #[test]

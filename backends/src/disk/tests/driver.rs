@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::reactor::Reactor;
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::FEATURE_VERSION_1;
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
 use armlet_devices::{Device, IrqLine};
