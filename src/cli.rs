@@ -270,6 +270,11 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// status 6 (default: 90), or none
         #[argh(option, arg_name = "SECONDS|none")]
         pub stop_timeout: Option<String>,
+        /// how far armlet confines itself before the guest runs: on (default), strict to refuse a
+        /// host that lacks a part of it, log to have the kernel's log tell of system calls that are
+        /// not allowed, or off
+        #[argh(option, arg_name = "on|strict|log|off")]
+        pub sandbox: Option<String>,
         /// count exits by reason, and tell them with KVM's own counters at the end and on SIGUSR1
         #[argh(switch)]
         pub stats: bool,
@@ -300,7 +305,10 @@ What would a Raspberry Pi 5 make of it, with its kernel of 4K pages?
   {command_name} --host rpi5 --page-size 4K --memory 6G
 
 The device tree as source:
-  {command_name} --dts"
+  {command_name} --dts
+
+What may armlet still do with these devices once the guest runs?
+  {command_name} --disk disk.img --net user --sandbox"
     )]
     PlanArgs {
         /// the host to plan for: a board's assumptions (default: those of --board), or 'this'
@@ -318,6 +326,9 @@ The device tree as source:
         /// print the device tree as source instead of the table
         #[argh(switch)]
         pub dts: bool,
+        /// print what 'run' would still be allowed to do once the guest runs, instead of the table
+        #[argh(switch)]
+        pub sandbox: bool,
     }
 }
 

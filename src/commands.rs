@@ -9,6 +9,7 @@ use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions};
+use crate::sandbox::{Mode, Sandbox};
 use crate::{boards, control, host, jail, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
@@ -99,6 +100,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
             .fault(Status::Usage);
         }
     };
+    let sandbox = Mode::parse(args.sandbox.as_deref()).fault(Status::Usage)?;
     let patience = shutdown::parse_patience(args.stop_timeout.as_deref())
         .map_err(anyhow::Error::msg)
         .fault(Status::Usage)?;
@@ -137,6 +139,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         patience,
         seeded: !machine.deterministic,
         stats: args.stats,
+        sandbox,
         dump_dtb: args.dump_dtb.clone(),
         control: args.control.clone().map(Into::into),
         commander: None,
@@ -146,8 +149,9 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
 fn plan(args: &PlanArgs, devices: &DeviceArgs) -> Result<Status> {
     let machine = args.machine(devices);
     verbosity(&machine);
-    if args.json && args.dts {
-        return Err(anyhow!("--json and --dts exclude one another")).fault(Status::Usage);
+    if args.dts && (args.json || args.sandbox) {
+        let other = if args.json { "--json" } else { "--sandbox" };
+        return Err(anyhow!("{other} and --dts exclude one another")).fault(Status::Usage);
     }
     let other = args.host.as_deref().filter(|host| *host != "this");
     let files = host::this();
@@ -247,6 +251,13 @@ fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
 }
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
+    if args.sandbox {
+        let sandbox = Sandbox::of(Mode::On, &config.virtio, false);
+        return match args.json {
+            true => print_json(&sandbox.json()),
+            false => print(&sandbox.text()),
+        };
+    }
     let cmdline = &config.request.cmdline;
     if args.json {
         let settings = &config.settings;

@@ -1,4 +1,4 @@
-//! Grows this process's file descriptor table before there are threads.
+//! Closes what this process inherited, and grows its file descriptor table, before there are threads.
 //!
 //! The table has 64 entries at first, and doubles when they are used up. With more than one thread,
 //! each growth waits for an RCU grace period (`expand_fdtable` in the kernel's fs/file.c), which
@@ -7,6 +7,8 @@
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, getrlimit};
 use rustix::stdio::stdin;
+use std::collections::BTreeSet;
+use std::io;
 
 /// The initial size of the table.
 const AT_FIRST: u32 = 64;
@@ -39,11 +41,86 @@ pub fn make_room(count: u32) {
     }
 }
 
+/// The descriptors from 3 on that command-line arguments name: by `fd=N`, or by a path such as
+/// /dev/fd/N, which a shell makes for `<(command)`.
+#[must_use]
+pub fn named(arguments: &[String]) -> BTreeSet<u32> {
+    let mut named = BTreeSet::new();
+    for argument in arguments {
+        for start in ["fd=", "fd/"] {
+            for (at, _) in argument.match_indices(start) {
+                let rest = &argument[at + start.len()..];
+                let end = rest.find(|letter: char| !letter.is_ascii_digit());
+                named.extend(rest[..end.unwrap_or(rest.len())].parse::<u32>());
+            }
+        }
+    }
+    named.retain(|number| *number >= FIRST);
+    named
+}
+
+/// The first descriptor after the standard ones.
+const FIRST: u32 = 3;
+
+/// Closes all descriptors from 3 on but those that are `kept`: whoever started this process may have
+/// left some open, and they are none of the guest's business.
+///
+/// # Errors
+/// What the system says, where it can neither close a range nor tell what is open.
+pub fn close_others(kept: &BTreeSet<u32>) -> io::Result<()> {
+    let mut from = FIRST;
+    for next in kept.iter().copied().chain([u32::MAX]) {
+        let to = next - 1;
+        if from <= to {
+            close_range(from, to)?;
+        }
+        from = next.saturating_add(1);
+    }
+    Ok(())
+}
+
+fn close_range(from: u32, to: u32) -> io::Result<()> {
+    // SAFETY: nothing of this process holds a descriptor yet; those that are closed are nobody's.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
+    if closed == 0 {
+        return Ok(());
+    }
+    // Kernels before 5.9 have no such call.
+    let mut open = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
+        let name = entry.file_name();
+        open.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    for number in open {
+        if (from..=to).contains(&number) {
+            // SAFETY: as above; the one that the folder was read by is closed already, or nobody's.
+            unsafe { libc::close(number.cast_signed()) };
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     /// Returns the size of this process's table: `FDSize` in its status.
+    #[test]
+    fn descriptors_that_options_name_are_kept() {
+        let arguments = |words: &[&str]| {
+            let words = words.iter().map(|word| (*word).to_owned());
+            let named = named(&words.collect::<Vec<_>>());
+            named.into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(arguments(&["run", "--net", "fd=7,fd=12,mac=1"]), [7, 12]);
+        assert_eq!(
+            arguments(&["--kernel=/dev/fd/63", "/proc/self/fd/5"]),
+            [5, 63]
+        );
+        assert!(arguments(&["fd=2", "fd=", "fd=x", "fd=99999999999"]).is_empty());
+    }
+
+    /// The places in the table of this process: `FDSize` in its status.
     fn places() -> u32 {
         let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
         let line = status.lines().find_map(|line| line.strip_prefix("FDSize:"));

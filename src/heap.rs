@@ -43,6 +43,16 @@ unsafe impl GlobalAlloc for Heap {
     }
 }
 
+/// Has C's functions do with one heap where they are glibc's. To return memory of another, glibc's free()
+/// opens a file of /proc, which a sandbox forbids. There are to be no other threads yet.
+pub fn have_c_use_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a parameter of the allocator's; the only error is an unknown one.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// The same for C's functions, which the standard library calls for what belongs to a thread, and imago
 /// for its buffers: musl takes these in place of its own and needs no more of them ("Replacing malloc"
 /// in its documentation), which is 9 KiB of program less, and a page for each of few values.

@@ -9,6 +9,7 @@
 //!
 //! `docs/ARCHITECTURE.md` has the map and the invariants.
 
+mod abort;
 pub mod affinity;
 pub mod boards;
 pub mod cli;
@@ -29,6 +30,7 @@ pub mod memory;
 pub mod probe;
 pub mod report;
 pub mod run;
+pub mod sandbox;
 pub mod serial;
 pub mod settings;
 pub mod shutdown;

@@ -5,6 +5,7 @@ use crate::kvm::KvmArch;
 use crate::kvm::interrupts::Interrupts;
 use crate::kvm::stats::Statistics;
 use crate::memory::{self, IdleMemory};
+use crate::sandbox::Sandbox;
 use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
 use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, VcpuEvent, Vcpus};
@@ -48,11 +49,14 @@ pub struct Machine<A: KvmArch> {
     pub workers: Workers,
     /// Its counters.
     pub counters: Counters,
+    /// What its threads may do.
+    sandbox: Arc<Sandbox>,
     /// Kept for as long as the machine lives.
     _chip: A::Chip,
 }
 
-/// Creates the planned machine on `memory`, with the backends in the order of their windows.
+/// Creates the planned machine on `memory`, with the backends in the order of their windows. Its threads
+/// will be confined by `sandbox`.
 ///
 /// # Errors
 /// The step that failed, and KVM's error.
@@ -62,6 +66,7 @@ pub fn assemble<A: KvmArch>(
     memory: &Arc<GuestMemoryMmap>,
     backends: &[Box<dyn Backend>],
     wires: Wires,
+    sandbox: &Arc<Sandbox>,
 ) -> Result<Machine<A>> {
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
     memory::give(memory, &vm)?;
@@ -78,7 +83,7 @@ pub fn assemble<A: KvmArch>(
         false => Arc::new(memory::with_pmem(memory, images)?),
     };
     let interrupts = Interrupts::new(&vm, A::pins(plan));
-    let mut slots = Slots::new(&vm, &interrupts, [memory, &whole], plan)?;
+    let mut slots = Slots::new(&vm, &interrupts, [memory, &whole], plan, sandbox)?;
     let kvm = (&vm, &interrupts);
     let (mut buses, devices) = attach::<A>(kvm, vcpus.first(), plan, wires, |placed, slot| {
         let backend = backends
@@ -104,6 +109,7 @@ pub fn assemble<A: KvmArch>(
         devices,
         light,
         workers,
+        sandbox: Arc::clone(sandbox),
         _chip: chip,
     })
 }
@@ -162,6 +168,7 @@ impl<A: KvmArch> Machine<A> {
         let shared = Shared {
             buses: Arc::clone(&self.buses),
             off: Arc::clone(&off),
+            sandbox: Arc::clone(&self.sandbox),
         };
         let idle = std::mem::take(&mut self.idle).into_iter();
         for (index, (vcpu, exits)) in idle.zip(&self.counters.exits).enumerate() {

@@ -1,7 +1,8 @@
 //! The `armlet` program: parse, call, print an error's chain on one line, exit.
 
-use armlet::cli::{self, Parsed};
+use armlet::cli::{self, Command, Parsed};
 use armlet::commands;
+use armlet::descriptors;
 use armlet::heap::Heap;
 use armlet::jail::JAILER;
 use armlet_system::messages;
@@ -57,6 +58,12 @@ fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
     if cli.version {
         commands::print(concat!("armlet ", env!("CARGO_PKG_VERSION"), "\n"))?;
         return Ok(Status::Success);
+    }
+    if matches!(cli.command, Some(Command::Run(_)))
+        && let Err(error) = descriptors::close_others(&descriptors::named(&arguments))
+    {
+        messages::say(&format!("cannot close what was inherited: {error}"));
+        return Ok(Status::Host);
     }
     match &cli.command {
         Some(command) => commands::execute(command, &devices),

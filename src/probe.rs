@@ -4,6 +4,7 @@ use crate::host::HugePagePolicy;
 use crate::kvm::facts::Virtualization;
 use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch, offers};
+use crate::sandbox::{self, Lack};
 use crate::{boards, host};
 use anyhow::Result;
 use armlet_arch::board::Severity;
@@ -45,6 +46,8 @@ pub struct Report {
     pub huge_pages: HugePagePolicy,
     /// The mode of KVM/arm64 that the kernel's command line selects.
     pub kvm_mode: String,
+    /// What the kernel's Landlock lacks of what `run` asks for.
+    pub landlock: Option<Lack>,
     /// KVM, or why there is none.
     pub kvm: Result<Virtualization, NoKvm>,
 }
@@ -101,6 +104,7 @@ pub fn probe() -> Report {
         cpu_interface: files.gic_v2_cpu_interface(),
         huge_pages: files.huge_page_policy(huge_page(page_size())),
         kvm_mode: offers::mode_of(&files.kernel_cmdline()),
+        landlock: sandbox::landlock(),
         kvm,
     }
 }
@@ -137,6 +141,13 @@ impl Report {
             Ok(Virtualization::X86(facts)) => diagnose_x86(facts),
         };
         findings.extend(diagnose_huge_pages(&self.huge_pages, self.page_size));
+        if self.landlock == Some(Lack::All) {
+            findings.push(finding(
+                Severity::Note,
+                "this kernel has no Landlock, or it is switched off: the sandbox does without",
+                "nothing has to be done; where the kernel has it, lsm=landlock before the others on its command line switches it on",
+            ));
+        }
         let notes = self
             .profile
             .iter()
@@ -225,6 +236,15 @@ impl Report {
                 "shared_huge_pages",
                 "The same, shared memory",
                 json!(self.huge_pages.shared.as_deref().unwrap_or("none")),
+            ),
+            (
+                "landlock",
+                "Landlock, for the sandbox",
+                json!(match self.landlock {
+                    None => "whole",
+                    Some(Lack::Newer(_)) => "part",
+                    Some(Lack::All) => "none",
+                }),
             ),
             ("kvm", "KVM", json!(self.kvm.is_ok())),
         ];

@@ -12,10 +12,12 @@ use crate::console;
 use crate::control::{Control, Fixed};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::descriptors;
+use crate::heap;
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
+use crate::sandbox::{Mode, Sandbox};
 use crate::vcpu::VcpuEvent;
 use anyhow::Result;
 use armlet_arch::Plan;
@@ -71,6 +73,8 @@ pub struct RunOptions<A: KvmArch> {
     pub seeded: bool,
     /// Whether to count exits, and report them at the end and on SIGUSR1.
     pub stats: bool,
+    /// How far armlet confines itself.
+    pub sandbox: Mode,
     /// Where to write the device tree to.
     pub dump_dtb: Option<String>,
     /// Where to listen for clients that control the machine.
@@ -91,6 +95,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         everywhere = allowed_cpus();
         affinity::run_on(&options.config.io_cpus).fault(Status::Usage)?;
     }
+    heap::have_c_use_one_heap();
     // Must precede the first thread.
     let devices = options.config.virtio.len() as u32;
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
@@ -100,29 +105,26 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         open::fork_broker(&options.config.virtio, control.is_some()).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
+    let sandbox = Sandbox::of(options.sandbox, &options.config.virtio, control.is_some());
+    let sandbox = Arc::new(sandbox);
     let mut memory = None;
     let mut terminal = None;
     let mut devices = options.config.virtio.iter().map(Wanted::options);
     let hvc = match devices.any(|device| device.is_terminal()) {
         false => None,
-        true => Some(events.open_hvc()?),
+        true => Some(events.open_hvc(&sandbox)?),
     };
     // A machine that cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
     let config = &options.config;
     let ram = config.request.memory;
-    let control = match &control {
+    let mut control = match &control {
         Some(path) => Some(listen(path, broker.as_deref()).fault(Status::Usage)?),
         None => None,
     };
     events.backends =
         open::open(&config.virtio, ram, console.as_ref(), broker.as_ref()).fault(Status::Usage)?;
-    if let Some(control) = control {
-        let commands = events.queue.commands();
-        let started = control.start(move |command| commands.send(command), fixed(config));
-        started.fault(Status::Host)?;
-    }
     if let Some(commander) = options.commander.take() {
         commander(events.queue.commands());
     }
@@ -143,12 +145,25 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         let memory = match &memory {
             Some(memory) => memory,
-            None => memory.insert(map_memory(&options, &plan, &events.backends)?),
+            None => {
+                let memory = memory.insert(map_memory(&options, &plan, &events.backends)?);
+                A::before_confinement(&plan);
+                // Before there are threads, which are confined as the one that starts them.
+                sandbox.enter()?;
+                if let Some(control) = control.take() {
+                    let commands = events.queue.commands();
+                    let told = move |command| commands.send(command);
+                    let started = control.start(told, fixed(&options.config));
+                    started.fault(Status::Host)?;
+                }
+                memory
+            }
         };
         let wires = events.wires();
         let backends = &events.backends;
-        let mut machine = machine::assemble::<A>(&options.kvm, &plan, memory, backends, wires)
-            .fault(Status::Host)?;
+        let mut machine =
+            machine::assemble::<A>(&options.kvm, &plan, memory, backends, wires, &sandbox)
+                .fault(Status::Host)?;
         let (kernel, initrd) = (&options.config.kernel, &options.config.initrd);
         machine.devices.hvc = hvc.clone();
         signals::waiting_for("the kernel to be unpacked");

@@ -4,6 +4,7 @@
 use crate::kvm::KvmArch;
 use crate::kvm::interrupts::{Interrupts, Lead};
 use crate::kvm::page::ReadOnlyPages;
+use crate::sandbox::{Role, Sandbox};
 use anyhow::{Context, Result};
 use armlet_arch::{DeviceKind, Range};
 use armlet_arch::{Placed, Plan};
@@ -30,6 +31,7 @@ pub struct Slots {
     /// RAM, and with it persistent memory.
     ram: Arc<GuestMemoryMmap>,
     memory: Arc<GuestMemoryMmap>,
+    sandbox: Arc<Sandbox>,
     pages: Option<Arc<ReadOnlyPages>>,
     /// The light devices; the event loop serves them.
     light: Reactor,
@@ -50,12 +52,14 @@ impl Slots {
         interrupts: &Arc<Interrupts>,
         [ram, memory]: [&Arc<GuestMemoryMmap>; 2],
         plan: &Plan<A>,
+        sandbox: &Arc<Sandbox>,
     ) -> Result<Slots> {
         Ok(Slots {
             vm: Arc::clone(vm),
             interrupts: Arc::clone(interrupts),
             ram: Arc::clone(ram),
             memory: Arc::clone(memory),
+            sandbox: Arc::clone(sandbox),
             pages: pages(plan).map(Arc::new),
             light: Reactor::new()?,
             workers: Vec::new(),
@@ -105,7 +109,9 @@ impl Slots {
                 self.catch_kicks(window, &mmio, |_| true);
                 let mut reactor = Reactor::new()?;
                 reactor.add(device, mmio.kicks())?;
-                let worker = Worker::start(name.clone(), reactor, mailbox)?;
+                let sandbox = Arc::clone(&self.sandbox);
+                let begin = move || sandbox.enter_as(Role::Device);
+                let worker = Worker::start(name.clone(), reactor, mailbox, begin)?;
                 self.workers.push(worker);
                 mmio
             }

@@ -5,8 +5,9 @@
 
 use crate::affinity;
 use crate::kvm::internal::describe_internal_error;
-use crate::kvm::kick::{self, Kickable};
+use crate::kvm::kick::{self, Kickable, Target};
 use crate::kvm::{Hypercall, KvmArch, RawExit};
+use crate::sandbox::{Role, Sandbox};
 use crate::stats::{Exits, Reason};
 use answer::{answer, reason};
 use anyhow::{Context, Result};
@@ -39,6 +40,8 @@ pub struct Shared {
     pub buses: Arc<Buses>,
     /// The check whether all vCPUs are off.
     pub off: Arc<OffCheck>,
+    /// What they may still do.
+    pub sandbox: Arc<Sandbox>,
 }
 
 /// Starts vCPU `index` on a thread of its own, pinned to these CPUs of the host, or unpinned if
@@ -58,16 +61,22 @@ pub fn start<A: KvmArch>(
     kick::install();
     let control = Arc::new(Control::default());
     let asked = Arc::clone(&control);
+    let target = Target::default();
+    let kicked = target.clone();
     let thread = std::thread::Builder::new()
         .name(format!("vcpu{index}"))
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _end = asked.until_end();
-            let _kickable = Kickable::new(&mut vcpu);
+            let _kickable = Kickable::new(&mut vcpu, kicked);
             if !cpus.is_empty()
                 && let Err(error) = affinity::run_on(&cpus)
             {
                 tell(VcpuEvent::Failed(format!("vCPU {index} {error:#}")));
+                return;
+            }
+            if let Err(error) = shared.sandbox.enter_as(Role::Vcpu) {
+                tell(VcpuEvent::Failed(format!("vCPU {index}: {error:#}")));
                 return;
             }
             if let Some(told) = run::<A>(index, &mut vcpu, &asked, &shared, &exits, &tell) {
@@ -75,7 +84,7 @@ pub fn start<A: KvmArch>(
             }
         })
         .with_context(|| format!("cannot start a thread for vCPU {index}"))?;
-    Ok(RunningVcpu::new(thread, control))
+    Ok(RunningVcpu::new(thread, target, control))
 }
 
 fn run<A: KvmArch>(
@@ -86,7 +95,7 @@ fn run<A: KvmArch>(
     exits: &Exits,
     tell: &impl Fn(VcpuEvent),
 ) -> Option<VcpuEvent> {
-    let Shared { buses, off } = shared;
+    let Shared { buses, off, .. } = shared;
     let faults = Faults::of(index);
     let empty_ports = Faults::of(index);
     let mut seen = Vec::new();

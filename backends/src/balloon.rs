@@ -5,7 +5,7 @@ mod target;
 pub use target::BalloonTarget;
 
 use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Guest, Kind, Place};
+use crate::kind::{DeviceOptions, Guest, Kind, Need, Place};
 use crate::options::Options;
 use crate::pages;
 use anyhow::{Result, bail};
@@ -104,6 +104,10 @@ impl DeviceOptions for BalloonOptions {
             bail!("{FLAG}: {what}");
         }
         Ok(())
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        vec![Need::Thread, Need::Storage]
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

@@ -79,17 +79,23 @@ pub struct HvcConsole {
     on_room: Arc<dyn Fn() + Send + Sync>,
     /// The device of the guest that runs now.
     current: Mutex<Option<Arc<Mutex<Console>>>>,
+    /// What the thread does, until there is a device: the process is confined by then.
+    work: Mutex<Option<Work>>,
 }
 
+type Work = Box<dyn FnOnce() + Send>;
+
 impl HvcConsole {
-    /// A console whose output goes to `output`, which may wait for its reader. `on_room` is called
-    /// by the device's thread when the guest has room for input after it had none, `on_action` by
-    /// the thread that writes when the output means something for the machine.
+    /// A console whose output goes to `output`, which may wait for its reader. The thread that writes
+    /// calls `begin` first, and writes nothing unless that succeeds. `on_room` is called by the
+    /// device's thread when the guest has room for input after it had none, `on_action` by the thread
+    /// that writes when the output means something for the machine.
     ///
     /// # Errors
-    /// A host without room for another thread or descriptor.
+    /// A host without room for another descriptor.
     pub fn open(
         output: Box<dyn Output>,
+        begin: impl FnOnce() -> Result<()> + Send + 'static,
         on_room: impl Fn() + Send + Sync + 'static,
         on_action: impl Fn(Action) + Send + 'static,
     ) -> Result<HvcConsole> {
@@ -100,16 +106,15 @@ impl HvcConsole {
             room,
         });
         let writer = Arc::clone(&outlet);
-        // Nobody joins it: it may wait for a reader for ever, and holds nothing.
-        std::thread::Builder::new()
-            .name("console".to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || writer.write_to(output, on_action))
-            .context("cannot start the thread console")?;
+        let work: Work = Box::new(move || match begin() {
+            Ok(()) => writer.write_to(output, on_action),
+            Err(error) => log::error!("nothing writes the console's output: {error:#}"),
+        });
         Ok(HvcConsole {
             outlet,
             on_room: Arc::new(on_room),
             current: Mutex::default(),
+            work: Mutex::new(Some(work)),
         })
     }
 
@@ -140,6 +145,14 @@ impl Backend for HvcConsole {
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        if let Some(work) = lock(&self.work).take() {
+            // Nobody joins it: it may wait for a reader for ever, and holds nothing.
+            std::thread::Builder::new()
+                .name("console".to_owned())
+                .stack_size(STACK_BYTES)
+                .spawn(work)
+                .context("cannot start the thread console")?;
+        }
         let sink = Box::new(Inlet(Arc::clone(&self.outlet)));
         let on_room = Arc::clone(&self.on_room);
         let console = Console::new(sink, Box::new(move || on_room()), terminal_size());
@@ -245,7 +258,7 @@ mod tests {
     #[test]
     fn output_is_taken_while_the_reader_does_not_read() {
         let (output, go, told) = gated();
-        let console = HvcConsole::open(output, || {}, |_| {}).expect("a thread");
+        let console = HvcConsole::open(output, || Ok(()), || {}, |_| {}).expect("a thread");
         let mut sink = sink(&console);
         let chunk = vec![b'x'; 1000];
         let mut taken = 0;
@@ -264,7 +277,7 @@ mod tests {
     #[test]
     fn room_is_told_after_it_was_missed() {
         let (output, go, told) = gated();
-        let console = HvcConsole::open(output, || {}, |_| {}).expect("a thread");
+        let console = HvcConsole::open(output, || Ok(()), || {}, |_| {}).expect("a thread");
         let mut sink = sink(&console);
         sink.write(b"first");
         // It is on its way now, or will be with what follows.
@@ -293,7 +306,8 @@ mod tests {
         let write = move |bytes: &[u8]| {
             let _ = tell.send(bytes.to_vec());
         };
-        let console = HvcConsole::open(Box::new(write), || {}, |_| {}).expect("a thread");
+        let console =
+            HvcConsole::open(Box::new(write), || Ok(()), || {}, |_| {}).expect("a thread");
         let mut sink = sink(&console);
         let wanted: Vec<u8> = (0..200_000_u32).map(|number| number as u8).collect();
         let mut rest = &wanted[..];
@@ -311,7 +325,8 @@ mod tests {
 
     #[test]
     fn each_guest_gets_a_device_of_its_own() {
-        let console = HvcConsole::open(Box::new(|_: &[u8]| {}), || {}, |_| {}).expect("a thread");
+        let console =
+            HvcConsole::open(Box::new(|_: &[u8]| {}), || Ok(()), || {}, |_| {}).expect("a thread");
         assert!(console.current().is_none());
         let first = console.device().expect("a device");
         let second = console.device().expect("a device");

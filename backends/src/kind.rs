@@ -6,6 +6,7 @@
 use crate::backend::Backend;
 use crate::broker::Broker;
 use anyhow::Result;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -66,6 +67,42 @@ pub struct Place<'a> {
     pub console: Option<&'a Arc<dyn Backend + Sync>>,
 }
 
+/// What a device needs of the host once the process is confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// A thread of its own.
+    Thread,
+    /// To read and write images.
+    Storage,
+    /// To talk through sockets that are connected.
+    Sockets,
+    /// To ask the broker for programs and connections.
+    Broker,
+    /// To control a TAP that is open.
+    Tap,
+    /// To control vhost devices that are open.
+    Vhost,
+    /// To discard blocks of a block device.
+    Discards,
+    /// To use a ring of io_uring.
+    Ring,
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Need::Thread => "work in threads of devices",
+            Need::Storage => "read and write images",
+            Need::Sockets => "talk through connected sockets",
+            Need::Broker => "ask the broker",
+            Need::Tap => "control the TAP",
+            Need::Vhost => "control vhost",
+            Need::Discards => "discard blocks",
+            Need::Ring => "use a ring of io_uring",
+        })
+    }
+}
+
 /// A device as it is asked for: public fields, for each kind a type.
 pub trait DeviceOptions: Send + Sync {
     /// Its kind.
@@ -93,6 +130,11 @@ pub trait DeviceOptions: Send + Sync {
     /// Whether a program works for it, or it opens something while the guest runs: a broker's work.
     fn needs_broker(&self) -> bool {
         false
+    }
+
+    /// What it needs of the host once the process is confined, beyond what all devices do.
+    fn needs(&self) -> Vec<Need> {
+        Vec::new()
     }
 
     /// Whether the terminal is connected to it.

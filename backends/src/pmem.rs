@@ -10,7 +10,7 @@ pub use image::{FileMemory, Missing, PmemImage};
 pub use options::{ALIGN, PmemOptions};
 
 use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Kind, Place};
+use crate::kind::{DeviceOptions, Kind, Need, Place};
 use anyhow::{Context, Result};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_system::files::{self, Accepted};
@@ -41,6 +41,10 @@ impl DeviceOptions for PmemOptions {
             .with_context(|| format!("{FLAG}: cannot open {shown}"))?;
         let size = size_of(&file).with_context(|| format!("{FLAG}: {shown}"))?;
         Ok(Some(size))
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        vec![Need::Thread, Need::Storage]
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

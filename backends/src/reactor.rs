@@ -175,11 +175,16 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the thread, called `name` (up to 15 bytes). It owns the device of `mailbox`, which is
-    /// the one of `reactor`.
+    /// the one of `reactor`, and does nothing for it unless `begin` succeeds there.
     ///
     /// # Errors
     /// A host without room for another thread.
-    pub fn start(name: String, reactor: Reactor, mailbox: Arc<Mailbox>) -> Result<Worker> {
+    pub fn start(
+        name: String,
+        reactor: Reactor,
+        mailbox: Arc<Mailbox>,
+        begin: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<Worker> {
         reactor.watch(mailbox.wakeup().as_raw_fd(), EventSet::IN, BELL)?;
         let owned = Arc::clone(&mailbox);
         let stopping = Arc::new(AtomicBool::new(false));
@@ -191,6 +196,10 @@ impl Worker {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let mut owner = owned.own();
+                if let Err(error) = begin() {
+                    log::error!("a device does not start to work: {error:#}");
+                    return;
+                }
                 let mut ready = [EpollEvent::default(); EVENTS];
                 let mut policy = Policy::of_this_thread();
                 let mut batching = Batching::new();
@@ -327,7 +336,12 @@ mod tests {
         reactor.add(Arc::clone(&device), &kicks).expect("watched");
         let mailbox = Mailbox::new(Arc::clone(&device)).expect("a descriptor");
         let mailbox = Arc::new(mailbox);
-        let worker = Worker::start("worker".to_owned(), reactor, Arc::clone(&mailbox));
+        let worker = Worker::start(
+            "worker".to_owned(),
+            reactor,
+            Arc::clone(&mailbox),
+            || Ok(()),
+        );
         let worker = worker.expect("a thread");
         kicks[1].write(1).expect("a kick");
         assert_eq!(told.recv().expect("a call"), "kick 1");

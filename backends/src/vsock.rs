@@ -48,6 +48,8 @@ struct UnixVsock {
     broker: Arc<Broker>,
     /// The broker's: connects to the paths of ports.
     ports: ServiceId,
+    /// Descriptors that the process may have: a confined one cannot ask.
+    most: Option<u64>,
 }
 
 impl UnixVsock {
@@ -61,6 +63,7 @@ impl UnixVsock {
             listener,
             broker: Arc::clone(broker),
             ports: broker.offer(Service::Sockets(path.to_owned()))?,
+            most: getrlimit(Resource::Nofile).current,
         })
     }
 }
@@ -73,7 +76,7 @@ impl Backend for UnixVsock {
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let (broker, ports) = (Arc::clone(&self.broker), self.ports);
         let connect = move |port| Ok(UnixStream::from(broker.get(ports, port)?));
-        let limits = limits(getrlimit(Resource::Nofile).current);
+        let limits = limits(self.most);
         let listener = self.listener.try_clone();
         let device =
             listener.and_then(|listener| Vsock::new(self.cid, listener, Box::new(connect), limits));

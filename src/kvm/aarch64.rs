@@ -1,7 +1,7 @@
 //! KVM on ARM64. The order of the calls follows the kernel's requirements
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
-use super::arch::{Depth, Hypercall, KvmArch, RawExit};
+use super::arch::{Depth, Hypercall, KvmArch, OtherCalls, RawExit};
 use super::facts::{ArmFacts, Virtualization};
 use super::interrupts::Pins;
 use super::offers::Offers;
@@ -55,6 +55,31 @@ const AFFINITY: u64 = 0xff_00ff_ffff;
 
 impl KvmArch for Aarch64 {
     type Chip = DeviceFd;
+
+    const OTHER_CALLS: OtherCalls = OtherCalls {
+        // AUDIT_ARCH_AARCH64
+        architecture: 0xc000_00b7,
+        calls: &[],
+        vcpu: &[
+            ("KVM_GET_MP_STATE", 0xae98),
+            ("KVM_SET_MP_STATE", 0xae99),
+            ("KVM_SET_VCPU_EVENTS", 0xaea0),
+            ("KVM_GET_ONE_REG", 0xaeab),
+        ],
+        machine: &[
+            ("KVM_SET_ONE_REG", 0xaeac),
+            ("KVM_ARM_VCPU_INIT", 0xaeae),
+            ("KVM_ARM_PREFERRED_TARGET", 0xaeaf),
+            ("KVM_ARM_VCPU_FINALIZE", 0xaec2),
+        ],
+        known: &[],
+    };
+
+    fn before_confinement(plan: &Plan<Self>) {
+        if plan.features.pmu.is_some() {
+            wake_perf();
+        }
+    }
 
     fn depth(request: &Request<Self>) -> Depth {
         let kernel_page = request.kernel.as_ref().and_then(|image| image.page_size);
@@ -122,7 +147,6 @@ impl KvmArch for Aarch64 {
         init_gic(&chip, &plan.layout.irqchip)?;
         if let Some(pmu) = &plan.features.pmu {
             init_counters(&vcpus, pmu)?;
-            wake_perf();
         }
         for (vcpu, planned) in vcpus.iter().zip(&plan.vcpus) {
             if let Some(address) = &planned.stolen_time {

@@ -20,6 +20,21 @@ pub enum Depth {
     Full,
 }
 
+/// What an architecture and its C library have that others do not.
+#[derive(Clone, Copy, Debug)]
+pub struct OtherCalls {
+    /// AUDIT_ARCH (include/uapi/linux/audit.h).
+    pub architecture: u32,
+    /// Calls that every thread may make.
+    pub calls: &'static [i64],
+    /// Requests of ioctl that vCPUs' threads make: name, and type with number (the lower 16 bits).
+    pub vcpu: &'static [(&'static str, u16)],
+    /// Requests that making a machine takes.
+    pub machine: &'static [(&'static str, u16)],
+    /// The names of calls that this architecture alone has.
+    pub known: &'static [(&'static str, i64)],
+}
+
 /// The operations of an architecture that create and run a planned machine with KVM.
 pub trait KvmArch: Arch {
     /// The interrupt controller's handle, which must live as long as the machine.
@@ -28,6 +43,12 @@ pub trait KvmArch: Arch {
     /// Whether the architecture has I/O ports. Where it has none, the binary contains no port
     /// devices.
     const PORTS: bool = false;
+
+    /// System calls as this architecture has them, for the sandbox.
+    const OTHER_CALLS: OtherCalls;
+
+    /// Does what needs rights that are given up before the machine is made.
+    fn before_confinement(_: &Plan<Self>) {}
 
     /// Returns how thoroughly the host must be probed for this request.
     fn depth(request: &Request<Self>) -> Depth;

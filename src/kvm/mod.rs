@@ -17,7 +17,7 @@ pub mod open;
 pub mod page;
 pub mod stats;
 
-pub use arch::{Depth, Hypercall, KvmArch, PortAccess, RawExit};
+pub use arch::{Depth, Hypercall, KvmArch, OtherCalls, PortAccess, RawExit};
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

@@ -3,7 +3,7 @@
 
 mod cpuid;
 
-use super::arch::{Depth, KvmArch, PortAccess, RawExit};
+use super::arch::{Depth, KvmArch, OtherCalls, PortAccess, RawExit};
 use super::facts::{ExitlessTimers, Virtualization, X86Facts};
 use super::interrupts::{Interrupts, Pins};
 use super::offers::Offers;
@@ -34,6 +34,36 @@ impl KvmArch for X86_64 {
     type Chip = ();
 
     const PORTS: bool = true;
+
+    const OTHER_CALLS: OtherCalls = OtherCalls {
+        // AUDIT_ARCH_X86_64
+        architecture: 0xc000_003e,
+        calls: &[
+            libc::SYS_alarm,
+            libc::SYS_epoll_wait,
+            libc::SYS_getpgrp,
+            libc::SYS_poll,
+        ],
+        vcpu: &[
+            ("KVM_SET_GSI_ROUTING", 0xae6a),
+            ("KVM_GET_REGS", 0xae81),
+            ("KVM_GET_SREGS", 0xae83),
+            ("KVM_GET_MP_STATE", 0xae98),
+            ("KVM_KVMCLOCK_CTRL", 0xaead),
+        ],
+        machine: &[
+            ("KVM_GET_SUPPORTED_CPUID", 0xae05),
+            ("KVM_SET_TSS_ADDR", 0xae47),
+            ("KVM_SET_IDENTITY_MAP_ADDR", 0xae48),
+            ("KVM_CREATE_IRQCHIP", 0xae60),
+            ("KVM_CREATE_PIT2", 0xae77),
+            ("KVM_SET_REGS", 0xae82),
+            ("KVM_SET_SREGS", 0xae84),
+            ("KVM_SET_MSRS", 0xae89),
+            ("KVM_SET_CPUID2", 0xae90),
+        ],
+        known: NAMES,
+    };
 
     fn depth(_: &Request<Self>) -> Depth {
         Depth::Quick
@@ -339,4 +369,21 @@ fn segment(selector: u16, descriptor: u64) -> kvm_segment {
         unusable: 0,
         padding: 0,
     }
+}
+/// The names of calls that this architecture alone has (arch/x86/entry/syscalls/syscall_64.tbl).
+macro_rules! names {
+    ($($name:ident),* $(,)?) => {
+        const NAMES: &[(&str, i64)] = &[$((stringify!($name), libc::$name)),*];
+    };
+}
+
+names! {
+        SYS_access, SYS_alarm, SYS_arch_prctl, SYS_chmod, SYS_chown, SYS_creat, SYS_dup2,
+        SYS_epoll_create, SYS_epoll_wait, SYS_eventfd, SYS_fork, SYS_futimesat,
+        SYS_get_thread_area, SYS_getdents, SYS_getpgrp, SYS_getrlimit, SYS_inotify_init,
+        SYS_ioperm, SYS_iopl, SYS_kexec_file_load, SYS_lchown, SYS_link, SYS_lstat,
+        SYS_mkdir, SYS_mknod, SYS_modify_ldt, SYS_open, SYS_pause, SYS_pipe, SYS_poll,
+        SYS_readlink, SYS_rename, SYS_renameat, SYS_rmdir, SYS_select, SYS_set_thread_area,
+        SYS_setrlimit, SYS_signalfd, SYS_stat, SYS_symlink, SYS_sync_file_range, SYS_sysfs,
+        SYS_time, SYS_unlink, SYS_uselib, SYS_ustat, SYS_utime, SYS_utimes, SYS_vfork,
 }

@@ -47,6 +47,7 @@ fn report(kvm: Result<Virtualization, NoKvm>) -> Report {
             shared: Some("advise".to_owned()),
             ..HugePagePolicy::default()
         },
+        landlock: None,
         kvm_mode: "default".to_owned(),
         kvm,
     }

@@ -11,6 +11,7 @@ use super::queue::{Event, Queue};
 use crate::console::{ESCAPE_HELP, PanicWatch, StandardOutput};
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
+use crate::sandbox::{Role, Sandbox};
 use crate::serial::TICK;
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
@@ -92,12 +93,14 @@ impl Events {
     }
 
     /// Returns the virtio console of this terminal.
-    pub(super) fn open_hvc(&self) -> Result<Arc<HvcConsole>> {
+    pub(super) fn open_hvc(&self, sandbox: &Arc<Sandbox>) -> Result<Arc<HvcConsole>> {
         let (room, action) = (self.queue.clone(), self.queue.clone());
         // The loop drains the console before armlet ends; nothing else stops its thread.
         let output = StandardOutput::new(Arc::default());
+        let sandbox = Arc::clone(sandbox);
         let hvc = HvcConsole::open(
             Box::new(PanicWatch::new(output)),
+            move || sandbox.enter_as(Role::Console),
             move || room.tell(Event::Room),
             move |told| action.tell_action(told),
         )?;

@@ -1,7 +1,7 @@
 //! A running vCPU, as other threads see it: its thread, and the requests to it.
 
 use super::control::Control;
-use crate::kvm::kick;
+use crate::kvm::kick::Target;
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -9,17 +9,26 @@ use std::thread::JoinHandle;
 /// A running vCPU.
 pub struct RunningVcpu {
     thread: JoinHandle<()>,
+    target: Target,
     pub(super) control: Arc<Control<VcpuFd>>,
 }
 
 impl RunningVcpu {
-    pub(super) fn new(thread: JoinHandle<()>, control: Arc<Control<VcpuFd>>) -> RunningVcpu {
-        RunningVcpu { thread, control }
+    pub(super) fn new(
+        thread: JoinHandle<()>,
+        target: Target,
+        control: Arc<Control<VcpuFd>>,
+    ) -> RunningVcpu {
+        RunningVcpu {
+            thread,
+            target,
+            control,
+        }
     }
 
     /// Makes the vCPU leave the guest soon, or not enter it.
     pub fn kick(&self) {
-        kick::kick(&self.thread);
+        self.target.kick();
     }
 
     /// Joins its thread.

@@ -9,6 +9,7 @@ pub mod files;
 pub mod huge;
 pub mod messages;
 pub mod page_size;
+pub mod raise;
 pub mod scheduling;
 pub mod signals;
 pub mod sockets;

@@ -72,6 +72,13 @@ pub fn install() {
     }
 }
 
+/// Opens what messages are written to, which a process that confines itself cannot do any more.
+pub fn prepare() {
+    let mut outlet = outlet();
+    let fd = outlet.fd;
+    outlet.way.get_or_insert_with(|| Way::of(fd));
+}
+
 /// Prints a line from a signal handler: at once or not at all, without locks or allocations.
 pub fn say_from_handler(line: &[u8]) {
     let stderr = stdio::stderr();

@@ -9,6 +9,7 @@
 //! No signal is blocked, so that the programs that armlet starts inherit an empty mask.
 
 use crate::messages;
+use crate::raise::raise;
 use crate::status::Status;
 use crate::terminal;
 use anyhow::{Context, Result};
@@ -179,8 +180,7 @@ fn handle_unless_ignored(signal: libc::c_int) {
     }
     UNDECIDED.store(0, Ordering::Release);
     if CAME_EARLY.swap(false, Ordering::AcqRel) && !was_ignored {
-        // SAFETY: the call has the handler called.
-        unsafe { libc::raise(signal) };
+        raise(signal);
     }
 }
 

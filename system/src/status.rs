@@ -20,6 +20,8 @@ pub enum Status {
     GuestReset,
     /// 6: the guest was stopped before it powered off (Ctrl-A x, SIGINT, a second SIGTERM).
     Stopped,
+    /// 7: armlet made a system call that its sandbox forbids.
+    Forbidden,
 }
 
 impl Status {
@@ -34,6 +36,7 @@ impl Status {
             Status::GuestFailed => 4,
             Status::GuestReset => 5,
             Status::Stopped => 6,
+            Status::Forbidden => 7,
         }
     }
 }

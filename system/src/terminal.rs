@@ -1,5 +1,6 @@
 //! The terminal's modes: raw while a guest uses it, and restored however armlet ends.
 
+use crate::raise::raise;
 use anyhow::{Context, Result};
 use armlet_devices::sync::lock;
 use rustix::stdio;
@@ -118,12 +119,10 @@ pub fn restore() {
 fn restore_at_crash() {
     extern "C" fn crashed(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         restore();
-        // SAFETY: both calls are async-signal-safe; the default action of these signals ends
-        // the process as it would have ended without this handler.
-        unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-            libc::raise(signal);
-        }
+        // SAFETY: the call is async-signal-safe; the default action of these signals ends the
+        // process as it would have ended without this handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        raise(signal);
     }
     for signal in [
         libc::SIGABRT,

@@ -396,3 +396,9 @@ fn a_cpu_that_goes_off_and_on_again_is_no_end() {
     assert_eq!(outcome.text(), TURNS);
     assert_eq!(outcome.complaints(), "armlet: stopped by a signal\n");
 }
+
+#[test]
+fn armlet_is_confined_and_has_nothing_that_it_inherited() {
+    let Some(_) = rig::any() else { return };
+    lives::is_confined(Armlet::program(&deaf()));
+}

@@ -231,3 +231,34 @@ pub(crate) fn heeds_signals_at_the_start(armlet: Armlet) {
     outcome.assert_status(6);
     assert_eq!(outcome.errors, "armlet: stopped by a signal\n");
 }
+
+/// A guest that prints "up" and hears nothing: nothing of armlet has rights, may make any call, or
+/// holds what it inherited.
+pub(crate) fn is_confined(armlet: Armlet) {
+    let words = ["sh", "-c", "exec \"$@\" 7</etc/passwd 9</dev/zero", "sh"].map(OsStr::new);
+    let mut guest = armlet.through(&words).start();
+    guest.expect("up\n");
+    let pid = guest.pid();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a running process");
+    for task in tasks {
+        let path = task.expect("a thread").path();
+        let status = fs::read_to_string(path.join("status")).expect("its status");
+        let value = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key));
+            line.expect("a line").trim().to_owned()
+        };
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            assert_eq!(value(set), "0000000000000000", "{set} {status}");
+        }
+        assert_eq!(value("NoNewPrivs:"), "1", "{status}");
+        assert_eq!(value("Seccomp:"), "2", "{status}");
+    }
+    for number in [7, 9] {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_default();
+        for inherited in ["/etc/passwd", "/dev/zero"] {
+            assert_ne!(link.to_string_lossy(), inherited, "descriptor {number}");
+        }
+    }
+    guest.signal(Signal::INT);
+    guest.end().assert_status(6);
+}

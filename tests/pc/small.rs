@@ -677,3 +677,11 @@ fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
         commanded::is_not_held_while_nobody_reads(Armlet::program(&ticking(1)));
     }
 }
+
+#[test]
+fn armlet_is_confined_and_has_nothing_that_it_inherited() {
+    if !rig::small() {
+        return;
+    }
+    lives::is_confined(Armlet::program(&deaf()));
+}

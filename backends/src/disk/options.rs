@@ -1,7 +1,7 @@
 //! Disks as they are asked for.
 
 use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Identity, Kind, Place};
+use crate::kind::{DeviceOptions, Identity, Kind, Need, Place};
 use crate::options::{Options, path_first};
 use crate::root;
 use anyhow::{Context, Result, bail};
@@ -201,6 +201,17 @@ impl DeviceOptions for DiskOptions {
     /// The root file system on the first disk.
     fn cmdline(&self, number: usize) -> Option<&'static str> {
         (number == 0).then(|| root::words(&self.path)).flatten()
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        let mut needs = vec![Need::Thread, Need::Storage];
+        if self.engine != EngineChoice::Sync && self.format != Format::Qcow2 {
+            needs.push(Need::Ring);
+        }
+        if !self.readonly {
+            needs.push(Need::Discards);
+        }
+        needs
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

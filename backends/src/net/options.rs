@@ -3,7 +3,7 @@
 use super::passt::Forward;
 use super::tap;
 use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Kind, Place};
+use crate::kind::{DeviceOptions, Kind, Need, Place};
 use crate::options::Options;
 use anyhow::{Result, anyhow, bail};
 use std::fmt;
@@ -142,6 +142,14 @@ impl DeviceOptions for NetOptions {
 
     fn needs_broker(&self) -> bool {
         matches!(self.network, Network::User { .. })
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        match self.network {
+            Network::User { .. } => vec![Need::Thread, Need::Sockets, Need::Broker],
+            // Netlink tells of the interface.
+            _ => vec![Need::Thread, Need::Tap, Need::Vhost, Need::Sockets],
+        }
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

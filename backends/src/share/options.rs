@@ -1,7 +1,7 @@
 //! Shared folders as they are asked for.
 
 use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Identity, Kind, Place};
+use crate::kind::{DeviceOptions, Identity, Kind, Need, Place};
 use crate::options::Options;
 use anyhow::{Context, Result, bail};
 use armlet_devices::virtio::fs::TAG;
@@ -132,6 +132,10 @@ impl DeviceOptions for ShareOptions {
 
     fn needs_broker(&self) -> bool {
         true
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        vec![Need::Sockets, Need::Broker]
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

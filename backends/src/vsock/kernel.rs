@@ -16,7 +16,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
-const PATH: &str = "/dev/vhost-vsock";
+pub(super) const PATH: &str = "/dev/vhost-vsock";
 /// Device ID (virtio 1.2, section 5.10).
 const ID: u32 = 19;
 /// VIRTIO_VSOCK_F_SEQPACKET, the one feature of its own that the kernel may have.

@@ -1,7 +1,7 @@
 //! Sockets as they are asked for.
 
 use crate::backend::Backend;
-use crate::kind::{DeviceOptions, Kind, Place};
+use crate::kind::{DeviceOptions, Kind, Need, Place};
 use crate::options::Options;
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
@@ -89,6 +89,13 @@ impl DeviceOptions for VsockOptions {
 
     fn needs_broker(&self) -> bool {
         true
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        match &self.uds {
+            Some(_) => vec![Need::Thread, Need::Sockets, Need::Broker],
+            None => vec![Need::Vhost, Need::Broker],
+        }
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

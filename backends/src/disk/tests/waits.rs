@@ -127,7 +127,7 @@ fn a_vcpu_waits_for_a_disk_at_work() {
         let mmio = mmio.expect("descriptors");
         let mut reactor = Reactor::new().expect("a descriptor");
         reactor.add(device, mmio.kicks()).expect("watched");
-        let worker = Worker::start(disk.name(), reactor, mailbox).expect("a thread");
+        let worker = Worker::start(disk.name(), reactor, mailbox, || Ok(())).expect("a thread");
         let mut guest = Guest { mmio, memory };
         let (mut configured, mut reset) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS {
