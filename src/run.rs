@@ -17,7 +17,7 @@ use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
-use crate::sandbox::{Mode, Sandbox};
+use crate::sandbox::{Mode, Role, Sandbox};
 use crate::vcpu::VcpuEvent;
 use anyhow::Result;
 use armlet_arch::Plan;
@@ -153,7 +153,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 if let Some(control) = control.take() {
                     let commands = events.queue.commands();
                     let told = move |command| commands.send(command);
-                    let started = control.start(told, fixed(&options.config));
+                    let own = sandbox.clone();
+                    let begin = move || own.enter_as(Role::Device);
+                    let started = control.start(begin, told, fixed(&options.config));
                     started.fault(Status::Host)?;
                 }
                 memory

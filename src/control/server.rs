@@ -54,12 +54,14 @@ impl Control {
         Ok(Control { listener })
     }
 
-    /// Starts the thread, which ends with the process. `send` gives back commands that are not taken.
+    /// Starts the thread, which ends with the process, and serves nobody unless `begin` succeeds there.
+    /// `send` gives back commands that are not taken.
     ///
     /// # Errors
     /// A host without room for another thread.
     pub fn start(
         self,
+        begin: impl FnOnce() -> Result<()> + Send + 'static,
         send: impl Fn(Command) -> Result<(), Command> + Send + 'static,
         fixed: Fixed,
     ) -> Result<()> {
@@ -69,7 +71,7 @@ impl Control {
             begun: Instant::now(),
         };
         let serve = move || {
-            if let Err(error) = server.serve(&self.listener) {
+            if let Err(error) = begin().and_then(|()| server.serve(&self.listener)) {
                 log::error!("the control socket is served no more: {error:#}");
             }
         };

@@ -40,7 +40,7 @@ fn listening() -> (TempDir, PathBuf) {
         memory: 1 << 30,
         devices: vec!["disk0".to_owned(), "rng".to_owned()],
     };
-    control.start(answer, fixed).expect("a thread");
+    control.start(|| Ok(()), answer, fixed).expect("a thread");
     (folder, path)
 }
 
