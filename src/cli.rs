@@ -118,6 +118,11 @@ const SWITCHES: &[&str] = &[
     "--dts",
 ];
 
+/// Whether an option of a command takes no value. `run --sandbox` takes one, `plan --sandbox` does not.
+fn is_switch(command: &str, option: &str) -> bool {
+    SWITCHES.contains(&option) || (command == "plan" && option == "--sandbox")
+}
+
 /// Declares a command's struct with the machine's options in front of its own, so that `run` and
 /// `plan` cannot differ in them.
 macro_rules! machine_command {
