@@ -252,6 +252,8 @@ mod tests {
     }
 
     fn sink(console: &HvcConsole) -> Inlet {
+        // The thread that writes starts with the first device.
+        console.device().expect("a device");
         Inlet(Arc::clone(&console.outlet))
     }
 
