@@ -74,6 +74,8 @@ pub enum Need {
     Thread,
     /// To read and write images.
     Storage,
+    /// To find out why a page of a file that is guest memory is missing, on the vCPU that meets it.
+    Pages,
     /// To talk through sockets that are connected.
     Sockets,
     /// To ask the broker for programs and connections.
@@ -93,6 +95,7 @@ impl fmt::Display for Need {
         f.write_str(match self {
             Need::Thread => "work in threads of devices",
             Need::Storage => "read and write images",
+            Need::Pages => "look for missing pages of persistent memory",
             Need::Sockets => "talk through connected sockets",
             Need::Broker => "ask the broker",
             Need::Tap => "control the TAP",

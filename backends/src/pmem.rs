@@ -44,7 +44,7 @@ impl DeviceOptions for PmemOptions {
     }
 
     fn needs(&self) -> Vec<Need> {
-        vec![Need::Thread, Need::Storage]
+        vec![Need::Thread, Need::Storage, Need::Pages]
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {

@@ -138,6 +138,9 @@ const STORAGE: Calls = Calls::of(&[
     libc::SYS_pwritev2,
 ]);
 
+/// What is done where a page of a file that is guest memory is missing.
+const PAGES: Calls = Calls::of(&[libc::SYS_lseek, libc::SYS_pread64]);
+
 /// What the event loop does: it makes machines and threads, reads kernels, waits, and sees the processes end
 /// that were forked before.
 const MACHINE: Calls = Calls::of(&[
@@ -309,6 +312,7 @@ impl Rules {
             Need::Thread | Need::Storage | Need::Discards | Need::Ring if is_vcpu => return,
             Need::Thread => (DEVICE, &[][..]),
             Need::Storage => (STORAGE, &[][..]),
+            Need::Pages => (PAGES, &[][..]),
             Need::Sockets if is_vcpu => (CONNECTED, requests::SOCKETS),
             Need::Sockets => (CONNECTED.and(SOCKETS), requests::SOCKETS),
             Need::Broker => (BROKER, &[][..]),

@@ -35,6 +35,7 @@ fn all_needs() -> Vec<Need> {
     vec![
         Need::Thread,
         Need::Storage,
+        Need::Pages,
         Need::Sockets,
         Need::Broker,
         Need::Tap,
@@ -294,6 +295,7 @@ fn table() -> String {
     let needs = [
         (Need::Thread, "any"),
         (Need::Storage, "storage"),
+        (Need::Pages, "memory"),
         (Need::Sockets, "sockets"),
         (Need::Broker, "broker"),
         (Need::Ring, "ring"),
