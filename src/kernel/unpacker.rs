@@ -253,7 +253,11 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         let (asked, requests) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
         let (results, given) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
-        let pid = sys::start(asked, given, &file, |_, given, _| work(given));
+        let pid = sys::start(asked, given, &file, |asked, given, _| {
+            // One that ends before it is asked cannot be asked.
+            let _ = uninterrupted(|| rustix::io::read(asked, &mut [0; 8]));
+            work(given);
+        });
         let pid = Some(pid.expect("a process"));
         let packed = Packed {
             file,
