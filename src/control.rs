@@ -2,8 +2,8 @@
 //! have it paused, resumed, reset, stopped, or a device changed. `armlet ctl` is its client.
 //!
 //! One thread serves the socket. It sees requests and answers only; the machine belongs to the event
-//! loop, which carries out commands (`run/command.rs`). A client's request is one line of words, and the answer one
-//! line of JSON (`docs/control.md`).
+//! loop, which carries out commands (`run/command.rs`). A client's request is one line of words, and
+//! the answer one line of JSON (`docs/control.md`).
 
 mod answer;
 mod client;

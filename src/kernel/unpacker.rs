@@ -100,12 +100,8 @@ impl Unpacker {
     /// Damaged data, in the decompressor's words.
     pub(super) fn head(&self) -> Result<Vec<u8>> {
         if cfg!(fuzzing) {
-            let Packed {
-                file,
-                span,
-                compression,
-            } = &self.packed;
-            return unpack_head(file, span, *compression);
+            let packed = &self.packed;
+            return unpack_head(&packed.file, &packed.span, packed.compression);
         }
         let mut head = vec![0; HEAD];
         let got = self.ask(FIRST_BYTES, &mut head)?;
@@ -120,13 +116,10 @@ impl Unpacker {
     /// Damaged data, in the decompressor's words.
     pub(super) fn all(&self, dst: &mut [u8]) -> Result<u64> {
         if cfg!(fuzzing) {
-            let Packed {
-                file,
-                span,
-                compression,
-            } = &self.packed;
+            let packed = &self.packed;
+            let (file, span, most) = (&packed.file, &packed.span, dst.len() as u64);
             let mut done = 0;
-            return unpack_all(file, span, *compression, dst.len() as u64, &mut |piece| {
+            return unpack_all(file, span, packed.compression, most, &mut |piece| {
                 dst[done..done + piece.len()].copy_from_slice(piece);
                 done += piece.len();
                 Ok(())

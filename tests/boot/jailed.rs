@@ -40,14 +40,7 @@ fn a_jailed_guest_talks_over_tap_and_reboots() {
             return;
         };
         let base = tempfile::tempdir().expect("a temporary folder");
-        let script = format!(
-            "{}
-ping -c 2 -W 20 {} >/dev/null && echo PINGED
-read -r what </dev/console
-[ \"$what\" = again ] && reboot -f",
-            tap.up(),
-            tap.host()
-        );
+        let script = tap.ping_and_reboot();
         let options = "--cgroup-version 2 --cgroup pids.max=100 --parent-cgroup armlet-jails";
         let mut guest = jailed(rig, base.path(), options, &script)
             .input(Input::Pipe)

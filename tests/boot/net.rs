@@ -97,6 +97,18 @@ pub(crate) struct Tap {
 }
 
 impl Tap {
+    /// What a guest does to say PINGED once it reaches the host, and to start again if it is told to.
+    pub(crate) fn ping_and_reboot(&self) -> String {
+        format!(
+            "{}
+ping -c 2 -W 20 {} >/dev/null && echo PINGED
+read -r what </dev/console
+[ \"$what\" = again ] && reboot -f",
+            self.up(),
+            self.host()
+        )
+    }
+
     /// The host is 10.88.`subnet`.1. `None` where the host does not let us; this was said then.
     pub(crate) fn new(name: &'static str, subnet: u8, queues: usize) -> Option<Tap> {
         let many = if queues > 1 { " multi_queue" } else { "" };
@@ -216,14 +228,7 @@ fn a_network_works_on_after_a_reboot() {
         let Some(tap) = Tap::new(name, subnet, 1) else {
             return;
         };
-        let script = format!(
-            "{}
-ping -c 2 -W 20 {} >/dev/null && echo PINGED
-read -r what </dev/console
-[ \"$what\" = again ] && reboot -f",
-            tap.up(),
-            tap.host()
-        );
+        let script = tap.ping_and_reboot();
         let mut guest = Armlet::devices(rig, &script)
             .input(Input::Pipe)
             .option("--net", format!("tap={name},vhost={vhost}"))

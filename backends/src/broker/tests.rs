@@ -10,7 +10,6 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 
@@ -420,14 +419,7 @@ fn a_socket_goes_with_the_broker_unless_something_took_its_place() {
     let _listeners = [&ours, &other].map(|path| UnixListener::bind(path).expect("a socket"));
     let broker = Broker::fork().expect("a process");
     for path in [&ours, &other] {
-        let found = fs::metadata(path).expect("a socket");
-        let file = FileId {
-            device: found.dev(),
-            inode: found.ino(),
-        };
-        broker
-            .offer(Service::Removal(path.clone(), file))
-            .expect("a folder");
+        broker.offer_removal(path).expect("a folder");
     }
     fs::write(folder.path().join("new"), "").expect("a file");
     fs::rename(folder.path().join("new"), &other).expect("a name");

@@ -1,5 +1,6 @@
 //! Forks the process that unpacks, and confines it: system calls that no library has in a safe form.
 
+use crate::kvm::{HostArch, KvmArch};
 use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
 use rustix::process::{Pid, Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
 use std::fs::File;
@@ -39,18 +40,6 @@ const REFUSED: [libc::c_long; 2] = [libc::SYS_openat, libc::SYS_fcntl];
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const THIRD_ARGUMENT: u32 = 16 + 2 * 8;
-
-/// The architecture's number (include/uapi/linux/audit.h: AUDIT_ARCH_AARCH64 and _X86_64).
-const fn architecture() -> u32 {
-    const LITTLE_ENDIAN_64_BIT: u32 = 0xc000_0000;
-    let is_x86 = matches!(std::env::consts::ARCH.as_bytes(), b"x86_64");
-    LITTLE_ENDIAN_64_BIT
-        | if is_x86 {
-            libc::EM_X86_64
-        } else {
-            libc::EM_AARCH64
-        } as u32
-}
 
 /// Runs `work` in a confined copy of this process that has these descriptors and no others. Returns
 /// the copy's ID.
@@ -150,7 +139,7 @@ fn filter() -> Vec<sock_filter> {
     let load = |offset| statement(BPF_LD | BPF_W | BPF_ABS, offset);
     let mut filter = vec![
         load(ARCHITECTURE),
-        jump(BPF_JEQ, architecture(), 1, 0),
+        jump(BPF_JEQ, HostArch::OTHER_CALLS.architecture, 1, 0),
         kill,
         load(NUMBER),
     ];
