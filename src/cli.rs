@@ -1,6 +1,7 @@
 //! The command line: argh structs, and what argh lacks (`--option=value`, one-line errors).
 
 mod devices;
+mod habits;
 mod parse;
 mod unknown;
 

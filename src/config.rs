@@ -12,6 +12,7 @@ use armlet_arch::image::Header;
 use armlet_arch::irq::GicChoice;
 use armlet_arch::size::{parse_memory, show_size};
 use armlet_arch::switch::Switch;
+use armlet_arch::words::cpus_in;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
 use armlet_backends::kind::Guest;
 use armlet_backends::open::{self, Wanted};
@@ -94,9 +95,10 @@ fn read_checked<A: Arch>(
     let defaults = &board.guest;
     let cpus = match &args.cpus {
         None => defaults.cpus,
-        Some(text) => text
-            .parse()
-            .map_err(|_| anyhow!("--cpus '{text}' is no number of vCPUs; use 1 or more"))?,
+        Some(text) => text.parse().map_err(|_| match cpus_in(text) {
+            Some(number) if number != text => anyhow!("--cpus {text}: use --cpus {number}"),
+            _ => anyhow!("--cpus '{text}' is no number of vCPUs; use 1 or more"),
+        })?,
     };
     let memory = match &args.memory {
         None => defaults.memory,
@@ -389,7 +391,7 @@ mod tests {
                 &["size=9G"] as &[&str],
                 "leaves nothing of the guest's",
             ),
-            ("balloon", &["size=512"], "write 512M"),
+            ("balloon", &["size=512"], "use 512M"),
             ("balloon", &["big"], "--balloon"),
             ("net", &["tap=a-name-of-16-bytes"], "--net"),
             (

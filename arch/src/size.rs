@@ -1,5 +1,7 @@
 //! Sizes as people write them: `512M`, `4G`.
 
+use crate::words::size_in;
+
 /// Returns the bytes that `text` means: a whole number and K, M, G or T (powers of 1024), upper or
 /// lower case, with an optional `i`, `iB` or `B` after it (`4Gi`, `4GiB`); no letter means bytes.
 ///
@@ -32,15 +34,32 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// Like [`parse_size`], for guest memory: a number without a unit that is less than 1 MiB is
-/// refused, because other VMMs take it as MiB.
+/// refused, because other VMMs take it as MiB, and so is what else they take (`size=1G,slots=2`).
 ///
 /// # Errors
 /// As [`parse_size`], and with the unit that is most likely meant.
 pub fn parse_memory(text: &str) -> Result<u64, String> {
-    let bytes = parse_size(text)?;
+    let bytes = match parse_size(text) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let meant = size_in(text);
+            let is_other = meant != text && parse_size(meant).is_ok();
+            return Err(match is_other {
+                true => {
+                    let unit = if meant.parse::<u64>().is_ok() {
+                        "M"
+                    } else {
+                        ""
+                    };
+                    format!("for '{text}' use {meant}{unit}")
+                }
+                false => error,
+            });
+        }
+    };
     match text.parse::<u64>() {
         Ok(number) if (1..1 << 20).contains(&number) => Err(format!(
-            "'{text}' has no unit and means {text} bytes; for MiB write {number}M"
+            "{number} bytes is too little; for {number} MiB use {number}M"
         )),
         _ => Ok(bytes),
     }
@@ -76,9 +95,12 @@ mod tests {
     #[test]
     fn memory_without_a_unit_is_asked_about() {
         for (text, meant) in [
-            ("512", "write 512M"),
-            ("1536", "write 1536M"),
-            ("1", "write 1M"),
+            ("512", "512 bytes is too little; for 512 MiB use 512M"),
+            ("1536", "use 1536M"),
+            ("1", "use 1M"),
+            ("65535", "for 65535 MiB use 65535M"),
+            ("size=512M", "use 512M"),
+            ("512,slots=2,maxmem=8G", "use 512M"),
         ] {
             let error = parse_memory(text).expect_err(text);
             assert!(error.contains(meant), "{error}");

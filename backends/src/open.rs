@@ -2,9 +2,10 @@
 
 use crate::backend::Backend;
 use crate::broker::Broker;
+use crate::habits;
 use crate::kind::{DeviceOptions, Guest, Kind, Place};
 use crate::{balloon, console, disk, net, pmem, rng, share, vsock};
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use armlet_system::signals;
 use std::fmt;
 use std::sync::Arc;
@@ -67,7 +68,13 @@ pub fn read(given: &[(&'static Kind, String)], guest: &Guest) -> Result<Vec<Want
             texts.extend(kind.default);
         }
         for text in texts {
-            devices.extend((kind.parse)(text, guest)?);
+            let parsed = (kind.parse)(text, guest);
+            devices.extend(
+                parsed.map_err(|error| match habits::rewrite(kind, text, guest) {
+                    Some(ours) => anyhow!("--{name} {text}: use --{name} {ours}", name = kind.name),
+                    None => error,
+                })?,
+            );
         }
     }
     checked(devices, guest)

@@ -199,8 +199,8 @@ pub fn path_first<'a>(text: &'a str, switches: &[&str]) -> Cow<'a, str> {
     }
 }
 
-/// The parts between single commas.
-fn split(text: &str) -> Vec<&str> {
+/// Returns the parts between single commas.
+pub(crate) fn split(text: &str) -> Vec<&str> {
     let mut parts = Vec::new();
     let (mut start, mut at) = (0, 0);
     let bytes = text.as_bytes();

@@ -66,7 +66,9 @@ fn take<'a>(words: &[&'a str]) -> (Vec<&'a str>, Result<DeviceArgs, EarlyExit>) 
             }
             continue;
         };
-        let Some(value) = after.next() else {
+        // What begins with a dash is the next option: kvmtool's --balloon and --rng have no value.
+        let is_value = |value: &&str| value.len() < 2 || !value.starts_with('-');
+        let Some(value) = after.next().filter(is_value) else {
             let wrong = format!("No value provided for option '{word}'.");
             return (rest, Err(wrong.into()));
         };

@@ -65,7 +65,7 @@ fn one_line(output: &str, words: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Command;
+    use crate::cli::{Command, habits};
 
     fn parse_words(words: &str) -> Parsed {
         let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
@@ -101,23 +101,104 @@ mod tests {
     #[test]
     fn options_of_other_vmms_are_answered_with_the_one_that_is_meant() {
         for (words, meant) in [
-            ("run -kernel Image", "use --kernel"),
-            ("run -append quiet", "use --cmdline"),
-            ("run --append=quiet", "use --cmdline"),
-            ("run -smp 4", "use --cpus"),
-            ("run -drive file=x,format=qcow2", "use --disk path=IMG"),
-            ("run -nographic", "leave it out: the guest's console"),
-            ("run -net user", "use --net"),
-            ("run -cpu host", "--pmu"),
-            ("plan --mem 1G", "use --memory"),
-            ("plan --ram=1G", "use --memory"),
-            ("run --params quiet", "use --cmdline"),
+            // QEMU.
+            ("run -kernel Image", "-kernel Image: use --kernel Image"),
+            ("run -initrd i.img", "-initrd i.img: use --initrd i.img"),
+            ("run -append quiet", "-append quiet: use --cmdline quiet"),
+            ("run --append=quiet", "--append quiet: use --cmdline quiet"),
+            ("run -append", "-append: use --cmdline STR"),
+            ("run -smp 4", "-smp 4: use --cpus 4"),
+            ("run -smp cpus=4,cores=2", "use --cpus 4"),
+            ("run -smp -m 1G", "-smp: use --cpus N"),
+            (
+                "run -drive file=x,format=qcow2,if=none,id=d0",
+                "-drive file=x,format=qcow2,if=none,id=d0: use --disk path=x,format=qcow2",
+            ),
+            ("run -drive if=pflash", "use --disk path=IMG"),
+            ("run -hda x.img", "use --disk x.img"),
+            ("run -cdrom x.iso", "use --disk path=x.iso,readonly"),
+            (
+                "run -device virtio-blk-pci,drive=d0",
+                "use --disk path=IMG, in place of the drive",
+            ),
+            (
+                "run -device virtio-net-device,mac=02:00:00:00:00:01",
+                "use --net user,mac=02:00:00:00:00:01",
+            ),
+            (
+                "run -device vhost-vsock-pci,guest-cid=3",
+                "use --vsock cid=3",
+            ),
+            (
+                "run -device virtio-rng-pci",
+                "leave it out: a guest has one",
+            ),
+            (
+                "run -netdev user,id=n0,hostfwd=tcp::22-:22",
+                "use --net user,hostfwd=tcp::22-:22",
+            ),
+            ("run -netdev tap,id=n0,ifname=tap0", "use --net tap=tap0"),
+            ("run -nic user,model=virtio", "use --net user"),
+            ("run -net user", "-net user: use --net user"),
+            ("run -net nic,model=virtio", "-net: leave it out"),
+            (
+                "run -machine virt,gic-version=3",
+                "use --board virt --gic 3",
+            ),
+            ("run -M q35", "-M q35: use --board pc"),
+            (
+                "run -cpu host",
+                "-cpu: leave it out: a guest has the host's CPU",
+            ),
+            ("run -cpu host,pmu=off", "use --pmu off"),
+            ("run -accel kvm", "-accel: leave it out"),
+            ("run -enable-kvm -m 1G", "-enable-kvm: leave it out"),
+            (
+                "run -nographic",
+                "-nographic: leave it out: the guest's console",
+            ),
+            (
+                "run -serial mon:stdio",
+                "-serial: leave it out: the serial console is this terminal",
+            ),
+            ("run -no-reboot", "-no-reboot: use --on-reset exit"),
+            // kvmtool.
+            ("run --params quiet", "use --cmdline quiet"),
             ("run --network mode=user", "use --net user"),
-            ("run --api-sock /tmp/s", "no API"),
+            ("run --network mode=tap,tapif=tap0", "use --net tap=tap0"),
+            ("run --mem 512", "--mem 512: use --memory 512M"),
+            ("run --9p /srv,data", "use --share tag=data,path=/srv"),
+            ("run --irqchip gicv3", "use --gic 3"),
+            (
+                "run --balloon --cpus 2",
+                "No value provided for option '--balloon'",
+            ),
+            // Cloud Hypervisor and crosvm.
+            ("run --initramfs i.img", "use --initrd i.img"),
+            ("run --mem size=1024", "use --memory 1024M"),
+            (
+                "run --block path=r.img,ro",
+                "use --disk path=r.img,readonly",
+            ),
+            ("run --rwdisk r.img", "use --disk r.img"),
+            (
+                "run --shared-dir /srv:data:type=fs",
+                "use --share tag=data,path=/srv",
+            ),
+            ("run --cid 3", "use --vsock cid=3"),
+            ("run --tap-name tap0", "use --net tap=tap0"),
+            // Firecracker.
+            ("run --api-sock /tmp/s", "use --control /tmp/s"),
+            ("run --config-file f", "leave it out"),
+            ("run --no-seccomp", "use --sandbox off"),
+            // Ours, almost.
+            ("plan --mem 1G", "use --memory 1G"),
+            ("plan --ram=1G", "use --memory 1G"),
             ("run -m1G", "use -m 1G"),
             ("run -m=1G", "use -m 1G"),
-            ("run --cpu 4", "use --cpus"),
-            ("run --memroy 1G", "use --memory"),
+            ("run --cpu 4", "use --cpus 4"),
+            ("run --memroy 1G", "--memroy 1G: use --memory 1G"),
+            ("run -verbose x", "-verbose x: use --verbose"),
             ("run vmlinuz", "a kernel is named by --kernel"),
             ("-kernel Image", "armlet run -kernel"),
             ("--kernel Image", "armlet run --kernel"),
@@ -128,12 +209,29 @@ mod tests {
             let line = wrong(words);
             assert!(!line.contains('\n') && line.len() < 260, "{line}");
             assert!(line.contains(meant), "{words}: {line}");
+            assert!(
+                words.contains("versoin") || !line.contains("valid here"),
+                "{line}"
+            );
         }
+        // A text of several words is quoted; one that is too long to be read is not shown.
+        let append = |text: &str| {
+            let words = ["run", "-append", text].map(str::to_owned);
+            match parse(&words) {
+                Parsed::Wrong(line) => line,
+                _ => panic!("not refused"),
+            }
+        };
+        assert_eq!(
+            append("console=ttyS0 quiet"),
+            "-append console=ttyS0 quiet: use --cmdline 'console=ttyS0 quiet'"
+        );
+        assert_eq!(append(&"x".repeat(5000)), "-append: use --cmdline");
         // What is advised is there.
         let Parsed::Help(help) = parse_words("run --help") else {
             panic!("no help");
         };
-        for word in unknown::advised() {
+        for word in habits::advised() {
             assert!(help.contains(&format!("{word} ")), "{word}");
         }
     }
