@@ -406,7 +406,7 @@ mod tests {
                 "have one tag=a",
             ),
             ("rng", &["maybe"], "use on or off"),
-            ("console", &["hvc0"], "use serial or virtio"),
+            ("console", &["hvc0"], "use --console virtio"),
         ] {
             let line = refused(device(name, texts));
             assert!(line.contains(why), "{name} {texts:?}: {line}");
