@@ -79,6 +79,7 @@ pub static BUILT_IN: &[BuiltIn] = built_in![
     "m1-asahi",
     "server52",
     "qemu-virt",
+    "firecracker",
     "pc",
 ];
 

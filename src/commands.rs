@@ -8,7 +8,7 @@ use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
-use crate::run::{OnPanic, OnReset, RunOptions};
+use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
 use crate::sandbox::{Mode, Sandbox};
 use crate::{boards, control, host, jail, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
@@ -140,6 +140,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         seeded: !machine.deterministic,
         stats: args.stats,
         sandbox,
+        vcpu_names: VCPU_NAMES,
         dump_dtb: args.dump_dtb.clone(),
         control: args.control.clone().map(Into::into),
         commander: None,

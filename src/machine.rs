@@ -154,13 +154,14 @@ impl<A: KvmArch> Machine<A> {
         Ok(())
     }
 
-    /// Starts the vCPUs, each on a thread of its own, pinned to `cpus(index)` unless that is empty.
-    /// Each reports events by a closure that `tell` returns.
+    /// Starts the vCPUs, each on a thread of its own, called `names` and its number, and pinned to
+    /// `cpus(index)` unless that is empty. Each reports events by a closure that `tell` returns.
     ///
     /// # Errors
     /// When the host cannot create another thread.
     pub fn start<T: Fn(VcpuEvent) + Send + 'static>(
         &mut self,
+        names: &'static str,
         cpus: impl Fn(usize) -> Vec<u32>,
         tell: impl Fn() -> T,
     ) -> Result<()> {
@@ -169,6 +170,7 @@ impl<A: KvmArch> Machine<A> {
             buses: Arc::clone(&self.buses),
             off: Arc::clone(&off),
             sandbox: Arc::clone(&self.sandbox),
+            names,
         };
         let idle = std::mem::take(&mut self.idle).into_iter();
         for (index, (vcpu, exits)) in idle.zip(&self.counters.exits).enumerate() {

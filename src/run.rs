@@ -55,6 +55,9 @@ pub use queue::Commands;
 /// How long to wait for vCPUs before the name of the one that is waited for is updated.
 const LONG: Duration = Duration::from_millis(50);
 
+/// What stands before a vCPU's number in its thread's name, unless something else is asked for.
+pub const VCPU_NAMES: &str = "vcpu";
+
 /// The options of [`run`].
 pub struct RunOptions<A: KvmArch> {
     /// KVM.
@@ -75,6 +78,9 @@ pub struct RunOptions<A: KvmArch> {
     pub stats: bool,
     /// How far armlet confines itself.
     pub sandbox: Mode,
+    /// What stands before a vCPU's number in its thread's name ([`VCPU_NAMES`]); the name is cut off
+    /// after 15 bytes.
+    pub vcpu_names: &'static str,
     /// Where to write the device tree to.
     pub dump_dtb: Option<String>,
     /// Where to listen for clients that control the machine.
@@ -184,7 +190,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         // From here on SIGTERM asks the guest to power off, even before the event loop starts.
         signals::enter(Phase::Running);
-        start(&mut machine, &options.config, &everywhere, &events)?;
+        start(&mut machine, &options, &everywhere, &events)?;
         events.input.terminal = terminal.is_some();
         let ending = events.watch(&machine);
         let ending = match ending {
@@ -280,7 +286,7 @@ fn map_memory<A: KvmArch>(
 /// Starts the vCPUs, on their CPUs or `everywhere`; they report to `events`.
 fn start<A: KvmArch>(
     machine: &mut Machine<A>,
-    config: &Config<A>,
+    options: &RunOptions<A>,
     everywhere: &[u32],
     events: &Events,
 ) -> Result<()> {
@@ -304,9 +310,9 @@ fn start<A: KvmArch>(
             queue.tell(Event::Vcpu(event));
         }
     };
-    let pinned = &config.pinning.cpus;
+    let pinned = &options.config.pinning.cpus;
     let cpus = |index| pinned.get(index).map_or(everywhere, Vec::as_slice).to_vec();
-    machine.start(cpus, tell)
+    machine.start(options.vcpu_names, cpus, tell)
 }
 
 /// Stops the vCPUs, and flushes the rest of the console's output.

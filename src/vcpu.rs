@@ -42,6 +42,8 @@ pub struct Shared {
     pub off: Arc<OffCheck>,
     /// What they may still do.
     pub sandbox: Arc<Sandbox>,
+    /// What stands before a vCPU's number in its thread's name.
+    pub names: &'static str,
 }
 
 /// Starts vCPU `index` on a thread of its own, pinned to these CPUs of the host, or unpinned if
@@ -64,7 +66,7 @@ pub fn start<A: KvmArch>(
     let target = Target::default();
     let kicked = target.clone();
     let thread = std::thread::Builder::new()
-        .name(format!("vcpu{index}"))
+        .name(format!("{}{index}", shared.names))
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _end = asked.until_end();

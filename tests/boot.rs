@@ -40,6 +40,9 @@ mod drivers;
 /// What vCPUs have beside the base architecture.
 #[path = "boot/features.rs"]
 mod features;
+/// The machine of Firecracker's guests.
+#[path = "boot/firecracker.rs"]
+mod firecracker;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;

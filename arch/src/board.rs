@@ -209,6 +209,8 @@ pub struct BoardDevice {
 pub enum BoardDeviceKind {
     /// ARM PrimeCell UART.
     Pl011,
+    /// 16550A UART, with its registers in memory.
+    Uart16550,
     /// ARM PrimeCell real-time clock.
     Pl031,
     /// ARM PrimeCell GPIO; its line 3 is the power key.

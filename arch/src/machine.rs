@@ -63,6 +63,9 @@ pub struct PlacedPorts {
 pub enum DeviceKind {
     /// ARM PrimeCell UART: the serial console.
     Pl011,
+    /// 16550A UART with its registers in memory: the serial console.
+    #[serde(rename = "16550")]
+    Uart16550,
     /// ARM PrimeCell real-time clock.
     Pl031,
     /// ARM PrimeCell GPIO with the power key on line 3.
@@ -78,6 +81,7 @@ impl DeviceKind {
     fn title(self) -> Cow<'static, str> {
         match self {
             DeviceKind::Pl011 => "PL011 serial console".into(),
+            DeviceKind::Uart16550 => "16550 serial console".into(),
             DeviceKind::Pl031 => "PL031 real-time clock".into(),
             DeviceKind::Pl061 => "PL061 GPIO, power key".into(),
             DeviceKind::VirtioMmio { slot } => format!("virtio-mmio slot {slot}").into(),

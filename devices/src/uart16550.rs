@@ -1,8 +1,10 @@
-//! The PC's serial port: a 16550A at eight I/O ports (PC16550D datasheet, section 8).
+//! The PC's serial port: a 16550A at eight I/O ports, or eight bytes of memory (PC16550D datasheet,
+//! section 8).
 //!
 //! [`vm_superio::Serial`] implements the registers; its transmitter is always empty. Added here is
 //! what it lacks: breaks, the reset of the receive FIFO, and tracking when the guest listens. Its
-//! interrupt is an edge, as on the ISA bus.
+//! interrupt is an edge, as on the ISA bus: each cause that arises signals one, also while the guest
+//! handles another, so none is lost.
 
 use std::convert::Infallible;
 use std::io::{self, Write};
@@ -310,7 +312,7 @@ impl Device for Uart16550 {
 }
 
 impl Uart for Uart16550 {
-    /// I/O ports cannot be backed by memory.
+    /// I/O ports cannot be backed by memory, and some registers change when they are read.
     type Snapshot = ();
 
     /// Reads always exit, so they may have side effects. But KVM drops what a string instruction

@@ -1,6 +1,6 @@
 //! A device window that rarely causes exits: KVM coalesces the writes to one register in a ring,
-//! and the guest reads all registers from a page of memory. I/O ports cannot be backed by memory,
-//! so each read of a port is still an exit.
+//! and the guest reads all registers from a page of memory. I/O ports cannot be backed by memory, nor can
+//! registers that change when they are read: each such read is still an exit.
 //!
 //! Both are features of KVM: coalesced MMIO and port I/O (Documentation/virt/kvm/api.rst,
 //! KVM_REGISTER_COALESCED_MMIO), and [`ReadOnlyPages`].
@@ -17,9 +17,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The memslot of the page, after those of RAM.
 const MEMSLOT: u32 = 1000;
 
-/// Bytes of a register in memory, or at a port.
+/// The sizes of registers in bytes.
 const WORD: u32 = 4;
-const PORT: u32 = 1;
+const BYTE: u32 = 1;
 
 /// The window of one device.
 pub struct BurstWindow {
@@ -50,7 +50,16 @@ impl BurstWindow {
     /// # Errors
     /// When KVM lacks the ring.
     pub fn at_ports(vm: Arc<VmFd>, vcpu: &VcpuFd, port: u64) -> Result<BurstWindow> {
-        BurstWindow::on(vm, vcpu, (IoEventAddress::Pio(port), PORT), None)
+        BurstWindow::on(vm, vcpu, (IoEventAddress::Pio(port), BYTE), None)
+    }
+
+    /// Creates the window of a device in memory whose registers have side effects when they are read,
+    /// closed. Only writes to its first byte, at `address`, are coalesced; each read is an exit.
+    ///
+    /// # Errors
+    /// When KVM lacks the ring.
+    pub fn at_byte(vm: Arc<VmFd>, vcpu: &VcpuFd, address: u64) -> Result<BurstWindow> {
+        BurstWindow::on(vm, vcpu, (IoEventAddress::Mmio(address), BYTE), None)
     }
 
     fn on(

@@ -110,6 +110,16 @@ pub(super) fn attach<A: KvmArch>(
                 devices.serial = Some(Arc::clone(&serial) as _);
                 serial
             }
+            DeviceKind::Uart16550 => {
+                let (output, on_room, on_burst) = console.take().context(TWO_CONSOLES)?;
+                let window = vcpu
+                    .map(|vcpu| BurstWindow::at_byte(Arc::clone(vm), vcpu, placed.window.start()));
+                let uart = Uart16550::new(line, output, on_room);
+                let serial = Serial::new(uart, window.and_then(collecting), on_burst);
+                let serial = Arc::new(Mutex::new(serial));
+                devices.serial = Some(Arc::clone(&serial) as _);
+                serial
+            }
             DeviceKind::Pl031 => {
                 let on_deadline = on_deadline.take().unwrap_or_else(|| Box::new(|| {}));
                 let clock = Arc::new(Mutex::new(Pl031::new(line, on_deadline)));

@@ -28,6 +28,8 @@ const LONG: Duration = Duration::from_secs(60);
 /// What the guests here print again and again, each after this word.
 pub(crate) const TICKS: &str = "0123456789";
 pub(crate) const FIRST: &str = "ticks:";
+/// What the threads of vCPUs are called here, before the number: what some who look for them expect.
+const VCPUS: &str = "fc_vcpu ";
 
 /// Armlet itself, for the tests below: it ends as armlet does.
 #[test]
@@ -47,6 +49,7 @@ fn armlet_in_this_process() {
         panic!("another command: {arguments:?}");
     };
     let mut options = commands::run_options(&args, &devices).expect("a machine");
+    options.vcpu_names = VCPUS;
     options.commander = Some(Box::new(move |commands| {
         std::thread::spawn(move || serve(&commands, &fifo));
     }));
@@ -168,6 +171,14 @@ impl Commanded {
         self.guest.expect_error(said);
     }
 
+    /// The names of armlet's threads, a line each.
+    fn threads(&self) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.guest.pid()));
+        let tasks = tasks.expect("a running process");
+        let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).ok();
+        tasks.flatten().filter_map(name).collect()
+    }
+
     /// The ticks so far, none of which is missing or twice.
     fn ticks(&self) -> usize {
         let said = self.guest.said();
@@ -200,6 +211,9 @@ pub(crate) fn is_held_and_goes_on(armlet: Armlet, vcpus: usize, position: &str) 
         let before = commanded.ticks();
         commanded.goes_on(before);
         commanded.command("pause", "held.\n");
+        let threads = commanded.threads();
+        let named = |vcpu: usize| threads.contains(&format!("{VCPUS}{vcpu}\n"));
+        assert!((0..vcpus).all(named), "{threads:?}");
         // What was collected, and what is in the pipe.
         sleep(Duration::from_millis(300));
         let held = commanded.ticks();

@@ -50,6 +50,11 @@ fn position(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
 #[test]
 fn every_byte_arrives_in_order_both_ways() {
     let Some(rig) = rig::any() else { return };
+    both_ways(rig, |armlet| armlet);
+}
+
+/// Sends bytes to a guest that `change` may change, and checks that it gets them all and sends them back.
+pub(crate) fn both_ways(rig: &rig::Rig, change: fn(Armlet) -> Armlet) {
     let sent = noise(BYTES);
     let script = format!(
         "exec </dev/console
@@ -59,9 +64,8 @@ head -c {BYTES} >/tmp/in
 echo \"CRC $(crc32 /tmp/in | cut -c -8)\"
 printf BEGIN; cat /tmp/in; printf END"
     );
-    let mut guest = Armlet::script(rig, "Image", &script)
-        .input(Input::Pipe)
-        .start();
+    let armlet = Armlet::script(rig, "Image", &script).input(Input::Pipe);
+    let mut guest = change(armlet).start();
     guest.expect("READY\n");
     let started = Instant::now();
     guest.send(&sent);

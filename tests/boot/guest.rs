@@ -191,6 +191,12 @@ impl Armlet {
         self
     }
 
+    /// Gives a Linux guest another serial console.
+    pub(crate) fn console(mut self, name: &str) -> Armlet {
+        self.cmdline = self.cmdline.replace(CONSOLE, name);
+        self
+    }
+
     pub(crate) fn verbose(self) -> Armlet {
         self.flag("--verbose")
     }

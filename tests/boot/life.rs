@@ -60,7 +60,7 @@ fn a_panic_is_reported_and_may_end_armlet() {
 
 /// Waits for the power key as a distribution's logind does. It says so when it listens: Linux throws
 /// away what a key does while nobody has its device open.
-const LISTEN: &str = "insmod /modules/evdev.ko
+pub(crate) const LISTEN: &str = "insmod /modules/evdev.ko
 insmod /modules/gpio_keys.ko
 until [ -e /dev/input/event0 ]; do sleep 0.1; done
 exec 3</dev/input/event0

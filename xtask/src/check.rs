@@ -78,13 +78,14 @@ const X86_HOSTS: [NamedHost; 1] = [("epyc", X86_CPU, 0, Kernel::V6_1X86)];
 
 /// The tests that hosts after the first run, unless `--thorough` is given: those whose outcome
 /// hangs on the host's CPU, pages, kernel or GIC.
-const ELSEWHERE: [&str; 25] = [
+const ELSEWHERE: [&str; 26] = [
     "attack::",
     "boards::",
     "console::every_byte",
     "disk::a_guest_reads",
     "disk::disks_work_on_after_reboots",
     "features::",
+    "firecracker::",
     "kinds::",
     "life::a_reset_is_no_leak",
     "life::linux_reboots",
@@ -160,6 +161,7 @@ const QUICK: [(&str, &[&str]); 3] = [
             "console::every_byte",
             "disk::a_guest_reads",
             "disk::disks_work_on_after_reboots",
+            "firecracker::",
             "life::a_reset",
             "life::linux_reboots",
             "linux::a_kernel_with_16_kib",

@@ -48,7 +48,7 @@ pub(super) fn build(
         .prop("compatible", "linux,dummy-virt")
         .prop("model", format!("armlet,{}", board.name).as_str());
     chosen(&mut root, layout, request);
-    if let Some(console) = find(layout, DeviceKind::Pl011) {
+    if let Some(console) = console(layout) {
         root.child("aliases")
             .prop("serial0", format!("/{}", serial_name(console)).as_str());
     }
@@ -69,6 +69,7 @@ pub(super) fn build(
     for device in &layout.devices {
         match device.kind {
             DeviceKind::Pl011 => pl011(&mut root, device),
+            DeviceKind::Uart16550 => uart16550(&mut root, device),
             DeviceKind::Pl031 => pl031(&mut root, device),
             DeviceKind::Pl061 => {
                 let has_power_key = find(layout, DeviceKind::Pl061) == Some(device);
@@ -82,6 +83,11 @@ pub(super) fn build(
 
 fn find(layout: &Layout<Aarch64>, kind: DeviceKind) -> Option<&Placed> {
     layout.devices.iter().find(|device| device.kind == kind)
+}
+
+/// Returns the serial console: no board has two.
+fn console(layout: &Layout<Aarch64>) -> Option<&Placed> {
+    find(layout, DeviceKind::Pl011).or_else(|| find(layout, DeviceKind::Uart16550))
 }
 
 fn reg(ranges: impl IntoIterator<Item = Range>) -> Vec<u64> {
@@ -99,7 +105,7 @@ fn spi(spi: Spi, flags: u32) -> [u32; 3] {
 fn chosen(root: &mut Node, layout: &Layout<Aarch64>, request: &Request<Aarch64>) {
     let node = root.child("chosen");
     node.prop("bootargs", request.cmdline.as_str());
-    if let Some(console) = find(layout, DeviceKind::Pl011) {
+    if let Some(console) = console(layout) {
         node.prop("stdout-path", format!("/{}", serial_name(console)).as_str());
     }
     if let Some(initrd) = layout.payload.initrd {
@@ -234,6 +240,17 @@ fn pl011(root: &mut Node, device: &Placed) {
     primecell(root, serial_name(device), device, "arm,pl011", 0x0014_1011)
         .prop("clocks", [Cell::Phandle(CLOCK); 2])
         .prop("clock-names", ["uartclk", "apb_pclk"]);
+}
+
+/// serial/8250.yaml: registers of a byte, one behind the other. Its interrupt is an edge, which Linux's
+/// handler allows for: it asks for further causes until there is none
+/// (drivers/tty/serial/8250/8250_core.c: serial8250_interrupt).
+fn uart16550(root: &mut Node, device: &Placed) {
+    root.child(serial_name(device))
+        .prop("compatible", "ns16550a")
+        .prop("reg", reg([device.window]))
+        .prop("interrupts", spi(device.spi, EDGE_RISING))
+        .prop("clocks", Cell::Phandle(CLOCK));
 }
 
 /// rtc/arm,pl031.yaml.

@@ -284,10 +284,11 @@ fn gic_windows(mut fields: Fields<'_>) -> Result<GicWindows, BoardError> {
 fn device(mut fields: Fields<'_>) -> Result<BoardDevice, BoardError> {
     let kind = match fields.string("kind", "kind = \"pl011\"")?.as_str() {
         "pl011" => BoardDeviceKind::Pl011,
+        "16550" => BoardDeviceKind::Uart16550,
         "pl031" => BoardDeviceKind::Pl031,
         "pl061" => BoardDeviceKind::Pl061,
         other => {
-            let cause = format!("is '{other}'; use pl011, pl031 or pl061");
+            let cause = format!("is '{other}'; use pl011, 16550, pl031 or pl061");
             return Err(fields.wrong("kind", cause));
         }
     };

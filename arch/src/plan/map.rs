@@ -114,6 +114,7 @@ fn place_devices(board: &Board, virtio: &[String]) -> Result<Vec<Placed>, PlanEr
     for device in &board.devices {
         let kind = match device.kind {
             BoardDeviceKind::Pl011 => DeviceKind::Pl011,
+            BoardDeviceKind::Uart16550 => DeviceKind::Uart16550,
             BoardDeviceKind::Pl031 => DeviceKind::Pl031,
             BoardDeviceKind::Pl061 => DeviceKind::Pl061,
         };
