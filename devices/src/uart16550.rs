@@ -2,8 +2,8 @@
 //! section 8).
 //!
 //! [`vm_superio::Serial`] implements the registers; its transmitter is always empty. Added here is
-//! what it lacks: breaks, the reset of the receive FIFO, and tracking when the guest listens. Its
-//! interrupt is an edge, as on the ISA bus: each cause that arises signals one, also while the guest
+//! what it lacks: breaks, the reset of the receive FIFO, an identification of the interrupt that goes by
+//! what was received and is not read yet, and tracking when the guest listens. Its interrupt is an edge, as on the ISA bus: each cause that arises signals one, also while the guest
 //! handles another, so none is lost.
 
 use std::convert::Infallible;
@@ -42,6 +42,8 @@ pub struct Uart16550 {
 mod offset {
     pub(super) const DATA: u64 = 0;
     pub(super) const IER: u64 = 1;
+    /// The same offset as FCR, which is only written.
+    pub(super) const IIR: u64 = 2;
     pub(super) const FCR: u64 = 2;
     pub(super) const LCR: u64 = 3;
     pub(super) const MCR: u64 = 4;
@@ -53,6 +55,10 @@ mod offset {
 const IER_RECEIVED: u8 = 1 << 0;
 /// IER: transmitter empty interrupt.
 const IER_EMPTY: u8 = 1 << 1;
+/// IIR: no interrupt is pending.
+const IIR_NONE: u8 = 1 << 0;
+/// IIR: received data are available.
+const IIR_RECEIVED: u8 = 1 << 2;
 /// FCR: reset the receiver's FIFO.
 const FCR_CLEAR_RECEIVER: u8 = 1 << 1;
 /// LCR: the first two ports access the divisor latch (DLAB).
@@ -141,6 +147,11 @@ impl Uart16550 {
         self.registers.read(offset::MCR as u8) & MCR_LOOP != 0
     }
 
+    /// Whether the guest has the receive interrupt enabled now.
+    fn hears_received(&mut self) -> bool {
+        !self.divisor_shown() && self.registers.read(offset::IER as u8) & IER_RECEIVED != 0
+    }
+
     fn is_empty(&mut self) -> bool {
         self.registers.read(offset::LSR as u8) & LSR_READY == 0
     }
@@ -155,6 +166,11 @@ impl Uart16550 {
                     Some(0) => value | LSR_BREAK,
                     _ => value,
                 }
+            }
+            // As long as something is received, the interrupt is pending (section 8.6.1). Linux reads 256
+            // characters at a time and then looks for more here; meanwhile others have arrived.
+            offset::IIR if value & IIR_NONE != 0 && !self.is_empty() && self.hears_received() => {
+                value & !IIR_NONE | IIR_RECEIVED
             }
             offset::DATA if !self.divisor_shown() => {
                 if self.polls < POLLS {

@@ -71,6 +71,32 @@ impl Bench {
     }
 }
 
+/// Linux's handler reads up to 256 characters and then asks for the cause of another turn
+/// (drivers/tty/serial/8250/8250_port.c: serial8250_rx_chars, serial8250_handle_irq). With a full FIFO
+/// that it does not hear of, it would wait for ever.
+#[test]
+fn the_receive_interrupt_is_pending_until_all_is_read() {
+    let mut bench = Bench::opened();
+    assert_eq!(bench.uart.receive(b"abc"), 3);
+    for left in (0..3).rev() {
+        assert_eq!(
+            bench.read(offset::IIR) & 0xf,
+            IIR_RECEIVED,
+            "{left} are left"
+        );
+        // It is no less pending for having been asked for.
+        assert_eq!(bench.read(offset::IIR) & 0xf, IIR_RECEIVED);
+        bench.read(offset::DATA);
+    }
+    assert_eq!(bench.read(offset::IIR) & 0xf, IIR_NONE);
+    // One that is masked is not.
+    bench.write(offset::IER, 0);
+    assert_eq!(bench.uart.receive(b"d"), 1);
+    assert_eq!(bench.read(offset::IIR) & 0xf, IIR_NONE);
+    bench.write(offset::IER, IER_RECEIVED);
+    assert_eq!(bench.read(offset::IIR) & 0xf, IIR_RECEIVED);
+}
+
 #[test]
 fn writes_are_output_at_once() {
     let mut bench = Bench::new();
