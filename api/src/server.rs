@@ -1,0 +1,226 @@
+//! The connections of clients: requests in, answers out, in order and within bounds.
+
+use crate::http::{Answer, BUSY, CONTINUE, Input, Request, Requests};
+use crate::microvm::Step;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+/// The most clients at a time.
+pub const CLIENTS: usize = 10;
+/// The most bytes read at a time.
+const PIECE: usize = 4096;
+/// The most bytes of answers that a client leaves lying before its requests wait.
+const LYING: usize = 1 << 16;
+/// The pause after a client that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// The client whose request has no answer yet.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Pending(u64);
+
+struct Client {
+    number: u64,
+    stream: UnixStream,
+    requests: Requests,
+    /// What it did not take yet.
+    out: Vec<u8>,
+    /// Whether it sends no more.
+    has_ended: bool,
+    /// Whether it waits for an answer.
+    waits: bool,
+}
+
+impl Client {
+    /// Reads what is there; returns whether the client stays.
+    fn read(&mut self) -> bool {
+        let mut bytes = [0; PIECE];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => self.has_ended = true,
+            Ok(count) => self.requests.push(&bytes[..count]),
+            Err(error) => return is_transient(&error),
+        }
+        true
+    }
+
+    /// Writes what it takes; returns whether the client stays.
+    fn write(&mut self) -> bool {
+        while !self.out.is_empty() {
+            match self.stream.write(&self.out) {
+                Ok(count) => drop(self.out.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return is_transient(&error),
+            }
+        }
+        true
+    }
+
+    fn send(&mut self, answer: &Answer) -> bool {
+        self.out.extend_from_slice(&answer.to_bytes());
+        self.write()
+    }
+
+    /// Whether it is read: not while it leaves answers lying or waits for one.
+    fn is_read(&self) -> bool {
+        !self.has_ended && !self.waits && self.out.len() < LYING
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    let kind = error.kind();
+    kind == io::ErrorKind::WouldBlock || kind == io::ErrorKind::Interrupted
+}
+
+/// The connections at a socket.
+pub struct Server {
+    listener: UnixListener,
+    clients: Vec<Client>,
+    next: u64,
+    /// The most bytes of a body.
+    most: usize,
+}
+
+impl Server {
+    /// Serves who connects to `listener`; a body has up to `most` bytes.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new(listener: UnixListener, most: usize) -> io::Result<Server> {
+        listener.set_nonblocking(true)?;
+        Ok(Server {
+            listener,
+            clients: Vec::new(),
+            next: 0,
+            most,
+        })
+    }
+
+    /// Answers requests by `handle`, until one is to start the machine: its client waits for
+    /// [`Self::answer`].
+    ///
+    /// # Errors
+    /// A failed wait.
+    pub fn serve(&mut self, handle: &mut dyn FnMut(&Request) -> Step) -> io::Result<Pending> {
+        loop {
+            // Answers first what has been read: a client may have sent more than one request.
+            for at in 0..self.clients.len() {
+                if let Some(pending) = self.handle(at, handle) {
+                    return Ok(pending);
+                }
+            }
+            self.clients
+                .retain(|client| !client.has_ended || client.waits || !client.out.is_empty());
+            self.wait()?;
+        }
+    }
+
+    /// Answers the client that waits.
+    pub fn answer(&mut self, pending: &Pending, answer: &Answer) {
+        let mut clients = self.clients.iter_mut();
+        if let Some(client) = clients.find(|client| client.number == pending.0) {
+            client.waits = false;
+            if !client.send(answer) {
+                client.has_ended = true;
+                client.out.clear();
+            }
+        }
+    }
+
+    fn handle(&mut self, at: usize, handle: &mut dyn FnMut(&Request) -> Step) -> Option<Pending> {
+        let most = self.most;
+        let client = &mut self.clients[at];
+        while !client.waits && client.out.len() < LYING {
+            let stays = match client.requests.take(most) {
+                None => return None,
+                Some(Input::Continue) => {
+                    client.out.extend_from_slice(CONTINUE);
+                    client.write()
+                }
+                Some(Input::Wrong(why)) => client.send(&Answer::wrong(&why)),
+                Some(Input::Request(request)) => match handle(&request) {
+                    Step::Answer(answer) => client.send(&answer),
+                    Step::Start => {
+                        client.waits = true;
+                        return Some(Pending(client.number));
+                    }
+                },
+            };
+            if !stays {
+                client.has_ended = true;
+                client.out.clear();
+                client.requests = Requests::default();
+            }
+        }
+        None
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
+        for client in &self.clients {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, client.is_read());
+            flags.set(PollFlags::OUT, !client.out.is_empty());
+            fds.push(PollFd::new(&client.stream, flags));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
+        let mut ready = ready.into_iter();
+        let is_new = ready.next() == Some(true);
+        let mut stay = Vec::with_capacity(self.clients.len());
+        for (mut client, is_ready) in self.clients.drain(..).zip(ready) {
+            if !is_ready {
+                stay.push(client);
+                continue;
+            }
+            let reads = client.is_read();
+            if client.write() && (!reads || client.read()) {
+                stay.push(client);
+            }
+        }
+        self.clients = stay;
+        if is_new {
+            self.accept();
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self) {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // It may be gone again, or there is no descriptor for it: the next wait tells.
+                if !is_transient(&error) {
+                    std::thread::sleep(PAUSE);
+                }
+                return;
+            }
+        };
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        if self.clients.len() >= CLIENTS {
+            // It is told at once, or not at all.
+            let _ = (&stream).write(BUSY);
+            return;
+        }
+        self.clients.push(Client {
+            number: self.next,
+            stream,
+            requests: Requests::default(),
+            out: Vec::new(),
+            has_ended: false,
+            waits: false,
+        });
+        self.next += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests;
