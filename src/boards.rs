@@ -8,7 +8,6 @@ use armlet_arch::{Arch, Architecture, Board};
 use armlet_system::files;
 use armlet_system::status::{Fault, Status};
 use std::borrow::Cow;
-use std::io::Read;
 use std::path::Path;
 
 /// The default of `--board`: the board that matches this host.
@@ -99,25 +98,11 @@ fn text(name: &str) -> Result<String> {
             known.join(", ")
         ));
     }
-    read(path).with_context(|| format!("cannot read board file '{name}'"))
+    files::text(path, MAX_BYTES).with_context(|| format!("cannot read board file '{name}'"))
 }
 
 fn looks_like_a_path(name: &str) -> bool {
     name.contains('/') || name.ends_with(".toml")
-}
-
-fn read(path: &Path) -> Result<String> {
-    let (file, size) = files::open_regular(path)?;
-    let mut text = String::new();
-    // Files in /proc report a size of 0.
-    let read = file.take(MAX_BYTES + 1).read_to_string(&mut text)? as u64;
-    if size.max(read) > MAX_BYTES {
-        return Err(anyhow!(
-            "it has {} bytes; a board file has {MAX_BYTES} at most",
-            size.max(read)
-        ));
-    }
-    Ok(text)
 }
 
 /// Finds the board that the file `from` inherits from: a path is relative to that file.

@@ -1,10 +1,12 @@
 //! The command line: argh structs, and what argh lacks (`--option=value`, one-line errors).
 
+mod api;
 mod devices;
 mod habits;
 mod parse;
 mod unknown;
 
+pub use api::ApiArgs;
 pub use devices::DeviceArgs;
 pub use parse::{Parsed, parse};
 
@@ -55,6 +57,8 @@ pub enum Command {
     Jail(JailArgs),
     /// Control a running guest.
     Ctl(CtlArgs),
+    /// Serve Firecracker's API.
+    Api(ApiArgs),
 }
 
 /// The options that describe a machine, shared by `run` and `plan`.

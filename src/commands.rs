@@ -10,7 +10,7 @@ use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
 use crate::sandbox::{Mode, Sandbox};
-use crate::{boards, control, host, jail, probe, report, run, shutdown, table};
+use crate::{api, boards, control, host, jail, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
@@ -34,6 +34,7 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
         Command::Boards(args) => boards(args),
         Command::Jail(args) => jail(args),
         Command::Ctl(args) => ctl(args),
+        Command::Api(args) => api::api(args),
     }
 }
 
@@ -143,6 +144,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         vcpu_names: VCPU_NAMES,
         dump_dtb: args.dump_dtb.clone(),
         control: args.control.clone().map(Into::into),
+        service: None,
         commander: None,
     })
 }

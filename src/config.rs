@@ -14,7 +14,7 @@ use armlet_arch::size::{parse_memory, show_size};
 use armlet_arch::switch::Switch;
 use armlet_arch::words::cpus_in;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
-use armlet_backends::kind::Guest;
+use armlet_backends::kind::{DeviceOptions, Guest};
 use armlet_backends::open::{self, Wanted};
 use armlet_system::eintr::uninterrupted;
 use armlet_system::status::{Fault, Status};
@@ -82,7 +82,23 @@ pub fn read<A: Arch>(
     host: &HostCores,
     files: Option<&HostFiles>,
 ) -> Result<Config<A>> {
-    read_checked(args, chosen, host, files).fault(Status::Usage)
+    let devices = |guest: &Guest| open::read(&args.devices, guest);
+    read_checked(args, chosen, host, files, devices).fault(Status::Usage)
+}
+
+/// As [`read`], with these devices in place of those of the arguments.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_with<A: Arch>(
+    args: &MachineArgs,
+    chosen: Chosen,
+    host: &HostCores,
+    files: Option<&HostFiles>,
+    devices: Vec<Box<dyn DeviceOptions>>,
+) -> Result<Config<A>> {
+    let devices = |guest: &Guest| open::checked(devices, guest);
+    read_checked(args, chosen, host, files, devices).fault(Status::Usage)
 }
 
 fn read_checked<A: Arch>(
@@ -90,6 +106,7 @@ fn read_checked<A: Arch>(
     chosen: Chosen,
     host: &HostCores,
     files: Option<&HostFiles>,
+    devices: impl FnOnce(&Guest) -> Result<Vec<Wanted>>,
 ) -> Result<Config<A>> {
     let Chosen { board, why } = chosen;
     let defaults = &board.guest;
@@ -143,7 +160,7 @@ fn read_checked<A: Arch>(
         parse_size: parse_memory,
         show_size,
     };
-    let wanted = open::read(&args.devices, &guest)?;
+    let wanted = devices(&guest)?;
     let mut devices = wanted.iter().map(Wanted::options);
     backing.check(match devices.any(|device| device.shares_memory()) {
         true => Sharing::Shared,

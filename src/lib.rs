@@ -11,6 +11,7 @@
 
 mod abort;
 pub mod affinity;
+pub mod api;
 pub mod boards;
 pub mod cli;
 pub mod clock;

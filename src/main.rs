@@ -1,5 +1,6 @@
 //! The `armlet` program: parse, call, print an error's chain on one line, exit.
 
+use armlet::api::{self, FIRECRACKER};
 use armlet::cli::{self, Command, Parsed};
 use armlet::commands;
 use armlet::descriptors;
@@ -17,23 +18,32 @@ static ALLOCATOR: Heap = Heap;
 fn main() -> ExitCode {
     messages::install();
     let mut words = std::env::args_os();
-    let name = words.next();
-    let is_jailer = name.is_some_and(|name| Path::new(&name).file_name() == Some(JAILER.as_ref()));
-    let mut status = start(is_jailer, words).unwrap_or_else(|error| {
+    let name = words.next().unwrap_or_default();
+    let name = Path::new(&name).file_name().unwrap_or_default();
+    let command = match name {
+        name if name == JAILER => Some("jail"),
+        name if name == FIRECRACKER => Some("api"),
+        _ => None,
+    };
+    let mut is_api = false;
+    let mut status = start(command, words, &mut is_api).unwrap_or_else(|error| {
         messages::say(&format!("{error:#}"));
         status_of(&error)
     });
     messages::finish();
+    if is_api {
+        return ExitCode::from(api::exit_code(status));
+    }
     // Firecracker's has one status for all that goes wrong.
-    if is_jailer && status != Status::Success {
+    if name == JAILER && status != Status::Success {
         status = Status::Failure;
     }
     status.into()
 }
 
-fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
+fn start(command: Option<&str>, words: ArgsOs, is_api: &mut bool) -> anyhow::Result<Status> {
     let mut arguments: Vec<String> = Vec::new();
-    arguments.extend(is_jailer.then(|| "jail".to_owned()));
+    arguments.extend(command.map(str::to_owned));
     for word in words {
         match word.into_string() {
             Ok(word) => arguments.push(word),
@@ -44,6 +54,7 @@ fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
             }
         }
     }
+    *is_api = arguments.first().is_some_and(|word| word == "api");
     let (cli, devices) = match cli::parse(&arguments) {
         Parsed::Cli(cli, devices) => (cli, devices),
         Parsed::Help(text) => {
@@ -59,7 +70,7 @@ fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
         commands::print(concat!("armlet ", env!("CARGO_PKG_VERSION"), "\n"))?;
         return Ok(Status::Success);
     }
-    if matches!(cli.command, Some(Command::Run(_)))
+    if matches!(cli.command, Some(Command::Run(_) | Command::Api(_)))
         && let Err(error) = descriptors::close_others(&descriptors::named(&arguments))
     {
         messages::say(&format!("cannot close what was inherited: {error}"));
@@ -69,7 +80,7 @@ fn start(is_jailer: bool, words: ArgsOs) -> anyhow::Result<Status> {
         Some(command) => commands::execute(command, &devices),
         None => {
             messages::say(
-                "no command given; use run, plan, probe, boards, jail or ctl (see 'armlet --help')",
+                "no command given; use run, plan, probe, boards, jail, ctl or api (see 'armlet --help')",
             );
             Ok(Status::Usage)
         }

@@ -48,7 +48,7 @@ mod input;
 mod power;
 mod queue;
 
-pub use command::{By, Command, Reply, State};
+pub use command::{BalloonReport, By, Command, Reply, State};
 pub use ending::{OnPanic, OnReset};
 pub use queue::Commands;
 
@@ -85,9 +85,18 @@ pub struct RunOptions<A: KvmArch> {
     pub dump_dtb: Option<String>,
     /// Where to listen for clients that control the machine.
     pub control: Option<PathBuf>,
+    /// Serves clients once armlet is confined.
+    pub service: Option<Service>,
     /// Called with the sender of commands, once the event loop exists.
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
 }
+
+/// Starts a thread that serves clients while the guest runs. It calls the first argument there before
+/// anything else, by which it is confined, and sends commands by the second.
+pub type Service = Box<dyn FnOnce(Begin, Commands) -> Result<()>>;
+
+/// Confines the thread that calls it.
+pub type Begin = Box<dyn FnOnce() -> Result<()> + Send>;
 
 /// Runs a guest to its end, through all of its resets.
 ///
@@ -107,11 +116,11 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
     descriptors::make_room(descriptors);
     let control = options.control.take();
-    let broker =
-        open::fork_broker(&options.config.virtio, control.is_some()).fault(Status::Host)?;
+    let has_clients = control.is_some() || options.service.is_some();
+    let broker = open::fork_broker(&options.config.virtio, has_clients).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
-    let sandbox = Sandbox::of(options.sandbox, &options.config.virtio, control.is_some());
+    let sandbox = Sandbox::of(options.sandbox, &options.config.virtio, has_clients);
     let sandbox = Arc::new(sandbox);
     let mut memory = None;
     let mut terminal = None;
@@ -156,6 +165,11 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 A::before_confinement(&plan);
                 // Before there are threads, which are confined as the one that starts them.
                 sandbox.enter()?;
+                if let Some(service) = options.service.take() {
+                    let own = sandbox.clone();
+                    let begin = Box::new(move || own.enter_as(Role::Device));
+                    service(begin, events.queue.commands()).fault(Status::Host)?;
+                }
                 if let Some(control) = control.take() {
                     let commands = events.queue.commands();
                     let told = move |command| commands.send(command);

@@ -3,6 +3,9 @@
 //! Small guests, of a few instructions, run wherever there is `/dev/kvm`, also where it works
 //! without the CPU's help. Debian's kernels run in the rig: `cargo xtask test --arch x86_64`.
 
+/// Guests that Firecracker's API configures and starts.
+#[path = "boot/api.rs"]
+mod api;
 /// Archives for a guest's initramfs.
 #[path = "boot/archive.rs"]
 mod archive;

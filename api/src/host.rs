@@ -1,4 +1,4 @@
-//! What requests do to the world: files, and the machine once it runs.
+//! What requests do to the world: first to files and interfaces, then to the machine.
 
 use crate::model::{
     BalloonHint, Drive, DrivePatch, Logger, Metrics, NetPatch, NetworkInterface, Vsock,
@@ -9,8 +9,8 @@ use serde_json::Value;
 /// Why something was not done, as its client reads it.
 pub type Refusal = String;
 
-/// What stands behind the interface. Methods of the second half are called while a machine runs.
-pub trait Host {
+/// What requests name before the machine runs.
+pub trait Resources {
     /// Looks whether the files of a boot source can be opened.
     ///
     /// # Errors
@@ -46,7 +46,10 @@ pub trait Host {
     /// # Errors
     /// As [`Self::check_boot_source`].
     fn configure_metrics(&mut self, metrics: &Metrics) -> Result<(), Refusal>;
+}
 
+/// The machine, once it runs.
+pub trait Machine {
     /// Whether the machine is paused.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Firecracker's control interface: HTTP over a Unix socket, what its requests say and when they are
-//! allowed, and the answers. What a request does to a machine is [`Host`]'s.
+//! allowed, and the answers. What a request does is for [`Resources`] and
+//! [`Machine`] to carry out.
 //!
 //! [`http`] reads requests and writes answers, [`route`] says what a request is, [`model`] holds the
 //! bodies, [`Microvm`] what was configured and the rules of that, [`Server`] the connections.
@@ -15,7 +16,7 @@ pub mod model;
 pub mod route;
 pub mod server;
 
-pub use host::{Host, Refusal};
+pub use host::{Machine, Refusal, Resources};
 pub use http::Answer;
 pub use microvm::{Microvm, Step};
 pub use server::{Pending, Server};

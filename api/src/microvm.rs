@@ -1,6 +1,6 @@
 //! A microVM as it was configured, and the rules of what may be asked of it when.
 
-use crate::host::Host;
+use crate::host::{Machine, Resources};
 use crate::http::{Answer, Request};
 use crate::mmds::{self, Store};
 use crate::model::{
@@ -42,8 +42,6 @@ pub struct Identity {
 /// A microVM.
 pub struct Microvm {
     identity: Identity,
-    /// Whether it was started.
-    pub is_started: bool,
     has_metrics: bool,
     /// The machine.
     pub machine: MachineConfig,
@@ -108,7 +106,6 @@ impl Microvm {
     pub fn new(identity: Identity, mmds: usize) -> Microvm {
         Microvm {
             identity,
-            is_started: false,
             has_metrics: false,
             machine: MachineConfig::default(),
             boot: None,
@@ -125,32 +122,38 @@ impl Microvm {
         }
     }
 
-    /// Carries out a request.
-    pub fn handle(&mut self, request: &Request, host: &mut dyn Host) -> Step {
+    /// Carries out a request before the machine runs.
+    pub fn handle(&mut self, request: &Request, host: &mut dyn Resources) -> Step {
         match route(request) {
-            Ok(routed) => self.carry_out(routed, host),
+            Ok(routed) => self.configure(routed, host),
             Err(answer) => Step::Answer(answer),
         }
     }
 
-    /// Carries out what a request says.
-    pub fn carry_out(&mut self, routed: Routed, host: &mut dyn Host) -> Step {
+    /// Carries out a request while the machine runs.
+    pub fn handle_running(&mut self, request: &Request, machine: &mut dyn Machine) -> Answer {
+        match route(request) {
+            Ok(Routed { call, deprecated }) => Answer {
+                deprecated,
+                ..self.control(call, machine).unwrap_or_else(|fault| fault)
+            },
+            Err(answer) => answer,
+        }
+    }
+
+    /// Carries out what a request says before the machine runs.
+    pub fn configure(&mut self, routed: Routed, host: &mut dyn Resources) -> Step {
         let Routed { call, deprecated } = routed;
-        if call == Call::Act(ActionType::InstanceStart) && !self.is_started {
+        if call == Call::Act(ActionType::InstanceStart) {
             if self.boot.is_some() {
                 return Step::Start;
             }
             let why = "Cannot start microvm without kernel configuration.";
             return Step::Answer(fault("Start microvm error", why));
         }
-        let answer = match self.is_started {
-            false => self.configure(call, host),
-            true => self.control(call, host),
-        };
-        let answer = answer.unwrap_or_else(|fault| fault);
         Step::Answer(Answer {
             deprecated,
-            ..answer
+            ..self.set(call, host).unwrap_or_else(|fault| fault)
         })
     }
 
@@ -203,7 +206,7 @@ impl Microvm {
         })
     }
 
-    fn configure(&mut self, call: Call, host: &mut dyn Host) -> Done {
+    fn set(&mut self, call: Call, host: &mut dyn Resources) -> Done {
         if let Some(answer) = self.look(&call, None) {
             return Ok(answer);
         }
@@ -329,7 +332,7 @@ impl Microvm {
         Ok(())
     }
 
-    fn put_drive(&mut self, mut drive: Drive, host: &mut dyn Host) -> Result<(), Answer> {
+    fn put_drive(&mut self, mut drive: Drive, host: &mut dyn Resources) -> Result<(), Answer> {
         let wrong = |why: String| fault("Drive config error", why);
         let created = |why: String| {
             let what = "Unable to create the virtio block device";
@@ -360,7 +363,7 @@ impl Microvm {
     fn put_interface(
         &mut self,
         mut interface: NetworkInterface,
-        host: &mut dyn Host,
+        host: &mut dyn Resources,
     ) -> Result<(), Answer> {
         let wrong = |why: String| fault("Network config error", why);
         let created = |why: String| {
@@ -411,7 +414,7 @@ impl Microvm {
         Ok(())
     }
 
-    fn control(&mut self, call: Call, host: &mut dyn Host) -> Done {
+    fn control(&mut self, call: Call, host: &mut dyn Machine) -> Done {
         let is_paused = host.is_paused().map_err(Answer::fault)?;
         if let Some(answer) = self.look(&call, Some(is_paused)) {
             return Ok(answer);
@@ -508,7 +511,7 @@ impl Microvm {
         Ok(Answer::done())
     }
 
-    fn control_balloon(&mut self, call: Call, host: &mut dyn Host) -> Done {
+    fn control_balloon(&mut self, call: Call, host: &mut dyn Machine) -> Done {
         let updated = |why: String| fault("Balloon update error", why);
         let read = |why: String| fault("Balloon config error", why);
         let none = || "No balloon device found.".to_owned();

@@ -2,11 +2,11 @@
 
 use crate::http::{Answer, BUSY, CONTINUE, Input, Request, Requests};
 use crate::microvm::Step;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The most clients at a time.
 pub const CLIENTS: usize = 10;
@@ -16,6 +16,20 @@ const PIECE: usize = 4096;
 const LYING: usize = 1 << 16;
 /// The pause after a client that could not be accepted.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// What answers requests.
+pub trait Handler {
+    /// Carries out a request.
+    fn handle(&mut self, request: &Request) -> Step;
+
+    /// When [`Self::pass`] is to be called.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// The deadline has passed.
+    fn pass(&mut self) {}
+}
 
 /// The client whose request has no answer yet.
 #[derive(Debug, PartialEq, Eq)]
@@ -75,7 +89,7 @@ fn is_transient(error: &io::Error) -> bool {
 
 /// The connections at a socket.
 pub struct Server {
-    listener: UnixListener,
+    listener: Option<UnixListener>,
     clients: Vec<Client>,
     next: u64,
     /// The most bytes of a body.
@@ -83,12 +97,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves who connects to `listener`; a body has up to `most` bytes.
+    /// Serves who connects to `listener`, if there is one; a body has up to `most` bytes.
     ///
     /// # Errors
     /// What the system says.
-    pub fn new(listener: UnixListener, most: usize) -> io::Result<Server> {
-        listener.set_nonblocking(true)?;
+    pub fn new(listener: Option<UnixListener>, most: usize) -> io::Result<Server> {
+        if let Some(listener) = &listener {
+            listener.set_nonblocking(true)?;
+        }
         Ok(Server {
             listener,
             clients: Vec::new(),
@@ -97,22 +113,28 @@ impl Server {
         })
     }
 
-    /// Answers requests by `handle`, until one is to start the machine: its client waits for
+    /// Answers requests by `handler`, until one is to start the machine: its client waits for
     /// [`Self::answer`].
     ///
     /// # Errors
     /// A failed wait.
-    pub fn serve(&mut self, handle: &mut dyn FnMut(&Request) -> Step) -> io::Result<Pending> {
+    pub fn serve(&mut self, handler: &mut dyn Handler) -> io::Result<Pending> {
         loop {
             // Answers first what has been read: a client may have sent more than one request.
             for at in 0..self.clients.len() {
-                if let Some(pending) = self.handle(at, handle) {
+                if let Some(pending) = self.handle(at, handler) {
                     return Ok(pending);
                 }
             }
             self.clients
                 .retain(|client| !client.has_ended || client.waits || !client.out.is_empty());
-            self.wait()?;
+            if handler
+                .deadline()
+                .is_some_and(|deadline| deadline <= Instant::now())
+            {
+                handler.pass();
+            }
+            self.wait(handler.deadline())?;
         }
     }
 
@@ -128,7 +150,7 @@ impl Server {
         }
     }
 
-    fn handle(&mut self, at: usize, handle: &mut dyn FnMut(&Request) -> Step) -> Option<Pending> {
+    fn handle(&mut self, at: usize, handler: &mut dyn Handler) -> Option<Pending> {
         let most = self.most;
         let client = &mut self.clients[at];
         while !client.waits && client.out.len() < LYING {
@@ -139,7 +161,7 @@ impl Server {
                     client.write()
                 }
                 Some(Input::Wrong(why)) => client.send(&Answer::wrong(&why)),
-                Some(Input::Request(request)) => match handle(&request) {
+                Some(Input::Request(request)) => match handler.handle(&request) {
                     Step::Answer(answer) => client.send(&answer),
                     Step::Start => {
                         client.waits = true;
@@ -156,15 +178,25 @@ impl Server {
         None
     }
 
-    fn wait(&mut self) -> io::Result<()> {
-        let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
+    fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
+        let left = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            }
+        });
+        let mut fds = Vec::with_capacity(1 + self.clients.len());
         for client in &self.clients {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, client.is_read());
             flags.set(PollFlags::OUT, !client.out.is_empty());
             fds.push(PollFd::new(&client.stream, flags));
         }
-        match poll(&mut fds, None) {
+        if let Some(listener) = &self.listener {
+            fds.push(PollFd::new(listener, PollFlags::IN));
+        }
+        match poll(&mut fds, left.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -172,9 +204,8 @@ impl Server {
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         let mut ready = ready.into_iter();
-        let is_new = ready.next() == Some(true);
         let mut stay = Vec::with_capacity(self.clients.len());
-        for (mut client, is_ready) in self.clients.drain(..).zip(ready) {
+        for (mut client, is_ready) in self.clients.drain(..).zip(&mut ready) {
             if !is_ready {
                 stay.push(client);
                 continue;
@@ -185,16 +216,17 @@ impl Server {
             }
         }
         self.clients = stay;
-        if is_new {
+        if ready.next() == Some(true) {
             self.accept();
         }
         Ok(())
     }
 
     fn accept(&mut self) {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) => {
+        let stream = match self.listener.as_ref().map(UnixListener::accept) {
+            None => return,
+            Some(Ok((stream, _))) => stream,
+            Some(Err(error)) => {
                 // It may be gone again, or there is no descriptor for it: the next wait tells.
                 if !is_transient(&error) {
                     std::thread::sleep(PAUSE);

@@ -1,8 +1,9 @@
 //! What is changed of a device while its guest runs. The device's own thread does it, and answers: a
 //! device that is at work, or storage that is slow, holds up nobody else.
 
-use super::command::Reply;
+use super::command::{BalloonReport, Reply};
 use armlet_backends::backend::Backend;
+use armlet_devices::virtio::DeviceState;
 use armlet_devices::virtio::{Change, VirtioDevice, mailbox};
 
 /// Has the balloon hold so many bytes, in this life of the guest and the next; `post` submits a command
@@ -26,6 +27,33 @@ pub(super) fn set_balloon(
     let command = move |device: &mut dyn VirtioDevice| {
         device.change(change);
         reply.send(Ok(()));
+    };
+    post(&name, Box::new(command));
+}
+
+/// Answers with what the balloon holds, and has the guest asked anew; `post` as in [`set_balloon`].
+pub(super) fn look_at_balloon(
+    backends: &[Box<dyn Backend>],
+    post: impl FnOnce(&str, mailbox::Command),
+    reply: Reply<Result<BalloonReport, String>>,
+) {
+    let Some(name) = backends
+        .iter()
+        .find_map(|backend| backend.balloon().map(|_| backend.name()))
+    else {
+        return reply.send(Err("the guest has no balloon".to_owned()));
+    };
+    let command = move |device: &mut dyn VirtioDevice| {
+        let mut report = BalloonReport {
+            is_active: device.change(Change::BalloonStatistics),
+            ..BalloonReport::default()
+        };
+        if let DeviceState::Balloon(state) = device.save() {
+            report.target = u64::from(state.target) << 12;
+            report.actual = u64::from(state.actual) << 12;
+            report.statistics = state.statistics.unwrap_or_default();
+        }
+        reply.send(Ok(report));
     };
     post(&name, Box::new(command));
 }
@@ -92,6 +120,11 @@ mod tests {
         assert_eq!(config(&*lock(&device)), pages.to_le_bytes());
         let next = backends[0].device().expect("another");
         assert_eq!(config(&*lock(&next)), pages.to_le_bytes());
+        let (reply, answer) = Reply::channel();
+        look_at_balloon(&backends, at_once(&mut *lock(&next)), reply);
+        let report = answer.recv().expect("an answer").expect("a balloon");
+        assert_eq!((report.target, report.actual), (512 << 20, 0));
+        assert!(!report.is_active);
         let why = set(1 << 30).expect_err("all of it");
         assert!(why.contains("leaves nothing of the guest's"), "{why}");
         assert_eq!(config(&*lock(&device)), pages.to_le_bytes());

@@ -1,6 +1,7 @@
 //! Commands to a running machine, from signals, keys, or other threads of this process.
 
 use crate::console::Escape;
+use armlet_devices::virtio::Statistics;
 use armlet_system::signals::Taken;
 use kvm_ioctls::VcpuFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -30,6 +31,10 @@ pub enum Command {
     /// Read again the size of a disk's image, by the disk's name; answered with the disk's bytes once
     /// the device has them, or with the reason why not.
     LookAtDisk(String, Reply<Result<u64, String>>),
+    /// Answer with what the balloon holds and the guest said of its memory; it is asked anew.
+    LookAtBalloon(Reply<Result<BalloonReport, String>>),
+    /// Press the guest's power key once; answered with the reason why it cannot be.
+    PressPowerKey(Reply<Result<(), String>>),
     /// Answer with the machine's state.
     Status(Reply<State>),
     /// Answer with the counters, as lines for people.
@@ -59,6 +64,19 @@ pub struct State {
     pub is_paused: bool,
     /// How often the guest was started again.
     pub restarts: u64,
+}
+
+/// What a balloon holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BalloonReport {
+    /// Whether a driver uses it.
+    pub is_active: bool,
+    /// Bytes that it should hold.
+    pub target: u64,
+    /// Bytes that it holds.
+    pub actual: u64,
+    /// What the guest said last of its memory.
+    pub statistics: Statistics,
 }
 
 /// The sender of a command's answer. It is dropped unused if the guest ends first.

@@ -54,6 +54,8 @@ pub(super) struct Events {
     /// When to flush a burst of output.
     tick: Option<Instant>,
     on_panic: OnPanic,
+    /// Whether a signal stops the guest without asking it.
+    stops_at_once: bool,
     /// Whether a panic of the guest's kernel was reported in this life.
     panicked: bool,
 }
@@ -83,6 +85,7 @@ impl Events {
             bell,
             input: Input::new(INPUT),
             backends: Vec::new(),
+            stops_at_once: patience == Some(Duration::ZERO),
             power: Power::new(patience),
             alarm: Alarm::new(CLOCK),
             lives: 0,
@@ -344,6 +347,10 @@ impl Events {
                 }
                 return Ok(Some(Ending::Stopped));
             }
+            Command::PowerKey if self.stops_at_once => {
+                messages::say("stopped by a signal");
+                return Ok(Some(Ending::Stopped));
+            }
             Command::PowerKey => return Ok(self.power.ask(devices)),
             Command::Pause(reply) => {
                 let held = machine.pause(LIMIT);
@@ -360,6 +367,14 @@ impl Events {
                 let post = |name: &str, command| machine.workers.post(name, command);
                 change::set_balloon(&self.backends, post, bytes, reply);
             }
+            Command::LookAtBalloon(reply) => {
+                let post = |name: &str, command| machine.workers.post(name, command);
+                change::look_at_balloon(&self.backends, post, reply);
+            }
+            Command::PressPowerKey(reply) => reply.send(match self.power.press(devices) {
+                true => Ok(()),
+                false => Err("this board has no power key".to_owned()),
+            }),
             Command::LookAtDisk(name, reply) => {
                 let post = |name: &str, command| machine.workers.post(name, command);
                 change::look_at_disk(&self.backends, post, &name, reply);

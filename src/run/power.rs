@@ -92,7 +92,7 @@ impl Power {
     }
 
     /// Presses the guest's power key; returns whether it has one.
-    fn press(&mut self, devices: &Devices) -> bool {
+    pub(super) fn press(&mut self, devices: &Devices) -> bool {
         let Some(key) = &devices.power_key else {
             return false;
         };

@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -48,6 +48,38 @@ pub fn open(path: &Path, accepted: Accepted, writable: bool) -> Result<File> {
 pub fn open_regular(path: &Path) -> Result<(File, u64)> {
     let (file, found) = open_found(DESCRIPTORS, path, Accepted::File, false)?;
     Ok((file, found.st_size.unsigned_abs()))
+}
+
+/// Reads a regular file of up to `most` bytes of text.
+///
+/// # Errors
+/// As for [`open`], and one that is larger or no UTF-8.
+pub fn text(path: &Path, most: u64) -> Result<String> {
+    let (file, size) = open_regular(path)?;
+    let mut text = String::new();
+    // Files in /proc report a size of 0.
+    let read = file.take(most + 1).read_to_string(&mut text)? as u64;
+    if size.max(read) > most {
+        bail!("it has {} bytes; use up to {most}", size.max(read));
+    }
+    Ok(text)
+}
+
+/// Opens a file or FIFO to write at its end, and makes a file where there is nothing. Writes never wait;
+/// a FIFO needs no reader, and takes what fits.
+///
+/// # Errors
+/// What the system says.
+pub fn append(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::APPEND | OFlags::NONBLOCK;
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let mode = Mode::from(0o644);
+    let file = File::from(uninterrupted(|| rustix::fs::open(path, flags, mode))?);
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+    match kind {
+        FileType::RegularFile | FileType::Fifo => Ok(file),
+        _ => Err(io::Error::other(format!("it is a {}", name_of(kind)))),
+    }
 }
 
 /// Like [`open`]; `descriptors` is the directory of this process's descriptors.
@@ -245,6 +277,28 @@ mod tests {
     fn refused(path: &Path, accepted: Accepted) -> String {
         let error = open(path, accepted, false).expect_err("to be refused");
         format!("{error:#}")
+    }
+
+    #[test]
+    fn what_is_appended_to_is_made_and_waits_for_no_reader() {
+        let folder = folder();
+        let path = folder.path().join("log");
+        for _ in 0..2 {
+            append(&path)
+                .expect("made")
+                .write_all(b"x\n")
+                .expect("room");
+        }
+        assert_eq!(text(&path, 4).expect("text"), "x\nx\n");
+        let error = text(&path, 3).expect_err("too large").to_string();
+        assert_eq!(error, "it has 4 bytes; use up to 3");
+        let path = folder.path().join("fifo");
+        fifo(&path);
+        let mut unread = append(&path).expect("no reader is needed");
+        let full = std::iter::repeat_with(|| unread.write(&[0; 4096])).take(1000);
+        let errors: Vec<_> = full.filter_map(Result::err).collect();
+        assert_eq!(errors[0].kind(), io::ErrorKind::WouldBlock);
+        assert!(append(Path::new("/dev/null")).is_err());
     }
 
     #[test]

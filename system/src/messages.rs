@@ -17,10 +17,11 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 use rustix::stdio;
+use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The size up to which writes to a pipe are atomic, in bytes (Linux's `limits.h`).
 const PIPE_BUF: usize = 4096;
@@ -42,7 +43,28 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Prints a message without a rate limit. It is for what a user asked for and for the end of a
 /// guest; anything that a guest, a file or another program can cause repeatedly is logged instead.
 pub fn say(message: &str) {
-    outlet().say(message);
+    outlet().say(log::Level::Info, message);
+}
+
+/// How a line looks that goes to a file of its own: with time, who says it, and its level.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Form {
+    /// What the machine is called.
+    pub id: String,
+    /// Whether a line has its level; `None` leaves that as it is.
+    pub show_level: Option<bool>,
+}
+
+/// Has messages go to `file` from here on, if there is one, which takes writes without waiting; and in
+/// this form where they go to such a file.
+pub fn change_form(file: Option<File>, form: Form) {
+    let mut outlet = outlet();
+    if let Some(file) = file {
+        outlet.way = Some(Way::Reopened(file.into()));
+        outlet.has_file = true;
+    }
+    let show_level = form.show_level.or(outlet.form.show_level);
+    outlet.form = Form { show_level, ..form };
 }
 
 /// Returns the non-empty lines of another program's output, escaped and truncated.
@@ -138,10 +160,10 @@ impl log::Log for Log {
             return;
         }
         if record.target() == LIMITED {
-            return say(&record.args().to_string());
+            return outlet().say(record.level(), &record.args().to_string());
         }
         if let Some(held) = self.admit((record.file_static(), record.line())) {
-            say(&format!("{}{held}", record.args()));
+            outlet().say(record.level(), &format!("{}{held}", record.args()));
         }
     }
 
@@ -205,6 +227,9 @@ struct Outlet {
     waiting: Vec<u8>,
     /// The number of messages that were dropped for lack of room.
     lost: u64,
+    /// Whether messages go to a file of their own, and how they look there.
+    has_file: bool,
+    form: Form,
     /// Whether messages are waiting, readable without the lock.
     behind: &'static AtomicBool,
 }
@@ -220,14 +245,34 @@ impl Outlet {
             way: None,
             waiting: Vec::new(),
             lost: 0,
+            has_file: false,
+            form: Form {
+                id: String::new(),
+                show_level: None,
+            },
             behind,
         }
     }
 
-    fn say(&mut self, message: &str) {
+    /// How a line begins, and ends.
+    fn frame(&self, level: log::Level) -> (String, &'static str) {
+        if !self.has_file {
+            return ("armlet:".to_owned(), terminal::line_end());
+        }
+        let level = match self.form.show_level {
+            Some(true) => format!(":{level}"),
+            _ => String::new(),
+        };
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("main").to_owned();
+        let time = utc(SystemTime::now());
+        (format!("{time} [{}:{name}{level}]", self.form.id), "\n")
+    }
+
+    fn say(&mut self, level: log::Level, message: &str) {
         self.flush();
-        let end = terminal::line_end();
-        let line = format!("armlet: {}{end}", visible(message.as_bytes(), LONGEST));
+        let (start, end) = self.frame(level);
+        let line = format!("{start} {}{end}", visible(message.as_bytes(), LONGEST));
         // After lost messages, it would take the room of the line that reports them.
         if self.lost > 0 || self.waiting.len() + line.len() > ROOM {
             self.lost += 1;
@@ -240,9 +285,10 @@ impl Outlet {
     fn flush(&mut self) {
         while !self.waiting.is_empty() || self.lost > 0 {
             if self.waiting.is_empty() {
-                let (lost, end) = (std::mem::take(&mut self.lost), terminal::line_end());
+                let lost = std::mem::take(&mut self.lost);
+                let (start, end) = self.frame(log::Level::Warn);
                 let line = format!(
-                    "armlet: {lost} messages are lost: standard error took no more at the time{end}"
+                    "{start} {lost} messages are lost: what they go to took no more at the time{end}"
                 );
                 self.waiting.extend_from_slice(line.as_bytes());
             }
@@ -276,6 +322,25 @@ impl Outlet {
             std::thread::sleep(deadline.left().min(Duration::from_millis(1)));
         }
     }
+}
+
+/// A time as date and time of day, in UTC and nanoseconds.
+fn utc(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (days, second) = (since.as_secs() / 86400, since.as_secs() % 86400);
+    // The civil calendar in years that begin in March, by eras of 400 years ("chrono-Compatible
+    // Low-Level Date Algorithms", days_from_civil's inverse).
+    let day = days + 719_468;
+    let (era, day) = (day / 146_097, day % 146_097);
+    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = year + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let nanos = since.subsec_nanos();
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanos:09}")
 }
 
 #[cfg(test)]

@@ -55,7 +55,11 @@ fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
     )?)
 }
 
-fn bind(path: &Path, access: Access) -> io::Result<UnixListener> {
+/// Listens at a path where nothing is.
+///
+/// # Errors
+/// What the system says.
+pub fn bind(path: &Path, access: Access) -> io::Result<UnixListener> {
     let address = SocketAddrUnix::new(path)?;
     let socket = socket(SocketFlags::empty())?;
     if access == Access::Owner {

@@ -2,7 +2,7 @@ use crate::guest::{Armlet, Input};
 use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::steps::Steps;
-use crate::{commanded, control, lives, rig};
+use crate::{api, commanded, control, lives, rig};
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -684,4 +684,30 @@ fn armlet_is_confined_and_has_nothing_that_it_inherited() {
         return;
     }
     lives::is_confined(Armlet::program(&deaf()));
+}
+
+#[test]
+fn a_guest_is_driven_by_the_requests_of_firecrackers_clients() {
+    if !rig::small() {
+        return;
+    }
+    api::a_guest_is_driven_by_requests(&deaf().image(), &[]);
+}
+
+#[test]
+fn a_start_by_request_that_fails_can_be_mended() {
+    if !rig::small() {
+        return;
+    }
+    let end = Program::default().print("end\n").power_off();
+    api::a_start_that_fails_can_be_mended(&end.image(), &[]);
+}
+
+#[test]
+fn a_file_describes_a_guest_as_for_firecracker() {
+    if !rig::small() {
+        return;
+    }
+    let end = Program::default().print("end\n").power_off();
+    api::a_file_describes_a_guest(&end.image(), &[]);
 }

@@ -22,7 +22,7 @@ fn opened(file: std::io::Result<File>) -> Result<File, String> {
     file.map_err(|error| error.to_string())
 }
 
-impl Host for Files {
+impl Resources for Files {
     fn check_boot_source(&mut self, source: &BootSource) -> Result<(), String> {
         let file = opened(File::open(&source.kernel_image_path));
         file.map_err(|why| format!("The kernel file cannot be opened: {why}"))?;
@@ -88,7 +88,9 @@ impl Host for Files {
     fn configure_metrics(&mut self, metrics: &Metrics) -> Result<(), String> {
         opened(File::create(&metrics.metrics_path)).map(drop)
     }
+}
 
+impl Machine for Files {
     fn is_paused(&mut self) -> Result<bool, String> {
         Ok(self.is_paused)
     }
@@ -248,12 +250,14 @@ fn recorded_requests_get_the_recorded_answers() {
     }
     let mut group = String::new();
     let (mut microvm, mut host) = (fresh(), Files::default());
+    let mut is_started = false;
     let (mut compared, mut differed, mut words) = (0, 0, 0);
     let mut wrong = Vec::new();
     for recorded in recorded() {
         if recorded.group != group {
             group.clone_from(&recorded.group);
             microvm = fresh();
+            is_started = false;
             host = Files {
                 folder: folder.path().to_owned(),
                 ..Files::default()
@@ -284,14 +288,18 @@ fn recorded_requests_get_the_recorded_answers() {
             body: request.body.filter(|body| !body.is_empty()),
             ..request
         };
-        let answer = match microvm.handle(&request, &mut host) {
-            Step::Answer(answer) => answer,
-            // What becomes of a start only a machine tells; the one here starts in the last group.
-            Step::Start if group == "after start" => {
-                microvm.is_started = true;
-                Answer::done()
+        let answer = if is_started {
+            microvm.handle_running(&request, &mut host)
+        } else {
+            match microvm.handle(&request, &mut host) {
+                Step::Answer(answer) => answer,
+                // What becomes of a start only a machine tells; the one here starts in the last group.
+                Step::Start if group == "after start" => {
+                    is_started = true;
+                    Answer::done()
+                }
+                Step::Start => continue,
             }
-            Step::Start => continue,
         };
         let body = recorded.body.as_deref().unwrap_or_default();
         let line = format!("{} {} {body}", recorded.method, recorded.path);

@@ -6,6 +6,17 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
+struct Echo;
+
+impl Handler for Echo {
+    fn handle(&mut self, request: &Request) -> Step {
+        match request.method {
+            crate::http::Method::Put => Step::Start,
+            _ => Step::Answer(Answer::with(&request.path)),
+        }
+    }
+}
+
 struct Served {
     folder: tempfile::TempDir,
 }
@@ -16,13 +27,9 @@ impl Served {
     fn new(started: mpsc::Receiver<Answer>) -> Served {
         let folder = tempfile::tempdir().expect("a folder");
         let listener = UnixListener::bind(folder.path().join("s")).expect("a socket");
-        let mut server = Server::new(listener, 1000).expect("a server");
+        let mut server = Server::new(Some(listener), 1000).expect("a server");
         thread::spawn(move || {
-            let mut handle = |request: &Request| match request.method {
-                crate::http::Method::Put => Step::Start,
-                _ => Step::Answer(Answer::with(&request.path)),
-            };
-            while let Ok(pending) = server.serve(&mut handle) {
+            while let Ok(pending) = server.serve(&mut Echo) {
                 match started.recv() {
                     Ok(answer) => server.answer(&pending, &answer),
                     Err(_) => return,

@@ -47,6 +47,16 @@ pub struct Tap {
     active: Mutex<usize>,
 }
 
+/// Attaches to the interface `name`, which is made if it is not there.
+///
+/// # Errors
+/// What the system says.
+pub fn make(name: &str) -> io::Result<OwnedFd> {
+    let tun = open_tun().map_err(io::Error::other)?;
+    sys::set_interface(&tun, name, FLAGS)?;
+    Ok(tun)
+}
+
 /// What became of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -277,7 +287,7 @@ fn tun_bits(features: u64) -> u32 {
 ///
 /// # Errors
 /// That it cannot.
-pub(super) fn check_name(name: &str) -> Result<()> {
+pub fn check_name(name: &str) -> Result<()> {
     let is_wrong = |c: char| c == '/' || c == ':' || c == '%' || c.is_whitespace();
     let fits = (1..sys::NAME_BYTES).contains(&name.len());
     if !fits || name.contains(is_wrong) || [".", ".."].contains(&name) {

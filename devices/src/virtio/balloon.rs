@@ -376,7 +376,11 @@ impl VirtioDevice for Balloon {
     fn change(&mut self, change: Change) -> bool {
         match change {
             Change::BalloonTarget(bytes) => self.set_target(bytes),
-            _ => return false,
+            Change::BalloonStatistics => {
+                self.ask_for_statistics();
+                return self.working.is_some();
+            }
+            Change::DiskSize(_) => return false,
         }
         true
     }

@@ -157,6 +157,8 @@ pub enum Change {
     DiskSize(u64),
     /// A balloon should hold so many bytes.
     BalloonTarget(u64),
+    /// Ask the guest anew for statistics of its memory; done if a driver uses the balloon.
+    BalloonStatistics,
 }
 
 /// A descriptor that a device waits for.

@@ -23,7 +23,7 @@ fn outlet_to(fd: impl Into<OwnedFd>) -> Outlet {
 /// Says numbered lines until some are lost, whoever reads; returns how many were said.
 fn flood(outlet: &mut Outlet) -> usize {
     let said = (0..100_000).find(|number| {
-        outlet.say(&format!("line {number}"));
+        outlet.say(log::Level::Info, &format!("line {number}"));
         outlet.lost > 10
     });
     assert!(outlet.behind.load(Ordering::Relaxed));
@@ -40,7 +40,7 @@ fn check(read: &str, said: usize) {
     }
     let lost = said - lines.len();
     let wanted =
-        format!("armlet: {lost} messages are lost: standard error took no more at the time");
+        format!("armlet: {lost} messages are lost: what they go to took no more at the time");
     assert_eq!(*last, wanted);
 }
 
@@ -201,7 +201,7 @@ fn without_a_reader_nothing_is_kept() {
     let (reader, writer) = pipe();
     drop(reader);
     let mut outlet = outlet_to(writer);
-    outlet.say("to nobody");
+    outlet.say(log::Level::Info, "to nobody");
     assert!(outlet.waiting.is_empty());
     assert!(!outlet.behind.load(Ordering::Relaxed));
 }
@@ -248,7 +248,7 @@ fn what_others_say_is_visible_and_moves_no_cursor() {
 fn a_message_is_one_line_of_bounded_length() {
     let (reader, writer) = pipe();
     let mut outlet = outlet_to(writer);
-    outlet.say(&"x\n".repeat(100_000));
+    outlet.say(log::Level::Info, &"x\n".repeat(100_000));
     let text = drain(&mut outlet, File::from(reader));
     assert_eq!(text.lines().count(), 1);
     assert!(text.len() < PIPE_BUF, "{} bytes", text.len());
@@ -274,4 +274,34 @@ proptest! {
         prop_assert!(shown.chars().all(|character| !character.is_control() && !deceives(character)));
         prop_assert!(shown.len() < 100);
     }
+}
+
+#[test]
+fn lines_of_a_file_have_time_and_origin() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let mut outlet = outlet_to(writer);
+    outlet.has_file = true;
+    outlet.form = Form {
+        id: "id".to_owned(),
+        show_level: Some(true),
+    };
+    outlet.say(log::Level::Warn, "a\nb");
+    drop(outlet);
+    let mut line = String::new();
+    let mut reader = std::io::BufReader::new(reader);
+    std::io::BufRead::read_line(&mut reader, &mut line).expect("a line");
+    let (time, rest) = line.split_once(' ').expect("a time");
+    assert_eq!(time.len(), "2026-11-29T21:10:27.510239865".len());
+    assert!(
+        rest.starts_with("[id:") && rest.contains(":WARN] a"),
+        "{rest}"
+    );
+    let at = |seconds, nanos| utc(UNIX_EPOCH + Duration::new(seconds, nanos));
+    assert_eq!(at(0, 0), "1970-01-01T00:00:00.000000000");
+    assert_eq!(at(951_782_400, 1), "2000-02-29T00:00:00.000000001");
+    assert_eq!(
+        at(1_795_986_627, 510_239_865),
+        "2026-11-29T21:10:27.510239865"
+    );
+    assert_eq!(at(4_107_542_399, 0), "2100-02-28T23:59:59.000000000");
 }

@@ -1,0 +1,247 @@
+//! What `armlet run` would be asked for, made of what a microVM was configured with.
+
+use super::files::Files;
+use crate::boards::{self, Chosen};
+use crate::cli::{ApiArgs, MachineArgs};
+use crate::kvm::{self, HostArch, KvmArch};
+use crate::run::{OnPanic, OnReset, RunOptions};
+use crate::sandbox::Mode;
+use crate::{config, host};
+use anyhow::{Context, Result, anyhow, bail};
+use armlet_api::Microvm;
+use armlet_api::model::{CpuConfig, Drive, HugePages, IoEngine};
+use armlet_arch::{Arch, Architecture};
+use armlet_backends::balloon::BalloonOptions;
+use armlet_backends::disk::{DiskOptions, EngineChoice, Format};
+use armlet_backends::kind::DeviceOptions;
+use armlet_backends::net::{NetOptions, Network, VhostChoice};
+use armlet_backends::pmem::PmemOptions;
+use armlet_backends::rng::RngOptions;
+use armlet_backends::vsock::VsockOptions;
+use armlet_system::status::{Fault, Status};
+use kvm_ioctls::Kvm;
+use std::time::Duration;
+
+/// The kernel's command line where a client gives none.
+const CMDLINE: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
+    i8042.dumbkbd swiotlb=noforce";
+
+/// Makes the options of a machine.
+///
+/// # Errors
+/// What cannot be had, and a host without KVM.
+pub(super) fn options(
+    args: &ApiArgs,
+    microvm: &Microvm,
+    files: &Files,
+) -> Result<RunOptions<HostArch>> {
+    let machine = &microvm.machine;
+    let boot = microvm.boot.as_ref().context("no kernel is named")?;
+    let machine_args = MachineArgs {
+        kernel: Some(boot.kernel_image_path.clone()),
+        initrd: boot.initrd_path.clone(),
+        cmdline: Some(cmdline(microvm)),
+        cpus: Some(machine.vcpu_count.to_string()),
+        memory: Some(format!("{}M", machine.mem_size_mib)),
+        hugepages: match machine.huge_pages {
+            HugePages::None => None,
+            HugePages::Transparent => Some("thp".to_owned()),
+            HugePages::Size2M => Some("2M".to_owned()),
+        },
+        ..MachineArgs::default()
+    };
+    let this = host::this();
+    let chosen = board(args, &this)?;
+    if chosen.board.arch != HostArch::ARCHITECTURE {
+        let (name, arch) = (&chosen.board.name, chosen.board.arch);
+        bail!("board '{name}' is for {arch} guests, which this host does not run");
+    }
+    let cores = this.cores(chosen.board.host.core_names());
+    let devices = devices(microvm, files)?;
+    let config =
+        config::read_with::<HostArch>(&machine_args, chosen, &cores, Some(&this), devices)?;
+    let kvm = kvm::open::open().fault(Status::Host)?;
+    if let Some(cpu) = &microvm.cpu {
+        check_capabilities(&kvm, cpu)?;
+    }
+    let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
+    Ok(RunOptions {
+        kvm,
+        host,
+        config,
+        on_reset: OnReset::Exit,
+        on_panic: OnPanic::Report,
+        // A signal ends it at once.
+        patience: Some(Duration::ZERO),
+        seeded: true,
+        stats: false,
+        sandbox: Mode::parse(args.sandbox.as_deref()).fault(Status::Usage)?,
+        dump_dtb: None,
+        control: None,
+        service: None,
+        commander: None,
+    })
+}
+
+/// The machine that guests made for Firecracker expect; which CPUs its vCPUs run on is for the board
+/// that this host is to say.
+fn board(args: &ApiArgs, this: &host::HostFiles) -> Result<Chosen> {
+    let fallback = boards::fallback_of(HostArch::ARCHITECTURE);
+    let own = boards::choose(boards::AUTO, fallback, || this.identity())?;
+    let name = args
+        .board
+        .as_deref()
+        .unwrap_or(match HostArch::ARCHITECTURE {
+            Architecture::Aarch64 => "firecracker",
+            Architecture::X86_64 => "pc",
+        });
+    let mut chosen = boards::choose(name, fallback, || this.identity())?;
+    chosen.board.guest.pin = own.board.guest.pin;
+    chosen.board.host = own.board.host;
+    Ok(chosen)
+}
+
+/// The kernel's command line, with the root file system where a device has it.
+fn cmdline(microvm: &Microvm) -> String {
+    let given = microvm.boot.as_ref();
+    let given = given.and_then(|boot| boot.boot_args.as_deref());
+    let mut words = vec![given.unwrap_or(CMDLINE).to_owned()];
+    let mode = |is_read_only| if is_read_only { "ro" } else { "rw" };
+    if let Some(drive) = microvm.drives.iter().find(|drive| drive.is_root_device) {
+        let mode = mode(drive.is_read_only);
+        words.push(match &drive.partuuid {
+            Some(id) => format!("root=PARTUUID={id} {mode}"),
+            None => format!("root=/dev/vda {mode}"),
+        });
+    }
+    if let Some(at) = microvm.pmem.iter().position(|pmem| pmem.root_device) {
+        let mode = mode(microvm.pmem[at].read_only);
+        words.push(format!("root=/dev/pmem{at} {mode}"));
+    }
+    words.retain(|word| !word.is_empty());
+    words.join(" ")
+}
+
+fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions>>> {
+    let mut devices: Vec<Box<dyn DeviceOptions>> = Vec::new();
+    for drive in &microvm.drives {
+        devices.push(Box::new(disk(drive)?));
+    }
+    for interface in &microvm.interfaces {
+        let tap = files.tap(&interface.iface_id);
+        devices.push(Box::new(NetOptions {
+            mac: interface.guest_mac.map(|mac| mac.0),
+            network: Network::Inherited {
+                descriptors: vec![tap.context("its TAP was not opened")?],
+                vhost: VhostChoice::Auto,
+            },
+        }));
+    }
+    if let Some(vsock) = &microvm.vsock {
+        devices.push(Box::new(VsockOptions {
+            cid: vsock.guest_cid,
+            uds: Some((&vsock.uds_path).into()),
+        }));
+    }
+    if let Some(balloon) = &microvm.balloon {
+        devices.push(Box::new(BalloonOptions {
+            target: u64::from(balloon.amount_mib) << 20,
+            reporting: balloon.free_page_reporting,
+            deflate_on_oom: balloon.deflate_on_oom,
+        }));
+    }
+    for pmem in &microvm.pmem {
+        devices.push(Box::new(PmemOptions {
+            path: (&pmem.path_on_host).into(),
+            readonly: pmem.read_only,
+        }));
+    }
+    if microvm.entropy.is_some() {
+        devices.push(Box::new(RngOptions));
+    }
+    Ok(devices)
+}
+
+fn disk(drive: &Drive) -> Result<DiskOptions> {
+    let path = drive.path_on_host.as_ref();
+    let path = path.with_context(|| format!("drive {} has no path", drive.drive_id))?;
+    Ok(DiskOptions {
+        readonly: drive.is_read_only,
+        // What a guest wrote into an image is never taken for a format.
+        format: Format::Raw,
+        engine: match drive.io_engine {
+            IoEngine::Async => EngineChoice::Auto,
+            IoEngine::Sync => EngineChoice::Sync,
+        },
+        ..DiskOptions::new(path)
+    })
+}
+
+/// Checks that KVM offers what a client asks of it: capabilities by number, with `!` before those that
+/// need not be there.
+fn check_capabilities(kvm: &Kvm, cpu: &CpuConfig) -> Result<()> {
+    for text in &cpu.kvm_capabilities {
+        let number = text.strip_prefix('!').unwrap_or(text);
+        let number: u32 = number
+            .parse()
+            .with_context(|| format!("kvm_capabilities: '{text}' is no number"))?;
+        if !text.starts_with('!') && kvm.check_extension_raw(number.into()) <= 0 {
+            return Err(anyhow!("this host's KVM has no capability {number}")).fault(Status::Host);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use armlet_api::microvm::Identity;
+    use armlet_api::model::{BootSource, Pmem};
+
+    fn microvm(args: Option<&str>) -> Microvm {
+        let identity = Identity {
+            id: "x".to_owned(),
+            version: "1",
+            is_x86: false,
+        };
+        let mut microvm = Microvm::new(identity, 0);
+        microvm.boot = Some(BootSource {
+            kernel_image_path: "k".to_owned(),
+            initrd_path: None,
+            boot_args: args.map(str::to_owned),
+        });
+        microvm
+    }
+
+    #[test]
+    fn the_root_file_system_is_named_where_a_device_has_it() {
+        assert!(cmdline(&microvm(None)).starts_with("reboot=k panic=1"));
+        let drive = |text: &str| serde_json::from_str::<Drive>(text).expect("a drive");
+        let mut root = microvm(Some("console=ttyS0"));
+        let text = r#"{"drive_id": "r", "is_root_device": true, "path_on_host": "p"}"#;
+        root.drives = vec![drive(text)];
+        assert_eq!(cmdline(&root), "console=ttyS0 root=/dev/vda rw");
+        root.drives[0].partuuid = Some("0eaa91a0-01".to_owned());
+        root.drives[0].is_read_only = true;
+        assert_eq!(cmdline(&root), "console=ttyS0 root=PARTUUID=0eaa91a0-01 ro");
+        let mut pmem = microvm(Some(""));
+        pmem.pmem = vec![Pmem {
+            id: "p".to_owned(),
+            path_on_host: "p".to_owned(),
+            root_device: true,
+            read_only: true,
+            rate_limiter: None,
+        }];
+        assert_eq!(cmdline(&pmem), "root=/dev/pmem0 ro");
+    }
+
+    #[test]
+    fn images_are_raw_whatever_is_in_them() {
+        let text = r#"{"drive_id": "r", "is_root_device": false, "path_on_host": "p",
+            "io_engine": "Async", "is_read_only": true}"#;
+        let options = disk(&serde_json::from_str(text).expect("a drive")).expect("a disk");
+        assert_eq!(options.format, Format::Raw);
+        assert_eq!(options.engine, EngineChoice::Auto);
+        assert!(options.readonly);
+    }
+}

@@ -1,0 +1,198 @@
+//! Requests to a machine that runs: what they ask for goes to the event loop as commands.
+
+use super::files::Files;
+use super::metrics::MetricsFile;
+use crate::run::{Command, Commands, Reply, State};
+use armlet_api::http::Request;
+use armlet_api::model::{BalloonHint, DrivePatch, NetPatch, PmemPatch};
+use armlet_api::server::Handler;
+use armlet_api::{Machine, Microvm, Refusal, Step};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// How long a request may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What answers while a machine runs.
+pub(super) struct Running {
+    microvm: Microvm,
+    guest: Guest,
+}
+
+/// The machine, as far as requests reach it.
+struct Guest {
+    commands: Commands,
+    metrics: MetricsFile,
+    /// It keeps what the machine has taken over; the sandbox lets nobody open it again.
+    _files: Files,
+}
+
+impl Running {
+    pub(super) fn new(microvm: Microvm, mut files: Files, commands: Commands) -> Running {
+        files.hand_over();
+        Running {
+            microvm,
+            guest: Guest {
+                commands,
+                metrics: files.metrics.clone(),
+                _files: files,
+            },
+        }
+    }
+
+    /// Waits until the guest runs.
+    ///
+    /// # Errors
+    /// A machine that cannot run.
+    pub(super) fn wait_for_start(&mut self) -> Result<(), Refusal> {
+        self.guest.ask(Command::Status).map(drop)?;
+        self.guest.metrics.begin();
+        Ok(())
+    }
+}
+
+impl Handler for Running {
+    fn handle(&mut self, request: &Request) -> Step {
+        self.guest.metrics.count(request);
+        Step::Answer(self.microvm.handle_running(request, &mut self.guest))
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.guest.metrics.deadline()
+    }
+
+    fn pass(&mut self) {
+        self.guest.metrics.flush();
+    }
+}
+
+impl Guest {
+    fn send(&self, command: Command) -> Result<(), Refusal> {
+        let busy = "the guest has ended, or has too much to do; try again";
+        self.commands.send(command).map_err(|_| busy.to_owned())
+    }
+
+    /// Sends a command and waits for its answer.
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Refusal> {
+        let (reply, answer) = Reply::channel();
+        self.send(command(reply))?;
+        answer.recv_timeout(PATIENCE).map_err(|error| match error {
+            std::sync::mpsc::RecvTimeoutError::Disconnected => "the guest has ended".to_owned(),
+            std::sync::mpsc::RecvTimeoutError::Timeout => {
+                format!("no answer within {PATIENCE:?}: it may still be done")
+            }
+        })
+    }
+
+    fn state(&self) -> Result<State, Refusal> {
+        self.ask(Command::Status)
+    }
+}
+
+/// What is said of a balloon whose driver is not there.
+const INACTIVE: &str = "Balloon: Device not activated yet.";
+
+impl Machine for Guest {
+    fn is_paused(&mut self) -> Result<bool, Refusal> {
+        Ok(self.state()?.is_paused)
+    }
+
+    fn set_paused(&mut self, paused: bool) -> Result<(), Refusal> {
+        if self.state()?.is_paused == paused {
+            return Ok(());
+        }
+        match paused {
+            true => self.ask(Command::Pause)?,
+            false => self.ask(Command::Resume),
+        }
+    }
+
+    fn press_power_key(&mut self) -> Result<(), Refusal> {
+        self.ask(Command::PressPowerKey)?
+    }
+
+    fn flush_metrics(&mut self) -> Result<(), Refusal> {
+        self.metrics.flush();
+        Ok(())
+    }
+
+    fn change_drive(&mut self, index: usize, patch: &DrivePatch) -> Result<(), Refusal> {
+        let _ = patch;
+        let ask = |reply| Command::LookAtDisk(format!("disk{index}"), reply);
+        self.ask(ask)?.map(drop)
+    }
+
+    fn change_interface(&mut self, _index: usize, patch: &NetPatch) -> Result<(), Refusal> {
+        match (patch.rx_rate_limiter, patch.tx_rate_limiter) {
+            (None, None) => Ok(()),
+            _ => Err("rate limiters are not offered".to_owned()),
+        }
+    }
+
+    fn change_pmem(&mut self, _index: usize, patch: &PmemPatch) -> Result<(), Refusal> {
+        match patch.rate_limiter {
+            None => Ok(()),
+            Some(_) => Err("rate limiters are not offered".to_owned()),
+        }
+    }
+
+    fn set_balloon(&mut self, mib: u32) -> Result<(), Refusal> {
+        if !self.ask(Command::LookAtBalloon)??.is_active {
+            return Err(INACTIVE.to_owned());
+        }
+        self.ask(|reply| Command::SetBalloon(u64::from(mib) << 20, reply))?
+    }
+
+    fn set_balloon_interval(&mut self, _seconds: u16) -> Result<(), Refusal> {
+        // The guest is asked whenever a client looks.
+        Ok(())
+    }
+
+    fn balloon_statistics(&mut self) -> Result<Value, Refusal> {
+        const PAGE: u64 = 4096;
+        const MIB: u64 = 1 << 20;
+        let report = self.ask(Command::LookAtBalloon)??;
+        let mut value = json!({
+            "target_pages": report.target / PAGE,
+            "actual_pages": report.actual / PAGE,
+            "target_mib": report.target / MIB,
+            "actual_mib": report.actual / MIB,
+        });
+        for (name, number) in report.statistics.iter() {
+            value[statistic(name)] = number.into();
+        }
+        Ok(value)
+    }
+
+    fn hint(&mut self, _: BalloonHint) -> Result<(), Refusal> {
+        if !self.ask(Command::LookAtBalloon)??.is_active {
+            return Err(INACTIVE.to_owned());
+        }
+        Err("free page hinting is not offered; use free_page_reporting".to_owned())
+    }
+
+    fn hinting_status(&mut self) -> Result<Value, Refusal> {
+        Ok(json!({ "host_cmd": 0, "guest_cmd": null }))
+    }
+
+    fn publish_mmds(&mut self, _data: &Value) {}
+}
+
+/// What the interface calls a statistic of the balloon.
+fn statistic(name: &str) -> String {
+    match name {
+        "swapped-in" => "swap_in",
+        "swapped-out" => "swap_out",
+        "free" => "free_memory",
+        "total" => "total_memory",
+        "available" => "available_memory",
+        "oom-kills" => "oom_kill",
+        "allocation-stalls" => "alloc_stall",
+        "async-scanned" => "async_scan",
+        "direct-scanned" => "direct_scan",
+        "async-reclaimed" => "async_reclaim",
+        "direct-reclaimed" => "direct_reclaim",
+        name => return name.replace('-', "_"),
+    }
+    .to_owned()
+}
