@@ -1,9 +1,9 @@
 //! `armlet api`: Firecracker's control interface, for programs that drive microVMs by it
 //! (`docs/api.md`).
 //!
-//! Before a machine runs, the main thread answers requests, which configure it ([`files`] opens what
-//! they name). When it is to start, [`machine`] makes of that what `armlet run` makes of its options,
-//! and the thread `fc_api` goes on with the connections ([`running`]): it is confined, sees requests
+//! Before a machine runs, the main thread answers requests, which configure it (`files` opens what
+//! they name). When it is to start, `machine` makes of that what `armlet run` makes of its options,
+//! and the thread `fc_api` goes on with the connections (`running`): it is confined, sees requests
 //! only, and sends commands to the event loop. Crate `armlet-api` has the interface itself.
 
 mod files;
@@ -72,13 +72,6 @@ struct Serving {
 /// # Errors
 /// Arguments, files and sockets that cannot be used, with a line that says why.
 pub fn api(args: &ApiArgs) -> Result<Status> {
-    if args.version {
-        crate::commands::print(&format!(
-            "Firecracker v{VERSION}\n\narmlet {}, with the interface of that release\n",
-            env!("CARGO_PKG_VERSION")
-        ))?;
-        return Ok(Status::Success);
-    }
     let configured = configured(args).fault(Status::Usage);
     let (mut configuring, is_whole) = configured?;
     let mut server = match args.no_api {

@@ -2,7 +2,8 @@
 
 use crate::boards::Chosen;
 use crate::cli::{
-    BoardsArgs, Command, CtlArgs, DeviceArgs, JailArgs, MachineArgs, PlanArgs, ProbeArgs, RunArgs,
+    ApiArgs, BoardsArgs, Command, CtlArgs, DeviceArgs, JailArgs, MachineArgs, PlanArgs, ProbeArgs,
+    RunArgs,
 };
 use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
@@ -34,7 +35,7 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
         Command::Boards(args) => boards(args),
         Command::Jail(args) => jail(args),
         Command::Ctl(args) => ctl(args),
-        Command::Api(args) => api::api(args),
+        Command::Api(args) => api(args),
     }
 }
 
@@ -45,6 +46,19 @@ fn jail(args: &JailArgs) -> Result<Status> {
         return Ok(Status::Success);
     }
     jail::jail(args).map(|never| match never {})
+}
+
+/// Serves Firecracker's API.
+fn api(args: &ApiArgs) -> Result<Status> {
+    if args.version {
+        print(&format!(
+            "Firecracker v{}\n\narmlet {}, with the interface of that release\n",
+            api::VERSION,
+            env!("CARGO_PKG_VERSION")
+        ))?;
+        return Ok(Status::Success);
+    }
+    api::api(args)
 }
 
 fn ctl(args: &CtlArgs) -> Result<Status> {

@@ -7,6 +7,9 @@
 //! Each test says in its name what holds. Those that begin with [`rig::any`] run on every host,
 //! those with [`rig::main`] on the main one only, because they would show the same anywhere.
 
+/// Guests that Firecracker's API configures and starts.
+#[path = "boot/api.rs"]
+mod api;
 /// Archives for a guest's initramfs.
 #[path = "boot/archive.rs"]
 mod archive;

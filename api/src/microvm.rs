@@ -5,8 +5,8 @@ use crate::http::{Answer, Request};
 use crate::mmds::{self, Store};
 use crate::model::{
     ActionType, Balloon, BootSource, CpuConfig, CpuTemplate, Drive, Entropy, HotplugMemory,
-    HugePages, Limits, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion,
-    NetworkInterface, Pmem, Serial, VmState, Vsock,
+    HugePages, Limits, MachineConfig, MachineConfigUpdate, MmdsConfig, NetworkInterface, Pmem,
+    Serial, VmState, Vsock,
 };
 use crate::route::{Call, Routed, route};
 use serde::Serialize;
@@ -579,13 +579,6 @@ impl Microvm {
             true => Ok(()),
             false => Err(Answer::fault(mmds::NONE)),
         }
-    }
-
-    /// Whether a guest's requests for metadata need a token.
-    #[must_use]
-    pub fn needs_token(&self) -> bool {
-        let config = self.mmds_config.as_ref();
-        config.is_some_and(|config| config.version == MmdsVersion::V2)
     }
 }
 

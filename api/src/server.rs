@@ -2,9 +2,10 @@
 
 use crate::http::{Answer, BUSY, CONTINUE, Input, Request, Requests};
 use crate::microvm::Step;
+use armlet_system::eintr::uninterrupted;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -51,10 +52,10 @@ impl Client {
     /// Reads what is there; returns whether the client stays.
     fn read(&mut self) -> bool {
         let mut bytes = [0; PIECE];
-        match self.stream.read(&mut bytes) {
+        match uninterrupted(|| rustix::io::read(&self.stream, &mut bytes)) {
             Ok(0) => self.has_ended = true,
             Ok(count) => self.requests.push(&bytes[..count]),
-            Err(error) => return is_transient(&error),
+            Err(error) => return error == Errno::AGAIN,
         }
         true
     }
@@ -62,10 +63,9 @@ impl Client {
     /// Writes what it takes; returns whether the client stays.
     fn write(&mut self) -> bool {
         while !self.out.is_empty() {
-            match self.stream.write(&self.out) {
+            match uninterrupted(|| rustix::io::write(&self.stream, &self.out)) {
                 Ok(count) => drop(self.out.drain(..count)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return is_transient(&error),
+                Err(error) => return error == Errno::AGAIN,
             }
         }
         true
@@ -80,11 +80,6 @@ impl Client {
     fn is_read(&self) -> bool {
         !self.has_ended && !self.waits && self.out.len() < LYING
     }
-}
-
-fn is_transient(error: &io::Error) -> bool {
-    let kind = error.kind();
-    kind == io::ErrorKind::WouldBlock || kind == io::ErrorKind::Interrupted
 }
 
 /// The connections at a socket.
@@ -196,11 +191,7 @@ impl Server {
         if let Some(listener) = &self.listener {
             fds.push(PollFd::new(listener, PollFlags::IN));
         }
-        match poll(&mut fds, left.as_ref()) {
-            Ok(_) => {}
-            Err(Errno::INTR) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
+        uninterrupted(|| poll(&mut fds, left.as_ref()))?;
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         let mut ready = ready.into_iter();
@@ -228,7 +219,7 @@ impl Server {
             Some(Ok((stream, _))) => stream,
             Some(Err(error)) => {
                 // It may be gone again, or there is no descriptor for it: the next wait tells.
-                if !is_transient(&error) {
+                if error.kind() != io::ErrorKind::WouldBlock {
                     std::thread::sleep(PAUSE);
                 }
                 return;

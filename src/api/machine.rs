@@ -22,7 +22,7 @@ use armlet_system::status::{Fault, Status};
 use kvm_ioctls::Kvm;
 use std::time::Duration;
 
-/// The kernel's command line where a client gives none.
+/// The kernel's command line where a client gives none, on x86_64.
 const CMDLINE: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
     i8042.dumbkbd swiotlb=noforce";
 
@@ -37,10 +37,20 @@ pub(super) fn options(
 ) -> Result<RunOptions<HostArch>> {
     let machine = &microvm.machine;
     let boot = microvm.boot.as_ref().context("no kernel is named")?;
+    let this = host::this();
+    let chosen = board(args, &this)?;
+    if chosen.board.arch != HostArch::ARCHITECTURE {
+        let (name, arch) = (&chosen.board.name, chosen.board.arch);
+        bail!("board '{name}' is for {arch} guests, which this host does not run");
+    }
+    let default = match HostArch::ARCHITECTURE {
+        Architecture::Aarch64 => &chosen.board.guest.cmdline,
+        Architecture::X86_64 => CMDLINE,
+    };
     let machine_args = MachineArgs {
         kernel: Some(boot.kernel_image_path.clone()),
         initrd: boot.initrd_path.clone(),
-        cmdline: Some(cmdline(microvm)),
+        cmdline: Some(cmdline(microvm, default)),
         cpus: Some(machine.vcpu_count.to_string()),
         memory: Some(format!("{}M", machine.mem_size_mib)),
         hugepages: match machine.huge_pages {
@@ -50,12 +60,6 @@ pub(super) fn options(
         },
         ..MachineArgs::default()
     };
-    let this = host::this();
-    let chosen = board(args, &this)?;
-    if chosen.board.arch != HostArch::ARCHITECTURE {
-        let (name, arch) = (&chosen.board.name, chosen.board.arch);
-        bail!("board '{name}' is for {arch} guests, which this host does not run");
-    }
     let cores = this.cores(chosen.board.host.core_names());
     let devices = devices(microvm, files)?;
     let config =
@@ -76,6 +80,7 @@ pub(super) fn options(
         seeded: true,
         stats: false,
         sandbox: Mode::parse(args.sandbox.as_deref()).fault(Status::Usage)?,
+        vcpu_names: "fc_vcpu ",
         dump_dtb: None,
         control: None,
         service: None,
@@ -102,10 +107,10 @@ fn board(args: &ApiArgs, this: &host::HostFiles) -> Result<Chosen> {
 }
 
 /// The kernel's command line, with the root file system where a device has it.
-fn cmdline(microvm: &Microvm) -> String {
+fn cmdline(microvm: &Microvm, default: &str) -> String {
     let given = microvm.boot.as_ref();
     let given = given.and_then(|boot| boot.boot_args.as_deref());
-    let mut words = vec![given.unwrap_or(CMDLINE).to_owned()];
+    let mut words = vec![given.unwrap_or(default).to_owned()];
     let mode = |is_read_only| if is_read_only { "ro" } else { "rw" };
     if let Some(drive) = microvm.drives.iter().find(|drive| drive.is_root_device) {
         let mode = mode(drive.is_read_only);
@@ -215,15 +220,18 @@ mod tests {
 
     #[test]
     fn the_root_file_system_is_named_where_a_device_has_it() {
-        assert!(cmdline(&microvm(None)).starts_with("reboot=k panic=1"));
+        assert!(cmdline(&microvm(None), CMDLINE).starts_with("reboot=k panic=1"));
         let drive = |text: &str| serde_json::from_str::<Drive>(text).expect("a drive");
         let mut root = microvm(Some("console=ttyS0"));
         let text = r#"{"drive_id": "r", "is_root_device": true, "path_on_host": "p"}"#;
         root.drives = vec![drive(text)];
-        assert_eq!(cmdline(&root), "console=ttyS0 root=/dev/vda rw");
+        assert_eq!(cmdline(&root, ""), "console=ttyS0 root=/dev/vda rw");
         root.drives[0].partuuid = Some("0eaa91a0-01".to_owned());
         root.drives[0].is_read_only = true;
-        assert_eq!(cmdline(&root), "console=ttyS0 root=PARTUUID=0eaa91a0-01 ro");
+        assert_eq!(
+            cmdline(&root, ""),
+            "console=ttyS0 root=PARTUUID=0eaa91a0-01 ro"
+        );
         let mut pmem = microvm(Some(""));
         pmem.pmem = vec![Pmem {
             id: "p".to_owned(),
@@ -232,7 +240,7 @@ mod tests {
             read_only: true,
             rate_limiter: None,
         }];
-        assert_eq!(cmdline(&pmem), "root=/dev/pmem0 ro");
+        assert_eq!(cmdline(&pmem, "x"), "root=/dev/pmem0 ro");
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! The board `firecracker`: the machine that Firecracker's guests expect.
 
+use crate::api::Api;
+use crate::archive::archive;
 use crate::console::both_ways;
-use crate::guest::{Armlet, section};
+use crate::guest::{Armlet, WITH_DEVICES, section};
 use crate::software::Program;
-use crate::{lives, rig};
+use crate::{api, lives, rig};
+use std::fs;
 
 /// Where its 16550A lies.
 const UART: u64 = 0x4000_2000;
@@ -60,17 +63,76 @@ fn sigterm_presses_the_power_key_of_a_guest_of_firecracker() {
     lives::powers_off_by_sigterm(on_board(Armlet::power_key(rig, crate::life::LISTEN)).start());
 }
 
-/// What prints without a driver: it waits for an empty transmitter before each character.
+/// A guest that prints on the 16550 without a driver: it waits for an empty transmitter before each
+/// character.
+fn printing(text: &str) -> Program {
+    let mut program = Program::default();
+    for byte in text.bytes() {
+        program = program.read(LSR).write_byte(UART, byte);
+    }
+    program
+}
+
+#[test]
+fn a_guest_is_driven_by_the_requests_of_firecrackers_clients() {
+    if rig::any().is_some() {
+        api::a_guest_is_driven_by_requests(&printing("up\n").stay().image(), &[]);
+    }
+}
+
+#[test]
+fn a_start_by_request_that_fails_can_be_mended() {
+    if rig::main().is_some() {
+        api::a_start_that_fails_can_be_mended(&printing("end\n").power_off().image(), &[]);
+    }
+}
+
+#[test]
+fn a_file_describes_a_guest_as_for_firecracker() {
+    if rig::main().is_some() {
+        api::a_file_describes_a_guest(&printing("end\n").power_off().image(), &[]);
+    }
+}
+
+#[test]
+fn linux_is_started_by_requests_with_the_command_line_of_firecrackers_clients() {
+    let Some(rig) = rig::any() else { return };
+    let mut api = Api::start(&[]);
+    let [kernel, drivers] = WITH_DEVICES;
+    let read = |name: &str| fs::read(rig.asset(name)).expect("an asset");
+    let script = "head -c 5 /dev/vda; echo; cat /proc/cmdline";
+    let script = archive("script", script.as_bytes());
+    api.write("initrd", &[read("initrd"), read(drivers), script].concat());
+    api.write("disk", &[b"DISK!", &[0; 1 << 20][..]].concat());
+    let kernel = rig.asset("Image");
+    api.put(
+        "/machine-config",
+        r#"{"vcpu_count": 1, "mem_size_mib": 256}"#,
+    );
+    api.put(
+        "/boot-source",
+        &format!(
+            r#"{{"kernel_image_path": {kernel:?}, "initrd_path": "initrd",
+                "boot_args": "console=ttyS0 reboot=k panic=1 pci=off armlet.run=script"}}"#
+        ),
+    );
+    api.put(
+        "/drives/rootfs",
+        r#"{"drive_id": "rootfs", "path_on_host": "disk", "is_root_device": true, "is_read_only": true}"#,
+    );
+    api.put("/actions", r#"{"action_type": "InstanceStart"}"#);
+    api.expect("DISK!");
+    api.expect("console=ttyS0 reboot=k panic=1 pci=off armlet.run=script root=/dev/vda ro");
+    assert_eq!(api.end().code(), Some(0), "{}", api.said());
+}
+
 #[test]
 fn a_small_guest_prints_on_the_16550() {
     if !rig::small() {
         return;
     }
-    let mut program = Program::default();
-    for byte in *b"hello\n" {
-        program = program.read(LSR).write_byte(UART, byte);
-    }
-    let outcome = on_board(Armlet::program(&program.power_off())).run();
+    let program = printing("hello\n").power_off();
+    let outcome = on_board(Armlet::program(&program)).run();
     outcome.assert_status(0);
     assert_eq!(outcome.text(), "hello\n");
 }
