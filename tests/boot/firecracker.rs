@@ -3,7 +3,8 @@
 use crate::api::Api;
 use crate::archive::archive;
 use crate::console::both_ways;
-use crate::guest::{Armlet, WITH_DEVICES, section};
+use crate::guest::{Armlet, section};
+use crate::rig::WITH_DEVICES;
 use crate::software::Program;
 use crate::{api, lives, rig};
 use std::fs;
