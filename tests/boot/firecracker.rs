@@ -105,7 +105,7 @@ fn linux_is_started_by_requests_with_the_command_line_of_firecrackers_clients() 
     let script = archive("script", script.as_bytes());
     api.write("initrd", &[read("initrd"), read(drivers), script].concat());
     api.write("disk", &[b"DISK!", &[0; 1 << 20][..]].concat());
-    let kernel = rig.asset("Image");
+    let kernel = rig.asset(kernel);
     api.put(
         "/machine-config",
         r#"{"vcpu_count": 1, "mem_size_mib": 256}"#,
