@@ -4,11 +4,11 @@
 //! each growth waits for an RCU grace period (`expand_fdtable` in the kernel's fs/file.c), which
 //! adds some ten milliseconds to a guest's start.
 
+use armlet_system::descriptors::close_range;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, getrlimit};
 use rustix::stdio::stdin;
 use std::collections::BTreeSet;
-use std::io;
 
 /// The initial size of the table.
 const AT_FIRST: u32 = 64;
@@ -64,40 +64,16 @@ const FIRST: u32 = 3;
 
 /// Closes all descriptors from 3 on but those that are `kept`: whoever started this process may have
 /// left some open, and they are none of the guest's business.
-///
-/// # Errors
-/// What the system says, where it can neither close a range nor tell what is open.
-pub fn close_others(kept: &BTreeSet<u32>) -> io::Result<()> {
+pub fn close_others(kept: &BTreeSet<u32>) {
     let mut from = FIRST;
     for next in kept.iter().copied().chain([u32::MAX]) {
         let to = next - 1;
         if from <= to {
-            close_range(from, to)?;
+            // SAFETY: nothing of this process holds a descriptor yet; those that are closed are nobody's.
+            unsafe { close_range(from, to) };
         }
         from = next.saturating_add(1);
     }
-    Ok(())
-}
-
-fn close_range(from: u32, to: u32) -> io::Result<()> {
-    // SAFETY: nothing of this process holds a descriptor yet; those that are closed are nobody's.
-    let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
-    if closed == 0 {
-        return Ok(());
-    }
-    // Kernels before 5.9 have no such call.
-    let mut open = Vec::new();
-    for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
-        let name = entry.file_name();
-        open.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
-    }
-    for number in open {
-        if (from..=to).contains(&number) {
-            // SAFETY: as above; the one that the folder was read by is closed already, or nobody's.
-            unsafe { libc::close(number.cast_signed()) };
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

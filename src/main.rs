@@ -70,11 +70,8 @@ fn start(command: Option<&str>, words: ArgsOs, is_api: &mut bool) -> anyhow::Res
         commands::print(concat!("armlet ", env!("CARGO_PKG_VERSION"), "\n"))?;
         return Ok(Status::Success);
     }
-    if matches!(cli.command, Some(Command::Run(_) | Command::Api(_)))
-        && let Err(error) = descriptors::close_others(&descriptors::named(&arguments))
-    {
-        messages::say(&format!("cannot close what was inherited: {error}"));
-        return Ok(Status::Host);
+    if matches!(cli.command, Some(Command::Run(_) | Command::Api(_))) {
+        descriptors::close_others(&descriptors::named(&arguments));
     }
     match &cli.command {
         Some(command) => commands::execute(command, &devices),

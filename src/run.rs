@@ -173,8 +173,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 if let Some(control) = control.take() {
                     let commands = events.queue.commands();
                     let told = move |command| commands.send(command);
-                    let own = sandbox.clone();
-                    let begin = move || own.enter_as(Role::Device);
+                    let begin = sandbox.entrance(Role::Device);
                     let started = control.start(begin, told, fixed(&options.config));
                     started.fault(Status::Host)?;
                 }

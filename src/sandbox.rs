@@ -10,12 +10,12 @@ use anyhow::{Context, Result, anyhow, bail};
 use armlet_backends::kind::Need;
 use armlet_backends::open::Wanted;
 use armlet_system::messages;
+use armlet_system::seccomp::{Instruction, Outcome, add_filter};
 use armlet_system::status::{Fault, Status};
-use filter::Program;
+use std::sync::{Arc, OnceLock};
 
 mod calls;
 mod files;
-mod filter;
 mod names;
 mod requests;
 mod rights;
@@ -70,12 +70,14 @@ impl Mode {
 }
 
 /// What the threads of armlet may do once a guest runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Sandbox {
     /// How far it goes.
     pub mode: Mode,
     /// What the devices need beyond what all do.
     pub needs: Vec<Need>,
+    /// The filters of threads that are narrowed further, by role, once they were asked for.
+    narrower: [OnceLock<Vec<Instruction>>; Role::ALL.len()],
 }
 
 impl Sandbox {
@@ -90,7 +92,17 @@ impl Sandbox {
                 needs.push(need);
             }
         }
-        Sandbox { mode, needs }
+        Sandbox::new(mode, needs)
+    }
+
+    /// As it is with these needs.
+    #[must_use]
+    pub fn new(mode: Mode, needs: Vec<Need>) -> Sandbox {
+        Sandbox {
+            mode,
+            needs,
+            narrower: [const { OnceLock::new() }; Role::ALL.len()],
+        }
     }
 
     /// What threads of a role may call.
@@ -127,7 +139,7 @@ impl Sandbox {
             None => log::info!("sandbox: files by Landlock, and system calls by seccomp"),
         }
         trap::install();
-        self.filter(Role::Machine)
+        self.filter()
     }
 
     /// Confines the calling thread as those of a role are. It is in the sandbox already.
@@ -137,22 +149,60 @@ impl Sandbox {
     pub fn enter_as(&self, role: Role) -> Result<()> {
         match self.mode {
             Mode::Off => Ok(()),
-            _ => self.filter(role),
+            _ => add(self.narrower(role)),
         }
     }
 
-    fn filter(&self, role: Role) -> Result<()> {
-        let mut program = Program::new(self.mode == Mode::Log);
-        let rules = self.rules(role);
-        let others = (role != Role::Machine).then(|| self.rules(Role::Machine));
-        let process = std::process::id();
-        let other = &HostArch::OTHER_CALLS;
-        rules
-            .write(&mut program, other, process, others.as_ref())
-            .with_context(|| format!("the filter of a thread as {} is too long", role.name()))
-            .and_then(|code| Ok(sys::add_filter(code)?))
-            .context("cannot restrict system calls")
+    /// What a thread of a role is to begin with, once it is in the sandbox. Its filter is made now.
+    pub fn entrance(
+        self: &Arc<Sandbox>,
+        role: Role,
+    ) -> impl FnOnce() -> Result<()> + Send + 'static {
+        if self.mode != Mode::Off {
+            self.narrower(role);
+        }
+        let sandbox = Arc::clone(self);
+        move || sandbox.enter_as(role)
     }
+
+    fn filter(&self) -> Result<()> {
+        let process = std::process::id();
+        if self.is_simplest() {
+            return add(&calls::first(process));
+        }
+        let rules = self.rules(Role::Machine);
+        let program = rules.write(self.forbidden(), &HostArch::OTHER_CALLS, process);
+        add(program.code())
+    }
+
+    /// The filter of a thread that is in the sandbox already.
+    fn narrower(&self, role: Role) -> &[Instruction] {
+        if role == Role::Vcpu && self.is_simplest() {
+            return &calls::VCPU_CODE;
+        }
+        self.narrower[role as usize].get_or_init(|| {
+            let outer = self.rules(Role::Machine);
+            let program = self.rules(role).write_within(&outer, self.forbidden());
+            program.code().to_vec()
+        })
+    }
+
+    /// Whether its first filters are those that were made when the program was compiled.
+    fn is_simplest(&self) -> bool {
+        self.needs.is_empty() && self.mode != Mode::Log
+    }
+
+    fn forbidden(&self) -> Outcome {
+        match self.mode {
+            Mode::Log => Outcome::Log,
+            _ => Outcome::Trap,
+        }
+    }
+}
+
+fn add(code: &[Instruction]) -> Result<()> {
+    // One that did not fit is empty, which the kernel refuses.
+    add_filter(code).context("cannot restrict system calls")
 }
 
 #[cfg(test)]

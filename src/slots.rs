@@ -109,8 +109,7 @@ impl Slots {
                 self.catch_kicks(window, &mmio, |_| true);
                 let mut reactor = Reactor::new()?;
                 reactor.add(device, mmio.kicks())?;
-                let sandbox = Arc::clone(&self.sandbox);
-                let begin = move || sandbox.enter_as(Role::Device);
+                let begin = self.sandbox.entrance(Role::Device);
                 let worker = Worker::start(name.clone(), reactor, mailbox, begin)?;
                 self.workers.push(worker);
                 mmio

@@ -1,25 +1,17 @@
 //! System calls of the jail that no library has in a safe form.
 
+use armlet_system::descriptors::close_range;
 use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 use std::io;
-use std::os::fd::RawFd;
 
 /// The first descriptor after standard input, output and error.
-const FIRST: RawFd = 3;
+const FIRST: u32 = 3;
 
 /// Closes all descriptors but standard input, output and error.
 pub(super) fn close_inherited() {
     // SAFETY: nothing here owns a descriptor yet; this process has opened none.
-    unsafe {
-        if libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) != 0 {
-            // A kernel before 5.9.
-            let most = libc::sysconf(libc::_SC_OPEN_MAX).clamp(0, 1 << 20);
-            for number in FIRST..most as RawFd {
-                libc::close(number);
-            }
-        }
-    }
+    unsafe { close_range(FIRST, u32::MAX) };
 }
 
 /// Makes new namespaces for this process, or, of PIDs, for its children.

@@ -31,6 +31,7 @@ use kvm_bindings::{
     kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use std::ffi::c_void;
 use std::sync::Once;
 
 /// The vCPU limit that a host with only GICv2 reports (KVM_CAP_MAX_VCPUS).
@@ -72,8 +73,30 @@ impl KvmArch for Aarch64 {
             ("KVM_ARM_PREFERRED_TARGET", 0xaeaf),
             ("KVM_ARM_VCPU_FINALIZE", 0xaec2),
         ],
+        // MSRs; aliases and shadow pages; PCs' interrupt chips and timers; devices that were assigned
+        // before VFIO; Xen and PCs' clock; then those of vCPUs that PCs and POWER have.
+        unknown: &[
+            (0xae02, 0xae02),
+            (0xae43, 0xae45),
+            (0xae62, 0xae66),
+            (0xae69, 0xae69),
+            (0xae70, 0xae75),
+            (0xae77, 0xae78),
+            (0xae9a, 0xae9a),
+            (0xae9c, 0xae9e),
+            (0xaea1, 0xaea2),
+            (0xaead, 0xaead),
+        ],
         known: &[],
     };
+
+    unsafe fn call_argument(context: *const c_void, index: usize) -> u64 {
+        // SAFETY: the caller's promise: it is a ucontext_t, which need not be aligned as Rust has it.
+        let registers =
+            unsafe { &raw const (*context.cast::<libc::ucontext_t>()).uc_mcontext.regs };
+        // SAFETY: as above; there are 31, and at most 6 arguments.
+        unsafe { registers.cast::<u64>().add(index.min(5)).read_unaligned() }
+    }
 
     fn before_confinement(plan: &Plan<Self>) {
         if plan.features.pmu.is_some() {

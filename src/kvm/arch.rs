@@ -9,6 +9,7 @@ use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::IoApic;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 /// How thoroughly a host is probed.
@@ -31,8 +32,27 @@ pub struct OtherCalls {
     pub vcpu: &'static [(&'static str, u16)],
     /// Requests that making a machine takes.
     pub machine: &'static [(&'static str, u16)],
+    /// Ranges of KVM's requests that other architectures have, or no kernel any more: KVM refuses them
+    /// itself, so that a filter may let them pass where it is shorter.
+    pub unknown: &'static [(u16, u16)],
     /// The names of calls that this architecture alone has.
     pub known: &'static [(&'static str, i64)],
+}
+
+impl OtherCalls {
+    /// Whether KVM refuses all requests from one to before another.
+    #[must_use]
+    pub const fn are_unknown(&self, from: u32, end: u32) -> bool {
+        let mut at = 0;
+        while at < self.unknown.len() {
+            let (first, last) = self.unknown[at];
+            if first as u32 <= from && end <= last as u32 + 1 {
+                return true;
+            }
+            at += 1;
+        }
+        false
+    }
 }
 
 /// The operations of an architecture that create and run a planned machine with KVM.
@@ -46,6 +66,12 @@ pub trait KvmArch: Arch {
 
     /// System calls as this architecture has them, for the sandbox.
     const OTHER_CALLS: OtherCalls;
+
+    /// An argument of the system call at which a signal came, from 0 to 5.
+    ///
+    /// # Safety
+    /// `context` is what the kernel handed to the handler of that signal.
+    unsafe fn call_argument(context: *const c_void, index: usize) -> u64;
 
     /// Does what needs rights that are given up before the machine is made.
     fn before_confinement(_: &Plan<Self>) {}

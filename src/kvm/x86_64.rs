@@ -23,6 +23,7 @@ use kvm_bindings::{
     Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 /// MSRs that a guest expects its firmware to have set (Intel SDM volume 4): MTRRs enabled with
@@ -62,8 +63,26 @@ impl KvmArch for X86_64 {
             ("KVM_SET_MSRS", 0xae89),
             ("KVM_SET_CPUID2", 0xae90),
         ],
+        unknown: &[],
         known: NAMES,
     };
+
+    unsafe fn call_argument(context: *const c_void, index: usize) -> u64 {
+        const ARGUMENTS: [libc::c_int; 6] = [
+            libc::REG_RDI,
+            libc::REG_RSI,
+            libc::REG_RDX,
+            libc::REG_R10,
+            libc::REG_R8,
+            libc::REG_R9,
+        ];
+        // SAFETY: the caller's promise: it is a ucontext_t, which need not be aligned as Rust has it.
+        let registers =
+            unsafe { &raw const (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+        let register = ARGUMENTS[index.min(5)] as usize;
+        // SAFETY: as above; there are 23, of which these are six.
+        unsafe { registers.cast::<u64>().add(register).read_unaligned() }
+    }
 
     fn depth(_: &Request<Self>) -> Depth {
         Depth::Quick

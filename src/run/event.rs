@@ -100,10 +100,9 @@ impl Events {
         let (room, action) = (self.queue.clone(), self.queue.clone());
         // The loop drains the console before armlet ends; nothing else stops its thread.
         let output = StandardOutput::new(Arc::default());
-        let sandbox = Arc::clone(sandbox);
         let hvc = HvcConsole::open(
             Box::new(PanicWatch::new(output)),
-            move || sandbox.enter_as(Role::Console),
+            sandbox.entrance(Role::Console),
             move || room.tell(Event::Room),
             move |told| action.tell_action(told),
         )?;

@@ -1,10 +1,11 @@
 //! The system calls that threads may make, by their role.
 
-use super::filter::{MOST, Place, Program, Span};
 use super::requests::{self, Request};
-use super::sys::Instruction;
-use crate::kvm::OtherCalls;
+use crate::kvm::{HostArch, KvmArch, OtherCalls};
 use armlet_backends::kind::Need;
+use armlet_system::seccomp::{
+    Instruction, LAST_CALL, Outcome, Place, Program, Spans, compares_with,
+};
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,9 +52,8 @@ pub enum Answer {
 
 /// Above the numbers of all calls.
 pub const NUMBERS: usize = 512;
-/// Where numbers end that kernels have, by now, for a tree that is no deeper than it has to be.
-const LAST: u32 = 470;
-/// The most requests of a role.
+/// The most lists of requests of a role, and the most requests.
+const MOST_LISTS: usize = 16;
 const MOST_REQUESTS: usize = 96;
 
 /// What every thread does: memory, locks, time, its descriptors, what is written to the console and as
@@ -203,9 +203,9 @@ const RING: Calls = Calls::of(&[libc::SYS_io_uring_enter]);
 const THREAD: u32 = 0x3d_0f00;
 const DETACHED: u32 = 0x40_0000;
 
-/// Commands of fcntl: F_DUPFD to F_SETLKW, then those of locks of open files, then those from
-/// F_DUPFD_CLOEXEC to F_GET_SEALS. F_SETOWN and F_SETSIG, which signal others, are not among them.
-const COMMANDS: [(u32, u32); 3] = [(0, 7), (36, 38), (1030, 1034)];
+/// Commands of fcntl: F_DUPFD, and those of flags after it, up to F_SETFL. F_SETOWN and F_SETSIG, which
+/// signal others, are above them, and images are locked before.
+const LAST_OF_FLAGS: u32 = libc::F_SETFL as u32;
 
 /// A set of calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,50 +238,35 @@ impl Calls {
     }
 
     /// Whether a call is among them.
-    pub(super) fn has(&self, call: i64) -> bool {
-        let word = usize::try_from(call / 64)
-            .ok()
-            .and_then(|at| self.0.get(at));
-        word.is_some_and(|word| word >> (call % 64) & 1 == 1)
-    }
-
-    /// Their numbers.
-    fn numbers(self) -> impl Iterator<Item = i64> {
-        let words = (0_i64..).step_by(64).zip(self.0);
-        words.flat_map(|(base, mut word)| {
-            std::iter::from_fn(move || {
-                let bit = word.trailing_zeros();
-                word &= word.wrapping_sub(1);
-                (bit < 64).then(|| base + i64::from(bit))
-            })
-        })
+    pub(super) const fn has(&self, call: i64) -> bool {
+        0 <= call && call < NUMBERS as i64 && self.0[call as usize / 64] >> (call % 64) & 1 == 1
     }
 }
 
 /// What a role may call, and the requests that it may make.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Rules {
     allowed: Calls,
     checked: Calls,
     missing: Calls,
-    requests: Vec<Request>,
+    requests: [&'static [Request]; MOST_LISTS],
+    lists: usize,
 }
 
 impl Rules {
     /// The rules of a role in a machine with these needs, on an architecture.
     #[must_use]
-    pub fn of(role: Role, needs: &[Need], other: &OtherCalls) -> Rules {
+    pub const fn of(role: Role, needs: &[Need], other: &OtherCalls) -> Rules {
         const MACHINES: Calls = VCPU.and(MACHINE);
         const STARTS: Calls = CHECKED.and(Calls::of(&[libc::SYS_clone]));
         // Its flags are in memory; the C library does without.
         const MISSING: Calls = Calls::of(&[libc::SYS_clone3]);
-        let glibc = if cfg!(target_env = "gnu") {
-            GLIBC
-        } else {
-            Calls::NONE
+        const LIBRARY: Calls = match cfg!(target_env = "gnu") {
+            true => GLIBC,
+            false => Calls::NONE,
         };
         let (own, checked, missing) = match role {
-            Role::Machine => (MACHINES.and(glibc), STARTS, MISSING),
+            Role::Machine => (MACHINES.and(LIBRARY), STARTS, MISSING),
             Role::Vcpu => (VCPU, CHECKED, Calls::NONE),
             Role::Device | Role::Console => (Calls::NONE, CHECKED, Calls::NONE),
         };
@@ -289,45 +274,53 @@ impl Rules {
             allowed: EVERY.and(Calls::of(other.calls)).and(own),
             checked,
             missing,
-            requests: Vec::with_capacity(80),
+            requests: [&[]; MOST_LISTS],
+            lists: 0,
         };
-        rules.requests.extend_from_slice(requests::TERMINAL);
+        rules.add_requests(requests::TERMINAL);
         if matches!(role, Role::Machine | Role::Vcpu) {
-            rules.requests.extend_from_slice(requests::VCPU);
-            rules.requests.extend_from_slice(other.vcpu);
+            rules.add_requests(requests::VCPU);
+            rules.add_requests(other.vcpu);
         }
-        if role == Role::Machine {
-            rules.requests.extend_from_slice(requests::MACHINE);
-            rules.requests.extend_from_slice(other.machine);
+        if matches!(role, Role::Machine) {
+            rules.add_requests(requests::MACHINE);
+            rules.add_requests(other.machine);
         }
-        if role != Role::Console {
-            needs.iter().for_each(|need| rules.meet(*need, role));
+        let mut at = 0;
+        while at < needs.len() && !matches!(role, Role::Console) {
+            rules.meet(needs[at], matches!(role, Role::Vcpu));
+            at += 1;
         }
         rules
     }
 
-    fn meet(&mut self, need: Need, role: Role) {
-        let is_vcpu = role == Role::Vcpu;
+    const fn add_requests(&mut self, requests: &'static [Request]) {
+        self.requests[self.lists] = requests;
+        self.lists += 1;
+    }
+
+    const fn meet(&mut self, need: Need, is_vcpu: bool) {
+        const UNCONNECTED: Calls = CONNECTED.and(SOCKETS);
         let (calls, requests) = match need {
             Need::Thread | Need::Storage | Need::Discards | Need::Ring if is_vcpu => return,
-            Need::Thread => (DEVICE, &[][..]),
-            Need::Storage => (STORAGE, &[][..]),
-            Need::Pages => (PAGES, &[][..]),
+            Need::Thread => (DEVICE, &[] as &[_]),
+            Need::Storage => (STORAGE, &[] as &[_]),
+            Need::Pages => (PAGES, &[] as &[_]),
             Need::Sockets if is_vcpu => (CONNECTED, requests::SOCKETS),
-            Need::Sockets => (CONNECTED.and(SOCKETS), requests::SOCKETS),
-            Need::Broker => (BROKER, &[][..]),
+            Need::Sockets => (UNCONNECTED, requests::SOCKETS),
+            Need::Broker => (BROKER, &[] as &[_]),
             Need::Tap => (Calls::NONE, requests::TAP),
             Need::Vhost => (Calls::NONE, requests::VHOST),
             Need::Discards => (Calls::NONE, requests::BLOCK),
-            Need::Ring => (RING, &[][..]),
+            Need::Ring => (RING, &[] as &[_]),
         };
         self.allowed = self.allowed.and(calls);
-        self.requests.extend_from_slice(requests);
+        self.add_requests(requests);
     }
 
     /// What becomes of a call.
     #[must_use]
-    pub fn answer(&self, call: i64) -> Answer {
+    pub const fn answer(&self, call: i64) -> Answer {
         match call {
             _ if self.checked.has(call) => Answer::Checked,
             _ if self.allowed.has(call) => Answer::Allowed,
@@ -337,180 +330,227 @@ impl Rules {
     }
 
     /// The requests of ioctl that may be made.
-    #[must_use]
-    pub fn requests(&self) -> &[Request] {
-        &self.requests
+    pub fn requests(&self) -> impl Iterator<Item = &'static Request> {
+        self.requests.into_iter().flatten()
     }
 
     /// The numbers of the calls that may be made.
     pub fn calls(&self) -> impl Iterator<Item = i64> {
-        self.allowed.and(self.checked).numbers()
+        let all = self.allowed.and(self.checked);
+        (0..NUMBERS as i64).filter(move |call| all.has(*call))
     }
 
-    /// Writes the filter. With `others`, those are the rules that a filter of the calling thread
-    /// enforces already: this one decides only what they leave open.
-    pub(super) fn write<'a>(
+    /// Writes the filter of the thread that is bound to these rules first. This process is `process`.
+    pub(super) const fn write(
         &self,
-        program: &'a mut Program,
+        forbidden: Outcome,
         other: &OtherCalls,
         process: u32,
-        others: Option<&Rules>,
-    ) -> Option<&'a [Instruction]> {
+    ) -> Program {
+        let mut program = Program::new(forbidden);
         let mut spans = Spans::new(program.forbidden);
-        let outer = others.unwrap_or(self);
-        let open = outer.allowed.and(outer.checked).and(outer.missing);
-        for call in open.numbers() {
+        let mut call = 0;
+        while call < NUMBERS as i64 {
             let to = match self.answer(call) {
-                Answer::Checked if call == libc::SYS_ioctl => self.check_request(program, others),
-                Answer::Checked if others.is_some() => program.allowed,
-                Answer::Checked => Rules::check(program, call, process),
-                Answer::Allowed => program.allowed,
-                Answer::Forbidden => program.forbidden,
-                Answer::Missing => program.failed(libc::ENOSYS),
+                Answer::Checked if call == libc::SYS_ioctl => {
+                    Some(self.check_request(&mut program, other))
+                }
+                Answer::Checked => Some(check(&mut program, call, process)),
+                Answer::Allowed => Some(program.allowed),
+                Answer::Missing => Some(program.end(Outcome::Fail(libc::ENOSYS))),
+                Answer::Forbidden => None,
             };
-            spans.add(call as u32, to, others.is_some());
+            if let Some(to) = to {
+                spans.add(call as u32, to);
+            }
+            call += 1;
         }
-        let spans = spans.finish(others.is_some())?;
-        let tree = program.search(spans.get(), LAST);
-        program.finish(other.architecture, tree)
+        spans.finish();
+        let tree = program.search(&spans, LAST_CALL);
+        let tree = program.number(tree);
+        program.only(other.architecture, tree);
+        program
     }
 
-    /// Writes the check of a request; of one that `others` forbid, whatever is shorter.
-    fn check_request(&self, program: &mut Program, others: Option<&Rules>) -> Place {
-        let (allowed, forbidden) = (program.allowed, program.forbidden);
-        let mut all: [u16; MOST_REQUESTS] = [0; MOST_REQUESTS];
-        let mut count = 0;
-        for (_, request) in &others.unwrap_or(self).requests {
-            if *request != requests::RUN && !all[..count].contains(request) && count < MOST_REQUESTS
-            {
-                all[count] = *request;
-                count += 1;
+    /// Writes the filter of a thread that is bound to `outer` already, and so to this process and
+    /// architecture: it decides only what those leave open.
+    pub(super) const fn write_within(&self, outer: &Rules, forbidden: Outcome) -> Program {
+        let mut program = Program::new(forbidden);
+        let mut spans = Spans::new(program.forbidden);
+        let mut call = 0;
+        while call < NUMBERS as i64 {
+            if !matches!(outer.answer(call), Answer::Forbidden) {
+                let to = match self.answer(call) {
+                    Answer::Checked if call == libc::SYS_ioctl => {
+                        self.check_request_within(&mut program, outer)
+                    }
+                    Answer::Allowed | Answer::Checked => program.allowed,
+                    Answer::Forbidden | Answer::Missing => program.forbidden,
+                };
+                spans.add_next(call as u32, to);
             }
+            call += 1;
         }
-        let all = &mut all[..count];
-        all.sort_unstable();
-        let mut spans = Spans::new(forbidden);
-        for request in all {
-            let to = match others {
-                Some(_) if !self.may_request(*request) => forbidden,
-                _ => allowed,
+        let tree = program.search(&spans, LAST_CALL);
+        program.number(tree);
+        program
+    }
+
+    /// Writes the check of a request. The kernel refuses those that it does not know.
+    const fn check_request(&self, program: &mut Program, other: &OtherCalls) -> Place {
+        let (all, count) = self.sorted_requests(!self.may_request(requests::RUN));
+        let mut spans = Spans::new(program.forbidden);
+        let mut at = 0;
+        while at < count {
+            match other.are_unknown(spans.next(), all[at] as u32) {
+                true => spans.add_next(all[at] as u32, program.allowed),
+                false => spans.add(all[at] as u32, program.allowed),
+            }
+            at += 1;
+        }
+        spans.finish();
+        self.search_request(program, &spans)
+    }
+
+    /// The same of one that `outer` leaves open.
+    const fn check_request_within(&self, program: &mut Program, outer: &Rules) -> Place {
+        let (all, count) = outer.sorted_requests(!self.may_request(requests::RUN));
+        let mut spans = Spans::new(program.forbidden);
+        let mut at = 0;
+        while at < count {
+            let to = match self.may_request(all[at]) {
+                true => program.allowed,
+                false => program.forbidden,
             };
-            spans.add((*request).into(), to, others.is_some());
+            spans.add_next(all[at] as u32, to);
+            at += 1;
         }
-        let Some(spans) = spans.finish(others.is_some()) else {
-            return forbidden;
-        };
-        let mut place = program.search(spans.get(), 1 << 16);
+        self.search_request(program, &spans)
+    }
+
+    const fn search_request(&self, program: &mut Program, spans: &Spans) -> Place {
+        let mut place = program.search(spans, 1 << 16);
         if self.may_request(requests::RUN) {
-            place = program.if_equal(requests::RUN.into(), allowed, place);
+            place = program.if_equal(requests::RUN as u32, program.allowed, place);
         }
         let place = program.mask(0xffff, place);
         program.argument(1, place)
     }
 
-    fn may_request(&self, request: u16) -> bool {
-        self.requests.iter().any(|(_, own)| *own == request)
+    /// All requests in order, each once, and how many they are; with or without that which runs a vCPU.
+    const fn sorted_requests(&self, with_run: bool) -> ([u16; MOST_REQUESTS], usize) {
+        let (mut all, mut count, mut list) = ([0; MOST_REQUESTS], 0, 0);
+        while list < self.lists {
+            let mut at = 0;
+            while at < self.requests[list].len() {
+                let request = self.requests[list][at].1;
+                let mut place = count;
+                while place > 0 && all[place - 1] > request {
+                    place -= 1;
+                }
+                let is_there = place > 0 && all[place - 1] == request;
+                if (with_run || request != requests::RUN) && !is_there {
+                    let mut moved = count;
+                    while moved > place {
+                        all[moved] = all[moved - 1];
+                        moved -= 1;
+                    }
+                    all[place] = request;
+                    count += 1;
+                }
+                at += 1;
+            }
+            list += 1;
+        }
+        (all, count)
     }
 
-    /// Writes the check of a call's arguments.
-    fn check(program: &mut Program, call: i64, process: u32) -> Place {
-        let (allowed, forbidden) = (program.allowed, program.forbidden);
-        match call {
-            libc::SYS_mmap | libc::SYS_mprotect => {
-                let place = program.if_any_of(libc::PROT_EXEC as u32, forbidden, allowed);
-                program.argument(2, place)
+    const fn may_request(&self, request: u16) -> bool {
+        let mut list = 0;
+        while list < self.lists {
+            let mut at = 0;
+            while at < self.requests[list].len() {
+                if self.requests[list][at].1 == request {
+                    return true;
+                }
+                at += 1;
             }
-            libc::SYS_clone => {
-                let place = program.if_equal(THREAD, allowed, forbidden);
-                let place = program.mask(!DETACHED, place);
-                program.argument(0, place)
-            }
-            libc::SYS_prctl => {
-                let place = program.if_equal(libc::PR_GET_NAME as u32, allowed, forbidden);
-                let place = program.if_equal(libc::PR_SET_NAME as u32, allowed, place);
-                program.argument(0, place)
-            }
-            libc::SYS_tgkill => {
-                let place = program.if_equal(process, allowed, forbidden);
-                program.argument(0, place)
-            }
-            libc::SYS_fcntl => {
-                let place = COMMANDS
-                    .iter()
-                    .rev()
-                    .fold(forbidden, |above, (first, last)| {
-                        let place = program.if_above(*last, above, allowed);
-                        match first {
-                            0 => place,
-                            _ => program.if_above(first - 1, place, forbidden),
-                        }
-                    });
-                program.argument(1, place)
-            }
-            _ => forbidden,
+            list += 1;
         }
+        false
     }
 }
 
-/// Numbers in order, and where each leads.
-struct Spans {
-    spans: [Span; MOST],
-    count: usize,
-    /// Where numbers lead that are not added.
-    others: Place,
-    /// The number after the last.
-    next: u32,
+/// Writes the check of a call's arguments.
+const fn check(program: &mut Program, call: i64, process: u32) -> Place {
+    let (allowed, forbidden) = (program.allowed, program.forbidden);
+    let place = match call {
+        libc::SYS_mmap | libc::SYS_mprotect => {
+            program.if_any_of(libc::PROT_EXEC as u32, forbidden, allowed)
+        }
+        libc::SYS_clone => {
+            let place = program.if_equal(THREAD, allowed, forbidden);
+            program.mask(!DETACHED, place)
+        }
+        libc::SYS_prctl => {
+            let place = program.if_equal(libc::PR_GET_NAME as u32, allowed, forbidden);
+            program.if_equal(libc::PR_SET_NAME as u32, allowed, place)
+        }
+        libc::SYS_tgkill => program.if_equal(process, allowed, forbidden),
+        libc::SYS_fcntl => {
+            let duplicate = libc::F_DUPFD_CLOEXEC as u32;
+            let place = program.if_equal(duplicate, allowed, forbidden);
+            program.if_above(LAST_OF_FLAGS, place, allowed)
+        }
+        _ => return forbidden,
+    };
+    match argument_of(call) {
+        Some(index) => program.argument(index as u32, place),
+        None => forbidden,
+    }
 }
 
-impl Spans {
-    fn new(others: Place) -> Spans {
-        let mut spans = [Span::default(); MOST];
-        spans[0].to = others as u16;
-        Spans {
-            spans,
-            count: 1,
-            others,
-            next: 0,
-        }
+/// Which argument of a call it is that is checked, from 0; `None` of one that is allowed or forbidden as
+/// it is.
+pub(super) const fn argument_of(call: i64) -> Option<usize> {
+    match call {
+        libc::SYS_mmap | libc::SYS_mprotect => Some(2),
+        libc::SYS_ioctl | libc::SYS_fcntl => Some(1),
+        libc::SYS_clone | libc::SYS_prctl | libc::SYS_tgkill => Some(0),
+        _ => None,
     }
+}
 
-    /// Adds a number above all so far. Those between lead to `others`, or anywhere if they do not matter.
-    fn add(&mut self, number: u32, to: Place, between_do_not_matter: bool) {
-        if self.next < number && !between_do_not_matter {
-            self.push(self.next, self.others);
-        }
-        self.push(number, to);
-        self.next = number + 1;
-    }
+/// The name of a request of ioctl, if some role may make it.
+pub(super) fn request_name(request: u64) -> Option<&'static str> {
+    let others = [OTHER.vcpu, OTHER.machine].into_iter();
+    let mut all = requests::ALL.iter().copied().chain(others).flatten();
+    all.find(|(_, own)| u64::from(*own) == request & 0xffff)
+        .map(|(name, _)| *name)
+}
 
-    fn push(&mut self, start: u32, to: Place) {
-        let last = self.spans[self.count - 1];
-        let is_same = usize::from(last.to) == to;
-        let span = Span {
-            start,
-            to: to as u16,
-        };
-        match self.spans.get_mut(self.count) {
-            _ if is_same => {}
-            _ if last.start == start => self.spans[self.count - 1] = span,
-            Some(place) => {
-                *place = span;
-                self.count += 1;
-            }
-            // It is too long then, which `finish` says.
-            None => self.next = u32::MAX,
-        }
-    }
+/// In place of this process's number, which is not known when the program is compiled.
+const PROCESS: u32 = u32::MAX;
 
-    /// Ends them; `None` if there was no room.
-    fn finish(mut self, rest_does_not_matter: bool) -> Option<Spans> {
-        if !rest_does_not_matter {
-            self.push(self.next, self.others);
-        }
-        (self.next < u32::MAX).then_some(self)
-    }
+const OTHER: OtherCalls = <HostArch as KvmArch>::OTHER_CALLS;
+const OUTER: Rules = Rules::of(Role::Machine, &[], &OTHER);
+const MACHINE_PROGRAM: Program = OUTER.write(Outcome::Trap, &OTHER, PROCESS);
+const VCPU_PROGRAM: Program =
+    Rules::of(Role::Vcpu, &[], &OTHER).write_within(&OUTER, Outcome::Trap);
+/// Where this process's number is to be.
+const PROCESS_AT: usize = compares_with(MACHINE_PROGRAM.code(), PROCESS);
 
-    fn get(&self) -> &[Span] {
-        &self.spans[..self.count]
-    }
+/// How many instructions the filter has that a machine without needs begins with.
+pub(super) const FIRST: usize = MACHINE_PROGRAM.len();
+
+/// That filter, for another process.
+static MACHINE_CODE: [Instruction; FIRST] = MACHINE_PROGRAM.exactly();
+/// That of the threads of vCPUs in such a machine.
+pub(super) static VCPU_CODE: [Instruction; VCPU_PROGRAM.len()] = VCPU_PROGRAM.exactly();
+
+/// The filter that a machine without needs begins with.
+pub(super) fn first(process: u32) -> [Instruction; FIRST] {
+    let mut code = MACHINE_CODE;
+    code[PROCESS_AT].value = process;
+    code
 }

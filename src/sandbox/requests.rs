@@ -78,3 +78,6 @@ pub(super) const VHOST: &[Request] = &[
     ("VHOST_VSOCK_SET_GUEST_CID", 0xaf60),
     ("VHOST_VSOCK_SET_RUNNING", 0xaf61),
 ];
+
+/// All of them, but for those of one architecture.
+pub(super) const ALL: &[&[Request]] = &[VCPU, MACHINE, TERMINAL, SOCKETS, TAP, BLOCK, VHOST];

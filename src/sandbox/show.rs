@@ -63,7 +63,7 @@ impl Sandbox {
                     json!({"number": call, "name": name(call, other.known), "checked": checked})
                 })
                 .collect();
-            let requests: Vec<_> = rules.requests().iter().map(|(name, _)| *name).collect();
+            let requests: Vec<_> = rules.requests().map(|(name, _)| *name).collect();
             json!({"thread": role.name(), "calls": calls, "ioctl": requests})
         });
         let steps: Vec<_> = STEPS.iter().map(|(word, _)| *word).collect();
@@ -82,7 +82,7 @@ impl Sandbox {
                 _ => name,
             }
         });
-        let requests = rules.requests().iter().map(|(name, _)| (*name).to_owned());
+        let requests = rules.requests().map(|(name, _)| (*name).to_owned());
         (calls.collect(), requests.collect())
     }
 }

@@ -1,50 +1,7 @@
-//! The system calls of seccomp and Landlock.
+//! The system calls of Landlock.
 
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-
-/// An instruction of classic BPF (include/uapi/linux/filter.h: struct sock_filter).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub(super) struct Instruction {
-    pub(super) code: u16,
-    pub(super) yes: u8,
-    pub(super) no: u8,
-    pub(super) value: u32,
-}
-
-/// `struct sock_fprog`.
-#[repr(C)]
-struct Filter {
-    length: u16,
-    code: *const Instruction,
-}
-
-/// Adds a filter to those of the calling thread, which may gain no rights (no_new_privs).
-///
-/// # Errors
-/// What the kernel says.
-pub(super) fn add_filter(code: &[Instruction]) -> Result<(), Errno> {
-    let filter = Filter {
-        length: code.len() as u16,
-        code: code.as_ptr(),
-    };
-    let add = |flags: libc::c_ulong| {
-        // SAFETY: the kernel reads the instructions that `filter` points to, while `code` is there.
-        let added = unsafe {
-            let mode = libc::SECCOMP_SET_MODE_FILTER;
-            libc::syscall(libc::SYS_seccomp, mode, flags, &raw const filter)
-        };
-        result(added).map(drop)
-    };
-    // Before Linux 5.16, loads would otherwise no longer be done before earlier stores to addresses
-    // that are not known yet, which costs guests some percent.
-    match add(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW) {
-        // Before Linux 4.17.
-        Err(Errno::INVAL) => add(0),
-        added => added,
-    }
-}
 
 /// What Landlock is to restrict (include/uapi/linux/landlock.h: struct landlock_ruleset_attr).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

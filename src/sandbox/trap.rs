@@ -1,5 +1,6 @@
 //! What happens at a system call that is not allowed: SIGSYS, a line that says which, and the end.
 
+use super::calls::{argument_of, request_name};
 use super::names::name;
 use crate::kvm::{HostArch, KvmArch};
 use armlet_system::status::Status;
@@ -22,7 +23,7 @@ pub(super) fn install() {
 /// three numbers, padding to eight bytes, and an address).
 const CALL_OFFSET: usize = 24;
 
-extern "C" fn forbidden(_: i32, info: *const libc::siginfo_t, _: *mut c_void) {
+extern "C" fn forbidden(_: i32, info: *const libc::siginfo_t, context: *mut c_void) {
     let mut line = Line::default();
     let mut thread = [0_u8; 16];
     // SAFETY: the kernel hands over a siginfo_t, which has the number there for SIGSYS; prctl writes
@@ -41,6 +42,24 @@ extern "C" fn forbidden(_: i32, info: *const libc::siginfo_t, _: *mut c_void) {
         } else {
             line.number(number);
         }
+        if let Some(index) = argument_of(number.into()) {
+            let argument = HostArch::call_argument(context, index);
+            match i64::from(number) {
+                libc::SYS_ioctl => {
+                    line.add(b" with request ");
+                    if let Some(name) = request_name(argument) {
+                        line.add(name.as_bytes());
+                        line.add(b" ");
+                    }
+                }
+                _ => {
+                    line.add(b" with argument ");
+                    line.number(index as i32 + 1);
+                    line.add(b" of ");
+                }
+            }
+            line.hexadecimal(argument);
+        }
         line.add(b", which the sandbox forbids; --sandbox log has the kernel's log tell of all\n");
         terminal::restore();
         messages::say_from_handler(&line.bytes[..line.length]);
@@ -50,14 +69,14 @@ extern "C" fn forbidden(_: i32, info: *const libc::siginfo_t, _: *mut c_void) {
 
 /// A line that is made without memory of the heap.
 struct Line {
-    bytes: [u8; 192],
+    bytes: [u8; 256],
     length: usize,
 }
 
 impl Default for Line {
     fn default() -> Line {
         Line {
-            bytes: [0; 192],
+            bytes: [0; 256],
             length: 0,
         }
     }
@@ -70,6 +89,15 @@ impl Line {
                 *place = *byte;
                 self.length += 1;
             }
+        }
+    }
+
+    fn hexadecimal(&mut self, number: u64) {
+        self.add(b"0x");
+        let digits = (64 - number.leading_zeros()).div_ceil(4).max(1);
+        for digit in (0..digits).rev() {
+            let digit = (number >> (4 * digit) & 15) as usize;
+            self.add(&[b"0123456789abcdef"[digit]]);
         }
     }
 
@@ -100,6 +128,13 @@ mod tests {
             line.add(b" ");
         }
         assert_eq!(&line.bytes[..line.length], b"0 7 100 -1 -2147483648 ");
+        line.length = 0;
+        for number in [0, 0x5412, 0x100, u64::MAX] {
+            line.hexadecimal(number);
+            line.add(b" ");
+        }
+        let numbers = b"0x0 0x5412 0x100 0xffffffffffffffff ";
+        assert_eq!(&line.bytes[..line.length], numbers);
         line.add(&[b'x'; 300]);
         assert_eq!(line.length, line.bytes.len());
     }

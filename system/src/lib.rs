@@ -4,6 +4,7 @@
 //! It knows nothing of virtual machines except the meaning of armlet's exit statuses.
 
 pub mod deadline;
+pub mod descriptors;
 pub mod eintr;
 pub mod files;
 pub mod huge;
@@ -11,6 +12,7 @@ pub mod messages;
 pub mod page_size;
 pub mod raise;
 pub mod scheduling;
+pub mod seccomp;
 pub mod signals;
 pub mod sockets;
 pub mod status;

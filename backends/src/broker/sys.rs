@@ -1,8 +1,9 @@
 //! System calls around fork(2) and exec(2) that no library has in a safe form.
 
+use armlet_system::descriptors;
 use rustix::process::Pid;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
@@ -36,26 +37,9 @@ pub(super) fn fork(child: impl FnOnce()) -> io::Result<Pid> {
 /// What the system refuses.
 pub(super) fn keep_only(descriptor: OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the numbers may be those of descriptors that other objects own. The caller is a
-    // process that was just forked, and will not use those.
-    unsafe {
-        if descriptor.as_raw_fd() != number {
-            let made = libc::dup3(descriptor.as_raw_fd(), number, libc::O_CLOEXEC);
-            if made < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        let first = number + 1;
-        if libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) != 0 {
-            // A kernel before 5.9.
-            let most = libc::sysconf(libc::_SC_OPEN_MAX).clamp(0, 1 << 20);
-            for number in first..most as RawFd {
-                libc::close(number);
-            }
-        }
-        // What is closed is not to be closed again.
-        std::mem::forget(descriptor);
-        Ok(OwnedFd::from_raw_fd(number))
-    }
+    // process that was just forked, and will not use those; this one is not closed again.
+    let kept = unsafe { descriptors::keep_only([descriptor.into_raw_fd()], number) };
+    kept.map(|[kept]| kept)
 }
 
 /// Lets all signals do what they do by default, and blocks all or none of them.

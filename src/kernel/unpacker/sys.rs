@@ -1,19 +1,20 @@
 //! Forks the process that unpacks, and confines it: system calls that no library has in a safe form.
 
 use crate::kvm::{HostArch, KvmArch};
-use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+use armlet_system::descriptors::keep_only;
+use armlet_system::seccomp::{Instruction, LAST_CALL, Outcome, Program, Spans, add_filter};
 use rustix::process::{Pid, Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The most bytes of memory that it may take, beside what it begins with: a window, and as much
 /// again.
 const MOST_MEMORY: u64 = 1 << 30;
 
-/// What it may call, in the order of how often.
-const CALLS: [libc::c_long; 12] = [
+/// What it may call.
+const CALLS: [i64; 12] = [
     libc::SYS_writev,
     libc::SYS_pread64,
     libc::SYS_read,
@@ -28,18 +29,12 @@ const CALLS: [libc::c_long; 12] = [
     libc::SYS_exit_group,
 ];
 /// What it may call for memory that is not executable: their third argument says what it is.
-const CALLS_FOR_MEMORY: [libc::c_long; 2] = [libc::SYS_mmap, libc::SYS_mprotect];
+const CALLS_FOR_MEMORY: [i64; 2] = [libc::SYS_mmap, libc::SYS_mprotect];
 
 /// What is answered with EPERM: glibc's allocator looks into a file in /proc when it gives memory back,
 /// and the standard library at the descriptors that it closes, and both go on without. All other calls
 /// end the process.
-const REFUSED: [libc::c_long; 2] = [libc::SYS_openat, libc::SYS_fcntl];
-
-/// Where a filter finds what: `struct seccomp_data` (include/uapi/linux/seccomp.h). Both
-/// architectures are little-endian: the lower half of an argument comes first.
-const NUMBER: u32 = 0;
-const ARCHITECTURE: u32 = 4;
-const THIRD_ARGUMENT: u32 = 16 + 2 * 8;
+const REFUSED: [i64; 2] = [libc::SYS_openat, libc::SYS_fcntl];
 
 /// Runs `work` in a confined copy of this process that has these descriptors and no others. Returns
 /// the copy's ID.
@@ -58,7 +53,10 @@ pub(super) fn start(
         0 => {
             let _ = catch_unwind(AssertUnwindSafe(|| {
                 let kept = [requests.as_fd(), results.as_fd(), file.as_fd()];
-                if let Ok([requests, results, file]) = keep_only(kept.map(|fd| fd.as_raw_fd()))
+                // SAFETY: the numbers may be those of descriptors that other objects own. This is a
+                // process that was just forked, and will not use those.
+                let kept = unsafe { keep_only(kept.map(|fd| fd.as_raw_fd()), 0) };
+                if let Ok([requests, results, file]) = kept
                     && confine().is_ok()
                 {
                     work(&requests, &results, &file.into());
@@ -68,33 +66,6 @@ pub(super) fn start(
             unsafe { libc::_exit(0) }
         }
         pid => Pid::from_raw(pid.max(0)).ok_or_else(io::Error::last_os_error),
-    }
-}
-
-/// Gives descriptors the first three numbers, and closes all others.
-fn keep_only(kept: [RawFd; 3]) -> io::Result<[OwnedFd; 3]> {
-    let made = |number: RawFd| match number {
-        0.. => Ok(number),
-        _ => Err(io::Error::last_os_error()),
-    };
-    // SAFETY: the numbers may be those of descriptors that other objects own. This is a process that
-    // was just forked, and will not use those.
-    unsafe {
-        let mut above = [0; 3];
-        for (above, number) in above.iter_mut().zip(kept) {
-            *above = made(libc::fcntl(number, libc::F_DUPFD, kept.len()))?;
-        }
-        for (number, above) in (0..).zip(above) {
-            made(libc::dup2(above, number))?;
-        }
-        if libc::syscall(libc::SYS_close_range, kept.len(), libc::c_uint::MAX, 0) != 0 {
-            // A kernel before 5.9.
-            let most = libc::sysconf(libc::_SC_OPEN_MAX).clamp(0, 1 << 20);
-            for number in kept.len() as RawFd..most as RawFd {
-                libc::close(number);
-            }
-        }
-        Ok([0, 1, 2].map(|number| OwnedFd::from_raw_fd(number)))
     }
 }
 
@@ -117,66 +88,45 @@ fn confine() -> io::Result<()> {
         setrlimit(resource, Rlimit { current, maximum })?;
     }
     rustix::thread::set_no_new_privs(true)?;
-    let filter = filter();
-    let program = libc::sock_fprog {
-        len: filter.len() as libc::c_ushort,
-        filter: filter.as_ptr().cast_mut(),
-    };
     // A kernel without seccomp refuses it: then the process has no descriptors and no more.
-    // SAFETY: the program and what it points to live until the kernel has copied them.
-    unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
+    let _ = add_filter(&FILTER);
     Ok(())
 }
 
-/// Makes the filter (Documentation/userspace-api/seccomp_filter.rst).
-fn filter() -> Vec<sock_filter> {
-    let allow = statement(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW);
-    let refuse = statement(
-        BPF_RET | BPF_K,
-        libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
-    );
-    let kill = statement(BPF_RET | BPF_K, libc::SECCOMP_RET_KILL_PROCESS);
-    let load = |offset| statement(BPF_LD | BPF_W | BPF_ABS, offset);
-    let mut filter = vec![
-        load(ARCHITECTURE),
-        jump(BPF_JEQ, HostArch::OTHER_CALLS.architecture, 1, 0),
-        kill,
-        load(NUMBER),
-    ];
-    let answers = CALLS.map(|call| (call, allow)).into_iter();
-    for (call, answer) in answers.chain(REFUSED.map(|call| (call, refuse))) {
-        filter.extend([jump(BPF_JEQ, call as u32, 0, 1), answer]);
+const PROGRAM: Program = program();
+static FILTER: [Instruction; PROGRAM.len()] = PROGRAM.exactly();
+
+const fn program() -> Program {
+    let mut program = Program::new(Outcome::Kill);
+    let refused = program.end(Outcome::Fail(libc::EPERM));
+    let (allowed, forbidden) = (program.allowed, program.forbidden);
+    let memory = program.if_any_of(libc::PROT_EXEC as u32, forbidden, allowed);
+    let memory = program.argument(2, memory);
+    let mut spans = Spans::new(forbidden);
+    let mut call = 0;
+    while call < LAST_CALL as i64 {
+        if contains(&CALLS, call) {
+            spans.add(call as u32, allowed);
+        } else if contains(&CALLS_FOR_MEMORY, call) {
+            spans.add(call as u32, memory);
+        } else if contains(&REFUSED, call) {
+            spans.add(call as u32, refused);
+        }
+        call += 1;
     }
-    for call in CALLS_FOR_MEMORY {
-        filter.extend([
-            jump(BPF_JEQ, call as u32, 0, 4),
-            load(THIRD_ARGUMENT),
-            jump(BPF_JSET, libc::PROT_EXEC as u32, 1, 0),
-            allow,
-            kill,
-        ]);
-    }
-    filter.push(kill);
-    filter
+    spans.finish();
+    let tree = program.search(&spans, LAST_CALL);
+    let tree = program.number(tree);
+    program.only(HostArch::OTHER_CALLS.architecture, tree);
+    program
 }
 
-fn statement(code: u32, k: u32) -> sock_filter {
-    sock_filter {
-        code: code as u16,
-        jt: 0,
-        jf: 0,
-        k,
+const fn contains(calls: &[i64], call: i64) -> bool {
+    let mut at = 0;
+    while at < calls.len() && calls[at] != call {
+        at += 1;
     }
-}
-
-/// Compares what was loaded with `k`, and passes over `jt` or `jf` steps.
-fn jump(test: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
-    sock_filter {
-        code: (BPF_JMP | test | BPF_K) as u16,
-        jt,
-        jf,
-        k,
-    }
+    at < calls.len()
 }
 
 #[cfg(test)]
