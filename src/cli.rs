@@ -444,8 +444,9 @@ pub struct JailArgs {
     pub arguments: Vec<String>,
 }
 
-/// Control a running guest: status, pause, resume, power-key, reset, stop, stats, balloon SIZE, or
-/// disk resize NAME (to tell the guest the size that the image of a disk has now).
+/// Control a running guest: status, pause, resume, power-key, reset, stop, stats, balloon SIZE,
+/// disk resize NAME (to tell the guest the size that the image of a disk has now), or disk change
+/// NAME IMG (to give a disk another image).
 #[derive(FromArgs, Debug)]
 #[argh(
     subcommand,

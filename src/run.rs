@@ -116,7 +116,8 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
     descriptors::make_room(descriptors);
     let control = options.control.take();
-    let has_clients = control.is_some() || options.service.is_some();
+    let is_served = options.service.is_some() || options.commander.is_some();
+    let has_clients = control.is_some() || is_served;
     let broker = open::fork_broker(&options.config.virtio, has_clients).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
@@ -138,8 +139,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         Some(path) => Some(listen(path, broker.as_deref()).fault(Status::Usage)?),
         None => None,
     };
+    let (console, of_broker) = (console.as_ref(), broker.as_ref());
     events.backends =
-        open::open(&config.virtio, ram, console.as_ref(), broker.as_ref()).fault(Status::Usage)?;
+        open::open(&config.virtio, ram, console, of_broker, has_clients).fault(Status::Usage)?;
     if let Some(commander) = options.commander.take() {
         commander(events.queue.commands());
     }

@@ -86,8 +86,14 @@ impl Sandbox {
     pub fn of(mode: Mode, devices: &[Wanted], is_controlled: bool) -> Sandbox {
         let mut needs = Vec::new();
         let control = is_controlled.then_some(Need::Sockets);
-        let devices = devices.iter().flat_map(|device| device.options().needs());
-        for need in devices.chain(control) {
+        let of_devices = devices.iter().map(|device| match is_controlled {
+            false => device.options().needs(),
+            true => {
+                let options = device.options();
+                [options.needs(), options.needs_for_changes()].concat()
+            }
+        });
+        for need in of_devices.flatten().chain(control) {
             if !needs.contains(&need) {
                 needs.push(need);
             }

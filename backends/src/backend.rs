@@ -4,6 +4,7 @@ use crate::balloon::BalloonTarget;
 use crate::disk::DiskHandle;
 use crate::pmem::PmemImage;
 use anyhow::Result;
+use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use std::sync::{Arc, Mutex};
 
@@ -54,10 +55,28 @@ pub trait Backend: Send {
         None
     }
 
+    /// Returns what holds the device, or one direction of it, to limits, for whoever changes them while
+    /// the guest runs; `None` where that is not possible.
+    fn throttle(&self, flow: Flow) -> Option<&Throttle> {
+        let _ = flow;
+        None
+    }
+
     /// Returns what a balloon should hold, for whoever changes it while the guest runs.
     fn balloon(&self) -> Option<&BalloonTarget> {
         None
     }
+}
+
+/// What of a device limits are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// All of it.
+    All,
+    /// What the guest receives from a network card.
+    Receive,
+    /// What the guest sends by a network card.
+    Transmit,
 }
 
 impl<B: Backend + Sync + ?Sized> Backend for Arc<B> {
@@ -87,6 +106,10 @@ impl<B: Backend + Sync + ?Sized> Backend for Arc<B> {
 
     fn disk(&self) -> Option<DiskHandle> {
         (**self).disk()
+    }
+
+    fn throttle(&self, flow: Flow) -> Option<&Throttle> {
+        (**self).throttle(flow)
     }
 
     fn balloon(&self) -> Option<&BalloonTarget> {

@@ -55,6 +55,8 @@ const FOLDERS: [&str; 2] = ["/usr/local/bin", "/usr/bin"];
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a process may take to end once it is killed.
 const DEATH: Duration = Duration::from_secs(2);
+/// The most bytes of a path (PATH_MAX, include/uapi/linux/limits.h).
+const MOST_PATH: usize = 4096;
 /// The most bytes of what a process says that are taken at once, and how often in one go.
 const MOST_WORDS: usize = 4096;
 const MOST_READS: usize = 16;
@@ -217,11 +219,26 @@ impl Broker {
     /// # Errors
     /// What the system says to the broker; that the broker is gone.
     pub fn get(&self, service: ServiceId, port: u32) -> io::Result<OwnedFd> {
+        self.descriptor(&Request::Do(service.0, port))
+    }
+
+    /// Opens the file at an absolute path, by a service for images.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn open(&self, service: ServiceId, path: &Path) -> io::Result<OwnedFd> {
+        if path.as_os_str().len() > MOST_PATH {
+            return Err(Errno::NAMETOOLONG.into());
+        }
+        self.descriptor(&Request::Open(service.0, path.to_owned()))
+    }
+
+    fn descriptor(&self, request: &Request) -> io::Result<OwnedFd> {
         let other = |error: anyhow::Error| io::Error::other(format!("{error:#}"));
         let (line, far) = pair()?;
         let deadline = Deadline::after(PATIENCE);
-        let request = Request::Do(service.0, port).to_bytes();
-        self.send(&request, &[&far], deadline).map_err(other)?;
+        self.send(&request.to_bytes(), &[&far], deadline)
+            .map_err(other)?;
         drop(far);
         match hear(&line, deadline) {
             Ok(Some((Word::Done(_), Some(descriptor)))) => Ok(descriptor),

@@ -9,32 +9,40 @@ mod handle;
 mod image;
 mod lent;
 mod opened;
+mod opener;
 mod options;
 #[cfg(feature = "qcow2")]
 pub mod qcow2;
+mod replacement;
 mod sys;
 mod table;
 mod uring;
 
 pub use handle::DiskHandle;
-pub use options::{Cache, DiskOptions, EngineChoice, Format, KIND};
+pub use options::{Cache, DiskOptions, EngineChoice, Format, KIND, Tail};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Flow};
+use crate::kind::Place;
 use crate::locks::Use;
+use crate::timer;
 use anyhow::{Context, Result, bail};
+use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};
 use armlet_system::messages::shell_word;
 use complaints::Complaints;
-use handle::Measured;
-use image::{Alignment, Image, PlainEngine};
+use handle::{Measured, Replace};
+use image::{Alignment, Current, Image, PlainEngine};
 use lent::Home;
-use opened::{Opened, is_in_memory};
+use opened::Opened;
+use opener::Opener;
 use options::{FLAG, QCOW2, SECTOR};
+use replacement::Replacement;
 use rustix::fs::OFlags;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use uring::UringEngine;
 
@@ -44,24 +52,27 @@ impl DiskOptions {
     /// # Errors
     /// An image that is not there, not to be had, in use or not what the user says it is.
     pub fn open(&self, number: usize) -> Result<Disk> {
+        self.open_as(number, Opener::Here, true)
+    }
+
+    /// As [`Self::open`], for a guest's slot.
+    fn open_in(&self, place: &Place<'_>) -> Result<Disk> {
+        let opener = Opener::of(place, !self.readonly)?;
+        self.open_as(place.number, opener, place.changes)
+    }
+
+    /// As [`Self::open`]; `opener` opens other images, and `changes` says whether limits may come.
+    fn open_as(&self, number: usize, opener: Opener, changes: bool) -> Result<Disk> {
         self.check()
             .with_context(|| format!("{FLAG} {}", self.path.display()))?;
         let name = format!("disk{number}");
         let opened = Opened::open(&self.path, !self.readonly)?;
-        let (storage, shape) = match self.is_qcow2(&opened.file)? {
+        let (storage, shape) = match self.is_qcow2(&self.path, &opened.file)? {
             true => self.qcow2(&name, opened)?,
             false => self.raw(&name, opened)?,
         };
         let shown = self.path.display();
-        // Those of files are filled up.
-        if !shape.size.is_multiple_of(SECTOR) {
-            let more = SECTOR - shape.size % SECTOR;
-            bail!(
-                "disk image {shown} has {} bytes, which are no whole sectors; 'qemu-img resize {} +{more}' fills up the last one",
-                shape.size,
-                shell_word(&self.path)
-            );
-        }
+        self.check_sectors(shape.size, &self.path)?;
         let read = |offset, bytes: &mut [u8]| storage.peek(offset, bytes);
         if let Some(sector) = table::other_sector(shape.block_size, read) {
             log::warn!(
@@ -69,21 +80,26 @@ impl DiskOptions {
                 shape.block_size
             );
         }
+        let throttle = timer::throttle(&self.limits, changes);
+        let throttle = throttle.with_context(|| format!("cannot make the timer of {name}"))?;
         Ok(Disk {
             name,
             storage,
             shape,
+            throttle,
+            options: self.clone(),
+            opener,
         })
     }
 
-    fn is_qcow2(&self, file: &File) -> Result<bool> {
+    fn is_qcow2(&self, path: &Path, file: &File) -> Result<bool> {
         let mut magic = [0; QCOW2.len()];
         let looks_so = match file.read_exact_at(&mut magic, 0) {
             Ok(()) => magic == QCOW2,
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => false,
             Err(error) => {
                 return Err(error)
-                    .with_context(|| format!("cannot read disk image {}", self.path.display()));
+                    .with_context(|| format!("cannot read disk image {}", path.display()));
             }
         };
         match self.format {
@@ -91,13 +107,13 @@ impl DiskOptions {
             Format::Qcow2 if looks_so => Ok(true),
             Format::Qcow2 => bail!(
                 "disk image {} is no qcow2 image; leave format= out for a raw one",
-                self.path.display()
+                path.display()
             ),
             // A guest can write such a beginning into its raw disk, and name files of the host in
             // it as backing files: so nothing is guessed.
             Format::Auto if looks_so => bail!(
                 "disk image {} begins like a qcow2 image; say format=qcow2, or format=raw if its guest wrote that",
-                self.path.display()
+                path.display()
             ),
             Format::Auto => Ok(false),
         }
@@ -105,15 +121,8 @@ impl DiskOptions {
 
     fn raw(&self, name: &str, opened: Opened) -> Result<(Storage, Shape)> {
         let path = &self.path;
-        opened.lock(path, self.used(Use::ReadRaw, Use::WriteRaw))?;
         let context = || format!("cannot look at disk image {}", path.display());
-        let size = (&opened.file)
-            .seek(SeekFrom::End(0))
-            .with_context(context)?;
-        let direct = match self.cache {
-            Cache::Writeback => None,
-            Cache::None => Some(self.bypass_cache(&opened, size)?),
-        };
+        let (size, direct) = self.prepare(path, &opened)?;
         let mut shape = self.shape(size);
         opened
             .limits(&mut shape, self.block_size)
@@ -121,21 +130,12 @@ impl DiskOptions {
         if let Some(direct) = direct {
             shape.physical_block_size = shape.physical_block_size.max(direct.offset as u32);
         }
-        let complaints = Complaints::new(name.to_owned(), path.clone());
-        let Opened {
-            file, is_device, ..
-        } = opened;
-        let mut image = Image::new(
-            file,
-            is_device,
-            self.readonly,
-            direct,
-            shape.block_size,
-            complaints,
-        );
+        let is_device = opened.is_device;
+        let mut image = self.image(name, path, opened, direct, shape.block_size);
         shape.size = image.set_len(size);
         if size == 0
             && !is_device
+            && self.tail == Tail::Filled
             && let Err(error) = image.watch_growth()
         {
             log::warn!(
@@ -143,20 +143,52 @@ impl DiskOptions {
                 path.display()
             );
         }
-        let image = Arc::new(image);
+        let image = Current::new(image);
         let ring = self.ring(name, &image)?;
         let storage = Storage::Raw { image, ring };
         Ok((storage, shape))
     }
 
+    /// Locks a raw image, and takes the page cache out of the way if that is wanted. Returns its bytes, and
+    /// what direct I/O asks for.
+    fn prepare(&self, path: &Path, opened: &Opened) -> Result<(u64, Option<Alignment>)> {
+        opened.lock(path, self.used(Use::ReadRaw, Use::WriteRaw))?;
+        let size = (&opened.file)
+            .seek(SeekFrom::End(0))
+            .with_context(|| format!("cannot look at disk image {}", path.display()))?;
+        let direct = match self.cache {
+            Cache::Writeback | Cache::Unsafe => None,
+            Cache::None => Some(self.bypass_cache(path, opened, size)?),
+        };
+        Ok((size, direct))
+    }
+
+    /// The raw image at `path`, for a guest that has blocks of `block` bytes.
+    fn image(
+        &self,
+        name: &str,
+        path: &Path,
+        opened: Opened,
+        direct: Option<Alignment>,
+        block: u32,
+    ) -> Image {
+        let complaints = Complaints::new(name.to_owned(), path.to_owned());
+        let Opened {
+            file, is_device, ..
+        } = opened;
+        let image = Image::new(file, is_device, self.readonly, direct, block, complaints);
+        match self.tail {
+            Tail::Filled => image,
+            Tail::Hidden => image.without_tail(),
+        }
+    }
+
     /// A ring for the first guest, where the user wants one and the host has it.
-    fn ring(&self, name: &str, image: &Arc<Image>) -> Result<Option<Home>> {
+    fn ring(&self, name: &str, image: &Current) -> Result<Option<Home>> {
         let error = match self.engine {
             EngineChoice::Sync => return Ok(None),
             // The ring would have a thread do each read.
-            EngineChoice::Auto if image.direct.is_none() && is_in_memory(&image.file) => {
-                return Ok(None);
-            }
+            EngineChoice::Auto if is_in_memory(&image.get()) => return Ok(None),
             _ => {
                 let home = Home::default();
                 match UringEngine::new(image, &home) {
@@ -185,15 +217,15 @@ impl DiskOptions {
     }
 
     /// Takes the host's page cache out of the way.
-    fn bypass_cache(&self, opened: &Opened, size: u64) -> Result<Alignment> {
-        let path = self.path.display();
-        let refused = || format!("disk image {path} does not do cache=none; use cache=writeback");
+    fn bypass_cache(&self, path: &Path, opened: &Opened, size: u64) -> Result<Alignment> {
+        let shown = path.display();
+        let refused = || format!("disk image {shown} does not do cache=none; use cache=writeback");
         let alignment = opened.direct_alignment().with_context(refused)?;
         // What is only read can end anywhere.
         if !self.readonly && !size.is_multiple_of(alignment.offset as u64) {
             bail!(
-                "disk image {path} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {}', or use cache=writeback",
-                shell_word(&self.path),
+                "disk image {shown} has {size} bytes; cache=none needs a multiple of {align} here: 'truncate -s %{align} {}', or use cache=writeback",
+                shell_word(path),
                 align = alignment.offset,
             );
         }
@@ -216,7 +248,7 @@ impl DiskOptions {
         let complaints = Complaints::new(name.to_owned(), path.clone());
         let found = qcow2::look(path, &opened.file, self.readonly)?;
         if self.cache == Cache::None {
-            self.bypass_cache(&opened, 0)?;
+            self.bypass_cache(path, &opened, 0)?;
         }
         let image = qcow2::Image::open(path, opened.file, found, self.readonly, chain, complaints)?;
         let mut shape = self.shape(image.size());
@@ -235,6 +267,19 @@ impl DiskOptions {
         )
     }
 
+    /// Refuses a disk that ends with a part of a sector; those of files are filled up, or do without it.
+    fn check_sectors(&self, size: u64, path: &Path) -> Result<()> {
+        if !size.is_multiple_of(SECTOR) {
+            let more = SECTOR - size % SECTOR;
+            bail!(
+                "disk image {} has {size} bytes, which are no whole sectors; 'qemu-img resize {} +{more}' fills up the last one",
+                path.display(),
+                shell_word(path)
+            );
+        }
+        Ok(())
+    }
+
     fn used(&self, to_read: Use, to_write: Use) -> Use {
         match self.readonly {
             true => to_read,
@@ -248,6 +293,7 @@ impl DiskOptions {
             readonly: self.readonly,
             serial: self.id.clone().unwrap_or_default(),
             queues: self.queues,
+            flushes: self.cache != Cache::Unsafe,
             block_size: SECTOR as u32,
             physical_block_size: SECTOR as u32,
             optimal_io_size: 0,
@@ -256,16 +302,24 @@ impl DiskOptions {
     }
 }
 
+/// Whether no request to an image has to wait for storage.
+fn is_in_memory(image: &Image) -> bool {
+    image.direct.is_none() && opened::is_in_memory(&image.file)
+}
+
 /// A disk of the host, open and locked.
 pub struct Disk {
     name: String,
     storage: Storage,
     shape: Shape,
+    throttle: Option<Arc<Throttle>>,
+    options: DiskOptions,
+    opener: Opener,
 }
 
 enum Storage {
     Raw {
-        image: Arc<Image>,
+        image: Current,
         /// The ring, where its work is done by one.
         ring: Option<Home>,
     },
@@ -277,7 +331,7 @@ impl Storage {
     /// Reads what the disk holds now; says whether it could.
     fn peek(&self, offset: u64, bytes: &mut [u8]) -> bool {
         match self {
-            Storage::Raw { image, .. } => image.peek(offset, bytes).is_ok(),
+            Storage::Raw { image, .. } => image.get().peek(offset, bytes).is_ok(),
             #[cfg(feature = "qcow2")]
             Storage::Qcow2(image) => image.peek(offset, bytes).is_ok(),
         }
@@ -288,11 +342,29 @@ impl Disk {
     fn handle(&self) -> DiskHandle {
         DiskHandle {
             name: self.name.clone(),
+            replace: self.replace(),
             image: match &self.storage {
-                Storage::Raw { image, .. } => Measured::Raw(Arc::clone(image)),
+                Storage::Raw { image, .. } => Measured::Raw(image.clone()),
                 #[cfg(feature = "qcow2")]
                 Storage::Qcow2(image) => Measured::Fixed(image.size()),
             },
+        }
+    }
+
+    fn replace(&self) -> Option<Replace> {
+        match &self.storage {
+            Storage::Raw { image, .. } => {
+                let replacement = Replacement {
+                    name: self.name.clone(),
+                    options: self.options.clone(),
+                    opener: self.opener.clone(),
+                    block: self.shape.block_size,
+                    current: image.clone(),
+                };
+                Some(Box::new(move |path| replacement.open(path)))
+            }
+            #[cfg(feature = "qcow2")]
+            Storage::Qcow2(_) => None,
         }
     }
 
@@ -305,7 +377,7 @@ impl Disk {
                 let engine = UringEngine::new(image, home);
                 Ok(Box::new(engine.context("cannot make another io_uring")?))
             }
-            Storage::Raw { image, .. } => Ok(Box::new(PlainEngine::new(Arc::clone(image)))),
+            Storage::Raw { image, .. } => Ok(Box::new(PlainEngine::new(image))),
             #[cfg(feature = "qcow2")]
             Storage::Qcow2(image) => Ok(Box::new(qcow2::Qcow2Engine::new(Arc::clone(image)))),
         }
@@ -320,11 +392,16 @@ impl Backend for Disk {
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let mut shape = self.shape.clone();
         shape.size = self.handle().look()?;
-        Ok(Arc::new(Mutex::new(Block::new(&shape, self.engine()?))))
+        let device = Block::new(&shape, self.engine()?).held_to(self.throttle.clone());
+        Ok(Arc::new(Mutex::new(device)))
     }
 
     fn disk(&self) -> Option<DiskHandle> {
         Some(self.handle())
+    }
+
+    fn throttle(&self, flow: Flow) -> Option<&Throttle> {
+        self.throttle.as_deref().filter(|_| flow == Flow::All)
     }
 
     fn is_busy(&self) -> bool {

@@ -63,6 +63,8 @@ pub struct Place<'a> {
     pub memory: u64,
     /// Starts programs and opens things later, where a device [needs](DeviceOptions::needs_broker) that.
     pub broker: Option<&'a Arc<Broker>>,
+    /// Whether clients may have devices changed while the guest runs.
+    pub changes: bool,
     /// What stands behind the console that is [connected to the terminal](DeviceOptions::is_terminal).
     pub console: Option<&'a Arc<dyn Backend + Sync>>,
 }
@@ -88,6 +90,8 @@ pub enum Need {
     Discards,
     /// To use a ring of io_uring.
     Ring,
+    /// To look at another image.
+    Images,
 }
 
 impl fmt::Display for Need {
@@ -102,6 +106,7 @@ impl fmt::Display for Need {
             Need::Vhost => "control vhost",
             Need::Discards => "discard blocks",
             Need::Ring => "use a ring of io_uring",
+            Need::Images => "look at other images",
         })
     }
 }
@@ -137,6 +142,11 @@ pub trait DeviceOptions: Send + Sync {
 
     /// What it needs of the host once the process is confined, beyond what all devices do.
     fn needs(&self) -> Vec<Need> {
+        Vec::new()
+    }
+
+    /// What it needs besides where clients may have it changed while the guest runs.
+    fn needs_for_changes(&self) -> Vec<Need> {
         Vec::new()
     }
 

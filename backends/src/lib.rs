@@ -23,6 +23,7 @@ pub mod reactor;
 pub mod rng;
 pub mod root;
 pub mod share;
+mod timer;
 pub mod vhost;
 pub mod vhost_user;
 pub mod vsock;

@@ -134,7 +134,7 @@ pub fn fork_broker(wanted: &[Wanted], wanted_besides: bool) -> Result<Option<Arc
 
 /// Opens what stands behind the devices of a guest with `memory` bytes, in their order; `console` stands
 /// behind the console, and `broker` does what devices will not do themselves ([`fork_broker`]): with
-/// these, and nothing else.
+/// these, and nothing else. `changes` says whether clients may have devices changed while the guest runs.
 ///
 /// # Errors
 /// What cannot be opened, and what would help.
@@ -143,6 +143,7 @@ pub fn open(
     memory: u64,
     console: Option<&Arc<dyn Backend + Sync>>,
     broker: Option<&Arc<Broker>>,
+    changes: bool,
 ) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends = Vec::new();
     for Wanted {
@@ -157,6 +158,7 @@ pub fn open(
             number: *number,
             memory,
             broker,
+            changes,
             console,
         })?);
     }

@@ -1,6 +1,7 @@
 //! Values like `path=disk.img,readonly,id=root`: what `--disk` and its like take.
 
 use anyhow::{Result, bail};
+use armlet_devices::rate::{Bucket, Limits};
 use std::borrow::Cow;
 
 /// The parts of one value, to be taken by name; what is left over at the end is an error.
@@ -101,6 +102,45 @@ impl<'a> Options<'a> {
                 self.text
             ),
         }
+    }
+
+    /// Takes limits: bytes a second, which may end in K, M, G or T, and requests a second.
+    ///
+    /// # Errors
+    /// What is no number, or none at all.
+    pub fn limits(&mut self, bytes: &'static str, requests: &'static str) -> Result<Limits> {
+        let mut bucket = |name| -> Result<Option<Bucket>> {
+            let Some(text) = self.take(name)? else {
+                return Ok(None);
+            };
+            let units = ["", "K", "M", "G", "T"];
+            let with = |unit: &&str| name == bytes || unit.is_empty();
+            let amount = units.iter().filter(|unit| with(unit)).enumerate().find_map(
+                |(power, unit)| -> Option<u64> {
+                    let digits = text.strip_suffix(unit)?;
+                    let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+                    let number: u64 = digits.parse().ok().filter(|_| plain)?;
+                    number.checked_mul(1 << (10 * power))
+                },
+            );
+            match amount.filter(|amount| *amount > 0) {
+                Some(amount) => Ok(Some(Bucket::per_second(amount))),
+                None => bail!(
+                    "{} '{}': {name}={text} is no number a second; use {}",
+                    self.flag,
+                    self.text,
+                    if name == bytes {
+                        "20M or another number of bytes"
+                    } else {
+                        "1 or more"
+                    }
+                ),
+            }
+        };
+        Ok(Limits {
+            bandwidth: bucket(bytes)?,
+            ops: bucket(requests)?,
+        })
     }
 
     /// Takes one of a few words, with what each stands for; the first where it is not there.

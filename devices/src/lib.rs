@@ -17,6 +17,7 @@ pub mod pl031;
 pub mod pl061;
 pub mod power;
 mod primecell;
+pub mod rate;
 pub mod sync;
 pub mod uart16550;
 pub mod virtio;

@@ -290,6 +290,7 @@ pub fn block(data: &[u8]) {
         readonly,
         serial: "a serial that is too long to fit".to_owned(),
         queues: 1 + u16::from(shape >> 5 & 3),
+        flushes: true,
         block_size: 512,
         physical_block_size: 4096,
         optimal_io_size: 0,

@@ -22,7 +22,9 @@ const MOST: u64 = 1 << 20;
 /// # Errors
 /// Words that are no request ([`Status::Usage`]); nobody who listens; a request that is refused.
 pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
-    Request::parse(words).fault(Status::Usage)?;
+    let words = Request::parse(words)
+        .and_then(|request| told(&request, words))
+        .fault(Status::Usage)?;
     let shown = path.display();
     let cannot = || format!("cannot ask at {shown}");
     let mut stream = connect_at_once(path).map_err(|error| match error.kind() {
@@ -39,7 +41,6 @@ pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
     stream
         .set_write_timeout(Some(PATIENCE))
         .with_context(cannot)?;
-    let words = words.join(" ");
     let line = match json {
         true => format!("{words}\n"),
         false => format!("{TEXT} {words}\n"),
@@ -61,6 +62,20 @@ pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
     }
     let answer = String::from_utf8_lossy(&answer).into_owned();
     print(&answer, json)
+}
+
+/// The words of a request as they are told, in which a path means the same in every folder.
+fn told(request: &Request, words: &[&str]) -> Result<String> {
+    let Request::ChangeDisk(name, path) = request else {
+        return Ok(words.join(" "));
+    };
+    let whole = std::path::absolute(path).with_context(|| format!("disk change {path}"))?;
+    let told = format!("disk change {name} {}", whole.display());
+    let again: Vec<&str> = told.split_whitespace().collect();
+    if again.join(" ") != told {
+        bail!("disk change {path:?}: a path may have single blanks, and no line breaks");
+    }
+    Ok(told)
 }
 
 /// What is to be printed of an answer. A refusal is an error for people, and printed as JSON for

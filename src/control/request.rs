@@ -24,10 +24,12 @@ pub(super) enum Request {
     Balloon(u64),
     /// Have the guest told of the size that a disk's image has now.
     ResizeDisk(String),
+    /// Give a disk another image.
+    ChangeDisk(String, String),
 }
 
 /// The requests, for errors.
-const USAGE: [&str; 9] = [
+const USAGE: [&str; 10] = [
     "status",
     "pause",
     "resume",
@@ -37,6 +39,7 @@ const USAGE: [&str; 9] = [
     "stats",
     "balloon SIZE",
     "disk resize NAME",
+    "disk change NAME IMG",
 ];
 
 impl Request {
@@ -59,7 +62,12 @@ impl Request {
             }
             ["balloon"] => bail!("balloon needs a size: balloon 512M"),
             ["disk", "resize", name] => Request::ResizeDisk((*name).to_owned()),
-            ["disk", ..] => bail!("disk needs a verb and a name: disk resize disk0"),
+            ["disk", "change", name, path @ ..] if !path.is_empty() => {
+                Request::ChangeDisk((*name).to_owned(), path.join(" "))
+            }
+            ["disk", ..] => {
+                bail!("disk needs a verb and a name: disk resize disk0, or disk change disk0 IMG")
+            }
             [] => bail!("no request; use {}", known()),
             [first, ..] => {
                 let name = |words: &&'static str| words.split(' ').next();
@@ -89,12 +97,17 @@ mod tests {
     #[test]
     fn each_request_that_help_shows_is_one() {
         for words in USAGE {
-            let words = words.replace("SIZE", "1G").replace("NAME", "disk0");
+            let words = words
+                .replace("SIZE", "1G")
+                .replace("NAME", "disk0")
+                .replace("IMG", "a.img");
             assert!(parse(&words).is_ok(), "{words}");
         }
         assert_eq!(parse("balloon 512M"), Ok(Request::Balloon(512 << 20)));
         let disk = Request::ResizeDisk("disk1".to_owned());
         assert_eq!(parse(" disk  resize disk1 "), Ok(disk));
+        let other = Request::ChangeDisk("disk1".to_owned(), "/a b.img".to_owned());
+        assert_eq!(parse("disk change disk1 /a b.img"), Ok(other));
     }
 
     #[test]

@@ -190,6 +190,11 @@ impl Server {
                 let bytes = refused(self.ask(ask)?)?;
                 Ok(json!({ "disk": name, "bytes": bytes }))
             }
+            Request::ChangeDisk(name, path) => {
+                let ask = |reply| Command::ChangeDisk(name.clone(), path.into(), reply);
+                let bytes = refused(self.ask(ask)?)?;
+                Ok(json!({ "disk": name, "bytes": bytes }))
+            }
         }
     }
 

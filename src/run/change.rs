@@ -2,9 +2,12 @@
 //! device that is at work, or storage that is slow, holds up nobody else.
 
 use super::command::{BalloonReport, Reply};
-use armlet_backends::backend::Backend;
+use armlet_backends::backend::{Backend, Flow};
+use armlet_backends::disk::DiskHandle;
+use armlet_devices::rate::Limits;
 use armlet_devices::virtio::DeviceState;
 use armlet_devices::virtio::{Change, VirtioDevice, mailbox};
+use std::path::PathBuf;
 
 /// Has the balloon hold so many bytes, in this life of the guest and the next; `post` submits a command
 /// to a device, by its name.
@@ -66,9 +69,9 @@ pub(super) fn look_at_disk(
     name: &str,
     reply: Reply<Result<u64, String>>,
 ) {
-    let mut named = backends.iter().filter(|backend| backend.name() == name);
-    let Some(disk) = named.find_map(|backend| backend.disk()) else {
-        return reply.send(Err(format!("the guest has no disk called {name}")));
+    let disk = match disk(backends, name) {
+        Ok(disk) => disk,
+        Err(why) => return reply.send(Err(why)),
     };
     let command = move |device: &mut dyn VirtioDevice| {
         reply.send(match disk.look() {
@@ -82,11 +85,67 @@ pub(super) fn look_at_disk(
     post(name, Box::new(command));
 }
 
+fn disk(backends: &[Box<dyn Backend>], name: &str) -> Result<DiskHandle, String> {
+    let mut named = backends.iter().filter(|backend| backend.name() == name);
+    let disk = named.find_map(|backend| backend.disk());
+    disk.ok_or_else(|| format!("the guest has no disk called {name}"))
+}
+
+/// Gives the disk of this name the image at `path`, and answers with the disk's bytes; `post` as in
+/// [`set_balloon`].
+pub(super) fn change_disk(
+    backends: &[Box<dyn Backend>],
+    post: impl FnOnce(&str, mailbox::Command),
+    name: &str,
+    path: PathBuf,
+    reply: Reply<Result<u64, String>>,
+) {
+    let disk = match disk(backends, name) {
+        Ok(disk) => disk,
+        Err(why) => return reply.send(Err(why)),
+    };
+    let command = move |device: &mut dyn VirtioDevice| {
+        reply.send(match disk.change(&path) {
+            Ok((bytes, change)) => {
+                device.change(change);
+                Ok(bytes)
+            }
+            Err(error) => Err(format!("{error:#}")),
+        });
+    };
+    post(name, Box::new(command));
+}
+
+/// Changes those limits of a device that are named, in this life of the guest and the next.
+///
+/// # Errors
+/// A device that is not there, or has no limits of this kind.
+pub(super) fn set_limits(
+    backends: &[Box<dyn Backend>],
+    name: &str,
+    flow: Flow,
+    limits: &Limits,
+) -> Result<(), String> {
+    let mut named = backends.iter().filter(|backend| backend.name() == name);
+    let backend = named
+        .next()
+        .ok_or_else(|| format!("the guest has no device called {name}"))?;
+    let throttle = backend.throttle(flow);
+    let throttle = throttle.ok_or_else(|| match flow {
+        Flow::All => format!("{name} takes no limits"),
+        Flow::Receive | Flow::Transmit => {
+            format!("{name} takes no limits for what is received or sent")
+        }
+    })?;
+    throttle.change(limits);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use armlet_backends::balloon::BalloonOptions;
-    use armlet_backends::disk::DiskOptions;
+    use armlet_backends::disk::{DiskOptions, Tail};
     use armlet_devices::sync::lock;
     use std::fs::File;
 
@@ -151,6 +210,73 @@ mod tests {
         }
         let why = look("disk0").expect_err("another");
         assert_eq!(why, "the guest has no disk called disk0");
+    }
+
+    #[test]
+    fn a_disk_gets_another_image_in_this_life_and_the_next() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let image = |name: &str, size| {
+            let path = folder.path().join(name);
+            let file = File::create(&path).expect("a file");
+            file.set_len(size).expect("room");
+            path
+        };
+        // Nothing stands for it yet.
+        let (none, some) = (image("none", 0), image("some", 1 << 20));
+        let mut options = DiskOptions::new(&none);
+        options.tail = Tail::Hidden;
+        let disk = options.open(0).expect("opens");
+        let backends: [Box<dyn Backend>; 1] = [Box::new(disk)];
+        let device = backends[0].device().expect("a device");
+        let change = |path: &PathBuf| {
+            let (reply, answer) = Reply::channel();
+            let mut device = lock(&device);
+            let post = at_once(&mut *device);
+            change_disk(&backends, post, "disk0", path.clone(), reply);
+            answer.recv().expect("an answer")
+        };
+        assert_eq!(config(&*lock(&device)), 0_u64.to_le_bytes());
+        assert_eq!(change(&some), Ok(1 << 20));
+        assert_eq!(config(&*lock(&device)), (2048_u64).to_le_bytes());
+        // The rest of a sector is not seen.
+        let odd = image("odd", 3 * 512 + 511);
+        assert_eq!(change(&odd), Ok(3 * 512));
+        // What cannot be had leaves all as it is.
+        let missing = folder.path().join("missing");
+        let why = change(&missing).expect_err("nothing there");
+        assert!(why.contains("missing: No such file"), "{why}");
+        let why = change(&folder.path().to_owned()).expect_err("a folder");
+        assert!(why.contains("directory"), "{why}");
+        assert_eq!(config(&*lock(&device)), 3_u64.to_le_bytes());
+        let next = backends[0].device().expect("another");
+        assert_eq!(config(&*lock(&next)), 3_u64.to_le_bytes());
+        // The same file is looked at again.
+        File::options()
+            .write(true)
+            .open(&odd)
+            .expect("a file")
+            .set_len(5 * 512)
+            .expect("room");
+        assert_eq!(change(&odd), Ok(5 * 512));
+        // The ones before are nobody's any more, and this one is ours.
+        let other = |path: &PathBuf| DiskOptions::new(path).open(1);
+        drop(other(&some).expect("it is free"));
+        assert!(other(&odd).is_err(), "it is locked");
+    }
+
+    #[test]
+    fn limits_are_those_of_devices_that_have_some() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk.img");
+        File::create(&path).expect("a file");
+        let disk = DiskOptions::new(&path).open(0).expect("opens");
+        let backends: [Box<dyn Backend>; 1] = [Box::new(disk)];
+        let set = |name, flow| set_limits(&backends, name, flow, &Limits::default());
+        assert_eq!(set("disk0", Flow::All), Ok(()));
+        let why = set("disk0", Flow::Receive).expect_err("a disk");
+        assert!(why.starts_with("disk0 takes no limits for what"), "{why}");
+        let why = set("disk1", Flow::All).expect_err("none");
+        assert_eq!(why, "the guest has no device called disk1");
     }
 
     #[test]

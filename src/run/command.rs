@@ -1,9 +1,12 @@
 //! Commands to a running machine, from signals, keys, or other threads of this process.
 
 use crate::console::Escape;
+use armlet_backends::backend::Flow;
+use armlet_devices::rate::Limits;
 use armlet_devices::virtio::Statistics;
 use armlet_system::signals::Taken;
 use kvm_ioctls::VcpuFd;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 /// A command to the machine.
@@ -35,6 +38,12 @@ pub enum Command {
     LookAtBalloon(Reply<Result<BalloonReport, String>>),
     /// Press the guest's power key once; answered with the reason why it cannot be.
     PressPowerKey(Reply<Result<(), String>>),
+    /// Give a disk, by its name, the image at this path in place of the one that it has; answered with
+    /// the disk's bytes once the device has it, or with the reason why it keeps what it had.
+    ChangeDisk(String, PathBuf, Reply<Result<u64, String>>),
+    /// Change limits of a device, by its name: those that are named, of what flow. Answered when they
+    /// hold, or with the reason why they cannot.
+    SetLimits(String, Flow, Limits, Reply<Result<(), String>>),
     /// Answer with the machine's state.
     Status(Reply<State>),
     /// Answer with the counters, as lines for people.

@@ -378,6 +378,13 @@ impl Events {
                 let post = |name: &str, command| machine.workers.post(name, command);
                 change::look_at_disk(&self.backends, post, &name, reply);
             }
+            Command::ChangeDisk(name, path, reply) => {
+                let post = |name: &str, command| machine.workers.post(name, command);
+                change::change_disk(&self.backends, post, &name, path, reply);
+            }
+            Command::SetLimits(name, flow, limits, reply) => {
+                reply.send(change::set_limits(&self.backends, &name, flow, &limits));
+            }
             Command::Status(reply) => reply.send(State {
                 is_paused: self.input.held,
                 restarts: self.lives.saturating_sub(1),

@@ -119,6 +119,7 @@ const DEVICE: Calls = Calls::of(&[
     libc::SYS_readv,
     libc::SYS_sched_getscheduler,
     libc::SYS_sched_setscheduler,
+    libc::SYS_timerfd_settime,
 ]);
 
 /// What is done to images.
@@ -198,13 +199,16 @@ const BROKER: Calls = Calls::of(&[
 /// The ring is made before; another cannot be.
 const RING: Calls = Calls::of(&[libc::SYS_io_uring_enter]);
 
+/// What is asked of another image before it is a disk's.
+const IMAGES: Calls = Calls::of(&[libc::SYS_fstatfs, libc::SYS_statx]);
+
 /// The flags of a thread that is started, as musl and glibc have them: CLONE_VM, FS, FILES, SIGHAND,
 /// THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID; and CLONE_DETACHED, which the kernel ignores.
 const THREAD: u32 = 0x3d_0f00;
 const DETACHED: u32 = 0x40_0000;
 
 /// Commands of fcntl: F_DUPFD, and those of flags after it, up to F_SETFL. F_SETOWN and F_SETSIG, which
-/// signal others, are above them, and images are locked before.
+/// signal others, are above them, and so are locks: images are locked before, but for those that come later.
 const LAST_OF_FLAGS: u32 = libc::F_SETFL as u32;
 
 /// A set of calls.
@@ -251,6 +255,8 @@ pub struct Rules {
     missing: Calls,
     requests: [&'static [Request]; MOST_LISTS],
     lists: usize,
+    /// Whether files are locked.
+    locks: bool,
 }
 
 impl Rules {
@@ -276,6 +282,7 @@ impl Rules {
             missing,
             requests: [&[]; MOST_LISTS],
             lists: 0,
+            locks: false,
         };
         rules.add_requests(requests::TERMINAL);
         if matches!(role, Role::Machine | Role::Vcpu) {
@@ -302,7 +309,11 @@ impl Rules {
     const fn meet(&mut self, need: Need, is_vcpu: bool) {
         const UNCONNECTED: Calls = CONNECTED.and(SOCKETS);
         let (calls, requests) = match need {
-            Need::Thread | Need::Storage | Need::Discards | Need::Ring if is_vcpu => return,
+            Need::Thread | Need::Storage | Need::Discards | Need::Ring | Need::Images
+                if is_vcpu =>
+            {
+                return;
+            }
             Need::Thread => (DEVICE, &[] as &[_]),
             Need::Storage => (STORAGE, &[] as &[_]),
             Need::Pages => (PAGES, &[] as &[_]),
@@ -313,7 +324,9 @@ impl Rules {
             Need::Vhost => (Calls::NONE, requests::VHOST),
             Need::Discards => (Calls::NONE, requests::BLOCK),
             Need::Ring => (RING, &[] as &[_]),
+            Need::Images => (IMAGES, &[] as &[_]),
         };
+        self.locks |= matches!(need, Need::Images);
         self.allowed = self.allowed.and(calls);
         self.add_requests(requests);
     }
@@ -355,7 +368,7 @@ impl Rules {
                 Answer::Checked if call == libc::SYS_ioctl => {
                     Some(self.check_request(&mut program, other))
                 }
-                Answer::Checked => Some(check(&mut program, call, process)),
+                Answer::Checked => Some(check(&mut program, call, process, self.locks)),
                 Answer::Allowed => Some(program.allowed),
                 Answer::Missing => Some(program.end(Outcome::Fail(libc::ENOSYS))),
                 Answer::Forbidden => None,
@@ -482,7 +495,7 @@ impl Rules {
 }
 
 /// Writes the check of a call's arguments.
-const fn check(program: &mut Program, call: i64, process: u32) -> Place {
+const fn check(program: &mut Program, call: i64, process: u32, locks: bool) -> Place {
     let (allowed, forbidden) = (program.allowed, program.forbidden);
     let place = match call {
         libc::SYS_mmap | libc::SYS_mprotect => {
@@ -500,6 +513,13 @@ const fn check(program: &mut Program, call: i64, process: u32) -> Place {
         libc::SYS_fcntl => {
             let duplicate = libc::F_DUPFD_CLOEXEC as u32;
             let place = program.if_equal(duplicate, allowed, forbidden);
+            let place = match locks {
+                true => {
+                    let place = program.if_equal(libc::F_OFD_SETLK as u32, allowed, place);
+                    program.if_equal(libc::F_OFD_GETLK as u32, allowed, place)
+                }
+                false => place,
+            };
             program.if_above(LAST_OF_FLAGS, place, allowed)
         }
         _ => return forbidden,

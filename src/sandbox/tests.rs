@@ -42,6 +42,7 @@ fn all_needs() -> Vec<Need> {
         Need::Vhost,
         Need::Discards,
         Need::Ring,
+        Need::Images,
     ]
 }
 
@@ -414,8 +415,10 @@ fn filters_say_what_the_rules_say() {
             (libc::SYS_tgkill, 0, u64::from(PROCESS), 1),
             (libc::SYS_fcntl, 1, 4, 8),
             (libc::SYS_fcntl, 1, 1030, 1031),
-            (libc::SYS_fcntl, 1, 0, 37),
+            (libc::SYS_fcntl, 1, 0, 38),
         ];
+        let locks = allow(&filters, libc::SYS_fcntl, [0, 37, 0, 0, 0, 0]);
+        assert_eq!(locks, needs.contains(&Need::Images), "{role:?} {needs:?}");
         for (call, at, allowed, forbidden) in cases {
             assert_eq!(calls::argument_of(call), Some(at));
             let with = |value| {
@@ -443,6 +446,7 @@ fn table() -> String {
         (Need::Sockets, "sockets"),
         (Need::Broker, "broker"),
         (Need::Ring, "ring"),
+        (Need::Images, "images"),
     ];
     let every = Rules::of(Role::Machine, &all_needs(), other);
     let mut rows = Vec::new();

@@ -2,7 +2,7 @@
 //! no option of armlet's commands it yet.
 
 use crate::guest::{Armlet, GLANCE, Guest, noise};
-use crate::interpreter::{BOARD, image};
+use crate::interpreter::{BOARD, image as image_of};
 use crate::steps::{Disk, Driver, QUEUE, Steps, slots};
 use armlet::cli::{self, Command, Parsed};
 use armlet::commands;
@@ -79,6 +79,14 @@ fn serve(commands: &Commands, fifo: &str) {
                 match answer(commands, look) {
                     Ok(bytes) => format!("{name} has {bytes} bytes."),
                     Err(why) => format!("there is no {name}: {why}."),
+                }
+            }
+            ["change", name, path] => {
+                let change =
+                    |reply| asked::Command::ChangeDisk((*name).to_owned(), path.into(), reply);
+                match answer(commands, change) {
+                    Ok(bytes) => format!("{name} has {bytes} bytes now."),
+                    Err(why) => format!("{name} keeps its image: {why}."),
                 }
             }
             ["balloon", bytes] => {
@@ -268,7 +276,7 @@ pub(crate) fn a_busy_disk_is_held_and_goes_on() {
         disk.driver.finish(&mut steps, 0);
     }
     steps.jump(again);
-    let mut armlet = Armlet::image(&image(&steps)).option("--board", BOARD);
+    let mut armlet = Armlet::image(&image_of(&steps)).option("--board", BOARD);
     for (name, value) in &options {
         armlet = armlet.option(name, value);
     }
@@ -347,6 +355,61 @@ pub(crate) fn is_not_held_while_nobody_reads(armlet: Armlet) {
     commanded.guest.end().assert_status(6);
 }
 
+/// A guest that reads from its disk again and again, and at last from another image, which it is told of
+/// by an interrupt and by the new size; it is written to there.
+pub(crate) fn a_disk_gets_another_image_while_the_guest_runs() {
+    const SIZE: u64 = 64 << 10;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let image = |name: &str, size| {
+        let path = folder.path().join(name);
+        fs::write(&path, vec![0; size as usize]).expect("an image");
+        path
+    };
+    // As Kata and firecracker-containerd start theirs: nothing, until there is something.
+    let (first, second) = (image("first", 0), image("second", SIZE));
+    let options = [("--disk", first.to_string_lossy().into_owned())];
+    let (_, base) = &slots(&options)[0];
+    let config = base + 0x100;
+    let mut steps = Steps::default();
+    let mut disk = Disk::new(Driver::new(*base, 0));
+    let pattern = noise(15, Disk::MOST as usize >> 4);
+    steps.place(disk.data(), &pattern);
+    disk.driver.start(&mut steps, 0, &[QUEUE]);
+    steps.print(FIRST);
+    // Bit 1 of InterruptStatus: the configuration has changed (virtio 1.2, section 4.2.2).
+    steps.wait(base + 0x60, 2, 2);
+    steps.write(4, base + 0x64, 2);
+    steps.wait(config, u32::MAX, (SIZE / 512) as u32);
+    let chain = disk.chain(&mut steps, Disk::WRITE, 0, Disk::MOST);
+    disk.driver.offer(&mut steps, 0, &chain);
+    disk.driver.kick(&mut steps, 0);
+    disk.driver.finish(&mut steps, 0);
+    steps.print("written\n");
+    steps.wait(base + 0x60, 2, 2);
+    steps.print("told again\n");
+    steps.power_off();
+    let mut armlet = Armlet::image(&image_of(&steps)).option("--board", BOARD);
+    for (name, value) in &options {
+        armlet = armlet.option(name, value);
+    }
+    let mut commanded = Commanded::start(armlet, None);
+    commanded.guest.expect(FIRST);
+    let change = |path: &std::path::Path| format!("change disk0 {}", path.display());
+    let missing = folder.path().join("missing");
+    commanded.command(
+        &change(&missing),
+        "disk0 keeps its image: cannot open disk image ",
+    );
+    commanded.command(&change(&second), &format!("disk0 has {SIZE} bytes now.\n"));
+    commanded.guest.expect("written\n");
+    assert!(fs::read(&second).expect("an image").starts_with(&pattern));
+    commanded.command(&change(&first), "disk0 has 0 bytes now.\n");
+    commanded.guest.expect("told again\n");
+    let outcome = commanded.guest.end();
+    outcome.assert_status(0);
+    assert!(!outcome.text().contains('!'), "{}", outcome.text());
+}
+
 /// A guest that sees its disk grow and its balloon's target change, as somebody asks for both while it
 /// runs.
 pub(crate) fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
@@ -370,7 +433,7 @@ pub(crate) fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
     steps.wait(config("balloon"), u32::MAX, (TARGET / 4096) as u32);
     steps.print("asked for memory\n");
     steps.power_off();
-    let mut armlet = Armlet::image(&image(&steps)).option("--board", BOARD);
+    let mut armlet = Armlet::image(&image_of(&steps)).option("--board", BOARD);
     for (name, value) in &options {
         armlet = armlet.option(name, value);
     }

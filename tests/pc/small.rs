@@ -644,6 +644,13 @@ fn a_held_disk_stands_still_and_goes_on() {
 }
 
 #[test]
+fn a_disk_gets_another_image_while_the_guest_runs() {
+    if rig::small() {
+        commanded::a_disk_gets_another_image_while_the_guest_runs();
+    }
+}
+
+#[test]
 fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
     if rig::small() {
         commanded::a_disk_and_a_balloon_are_changed_while_the_guest_runs();

@@ -161,6 +161,14 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
             services.seal();
             return None;
         }
+        Request::Open(index, path) => {
+            let known = services.get(index).ok_or(Errno::NOENT.into());
+            answer(
+                &descriptors.next()?,
+                known.and_then(|known| known.open(&path)),
+            );
+            return None;
+        }
         Request::Do(index, port) => (index, port),
     };
     let line = descriptors.next()?;
@@ -192,11 +200,16 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
         Some(known) => known.get(port),
         None => Err(Errno::NOENT.into()),
     };
-    match done {
-        Ok(descriptor) => tell(&line, Word::Done(0), Some(&descriptor)),
-        Err(error) => tell(&line, Word::Failed(errno(&error)), None),
-    }
+    answer(&line, done);
     None
+}
+
+/// Hands a descriptor over, or says why not.
+fn answer(line: &OwnedFd, done: io::Result<OwnedFd>) {
+    match done {
+        Ok(descriptor) => tell(line, Word::Done(0), Some(&descriptor)),
+        Err(error) => tell(line, Word::Failed(errno(&error)), None),
+    }
 }
 
 fn errno(error: &io::Error) -> i32 {

@@ -31,6 +31,12 @@ pub enum Service {
     },
     /// Opens a device file for reading and writing.
     Device(PathBuf),
+    /// Opens disk images, files and block devices that come as a path with the request: what a user who
+    /// controls the machine may name while the guest runs.
+    Images {
+        /// Whether they are opened for writing, too; else only for reading.
+        writable: bool,
+    },
     /// Connects to the Unix stream sockets at this path with `_` and a number behind it.
     ///
     /// In a request it is a name in the folder whose descriptor comes with it: an absolute path may be
@@ -59,6 +65,8 @@ pub(super) enum Request {
     Seal,
     /// The service with this number is to be done, for this port if it has ports.
     Do(u32, u32),
+    /// The service with this number is to open the file at this path.
+    Open(u32, PathBuf),
 }
 
 impl Request {
@@ -78,6 +86,7 @@ impl Request {
                 bytes
             }
             Request::Offer(Service::Device(path)) => with(b'd', path.as_os_str()),
+            Request::Offer(Service::Images { writable }) => vec![b'i', u8::from(*writable)],
             Request::Offer(Service::Sockets(path)) => with(b's', path.as_os_str()),
             Request::Offer(Service::Removal(path, file)) => {
                 let file = [file.device.to_le_bytes(), file.inode.to_le_bytes()].concat();
@@ -86,6 +95,9 @@ impl Request {
             Request::Seal => vec![b'!'],
             Request::Do(index, port) => {
                 [&b"?"[..], &index.to_le_bytes(), &port.to_le_bytes()].concat()
+            }
+            Request::Open(index, path) => {
+                [&b"o"[..], &index.to_le_bytes(), path.as_os_str().as_bytes()].concat()
             }
         }
     }
@@ -104,6 +116,16 @@ impl Request {
                 })
             }
             b'd' => Request::Offer(Service::Device(path())),
+            b'i' => match rest {
+                [writable @ (0 | 1)] => Request::Offer(Service::Images {
+                    writable: *writable == 1,
+                }),
+                _ => return None,
+            },
+            b'o' => {
+                let (index, path) = rest.split_first_chunk()?;
+                Request::Open(u32::from_le_bytes(*index), path_of(path))
+            }
             b's' => Request::Offer(Service::Sockets(path())),
             b'r' => {
                 let (device, rest) = rest.split_first_chunk()?;
@@ -186,11 +208,23 @@ mod tests {
             Request::Offer(Service::Removal("/tmp/v.sock".into(), file)),
             Request::Seal,
             Request::Do(7, u32::MAX),
+            Request::Offer(Service::Images { writable: true }),
+            Request::Offer(Service::Images { writable: false }),
+            Request::Open(7, "/tmp/disk.img".into()),
         ];
         for request in requests {
             assert_eq!(Request::from_bytes(&request.to_bytes()), Some(request));
         }
-        for wrong in [&b""[..], b"x", b"?", b"?1234567", b"?123456789"] {
+        for wrong in [
+            &b""[..],
+            b"x",
+            b"?",
+            b"?1234567",
+            b"?123456789",
+            b"i",
+            b"i2",
+            b"o12",
+        ] {
             assert_eq!(Request::from_bytes(wrong), None);
         }
     }

@@ -4,6 +4,7 @@
 use super::complaints::{Complaints, cancelled};
 use super::growth::GrowthWatch;
 use super::sys::{self, Direction, MOST_AT_ONCE, Mover};
+use armlet_devices::sync::lock;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
 use armlet_system::eintr::uninterrupted;
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -12,8 +13,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 /// Bytes that go through a buffer of our own at once, where the guest's cannot be used.
@@ -28,6 +29,28 @@ pub(super) struct Alignment {
     pub(super) offset: usize,
 }
 
+/// The image that a disk has now, for all who have to do with it.
+#[derive(Clone)]
+pub(super) struct Current(Arc<Mutex<Arc<Image>>>);
+
+impl Current {
+    /// A disk that has `image`.
+    pub(super) fn new(image: Image) -> Current {
+        Current(Arc::new(Mutex::new(Arc::new(image))))
+    }
+
+    /// The image.
+    pub(super) fn get(&self) -> Arc<Image> {
+        Arc::clone(&lock(&self.0))
+    }
+
+    /// The disk has another image from now on. Engines keep the one before until they are told to
+    /// [turn](Engine::renew) to it.
+    pub(super) fn replace(&self, image: Image) {
+        *lock(&self.0) = Arc::new(image);
+    }
+}
+
 /// An open image of a disk.
 pub(super) struct Image {
     pub(super) file: File,
@@ -39,6 +62,8 @@ pub(super) struct Image {
     pub(super) complaints: Complaints,
     /// Bytes of the guest's blocks.
     block: u64,
+    /// Whether the guest does not see a last block that the file has only a part of.
+    hides_tail: bool,
     /// Bytes of the file, or device, when it was last looked at.
     len: AtomicU64,
     /// For an image that was empty when it was opened.
@@ -67,12 +92,19 @@ impl Image {
             direct,
             complaints,
             block: block.into(),
+            hides_tail: false,
             len: AtomicU64::new(0),
             growth: None,
             cannot_punch: AtomicBool::new(false),
             cannot_zero: AtomicBool::new(false),
             lost: AtomicBool::new(false),
         }
+    }
+
+    /// The image, without a last block that the file has only a part of.
+    pub(super) fn without_tail(mut self) -> Image {
+        self.hides_tail = true;
+        self
     }
 
     /// Hears of it from now on when somebody has filled the image.
@@ -108,6 +140,7 @@ impl Image {
         self.len.store(len, Relaxed);
         match self.is_device {
             true => len,
+            false if self.hides_tail => len - len % self.block,
             false => len.next_multiple_of(self.block),
         }
     }
@@ -339,6 +372,7 @@ impl Image {
 
 /// Works on an image one request at a time.
 pub(super) struct PlainEngine {
+    current: Current,
     image: Arc<Image>,
     mover: Option<Mover>,
     /// For what needs an aligned buffer; empty until then.
@@ -346,13 +380,20 @@ pub(super) struct PlainEngine {
 }
 
 impl PlainEngine {
-    /// An engine for `image`.
-    pub(super) fn new(image: Arc<Image>) -> PlainEngine {
+    /// An engine for a disk's image.
+    pub(super) fn new(current: &Current) -> PlainEngine {
         PlainEngine {
-            image,
+            current: current.clone(),
+            image: current.get(),
             mover: None,
             buffer: Vec::new(),
         }
+    }
+
+    /// The guest memory that it works on.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> &GuestMemoryMmap {
+        self.mover.as_ref().expect("it is started").memory()
     }
 
     /// Carries a request out, as far as somebody wants it.
@@ -437,6 +478,10 @@ impl Engine for PlainEngine {
         let result = self.perform(request);
         let complaints = &self.image.complaints;
         Some(complaints.outcome(request.operation, request.offset, request.len, result))
+    }
+
+    fn renew(&mut self) {
+        self.image = self.current.get();
     }
 
     fn growth_fd(&self) -> Option<RawFd> {

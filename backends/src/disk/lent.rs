@@ -24,7 +24,9 @@ impl Lent {
     /// As those of [`Ring::new`].
     pub(super) fn new(home: &Home, file: &File, slots: u16) -> io::Result<Lent> {
         let kept = lock(home).take();
-        let ring = kept.map_or_else(|| Ring::new(file, slots), Ok)?;
+        let mut ring = kept.map_or_else(|| Ring::new(file, slots), Ok)?;
+        // The disk may have had another file then.
+        ring.turn_to(file);
         Ok(Lent {
             ring: ManuallyDrop::new(ring),
             home: Arc::clone(home),

@@ -40,13 +40,28 @@ impl Opened {
                 false => error.context(cannot()),
             }
         })?;
-        let metadata = file.metadata().with_context(cannot)?;
+        Opened::of(file).with_context(cannot)
+    }
+
+    /// An image that is open already.
+    ///
+    /// # Errors
+    /// What the system says of it.
+    pub(super) fn of(file: File) -> io::Result<Opened> {
+        let metadata = file.metadata()?;
         let is_device = metadata.file_type().is_block_device();
         Ok(Opened {
             file,
             metadata,
             is_device,
         })
+    }
+
+    /// Whether `other` is the same file.
+    pub(super) fn is_same(&self, other: &File) -> io::Result<bool> {
+        let other = other.metadata()?;
+        let of = |metadata: &Metadata| (metadata.dev(), metadata.ino());
+        Ok(of(&self.metadata) == of(&other))
     }
 
     /// Locks it against those whose use of it does not go with this one.

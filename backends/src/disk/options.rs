@@ -5,6 +5,7 @@ use crate::kind::{DeviceOptions, Identity, Kind, Need, Place};
 use crate::options::{Options, path_first};
 use crate::root;
 use anyhow::{Context, Result, bail};
+use armlet_devices::rate::Limits;
 use std::path::PathBuf;
 
 /// Disks.
@@ -14,8 +15,9 @@ pub static KIND: Kind = Kind {
     value: "DISK",
     help: "disk, /dev/vda and on: PATH, or\n\
         path=IMG[,readonly][,id=SERIAL][,format=raw|qcow2]\n\
-        [,backing=IMG][,cache=writeback|none][,queues=N][,engine=auto|io_uring|sync]\n\
-        [,block-size=N]; may be repeated",
+        [,backing=IMG][,cache=writeback|none|unsafe][,queues=N]\n\
+        [,engine=auto|io_uring|sync][,block-size=N][,bps=SIZE]\n\
+        [,iops=N]; may be repeated",
     repeats: true,
     slot: 0,
     default: None,
@@ -54,6 +56,10 @@ pub struct DiskOptions {
     pub queues: u16,
     /// How the host does its I/O.
     pub engine: EngineChoice,
+    /// What the guest sees of a last sector that the image has only a part of.
+    pub tail: Tail,
+    /// How much may be read and written in how much time.
+    pub limits: Limits,
     /// Bytes of the guest's blocks, a power of two from 512 to 4096; the host's choice where there is
     /// none.
     pub block_size: Option<u32>,
@@ -77,6 +83,20 @@ pub enum Cache {
     Writeback,
     /// It goes around the cache (O_DIRECT).
     None,
+    /// It does, and nothing that the guest does brings data to stable storage: what it wrote is lost when
+    /// the host fails, and the guest is not told that it may be.
+    Unsafe,
+}
+
+/// What the guest sees of a last sector that an image has only a part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tail {
+    /// All of it: what is not there reads as zeroes, and the image grows to whole sectors when it is
+    /// written. An image without any bytes is looked at again when somebody has filled it.
+    Filled,
+    /// Nothing, as with Firecracker. An image without any bytes stays a disk without any, until it is
+    /// looked at again or replaced.
+    Hidden,
 }
 
 /// How the host does its I/O.
@@ -119,7 +139,11 @@ impl DiskOptions {
                 .collect(),
             cache: options.choice(
                 "cache",
-                &[("writeback", Cache::Writeback), ("none", Cache::None)],
+                &[
+                    ("writeback", Cache::Writeback),
+                    ("none", Cache::None),
+                    ("unsafe", Cache::Unsafe),
+                ],
             )?,
             queues: options.number("queues", 1..=QUEUES)?.unwrap_or(1) as u16,
             engine: options.choice(
@@ -130,6 +154,8 @@ impl DiskOptions {
                     ("sync", EngineChoice::Sync),
                 ],
             )?,
+            tail: Tail::Filled,
+            limits: options.limits("bps", "iops")?,
             block_size: options
                 .number("block-size", BLOCKS)?
                 .map(|size| size as u32),
@@ -151,6 +177,8 @@ impl DiskOptions {
             cache: Cache::Writeback,
             queues: 1,
             engine: EngineChoice::Auto,
+            tail: Tail::Filled,
+            limits: Limits::default(),
             block_size: None,
         }
     }
@@ -214,7 +242,11 @@ impl DeviceOptions for DiskOptions {
         needs
     }
 
+    fn needs_for_changes(&self) -> Vec<Need> {
+        vec![Need::Broker, Need::Images]
+    }
+
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        Ok(Box::new(self.open(place.number)?))
+        Ok(Box::new(self.open_in(place)?))
     }
 }

@@ -294,6 +294,15 @@ impl Ring {
         self.ring.as_raw_fd()
     }
 
+    /// Requests are for `file` from now on; none is under way.
+    pub(super) fn turn_to(&mut self, file: &File) {
+        assert!(
+            self.under_way == 0,
+            "the kernel has requests for another file"
+        );
+        self.file = Fd(file.as_raw_fd());
+    }
+
     /// Requests come, with data in this memory.
     pub(super) fn start(&mut self, memory: &Arc<GuestMemoryMmap>) {
         self.stop();

@@ -1,6 +1,7 @@
 mod driver;
 
 use super::*;
+use armlet_devices::rate::{Bucket, Limits};
 use armlet_devices::virtio::block::{Data, Operation, Outcome, Request};
 use armlet_devices::virtio::queue::Segment;
 use proptest::prelude::*;
@@ -618,7 +619,7 @@ fn options_are_read() {
     assert_eq!(parse("path=a=b.img").path, Path::new("a=b.img"));
     assert_eq!(parse("a,,b.img").path, Path::new("a,b.img"));
     let all = parse(
-        "path=x,readonly,id=s-1,format=qcow2,backing=y,backing=z,cache=none,queues=4,engine=sync,block-size=1024",
+        "path=x,readonly,id=s-1,format=qcow2,backing=y,backing=z,cache=none,queues=4,engine=sync,block-size=1024,bps=20M,iops=300",
     );
     let wanted = DiskOptions {
         path: "x".into(),
@@ -629,6 +630,11 @@ fn options_are_read() {
         cache: Cache::None,
         queues: 4,
         engine: EngineChoice::Sync,
+        tail: Tail::Filled,
+        limits: Limits {
+            bandwidth: Some(Bucket::per_second(20 << 20)),
+            ops: Some(Bucket::per_second(300)),
+        },
         block_size: Some(1024),
     };
     assert_eq!(all, wanted);
@@ -637,6 +643,11 @@ fn options_are_read() {
     assert!(wrong("a.img,id=123456789012345678901").contains("up to 20"));
     assert!(wrong("a.img,id=a b").contains("without blanks"));
     assert!(wrong("a.img,block-size=8192").contains("from 512 to 4096"));
+    assert!(wrong("a.img,bps=0").contains("use 20M or another number of bytes"));
+    assert!(wrong("a.img,bps=-1").contains("bps=-1 is no number a second"));
+    assert!(wrong("a.img,bps=99999999999T").contains("no number a second"));
+    assert!(wrong("a.img,iops=1K").contains("iops=1K is no number a second; use 1 or more"));
+    assert_eq!(parse("a.img,cache=unsafe").cache, Cache::Unsafe);
     assert!(wrong("a.img,block-size=1000").contains("no power of two"));
     assert!(wrong("a.img,queues=0").contains("from 1 to 16"));
     assert!(wrong("a.img,cache=writethrough").contains("use writeback or none"));
@@ -683,6 +694,7 @@ fn blocks_of_a_file_are_told() {
     assert!(shape.discard_granularity.is_multiple_of(512));
 }
 
+mod changes;
 #[cfg(feature = "qcow2")]
 mod features;
 mod sizes;

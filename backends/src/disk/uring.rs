@@ -3,7 +3,7 @@
 //! it costs less so: the ring hands most writes to the page cache to a thread of the kernel.
 
 use super::complaints::cancelled;
-use super::image::{Alignment, Image, PlainEngine};
+use super::image::{Alignment, Current, Image, PlainEngine};
 use super::lent::{Home, Lent};
 use super::opened::is_in_memory;
 use super::sys::{Direction, end_of};
@@ -24,6 +24,7 @@ const DEPTH: u16 = 128;
 
 /// Works on an image by io_uring.
 pub(super) struct UringEngine {
+    current: Current,
     image: Arc<Image>,
     ring: Lent,
     /// By tag.
@@ -77,18 +78,20 @@ const NO_JOB: Job = Job {
 };
 
 impl UringEngine {
-    /// An engine for `image`, by the ring that is at home, or another.
+    /// An engine for a disk's image, by the ring that is at home, or another.
     ///
     /// # Errors
     /// A kernel that has no io_uring, or none for this process.
-    pub(super) fn new(image: &Arc<Image>, home: &Home) -> io::Result<UringEngine> {
+    pub(super) fn new(current: &Current, home: &Home) -> io::Result<UringEngine> {
+        let image = current.get();
         Ok(UringEngine {
             ring: Lent::new(home, &image.file, DEPTH)?,
-            image: Arc::clone(image),
             jobs: vec![NO_JOB; usize::from(DEPTH)],
             done: VecDeque::new(),
-            plain: PlainEngine::new(Arc::clone(image)),
+            plain: PlainEngine::new(current),
             is_in_memory: is_in_memory(&image.file),
+            image,
+            current: current.clone(),
             tries_reads: true,
             tries_writes: true,
             is_cancelled: false,
@@ -364,6 +367,14 @@ impl Engine for UringEngine {
         self.ring.cancel();
     }
 
+    fn renew(&mut self) {
+        self.image = self.current.get();
+        self.ring.turn_to(&self.image.file);
+        self.plain.renew();
+        self.is_in_memory = is_in_memory(&self.image.file);
+        (self.tries_reads, self.tries_writes) = (true, true);
+    }
+
     fn growth_fd(&self) -> Option<RawFd> {
         self.image.growth_fd()
     }
@@ -394,17 +405,17 @@ mod tests {
     use armlet_devices::virtio::queue::Segment;
     use std::fs::File;
     use std::path::PathBuf;
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes, GuestAddress};
 
     /// An engine on a file of 64 KiB; `None` on a host that has no io_uring.
-    fn engine() -> Option<(UringEngine, Arc<Image>)> {
+    fn engine() -> Option<(UringEngine, Current)> {
         engine_on(tempfile::tempfile().expect("a file"))
     }
 
-    fn engine_on(file: File) -> Option<(UringEngine, Arc<Image>)> {
+    fn engine_on(file: File) -> Option<(UringEngine, Current)> {
         file.set_len(64 << 10).expect("room");
         let complaints = Complaints::new("disk0".to_owned(), PathBuf::new());
-        let image = Arc::new(Image::new(file, false, false, None, 512, complaints));
+        let image = Current::new(Image::new(file, false, false, None, 512, complaints));
         let mut engine = UringEngine::new(&image, &Home::default())
             .inspect_err(|error| println!("skipped: {error}"))
             .ok()?;
@@ -437,6 +448,58 @@ mod tests {
         assert_eq!(engine.ring.as_raw_fd(), first);
         assert!(armlet_devices::sync::lock(&home).is_none());
         assert_eq!(engine.ring.try_nop(), -libc::EACCES);
+    }
+
+    #[test]
+    fn a_disk_that_has_another_image_works_there_by_the_same_ring() {
+        let Some((mut engine, image)) = engine() else {
+            return;
+        };
+        let home = Arc::clone(&engine.ring.home);
+        let descriptor = engine.ring.as_raw_fd();
+        let segments = [Segment {
+            address: GuestAddress(0),
+            len: 4096,
+        }];
+        let cancelled = Arc::default();
+        let perform = |engine: &mut UringEngine, byte: u8| {
+            let memory = engine.plain.memory();
+            memory
+                .write_slice(&[byte; 4096], GuestAddress(0))
+                .expect("memory");
+            let request = write(Data::new(&segments, 0, 4096), &cancelled);
+            assert_eq!(engine.begin(&request), None, "stable storage takes a while");
+            let mut done = engine.finished();
+            while done.is_none() {
+                engine.wait(Duration::MAX);
+                done = engine.finished();
+            }
+            assert_eq!(done, Some((3, Outcome::Done)));
+        };
+        perform(&mut engine, 1);
+        let first = image.get();
+        let other = tempfile::tempfile().expect("a file");
+        other.set_len(64 << 10).expect("room");
+        let complaints = Complaints::new("disk0".to_owned(), PathBuf::new());
+        image.replace(Image::new(other, false, false, None, 512, complaints));
+        // It is told of it later.
+        perform(&mut engine, 2);
+        engine.renew();
+        perform(&mut engine, 3);
+        assert_eq!(engine.ring.as_raw_fd(), descriptor);
+        let byte_of = |image: &Image| {
+            let mut byte = [0];
+            image.peek(4095, &mut byte).expect("there");
+            byte[0]
+        };
+        assert_eq!((byte_of(&first), byte_of(&image.get())), (2, 3));
+        // So it does in the next life.
+        drop(engine);
+        let mut engine = UringEngine::new(&image, &home).expect("the ring is at home");
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 10)]);
+        engine.start(&Arc::new(memory.expect("memory")));
+        perform(&mut engine, 4);
+        assert_eq!((byte_of(&first), byte_of(&image.get())), (2, 4));
     }
 
     #[test]
@@ -486,7 +549,7 @@ mod tests {
         let lost = Err(Errno::IO.into());
         let result = engine.go_on(3, lost).expect("nothing follows");
         assert!(result.is_err());
-        assert!(image.flush().is_err(), "what was written is nowhere");
+        assert!(image.get().flush().is_err(), "what was written is nowhere");
     }
 
     #[test]

@@ -380,7 +380,7 @@ impl VirtioDevice for Balloon {
                 self.ask_for_statistics();
                 return self.working.is_some();
             }
-            Change::DiskSize(_) => return false,
+            Change::DiskSize(_) | Change::DiskStorage(_) => return false,
         }
         true
     }

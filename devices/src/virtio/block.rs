@@ -11,6 +11,7 @@ use super::{
     Change, ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError,
     VirtioDevice, Virtqueue,
 };
+use crate::rate::Throttle;
 
 mod data;
 mod engine;
@@ -35,7 +36,22 @@ pub struct Block {
     config: Arc<ConfigSpace>,
     features: u64,
     disk: Disk,
+    /// Whether the driver has not been told of a change, which came while the device did not work.
+    is_untold: bool,
+    /// What was waited for when the device was made, which stays the same.
+    sources: [Option<Waits>; 3],
     work: Work,
+}
+
+/// What a disk waits for beside its kicks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waits {
+    /// For requests to be done.
+    Engine,
+    /// For the storage to become longer.
+    Growth,
+    /// For its limits to let it go on.
+    Tokens,
 }
 
 impl Block {
@@ -55,9 +71,24 @@ impl Block {
                 serial,
                 agreed: 0,
                 writeback: true,
+                flushes: shape.flushes,
             },
+            is_untold: false,
+            sources: [
+                engine.source().map(|_| Waits::Engine),
+                None,
+                engine.growth_fd().map(|_| Waits::Growth),
+            ],
             work: Work::new(shape.queues, engine),
         }
+    }
+
+    /// The disk, held to the limits of `throttle`, if there is one.
+    #[must_use]
+    pub fn held_to(mut self, throttle: Option<Arc<Throttle>>) -> Block {
+        self.sources[1] = throttle.as_ref().map(|_| Waits::Tokens);
+        self.work.throttle = throttle;
+        self
     }
 
     /// Changes the disk's size to so many bytes; a driver that has it in use is notified.
@@ -69,8 +100,25 @@ impl Block {
         self.disk.capacity = sectors * SECTOR;
         self.config
             .change(|bytes| put(bytes, field::CAPACITY, &sectors.to_le_bytes()));
-        if let Some(link) = self.work.link() {
-            link.config_changed();
+        self.tell();
+    }
+
+    /// Tells the driver that the configuration has changed, now or when the device works again.
+    fn tell(&mut self) {
+        match self.work.link() {
+            Some(link) => link.config_changed(),
+            None => self.is_untold = true,
+        }
+    }
+
+    /// Finishes what is under way on the storage that the disk had, and turns to the other one; a driver
+    /// that has it in use is notified, even if the size is the same.
+    fn set_storage(&mut self, size: u64) {
+        self.work.renew(&self.disk);
+        let before = self.disk.capacity;
+        self.set_size(size);
+        if self.disk.capacity == before {
+            self.tell();
         }
     }
 
@@ -103,6 +151,7 @@ impl VirtioDevice for Block {
     fn change(&mut self, change: Change) -> bool {
         match change {
             Change::DiskSize(bytes) => self.set_size(bytes),
+            Change::DiskStorage(bytes) => self.set_storage(bytes),
             _ => return false,
         }
         true
@@ -123,11 +172,15 @@ impl VirtioDevice for Block {
         self.disk.agreed = features.unwrap_or(0);
         // Sections 5.2.5.2 and 5.2.6.2: for a driver that does not flush, a write is done when it is
         // stable. The next driver finds the cache as the first one did.
-        self.set_writeback(features.is_none_or(|features| features & FEATURE_FLUSH != 0));
+        let flushes = |features| features & FEATURE_FLUSH != 0 || !self.disk.flushes;
+        self.set_writeback(features.is_none_or(flushes));
     }
 
     fn start(&mut self, driver: Driver) -> Result<(), StartError> {
         self.work.start(driver);
+        if std::mem::take(&mut self.is_untold) {
+            self.tell();
+        }
         Ok(())
     }
 
@@ -137,6 +190,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.work.reset();
+        self.is_untold = false;
     }
 
     fn save(&self) -> DeviceState {
@@ -186,26 +240,31 @@ impl VirtioDevice for Block {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let engine = &self.work.engine;
-        let fds = [engine.source(), engine.growth_fd()];
+        let (engine, throttle) = (&self.work.engine, &self.work.throttle);
         let source = |fd| Source {
             fd,
             output: false,
             edge: false,
         };
-        fds.into_iter().flatten().map(source).collect()
+        let source_of = |waits: &Waits| match waits {
+            Waits::Engine => engine.source().map(source),
+            Waits::Growth => engine.growth_fd().map(source),
+            Waits::Tokens => throttle.as_ref().map(|throttle| throttle.source()),
+        };
+        let sources = self.sources.iter().flatten();
+        sources.filter_map(source_of).collect()
     }
 
     fn ready(&mut self, source: usize) {
-        let engine = &mut self.work.engine;
-        let of_requests = usize::from(engine.source().is_some());
-        if engine.growth_fd().is_some() && source == of_requests {
-            if let Some(size) = engine.grown() {
-                self.set_size(size);
+        match self.sources.iter().flatten().nth(source) {
+            Some(Waits::Growth) => {
+                if let Some(size) = self.work.engine.grown() {
+                    self.set_size(size);
+                }
             }
-            return;
+            Some(Waits::Tokens) => self.work.unthrottled(&self.disk),
+            Some(Waits::Engine) | None => self.work.completed(&self.disk),
         }
-        self.work.completed(&self.disk);
     }
 }
 

@@ -155,6 +155,8 @@ pub trait VirtioDevice: Send {
 pub enum Change {
     /// A disk has so many bytes.
     DiskSize(u64),
+    /// A disk has other storage, of so many bytes.
+    DiskStorage(u64),
     /// A balloon should hold so many bytes.
     BalloonTarget(u64),
     /// Ask the guest anew for statistics of its memory; done if a driver uses the balloon.

@@ -2,6 +2,7 @@
 
 use super::super::protocol::{FileId, MOST_SERVICES, Service};
 use armlet_system::eintr::uninterrupted;
+use armlet_system::files::{self, Accepted};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -22,6 +23,8 @@ pub(super) enum Known {
         listens: bool,
     },
     Device(PathBuf),
+    /// Images, and whether they are opened for writing.
+    Images(bool),
     /// Sockets in a folder, whose names begin with this.
     Sockets(OwnedFd, PathBuf),
     /// A socket in a folder: its name, and what it is.
@@ -56,6 +59,7 @@ impl Services {
                 listens,
             },
             (Service::Device(path), _) => Known::Device(path),
+            (Service::Images { writable }, _) => Known::Images(writable),
             (Service::Sockets(name), Some(folder)) => Known::Sockets(folder, name),
             (Service::Removal(name, file), Some(folder)) => Known::Removal(folder, name, file),
             (Service::Sockets(_) | Service::Removal(..), None) => Known::Nothing,
@@ -116,7 +120,27 @@ impl Known {
                 connected?;
                 Ok(socket)
             }
-            Known::Program { .. } | Known::Removal(..) | Known::Nothing => Err(Errno::INVAL.into()),
+            Known::Program { .. } | Known::Images(_) | Known::Removal(..) | Known::Nothing => {
+                Err(Errno::INVAL.into())
+            }
+        }
+    }
+
+    /// The file at the path that is asked for.
+    ///
+    /// # Errors
+    /// What the system says, or the errno that says it best; a service that opens no images.
+    pub(super) fn open(&self, path: &Path) -> io::Result<OwnedFd> {
+        let Known::Images(writable) = self else {
+            return Err(Errno::INVAL.into());
+        };
+        match files::open(path, Accepted::FileOrDisk, *writable) {
+            Ok(file) => Ok(file.into()),
+            // It is neither file nor block device.
+            Err(error) => Err(error.downcast().unwrap_or_else(|_| match path.is_dir() {
+                true => Errno::ISDIR.into(),
+                false => Errno::NOTBLK.into(),
+            })),
         }
     }
 }

@@ -73,7 +73,7 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
     ];
     for (words, devices) in cases {
         let wanted = checked(devices, &guest).expect("right");
-        let Err(error) = open_wanted(&wanted, guest.memory, None, None) else {
+        let Err(error) = open_wanted(&wanted, guest.memory, None, None, false) else {
             panic!("{words}: it is not refused");
         };
         let error = format!("{error:#}");

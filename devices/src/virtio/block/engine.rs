@@ -62,6 +62,9 @@ pub trait Engine: Send {
         None
     }
 
+    /// Turns to the storage that the disk has now; no request is under way.
+    fn renew(&mut self) {}
+
     /// Releases guest memory: no request is under way, and none comes before the next start.
     fn stop(&mut self);
 }

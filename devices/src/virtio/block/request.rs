@@ -44,6 +44,8 @@ pub(super) struct Disk {
     pub(super) agreed: u64,
     /// Whether a write may be completed before it reached stable storage.
     pub(super) writeback: bool,
+    /// Whether anything has to reach stable storage.
+    pub(super) flushes: bool,
 }
 
 /// What a request's header and framing say.
@@ -72,6 +74,7 @@ impl Disk {
         let checked = match kind {
             IN => self.transfer(Operation::Read, sector, chain.writable_len() - 1),
             OUT => self.transfer(Operation::Write, sector, chain.readable_len() - HEADER),
+            FLUSH if !self.flushes => Ok(Parsed::Done(OK)),
             FLUSH => Ok(Parsed::Run(Operation::Flush, 0, 0)),
             GET_ID => Ok(Parsed::Identify),
             DISCARD if self.agreed & FEATURE_DISCARD != 0 => {

@@ -61,6 +61,9 @@ pub struct Shape {
     pub serial: String,
     /// Its queues: 1 or more.
     pub queues: u16,
+    /// Whether the guest can have what it wrote reach stable storage. If not, it is not offered that, and a
+    /// write is done when the host has it.
+    pub flushes: bool,
     /// Bytes of the smallest piece that the guest should read or write: a power of two from 512.
     pub block_size: u32,
     /// Bytes of the smallest piece that the storage writes without reading it first: a power of
@@ -74,11 +77,17 @@ pub struct Shape {
 
 /// The features that a disk offers.
 pub(super) fn features(shape: &Shape) -> u64 {
-    let mut features = FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_TOPOLOGY | FEATURE_FLUSH;
+    let mut features = FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_TOPOLOGY;
     features |= match shape.readonly {
         true => FEATURE_RO,
-        false => FEATURE_CONFIG_WCE | FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
+        false => FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
     };
+    if shape.flushes {
+        features |= FEATURE_FLUSH;
+        if !shape.readonly {
+            features |= FEATURE_CONFIG_WCE;
+        }
+    }
     if shape.queues > 1 {
         features |= FEATURE_MQ;
     }

@@ -18,7 +18,9 @@ use crate::virtio::queue::Segment;
 mod agreed;
 mod anything;
 mod held;
+mod limits;
 mod requests;
+mod storage;
 
 const SIZE: usize = 64 << 10;
 const ALL: u64 = FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
@@ -36,6 +38,8 @@ struct Store {
     finished: VecDeque<(u16, Outcome)>,
     fails: bool,
     waits: usize,
+    /// How often it was turned to other storage, and whether something was under way then.
+    renewals: Vec<bool>,
 }
 
 impl Store {
@@ -130,6 +134,12 @@ impl Engine for Fake {
         4
     }
 
+    fn renew(&mut self) {
+        let mut store = self.store();
+        let is_busy = !store.held.is_empty();
+        store.renewals.push(is_busy);
+    }
+
     fn stop(&mut self) {
         let mut store = self.store();
         assert!(store.held.is_empty(), "stopped with requests under way");
@@ -143,6 +153,7 @@ fn shape() -> Shape {
         readonly: false,
         serial: "root".to_owned(),
         queues: 1,
+        flushes: true,
         block_size: 512,
         physical_block_size: 4096,
         optimal_io_size: 65536,

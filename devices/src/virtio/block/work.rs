@@ -10,6 +10,7 @@ use super::engine::{Engine, Operation, Outcome, Request};
 use super::in_flight::{InFlight, Pending};
 use super::request::{Disk, HEADER, IOERR, OK, Parsed, SERIAL};
 use super::shape::ENTRIES;
+use crate::rate::Throttle;
 use crate::sync::ring;
 use crate::virtio::{Chain, Driver, Link, Positions, Virtqueue, quiesced};
 
@@ -24,17 +25,20 @@ pub(super) struct Work {
     queues: Vec<Option<Virtqueue>>,
     /// The way to the driver that started the device.
     running: Option<Arc<Link>>,
-    /// Queues whose turn it is, or that are held: the next request of each has no tag, or would be
-    /// too many bytes of its queue.
+    /// Queues whose turn it is, or that are held: the next request of each has no tag, would be
+    /// too many bytes of its queue, or more than the disk's limits allow for now.
     ///
-    /// A queue is held only while a request is under way, of itself where bytes hold it. The end
-    /// of any request, whoever meets it, gives all of them their turn (`is_freed`). So none waits
+    /// Apart from these limits, whose alarm is set, a queue is held only while a request is under way, of
+    /// itself where bytes hold it. The end of any request, whoever meets it, gives all of them their turn (`is_freed`). So none waits
     /// for an event that does not come: the ring's descriptor tells of completions that nobody has
     /// fetched yet, and another queue's turn may have fetched the last of them.
     waiting: VecDeque<usize>,
     /// Whether something changed for the queues that wait.
     is_freed: bool,
     in_flight: InFlight,
+    /// What holds the disk back, and whether it does: then its alarm gives all queues their turn.
+    pub(super) throttle: Option<Arc<Throttle>>,
+    is_throttled: bool,
     /// Taken from the queues so far, modulo 2^32.
     pub(super) requests: u32,
     /// Set while the device is to be reset.
@@ -53,6 +57,8 @@ impl Work {
             waiting: VecDeque::new(),
             is_freed: false,
             in_flight: InFlight::new(usize::from(queues)),
+            throttle: None,
+            is_throttled: false,
             requests: 0,
             cancelled: Arc::default(),
             wanted: Arc::default(),
@@ -100,10 +106,20 @@ impl Work {
         positions
     }
 
+    /// Finishes what is under way, and has the engine turn to other storage.
+    pub(super) fn renew(&mut self, disk: &Disk) {
+        let is_over = |work: &Work| work.in_flight.is_empty();
+        self.wait_until("a change of its image", is_over, Work::collect);
+        self.engine.renew();
+        // Those that wait may have their turn now, and what ended is told of.
+        self.turn(disk);
+    }
+
     /// Ends what is under way, answered or not, and gives up the queues.
     pub(super) fn reset(&mut self) {
         self.waiting.clear();
         self.is_freed = false;
+        self.is_throttled = false;
         self.cancel();
         if self.running.take().is_some() {
             self.engine.stop();
@@ -158,6 +174,16 @@ impl Work {
         self.turn(disk);
     }
 
+    /// The alarm of the limits was heard: whoever they held back may go on.
+    pub(super) fn unthrottled(&mut self, disk: &Disk) {
+        if let Some(throttle) = &self.throttle {
+            throttle.heard();
+        }
+        self.is_throttled = false;
+        self.is_freed = true;
+        self.turn(disk);
+    }
+
     /// Gives the queues that wait their turns, until nothing can be begun now; interrupts the
     /// driver for what was completed.
     fn turn(&mut self, disk: &Disk) {
@@ -182,9 +208,10 @@ impl Work {
         }
     }
 
-    /// Whether the end of a request that is under way will give a queue its turn.
+    /// Whether the end of a request that is under way will give a queue its turn, or the alarm.
     fn may_be_held(&self, index: usize) -> bool {
         match self.has_tag() {
+            _ if self.is_throttled => true,
             true => self.in_flight.load(index).requests > 0,
             false => !self.in_flight.is_empty(),
         }
@@ -251,7 +278,7 @@ impl Work {
     /// Begins a request, or answers it at once.
     ///
     /// # Errors
-    /// A request that would be too much of its queue under way: the same again.
+    /// A request that would be too much of its queue under way, or of the disk for now: the same again.
     fn begin(&mut self, disk: &Disk, queue: usize, chain: Chain) -> Result<(), Chain> {
         let Some(ring) = self.queues.get(queue).and_then(Option::as_ref) else {
             return Ok(());
@@ -288,6 +315,13 @@ impl Work {
         if load.requests > 0 && load.bytes + len > self.engine.most_bytes() {
             return Err(pending.chain);
         }
+        let has_data = matches!(operation, Operation::Read | Operation::Write);
+        if let Some(throttle) = &self.throttle
+            && !throttle.admits(if has_data { len } else { 0 })
+        {
+            self.is_throttled = true;
+            return Err(pending.chain);
+        }
         let data = match operation {
             Operation::Read => Data::new(pending.chain.writable(), 0, len as usize),
             Operation::Write => Data::new(pending.chain.readable(), HEADER, len as usize),
@@ -300,7 +334,7 @@ impl Work {
             offset,
             len,
             data,
-            durable: !disk.writeback,
+            durable: disk.flushes && !disk.writeback,
             cancelled: &self.cancelled,
         });
         match outcome {

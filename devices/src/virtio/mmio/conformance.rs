@@ -138,6 +138,7 @@ fn each(trial: &mut impl Trial) {
             readonly,
             serial: "disk".to_owned(),
             queues: 2,
+            flushes: true,
             block_size: 512,
             physical_block_size: 4096,
             optimal_io_size: 0,
