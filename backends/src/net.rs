@@ -1,10 +1,12 @@
 //! Network cards (`--net`): a TAP interface of the host, or a network that needs no privileges.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Flow};
 use crate::broker::Broker;
+use crate::timer;
 use anyhow::{Context, Result};
+use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
-use armlet_devices::virtio::net::{Net, RingNet};
+use armlet_devices::virtio::net::{Frames, Net, RingNet};
 use armlet_system::eintr::uninterrupted;
 use options::FLAG;
 use passt::{Passt, PasstFrames};
@@ -24,20 +26,26 @@ pub mod vhost;
 pub use options::{KIND, NetOptions, Network, VhostChoice};
 
 impl NetOptions {
-    /// Connects the card to its network. It is the machine's card `number`, from 0.
+    /// Connects the card to its network. It is the machine's card `number`, from 0; `changes` says whether
+    /// limits may come.
     ///
     /// # Errors
     /// What does not work, and what would.
-    pub fn open(&self, number: usize, broker: Option<&Arc<Broker>>) -> Result<NetworkCard> {
+    pub fn open(
+        &self,
+        number: usize,
+        broker: Option<&Arc<Broker>>,
+        changes: bool,
+    ) -> Result<NetworkCard> {
         self.check().with_context(|| format!("{FLAG} {self}"))?;
         let open = || match &self.network {
             Network::Tap {
                 name,
                 queues,
                 vhost,
-            } => connect(Tap::open(name, *queues)?, *vhost),
+            } => self.connect(Tap::open(name, *queues)?, *vhost),
             Network::Inherited { descriptors, vhost } => {
-                connect(Tap::inherit(descriptors)?, *vhost)
+                self.connect(Tap::inherit(descriptors)?, *vhost)
             }
             Network::User { forwards } => {
                 let broker = broker.context("nobody starts passt")?;
@@ -45,11 +53,37 @@ impl NetOptions {
                 Ok(Connection::User(PasstFrames::new(passt)))
             }
         };
+        let connection = open().with_context(|| format!("{FLAG} {self}"))?;
+        let by_kernel = matches!(connection, Connection::Vhost(_));
+        let throttle = |limits| match by_kernel {
+            true => Ok(None),
+            false => timer::throttle(limits, changes),
+        };
+        let throttles = throttle(&self.receive).and_then(|it| Ok([it, throttle(&self.transmit)?]));
+        let name = format!("net{number}");
+        let throttles = throttles.with_context(|| format!("cannot make the timer of {name}"))?;
         Ok(NetworkCard {
-            name: format!("net{number}"),
+            name,
             mac: self.address(number)?,
-            connection: open().with_context(|| format!("{FLAG} {self}"))?,
+            connection,
+            throttles,
         })
+    }
+
+    fn connect(&self, mut tap: Tap, vhost: VhostChoice) -> Result<Connection> {
+        if let Some(mtu) = self.mtu {
+            tap.tell_mtu(mtu);
+        }
+        let tap = Arc::new(tap);
+        // The kernel would move as many frames as come.
+        if vhost != VhostChoice::Off && !self.is_limited() {
+            match VhostNet::open(&tap) {
+                Ok(vhost) => return Ok(Connection::Vhost(vhost)),
+                Err(error) if vhost == VhostChoice::On => return Err(error),
+                Err(error) => log::info!("without vhost-net: {error:#}"),
+            }
+        }
+        Ok(Connection::Tap(TapFrames(tap)))
     }
 
     /// The card's address. On a TAP other machines may hear it, so it is a random one; passt has
@@ -74,6 +108,8 @@ pub struct NetworkCard {
     name: String,
     mac: [u8; 6],
     connection: Connection,
+    /// Of what is received, and of what is sent.
+    throttles: [Option<Arc<Throttle>>; 2],
 }
 
 enum Connection {
@@ -82,16 +118,11 @@ enum Connection {
     User(PasstFrames),
 }
 
-fn connect(tap: Tap, vhost: VhostChoice) -> Result<Connection> {
-    let tap = Arc::new(tap);
-    if vhost != VhostChoice::Off {
-        match VhostNet::open(&tap) {
-            Ok(vhost) => return Ok(Connection::Vhost(vhost)),
-            Err(error) if vhost == VhostChoice::On => return Err(error),
-            Err(error) => log::info!("without vhost-net: {error:#}"),
-        }
+impl NetworkCard {
+    fn card<N: Frames + 'static>(&self, network: N) -> Arc<Mutex<dyn VirtioDevice>> {
+        let card = Net::new(network, self.mac).held_to(self.throttles.clone());
+        Arc::new(Mutex::new(card))
     }
-    Ok(Connection::Tap(TapFrames(tap)))
 }
 
 impl Backend for NetworkCard {
@@ -101,13 +132,22 @@ impl Backend for NetworkCard {
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         Ok(match &self.connection {
-            Connection::Tap(tap) => Arc::new(Mutex::new(Net::new(tap.clone(), self.mac))),
-            Connection::User(passt) => Arc::new(Mutex::new(Net::new(passt.clone(), self.mac))),
+            Connection::Tap(tap) => self.card(tap.clone()),
+            Connection::User(passt) => self.card(passt.clone()),
             Connection::Vhost(vhost) => {
                 let card = RingNet::new(vhost.clone(), self.mac);
                 Arc::new(Mutex::new(card.context("cannot make an epoll instance")?))
             }
         })
+    }
+
+    fn throttle(&self, flow: Flow) -> Option<&Throttle> {
+        let [receive, transmit] = &self.throttles;
+        match flow {
+            Flow::Receive => receive.as_deref(),
+            Flow::Transmit => transmit.as_deref(),
+            Flow::All => None,
+        }
     }
 
     fn is_busy(&self) -> bool {

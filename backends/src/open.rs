@@ -211,8 +211,10 @@ mod tests {
             "rng",
         ];
         assert_eq!(names(&all), wanted);
-        let typed: Vec<Box<dyn DeviceOptions>> =
-            vec![Box::new(RngOptions), Box::new(DiskOptions::new("a"))];
+        let typed: Vec<Box<dyn DeviceOptions>> = vec![
+            Box::new(RngOptions::default()),
+            Box::new(DiskOptions::new("a")),
+        ];
         let all = checked(typed, &GUEST).expect("right");
         assert_eq!(names(&all), ["disk0", "rng"]);
     }

@@ -9,9 +9,11 @@ mod tests;
 pub use image::{FileMemory, Missing, PmemImage};
 pub use options::{ALIGN, PmemOptions};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Flow};
 use crate::kind::{DeviceOptions, Kind, Need, Place};
+use crate::timer;
 use anyhow::{Context, Result};
+use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_system::files::{self, Accepted};
 use options::{FLAG, size_of};
@@ -22,7 +24,8 @@ pub static KIND: Kind = Kind {
     name: "pmem",
     letter: None,
     value: "PMEM",
-    help: "persistent memory: PATH, or path=IMG[,readonly]; may be\nrepeated",
+    help: "persistent memory: PATH, or path=IMG[,readonly][,bps=SIZE]\n\
+        [,iops=N], which limit flushes; may be repeated",
     repeats: true,
     slot: 4,
     default: None,
@@ -48,7 +51,11 @@ impl DeviceOptions for PmemOptions {
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        Ok(Box::new(PmemImage::open(self, place.number)?))
+        let throttle = timer::throttle(&self.limits, place.changes);
+        let throttle =
+            throttle.with_context(|| format!("cannot make the timer of {}", place.name))?;
+        let image = PmemImage::open(self, place.number)?;
+        Ok(Box::new(image.held_to(throttle)))
     }
 }
 
@@ -63,6 +70,10 @@ impl Backend for PmemImage {
 
     fn pmem(&self) -> Option<&PmemImage> {
         Some(self)
+    }
+
+    fn throttle(&self, flow: Flow) -> Option<&Throttle> {
+        self.throttle.as_deref().filter(|_| flow == Flow::All)
     }
 
     /// A flush takes as long as the storage takes.

@@ -1,8 +1,11 @@
 //! Entropy from the host's kernel (`--rng`).
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Flow};
 use crate::kind::{DeviceOptions, Kind, Place};
-use anyhow::{Result, bail};
+use crate::options::Options;
+use crate::timer;
+use anyhow::{Context, Result, bail};
+use armlet_devices::rate::{Limits, Throttle};
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::rng::Rng;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -13,34 +16,49 @@ pub static KIND: Kind = Kind {
     name: "rng",
     letter: None,
     value: "on|off",
-    help: "entropy for the guest: on (default) or off",
+    help: "entropy for the guest: on (default), off, or limits:\n\
+        bps=SIZE[,iops=N]",
     repeats: false,
     slot: 7,
     default: Some("on"),
     parse: |text, _| match text {
-        "on" => Ok(Some(Box::new(RngOptions))),
+        "on" => Ok(Some(Box::new(RngOptions::default()))),
         "off" => Ok(None),
-        other => bail!("--rng '{other}' is not known; use on or off"),
+        other => {
+            let mut options = Options::parse("--rng", other, &[])?;
+            let limits = options.limits("bps", "iops")?;
+            if limits == Limits::default() {
+                bail!("--rng '{other}' is not known; use on, off or limits: bps=SIZE, iops=N");
+            }
+            options.finish()?;
+            Ok(Some(Box::new(RngOptions { limits })))
+        }
     },
 };
 
-/// Random numbers as they are asked for: there is nothing to say of them.
-#[derive(Clone, Copy, Debug)]
-pub struct RngOptions;
+/// Random numbers as they are asked for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RngOptions {
+    /// How many bytes, and in how many requests, the guest gets in how much time.
+    pub limits: Limits,
+}
 
 impl DeviceOptions for RngOptions {
     fn kind(&self) -> &'static Kind {
         &KIND
     }
 
-    fn open_backend(&self, _place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        Ok(Box::new(HostEntropy))
+    fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
+        let throttle = timer::throttle(&self.limits, place.changes);
+        let throttle = throttle.context("cannot make the timer of rng")?;
+        Ok(Box::new(HostEntropy { throttle }))
     }
 }
 
 /// The host's random number generator.
-#[derive(Clone, Copy, Debug)]
-pub struct HostEntropy;
+struct HostEntropy {
+    throttle: Option<Arc<Throttle>>,
+}
 
 impl Backend for HostEntropy {
     fn name(&self) -> String {
@@ -48,7 +66,12 @@ impl Backend for HostEntropy {
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
-        Ok(Arc::new(Mutex::new(Rng::new(Box::new(fill)))))
+        let device = Rng::new(Box::new(fill)).held_to(self.throttle.clone());
+        Ok(Arc::new(Mutex::new(device)))
+    }
+
+    fn throttle(&self, flow: Flow) -> Option<&Throttle> {
+        self.throttle.as_deref().filter(|_| flow == Flow::All)
     }
 }
 

@@ -18,6 +18,7 @@ use armlet_backends::net::{NetOptions, Network, VhostChoice};
 use armlet_backends::pmem::PmemOptions;
 use armlet_backends::rng::RngOptions;
 use armlet_backends::vsock::VsockOptions;
+use armlet_devices::rate::Limits;
 use armlet_system::status::{Fault, Status};
 use kvm_ioctls::Kvm;
 use std::time::Duration;
@@ -136,6 +137,9 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
         let tap = files.tap(&interface.iface_id);
         devices.push(Box::new(NetOptions {
             mac: interface.guest_mac.map(|mac| mac.0),
+            mtu: interface.mtu,
+            receive: Limits::default(),
+            transmit: Limits::default(),
             network: Network::Inherited {
                 descriptors: vec![tap.context("its TAP was not opened")?],
                 vhost: VhostChoice::Auto,
@@ -159,10 +163,11 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
         devices.push(Box::new(PmemOptions {
             path: (&pmem.path_on_host).into(),
             readonly: pmem.read_only,
+            limits: Limits::default(),
         }));
     }
     if microvm.entropy.is_some() {
-        devices.push(Box::new(RngOptions));
+        devices.push(Box::new(RngOptions::default()));
     }
     Ok(devices)
 }

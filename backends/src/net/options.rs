@@ -6,6 +6,7 @@ use crate::backend::Backend;
 use crate::kind::{DeviceOptions, Kind, Need, Place};
 use crate::options::Options;
 use anyhow::{Result, anyhow, bail};
+use armlet_devices::rate::{Bucket, Limits};
 use std::fmt;
 use std::os::fd::RawFd;
 
@@ -15,8 +16,10 @@ pub static KIND: Kind = Kind {
     letter: Some("-n"),
     value: "NET",
     help: "network card: user[,hostfwd=tcp:2222-:22]... (no privileges\n\
-        needed), or tap=NAME|fd=N[,queues=N][,vhost=auto|on|off];\n\
-        each with [,mac=MAC]; may be repeated",
+        needed), or\n\
+        tap=NAME|fd=N[,queues=N][,vhost=auto|on|off][,mtu=N]; each\n\
+        with [,mac=MAC] and [,rx-bps=SIZE][,rx-pps=N][,tx-bps=SIZE]\n\
+        [,tx-pps=N]; may be repeated",
     repeats: true,
     slot: 1,
     default: None,
@@ -27,6 +30,8 @@ pub static KIND: Kind = Kind {
 pub(super) const FLAG: &str = "--net";
 /// The most pairs of queues: one a vCPU is all that a guest makes use of.
 const MOST_QUEUES: u64 = 16;
+/// The smallest MTU that a card may tell of (virtio 1.2, section 5.1.4.1).
+const LEAST_MTU: u16 = 68;
 
 /// The first descriptor that is not the terminal's.
 const FIRST: RawFd = 3;
@@ -36,6 +41,12 @@ const FIRST: RawFd = 3;
 pub struct NetOptions {
     /// Its MAC address, where the user chose one.
     pub mac: Option<[u8; 6]>,
+    /// The MTU in bytes that the guest is told, where it is not the TAP's: 68 or more.
+    pub mtu: Option<u16>,
+    /// How much it may receive in how much time.
+    pub receive: Limits,
+    /// How much it may send in how much time.
+    pub transmit: Limits,
     /// What it is connected to.
     pub network: Network,
 }
@@ -79,7 +90,7 @@ pub enum VhostChoice {
 
 impl NetOptions {
     /// Reads the value of `--net`:
-    /// `tap=NAME|fd=N[,fd=N...][,mac=ADDRESS][,queues=N][,vhost=auto|on|off]` or
+    /// `tap=NAME|fd=N[,fd=N...][,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,mtu=N]` or
     /// `user[,hostfwd=tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT]...[,mac=ADDRESS]`.
     ///
     /// # Errors
@@ -89,6 +100,10 @@ impl NetOptions {
         let say = |error: anyhow::Error| error.context(format!("{FLAG} '{text}'"));
         let mac = options.take("mac")?;
         let mac = mac.map(|mac| parse_mac(&mac)).transpose().map_err(say)?;
+        let mtu = options.number("mtu", LEAST_MTU.into()..=u16::MAX.into())?;
+        let mtu = mtu.map(|mtu| mtu as u16);
+        let receive = options.limits("rx-bps", "rx-pps")?;
+        let transmit = options.limits("tx-bps", "tx-pps")?;
         let (tap, descriptors) = (options.take("tap")?, options.take_all("fd")?);
         let user = options.switch("user")?;
         let network = match (tap, descriptors.is_empty(), user) {
@@ -111,7 +126,13 @@ impl NetOptions {
             _ => bail!("{FLAG} '{text}' is to have one of user, tap=NAME and fd=N"),
         };
         options.finish()?;
-        let parsed = NetOptions { mac, network };
+        let parsed = NetOptions {
+            mac,
+            mtu,
+            receive,
+            transmit,
+            network,
+        };
         parsed.check().map_err(say)?;
         Ok(parsed)
     }
@@ -129,9 +150,34 @@ impl NetOptions {
                 }
             }
             Network::Inherited { descriptors, .. } => check_descriptors(descriptors)?,
+            Network::User { .. } if self.mtu.is_some() => {
+                bail!("passt has an MTU of its own; leave mtu= out");
+            }
             Network::User { .. } => {}
         }
+        if self.mtu.is_some_and(|mtu| mtu < LEAST_MTU) {
+            bail!("a card has an MTU of {LEAST_MTU} to 65535 bytes");
+        }
+        if self.is_limited() && self.vhost() == Some(VhostChoice::On) {
+            bail!("the kernel moves vhost's frames, however many they are; limits need vhost=off");
+        }
         self.mac.as_ref().map_or(Ok(()), check_mac)
+    }
+}
+
+impl NetOptions {
+    /// Whether it is held to limits.
+    pub(super) fn is_limited(&self) -> bool {
+        let limits = [&self.receive, &self.transmit];
+        let mut buckets = limits.into_iter().flat_map(|it| [&it.bandwidth, &it.ops]);
+        buckets.any(|bucket| bucket.as_ref().is_some_and(Bucket::is_limit))
+    }
+
+    fn vhost(&self) -> Option<VhostChoice> {
+        match &self.network {
+            Network::Tap { vhost, .. } | Network::Inherited { vhost, .. } => Some(*vhost),
+            Network::User { .. } => None,
+        }
     }
 }
 
@@ -153,7 +199,11 @@ impl DeviceOptions for NetOptions {
     }
 
     fn open_backend(&self, place: &Place<'_>) -> Result<Box<dyn Backend>> {
-        Ok(Box::new(self.open(place.number, place.broker)?))
+        Ok(Box::new(self.open(
+            place.number,
+            place.broker,
+            place.changes,
+        )?))
     }
 }
 

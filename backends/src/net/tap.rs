@@ -177,6 +177,11 @@ impl Tap {
         self.mtu
     }
 
+    /// Has drivers be told this MTU in bytes, whatever the interface's is.
+    pub fn tell_mtu(&mut self, mtu: u16) {
+        self.mtu = Some(mtu);
+    }
+
     /// Whether its interface is up.
     #[must_use]
     pub fn is_up(&self) -> bool {

@@ -3,6 +3,7 @@
 use super::passt::Forward;
 use super::*;
 use crate::reactor::Reactor;
+use armlet_devices::rate::Limits;
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
 use armlet_devices::virtio::net::HEADER;
 use armlet_devices::virtio::{FEATURE_EVENT_IDX, FEATURE_VERSION_1};
@@ -331,7 +332,7 @@ impl Guest {
 /// The card that `text` asks for.
 pub(super) fn open(text: &str) -> Result<NetworkCard> {
     let broker = Broker::fork()?;
-    NetOptions::parse(text)?.open(0, Some(&broker))
+    NetOptions::parse(text)?.open(0, Some(&broker), false)
 }
 
 /// What is wrong with the options.
@@ -347,6 +348,9 @@ fn options_say_what_is_meant() {
         read("tap=tap0,queues=4,vhost=off,mac=52:54:00:12:34:56"),
         NetOptions {
             mac: Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
+            mtu: None,
+            receive: Limits::default(),
+            transmit: Limits::default(),
             network: Network::Tap {
                 name: "tap0".to_owned(),
                 queues: 4,

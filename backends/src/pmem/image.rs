@@ -5,6 +5,7 @@ use crate::locks::{self, Use};
 use crate::pages;
 use anyhow::{Context, Result, bail};
 use armlet_devices::limit::RateLimit;
+use armlet_devices::rate::Throttle;
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::pmem::Pmem;
 use armlet_system::eintr::uninterrupted;
@@ -26,6 +27,7 @@ pub struct PmemImage {
     size: u64,
     /// Where the guest has it; 0 before that is decided.
     start: AtomicU64,
+    pub(super) throttle: Option<Arc<Throttle>>,
 }
 
 /// A file that is the guest's memory, mapped until the process ends.
@@ -68,7 +70,7 @@ impl PmemImage {
     /// # Errors
     /// An image that cannot be used.
     pub fn open(options: &PmemOptions, index: usize) -> Result<PmemImage> {
-        let PmemOptions { path, readonly } = options.clone();
+        let PmemOptions { path, readonly, .. } = options.clone();
         let shown = path.display();
         let opened = files::open(&path, Accepted::FileOrDisk, !readonly);
         let file = opened.with_context(|| match readonly {
@@ -107,6 +109,7 @@ impl PmemImage {
             address,
             size,
             start: AtomicU64::new(0),
+            throttle: None,
             image: Arc::new(FileMemory {
                 name,
                 path,
@@ -177,7 +180,13 @@ impl PmemImage {
                 false
             }
         };
-        Pmem::new(start, self.size, Box::new(flush))
+        Pmem::new(start, self.size, Box::new(flush)).held_to(self.throttle.clone())
+    }
+
+    /// The image, whose flushes are held to the limits of `throttle`, if there is one.
+    pub(super) fn held_to(mut self, throttle: Option<Arc<Throttle>>) -> PmemImage {
+        self.throttle = throttle;
+        self
     }
 
     /// The guest has it at this guest-physical address, a multiple of [`ALIGN`]: to be said before

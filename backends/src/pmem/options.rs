@@ -2,6 +2,7 @@
 
 use crate::options::{Options, path_first};
 use anyhow::{Context, Result};
+use armlet_devices::rate::Limits;
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
@@ -19,6 +20,8 @@ pub struct PmemOptions {
     pub path: PathBuf,
     /// Whether the guest only reads it.
     pub readonly: bool,
+    /// How much may be flushed in how much time; a flush counts for all of its bytes.
+    pub limits: Limits,
 }
 
 impl PmemOptions {
@@ -32,8 +35,13 @@ impl PmemOptions {
         options.refuse("file", "path=")?;
         let path = PathBuf::from(options.require("path")?);
         let readonly = options.switch("readonly")?;
+        let limits = options.limits("bps", "iops")?;
         options.finish()?;
-        Ok(PmemOptions { path, readonly })
+        Ok(PmemOptions {
+            path,
+            readonly,
+            limits,
+        })
     }
 }
 

@@ -13,6 +13,7 @@ use super::{
     ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError, VirtioDevice,
     Virtqueue,
 };
+use crate::rate::Throttle;
 
 mod card;
 pub mod feature;
@@ -41,6 +42,10 @@ pub struct Net<N: Frames> {
     gone: bool,
     /// Frames that wait for the driver's buffers while the machine is held, by pair.
     frames: Vec<(u16, Vec<u8>)>,
+    /// How many sources the network has, which are the first ones.
+    of_network: usize,
+    /// What holds back what is received, and what is sent.
+    throttles: [Option<Arc<Throttle>>; 2],
 }
 
 /// A pair of queues, as far as the driver has them.
@@ -55,11 +60,21 @@ impl<N: Frames> Net<N> {
     pub fn new(network: N, mac: [u8; 6]) -> Net<N> {
         Net {
             card: Card::new(&network, mac),
+            of_network: network.sources().len(),
+            throttles: [None, None],
             network,
             pairs: Vec::new(),
             gone: false,
             frames: Vec::new(),
         }
+    }
+
+    /// The card, held to the limits of `throttles` for what it receives and what it sends, if there are
+    /// some.
+    #[must_use]
+    pub fn held_to(mut self, throttles: [Option<Arc<Throttle>>; 2]) -> Net<N> {
+        self.throttles = throttles;
+        self
     }
 
     /// Moves what can be moved through a pair of queues.
@@ -77,9 +92,11 @@ impl<N: Frames> Net<N> {
         if let Some(receiver) = receiver
             && is_used
             && !self.gone
-            && let Err(why) = receiver.run(&mut self.network, pair, offloads)
         {
-            self.lose(&why);
+            let throttle = self.throttles[0].as_deref();
+            if let Err(why) = receiver.run(&mut self.network, pair, offloads, throttle) {
+                self.lose(&why);
+            }
         }
     }
 
@@ -93,7 +110,8 @@ impl<N: Frames> Net<N> {
             return;
         };
         let network = is_used.then_some(&mut self.network as &mut dyn Frames);
-        if let Err(why) = transmitter.run(network, pair) {
+        let throttle = self.throttles[1].as_deref();
+        if let Err(why) = transmitter.run(network, pair, throttle) {
             self.lose(&why);
         }
     }
@@ -108,6 +126,26 @@ impl<N: Frames> Net<N> {
         for pair in 0..self.pairs.len() {
             self.woken(pair);
             self.send(pair);
+        }
+    }
+
+    /// Which throttle's alarm a source is, if it is one's.
+    fn alarm(&self, source: usize) -> Option<usize> {
+        let alarm = source.checked_sub(self.of_network)?;
+        let there = |direction: &usize| self.throttles[*direction].is_some();
+        (0..self.throttles.len()).filter(there).nth(alarm)
+    }
+
+    /// What a throttle held back may go on.
+    fn unthrottled(&mut self, direction: usize) {
+        if let Some(throttle) = &self.throttles[direction] {
+            throttle.heard();
+        }
+        for pair in 0..self.pairs.len() {
+            match direction {
+                0 => self.receive(pair),
+                _ => self.send(pair),
+            }
         }
     }
 
@@ -256,10 +294,16 @@ impl<N: Frames> VirtioDevice for Net<N> {
     }
 
     fn sources(&self) -> Vec<Source> {
-        self.network.sources()
+        let mut sources = self.network.sources();
+        let throttles = self.throttles.iter().flatten();
+        sources.extend(throttles.map(|throttle| throttle.source()));
+        sources
     }
 
     fn ready(&mut self, source: usize) {
+        if let Some(direction) = self.alarm(source) {
+            return self.unthrottled(direction);
+        }
         match self.network.woken(source) {
             SourceEvent::Nothing => {}
             SourceEvent::Frames(pair) => self.woken(pair),

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 
 use super::{
-    Chain, ConfigSpace, Driver, Link, Positions, StartError, VirtioDevice, Virtqueue, quiesced,
+    Chain, ConfigSpace, Driver, Link, Positions, Source, StartError, VirtioDevice, Virtqueue,
+    quiesced,
 };
+use crate::rate::Throttle;
 
 /// Device ID.
 const ID: u32 = 27;
@@ -27,6 +29,8 @@ pub struct Pmem {
     working: Option<(Virtqueue, Arc<Link>)>,
     /// Requests that wait for the flush; kept to reuse its allocation.
     waiting: Vec<Chain>,
+    size: u64,
+    throttle: Option<Arc<Throttle>>,
 }
 
 impl Pmem {
@@ -39,6 +43,40 @@ impl Pmem {
             config: ConfigSpace::new(config),
             working: None,
             waiting: Vec::new(),
+            size,
+            throttle: None,
+        }
+    }
+
+    /// The device, held to the limits of `throttle`, if there is one: a flush counts for as many bytes as
+    /// there are.
+    #[must_use]
+    pub fn held_to(mut self, throttle: Option<Arc<Throttle>>) -> Pmem {
+        self.throttle = throttle;
+        self
+    }
+
+    /// Flushes for the requests that wait.
+    fn flush(&mut self) {
+        let Some((queue, _)) = &mut self.working else {
+            return;
+        };
+        if self.waiting.is_empty() {
+            return;
+        }
+        // One flush covers all requests that were made before it.
+        let result = if (self.flush)() { 0 } else { FAILED };
+        for chain in self.waiting.drain(..) {
+            answer(queue, chain, result);
+        }
+        queue.signal();
+    }
+
+    /// As [`Self::flush`], as far as the limits let it.
+    fn flush_in_time(&mut self) {
+        let is_held = |throttle: &Arc<Throttle>| !throttle.admits(self.size);
+        if !self.waiting.is_empty() && !self.throttle.as_ref().is_some_and(is_held) {
+            self.flush();
         }
     }
 }
@@ -63,16 +101,18 @@ impl VirtioDevice for Pmem {
     }
 
     fn quiesce(&mut self) -> Positions {
+        self.flush();
         let mut working = self.working.take();
         quiesced(working.iter_mut().map(|(queue, _)| queue))
     }
 
     fn reset(&mut self) {
         self.working = None;
+        self.waiting.clear();
     }
 
     fn stop_queue(&mut self, _queue: usize) {
-        self.working = None;
+        self.reset();
     }
 
     fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
@@ -99,15 +139,18 @@ impl VirtioDevice for Pmem {
             ));
             answer(queue, chain, FAILED);
         });
-        if waiting.is_empty() {
-            return;
+        self.flush_in_time();
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        self.throttle.iter().map(|it| it.source()).collect()
+    }
+
+    fn ready(&mut self, _source: usize) {
+        if let Some(throttle) = &self.throttle {
+            throttle.heard();
         }
-        // One flush covers all requests that were made before it.
-        let result = if (self.flush)() { 0 } else { FAILED };
-        for chain in waiting.drain(..) {
-            answer(queue, chain, result);
-        }
-        queue.signal();
+        self.flush_in_time();
     }
 }
 
@@ -119,10 +162,13 @@ fn answer(queue: &mut Virtqueue, chain: Chain, result: i32) {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
+    use std::time::Duration;
 
     use proptest::prelude::*;
 
     use super::*;
+    use crate::rate::tests::FakeAlarm;
+    use crate::rate::{Bucket, Limits};
     use crate::virtio::fake::Guest;
     use crate::virtio::lock;
 
@@ -164,6 +210,53 @@ mod tests {
         assert_eq!(guest.answer(0, &[&[0], &[0; 3]], &[1, 7]), [0; 4]);
         assert_eq!(lock(&storage).flushes, 2);
         assert_eq!(guest.mmio.faults(), 0);
+    }
+
+    #[test]
+    fn flushes_beyond_the_limit_wait_and_one_does_for_all_of_them() {
+        let (pmem, storage) = pmem();
+        let bucket = |size| Bucket {
+            size,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 0,
+        };
+        let limits = |size| Limits {
+            bandwidth: Some(bucket(size)),
+            ops: None,
+        };
+        // One and a half of what there is.
+        let alarm = Box::new(FakeAlarm::default());
+        let throttle = Arc::new(Throttle::new(&limits(0x60_0000), alarm));
+        let pmem = pmem.held_to(Some(Arc::clone(&throttle)));
+        let mut guest = Guest::started(pmem, 0);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
+        for _ in 0..2 {
+            guest.request(0, &[&[0; 4]], &[4]);
+            guest.kick(0);
+        }
+        lock(&guest.device).ready(0);
+        assert!(guest.used(0).is_empty());
+        assert_eq!(lock(&storage).flushes, 1);
+        throttle.change(&limits(0));
+        lock(&guest.device).ready(0);
+        assert_eq!(guest.used(0).len(), 2);
+        assert_eq!(lock(&storage).flushes, 2);
+        // One that waits when the machine is held is done by then.
+        throttle.change(&limits(1 << 40));
+        throttle.charge(1 << 40);
+        guest.request(0, &[&[0; 4]], &[4]);
+        guest.kick(0);
+        assert!(guest.used(0).is_empty());
+        guest.pause();
+        assert_eq!(guest.used(0).len(), 1);
+        // One that waits at a reset is forgotten.
+        guest.request(0, &[&[0; 4]], &[4]);
+        guest.kick(0);
+        guest.start(0);
+        throttle.change(&limits(0));
+        lock(&guest.device).ready(0);
+        assert_eq!(lock(&storage).flushes, 3);
+        assert_eq!(guest.answer(0, &[&[0; 4]], &[4]), [0; 4]);
     }
 
     #[test]

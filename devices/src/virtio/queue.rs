@@ -416,13 +416,29 @@ impl Virtqueue {
     /// Takes each request that is there and hands it to `serve`, which completes it, now or later;
     /// interrupts the driver at the end. Where there are very many it kicks itself for the rest.
     pub fn serve(&mut self, mut serve: impl FnMut(&mut Virtqueue, Chain)) {
+        self.serve_while(|queue, chain| {
+            serve(queue, chain);
+            Ok(())
+        });
+    }
+
+    /// As [`Self::serve`], until `serve` hands a request back: it is the next one when the queue is served
+    /// again, and no kick comes before that.
+    pub fn serve_while(
+        &mut self,
+        mut serve: impl FnMut(&mut Virtqueue, Chain) -> Result<(), Chain>,
+    ) {
         let mut left = MOST_AT_ONCE;
         loop {
             self.silence();
             while left > 0
                 && let Some(chain) = self.pop()
             {
-                serve(self, chain);
+                if let Err(chain) = serve(self, chain) {
+                    self.undo_pop(chain);
+                    self.signal();
+                    return;
+                }
                 left -= 1;
             }
             if !self.listen() {

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{ConfigSpace, Driver, Positions, StartError, VirtioDevice, Virtqueue, quiesced};
+use super::{
+    ConfigSpace, Driver, Positions, Source, StartError, VirtioDevice, Virtqueue, quiesced,
+};
+use crate::rate::Throttle;
 
 /// Device ID.
 const ID: u32 = 4;
@@ -20,6 +23,7 @@ pub struct Rng {
     source: Entropy,
     config: Arc<ConfigSpace>,
     queue: Option<Virtqueue>,
+    throttle: Option<Arc<Throttle>>,
 }
 
 impl Rng {
@@ -30,7 +34,15 @@ impl Rng {
             source,
             config: ConfigSpace::new(Vec::new()),
             queue: None,
+            throttle: None,
         }
+    }
+
+    /// The device, held to the limits of `throttle`, if there is one.
+    #[must_use]
+    pub fn held_to(mut self, throttle: Option<Arc<Throttle>>) -> Rng {
+        self.throttle = throttle;
+        self
     }
 }
 
@@ -74,22 +86,43 @@ impl VirtioDevice for Rng {
         let Some(queue) = &mut self.queue else {
             return;
         };
-        queue.serve(|queue, chain| {
+        let throttle = self.throttle.as_deref();
+        queue.serve_while(|queue, chain| {
             let mut buffer = [0; MOST];
             let wanted = chain.writable_len().min(MOST);
+            if throttle.is_some_and(|throttle| !throttle.admits(wanted as u64)) {
+                return Err(chain);
+            }
             let written = match (self.source)(&mut buffer[..wanted]) {
                 true => chain.write(queue.memory(), 0, &buffer[..wanted]),
                 false => 0,
             };
             queue.complete(chain, written as u32);
+            Ok(())
         });
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        self.throttle.iter().map(|it| it.source()).collect()
+    }
+
+    fn ready(&mut self, _source: usize) {
+        if let Some(throttle) = &self.throttle {
+            throttle.heard();
+        }
+        self.kicked(0);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::rate::tests::FakeAlarm;
+    use crate::rate::{Bucket, Limits};
     use crate::virtio::fake::Guest;
+    use crate::virtio::lock;
 
     fn counting() -> Rng {
         let mut next = 0_u8;
@@ -163,5 +196,37 @@ mod tests {
     fn a_source_that_fails_gives_nothing() {
         let mut guest = Guest::started(Rng::new(Box::new(|_| false)), 0);
         assert_eq!(guest.answer(0, &[], &[8]), []);
+    }
+
+    #[test]
+    fn one_that_is_held_to_limits_gives_the_rest_later() {
+        let limits = Limits {
+            bandwidth: Some(Bucket {
+                size: 5,
+                refill_time: Duration::from_secs(3600),
+                one_time_burst: 0,
+            }),
+            ops: None,
+        };
+        let alarm = FakeAlarm::default();
+        let set = Arc::clone(&alarm.0);
+        let throttle = Arc::new(Throttle::new(&limits, Box::new(alarm)));
+        let device = counting().held_to(Some(Arc::clone(&throttle)));
+        let mut guest = Guest::started(device, 0);
+        assert_eq!(guest.answer(0, &[], &[3]), [1, 2, 3]);
+        guest.request(0, &[], &[3]);
+        guest.kick(0);
+        assert!(guest.used(0).is_empty());
+        assert!(lock(&set).is_some());
+        // It rings, and it is too early.
+        lock(&guest.device).ready(0);
+        assert!(guest.used(0).is_empty());
+        throttle.change(&Limits {
+            bandwidth: Some(Bucket::per_second(0)),
+            ops: None,
+        });
+        lock(&guest.device).ready(0);
+        assert_eq!(guest.used(0)[0].1, [4, 5, 6]);
+        assert_eq!(guest.answer(0, &[], &[1]), [7]);
     }
 }

@@ -65,6 +65,7 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
             vec![
                 disk(&text),
                 Box::new(PmemOptions {
+                    limits: Default::default(),
                     path: missing.into(),
                     readonly: false,
                 }),

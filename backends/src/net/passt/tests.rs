@@ -133,6 +133,7 @@ fn when_passt_ends_the_link_goes_down() {
     let card = super::super::NetworkCard {
         name: "net0".to_owned(),
         mac: MAC_BYTES,
+        throttles: [None, None],
         connection: super::super::Connection::User(frames.clone()),
     };
     let mut guest = Guest::new(&card, u64::MAX);

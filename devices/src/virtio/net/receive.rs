@@ -1,5 +1,6 @@
 //! Frames from the network to the driver.
 
+use crate::rate::Throttle;
 use crate::sync::ring;
 use std::sync::Arc;
 
@@ -145,7 +146,7 @@ impl Receiver {
 
     /// Hands over what has come, as far as the driver has buffers for it. What there is no buffer
     /// for stays with the network, until the driver kicks. `offloads` are the features that the
-    /// driver wants of frames now.
+    /// driver wants of frames now. What `throttle` does not let through stays there, too, until its alarm.
     ///
     /// # Errors
     /// Why the network is gone.
@@ -154,6 +155,7 @@ impl Receiver {
         network: &mut dyn Frames,
         pair: usize,
         offloads: u64,
+        throttle: Option<&Throttle>,
     ) -> Result<(), String> {
         let mut left = BATCH;
         let mut result = Ok(());
@@ -181,8 +183,15 @@ impl Receiver {
                 left -= 1;
                 continue;
             }
+            if throttle.is_some_and(|throttle| !throttle.is_open()) {
+                break;
+            }
             match network.receive(pair, self.offer()) {
                 Ok(size) => {
+                    if let Some(throttle) = throttle {
+                        let header = if self.has_header { HEADER } else { 0 };
+                        throttle.charge(size.saturating_sub(header) as u64);
+                    }
                     let size = if self.has_header { size } else { size + HEADER };
                     match self.admit(size, offloads) {
                         Ok(()) => {

@@ -1,5 +1,6 @@
 //! Frames from the driver to the network.
 
+use crate::rate::Throttle;
 use crate::sync::ring;
 use std::sync::Arc;
 
@@ -44,7 +45,7 @@ impl Transmitter {
 
     /// Sends what can be sent; without a network it is thrown away. A frame that the network
     /// cannot take yet stays in the queue: nothing is lost for want of room, and the driver slows
-    /// down as with a real card.
+    /// down as with a real card. So does one that `throttle` does not let through until its alarm.
     ///
     /// # Errors
     /// Why the network is gone.
@@ -52,6 +53,7 @@ impl Transmitter {
         &mut self,
         mut network: Option<&mut dyn Frames>,
         pair: usize,
+        throttle: Option<&Throttle>,
     ) -> Result<(), String> {
         if self.blocked {
             return Ok(());
@@ -77,6 +79,14 @@ impl Transmitter {
             let Ok(buffer) = taken else {
                 continue;
             };
+            let is_held = |throttle: &Throttle| {
+                let bytes = buffer.room.saturating_sub(HEADER) as u64;
+                network.is_some() && self.is_frame(buffer) && !throttle.admits(bytes)
+            };
+            if throttle.is_some_and(is_held) {
+                self.queue.hand_back_buffers(1);
+                break;
+            }
             let sent = match (self.is_frame(buffer), &mut network) {
                 (true, Some(network)) => network.send(pair, self.frame(buffer)),
                 (true, None) => Ok(()),

@@ -4,6 +4,7 @@ mod anything;
 mod control;
 mod headers;
 mod held;
+mod limits;
 mod outside;
 mod rings;
 
@@ -558,43 +559,4 @@ fn a_driver_that_waits_for_any_buffer_of_a_frame_is_interrupted_once() {
         assert_eq!(guest.used(RX).len(), 4);
         assert_eq!(guest.interrupts(), interrupts, "event {event}");
     }
-}
-
-#[test]
-fn queues_of_a_card_stop_one_by_one() {
-    let network = FakeNetwork::default();
-    let mut guest = started(&network, CTRL_VQ | CTRL_MAC_ADDR);
-    guest.stop_queue(0);
-    guest.request(0, &[], &[2000]);
-    guest.kick(0);
-    network.come(0, &frame(&payload(60, 1)));
-    wake(&guest, 0);
-    assert!(guest.used(0).is_empty());
-    // It sends all the same.
-    guest.request(1, &[&frame(&payload(60, 2))], &[]);
-    guest.kick(1);
-    assert_eq!(network.sent().len(), 1);
-    guest.stop_queue(1);
-    guest.request(1, &[&frame(&payload(60, 3))], &[]);
-    guest.kick(1);
-    assert!(network.sent().is_empty());
-    guest.set_up_queue(0);
-    guest.request(0, &[], &[2000]);
-    guest.kick(0);
-    assert_eq!(
-        guest.used(0)[0].1,
-        seen(&payload(60, 1), 1),
-        "it waited at the network"
-    );
-    guest.set_up_queue(1);
-    guest.request(1, &[&frame(&payload(60, 4))], &[]);
-    guest.kick(1);
-    assert_eq!(network.sent()[0].1, frame(&payload(60, 4)));
-    guest.stop_queue(CONTROL as u32);
-    guest.request(CONTROL, &[&[1, 1], &[2; 6]], &[1]);
-    guest.kick(CONTROL);
-    assert!(guest.used(CONTROL).is_empty());
-    guest.set_up_queue(CONTROL as u32);
-    assert_eq!(control(&mut guest, CONTROL, &[1, 1, 2, 2, 2, 2, 2, 2]), [0]);
-    assert_eq!(guest.mmio.faults(), 0);
 }
