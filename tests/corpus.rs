@@ -49,6 +49,7 @@ macro_rules! replay {
 }
 
 replay! {
+    api: "api",
     balloon: "balloon",
     block: "block",
     board: "board",

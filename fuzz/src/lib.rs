@@ -1,5 +1,6 @@
 //! What fuzz targets do with their input. `tests/corpus.rs` does the same with the kept corpus.
 
+mod api;
 mod balloon;
 mod block;
 mod console;
@@ -26,6 +27,7 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    ("api", api::api),
     ("balloon", balloon::balloon),
     ("block", block::block),
     ("board", files::board),

@@ -21,6 +21,7 @@ use armlet_backends::vsock::VsockOptions;
 use armlet_devices::rate::Limits;
 use armlet_system::status::{Fault, Status};
 use kvm_ioctls::Kvm;
+use rustix::stdio::dup2_stdout;
 use std::time::Duration;
 
 /// The kernel's command line where a client gives none, on x86_64.
@@ -68,6 +69,11 @@ pub(super) fn options(
     let kvm = kvm::open::open().fault(Status::Host)?;
     if let Some(cpu) = &microvm.cpu {
         check_capabilities(&kvm, cpu)?;
+    }
+    if let Some(path) = &microvm.serial.serial_out_path {
+        let what = || format!("the serial console's output '{path}'");
+        let file = armlet_system::files::append(path.as_ref()).with_context(what)?;
+        dup2_stdout(&file).with_context(what)?;
     }
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
     Ok(RunOptions {

@@ -283,10 +283,16 @@ pub(crate) fn a_start_that_fails_can_be_mended(end: &[u8], options: &[&str]) {
     let wrong = api.ask("PUT", "/actions", Some(start));
     assert!(wrong.1.contains("cid=2"), "{wrong:?}");
     api.put("/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#);
+    api.put("/serial", r#"{"serial_out_path": "serial"}"#);
     assert_eq!(api.get("/")["state"], "Not started");
     api.put("/actions", start);
     assert_eq!(api.end().code(), Some(0), "{}", api.said());
-    assert!(api.printed().contains("end\n"), "{}", api.printed());
+    assert!(
+        text(&api.path("serial")).contains("end\n"),
+        "{}",
+        api.printed()
+    );
+    assert_eq!(api.printed(), "");
 }
 
 /// Guests that a file describes; `end` as in [`a_start_that_fails_can_be_mended`].
