@@ -40,6 +40,9 @@ mod net;
 /// Reboots in place with every device, as many as are asked for.
 #[path = "boot/reboots.rs"]
 mod reboots;
+/// Requests whose answers by Firecracker were recorded.
+#[path = "pc/recorded.rs"]
+mod recorded;
 /// What armlet says to input that is no good.
 #[path = "pc/refusals.rs"]
 mod refusals;
