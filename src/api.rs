@@ -7,6 +7,7 @@
 //! only, and sends commands to the event loop. Crate `armlet-api` has the interface itself.
 
 mod files;
+mod limits;
 mod log_file;
 mod machine;
 mod metrics;

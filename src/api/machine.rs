@@ -1,6 +1,7 @@
 //! What `armlet run` would be asked for, made of what a microVM was configured with.
 
 use super::files::Files;
+use super::limits::limits;
 use crate::boards::{self, Chosen};
 use crate::cli::{ApiArgs, MachineArgs};
 use crate::kvm::{self, HostArch, KvmArch};
@@ -12,7 +13,7 @@ use armlet_api::Microvm;
 use armlet_api::model::{CpuConfig, Drive, HugePages, IoEngine};
 use armlet_arch::{Arch, Architecture};
 use armlet_backends::balloon::BalloonOptions;
-use armlet_backends::disk::{DiskOptions, EngineChoice, Format};
+use armlet_backends::disk::{DiskOptions, EngineChoice, Format, Tail};
 use armlet_backends::kind::DeviceOptions;
 use armlet_backends::net::{NetOptions, Network, VhostChoice};
 use armlet_backends::pmem::PmemOptions;
@@ -189,6 +190,8 @@ fn disk(drive: &Drive) -> Result<DiskOptions> {
             IoEngine::Async => EngineChoice::Auto,
             IoEngine::Sync => EngineChoice::Sync,
         },
+        tail: Tail::Hidden,
+        limits: limits(drive.rate_limiter),
         ..DiskOptions::new(path)
     })
 }

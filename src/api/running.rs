@@ -1,12 +1,14 @@
 //! Requests to a machine that runs: what they ask for goes to the event loop as commands.
 
 use super::files::Files;
+use super::limits::limits;
 use super::metrics::MetricsFile;
 use crate::run::{Command, Commands, Reply, State};
 use armlet_api::http::Request;
-use armlet_api::model::{BalloonHint, DrivePatch, NetPatch, PmemPatch};
+use armlet_api::model::{BalloonHint, DrivePatch, Limits, NetPatch, PmemPatch};
 use armlet_api::server::Handler;
 use armlet_api::{Machine, Microvm, Refusal, Step};
+use armlet_backends::backend::Flow;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -84,6 +86,15 @@ impl Guest {
         })
     }
 
+    /// Changes limits of a device, where there is something to change.
+    fn limit(&self, name: String, flow: Flow, given: Option<Limits>) -> Result<(), Refusal> {
+        let Some(given) = given else {
+            return Ok(());
+        };
+        let limits = limits(Some(given));
+        self.ask(|reply| Command::SetLimits(name, flow, limits, reply))?
+    }
+
     fn state(&self) -> Result<State, Refusal> {
         self.ask(Command::Status)
     }
@@ -117,23 +128,24 @@ impl Machine for Guest {
     }
 
     fn change_drive(&mut self, index: usize, patch: &DrivePatch) -> Result<(), Refusal> {
-        let _ = patch;
-        let ask = |reply| Command::LookAtDisk(format!("disk{index}"), reply);
-        self.ask(ask)?.map(drop)
+        let name = || format!("disk{index}");
+        if let Some(path) = &patch.path_on_host {
+            let what = "Block: Virtio backend error: Error manipulating the backing file";
+            let change = |reply| Command::ChangeDisk(name(), path.into(), reply);
+            self.ask(change)?
+                .map_err(|why| format!("{what}: {why} {path}"))?;
+        }
+        self.limit(name(), Flow::All, patch.rate_limiter)
     }
 
-    fn change_interface(&mut self, _index: usize, patch: &NetPatch) -> Result<(), Refusal> {
-        match (patch.rx_rate_limiter, patch.tx_rate_limiter) {
-            (None, None) => Ok(()),
-            _ => Err("rate limiters are not offered".to_owned()),
-        }
+    fn change_interface(&mut self, index: usize, patch: &NetPatch) -> Result<(), Refusal> {
+        let name = || format!("net{index}");
+        self.limit(name(), Flow::Receive, patch.rx_rate_limiter)?;
+        self.limit(name(), Flow::Transmit, patch.tx_rate_limiter)
     }
 
-    fn change_pmem(&mut self, _index: usize, patch: &PmemPatch) -> Result<(), Refusal> {
-        match patch.rate_limiter {
-            None => Ok(()),
-            Some(_) => Err("rate limiters are not offered".to_owned()),
-        }
+    fn change_pmem(&mut self, index: usize, patch: &PmemPatch) -> Result<(), Refusal> {
+        self.limit(format!("pmem{index}"), Flow::All, patch.rate_limiter)
     }
 
     fn set_balloon(&mut self, mib: u32) -> Result<(), Refusal> {

@@ -252,7 +252,7 @@ pub(crate) fn a_guest_is_driven_by_requests(kernel: &[u8], options: &[&str]) {
         .map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
     let first = lines.next().expect("a line at the start");
     assert_eq!(first["id"], "anonymous-instance");
-    assert_eq!(first["put_api_requests"]["drive_count"], 1, "{first}");
+    assert_eq!(first["put_api_requests"]["drive_count"], 2, "{first}");
     assert!(lines.next().is_some(), "{metrics}");
     // SAFETY of names: the child is ours, and runs.
     let pid = rustix::process::Pid::from_child(&api.child);

@@ -19,6 +19,11 @@ const DIFFERENCES: &[(&str, u64, &str)] = &[
         400,
         "a folder is no kernel, which is said at once",
     ),
+    (
+        "PATCH /drives/d1 {\"drive_id\": \"d1\", \"path_on_host\": \"{FILES}/disk\"}",
+        400,
+        "an image that another disk writes to is not taken a second time",
+    ),
     ("PUT /hotplug/memory", 400, "no memory hotplug"),
     ("GET /hotplug/memory", 400, "no memory hotplug"),
     ("PUT /snapshot/create", 400, "no snapshots"),
