@@ -208,6 +208,12 @@ pub(crate) fn a_guest_is_driven_by_requests(kernel: &[u8], options: &[&str]) {
         "/drives/rootfs",
         r#"{"drive_id": "rootfs", "path_on_host": "disk", "is_root_device": true}"#,
     );
+    api.write("empty", b"");
+    api.write("other", &[0; 1 << 20]);
+    api.put(
+        "/drives/late",
+        r#"{"drive_id": "late", "path_on_host": "empty", "is_root_device": false}"#,
+    );
     api.put("/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#);
     api.put(
         "/balloon",
@@ -241,6 +247,20 @@ pub(crate) fn a_guest_is_driven_by_requests(kernel: &[u8], options: &[&str]) {
     assert_eq!(api.get("/")["state"], "Paused");
     assert_eq!(patch("Resumed").0, 204);
     assert_eq!(api.get("/")["state"], "Running");
+    for (body, status) in [
+        (r#"{"drive_id": "late", "path_on_host": "other"}"#, 204),
+        (r#"{"drive_id": "late", "path_on_host": "none"}"#, 400),
+        (r#"{"drive_id": "late", "path_on_host": "disk"}"#, 400),
+        (
+            r#"{"drive_id": "late", "rate_limiter": {"ops": {"size": 9, "refill_time": 9}}}"#,
+            204,
+        ),
+    ] {
+        let answer = api.ask("PATCH", "/drives/late", Some(body));
+        assert_eq!(answer.0, status, "{body}: {answer:?}");
+    }
+    let drive = &api.get("/vm/config")["drives"][1];
+    assert_eq!(drive["path_on_host"], "other", "{drive}");
     let statistics = api.get("/balloon/statistics");
     assert_eq!(statistics["target_mib"], 1, "{statistics}");
     let patch = api.ask("PATCH", "/balloon", Some(r#"{"amount_mib": 2}"#));
