@@ -248,7 +248,10 @@ impl Microvm {
                     rate_limiter: Limits::in_force(entropy.rate_limiter),
                 });
             }
-            Call::PutPmem(pmem) => replace(&mut self.pmem, pmem, |pmem| &pmem.id),
+            Call::PutPmem(mut pmem) => {
+                pmem.rate_limiter = Limits::in_force(pmem.rate_limiter);
+                replace(&mut self.pmem, pmem, |pmem| &pmem.id);
+            }
             Call::PutSerial(serial) => self.serial = serial,
             Call::PutCpuConfig(config) => {
                 let checked = config.check(self.identity.is_x86);

@@ -19,7 +19,6 @@ use armlet_backends::net::{NetOptions, Network, VhostChoice};
 use armlet_backends::pmem::PmemOptions;
 use armlet_backends::rng::RngOptions;
 use armlet_backends::vsock::VsockOptions;
-use armlet_devices::rate::Limits;
 use armlet_system::status::{Fault, Status};
 use kvm_ioctls::Kvm;
 use rustix::stdio::dup2_stdout;
@@ -142,14 +141,19 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
     }
     for interface in &microvm.interfaces {
         let tap = files.tap(&interface.iface_id);
+        let (receive, transmit) = (interface.rx_rate_limiter, interface.tx_rate_limiter);
         devices.push(Box::new(NetOptions {
             mac: interface.guest_mac.map(|mac| mac.0),
             mtu: interface.mtu,
-            receive: Limits::default(),
-            transmit: Limits::default(),
+            receive: limits(receive),
+            transmit: limits(transmit),
             network: Network::Inherited {
                 descriptors: vec![tap.context("its TAP was not opened")?],
-                vhost: VhostChoice::Auto,
+                // The kernel's part knows no limits.
+                vhost: match (receive, transmit) {
+                    (None, None) => VhostChoice::Auto,
+                    _ => VhostChoice::Off,
+                },
             },
         }));
     }
@@ -170,11 +174,13 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
         devices.push(Box::new(PmemOptions {
             path: (&pmem.path_on_host).into(),
             readonly: pmem.read_only,
-            limits: Limits::default(),
+            limits: limits(pmem.rate_limiter),
         }));
     }
-    if microvm.entropy.is_some() {
-        devices.push(Box::new(RngOptions::default()));
+    if let Some(entropy) = &microvm.entropy {
+        devices.push(Box::new(RngOptions {
+            limits: limits(entropy.rate_limiter),
+        }));
     }
     Ok(devices)
 }

@@ -224,12 +224,13 @@ pub(crate) fn a_guest_is_driven_by_requests(kernel: &[u8], options: &[&str]) {
     api.put("/actions", r#"{"action_type": "InstanceStart"}"#);
     api.expect("up\n");
     assert_eq!(api.get("/")["state"], "Running");
-    let threads = api.threads();
+    // A thread names itself.
+    let deadline = Deadline::after(LONG);
     for name in ["fc_api", "fc_vcpu 0", "fc_vcpu 1"] {
-        assert!(
-            threads.iter().any(|thread| thread == name),
-            "{name}: {threads:?}"
-        );
+        while !api.threads().iter().any(|thread| thread == name) {
+            assert!(!deadline.left().is_zero(), "{name}: {:?}", api.threads());
+            sleep(Duration::from_millis(5));
+        }
     }
     let again = api.ask(
         "PUT",
