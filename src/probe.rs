@@ -4,12 +4,12 @@ use crate::host::HugePagePolicy;
 use crate::kvm::facts::Virtualization;
 use crate::kvm::open::{self, Access};
 use crate::kvm::{HostArch, KvmArch, offers};
-use crate::sandbox::{self, Lack};
 use crate::{boards, host};
 use anyhow::Result;
 use armlet_arch::board::Severity;
 use armlet_arch::{Arch, Architecture, Board};
 use armlet_system::huge::huge_page;
+use armlet_system::landlock::{self, Lack};
 use armlet_system::messages::visible;
 use armlet_system::page_size::page_size;
 use diagnosis::{diagnose_arm, diagnose_huge_pages, diagnose_x86};
@@ -104,7 +104,7 @@ pub fn probe() -> Report {
         cpu_interface: files.gic_v2_cpu_interface(),
         huge_pages: files.huge_page_policy(huge_page(page_size())),
         kvm_mode: offers::mode_of(&files.kernel_cmdline()),
-        landlock: sandbox::landlock(),
+        landlock: landlock::lack(),
         kvm,
     }
 }

@@ -118,7 +118,12 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let control = options.control.take();
     let is_served = options.service.is_some() || options.commander.is_some();
     let has_clients = control.is_some() || is_served;
-    let broker = open::fork_broker(&options.config.virtio, has_clients).fault(Status::Host)?;
+    let native = match options.sandbox {
+        Mode::On | Mode::Strict => Some(&A::OTHER_CALLS.native),
+        Mode::Log | Mode::Off => None,
+    };
+    let virtio = &options.config.virtio;
+    let broker = open::fork_broker(virtio, has_clients, native).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
     let sandbox = Sandbox::of(options.sandbox, &options.config.virtio, has_clients);
@@ -167,6 +172,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 A::before_confinement(&plan);
                 // Before there are threads, which are confined as the one that starts them.
                 sandbox.enter()?;
+                open::examine(&mut events.backends).fault(Status::Usage)?;
                 if let Some(service) = options.service.take() {
                     let own = sandbox.clone();
                     let begin = Box::new(move || own.enter_as(Role::Device));

@@ -9,22 +9,19 @@ use crate::kvm::{HostArch, KvmArch};
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_backends::kind::Need;
 use armlet_backends::open::Wanted;
-use armlet_system::messages;
 use armlet_system::seccomp::{Instruction, Outcome, add_filter};
 use armlet_system::status::{Fault, Status};
+use armlet_system::{landlock, messages, rights};
+use rustix::thread::CapabilitySet;
 use std::sync::{Arc, OnceLock};
 
 mod calls;
-mod files;
 mod names;
 mod requests;
-mod rights;
 mod show;
-mod sys;
 mod trap;
 
 pub use calls::{Answer, NUMBERS, Role, Rules};
-pub use files::{Lack, landlock};
 pub use names::name;
 pub use requests::Request;
 
@@ -135,8 +132,9 @@ impl Sandbox {
             }
         }
         messages::prepare();
-        rights::give_up().context("cannot give up this process's rights")?;
-        let lack = files::restrict().context("cannot restrict access to files by Landlock")?;
+        rights::give_up(CapabilitySet::empty()).context("cannot give up this process's rights")?;
+        let lack =
+            landlock::restrict(&[]).context("cannot restrict access to files by Landlock")?;
         match lack {
             Some(lack) if self.mode == Mode::Strict => {
                 return Err(anyhow!("{lack}; --sandbox on does without")).fault(Status::Host);

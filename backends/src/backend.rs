@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 ///
 /// 1. **open** ([`crate::open::open`], and `open` of each kind's options), once. It may open files by
 ///    name, connect, fork and have programs executed (by the broker), and ask for memory.
-/// 2. [`Self::device`], at each life of the guest, and what devices do from then on. It uses the
+/// 2. [`Self::examine`], once, and [`Self::device`], at each life of the guest, and what devices do from then on. It uses the
 ///    descriptors that were kept and asks the broker, which was told in the first step what that may be.
 ///    It opens no file by name, connects to nothing, does not fork and executes nothing.
 ///
@@ -22,6 +22,15 @@ use std::sync::{Arc, Mutex};
 pub trait Backend: Send {
     /// What it is called in messages and in the name of its thread: "disk0", up to 15 bytes.
     fn name(&self) -> String;
+
+    /// Reads what is not to be trusted in what was opened, beyond the headers that say what it is: once,
+    /// before the first [`Self::device`], and when the process is confined.
+    ///
+    /// # Errors
+    /// What is damaged, or not what the user says it is.
+    fn examine(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// The device for the guest that starts now; the one of the guest before is gone. It uses what
     /// was opened, and opens nothing by name.

@@ -18,7 +18,7 @@ mod keeper;
 mod protocol;
 mod sys;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use protocol::{FileId, SOCKET, Service};
 
@@ -29,6 +29,7 @@ use armlet_devices::sync::lock;
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::messages;
+use armlet_system::seccomp::Native;
 use rustix::event::PollFlags;
 use rustix::fs::{Access, OFlags, access};
 use rustix::io::Errno;
@@ -96,14 +97,14 @@ pub struct ServiceId(u32);
 
 impl Broker {
     /// Forks it. There are to be no other threads yet: one that holds a lock would hold it in the
-    /// broker for ever.
+    /// broker for ever. With `native` it confines itself once it is sealed.
     ///
     /// # Errors
     /// What the system refuses.
-    pub fn fork() -> Result<Arc<Broker>> {
+    pub fn fork(native: Option<&Native>) -> Result<Arc<Broker>> {
         let cannot = "cannot make the process that starts others";
         let (ours, theirs) = pair().context(cannot)?;
-        let pid = sys::fork(|| keeper::keep(theirs)).context(cannot)?;
+        let pid = sys::fork(|| keeper::keep(theirs, native)).context(cannot)?;
         Ok(Arc::new(Broker {
             socket: ours,
             pid,

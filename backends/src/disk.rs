@@ -71,15 +71,7 @@ impl DiskOptions {
             true => self.qcow2(&name, opened)?,
             false => self.raw(&name, opened)?,
         };
-        let shown = self.path.display();
         self.check_sectors(shape.size, &self.path)?;
-        let read = |offset, bytes: &mut [u8]| storage.peek(offset, bytes);
-        if let Some(sector) = table::other_sector(shape.block_size, read) {
-            log::warn!(
-                "{name}: the partition table of {shown} is for sectors of {sector} bytes, and the guest gets {}; block-size={sector} gives it those",
-                shape.block_size
-            );
-        }
         let throttle = timer::throttle(&self.limits, changes);
         let throttle = throttle.with_context(|| format!("cannot make the timer of {name}"))?;
         Ok(Disk {
@@ -243,19 +235,21 @@ impl DiskOptions {
         for path in &self.backing {
             let behind = Opened::open(path, false)?;
             behind.lock(path, Use::ReadFormat)?;
-            chain.push((path.as_path(), behind.file));
+            chain.push(qcow2::Behind::new(path.clone(), behind.file)?);
         }
         let complaints = Complaints::new(name.to_owned(), path.clone());
-        let found = qcow2::look(path, &opened.file, self.readonly)?;
+        // Direct I/O reads in blocks, which it does not end with.
+        let header = qcow2::look_at_header(path, &opened.file, self.readonly)?;
         if self.cache == Cache::None {
             self.bypass_cache(path, &opened, 0)?;
         }
-        let image = qcow2::Image::open(path, opened.file, found, self.readonly, chain, complaints)?;
+        let image =
+            qcow2::Unread::new(path, opened.file, header, self.readonly, chain, complaints)?;
         let mut shape = self.shape(image.size());
         shape.block_size = self.block_size.unwrap_or(shape.block_size);
         shape.physical_block_size = 4096;
         shape.discard_granularity = 4096;
-        Ok((Storage::Qcow2(Arc::new(image)), shape))
+        Ok((Storage::Unread(Some(Box::new(image))), shape))
     }
 
     #[cfg(not(feature = "qcow2"))]
@@ -323,6 +317,9 @@ enum Storage {
         /// The ring, where its work is done by one.
         ring: Option<Home>,
     },
+    /// What is to become the next, once the process is confined.
+    #[cfg(feature = "qcow2")]
+    Unread(Option<Box<qcow2::Unread>>),
     #[cfg(feature = "qcow2")]
     Qcow2(Arc<qcow2::Image>),
 }
@@ -332,6 +329,8 @@ impl Storage {
     fn peek(&self, offset: u64, bytes: &mut [u8]) -> bool {
         match self {
             Storage::Raw { image, .. } => image.get().peek(offset, bytes).is_ok(),
+            #[cfg(feature = "qcow2")]
+            Storage::Unread(_) => false,
             #[cfg(feature = "qcow2")]
             Storage::Qcow2(image) => image.peek(offset, bytes).is_ok(),
         }
@@ -346,7 +345,7 @@ impl Disk {
             image: match &self.storage {
                 Storage::Raw { image, .. } => Measured::Raw(image.clone()),
                 #[cfg(feature = "qcow2")]
-                Storage::Qcow2(image) => Measured::Fixed(image.size()),
+                Storage::Unread(_) | Storage::Qcow2(_) => Measured::Fixed(self.shape.size),
             },
         }
     }
@@ -364,7 +363,7 @@ impl Disk {
                 Some(Box::new(move |path| replacement.open(path)))
             }
             #[cfg(feature = "qcow2")]
-            Storage::Qcow2(_) => None,
+            Storage::Unread(_) | Storage::Qcow2(_) => None,
         }
     }
 
@@ -379,6 +378,8 @@ impl Disk {
             }
             Storage::Raw { image, .. } => Ok(Box::new(PlainEngine::new(image))),
             #[cfg(feature = "qcow2")]
+            Storage::Unread(_) => bail!("{} was not examined", self.options.path.display()),
+            #[cfg(feature = "qcow2")]
             Storage::Qcow2(image) => Ok(Box::new(qcow2::Qcow2Engine::new(Arc::clone(image)))),
         }
     }
@@ -387,6 +388,25 @@ impl Disk {
 impl Backend for Disk {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn examine(&mut self) -> Result<()> {
+        #[cfg(feature = "qcow2")]
+        if let Storage::Unread(unread) = &mut self.storage
+            && let Some(unread) = unread.take()
+        {
+            self.storage = Storage::Qcow2(Arc::new(unread.read()?));
+        }
+        let read = |offset, bytes: &mut [u8]| self.storage.peek(offset, bytes);
+        if let Some(sector) = table::other_sector(self.shape.block_size, read) {
+            log::warn!(
+                "{}: the partition table of {} is for sectors of {sector} bytes, and the guest gets {}; block-size={sector} gives it those",
+                self.name,
+                self.options.path.display(),
+                self.shape.block_size
+            );
+        }
+        Ok(())
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {

@@ -6,6 +6,7 @@ use crate::habits;
 use crate::kind::{DeviceOptions, Guest, Kind, Place};
 use crate::{balloon, console, disk, net, pmem, rng, share, vsock};
 use anyhow::{Result, anyhow, bail};
+use armlet_system::seccomp::Native;
 use armlet_system::signals;
 use std::fmt;
 use std::sync::Arc;
@@ -127,9 +128,13 @@ pub fn checked(mut devices: Vec<Box<dyn DeviceOptions>>, guest: &Guest) -> Resul
 ///
 /// # Errors
 /// What the system refuses.
-pub fn fork_broker(wanted: &[Wanted], wanted_besides: bool) -> Result<Option<Arc<Broker>>> {
+pub fn fork_broker(
+    wanted: &[Wanted],
+    wanted_besides: bool,
+    native: Option<&Native>,
+) -> Result<Option<Arc<Broker>>> {
     let is_needed = wanted_besides || wanted.iter().any(|wanted| wanted.options.needs_broker());
-    is_needed.then(Broker::fork).transpose()
+    is_needed.then(|| Broker::fork(native)).transpose()
 }
 
 /// Opens what stands behind the devices of a guest with `memory` bytes, in their order; `console` stands
@@ -166,6 +171,18 @@ pub fn open(
         broker.seal()?;
     }
     Ok(backends)
+}
+
+/// Reads what is not to be trusted in what was opened, when the process is confined.
+///
+/// # Errors
+/// What is damaged, or not what the user says it is.
+pub fn examine(backends: &mut [Box<dyn Backend>]) -> Result<()> {
+    for backend in backends {
+        signals::waiting_for(format_args!("{} to be examined", backend.name()));
+        backend.examine()?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -115,7 +115,11 @@ mod tests {
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     fn open_at(path: &Path) -> Result<UnixVsock> {
-        UnixVsock::open(3, path, &Broker::fork()?)
+        UnixVsock::open(
+            3,
+            path,
+            &Broker::fork(Some(&crate::broker::tests::native()))?,
+        )
     }
 
     fn wrong(text: &str) -> String {

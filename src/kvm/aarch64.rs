@@ -16,6 +16,7 @@ use armlet_arch::width::MIN_BITS;
 use armlet_arch::{Plan, Request, Width};
 use armlet_system::eintr::uninterrupted;
 use armlet_system::page_size::page_size;
+use armlet_system::seccomp::Native;
 use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT,
     KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,
@@ -58,9 +59,12 @@ impl KvmArch for Aarch64 {
     type Chip = DeviceFd;
 
     const OTHER_CALLS: OtherCalls = OtherCalls {
-        // AUDIT_ARCH_AARCH64
-        architecture: 0xc000_00b7,
-        calls: &[],
+        native: Native {
+            // AUDIT_ARCH_AARCH64
+            architecture: 0xc000_00b7,
+            calls: &[],
+            files: &[],
+        },
         vcpu: &[
             ("KVM_GET_MP_STATE", 0xae98),
             ("KVM_SET_MP_STATE", 0xae99),

@@ -8,6 +8,7 @@ use armlet_arch::{Arch, Plan, Range, Request, Width};
 use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::IoApic;
+use armlet_system::seccomp::Native;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
@@ -24,10 +25,8 @@ pub enum Depth {
 /// What an architecture and its C library have that others do not.
 #[derive(Clone, Copy, Debug)]
 pub struct OtherCalls {
-    /// AUDIT_ARCH (include/uapi/linux/audit.h).
-    pub architecture: u32,
-    /// Calls that every thread may make.
-    pub calls: &'static [i64],
+    /// How they are made; every thread may make its calls.
+    pub native: Native,
     /// Requests of ioctl that vCPUs' threads make: name, and type with number (the lower 16 bits).
     pub vcpu: &'static [(&'static str, u16)],
     /// Requests that making a machine takes.

@@ -16,6 +16,7 @@ use armlet_devices::action::Action;
 use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::{IoApic, PINS};
 use armlet_system::eintr::uninterrupted;
+use armlet_system::seccomp::Native;
 use cpuid::Topology;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_IO_IN,
@@ -37,14 +38,22 @@ impl KvmArch for X86_64 {
     const PORTS: bool = true;
 
     const OTHER_CALLS: OtherCalls = OtherCalls {
-        // AUDIT_ARCH_X86_64
-        architecture: 0xc000_003e,
-        calls: &[
-            libc::SYS_alarm,
-            libc::SYS_epoll_wait,
-            libc::SYS_getpgrp,
-            libc::SYS_poll,
-        ],
+        native: Native {
+            // AUDIT_ARCH_X86_64
+            architecture: 0xc000_003e,
+            calls: &[
+                libc::SYS_alarm,
+                libc::SYS_epoll_wait,
+                libc::SYS_getpgrp,
+                libc::SYS_poll,
+            ],
+            files: &[
+                libc::SYS_lstat,
+                libc::SYS_open,
+                libc::SYS_readlink,
+                libc::SYS_stat,
+            ],
+        },
         vcpu: &[
             ("KVM_SET_GSI_ROUTING", 0xae6a),
             ("KVM_GET_REGS", 0xae81),

@@ -277,7 +277,7 @@ impl Rules {
             Role::Device | Role::Console => (Calls::NONE, CHECKED, Calls::NONE),
         };
         let mut rules = Rules {
-            allowed: EVERY.and(Calls::of(other.calls)).and(own),
+            allowed: EVERY.and(Calls::of(other.native.calls)).and(own),
             checked,
             missing,
             requests: [&[]; MOST_LISTS],
@@ -381,7 +381,7 @@ impl Rules {
         spans.finish();
         let tree = program.search(&spans, LAST_CALL);
         let tree = program.number(tree);
-        program.only(other.architecture, tree);
+        program.only(other.native.architecture, tree);
         program
     }
 

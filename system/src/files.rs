@@ -8,7 +8,7 @@ use crate::deadline::Deadline;
 use crate::eintr::uninterrupted;
 use anyhow::{Context, Result, bail};
 use rustix::event::PollFlags;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::fs::File;
@@ -124,7 +124,7 @@ fn look_up(path: &Path) -> io::Result<(OwnedFd, Stat)> {
 
 /// Opens a path. On FUSE and network file systems this can be interrupted.
 fn open_once(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-    uninterrupted(|| rustix::fs::open(path, flags, Mode::empty()))
+    uninterrupted(|| rustix::fs::openat(CWD, path, flags, Mode::empty()))
 }
 
 /// Opens the file that was looked up.

@@ -54,6 +54,18 @@ pub struct Instruction {
     pub value: u32,
 }
 
+/// How this program makes system calls.
+#[derive(Clone, Copy, Debug)]
+pub struct Native {
+    /// AUDIT_ARCH (include/uapi/linux/audit.h).
+    pub architecture: u32,
+    /// Harmless calls that the C library makes on this architecture in place of others, to wait and the
+    /// like.
+    pub calls: &'static [i64],
+    /// The same of calls that open files and look at them.
+    pub files: &'static [i64],
+}
+
 /// None yet.
 const NOTHING: Instruction = Instruction {
     code: 0,
@@ -415,6 +427,39 @@ impl Spans {
             && at + 2 < self.count
             && self.spans[at + 2].to == self.spans[first].to
     }
+}
+
+/// Numbers of system calls, for [`Program::decide`].
+pub type Calls<'a> = &'a [i64];
+
+impl Program {
+    /// Ends the writing of a filter: each of some calls leads to a place, and all others to `others`.
+    pub const fn decide(&mut self, native: &Native, cases: &[(Calls<'_>, Place)], others: Place) {
+        let mut spans = Spans::new(others);
+        let mut call = 0;
+        while call < LAST_CALL as i64 {
+            let mut at = 0;
+            while at < cases.len() && !contains(cases[at].0, call) {
+                at += 1;
+            }
+            if at < cases.len() {
+                spans.add(call as u32, cases[at].1);
+            }
+            call += 1;
+        }
+        spans.finish();
+        let tree = self.search(&spans, LAST_CALL);
+        let tree = self.number(tree);
+        self.only(native.architecture, tree);
+    }
+}
+
+const fn contains(calls: &[i64], call: i64) -> bool {
+    let mut at = 0;
+    while at < calls.len() && calls[at] != call {
+        at += 1;
+    }
+    at < calls.len()
 }
 
 /// `struct sock_fprog`.

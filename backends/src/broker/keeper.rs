@@ -1,11 +1,13 @@
 //! The broker itself: starts processes, notes their ends, and leaves none behind.
 
+mod confine;
 mod services;
 
 use super::protocol::{MOST_DESCRIPTORS, MOST_REQUEST, Request, SOCKET, Word};
 use super::sys;
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr::uninterrupted;
+use armlet_system::seccomp::Native;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -40,7 +42,8 @@ struct Kept {
 }
 
 /// Does what it is asked for on `socket`, until that is closed; then ends all that it started.
-pub(super) fn keep(socket: OwnedFd) {
+/// It is confined when it is sealed, if it is told how system calls are made here.
+pub(super) fn keep(socket: OwnedFd, native: Option<&Native>) {
     let Ok(socket) = settle(socket) else {
         return;
     };
@@ -50,6 +53,15 @@ pub(super) fn keep(socket: OwnedFd) {
     while let Some(event) = wait(&socket, &kept) {
         match event {
             Event::Request => match receive(&socket) {
+                Asked::For(Request::Seal, _) => {
+                    services.seal();
+                    if let Some(native) = native
+                        && confine::enter(&services, native).is_err()
+                    {
+                        // Who asks for something hears that nobody is here.
+                        break;
+                    }
+                }
                 Asked::For(request, descriptors) => {
                     kept.extend(serve(&mut services, request, descriptors));
                 }
@@ -67,7 +79,9 @@ pub(super) fn keep(socket: OwnedFd) {
     for process in kept.drain(..) {
         end(&process);
     }
-    end_strays(&kept);
+    if services.has_programs() {
+        end_strays(&kept);
+    }
 }
 
 /// Lets go of all that armlet had.
@@ -157,10 +171,7 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
             services.add(service, descriptors.next());
             return None;
         }
-        Request::Seal => {
-            services.seal();
-            return None;
-        }
+        Request::Seal => return None,
         Request::Open(index, path) => {
             let known = services.get(index).ok_or(Errno::NOENT.into());
             answer(
@@ -177,6 +188,7 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
             path,
             arguments,
             listens,
+            gains_rights,
         }) => {
             let standard_error = descriptors.next()?;
             let (socket, connection) = match listens {
@@ -189,7 +201,7 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
                 },
                 false => (descriptors.next()?, None),
             };
-            match start(path, arguments, standard_error, socket) {
+            match start(path, arguments, standard_error, socket, *gains_rights) {
                 Ok((pid, pidfd)) => {
                     tell(&line, Word::Done(pid.as_raw_pid()), connection.as_ref());
                     return Some(Kept { pid, pidfd, line });
@@ -222,6 +234,7 @@ fn start(
     arguments: &[OsString],
     standard_error: OwnedFd,
     socket: OwnedFd,
+    gains_rights: bool,
 ) -> io::Result<(Pid, OwnedFd)> {
     let mut command = Command::new(program);
     let path = std::env::var_os("PATH");
@@ -232,7 +245,7 @@ fn start(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::from(standard_error));
-    sys::prepare(&mut command, socket, SOCKET);
+    sys::prepare(&mut command, socket, SOCKET, gains_rights);
     let spawned = command.spawn();
     // With it go the descriptors that are the process's now.
     drop(command);

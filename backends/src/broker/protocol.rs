@@ -28,6 +28,8 @@ pub enum Service {
         /// Its socket is a listening one, where one connection waits to be accepted; else it is the
         /// socket that comes with the request.
         listens: bool,
+        /// Whether it is to gain rights by programs that it executes (set-user-ID).
+        gains_rights: bool,
     },
     /// Opens a device file for reading and writing.
     Device(PathBuf),
@@ -77,8 +79,15 @@ impl Request {
                 path,
                 arguments,
                 listens,
+                gains_rights,
             }) => {
-                let mut bytes = with(if *listens { b'l' } else { b'p' }, path.as_os_str());
+                let kind = match (listens, gains_rights) {
+                    (false, false) => b'p',
+                    (true, false) => b'l',
+                    (false, true) => b'P',
+                    (true, true) => b'L',
+                };
+                let mut bytes = with(kind, path.as_os_str());
                 for argument in arguments {
                     bytes.push(0);
                     bytes.extend(argument.as_bytes());
@@ -107,12 +116,13 @@ impl Request {
         let path_of = |bytes| PathBuf::from(OsStr::from_bytes(bytes));
         let path = || path_of(rest);
         Some(match kind {
-            b'p' | b'l' => {
+            b'p' | b'l' | b'P' | b'L' => {
                 let mut words = rest.split(|byte| *byte == 0).map(OsStr::from_bytes);
                 Request::Offer(Service::Program {
                     path: words.next()?.into(),
                     arguments: words.map(OsStr::to_owned).collect(),
-                    listens: *kind == b'l',
+                    listens: kind.eq_ignore_ascii_case(&b'l'),
+                    gains_rights: kind.is_ascii_uppercase(),
                 })
             }
             b'd' => Request::Offer(Service::Device(path())),
@@ -191,18 +201,21 @@ mod tests {
 
     #[test]
     fn requests_are_read_as_they_were_written() {
-        let program = |listens| Service::Program {
+        let program = |listens, gains_rights| Service::Program {
             path: "/bin/sh".into(),
             arguments: ["-c", "", "true"].map(Into::into).into(),
             listens,
+            gains_rights,
         };
         let file = FileId {
             device: 1 << 40,
             inode: 3,
         };
         let requests = [
-            Request::Offer(program(true)),
-            Request::Offer(program(false)),
+            Request::Offer(program(true, true)),
+            Request::Offer(program(true, false)),
+            Request::Offer(program(false, true)),
+            Request::Offer(program(false, false)),
             Request::Offer(Service::Device("/dev/null".into())),
             Request::Offer(Service::Sockets("/tmp/v.sock".into())),
             Request::Offer(Service::Removal("/tmp/v.sock".into(), file)),

@@ -70,9 +70,17 @@ pub(super) fn ignore_signals() {
 
 /// Has the program that `command` starts inherit `descriptor` by this number, begin with no signal
 /// blocked or ignored in a session of its own, and end with this process, as far as the kernel does
-/// that (prctl(2): PR_SET_PDEATHSIG).
-pub(super) fn prepare(command: &mut Command, descriptor: OwnedFd, number: RawFd) {
+/// that (prctl(2): PR_SET_PDEATHSIG). Unless it `gains_rights`, neither it nor what it executes can.
+pub(super) fn prepare(
+    command: &mut Command,
+    descriptor: OwnedFd,
+    number: RawFd,
+    gains_rights: bool,
+) {
     let prepare = move || {
+        if !gains_rights {
+            rustix::thread::set_no_new_privs(true)?;
+        }
         rustix::process::setsid()?;
         reset_signals(false);
         let kill = Some(rustix::process::Signal::KILL);

@@ -16,6 +16,24 @@ use std::process::Command;
 /// How long a test waits for what must come.
 const LONG: Duration = Duration::from_secs(30);
 
+/// How system calls are made on the computer that runs this.
+pub(crate) fn native() -> Native {
+    match std::env::consts::ARCH {
+        "x86_64" => Native {
+            architecture: 0xc000_003e,
+            // poll, alarm, getpgrp, epoll_wait
+            calls: &[7, 37, 111, 232],
+            // open, stat, lstat, readlink
+            files: &[2, 4, 6, 89],
+        },
+        _ => Native {
+            architecture: 0xc000_00b7,
+            calls: &[],
+            files: &[],
+        },
+    }
+}
+
 fn socket() -> (OwnedFd, OwnedFd) {
     pair().expect("a pair")
 }
@@ -31,6 +49,7 @@ fn start(
         path: path.into(),
         arguments: arguments.into(),
         listens: false,
+        gains_rights: false,
     })?;
     Ok(broker.start(service, Some(socket))?.0)
 }
@@ -69,7 +88,7 @@ fn lines_to(process: &mut Process, last: &str) -> Vec<String> {
 
 #[test]
 fn a_process_says_how_it_ended() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let (said, how) = output(&broker, "echo one >&2; printf 'two\\033[2J' >&2; exit 7");
     assert_eq!(said, ["one", "two\\x1b[2J"]);
     assert_eq!(how, "exit status: 7");
@@ -78,7 +97,7 @@ fn a_process_says_how_it_ended() {
 
 #[test]
 fn what_cannot_be_started_is_an_error_in_the_systems_words() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let start = |program: &str, arguments: &[OsString]| {
         let started = start(&broker, program, arguments, socket().1);
         started.expect_err(program).to_string()
@@ -137,7 +156,7 @@ fn a_program_gets_no_signals_descriptors_or_variables_of_armlets() {
     fcntl_setfd(&foreign, FdFlags::empty()).expect("a flag");
     let mask = fs::read_to_string("/proc/thread-self/status").expect("a status");
     assert!(mask.contains("SigBlk:\t0000000000004200"), "{mask}");
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     // One that starts while another runs gets nothing of that one either.
     let _other = run(&broker, "sleep 1000");
     let script = "exec >&2
@@ -177,7 +196,7 @@ wait; sleep 1000";
 
 #[test]
 fn all_that_a_process_started_ends_with_it() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let (mut other, _ours) = run(&broker, "echo READY >&2; sleep 1000");
     lines_to(&mut other, "READY");
     // By itself, when it is told to, and when it is killed.
@@ -227,7 +246,7 @@ fn nothing_is_left_when_armlet_is_killed() {
         // The broker, two shells and what they start.
         return assert_none_is_left(NAME, 15);
     }
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let mut kept = Vec::new();
     for _ in 0..2 {
         let (mut process, ours) = run(&broker, SLEEPERS);
@@ -239,7 +258,7 @@ fn nothing_is_left_when_armlet_is_killed() {
 
 #[test]
 fn without_a_broker_nothing_is_waited_for() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let (mut process, _ours) = run(&broker, "exec sleep 1000");
     kill(broker.pid.as_raw_pid().cast_unsigned());
     assert_eq!(process.ended(Deadline::after(LONG)), Some(BROKER_GONE));
@@ -266,7 +285,7 @@ fn a_broker_without_room_for_a_request_goes_on() {
         setrlimit(Resource::Nofile, limit).expect("no more than the maximum");
     };
     set(Some(14));
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     set(maximum);
     let mut running = Vec::new();
     let error = loop {
@@ -293,7 +312,7 @@ fn a_broker_without_room_for_a_request_goes_on() {
 
 #[test]
 fn one_that_says_too_much_is_not_kept_in_memory() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let (mut process, _ours) = run(&broker, "exec head -c 4000000 /dev/zero >&2");
     let mut lines = 0;
     while process
@@ -310,7 +329,7 @@ fn one_that_says_too_much_is_not_kept_in_memory() {
 
 #[test]
 fn its_socket_is_where_it_looks_for_it() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let (process, ours) = run(&broker, "echo hello >&3");
     let deadline = Deadline::after(LONG);
     assert_eq!(deadline.wait(&ours, PollFlags::IN), Ok(true));
@@ -324,11 +343,12 @@ fn its_socket_is_where_it_looks_for_it() {
 
 #[test]
 fn a_sealed_broker_does_what_it_was_told_and_no_more() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let program = |script: &str| Service::Program {
         path: "/bin/sh".into(),
         arguments: ["-c", script].map(Into::into).into(),
         listens: false,
+        gains_rights: false,
     };
     let known = broker.offer(program("exit 7")).expect("a service");
     broker.seal().expect("a broker");
@@ -351,7 +371,7 @@ fn a_sealed_broker_does_what_it_was_told_and_no_more() {
 
 #[test]
 fn requests_that_make_no_sense_are_errors() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let device = broker.offer(Service::Device("/dev/zero".into()));
     let device = device.expect("a service");
     // A program is no device.
@@ -359,6 +379,7 @@ fn requests_that_make_no_sense_are_errors() {
         path: "/bin/true".into(),
         arguments: Vec::new(),
         listens: false,
+        gains_rights: false,
     });
     let error = broker.get(program.expect("a service"), 0);
     assert!(error.is_err());
@@ -386,7 +407,7 @@ fn devices_are_opened_and_ports_connected_to() {
     std::env::set_current_dir(&deep).expect("a folder");
     let listener = UnixListener::bind("v_4294967295").expect("a socket");
     drop(UnixListener::bind("v_2").expect("a socket"));
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     let ports = broker
         .offer(Service::Sockets("v".into()))
         .expect("a folder");
@@ -417,7 +438,7 @@ fn a_socket_goes_with_the_broker_unless_something_took_its_place() {
     let folder = tempfile::tempdir().expect("a folder");
     let [ours, other] = ["ours", "other"].map(|name| folder.path().join(name));
     let _listeners = [&ours, &other].map(|path| UnixListener::bind(path).expect("a socket"));
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&native())).expect("a process");
     for path in [&ours, &other] {
         broker.offer_removal(path).expect("a folder");
     }

@@ -1,5 +1,6 @@
 //! Images in QEMU's qcow2 format, by the library imago. One request at a time.
 
+mod chain;
 mod clusters;
 mod extended;
 pub mod header;
@@ -9,36 +10,31 @@ mod storage;
 mod zstd;
 
 use super::complaints::{Complaints, cancelled};
-use super::options::QCOW2;
 use super::sys::MOST_AT_ONCE;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::block::{Data, Engine, Operation, Outcome, Request};
-use armlet_system::messages::{shell_word, visible};
-use extended::Extended;
+use armlet_system::messages::shell_word;
+use chain::open_chain;
+pub(super) use chain::{Behind, look_at_header};
 use header::{Compression, Header};
 use imago::file::File as Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
-use imago::qcow2::Qcow2;
-use imago::raw::Raw;
 use imago::{FormatAccess, Mapping, StorageExt as _};
 use mend::{Repair, survey};
 use order::Below;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use storage::Layer;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
-use zstd::Zstd;
 
 /// The most pieces of memory that imago hands to the kernel in one call (UIO_MAXIOV).
 const MOST_PIECES: usize = 1024;
-/// The most bytes of a backing file's name that are shown.
-const NAME: usize = 512;
 /// Zeroes that are written at once where the format has no better way.
 const ZEROES: usize = 64 << 10;
 
@@ -71,43 +67,99 @@ struct Unchanged {
     found: Found,
 }
 
-impl Image {
-    /// The image in `file`, which is open and locked, as are those that stand behind it in this
-    /// order; [`look`] found it in order. Nothing is written before the guest does.
+/// An image that is open and locked, of which nothing but the header was read.
+pub(super) struct Unread {
+    path: PathBuf,
+    file: File,
+    below: Storage,
+    header: Header,
+    readonly: bool,
+    /// What stands behind it, in order.
+    backing: Vec<Behind>,
+    complaints: Complaints,
+}
+
+impl Unread {
+    /// The image in `file`, which is open and locked, as is what stands behind it, and has this header.
     ///
     /// # Errors
-    /// No image, or one that names other files than the user did.
-    pub(super) fn open(
+    /// What the system says of the file.
+    pub(super) fn new(
         path: &Path,
         file: File,
-        found: Found,
+        header: Header,
         readonly: bool,
-        backing: Vec<(&Path, File)>,
+        backing: Vec<Behind>,
         complaints: Complaints,
-    ) -> Result<Image> {
-        let header = found.header.clone();
-        let unchanged = match readonly {
-            true => None,
-            false => Some(Unchanged {
-                path: path.to_owned(),
-                file: file.try_clone()?,
-                found,
-            }),
-        };
-        let below = Arc::new(Storage::try_from(file)?);
-        let backing = &mut backing.into_iter();
-        let image = Image::on(path, below, &header, readonly, backing, complaints)?;
-        lock(&image.access).unchanged = unchanged;
-        Ok(image)
+    ) -> Result<Unread> {
+        Ok(Unread {
+            header,
+            path: path.to_owned(),
+            file: file.try_clone()?,
+            below: Storage::try_from(file)?,
+            readonly,
+            backing,
+            complaints,
+        })
     }
 
-    /// As [`Image::open`], for what is in order and need not be a file.
+    /// The disk's size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.header.size
+    }
+
+    /// Reads its tables, and the headers of what stands behind it. Nothing is written before the guest
+    /// does.
+    ///
+    /// # Errors
+    /// One that is damaged, or that names other files than the user did.
+    pub(super) fn read(self) -> Result<Image> {
+        let (path, readonly) = (&self.path, self.readonly);
+        let found = around_cache(&self.file, || {
+            look_at_tables(path, &self.file, &self.header, readonly)
+        })?;
+        let below = Arc::new(self.below);
+        let backing = &mut self.backing.into_iter();
+        let image = Image::on(
+            path,
+            below,
+            &self.header,
+            readonly,
+            backing,
+            self.complaints,
+        )?;
+        if !readonly {
+            lock(&image.access).unchanged = Some(Unchanged {
+                path: self.path,
+                file: self.file,
+                found,
+            });
+        }
+        Ok(image)
+    }
+}
+
+/// Does something with a file whose reads go through the host's page cache meanwhile: in bytes, where direct
+/// I/O is in blocks.
+fn around_cache<T>(file: &File, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    if !flags.contains(OFlags::DIRECT) {
+        return act();
+    }
+    rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT)?;
+    let done = act();
+    rustix::fs::fcntl_setfl(file, flags)?;
+    done
+}
+
+impl Image {
+    /// The image that lies in `below`, which need not be a file, and is in order.
     fn on(
         path: &Path,
         below: Arc<dyn Below>,
         header: &Header,
         readonly: bool,
-        backing: &mut dyn Iterator<Item = (&Path, File)>,
+        backing: &mut dyn Iterator<Item = Behind>,
         complaints: Complaints,
     ) -> Result<Image> {
         let layer = Layer::qcow2(below, header, readonly);
@@ -346,10 +398,10 @@ impl Anonymous {
     /// As for an image of a disk.
     pub fn open(file: File, readonly: bool) -> Result<Anonymous> {
         let path = Path::new("image");
-        let found = look(path, &file, readonly)?;
         let complaints = Complaints::new("disk".to_owned(), path.to_owned());
-        let image = Image::open(path, file, found, readonly, Vec::new(), complaints)?;
-        Ok(Anonymous(image))
+        let header = look_at_header(path, &file, readonly)?;
+        let image = Unread::new(path, file, header, readonly, Vec::new(), complaints)?;
+        Ok(Anonymous(image.read()?))
     }
 
     /// Bytes of the disk.
@@ -383,15 +435,14 @@ pub(super) struct Found {
     repair: Repair,
 }
 
-/// Looks at an image before it is opened. Nothing is written.
+/// Looks at an image's tables. Nothing is written.
 ///
 /// # Errors
-/// One that is damaged, or that armlet cannot work with.
-pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
-    let header = look_at_header(path, file, readonly)?;
+/// One that is damaged.
+fn look_at_tables(path: &Path, file: &File, header: &Header, readonly: bool) -> Result<Found> {
     let repair = match readonly {
         true => Repair::default(),
-        false => survey(file, &header).with_context(|| {
+        false => survey(file, header).with_context(|| {
             format!(
                 "qcow2 image {} is damaged ('qemu-img convert --salvage -O qcow2 {} NEW' saves what can be read)",
                 path.display(),
@@ -399,15 +450,20 @@ pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
             )
         })?,
     };
-    Ok(Found { header, repair })
+    Ok(Found {
+        header: header.clone(),
+        repair,
+    })
 }
 
-fn look_at_header(path: &Path, file: &File, readonly: bool) -> Result<Header> {
-    let header = Header::read(file).and_then(|header| {
-        header.check_features(path, readonly)?;
-        Ok(header)
-    });
-    header.with_context(|| format!("cannot open qcow2 image {}", path.display()))
+/// Looks at an image before it is opened. Nothing is written.
+///
+/// # Errors
+/// One that is damaged, or that armlet cannot work with.
+#[cfg(test)]
+pub(super) fn look(path: &Path, file: &File, readonly: bool) -> Result<Found> {
+    let header = look_at_header(path, file, readonly)?;
+    look_at_tables(path, file, &header, readonly)
 }
 
 impl Found {
@@ -425,95 +481,6 @@ impl Found {
         }
         Ok(())
     }
-}
-
-/// Opens an image with all that stands behind it.
-fn open_chain(
-    path: &Path,
-    layer: Layer,
-    header: &Header,
-    readonly: bool,
-    backing: &mut dyn Iterator<Item = (&Path, File)>,
-) -> Result<FormatAccess<Layer>> {
-    let shown = path.display();
-    let image = Qcow2::<Layer>::open_image(layer.clone(), !readonly);
-    let cannot = || format!("cannot open qcow2 image {shown}");
-    let mut image = image.with_context(cannot)?;
-    let mut behind_it = None;
-    let wanted = image.implicit_backing_file();
-    let wanted = wanted.map(|name| visible(name.as_bytes(), NAME));
-    let format = image.implicit_backing_format().cloned();
-    match (wanted, backing.next()) {
-        (None, None) => {}
-        (None, Some((other, _))) => bail!(
-            "qcow2 image {shown} stands alone; leave backing={} out",
-            other.display()
-        ),
-        // The image is not trusted to name files of the host.
-        (Some(wanted), None) => bail!(
-            "qcow2 image {shown} needs '{wanted}' behind it; if that is right, say so: backing=PATH"
-        ),
-        (Some(_), Some((other, file))) => {
-            let behind = match format.as_deref() {
-                Some("qcow2") => {
-                    let header = look_at_header(other, &file, true)?;
-                    let below = Arc::new(Storage::try_from(file)?);
-                    let layer = Layer::qcow2(below, &header, true)?;
-                    open_chain(other, layer, &header, true, backing)?
-                }
-                Some("raw") => open_raw(other, file, backing)?,
-                None if !begins_like_qcow2(&file) => open_raw(other, file, backing)?,
-                _ => bail!(
-                    "qcow2 image {shown} does not say that {} is raw or qcow2; 'qemu-img rebase -u -F FORMAT -b FILE {}' does",
-                    other.display(),
-                    shell_word(path)
-                ),
-            };
-            behind_it = Some(behind);
-        }
-    }
-    let header = header.clone();
-    if header.has_extended_l2() {
-        let disk = Extended {
-            layer,
-            header,
-            backing: behind_it,
-        };
-        let raw = Raw::open_image(Layer::raw(Arc::new(disk)), false);
-        return Ok(FormatAccess::new(raw.with_context(cannot)?));
-    }
-    image.set_backing(behind_it);
-    Ok(match header.compression {
-        Compression::Deflate => FormatAccess::new(image),
-        Compression::Zstd => FormatAccess::new(Zstd {
-            image,
-            layer,
-            header,
-        }),
-    })
-}
-
-fn open_raw(
-    path: &Path,
-    file: File,
-    backing: &mut dyn Iterator<Item = (&Path, File)>,
-) -> Result<FormatAccess<Layer>> {
-    if let Some((other, _)) = backing.next() {
-        bail!(
-            "{} is a raw image, which stands alone; leave backing={} out",
-            path.display(),
-            other.display()
-        );
-    }
-    let storage = Storage::try_from(file);
-    let raw = storage.and_then(|file| Raw::open_image(Layer::raw(Arc::new(file)), false));
-    let raw = raw.with_context(|| format!("cannot open backing file {}", path.display()))?;
-    Ok(FormatAccess::new(raw))
-}
-
-fn begins_like_qcow2(file: &File) -> bool {
-    let mut magic = [0; QCOW2.len()];
-    file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2
 }
 
 /// Calls `each` with the pieces of memory, as many as fit one call, and their distance from the

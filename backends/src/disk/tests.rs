@@ -50,7 +50,9 @@ fn pattern() -> Vec<u8> {
 }
 
 fn open(text: &str) -> Result<Disk> {
-    DiskOptions::parse(text)?.open(0)
+    let mut disk = DiskOptions::parse(text)?.open(0)?;
+    disk.examine()?;
+    Ok(disk)
 }
 
 /// The disk, unless the host lacks what it needs; says so then.

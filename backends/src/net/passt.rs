@@ -152,6 +152,7 @@ impl Passt {
             path: program.to_owned(),
             arguments,
             listens: false,
+            gains_rights: false,
         };
         let started = broker
             .offer(service)

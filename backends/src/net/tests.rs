@@ -331,7 +331,7 @@ impl Guest {
 
 /// The card that `text` asks for.
 pub(super) fn open(text: &str) -> Result<NetworkCard> {
-    let broker = Broker::fork()?;
+    let broker = Broker::fork(Some(&crate::broker::tests::native()))?;
     NetOptions::parse(text)?.open(0, Some(&broker), false)
 }
 

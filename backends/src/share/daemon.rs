@@ -5,6 +5,7 @@ use crate::broker::{self, Broker, Process, Service, ServiceId};
 use crate::vhost_user::VhostUser;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_system::deadline::Deadline;
+use rustix::process::getuid;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -72,6 +73,8 @@ impl Launch {
             path: program.clone(),
             arguments,
             listens: true,
+            // For a user's namespace it executes newuidmap(1), which is root's.
+            gains_rights: options.sandbox == Sandbox::Namespace && !getuid().is_root(),
         });
         let service = service.with_context(|| format!("cannot start {}", program.display()))?;
         Ok(Launch {

@@ -246,7 +246,7 @@ fn share(options: &str) -> Option<(tempfile::TempDir, Share)> {
             return None;
         }
     };
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("letter"), "dear guest").expect("a file");
     let path = folder.path().display();
@@ -285,7 +285,7 @@ fn what_is_no_folder_is_refused_before_anything_starts() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     fs::write(&file, "").expect("a file");
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     for (path, what) in [
         (folder.path().join("none"), "cannot share"),
         (file, "is no folder"),
@@ -321,7 +321,7 @@ fn one_that_does_not_start_is_quoted() {
     let folder = tempfile::tempdir().expect("a folder");
     let text = format!("tag=x,path={}", folder.path().display());
     let options = ShareOptions::parse(&text).expect("options");
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let error = |program: &str| {
         let opened = options.open_with("share0", &broker, program.into());
         format!("{:#}", opened.err().expect("it is no virtiofsd"))
@@ -482,7 +482,7 @@ fn fake(script: &str, patience: Duration) -> Result<()> {
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("ours");
     let text = format!("tag=x,path={}", folder.path().display());
     let options = ShareOptions::parse(&text).expect("options");
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let launch = Launch::new(&broker, program, &options, folder.path().to_owned())?;
     launch.start("share0", Deadline::after(patience)).map(drop)
 }

@@ -374,7 +374,10 @@ mod tests {
 
     #[test]
     fn a_host_without_it_says_what_would_work() {
-        let Err(error) = KernelVsock::open(3, &Broker::fork().expect("a process")) else {
+        let Err(error) = KernelVsock::open(
+            3,
+            &Broker::fork(Some(&crate::broker::tests::native())).expect("a process"),
+        ) else {
             println!("skipped: this host has {PATH}");
             return;
         };

@@ -2,7 +2,7 @@
 
 use crate::kvm::{HostArch, KvmArch};
 use armlet_system::descriptors::keep_only;
-use armlet_system::seccomp::{Instruction, LAST_CALL, Outcome, Program, Spans, add_filter};
+use armlet_system::seccomp::{Instruction, Outcome, Program, add_filter};
 use rustix::process::{Pid, Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
 use std::fs::File;
 use std::io;
@@ -102,31 +102,13 @@ const fn program() -> Program {
     let (allowed, forbidden) = (program.allowed, program.forbidden);
     let memory = program.if_any_of(libc::PROT_EXEC as u32, forbidden, allowed);
     let memory = program.argument(2, memory);
-    let mut spans = Spans::new(forbidden);
-    let mut call = 0;
-    while call < LAST_CALL as i64 {
-        if contains(&CALLS, call) {
-            spans.add(call as u32, allowed);
-        } else if contains(&CALLS_FOR_MEMORY, call) {
-            spans.add(call as u32, memory);
-        } else if contains(&REFUSED, call) {
-            spans.add(call as u32, refused);
-        }
-        call += 1;
-    }
-    spans.finish();
-    let tree = program.search(&spans, LAST_CALL);
-    let tree = program.number(tree);
-    program.only(HostArch::OTHER_CALLS.architecture, tree);
+    let cases = [
+        (&CALLS as &[_], allowed),
+        (&CALLS_FOR_MEMORY, memory),
+        (&REFUSED, refused),
+    ];
+    program.decide(&HostArch::OTHER_CALLS.native, &cases, forbidden);
     program
-}
-
-const fn contains(calls: &[i64], call: i64) -> bool {
-    let mut at = 0;
-    while at < calls.len() && calls[at] != call {
-        at += 1;
-    }
-    at < calls.len()
 }
 
 #[cfg(test)]

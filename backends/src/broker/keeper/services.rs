@@ -3,7 +3,7 @@
 use super::super::protocol::{FileId, MOST_SERVICES, Service};
 use armlet_system::eintr::uninterrupted;
 use armlet_system::files::{self, Accepted};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::ffi::OsString;
@@ -21,6 +21,7 @@ pub(super) enum Known {
         path: PathBuf,
         arguments: Vec<OsString>,
         listens: bool,
+        gains_rights: bool,
     },
     Device(PathBuf),
     /// Images, and whether they are opened for writing.
@@ -51,12 +52,14 @@ impl Services {
                     path,
                     arguments,
                     listens,
+                    gains_rights,
                 },
                 _,
             ) => Known::Program {
                 path,
                 arguments,
                 listens,
+                gains_rights,
             },
             (Service::Device(path), _) => Known::Device(path),
             (Service::Images { writable }, _) => Known::Images(writable),
@@ -68,6 +71,15 @@ impl Services {
 
     pub(super) fn seal(&mut self) {
         self.is_sealed = true;
+    }
+
+    pub(super) fn has_programs(&self) -> bool {
+        let mut known = self.known.iter();
+        known.any(|known| matches!(known, Known::Program { .. }))
+    }
+
+    pub(super) fn all(&self) -> &[Known] {
+        &self.known
     }
 
     pub(super) fn get(&self, index: u32) -> Option<&Known> {
@@ -103,7 +115,7 @@ impl Known {
         match self {
             Known::Device(path) => {
                 let flags = OFlags::RDWR | OFlags::CLOEXEC;
-                let opened = uninterrupted(|| rustix::fs::open(path, flags, Mode::empty()));
+                let opened = uninterrupted(|| rustix::fs::openat(CWD, path, flags, Mode::empty()));
                 Ok(opened?)
             }
             Known::Sockets(folder, name) => {

@@ -3,6 +3,7 @@
 
 use super::*;
 use armlet_devices::virtio::queue::Segment;
+use imago::qcow2::Qcow2;
 use imago::qcow2::Qcow2CreateBuilder;
 use imago::{FormatCreateBuilder, Storage as _, StorageCreateOptions};
 use proptest::prelude::*;
@@ -242,9 +243,10 @@ impl History {
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(matches!(code, Some(0 | 3)), "cut at {at}: {code:?}: {said}");
         }
-        let found = look(&path, &file, true).expect("in order");
+        let header = look(&path, &file, true).expect("in order").header;
         let complaints = Complaints::new("disk0".to_owned(), path.clone());
-        let image = Image::open(&path, file, found, true, Vec::new(), complaints);
+        let image = Unread::new(&path, file, header, true, Vec::new(), complaints);
+        let image = image.and_then(Unread::read);
         let access = image.expect("opens").access.into_inner().expect("sound");
         let mut is = vec![0; SIZE];
         access.disk.read(&mut is, 0).expect("it can be read");

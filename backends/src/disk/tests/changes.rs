@@ -123,7 +123,7 @@ fn nothing_is_flushed_of_a_disk_that_is_not_safe() {
 fn the_broker_opens_images_and_nothing_else_for_a_disk() {
     let folder = Folder::new();
     let image = folder.image();
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let offer = |writable| {
         broker
             .offer(Service::Images { writable })

@@ -3,7 +3,7 @@
 use super::*;
 use crate::kind::{DeviceOptions, Guest};
 use crate::net::NetOptions;
-use crate::open::{checked, open as open_wanted};
+use crate::open::{checked, examine, open as open_wanted};
 use crate::pmem::PmemOptions;
 use std::process::Command;
 
@@ -74,7 +74,8 @@ fn a_start_that_is_refused_leaves_an_image_as_it_was() {
     ];
     for (words, devices) in cases {
         let wanted = checked(devices, &guest).expect("right");
-        let Err(error) = open_wanted(&wanted, guest.memory, None, None, false) else {
+        let opened = open_wanted(&wanted, guest.memory, None, None, false);
+        let Err(error) = opened.and_then(|mut backends| examine(&mut backends)) else {
             panic!("{words}: it is not refused");
         };
         let error = format!("{error:#}");
@@ -144,4 +145,43 @@ fn an_overlay_changes_with_the_first_write_of_a_guest() {
     drop(disk);
     assert!(std::fs::read(&image).expect("an image") != before);
     assert!(has_bitmap(&base), "it is not written to");
+}
+
+#[cfg(feature = "qcow2")]
+#[test]
+fn before_confinement_no_more_of_a_qcow2_image_is_read_than_its_header() {
+    use std::process::Command;
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        println!("skipped: no qemu-img here");
+        return;
+    }
+    let folder = Folder::new();
+    let path = folder.path("x.qcow2");
+    let words = ["create", "-q", "-f", "qcow2", &path, "64M"];
+    let made = Command::new("qemu-img").args(words).status();
+    assert!(made.expect("it runs").success());
+    let file = File::options().read(true).write(true).open(&path);
+    let file = file.expect("a file");
+    let mut place = [0; 8];
+    // Where the table of counts is, and the first of its entries: beyond all bounds (docs/interop/qcow2.rst
+    // of QEMU, "Header").
+    file.read_exact_at(&mut place, 48).expect("a header");
+    let table = u64::from_be_bytes(place);
+    file.write_all_at(&[0xff; 8], table).expect("room");
+    for cache in ["writeback", "none"] {
+        let text = format!("{path},format=qcow2,cache={cache}");
+        let opened = DiskOptions::parse(&text).expect("valid").open(0);
+        let mut disk = match opened {
+            Err(error) if cache == "none" => {
+                println!("skipped: {error:#}");
+                continue;
+            }
+            opened => opened.expect("a header that is right"),
+        };
+        assert_eq!(disk.handle().look().expect("a size"), 64 << 20);
+        let error = format!("{:#}", disk.device().err().expect("not examined yet"));
+        assert!(error.contains("was not examined"), "{error}");
+        let error = format!("{:#}", disk.examine().expect_err("damaged"));
+        assert!(error.contains("x.qcow2 is damaged"), "{error}");
+    }
 }

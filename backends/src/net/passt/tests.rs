@@ -95,7 +95,7 @@ fn free_port() -> u16 {
 
 #[test]
 fn when_passt_does_not_start_it_is_said_why() {
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let start = |program: &str| {
         let started = Passt::start_program(&broker, Path::new(program), &[], MAC_BYTES, PATIENCE);
         format!("{:#}", started.err().expect("it is no passt"))
@@ -127,8 +127,12 @@ fn when_passt_ends_the_link_goes_down() {
     if !has_passt() {
         return;
     }
-    let passt =
-        Passt::start(&Broker::fork().expect("a process"), &[], MAC_BYTES).expect("it starts");
+    let passt = Passt::start(
+        &Broker::fork(Some(&crate::broker::tests::native())).expect("a process"),
+        &[],
+        MAC_BYTES,
+    )
+    .expect("it starts");
     let frames = PasstFrames::new(passt);
     let card = super::super::NetworkCard {
         name: "net0".to_owned(),
@@ -153,8 +157,12 @@ fn passt_ends_with_the_card() {
     if !has_passt() {
         return;
     }
-    let passt =
-        Passt::start(&Broker::fork().expect("a process"), &[], MAC_BYTES).expect("it starts");
+    let passt = Passt::start(
+        &Broker::fork(Some(&crate::broker::tests::native())).expect("a process"),
+        &[],
+        MAC_BYTES,
+    )
+    .expect("it starts");
     let process = passt.process.pid().cast_unsigned();
     assert!(!is_gone(process));
     drop(passt);
@@ -201,7 +209,7 @@ fn in_bounded_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static)
 #[test]
 fn one_that_closes_its_standard_error_and_lives_on_holds_nothing_up() {
     let short = Duration::from_millis(300);
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     // It reads nothing; says too much; or closes its socket as well.
     for (script, patience) in [
         ("exec 2>&-; sleep 1000", short),
@@ -232,7 +240,7 @@ fn one_that_closes_its_standard_error_and_lives_on_holds_nothing_up() {
 fn one_that_closes_its_standard_error_later_can_go_on_and_its_end_is_noticed() {
     // It takes the first frame, and is there until it is told to go.
     let script = "head -c 64 <&3 >/dev/null; exec 2>&-; head -c 64 <&3 >/dev/null; exit 3";
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let mut passt = fake(&broker, script, PATIENCE).expect("it reads");
     assert!(matches!(passt.report(), SourceEvent::Nothing));
     assert!(!passt.is_gone);
@@ -249,7 +257,7 @@ fn one_that_closes_its_standard_error_later_can_go_on_and_its_end_is_noticed() {
 #[test]
 fn control_characters_of_passts_are_shown_and_do_nothing() {
     let script = "printf 'a\\033[2Jb\\rc\\n' >&2; exit 1";
-    let broker = Broker::fork().expect("a process");
+    let broker = Broker::fork(Some(&crate::broker::tests::native())).expect("a process");
     let error = fake(&broker, script, PATIENCE).err().expect("it ends");
     let error = format!("{error:#}");
     assert_eq!(error, "passt does not start: a\\x1b[2Jb\\rc");
