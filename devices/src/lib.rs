@@ -8,6 +8,7 @@ pub mod action;
 pub mod bus;
 pub mod cmos;
 pub mod console;
+pub mod counts;
 pub mod i8042;
 pub mod ioapic;
 pub mod limit;

@@ -11,6 +11,7 @@ use super::{
     Change, ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError,
     VirtioDevice, Virtqueue,
 };
+use crate::counts::Counts;
 use crate::rate::Throttle;
 
 mod data;
@@ -88,6 +89,13 @@ impl Block {
     pub fn held_to(mut self, throttle: Option<Arc<Throttle>>) -> Block {
         self.sources[1] = throttle.as_ref().map(|_| Waits::Tokens);
         self.work.throttle = throttle;
+        self
+    }
+
+    /// The disk, with what it does counted there.
+    #[must_use]
+    pub fn counted_by(mut self, counts: Arc<Counts>) -> Block {
+        self.work.counts = counts;
         self
     }
 

@@ -13,6 +13,7 @@ use super::{
     ConfigSpace, DeviceState, Driver, Positions, RestoreError, Source, StartError, VirtioDevice,
     Virtqueue,
 };
+use crate::counts::Counts;
 use crate::rate::Throttle;
 
 mod card;
@@ -46,6 +47,8 @@ pub struct Net<N: Frames> {
     of_network: usize,
     /// What holds back what is received, and what is sent.
     throttles: [Option<Arc<Throttle>>; 2],
+    /// What it has done.
+    counts: Arc<Counts>,
 }
 
 /// A pair of queues, as far as the driver has them.
@@ -62,6 +65,7 @@ impl<N: Frames> Net<N> {
             card: Card::new(&network, mac),
             of_network: network.sources().len(),
             throttles: [None, None],
+            counts: Arc::default(),
             network,
             pairs: Vec::new(),
             gone: false,
@@ -74,6 +78,13 @@ impl<N: Frames> Net<N> {
     #[must_use]
     pub fn held_to(mut self, throttles: [Option<Arc<Throttle>>; 2]) -> Net<N> {
         self.throttles = throttles;
+        self
+    }
+
+    /// The card, with what it does counted there.
+    #[must_use]
+    pub fn counted_by(mut self, counts: Arc<Counts>) -> Net<N> {
+        self.counts = counts;
         self
     }
 
@@ -94,7 +105,7 @@ impl<N: Frames> Net<N> {
             && !self.gone
         {
             let throttle = self.throttles[0].as_deref();
-            if let Err(why) = receiver.run(&mut self.network, pair, offloads, throttle) {
+            if let Err(why) = receiver.run(&mut self.network, pair, offloads, throttle, &self.counts) {
                 self.lose(&why);
             }
         }
@@ -111,7 +122,7 @@ impl<N: Frames> Net<N> {
         };
         let network = is_used.then_some(&mut self.network as &mut dyn Frames);
         let throttle = self.throttles[1].as_deref();
-        if let Err(why) = transmitter.run(network, pair, throttle) {
+        if let Err(why) = transmitter.run(network, pair, throttle, &self.counts) {
             self.lose(&why);
         }
     }

@@ -10,6 +10,7 @@ use super::engine::{Engine, Operation, Outcome, Request};
 use super::in_flight::{InFlight, Pending};
 use super::request::{Disk, HEADER, IOERR, OK, Parsed, SERIAL};
 use super::shape::ENTRIES;
+use crate::counts::Counts;
 use crate::rate::Throttle;
 use crate::sync::ring;
 use crate::virtio::{Chain, Driver, Link, Positions, Virtqueue, quiesced};
@@ -36,6 +37,8 @@ pub(super) struct Work {
     /// Whether something changed for the queues that wait.
     is_freed: bool,
     in_flight: InFlight,
+    /// What it has done.
+    pub(super) counts: Arc<Counts>,
     /// What holds the disk back, and whether it does: then its alarm gives all queues their turn.
     pub(super) throttle: Option<Arc<Throttle>>,
     is_throttled: bool,
@@ -57,6 +60,7 @@ impl Work {
             waiting: VecDeque::new(),
             is_freed: false,
             in_flight: InFlight::new(usize::from(queues)),
+            counts: Arc::default(),
             throttle: None,
             is_throttled: false,
             requests: 0,
@@ -322,6 +326,12 @@ impl Work {
             self.is_throttled = true;
             return Err(pending.chain);
         }
+        match operation {
+            Operation::Read => self.counts.to_guest.add(len),
+            Operation::Write => self.counts.from_guest.add(len),
+            Operation::Flush => self.counts.flushes.add(1),
+            _ => {}
+        }
         let data = match operation {
             Operation::Read => Data::new(pending.chain.writable(), 0, len as usize),
             Operation::Write => Data::new(pending.chain.readable(), HEADER, len as usize),
@@ -374,6 +384,9 @@ impl Work {
             is_read,
             ..
         } = pending;
+        if status == IOERR {
+            self.counts.failed.add(1);
+        }
         let Some(queue) = self.queue(queue) else {
             return;
         };

@@ -1,5 +1,6 @@
 //! Frames from the network to the driver.
 
+use crate::counts::Counts;
 use crate::rate::Throttle;
 use crate::sync::ring;
 use std::sync::Arc;
@@ -147,6 +148,7 @@ impl Receiver {
     /// Hands over what has come, as far as the driver has buffers for it. What there is no buffer
     /// for stays with the network, until the driver kicks. `offloads` are the features that the
     /// driver wants of frames now. What `throttle` does not let through stays there, too, until its alarm.
+    /// `counts` count what is handed over.
     ///
     /// # Errors
     /// Why the network is gone.
@@ -156,6 +158,7 @@ impl Receiver {
         pair: usize,
         offloads: u64,
         throttle: Option<&Throttle>,
+        counts: &Counts,
     ) -> Result<(), String> {
         let mut left = BATCH;
         let mut result = Ok(());
@@ -195,11 +198,13 @@ impl Receiver {
                     let size = if self.has_header { size } else { size + HEADER };
                     match self.admit(size, offloads) {
                         Ok(()) => {
+                            counts.to_guest.add((size - HEADER) as u64);
                             let placed = self.room;
                             self.waiting = Some(Waiting { size, placed });
                         }
                         Err(why) => {
                             left -= 1;
+                            counts.failed.add(1);
                             self.link.fault(format_args!("{why}"));
                         }
                     }
@@ -207,6 +212,7 @@ impl Receiver {
                 Err(FrameError::Wait) => self.more = false,
                 Err(FrameError::Lost(why)) => {
                     left -= 1;
+                    counts.failed.add(1);
                     self.link.fault(format_args!("{why}"));
                 }
                 Err(FrameError::Gone(why)) => {

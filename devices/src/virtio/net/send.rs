@@ -1,5 +1,6 @@
 //! Frames from the driver to the network.
 
+use crate::counts::Counts;
 use crate::rate::Throttle;
 use crate::sync::ring;
 use std::sync::Arc;
@@ -45,7 +46,8 @@ impl Transmitter {
 
     /// Sends what can be sent; without a network it is thrown away. A frame that the network
     /// cannot take yet stays in the queue: nothing is lost for want of room, and the driver slows
-    /// down as with a real card. So does one that `throttle` does not let through until its alarm.
+    /// down as with a real card. So does one that `throttle` does not let through until its alarm. `counts` count what
+    /// is sent.
     ///
     /// # Errors
     /// Why the network is gone.
@@ -54,6 +56,7 @@ impl Transmitter {
         mut network: Option<&mut dyn Frames>,
         pair: usize,
         throttle: Option<&Throttle>,
+        counts: &Counts,
     ) -> Result<(), String> {
         if self.blocked {
             return Ok(());
@@ -88,8 +91,14 @@ impl Transmitter {
                 break;
             }
             let sent = match (self.is_frame(buffer), &mut network) {
-                (true, Some(network)) => network.send(pair, self.frame(buffer)),
-                (true, None) => Ok(()),
+                (true, Some(network)) => {
+                    let sent = network.send(pair, self.frame(buffer));
+                    sent.inspect(|()| counts.from_guest.add((buffer.room - HEADER) as u64))
+                }
+                (true, None) => {
+                    counts.failed.add(1);
+                    Ok(())
+                }
                 (false, _) => Err(FrameError::Lost(format!(
                     "a frame to send has {} bytes in {} pieces",
                     buffer.room, buffer.pieces
@@ -102,7 +111,10 @@ impl Transmitter {
                     self.blocked = true;
                     break;
                 }
-                Err(FrameError::Lost(why)) => self.link.fault(format_args!("{why}")),
+                Err(FrameError::Lost(why)) => {
+                    counts.failed.add(1);
+                    self.link.fault(format_args!("{why}"));
+                }
                 Err(FrameError::Gone(why)) => result = Err(why),
             }
             self.queue.complete_buffers(&[buffer], 0);
