@@ -154,6 +154,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         patience,
         seeded: !machine.deterministic,
         stats: args.stats,
+        counted: false,
         sandbox,
         vcpu_names: VCPU_NAMES,
         serial_limit: None,

@@ -49,7 +49,7 @@ mod input;
 mod power;
 mod queue;
 
-pub use command::{BalloonReport, By, Command, Reply, State};
+pub use command::{BalloonReport, By, Command, Done, Reply, State};
 pub use ending::{OnPanic, OnReset};
 pub use queue::Commands;
 
@@ -77,6 +77,8 @@ pub struct RunOptions<A: KvmArch> {
     pub seeded: bool,
     /// Whether to count exits, and report them at the end and on SIGUSR1.
     pub stats: bool,
+    /// Whether to count exits, for whoever asks by [`Command::Tally`].
+    pub counted: bool,
     /// How far armlet confines itself.
     pub sandbox: Mode,
     /// What stands before a vCPU's number in its thread's name ([`VCPU_NAMES`]); the name is cut off
@@ -204,7 +206,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
             .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
             .fault(Status::Usage)?;
         drop(plan);
-        if options.stats {
+        if options.stats || options.counted {
             machine.count();
         }
         if terminal.is_none() {

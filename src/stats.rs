@@ -58,6 +58,17 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Returns how often vCPUs left KVM for armlet, by reason; nothing where that is not counted.
+    #[must_use]
+    pub fn exits(&self) -> Vec<(&'static str, u64)> {
+        let sum = |reason| self.exits.iter().map(|exits| exits.get(reason)).sum();
+        let named = Reason::ALL.map(|(reason, name)| (name, sum(reason)));
+        named
+            .into_iter()
+            .filter(|_| !self.exits.is_empty())
+            .collect()
+    }
+
     /// Formats the counters as lines for people.
     #[must_use]
     pub fn report(&self) -> Vec<String> {

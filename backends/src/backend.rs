@@ -4,6 +4,7 @@ use crate::balloon::BalloonTarget;
 use crate::disk::DiskHandle;
 use crate::pmem::PmemImage;
 use anyhow::Result;
+use armlet_devices::counts::Tally;
 use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use std::sync::{Arc, Mutex};
@@ -68,6 +69,11 @@ pub trait Backend: Send {
     /// the guest runs; `None` where that is not possible.
     fn throttle(&self, flow: Flow) -> Option<&Throttle> {
         let _ = flow;
+        None
+    }
+
+    /// Returns what the device has done, in all lives of the guest, where that is counted.
+    fn tally(&self) -> Option<Tally> {
         None
     }
 

@@ -26,6 +26,7 @@ use crate::kind::Place;
 use crate::locks::Use;
 use crate::timer;
 use anyhow::{Context, Result, bail};
+use armlet_devices::counts::{Counts, Tally};
 use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::block::{Block, Engine, Shape};
@@ -79,6 +80,7 @@ impl DiskOptions {
             storage,
             shape,
             throttle,
+            counts: Arc::default(),
             options: self.clone(),
             opener,
         })
@@ -307,6 +309,7 @@ pub struct Disk {
     storage: Storage,
     shape: Shape,
     throttle: Option<Arc<Throttle>>,
+    counts: Arc<Counts>,
     options: DiskOptions,
     opener: Opener,
 }
@@ -412,7 +415,9 @@ impl Backend for Disk {
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
         let mut shape = self.shape.clone();
         shape.size = self.handle().look()?;
-        let device = Block::new(&shape, self.engine()?).held_to(self.throttle.clone());
+        let device = Block::new(&shape, self.engine()?)
+            .held_to(self.throttle.clone())
+            .counted_by(Arc::clone(&self.counts));
         Ok(Arc::new(Mutex::new(device)))
     }
 
@@ -422,6 +427,10 @@ impl Backend for Disk {
 
     fn throttle(&self, flow: Flow) -> Option<&Throttle> {
         self.throttle.as_deref().filter(|_| flow == Flow::All)
+    }
+
+    fn tally(&self) -> Option<Tally> {
+        Some(self.counts.tally())
     }
 
     fn is_busy(&self) -> bool {

@@ -4,6 +4,7 @@ use crate::backend::{Backend, Flow};
 use crate::broker::Broker;
 use crate::timer;
 use anyhow::{Context, Result};
+use armlet_devices::counts::{Counts, Tally};
 use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::net::{Frames, Net, RingNet};
@@ -67,6 +68,7 @@ impl NetOptions {
             mac: self.address(number)?,
             connection,
             throttles,
+            counts: Arc::default(),
         })
     }
 
@@ -110,6 +112,7 @@ pub struct NetworkCard {
     connection: Connection,
     /// Of what is received, and of what is sent.
     throttles: [Option<Arc<Throttle>>; 2],
+    counts: Arc<Counts>,
 }
 
 enum Connection {
@@ -120,7 +123,9 @@ enum Connection {
 
 impl NetworkCard {
     fn card<N: Frames + 'static>(&self, network: N) -> Arc<Mutex<dyn VirtioDevice>> {
-        let card = Net::new(network, self.mac).held_to(self.throttles.clone());
+        let card = Net::new(network, self.mac)
+            .held_to(self.throttles.clone())
+            .counted_by(Arc::clone(&self.counts));
         Arc::new(Mutex::new(card))
     }
 }
@@ -148,6 +153,12 @@ impl Backend for NetworkCard {
             Flow::Transmit => transmit.as_deref(),
             Flow::All => None,
         }
+    }
+
+    /// What the kernel carries is not counted here.
+    fn tally(&self) -> Option<Tally> {
+        let is_ours = !matches!(self.connection, Connection::Vhost(_));
+        is_ours.then(|| self.counts.tally())
     }
 
     fn is_busy(&self) -> bool {

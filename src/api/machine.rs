@@ -86,6 +86,7 @@ pub(super) fn options(
         patience: Some(Duration::ZERO),
         seeded: true,
         stats: false,
+        counted: files.metrics.is_wanted(),
         sandbox: Mode::parse(args.sandbox.as_deref()).fault(Status::Usage)?,
         vcpu_names: "fc_vcpu ",
         serial_limit: microvm.serial.rate_limiter.map(bucket),

@@ -1,7 +1,9 @@
 //! Metrics in Firecracker's format: an object a line, of what was counted since the last one.
 
+use crate::run::Done;
 use armlet_api::http::{Method, Request};
 use armlet_api::model::Metrics;
+use armlet_devices::counts::Tally;
 use armlet_devices::sync::lock;
 use armlet_system::files;
 use serde_json::{Map, Value, json};
@@ -25,6 +27,11 @@ struct Inner {
     /// Requests by group and name: `get_api_requests`, `machine_cfg_count`.
     requests: BTreeMap<(&'static str, String), u64>,
     missed: u64,
+    /// The IDs of drives and interfaces, in the order of the machine's.
+    names: [Vec<String>; 2],
+    /// What was done by now, and when the last line was written.
+    now: Done,
+    before: Done,
 }
 
 impl MetricsFile {
@@ -35,6 +42,9 @@ impl MetricsFile {
             next: None,
             requests: BTreeMap::new(),
             missed: 0,
+            names: Default::default(),
+            now: Done::default(),
+            before: Done::default(),
         })))
     }
 
@@ -80,9 +90,9 @@ impl MetricsFile {
         *inner.requests.entry((group, name.to_owned())).or_default() += 1;
     }
 
-    /// Begins to write.
-    pub(super) fn begin(&self) {
-        self.flush();
+    /// Whether there is a file for them.
+    pub(super) fn is_wanted(&self) -> bool {
+        lock(&self.0).target.is_some()
     }
 
     /// When to write again.
@@ -90,14 +100,19 @@ impl MetricsFile {
         lock(&self.0).next
     }
 
-    /// Writes a line, if there is a file for it. A FIFO that is full loses it.
-    pub(super) fn flush(&self) {
-        lock(&self.0).flush();
+    /// Writes a line, if there is a file for it, of what was done now. A FIFO that is full loses it.
+    pub(super) fn flush(&self, done: Option<Done>, drives: &[String], interfaces: &[String]) {
+        let mut inner = lock(&self.0);
+        if let Some(done) = done {
+            inner.names = [drives.to_vec(), interfaces.to_vec()];
+            inner.now = done;
+        }
+        inner.flush();
     }
 
     /// Writes the last line.
     pub(super) fn end(&self) {
-        self.flush();
+        lock(&self.0).flush();
     }
 }
 
@@ -111,6 +126,7 @@ impl Inner {
             Ok(()) => {
                 self.requests.clear();
                 self.missed = 0;
+                self.before = self.now.clone();
             }
             Err(_) => self.missed += 1,
         }
@@ -130,6 +146,7 @@ impl Inner {
                 .collect();
             line.insert(group.to_owned(), counts.into());
         }
+        self.add_machine(&mut line);
         line.insert(
             "logger".to_owned(),
             json!({ "missed_metrics_count": self.missed }),
@@ -141,5 +158,131 @@ impl Inner {
             line.insert("properties".to_owned(), json!(metrics.properties));
         }
         line.into()
+    }
+
+    /// What vCPUs, drives and interfaces have done since the last line.
+    fn add_machine(&self, line: &mut Map<String, Value>) {
+        let mut vcpu = Map::new();
+        for (reason, count) in &self.now.exits {
+            let mut before = self.before.exits.iter();
+            let before = before.find(|(other, _)| other == reason);
+            let name = match *reason {
+                "register reads" => "exit_mmio_read",
+                "register writes" => "exit_mmio_write",
+                "port accesses" => "exit_io",
+                _ => continue,
+            };
+            let more = count.saturating_sub(before.map_or(0, |(_, count)| *count));
+            vcpu.insert(name.to_owned(), json!(more));
+        }
+        line.insert("vcpu".to_owned(), vcpu.into());
+        let [drives, interfaces] = &self.names;
+        for (kind, group, names) in [("disk", "block", drives), ("net", "net", interfaces)] {
+            let mut all = Tally::default();
+            for (index, id) in names.iter().enumerate() {
+                let name = format!("{kind}{index}");
+                let more = since(&self.now, &self.before, &name);
+                all = sum(&all, &more);
+                line.insert(format!("{group}_{id}"), shown(kind, &more));
+            }
+            line.insert(group.to_owned(), shown(kind, &all));
+        }
+    }
+}
+
+/// What a device has done between two moments.
+fn since(now: &Done, before: &Done, name: &str) -> Tally {
+    let of = |done: &Done| {
+        let mut devices = done.devices.iter();
+        let found = devices.find(|(device, _)| device == name);
+        found.map_or_else(Tally::default, |(_, tally)| *tally)
+    };
+    let (now, before) = (of(now), of(before));
+    Tally {
+        to_guest: now.to_guest.wrapping_sub(before.to_guest),
+        bytes_to_guest: now.bytes_to_guest.wrapping_sub(before.bytes_to_guest),
+        from_guest: now.from_guest.wrapping_sub(before.from_guest),
+        bytes_from_guest: now.bytes_from_guest.wrapping_sub(before.bytes_from_guest),
+        flushes: now.flushes.wrapping_sub(before.flushes),
+        failed: now.failed.wrapping_sub(before.failed),
+    }
+}
+
+fn sum(one: &Tally, other: &Tally) -> Tally {
+    Tally {
+        to_guest: one.to_guest + other.to_guest,
+        bytes_to_guest: one.bytes_to_guest + other.bytes_to_guest,
+        from_guest: one.from_guest + other.from_guest,
+        bytes_from_guest: one.bytes_from_guest + other.bytes_from_guest,
+        flushes: one.flushes + other.flushes,
+        failed: one.failed + other.failed,
+    }
+}
+
+/// A device's counts under the names of the interface.
+fn shown(kind: &str, tally: &Tally) -> Value {
+    match kind {
+        "disk" => json!({
+            "read_count": tally.to_guest,
+            "read_bytes": tally.bytes_to_guest,
+            "write_count": tally.from_guest,
+            "write_bytes": tally.bytes_from_guest,
+            "flush_count": tally.flushes,
+            "execute_fails": tally.failed,
+        }),
+        _ => json!({
+            "rx_packets_count": tally.to_guest,
+            "rx_bytes_count": tally.bytes_to_guest,
+            "tx_packets_count": tally.from_guest,
+            "tx_bytes_count": tally.bytes_from_guest,
+            "tx_fails": tally.failed,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn done(read: u64, reads: u64) -> Done {
+        let tally = Tally {
+            to_guest: read / 512,
+            bytes_to_guest: read,
+            ..Tally::default()
+        };
+        Done {
+            exits: vec![("register reads", reads), ("other", 5)],
+            devices: vec![("disk0".to_owned(), tally), ("disk1".to_owned(), tally)],
+            restarts: 0,
+        }
+    }
+
+    #[test]
+    fn a_line_has_what_was_added_since_the_last() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics");
+        let file = MetricsFile::new("id");
+        assert!(!file.is_wanted());
+        let text = format!(r#"{{"metrics_path": {path:?}, "properties": {{"a": "b"}}}}"#);
+        let metrics = serde_json::from_str(&text).expect("metrics");
+        file.open(&metrics).expect("a file");
+        let (drives, nets) = (["a".to_owned(), "b".to_owned()], ["eth0".to_owned()]);
+        file.flush(Some(done(1024, 3)), &drives, &nets);
+        file.flush(Some(done(2048, 10)), &drives, &nets);
+        file.end();
+        let text = std::fs::read_to_string(&path).expect("lines");
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"))
+            .collect();
+        for (line, bytes, reads) in [(0, 1024, 3), (1, 1024, 7), (2, 0, 0)] {
+            let line = &lines[line];
+            assert_eq!(line["block_a"]["read_bytes"], bytes, "{line}");
+            assert_eq!(line["block"]["read_bytes"], 2 * bytes, "{line}");
+            assert_eq!(line["vcpu"]["exit_mmio_read"], reads, "{line}");
+            assert_eq!(line["net_eth0"]["rx_bytes_count"], 0, "{line}");
+            assert_eq!(line["properties"]["a"], "b");
+        }
+        assert!(file.deadline().is_some());
     }
 }

@@ -25,6 +25,9 @@ pub(super) struct Running {
 struct Guest {
     commands: Commands,
     metrics: MetricsFile,
+    /// IDs, in the order of the machine's devices.
+    drives: Vec<String>,
+    interfaces: Vec<String>,
     /// It keeps what the machine has taken over; the sandbox lets nobody open it again.
     _files: Files,
 }
@@ -32,11 +35,16 @@ struct Guest {
 impl Running {
     pub(super) fn new(microvm: Microvm, mut files: Files, commands: Commands) -> Running {
         files.hand_over();
+        let drives = microvm.drives.iter().map(|drive| drive.drive_id.clone());
+        let interfaces = microvm.interfaces.iter().map(|net| net.iface_id.clone());
+        let (drives, interfaces) = (drives.collect(), interfaces.collect());
         Running {
             microvm,
             guest: Guest {
                 commands,
                 metrics: files.metrics.clone(),
+                drives,
+                interfaces,
                 _files: files,
             },
         }
@@ -48,7 +56,7 @@ impl Running {
     /// A machine that cannot run.
     pub(super) fn wait_for_start(&mut self) -> Result<(), Refusal> {
         self.guest.ask(Command::Status).map(drop)?;
-        self.guest.metrics.begin();
+        self.guest.write_metrics();
         Ok(())
     }
 }
@@ -64,7 +72,7 @@ impl Handler for Running {
     }
 
     fn pass(&mut self) {
-        self.guest.metrics.flush();
+        self.guest.write_metrics();
     }
 }
 
@@ -84,6 +92,14 @@ impl Guest {
                 format!("no answer within {PATIENCE:?}: it may still be done")
             }
         })
+    }
+
+    /// Writes a line of metrics, if they are wanted.
+    fn write_metrics(&self) {
+        if self.metrics.is_wanted() {
+            let done = self.ask(Command::Tally).ok();
+            self.metrics.flush(done, &self.drives, &self.interfaces);
+        }
     }
 
     /// Changes limits of a device, where there is something to change.
@@ -123,7 +139,7 @@ impl Machine for Guest {
     }
 
     fn flush_metrics(&mut self) -> Result<(), Refusal> {
-        self.metrics.flush();
+        self.write_metrics();
         Ok(())
     }
 

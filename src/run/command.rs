@@ -2,6 +2,7 @@
 
 use crate::console::Escape;
 use armlet_backends::backend::Flow;
+use armlet_devices::counts::Tally;
 use armlet_devices::rate::Limits;
 use armlet_devices::virtio::Statistics;
 use armlet_system::signals::Taken;
@@ -46,6 +47,8 @@ pub enum Command {
     SetLimits(String, Flow, Limits, Reply<Result<(), String>>),
     /// Answer with the machine's state.
     Status(Reply<State>),
+    /// Answer with what vCPUs and devices have done.
+    Tally(Reply<Done>),
     /// Answer with the counters, as lines for people.
     Counters(Reply<Vec<String>>),
     /// Reset the guest as if it had asked for it; answered before that.
@@ -71,6 +74,17 @@ pub enum By {
 pub struct State {
     /// Whether it is paused.
     pub is_paused: bool,
+    /// How often the guest was started again.
+    pub restarts: u64,
+}
+
+/// What vCPUs and devices have done, as far as it is counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// How often vCPUs left KVM for armlet, by reason, in this life of the guest.
+    pub exits: Vec<(&'static str, u64)>,
+    /// What devices have done, by name, in all lives.
+    pub devices: Vec<(String, Tally)>,
     /// How often the guest was started again.
     pub restarts: u64,
 }

@@ -3,7 +3,7 @@
 
 use super::alarm::Alarm;
 use super::change;
-use super::command::{By, Command, State, of_signals};
+use super::command::{By, Command, Done, State, of_signals};
 use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
@@ -399,6 +399,14 @@ impl Events {
                 is_paused: self.input.held,
                 restarts: self.lives.saturating_sub(1),
             }),
+            Command::Tally(reply) => {
+                let tally = |backend: &Box<dyn Backend>| Some((backend.name(), backend.tally()?));
+                reply.send(Done {
+                    exits: machine.counters.exits(),
+                    devices: self.backends.iter().filter_map(tally).collect(),
+                    restarts: self.lives.saturating_sub(1),
+                });
+            }
             Command::Counters(reply) => reply.send(machine.counters.report()),
             Command::Reset(reply) => {
                 reply.send(());

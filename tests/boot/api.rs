@@ -274,7 +274,9 @@ pub(crate) fn a_guest_is_driven_by_requests(kernel: &[u8], options: &[&str]) {
     let first = lines.next().expect("a line at the start");
     assert_eq!(first["id"], "anonymous-instance");
     assert_eq!(first["put_api_requests"]["drive_count"], 2, "{first}");
-    assert!(lines.next().is_some(), "{metrics}");
+    let second = lines.next().expect("one that was asked for");
+    assert_eq!(second["block_rootfs"]["read_count"], 0, "{second}");
+    assert!(first["vcpu"].is_object(), "{first}");
     // SAFETY of names: the child is ours, and runs.
     let pid = rustix::process::Pid::from_child(&api.child);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");

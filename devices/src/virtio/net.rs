@@ -105,7 +105,9 @@ impl<N: Frames> Net<N> {
             && !self.gone
         {
             let throttle = self.throttles[0].as_deref();
-            if let Err(why) = receiver.run(&mut self.network, pair, offloads, throttle, &self.counts) {
+            if let Err(why) =
+                receiver.run(&mut self.network, pair, offloads, throttle, &self.counts)
+            {
                 self.lose(&why);
             }
         }
