@@ -32,6 +32,8 @@ use std::cell::RefCell;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 /// The name under which this program is Firecracker to those who start it.
 pub const FIRECRACKER: &str = "firecracker";
@@ -44,6 +46,8 @@ const BODY_BYTES: usize = 51200;
 const SOCKET: &str = "/run/firecracker.socket";
 /// Small, so that a huge page never backs it.
 const STACK_BYTES: usize = 256 << 10;
+/// How long an end waits for the answer to the request that started the machine.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// The most bytes of files with configuration or metadata.
 const FILE_BYTES: u64 = 1 << 20;
 
@@ -60,10 +64,17 @@ impl Handler for Configuring {
     }
 }
 
+/// How the start of a machine went, told by the thread that has it to the one that answers for it, which
+/// tells when it has.
+struct Verdict {
+    outcome: Receiver<Result<(), String>>,
+    answered: SyncSender<()>,
+}
+
 /// The interface, from the start of a machine on.
 struct Serving {
     server: Server,
-    pending: Option<Pending>,
+    pending: Option<(Pending, Verdict)>,
     microvm: Microvm,
     files: Files,
 }
@@ -82,9 +93,14 @@ pub fn api(args: &ApiArgs) -> Result<Status> {
     };
     let mut starts = is_whole;
     loop {
+        let (tell, outcome) = sync_channel(1);
+        let (answered, done) = sync_channel(1);
         let pending = match std::mem::take(&mut starts) {
             true => None,
-            false => Some(server.serve(&mut configuring)?),
+            false => {
+                let verdict = Verdict { outcome, answered };
+                Some((server.serve(&mut configuring)?, verdict))
+            }
         };
         let Configuring { microvm, mut files } = configuring;
         files.leave_socket();
@@ -109,6 +125,10 @@ pub fn api(args: &ApiArgs) -> Result<Status> {
         });
         let left = slot.borrow_mut().take();
         let Some(mut serving) = left else {
+            let started = outcome.as_ref().map(drop);
+            // Neither waits for the other: there is room for one, and the answer is on its way.
+            let _ = tell.try_send(started.map_err(|error| format!("{error:#}")));
+            let _ = done.recv_timeout(FAREWELL);
             metrics.end();
             return outcome;
         };
@@ -116,7 +136,7 @@ pub fn api(args: &ApiArgs) -> Result<Status> {
             Err(error) => error,
             Ok(status) => return Ok(status),
         };
-        let Some(waits) = serving.pending.take() else {
+        let Some((waits, _)) = serving.pending.take() else {
             // A machine that a file describes starts, or this ends.
             return Err(error);
         };
@@ -151,13 +171,19 @@ impl Serving {
 
     fn serve(mut self, commands: Commands) -> Result<()> {
         let mut running = Running::new(self.microvm, self.files, commands);
-        if let Some(pending) = self.pending.take() {
-            // The first answer of the event loop says that the guest runs.
-            let answer = match running.wait_for_start() {
+        if let Some((pending, verdict)) = self.pending.take() {
+            // The first answer of the event loop says that the guest runs. One that has ended already may
+            // have run all the same.
+            let started = running.wait_for_start();
+            let started =
+                started.or_else(|why| verdict.outcome.recv_timeout(FAREWELL).unwrap_or(Err(why)));
+            let answer = match started {
                 Ok(()) => Answer::done(),
                 Err(why) => Answer::fault(format!("Start microvm error: {why}")),
             };
             self.server.answer(&pending, &answer);
+            // Nobody waits for it while the guest runs.
+            let _ = verdict.answered.try_send(());
         }
         loop {
             let pending = self.server.serve(&mut running)?;
