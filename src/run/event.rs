@@ -400,10 +400,12 @@ impl Events {
                 restarts: self.lives.saturating_sub(1),
             }),
             Command::Tally(reply) => {
-                let tally = |backend: &Box<dyn Backend>| Some((backend.name(), backend.tally()?));
+                let devices = self.backends.iter();
+                let devices =
+                    devices.filter_map(|backend| Some((backend.name(), backend.tally()?)));
                 reply.send(Done {
                     exits: machine.counters.exits(),
-                    devices: self.backends.iter().filter_map(tally).collect(),
+                    devices: devices.collect(),
                     restarts: self.lives.saturating_sub(1),
                 });
             }

@@ -101,7 +101,7 @@ fn linux_is_started_by_requests_with_the_command_line_of_firecrackers_clients() 
     let mut api = Api::start(&[]);
     let [kernel, drivers] = WITH_DEVICES;
     let read = |name: &str| fs::read(rig.asset(name)).expect("an asset");
-    let script = "head -c 5 /dev/vda; echo; cat /proc/cmdline";
+    let script = "head -c 5 /dev/vda; echo; cat /proc/cmdline; sleep 5";
     let script = archive("script", script.as_bytes());
     api.write("initrd", &[read("initrd"), read(drivers), script].concat());
     api.write("disk", &[b"DISK!", &[0; 1 << 20][..]].concat());
@@ -121,8 +121,18 @@ fn linux_is_started_by_requests_with_the_command_line_of_firecrackers_clients() 
         "/drives/rootfs",
         r#"{"drive_id": "rootfs", "path_on_host": "disk", "is_root_device": true, "is_read_only": true}"#,
     );
+    api.put("/metrics", r#"{"metrics_path": "metrics"}"#);
     api.put("/actions", r#"{"action_type": "InstanceStart"}"#);
     api.expect("DISK!");
+    api.put("/actions", r#"{"action_type": "FlushMetrics"}"#);
+    let metrics = fs::read_to_string(api.path("metrics")).expect("metrics");
+    let read = |line: &str| -> u64 {
+        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        line["block_rootfs"]["read_bytes"]
+            .as_u64()
+            .expect("a number")
+    };
+    assert!(metrics.lines().map(read).sum::<u64>() >= 512, "{metrics}");
     api.expect("console=ttyS0 reboot=k panic=1 pci=off armlet.run=script root=/dev/vda ro");
     assert_eq!(api.end().code(), Some(0), "{}", api.said());
 }

@@ -138,6 +138,7 @@ fn when_passt_ends_the_link_goes_down() {
         name: "net0".to_owned(),
         mac: MAC_BYTES,
         throttles: [None, None],
+        counts: Arc::default(),
         connection: super::super::Connection::User(frames.clone()),
     };
     let mut guest = Guest::new(&card, u64::MAX);
