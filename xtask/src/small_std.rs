@@ -23,10 +23,13 @@ const ARGUMENTS: [&str; 2] = [
 /// What the compiler is told in addition. What aborts where it panics needs no tables, and no
 /// library, to unwind by. Functions that are the same are made one by the linker (`build.rs`), which
 /// leaves each in its section, and not by the compiler: `packaging/order.ld` names sections. What
-/// several functions have in common is sought once more in what the first search has left. SHA-256, which
+/// several functions have in common is sought once more in what the first search has left. What panics
+/// names its file without the line: each line would be a value of 24 bytes and an address that is filled in
+/// at each start, for a thousand places. SHA-256, which
 /// few .xz files have for a check, is a loop for CPUs without an instruction for it.
-const FLAGS: [&str; 4] = [
+const FLAGS: [&str; 5] = [
     "-Cforce-unwind-tables=no",
+    "-Zlocation-detail=file",
     "-Zmerge-functions=disabled",
     "-Cllvm-args=-machine-outliner-reruns=1",
     "--cfg=sha2_backend_soft=\"compact\"",
