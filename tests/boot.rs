@@ -82,6 +82,9 @@ mod memory;
 /// Messages: how many, and what happens where nobody reads them.
 #[path = "boot/messages.rs"]
 mod messages;
+/// Metadata that a guest reads on its network card.
+#[path = "boot/metadata.rs"]
+mod metadata;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;

@@ -56,6 +56,7 @@ replay! {
     console: "console",
     fs: "fs",
     kernel: "kernel",
+    metadata: "metadata",
     net: "net",
     passt: "passt",
     pmem: "pmem",

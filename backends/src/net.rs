@@ -9,6 +9,7 @@ use armlet_devices::rate::Throttle;
 use armlet_devices::virtio::VirtioDevice;
 use armlet_devices::virtio::net::{Frames, Net, RingNet};
 use armlet_system::eintr::uninterrupted;
+use mmds::OpenMetadata;
 use options::FLAG;
 use passt::{Passt, PasstFrames};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use tap::{Tap, TapFrames};
 use vhost::VhostNet;
 
+pub mod mmds;
 mod options;
 pub mod passt;
 mod sys;
@@ -54,6 +56,8 @@ impl NetOptions {
                 Ok(Connection::User(PasstFrames::new(passt)))
             }
         };
+        let metadata = || self.mmds.as_ref().map(OpenMetadata::open).transpose();
+        let metadata = metadata().with_context(|| format!("{FLAG} {self}"))?;
         let connection = open().with_context(|| format!("{FLAG} {self}"))?;
         let by_kernel = matches!(connection, Connection::Vhost(_));
         let throttle = |limits| match by_kernel {
@@ -66,6 +70,7 @@ impl NetOptions {
         Ok(NetworkCard {
             name,
             mac: self.address(number)?,
+            metadata,
             connection,
             throttles,
             counts: Arc::default(),
@@ -77,8 +82,8 @@ impl NetOptions {
             tap.tell_mtu(mtu);
         }
         let tap = Arc::new(tap);
-        // The kernel would move as many frames as come.
-        if vhost != VhostChoice::Off && !self.is_limited() {
+        // The kernel would move as many frames as come, and those to metadata too.
+        if vhost != VhostChoice::Off && !self.is_limited() && self.mmds.is_none() {
             match VhostNet::open(&tap) {
                 Ok(vhost) => return Ok(Connection::Vhost(vhost)),
                 Err(error) if vhost == VhostChoice::On => return Err(error),
@@ -109,6 +114,7 @@ impl NetOptions {
 pub struct NetworkCard {
     name: String,
     mac: [u8; 6],
+    metadata: Option<OpenMetadata>,
     connection: Connection,
     /// Of what is received, and of what is sent.
     throttles: [Option<Arc<Throttle>>; 2],
@@ -119,6 +125,17 @@ enum Connection {
     Tap(TapFrames),
     Vhost(VhostNet),
     User(PasstFrames),
+}
+
+impl Connection {
+    /// Its frames, where they come through this process.
+    fn frames(&self) -> Option<Box<dyn Frames>> {
+        match self {
+            Connection::Tap(tap) => Some(Box::new(tap.clone())),
+            Connection::User(passt) => Some(Box::new(passt.clone())),
+            Connection::Vhost(_) => None,
+        }
+    }
 }
 
 impl NetworkCard {
@@ -136,6 +153,9 @@ impl Backend for NetworkCard {
     }
 
     fn device(&self) -> Result<Arc<Mutex<dyn VirtioDevice>>> {
+        if let (Some(metadata), Some(frames)) = (&self.metadata, self.connection.frames()) {
+            return metadata.device(frames, self.mac, self.throttles.clone());
+        }
         Ok(match &self.connection {
             Connection::Tap(tap) => self.card(tap.clone()),
             Connection::User(passt) => self.card(passt.clone()),

@@ -1,4 +1,4 @@
-//! The alarm of a device that is held to limits: a timer of the kernel's.
+//! The alarm of a device: a timer of the kernel's.
 
 use armlet_devices::rate::{Alarm, Bucket, Limits, Throttle};
 use armlet_system::eintr::uninterrupted;
@@ -12,10 +12,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// A timer.
-struct Timer(OwnedFd);
+pub(crate) struct Timer(OwnedFd);
 
 /// The longest wait: a change of the limits ends it early anyway.
 const LONGEST: Duration = Duration::from_secs(1 << 30);
+
+impl Timer {
+    /// A timer that is not set.
+    ///
+    /// # Errors
+    /// A process without room for another descriptor.
+    pub(crate) fn new() -> io::Result<Timer> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        Ok(Timer(timerfd_create(TimerfdClockId::Monotonic, flags)?))
+    }
+}
 
 impl Alarm for Timer {
     fn set(&self, after: Duration) {
@@ -50,11 +61,9 @@ pub(crate) fn throttle(limits: &Limits, changes: bool) -> io::Result<Option<Arc<
     if !changes && !buckets.into_iter().flatten().any(Bucket::is_limit) {
         return Ok(None);
     }
-    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-    let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
     Ok(Some(Arc::new(Throttle::new(
         limits,
-        Box::new(Timer(timer)),
+        Box::new(Timer::new()?),
     ))))
 }
 

@@ -9,6 +9,7 @@ mod fs;
 mod guest;
 mod input;
 mod memory;
+mod metadata;
 mod net;
 mod qcow2;
 mod ring;
@@ -34,6 +35,7 @@ pub const TARGETS: &[Target] = &[
     ("console", console::console),
     ("fs", fs::fs),
     ("kernel", files::kernel),
+    ("metadata", metadata::metadata),
     ("net", net::net),
     ("passt", streams::passt),
     ("pmem", small::pmem),

@@ -13,8 +13,7 @@ pub(super) fn limits(given: Option<model::Limits>) -> Limits {
     }
 }
 
-/// What a request says of a bucket.
-pub(super) fn bucket(given: model::TokenBucket) -> Bucket {
+fn bucket(given: model::TokenBucket) -> Bucket {
     Bucket {
         size: given.size,
         refill_time: Duration::from_millis(given.refill_time),

@@ -1,7 +1,7 @@
 //! What `armlet run` would be asked for, made of what a microVM was configured with.
 
 use super::files::Files;
-use super::limits::{bucket, limits};
+use super::limits::limits;
 use crate::boards::{self, Chosen};
 use crate::cli::{ApiArgs, MachineArgs};
 use crate::kvm::{self, HostArch, KvmArch};
@@ -89,7 +89,6 @@ pub(super) fn options(
         counted: files.metrics.is_wanted(),
         sandbox: Mode::parse(args.sandbox.as_deref()).fault(Status::Usage)?,
         vcpu_names: "fc_vcpu ",
-        serial_limit: microvm.serial.rate_limiter.map(bucket),
         dump_dtb: None,
         control: None,
         service: None,
@@ -157,6 +156,7 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
                     _ => VhostChoice::Off,
                 },
             },
+            mmds: None,
         }));
     }
     if let Some(vsock) = &microvm.vsock {

@@ -9,8 +9,6 @@ use armlet::commands;
 use armlet::kvm::{HostArch, KvmArch};
 use armlet::run::Commands;
 use armlet::run::command::{self as asked, By, Reply};
-use armlet_backends::backend::Flow;
-use armlet_devices::rate::{Bucket, Limits};
 use armlet_system::messages;
 use rustix::fs::{CWD, Mode};
 use rustix::pipe::PipeFlags;
@@ -89,24 +87,6 @@ fn serve(commands: &Commands, fifo: &str) {
                 match answer(commands, change) {
                     Ok(bytes) => format!("{name} has {bytes} bytes now."),
                     Err(why) => format!("{name} keeps its image: {why}."),
-                }
-            }
-            // So many requests an hour.
-            ["limit", name, requests] => {
-                let bucket = Bucket {
-                    size: requests.parse().expect("a number"),
-                    refill_time: Duration::from_secs(3600),
-                    one_time_burst: 0,
-                };
-                let limits = Limits {
-                    bandwidth: None,
-                    ops: Some(bucket),
-                };
-                let set =
-                    |reply| asked::Command::SetLimits((*name).to_owned(), Flow::All, limits, reply);
-                match answer(commands, set) {
-                    Ok(()) => format!("{name} has limits."),
-                    Err(why) => format!("{name} has none: {why}."),
                 }
             }
             ["balloon", bytes] => {
@@ -212,12 +192,12 @@ impl Commanded {
         let said = self.guest.said();
         let (_, ticks) = said.split_once(FIRST).expect("the first word");
         let wanted = TICKS.bytes().cycle();
-        let good = ticks
-            .bytes()
-            .zip(wanted)
-            .take_while(|(tick, wanted)| tick == wanted);
-        let good = good.count();
-        assert_eq!(good, ticks.len(), "{:?}", &ticks[good..]);
+        assert!(
+            ticks
+                .bytes()
+                .zip(wanted)
+                .all(|(tick, wanted)| tick == wanted)
+        );
         ticks.len()
     }
 
@@ -474,73 +454,4 @@ pub(crate) fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
     let outcome = commanded.guest.end();
     outcome.assert_status(0);
     assert!(!outcome.text().contains('!'), "{}", outcome.text());
-}
-
-/// A guest that asks its disk and its source of random numbers again and again: each is held to limits
-/// while it runs, stands still when tokens are used up, and goes on when there is no limit any more.
-pub(crate) fn devices_are_held_to_limits_while_the_guest_runs() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("disk");
-    fs::write(&path, vec![0; 1 << 20]).expect("an image");
-    let options = [("--disk", path.to_string_lossy().into_owned())];
-    let slots = slots(&options);
-    for (index, name) in ["disk0", "rng"].into_iter().enumerate() {
-        let base = slots
-            .iter()
-            .find(|(slot, _)| slot == name)
-            .expect("a slot")
-            .1;
-        let mut disk = Disk::new(Driver::new(base, index as u64));
-        let mut steps = Steps::default();
-        steps.print(FIRST);
-        let again = steps.position();
-        disk.driver.start(&mut steps, 0, &[8]);
-        for (tick, offered) in TICKS.split_inclusive(|_| true).zip(1_u32..) {
-            let chain = match name {
-                "rng" => vec![(disk.data(), 64, true)],
-                _ => disk.chain(&mut steps, Disk::WRITE, 0, 512),
-            };
-            disk.driver.offer(&mut steps, 0, &chain);
-            disk.driver.kick(&mut steps, 0);
-            let [_, _, used] = disk.driver.rings(0);
-            // For longer than this test takes.
-            steps.wait_up_to(u32::MAX, used, 0xffff_0000, offered << 16);
-            steps.print(tick);
-        }
-        steps.jump(again);
-        let mut armlet = Armlet::image(&image_of(&steps)).option("--board", BOARD);
-        for (name, value) in &options {
-            armlet = armlet.option(name, value);
-        }
-        let mut commanded = Commanded::start(armlet, None);
-        commanded.guest.expect(FIRST);
-        commanded.goes_on(20);
-        commanded.command(&format!("limit {name} 5"), &format!("{name} has limits.\n"));
-        let before = commanded.ticks();
-        let mut last = before;
-        loop {
-            sleep(Duration::from_millis(300));
-            let now = commanded.ticks();
-            if now == last {
-                break;
-            }
-            last = now;
-        }
-        // One may have been on its way.
-        assert!(last <= before + 7, "{name}: {last} after {before}");
-        // It is held as others are.
-        commanded.command("pause", "held.\n");
-        commanded.command("resume", "goes on.\n");
-        commanded.command(
-            &format!("limit {name} 12"),
-            &format!("{name} has limits.\n"),
-        );
-        commanded.goes_on(last);
-        commanded.command(&format!("limit {name} 0"), &format!("{name} has limits.\n"));
-        commanded.goes_on(last + 20);
-        let why = "console has none: the guest has no device called console.\n";
-        commanded.command("limit console 1", why);
-        writeln!(commanded.fifo, "stop").expect("armlet reads it");
-        commanded.guest.end().assert_status(6);
-    }
 }

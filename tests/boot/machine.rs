@@ -137,13 +137,6 @@ fn a_disk_gets_another_image_while_the_guest_runs() {
 }
 
 #[test]
-fn devices_are_held_to_limits_while_the_guest_runs() {
-    if rig::small() {
-        commanded::devices_are_held_to_limits_while_the_guest_runs();
-    }
-}
-
-#[test]
 fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
     if rig::small() {
         commanded::a_disk_and_a_balloon_are_changed_while_the_guest_runs();

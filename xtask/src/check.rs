@@ -135,6 +135,7 @@ const QUICK: [(&str, &[&str]); 3] = [
             "linux::two_vcpus",
             "machine::",
             "messages::",
+            "metadata::",
             "net::a_guest_talks_over_tap",
             "net::a_network",
             "net::passt",

@@ -1,5 +1,6 @@
 //! Network cards as they are asked for.
 
+use super::mmds::MmdsOptions;
 use super::passt::Forward;
 use super::tap;
 use crate::backend::Backend;
@@ -19,7 +20,8 @@ pub static KIND: Kind = Kind {
         needed), or\n\
         tap=NAME|fd=N[,queues=N][,vhost=auto|on|off][,mtu=N]; each\n\
         with [,mac=MAC] and [,rx-bps=SIZE][,rx-pps=N][,tx-bps=SIZE]\n\
-        [,tx-pps=N]; may be repeated",
+        [,tx-pps=N] and [,metadata=FILE] (JSON for the guest at\n\
+        http://169.254.169.254/); may be repeated",
     repeats: true,
     slot: 1,
     default: None,
@@ -49,6 +51,8 @@ pub struct NetOptions {
     pub transmit: Limits,
     /// What it is connected to.
     pub network: Network,
+    /// Metadata that the guest reads by it.
+    pub mmds: Option<MmdsOptions>,
 }
 
 /// What it is connected to.
@@ -91,7 +95,8 @@ pub enum VhostChoice {
 impl NetOptions {
     /// Reads the value of `--net`:
     /// `tap=NAME|fd=N[,fd=N...][,mac=ADDRESS][,queues=N][,vhost=auto|on|off][,mtu=N]` or
-    /// `user[,hostfwd=tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT]...[,mac=ADDRESS]`.
+    /// `user[,hostfwd=tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT]...[,mac=ADDRESS]`, each with
+    /// `[,metadata=FILE]`.
     ///
     /// # Errors
     /// What is wrong with it, and what would be right.
@@ -125,6 +130,10 @@ impl NetOptions {
             }
             _ => bail!("{FLAG} '{text}' is to have one of user, tap=NAME and fd=N"),
         };
+        let mmds = options.take("metadata")?.map(|file| MmdsOptions {
+            file: Some(file.into()),
+            ..MmdsOptions::default()
+        });
         options.finish()?;
         let parsed = NetOptions {
             mac,
@@ -132,6 +141,7 @@ impl NetOptions {
             receive,
             transmit,
             network,
+            mmds,
         };
         parsed.check().map_err(say)?;
         Ok(parsed)
@@ -160,6 +170,12 @@ impl NetOptions {
         }
         if self.is_limited() && self.vhost() == Some(VhostChoice::On) {
             bail!("the kernel moves vhost's frames, however many they are; limits need vhost=off");
+        }
+        if let Some(mmds) = &self.mmds {
+            mmds.check()?;
+            if self.vhost() == Some(VhostChoice::On) {
+                bail!("the kernel moves vhost's frames, those to metadata too; leave vhost=on out");
+            }
         }
         self.mac.as_ref().map_or(Ok(()), check_mac)
     }
@@ -194,6 +210,7 @@ impl DeviceOptions for NetOptions {
         match self.network {
             Network::User { .. } => vec![Need::Thread, Need::Sockets, Need::Broker],
             // Netlink tells of the interface.
+            _ if self.mmds.is_some() => vec![Need::Thread, Need::Tap, Need::Sockets],
             _ => vec![Need::Thread, Need::Tap, Need::Vhost, Need::Sockets],
         }
     }

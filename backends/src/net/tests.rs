@@ -60,7 +60,11 @@ struct Queue {
 impl Guest {
     /// A guest with the next device of `card`, in use with all the features that it has of these.
     pub(super) fn new(card: &NetworkCard, features: u64) -> Guest {
-        let device = card.device().expect("a device");
+        Guest::of(card.name(), card.device().expect("a device"), features)
+    }
+
+    /// As [`Self::new`], with a device of this name.
+    pub(super) fn of(name: String, device: Arc<Mutex<dyn VirtioDevice>>, features: u64) -> Guest {
         let (queues, offered) = {
             let device = device.lock().expect("no panic");
             (device.queue_sizes().len(), device.features())
@@ -71,7 +75,7 @@ impl Guest {
         let line = Arc::new(Line::default());
         let call = Arc::new(EventFd::new(EFD_NONBLOCK).expect("a descriptor"));
         let mmio = Mmio::new(
-            card.name(),
+            name,
             device.clone(),
             memory.clone(),
             line.clone(),
@@ -356,8 +360,16 @@ fn options_say_what_is_meant() {
                 queues: 4,
                 vhost: VhostChoice::Off,
             },
+            mmds: None,
         }
     );
+    let metadata = read("user,metadata=a,,b.json").mmds.expect("metadata");
+    assert_eq!(metadata.file, Some("a,b.json".into()));
+    assert_eq!(
+        (metadata.address, metadata.needs_token),
+        (mmds::ADDRESS, false)
+    );
+    read("tap=tap0,vhost=auto,metadata=a.json");
     let inherited = Network::Inherited {
         descriptors: vec![3, 7],
         vhost: VhostChoice::Auto,
@@ -400,6 +412,7 @@ fn what_is_wrong_is_said_with_what_would_work() {
     assert!(wrong("tap=a,queues=17").contains("from 1 to 16"));
     assert!(wrong("tap=a,vhost=maybe").contains("auto or on or off"));
     assert!(wrong("fd=0").contains("from 3"));
+    assert!(wrong("tap=a,vhost=on,metadata=f").contains("leave vhost=on out"));
     for mac in [
         "1",
         "52:54:00:12:34",

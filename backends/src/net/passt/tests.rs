@@ -137,6 +137,7 @@ fn when_passt_ends_the_link_goes_down() {
     let card = super::super::NetworkCard {
         name: "net0".to_owned(),
         mac: MAC_BYTES,
+        metadata: None,
         throttles: [None, None],
         counts: Arc::default(),
         connection: super::super::Connection::User(frames.clone()),
