@@ -291,6 +291,10 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// let 'armlet ctl' control the guest by a Unix socket at this path, for this user alone
         #[argh(option, arg_name = "PATH")]
         pub control: Option<String>,
+        /// let gdb debug the guest at this socket, for this user or this host alone; the guest waits for it
+        /// before its first instruction, unless ,nowait
+        #[argh(option, arg_name = "unix:PATH|tcp:LOOPBACK:PORT")]
+        pub gdb: Option<String>,
         /// write the device tree that the guest gets to this file, which only its owner may read:
         /// it holds the seeds of the guest's random numbers
         #[argh(option, arg_name = "PATH")]

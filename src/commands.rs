@@ -11,7 +11,7 @@ use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
 use crate::sandbox::{Mode, Sandbox};
-use crate::{api, boards, control, host, jail, probe, report, run, shutdown, table};
+use crate::{api, boards, control, gdb, host, jail, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
@@ -138,6 +138,8 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
     if args.dump_dtb.is_some() && board.arch != Architecture::Aarch64 {
         return Err(no_tree(board, "--dump-dtb")).fault(Status::Usage);
     }
+    let gdb = args.gdb.as_deref().map(gdb::Address::parse);
+    let gdb = gdb.transpose().fault(Status::Usage)?;
     let cores = files.cores(board.host.core_names());
     let config = config::read::<HostArch>(&machine, chosen, &cores, Some(&files))?;
     if !config.pinning.description.is_empty() {
@@ -160,6 +162,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         dump_dtb: args.dump_dtb.clone(),
         control: args.control.clone().map(Into::into),
         service: None,
+        gdb,
         commander: None,
     })
 }
@@ -270,7 +273,7 @@ fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
     if args.sandbox {
-        let sandbox = Sandbox::of(Mode::On, &config.virtio, false);
+        let sandbox = Sandbox::of(Mode::On, &config.virtio, false, false);
         return match args.json {
             true => print_json(&sandbox.json()),
             false => print(&sandbox.text()),

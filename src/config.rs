@@ -422,7 +422,7 @@ mod tests {
                 &["tag=a,path=/", "tag=a,path=/x"],
                 "have one tag=a",
             ),
-            ("rng", &["maybe"], "use on or off"),
+            ("rng", &["maybe"], "use on, off or limits"),
             ("console", &["hvc0"], "use --console virtio"),
         ] {
             let line = refused(device(name, texts));

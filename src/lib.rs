@@ -21,6 +21,7 @@ pub mod console;
 pub mod control;
 pub mod decide;
 pub mod descriptors;
+pub mod gdb;
 pub mod heap;
 pub mod host;
 pub mod jail;

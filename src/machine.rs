@@ -8,7 +8,7 @@ use crate::memory::{self, IdleMemory};
 use crate::sandbox::Sandbox;
 use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
-use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, VcpuEvent, Vcpus};
+use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, Traps, VcpuEvent, Vcpus};
 use anyhow::{Context, Result};
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
@@ -155,7 +155,8 @@ impl<A: KvmArch> Machine<A> {
     }
 
     /// Starts the vCPUs, each on a thread of its own, called `names` and its number, and pinned to
-    /// `cpus(index)` unless that is empty. Each reports events by a closure that `tell` returns.
+    /// `cpus(index)` unless that is empty. Each reports events by a closure that `tell`
+    /// returns, and where it stopped for a debugger to `traps`.
     ///
     /// # Errors
     /// When the host cannot create another thread.
@@ -163,6 +164,7 @@ impl<A: KvmArch> Machine<A> {
         &mut self,
         names: &'static str,
         cpus: impl Fn(usize) -> Vec<u32>,
+        traps: Option<&Arc<Traps>>,
         tell: impl Fn() -> T,
     ) -> Result<()> {
         let off = Arc::new(OffCheck::new(self.idle.len()));
@@ -171,6 +173,7 @@ impl<A: KvmArch> Machine<A> {
             off: Arc::clone(&off),
             sandbox: Arc::clone(&self.sandbox),
             names,
+            traps: traps.cloned(),
         };
         let idle = std::mem::take(&mut self.idle).into_iter();
         for (index, (vcpu, exits)) in idle.zip(&self.counters.exits).enumerate() {
@@ -203,6 +206,21 @@ impl<A: KvmArch> Machine<A> {
             false => self.vcpus.resume(),
         }
         held
+    }
+
+    /// Holds the vCPUs for a debugger. Devices keep working.
+    ///
+    /// # Errors
+    /// What took longer than `limit`, as a sentence; the machine then keeps running.
+    pub fn hold(&self, limit: Duration) -> Result<(), String> {
+        self.vcpus.hold(limit).map_err(|error| match error {
+            NotHeld::Busy(..) => format!("{error}{}", self.what_is_waited_for()),
+            NotHeld::Ended(_) => error.to_string(),
+        })?;
+        for index in 0..self.vcpus.count() {
+            let _ = self.vcpus.ask(index, |vcpu| A::note_pause(vcpu));
+        }
+        Ok(())
     }
 
     /// Resumes a paused machine, devices first.

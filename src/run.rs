@@ -12,13 +12,14 @@ use crate::console;
 use crate::control::{Control, Fixed};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::descriptors;
+use crate::gdb::{self, Debugger};
 use crate::heap;
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
 use crate::sandbox::{Mode, Role, Sandbox};
-use crate::vcpu::VcpuEvent;
+use crate::vcpu::{Traps, VcpuEvent};
 use anyhow::Result;
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
@@ -52,6 +53,8 @@ pub use command::{BalloonReport, By, Command, Done, Reply, State};
 pub use ending::{OnPanic, OnReset};
 pub use queue::Commands;
 
+/// How long a debugger may take to hear of the guest's end.
+const LAST_WORD: Duration = Duration::from_millis(500);
 /// How long to wait for vCPUs before the name of the one that is waited for is updated.
 const LONG: Duration = Duration::from_millis(50);
 
@@ -89,6 +92,8 @@ pub struct RunOptions<A: KvmArch> {
     pub control: Option<PathBuf>,
     /// Serves clients once armlet is confined.
     pub service: Option<Service>,
+    /// Where to listen for a debugger.
+    pub gdb: Option<gdb::Address>,
     /// Called with the sender of commands, once the event loop exists.
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
 }
@@ -120,15 +125,22 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let control = options.control.take();
     let is_served = options.service.is_some() || options.commander.is_some();
     let has_clients = control.is_some() || is_served;
+    let is_debugged = options.gdb.is_some();
     let native = match options.sandbox {
         Mode::On | Mode::Strict => Some(&A::OTHER_CALLS.native),
         Mode::Log | Mode::Off => None,
     };
     let virtio = &options.config.virtio;
-    let broker = open::fork_broker(virtio, has_clients, native).fault(Status::Host)?;
+    let broker =
+        open::fork_broker(virtio, has_clients || is_debugged, native).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
-    let sandbox = Sandbox::of(options.sandbox, &options.config.virtio, has_clients);
+    let sandbox = Sandbox::of(
+        options.sandbox,
+        &options.config.virtio,
+        has_clients,
+        is_debugged,
+    );
     let sandbox = Arc::new(sandbox);
     let mut memory = None;
     let mut terminal = None;
@@ -146,6 +158,15 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         Some(path) => Some(listen(path, broker.as_deref()).fault(Status::Usage)?),
         None => None,
     };
+    let mut debugger = match options.gdb.take() {
+        Some(address) => {
+            Some(listen_to_gdb(&address, &options.kvm, broker.as_deref()).fault(Status::Usage)?)
+        }
+        None => None,
+    };
+    let traps = debugger
+        .as_ref()
+        .map(|debugger| Arc::clone(debugger.traps()));
     let (console, of_broker) = (console.as_ref(), broker.as_ref());
     events.backends =
         open::open(&config.virtio, ram, console, of_broker, has_clients).fault(Status::Usage)?;
@@ -187,6 +208,15 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                     let started = control.start(begin, told, fixed(&options.config));
                     started.fault(Status::Host)?;
                 }
+                if let Some(debugger) = debugger.take() {
+                    let commands = events.queue.commands();
+                    let told = move |command| commands.send(command);
+                    let own = sandbox.clone();
+                    let begin = move || own.enter_as(Role::Device);
+                    let vcpus = options.config.request.cpus as usize;
+                    let started = debugger.start(begin, told, Arc::clone(memory), vcpus);
+                    started.fault(Status::Host)?;
+                }
                 memory
             }
         };
@@ -213,7 +243,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         // From here on SIGTERM asks the guest to power off, even before the event loop starts.
         signals::enter(Phase::Running);
-        start(&mut machine, &options, &everywhere, &events)?;
+        start(&mut machine, &options, &everywhere, traps.as_ref(), &events)?;
         events.input.terminal = terminal.is_some();
         let ending = events.watch(&machine);
         let ending = match ending {
@@ -231,7 +261,11 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 // From here on signals end armlet, and the terminal's modes are restored.
                 terminal = None;
                 let ending = ending.map(Ending::status);
-                signals::end_with(*ending.as_ref().unwrap_or(&Status::Failure));
+                let status = *ending.as_ref().unwrap_or(&Status::Failure);
+                signals::end_with(status);
+                if let Some(traps) = &traps {
+                    traps.end(status as u8, LAST_WORD);
+                }
                 Some(ending)
             }
             false => {
@@ -265,6 +299,15 @@ fn listen(path: &Path, broker: Option<&Broker>) -> Result<Control> {
         broker.offer_removal(path)?;
     }
     Ok(control)
+}
+
+/// Listens for a debugger; `broker` removes a socket in the file system at the end.
+fn listen_to_gdb(address: &gdb::Address, kvm: &Kvm, broker: Option<&Broker>) -> Result<Debugger> {
+    let debugger = Debugger::listen(address, kvm)?;
+    if let (gdb::Place::Unix(path), Some(broker)) = (&address.place, broker) {
+        broker.offer_removal(path)?;
+    }
+    Ok(debugger)
 }
 
 /// What clients are told of the machine.
@@ -311,8 +354,12 @@ fn start<A: KvmArch>(
     machine: &mut Machine<A>,
     options: &RunOptions<A>,
     everywhere: &[u32],
+    traps: Option<&Arc<Traps>>,
     events: &Events,
 ) -> Result<()> {
+    if let Some(traps) = traps {
+        traps.begin_life();
+    }
     let (serial, hvc) = (machine.devices.serial.clone(), machine.devices.hvc.clone());
     let stopping = Arc::clone(&machine.stopping);
     let tell = || {
@@ -335,7 +382,7 @@ fn start<A: KvmArch>(
     };
     let pinned = &options.config.pinning.cpus;
     let cpus = |index| pinned.get(index).map_or(everywhere, Vec::as_slice).to_vec();
-    machine.start(options.vcpu_names, cpus, tell)
+    machine.start(options.vcpu_names, cpus, traps, tell)
 }
 
 /// Stops the vCPUs, and flushes the rest of the console's output.

@@ -78,11 +78,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Decides from the devices that are asked for, and whether clients control the machine.
+    /// Decides from the devices that are asked for, and whether clients control the machine or debug it.
     #[must_use]
-    pub fn of(mode: Mode, devices: &[Wanted], is_controlled: bool) -> Sandbox {
+    pub fn of(mode: Mode, devices: &[Wanted], is_controlled: bool, is_debugged: bool) -> Sandbox {
         let mut needs = Vec::new();
-        let control = is_controlled.then_some(Need::Sockets);
+        let sockets = (is_controlled || is_debugged).then_some(Need::Sockets);
+        let debugger = is_debugged.then_some(Need::Debugger);
         let of_devices = devices.iter().map(|device| match is_controlled {
             false => device.options().needs(),
             true => {
@@ -90,7 +91,7 @@ impl Sandbox {
                 [options.needs(), options.needs_for_changes()].concat()
             }
         });
-        for need in of_devices.flatten().chain(control) {
+        for need in of_devices.flatten().chain(sockets).chain(debugger) {
             if !needs.contains(&need) {
                 needs.push(need);
             }

@@ -23,12 +23,14 @@ mod control;
 mod event;
 mod off;
 mod running;
+mod traps;
 
 pub use all::{NotHeld, Vcpus};
 pub use answer::{Buses, Next};
 pub use event::VcpuEvent;
 pub use off::OffCheck;
 pub use running::RunningVcpu;
+pub use traps::{Happened, Trap, Traps};
 
 /// Small, so that a huge page never backs it: the deepest call is a device's register access.
 const STACK_BYTES: usize = 128 << 10;
@@ -44,6 +46,8 @@ pub struct Shared {
     pub sandbox: Arc<Sandbox>,
     /// What stands before a vCPU's number in its thread's name.
     pub names: &'static str,
+    /// The debugger, if there is to be one.
+    pub traps: Option<Arc<Traps>>,
 }
 
 /// Starts vCPU `index` on a thread of its own, pinned to these CPUs of the host, or unpinned if
@@ -62,6 +66,9 @@ pub fn start<A: KvmArch>(
     // The handler must exist before any thread can be kicked.
     kick::install();
     let control = Arc::new(Control::default());
+    if shared.traps.as_ref().is_some_and(|traps| traps.holds()) {
+        control.hold();
+    }
     let asked = Arc::clone(&control);
     let target = Target::default();
     let kicked = target.clone();
@@ -185,6 +192,19 @@ fn run<A: KvmArch>(
                     format!("got an abort for an access at {address:#x} that cannot be emulated")
                 }),
                 Err(error) => return Some(failed::<A>(index, vcpu, &format!("{error:#}"))),
+            },
+            Next::Trap(exit) => match &shared.traps {
+                Some(traps) => {
+                    control.hold();
+                    traps.tell(index, *exit);
+                    if !control.obey(vcpu) {
+                        return None;
+                    }
+                }
+                None => {
+                    let cause = "KVM stopped it for a debugger, which there is not";
+                    return Some(failed::<A>(index, vcpu, cause));
+                }
             },
             Next::PowerOff => return Some(VcpuEvent::PowerOff),
             Next::Reset => return Some(VcpuEvent::Reset),

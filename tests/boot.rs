@@ -46,6 +46,12 @@ mod features;
 /// The machine of Firecracker's guests.
 #[path = "boot/firecracker.rs"]
 mod firecracker;
+/// Guests that are debugged.
+#[path = "boot/gdb.rs"]
+mod gdb;
+/// Guests that are debugged, of ARM64.
+#[path = "boot/gdbs.rs"]
+mod gdbs;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;

@@ -21,6 +21,12 @@ mod control;
 /// Kills and power cuts while a guest writes: what it flushed is there.
 #[path = "boot/cuts.rs"]
 mod cuts;
+/// Guests that are debugged.
+#[path = "boot/gdb.rs"]
+mod gdb;
+/// Guests that are debugged, of x86_64.
+#[path = "pc/gdbs.rs"]
+mod gdbs;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "boot/guest.rs"]

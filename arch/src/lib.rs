@@ -11,6 +11,7 @@ mod architecture;
 pub mod backing;
 pub mod board;
 pub mod cores;
+pub mod debug;
 mod error;
 pub mod image;
 pub mod irq;

@@ -92,6 +92,8 @@ pub enum Need {
     Ring,
     /// To look at another image.
     Images,
+    /// To read and change vCPUs, and to say where they stop; no device does.
+    Debugger,
 }
 
 impl fmt::Display for Need {
@@ -107,6 +109,7 @@ impl fmt::Display for Need {
             Need::Discards => "discard blocks",
             Need::Ring => "use a ring of io_uring",
             Need::Images => "look at other images",
+            Need::Debugger => "debug vCPUs",
         })
     }
 }

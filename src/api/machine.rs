@@ -77,6 +77,7 @@ pub(super) fn options(
     }
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
     Ok(RunOptions {
+        gdb: None,
         kvm,
         host,
         config,

@@ -157,10 +157,8 @@ const ELSEWHERE: &[(&[&str], Here)] = &[
         &["restore", "incoming", "loadvm"],
         Text("leave it out: there are no snapshots of guests"),
     ),
-    (
-        &["s", "S"],
-        Text("leave it out: there is no debugger's port"),
-    ),
+    (&["s", "S"], Text("use --gdb tcp:127.0.0.1:1234")),
+    (&["gdb"], Of(debugger)),
     (&["usb", "usbdevice"], Text("leave it out: there is no USB")),
     (&["watchdog"], Text("leave it out: there is no watchdog")),
     (
@@ -388,6 +386,19 @@ fn device(value: &str) -> String {
         _ => "use --disk, --net, --share, --pmem, --vsock, --balloon or --rng",
     };
     text.to_owned()
+}
+
+/// QEMU's `tcp::1234`, or crosvm's and Cloud Hypervisor's port and path.
+fn debugger(value: &str) -> String {
+    let path = part(value, "path").unwrap_or(value);
+    match value {
+        "" => "use --gdb unix:PATH".to_owned(),
+        port if port.bytes().all(|byte| byte.is_ascii_digit()) => {
+            used("--gdb", Some(&format!("tcp:127.0.0.1:{port}")))
+        }
+        address if address.starts_with("tcp:") => used("--gdb", Some(address)),
+        _ => used("--gdb", Some(&format!("unix:{path}"))),
+    }
 }
 
 /// kvmtool's `DIR,TAG` and crosvm's `DIR:TAG:type=fs`.

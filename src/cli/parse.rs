@@ -161,6 +161,8 @@ mod tests {
                 "run -serial mon:stdio",
                 "-serial: leave it out: the serial console is this terminal",
             ),
+            ("run -s -S", "-s: use --gdb tcp:127.0.0.1:1234"),
+            ("run -gdb tcp::1234", "use --gdb tcp::1234"),
             ("run -no-reboot", "-no-reboot: use --on-reset exit"),
             // kvmtool.
             ("run --params quiet", "use --cmdline quiet"),

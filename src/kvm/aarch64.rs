@@ -1,6 +1,9 @@
 //! KVM on ARM64. The order of the calls follows the kernel's requirements
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
+#[cfg(feature = "gdb")]
+pub(super) mod debug;
+
 use super::arch::{Depth, Hypercall, KvmArch, OtherCalls, RawExit};
 use super::facts::{ArmFacts, Virtualization};
 use super::interrupts::Pins;
@@ -71,6 +74,7 @@ impl KvmArch for Aarch64 {
             ("KVM_SET_VCPU_EVENTS", 0xaea0),
             ("KVM_GET_ONE_REG", 0xaeab),
         ],
+        debug: &[("KVM_SET_GUEST_DEBUG", 0xae9b), ("KVM_SET_ONE_REG", 0xaeac)],
         machine: &[
             ("KVM_SET_ONE_REG", 0xaeac),
             ("KVM_ARM_VCPU_INIT", 0xaeae),

@@ -29,6 +29,8 @@ pub struct OtherCalls {
     pub native: Native,
     /// Requests of ioctl that vCPUs' threads make: name, and type with number (the lower 16 bits).
     pub vcpu: &'static [(&'static str, u16)],
+    /// Requests that debugging vCPUs takes, on their threads.
+    pub debug: &'static [(&'static str, u16)],
     /// Requests that making a machine takes.
     pub machine: &'static [(&'static str, u16)],
     /// Ranges of KVM's requests that other architectures have, or no kernel any more: KVM refuses them

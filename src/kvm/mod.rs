@@ -6,6 +6,8 @@ use armlet_arch::Arch;
 
 mod arch;
 pub mod burst;
+#[cfg(feature = "gdb")]
+pub mod debug;
 pub mod facts;
 pub mod internal;
 #[cfg(test)]
@@ -16,6 +18,8 @@ pub mod offers;
 pub mod open;
 pub mod page;
 pub mod stats;
+#[cfg(feature = "gdb")]
+mod stops;
 
 pub use arch::{Depth, Hypercall, KvmArch, OtherCalls, PortAccess, RawExit};
 
@@ -26,12 +30,16 @@ mod x86_64;
 
 #[cfg(target_arch = "aarch64")]
 use aarch64::clean_to_memory;
+#[cfg(all(target_arch = "aarch64", feature = "gdb"))]
+use aarch64::debug as host_debug;
 #[cfg(target_arch = "aarch64")]
 pub use armlet_arch::aarch64::Aarch64 as HostArch;
 #[cfg(target_arch = "x86_64")]
 pub use armlet_arch::x86_64::X86_64 as HostArch;
 #[cfg(target_arch = "x86_64")]
 use x86_64::clean_to_memory;
+#[cfg(all(target_arch = "x86_64", feature = "gdb"))]
+use x86_64::debug as host_debug;
 
 /// Probes this host for the plan of an aarch64 guest.
 ///

@@ -3,6 +3,9 @@
 
 mod cpuid;
 
+#[cfg(feature = "gdb")]
+pub(super) mod debug;
+
 use super::arch::{Depth, KvmArch, OtherCalls, PortAccess, RawExit};
 use super::facts::{ExitlessTimers, Virtualization, X86Facts};
 use super::interrupts::{Interrupts, Pins};
@@ -60,6 +63,14 @@ impl KvmArch for X86_64 {
             ("KVM_GET_SREGS", 0xae83),
             ("KVM_GET_MP_STATE", 0xae98),
             ("KVM_KVMCLOCK_CTRL", 0xaead),
+        ],
+        debug: &[
+            ("KVM_SET_REGS", 0xae82),
+            ("KVM_SET_SREGS", 0xae84),
+            ("KVM_TRANSLATE", 0xae85),
+            ("KVM_GET_FPU", 0xae8c),
+            ("KVM_SET_FPU", 0xae8d),
+            ("KVM_SET_GUEST_DEBUG", 0xae9b),
         ],
         machine: &[
             ("KVM_GET_SUPPORTED_CPUID", 0xae05),

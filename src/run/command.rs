@@ -53,6 +53,11 @@ pub enum Command {
     Counters(Reply<Vec<String>>),
     /// Reset the guest as if it had asked for it; answered before that.
     Reset(Reply<()>),
+    /// Hold all vCPUs for the debugger, until they are released; answered when they stand still, or with
+    /// the reason why they do not.
+    Hold(Reply<Result<(), String>>),
+    /// Release a vCPU that is held, or all.
+    Release(Option<usize>),
     /// Run a closure on a vCPU's thread, between two instructions of the guest. It is dropped if
     /// there is no such vCPU, or the vCPU ends first.
     WithVcpu(usize, Box<dyn FnOnce(&mut VcpuFd) + Send>),
@@ -67,6 +72,8 @@ pub enum By {
     Signal,
     /// A client of the control socket.
     Control,
+    /// The debugger.
+    Debugger,
 }
 
 /// The state of a machine.

@@ -343,6 +343,7 @@ impl Events {
                     By::Key => {}
                     By::Signal => messages::say("stopped by a signal"),
                     By::Control => messages::say("stopped at the control socket"),
+                    By::Debugger => messages::say("stopped by the debugger"),
                 }
                 return Ok(Some(Ending::Stopped));
             }
@@ -404,6 +405,8 @@ impl Events {
                 reply.send(());
                 return Ok(Some(Ending::Reset));
             }
+            Command::Hold(reply) => reply.send(machine.hold(LIMIT)),
+            Command::Release(only) => machine.vcpus.release(only),
             Command::WithVcpu(index, task) => {
                 // If no vCPU runs it, the task is dropped, which notifies whoever waits for it.
                 let _ = machine.vcpus.ask(index, task);

@@ -295,7 +295,7 @@ impl Rules {
         }
         let mut at = 0;
         while at < needs.len() && !matches!(role, Role::Console) {
-            rules.meet(needs[at], matches!(role, Role::Vcpu));
+            rules.meet(needs[at], role, other);
             at += 1;
         }
         rules
@@ -306,7 +306,8 @@ impl Rules {
         self.lists += 1;
     }
 
-    const fn meet(&mut self, need: Need, is_vcpu: bool) {
+    const fn meet(&mut self, need: Need, role: Role, other: &OtherCalls) {
+        let is_vcpu = matches!(role, Role::Vcpu);
         const UNCONNECTED: Calls = CONNECTED.and(SOCKETS);
         let (calls, requests) = match need {
             Need::Thread | Need::Storage | Need::Discards | Need::Ring | Need::Images
@@ -325,6 +326,9 @@ impl Rules {
             Need::Discards => (Calls::NONE, requests::BLOCK),
             Need::Ring => (RING, &[] as &[_]),
             Need::Images => (IMAGES, &[] as &[_]),
+            // Those who ask for it have vCPUs' threads do it.
+            Need::Debugger if matches!(role, Role::Device) => return,
+            Need::Debugger => (Calls::NONE, other.debug),
         };
         self.locks |= matches!(need, Need::Images);
         self.allowed = self.allowed.and(calls);

@@ -43,6 +43,7 @@ fn all_needs() -> Vec<Need> {
         Need::Discards,
         Need::Ring,
         Need::Images,
+        Need::Debugger,
     ]
 }
 

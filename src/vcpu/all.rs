@@ -88,26 +88,53 @@ impl Vcpus {
         for vcpu in &self.running {
             vcpu.control.pause();
         }
-        let held = match self.kick_while(Stand::Running, limit) {
-            Err(index) => Err(NotHeld::Busy(index, limit)),
-            Ok(()) => {
-                let stands = self.running.iter().map(|vcpu| vcpu.control.stand());
-                match { stands }.position(|stand| stand == Stand::Ended) {
-                    Some(index) => Err(NotHeld::Ended(index)),
-                    None => Ok(()),
-                }
-            }
-        };
+        let held = self.kick_until_paused(limit);
         if held.is_err() {
             self.resume();
         }
         held
     }
 
+    /// Holds all of them between two instructions of the guest, for a debugger: until [`Self::release`],
+    /// beside any pause.
+    ///
+    /// # Errors
+    /// As [`Self::pause`]; all are then released.
+    pub fn hold(&self, limit: Duration) -> Result<(), NotHeld> {
+        for vcpu in &self.running {
+            vcpu.control.hold();
+        }
+        let held = self.kick_until_paused(limit);
+        if held.is_err() {
+            self.release(None);
+        }
+        held
+    }
+
+    /// Ends the hold of one of them, or of all.
+    pub fn release(&self, only: Option<usize>) {
+        for (index, vcpu) in self.running.iter().enumerate() {
+            if only.is_none_or(|only| only == index) {
+                vcpu.control.release();
+            }
+        }
+    }
+
     /// Resumes all of them.
     pub fn resume(&self) {
         for vcpu in &self.running {
             vcpu.control.run();
+        }
+    }
+
+    fn kick_until_paused(&self, limit: Duration) -> Result<(), NotHeld> {
+        if let Err(index) = self.kick_while(Stand::Running, limit) {
+            return Err(NotHeld::Busy(index, limit));
+        }
+        let mut stands = self.running.iter().map(|vcpu| vcpu.control.stand());
+        match stands.position(|stand| stand == Stand::Ended) {
+            Some(index) => Err(NotHeld::Ended(index)),
+            None => Ok(()),
         }
     }
 

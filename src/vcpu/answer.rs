@@ -4,7 +4,9 @@ use crate::stats::Reason;
 use armlet_backends::pmem::{FileMemory, Missing};
 use armlet_devices::action::{Action, Panic};
 use armlet_devices::bus::Bus;
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_debug_exit_arch,
+};
 use kvm_ioctls::VcpuExit;
 use std::sync::Arc;
 
@@ -40,7 +42,7 @@ impl Buses {
 }
 
 /// What a vCPU's exit means for the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Next {
     /// Continue.
     Run,
@@ -65,6 +67,8 @@ pub enum Next {
     InternalError,
     /// A fault in the handler of a double fault, which resets a PC.
     TripleFault,
+    /// It stopped for a debugger.
+    Trap(Box<kvm_debug_exit_arch>),
     /// The guest powered itself off.
     PowerOff,
     /// The guest asked for a reset.
@@ -119,6 +123,7 @@ pub(super) fn answer(exit: VcpuExit<'_>, bus: &Bus) -> Next {
         VcpuExit::MemoryFault { .. } => Next::NoPage,
         VcpuExit::Shutdown => Next::TripleFault,
         VcpuExit::Intr => Next::Run,
+        VcpuExit::Debug(exit) => Next::Trap(Box::new(exit)),
         VcpuExit::FailEntry(UNSUPPORTED_CPU, cpu) => Next::Failed(format!(
             "KVM cannot run it on CPU {cpu}, whose performance counters are of another kind than its own; keep it on one kind of core with --pin"
         )),

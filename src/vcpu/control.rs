@@ -36,6 +36,8 @@ type Task<V> = Box<dyn FnOnce(&mut V) + Send>;
 
 struct Asked<V> {
     mode: Mode,
+    /// Whether the debugger holds it, whatever the mode but [`Mode::Stop`].
+    held: bool,
     tasks: VecDeque<Task<V>>,
     stand: Stand,
 }
@@ -52,6 +54,7 @@ impl<V> Default for Control<V> {
         Control {
             asked: Mutex::new(Asked {
                 mode: Mode::Run,
+                held: false,
                 tasks: VecDeque::new(),
                 stand: Stand::Running,
             }),
@@ -74,6 +77,22 @@ impl<V> Control<V> {
     /// Requests that the thread end.
     pub(super) fn stop(&self) {
         self.set(Mode::Stop);
+    }
+
+    /// Requests that the thread wait outside the guest, as if paused, until it is released: what the
+    /// debugger does, beside pauses.
+    pub(super) fn hold(&self) {
+        self.set_held(true);
+    }
+
+    /// Ends a hold.
+    pub(super) fn release(&self) {
+        self.set_held(false);
+    }
+
+    fn set_held(&self, held: bool) {
+        lock(&self.asked).held = held;
+        self.changed.notify_all();
     }
 
     fn set(&self, mode: Mode) {
@@ -124,12 +143,12 @@ impl<V> Control<V> {
                 continue;
             }
             match asked.mode {
-                Mode::Run => {
+                Mode::Run if !asked.held => {
                     asked.stand = Stand::Running;
                     return true;
                 }
                 Mode::Stop => return false,
-                Mode::Pause => {
+                Mode::Run | Mode::Pause => {
                     if asked.stand != Stand::Paused {
                         asked.stand = Stand::Paused;
                         self.changed.notify_all();
@@ -222,6 +241,27 @@ mod tests {
         let end = thread.join().expect("no panic");
         assert_eq!(end, count.load(Ordering::Relaxed));
         assert_eq!(control.stand(), Stand::Ended);
+    }
+
+    #[test]
+    fn a_hold_outlasts_pauses_and_a_stop_ends_it() {
+        let control = Arc::new(Control::default());
+        control.hold();
+        let (thread, count) = start(&control);
+        control.wait_while(Stand::Running, LONG);
+        assert_eq!(control.stand(), Stand::Paused, "held before it began");
+        control.pause();
+        control.run();
+        assert_eq!((read(&control), control.stand()), (0, Stand::Paused));
+        control.release();
+        while count.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
+        control.hold();
+        control.wait_while(Stand::Running, LONG);
+        assert_eq!(control.stand(), Stand::Paused);
+        control.stop();
+        thread.join().expect("no panic");
     }
 
     #[test]

@@ -1,3 +1,4 @@
+use crate::gdb::Meets;
 pub(crate) use crate::tools::{program, tools_disk};
 pub(crate) use crate::turn::Turn;
 use std::fs::File;
@@ -70,4 +71,20 @@ pub(crate) fn small() -> bool {
             false
         }
     }
+}
+
+/// What KVM stops guests at here. Without the CPU's help it has neither breakpoint instructions nor
+/// watchpoints. QEMU's emulated SVM does not tell KVM of INT3 (target/i386/tcg/excp_helper.c:
+/// raise_interrupt2 checks for SVM_EXIT_SWINT alone); it emulates no VMX.
+pub(crate) fn meets() -> Meets {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let has = |name: &str| flags.split_whitespace().any(|flag| flag == name);
+    let meets = Meets {
+        instructions: has("vmx"),
+        watchpoints: has("vmx") || has("svm"),
+    };
+    if !meets.instructions {
+        println!("skipped: breakpoint instructions, which need a CPU with VMX");
+    }
+    meets
 }

@@ -1,6 +1,7 @@
 //! ARM64 guests.
 
 pub mod boot;
+pub mod debug;
 pub mod features;
 pub mod gic;
 mod host;

@@ -3,6 +3,7 @@
 mod acpi;
 pub mod boot;
 pub mod cpu;
+pub mod debug;
 pub mod features;
 mod host;
 pub mod low_memory;
