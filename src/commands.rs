@@ -159,6 +159,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         counted: false,
         sandbox,
         vcpu_names: VCPU_NAMES,
+        serial_limit: None,
         dump_dtb: args.dump_dtb.clone(),
         control: args.control.clone().map(Into::into),
         service: None,

@@ -3,15 +3,17 @@
 use anyhow::Result;
 use armlet_devices::action::Action;
 use armlet_devices::console::Output;
+use armlet_devices::rate::{Bucket, TokenBucket};
+use armlet_devices::sync::lock;
 use armlet_system::deadline::wait_once;
 use armlet_system::eintr::CallError;
 use armlet_system::visible::visible;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 /// The action of an escape key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +75,41 @@ pub struct StandardOutput<W = fn(&[u8]) -> Result<usize, Errno>> {
     closed: bool,
     /// Bytes lost since the last successful write.
     lost: u64,
+    limit: Option<Arc<Limit>>,
+    /// Bytes beyond the limit, which were thrown away.
+    beyond: u64,
+}
+
+/// How much may be printed in how much time: whoever prints waits for nothing, so the rest is thrown away.
+pub struct Limit {
+    bucket: Mutex<TokenBucket>,
+    begun: Instant,
+}
+
+impl Limit {
+    /// The limit of a bucket; `None` where it is none.
+    #[must_use]
+    pub fn new(bucket: &Bucket) -> Option<Limit> {
+        let bucket = TokenBucket::new(bucket, Duration::ZERO)?;
+        Some(Limit {
+            bucket: Mutex::new(bucket),
+            begun: Instant::now(),
+        })
+    }
+
+    /// How many of so many bytes may be printed.
+    fn admit(&self, bytes: usize) -> usize {
+        let mut bucket = lock(&self.bucket);
+        let now = self.begun.elapsed();
+        let mut admits = |_: &usize| {
+            let passes = bucket.wait(1, now).is_zero();
+            if passes {
+                bucket.take(1);
+            }
+            passes
+        };
+        (0..bytes).take_while(|byte| admits(byte)).count()
+    }
 }
 
 impl StandardOutput {
@@ -84,12 +121,21 @@ impl StandardOutput {
 }
 
 impl<W: FnMut(&[u8]) -> Result<usize, Errno>> StandardOutput<W> {
+    /// The sink, held to a limit, if there is one.
+    #[must_use]
+    pub fn held_to(mut self, limit: Option<Arc<Limit>>) -> StandardOutput<W> {
+        self.limit = limit;
+        self
+    }
+
     fn by(stopping: Arc<AtomicBool>, write: W) -> StandardOutput<W> {
         StandardOutput {
             stopping,
             write,
             closed: false,
             lost: 0,
+            limit: None,
+            beyond: 0,
         }
     }
 
@@ -117,11 +163,22 @@ impl<W> Drop for StandardOutput<W> {
             let lost = self.lost;
             log::warn!("the last {lost} bytes of the console's output are lost");
         }
+        if self.beyond > 0 {
+            let beyond = self.beyond;
+            log::warn!(
+                "{beyond} bytes of the console's output were beyond its limit, and are lost"
+            );
+        }
     }
 }
 
 impl<W: FnMut(&[u8]) -> Result<usize, Errno> + Send> Output for StandardOutput<W> {
     fn write(&mut self, mut bytes: &[u8]) -> Action {
+        if let Some(limit) = &self.limit {
+            let admitted = limit.admit(bytes.len());
+            self.beyond += (bytes.len() - admitted) as u64;
+            bytes = &bytes[..admitted];
+        }
         while !bytes.is_empty() && !self.closed {
             // Once armlet stops, output no longer waits for a reader.
             if self.stopping.load(Ordering::Relaxed) && !is_output_ready() {
@@ -335,6 +392,33 @@ mod tests {
         assert_eq!(output.write(b"i"), Action::None);
         assert_eq!((output.lost, output.closed), (1, false));
         assert_eq!(*taken.lock().expect("one thread"), b"abfgh");
+    }
+
+    #[test]
+    fn what_is_beyond_a_limit_is_thrown_away_and_counted() {
+        let bucket = Bucket {
+            size: 5,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 3,
+        };
+        let limit = Limit::new(&bucket).map(Arc::new);
+        assert!(limit.is_some() && Limit::new(&Bucket::per_second(0)).is_none());
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        let output = || {
+            let kept = Arc::clone(&taken);
+            let write = move |bytes: &[u8]| {
+                lock(&kept).extend_from_slice(bytes);
+                Ok(bytes.len())
+            };
+            StandardOutput::by(Arc::default(), write).held_to(limit.clone())
+        };
+        let mut first = output();
+        assert_eq!(first.write(b"abcdef"), Action::None);
+        assert_eq!(first.write(b"ghijk"), Action::None);
+        assert_eq!(first.beyond, 3);
+        // The guest's next life has no more than that.
+        assert_eq!(output().write(b"l"), Action::None);
+        assert_eq!(*lock(&taken), b"abcdefgh");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
 use armlet_backends::broker::Broker;
 use armlet_backends::open::{self, Wanted};
+use armlet_devices::rate::Bucket;
 use armlet_devices::sync::lock;
 use armlet_system::messages;
 use armlet_system::signals::{self, Phase};
@@ -86,6 +87,8 @@ pub struct RunOptions<A: KvmArch> {
     /// What stands before a vCPU's number in its thread's name ([`VCPU_NAMES`]); the name is cut off
     /// after 15 bytes.
     pub vcpu_names: &'static str,
+    /// How much the serial console may print in how much time, in bytes; what is beyond is thrown away.
+    pub serial_limit: Option<Bucket>,
     /// Where to write the device tree to.
     pub dump_dtb: Option<String>,
     /// Where to listen for clients that control the machine.
@@ -135,6 +138,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         open::fork_broker(virtio, has_clients || is_debugged, native).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
+    events.limit_serial(options.serial_limit.as_ref());
     let sandbox = Sandbox::of(
         options.sandbox,
         &options.config.virtio,

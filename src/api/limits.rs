@@ -13,7 +13,8 @@ pub(super) fn limits(given: Option<model::Limits>) -> Limits {
     }
 }
 
-fn bucket(given: model::TokenBucket) -> Bucket {
+/// What a request says of a bucket.
+pub(super) fn bucket(given: model::TokenBucket) -> Bucket {
     Bucket {
         size: given.size,
         refill_time: Duration::from_millis(given.refill_time),

@@ -1,7 +1,7 @@
 //! What `armlet run` would be asked for, made of what a microVM was configured with.
 
 use super::files::Files;
-use super::limits::limits;
+use super::limits::{bucket, limits};
 use crate::boards::{self, Chosen};
 use crate::cli::{ApiArgs, MachineArgs};
 use crate::kvm::{self, HostArch, KvmArch};
@@ -90,6 +90,7 @@ pub(super) fn options(
         counted: files.metrics.is_wanted(),
         sandbox: Mode::parse(args.sandbox.as_deref()).fault(Status::Usage)?,
         vcpu_names: "fc_vcpu ",
+        serial_limit: microvm.serial.rate_limiter.map(bucket),
         dump_dtb: None,
         control: None,
         service: None,

@@ -8,7 +8,7 @@ use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
 use super::queue::{Event, Queue};
-use crate::console::{ESCAPE_HELP, PanicWatch, StandardOutput};
+use crate::console::{ESCAPE_HELP, Limit, PanicWatch, StandardOutput};
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
 use crate::sandbox::{Role, Sandbox};
@@ -18,6 +18,7 @@ use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
 use armlet_backends::backend::Backend;
 use armlet_backends::console::{HvcConsole, terminal_size};
+use armlet_devices::rate::Bucket;
 use armlet_devices::sync::lock;
 use armlet_system::eintr::events;
 use armlet_system::messages;
@@ -54,6 +55,8 @@ pub(super) struct Events {
     /// When to flush a burst of output.
     tick: Option<Instant>,
     on_panic: OnPanic,
+    /// What the serial console may print, in all of the guest's lives.
+    serial_limit: Option<Arc<Limit>>,
     /// Whether a signal stops the guest without asking it.
     stops_at_once: bool,
     /// Whether a panic of the guest's kernel was reported in this life.
@@ -89,10 +92,16 @@ impl Events {
             power: Power::new(patience),
             alarm: Alarm::new(CLOCK),
             lives: 0,
+            serial_limit: None,
             tick: None,
             on_panic,
             panicked: false,
         })
+    }
+
+    /// Has the serial console print no more than this.
+    pub(super) fn limit_serial(&mut self, bucket: Option<&Bucket>) {
+        self.serial_limit = bucket.and_then(Limit::new).map(Arc::new);
     }
 
     /// Returns the virtio console of this terminal.
@@ -122,6 +131,7 @@ impl Events {
         let (room, burst, deadline) = (self.queue.clone(), self.queue.clone(), self.queue.clone());
         let stopping = Arc::default();
         let output = StandardOutput::new(Arc::clone(&stopping));
+        let output = output.held_to(self.serial_limit.clone());
         Wires {
             output: Box::new(PanicWatch::new(output)),
             on_room: Box::new(move || room.tell(Event::Room)),
