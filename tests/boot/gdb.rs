@@ -186,7 +186,7 @@ pub(crate) fn a_guest_is_debugged_from_its_first_instruction(debugged: Debugged)
     if debugged.meets.watchpoints {
         gdb.done(&format!("Z2,{written:x},4"));
         let met = gdb.ask("vCont;c");
-        assert!(met.contains(&format!("watch:{written:x};")), "{met}");
+        assert!(met.contains(&format!("watch:{written:08x};")), "{met}");
         gdb.done(&format!("z2,{written:x},4"));
     }
     if debugged.stops_before || !debugged.meets.watchpoints {
@@ -396,7 +396,8 @@ pub(crate) fn linux_stops_at_start_kernel(armlet: Armlet, pc: u32, kind: u64, me
     assert_eq!(gdb.register(pc), begin);
     gdb.done(&format!("z1,{begin:x},{kind:x}"));
     // Memory is that of the kernel's tables by now, a page's end in it.
-    let code = gdb.memory(rest, 8);
+    // The kernel patches what is behind the first instruction.
+    let code = gdb.memory(rest, kind as usize);
     assert_ne!(code, 0);
     let across = (rest | 0xfff) - 3;
     assert_eq!(gdb.ask(&format!("m{across:x},8")).len(), 16);
@@ -405,7 +406,7 @@ pub(crate) fn linux_stops_at_start_kernel(armlet: Armlet, pc: u32, kind: u64, me
     assert!(gdb.ask("vCont;c").contains(met));
     assert_eq!(gdb.register(pc), rest);
     gdb.done(&format!("z{number},{rest:x},{kind:x}"));
-    assert_eq!(gdb.memory(rest, 8), code);
+    assert_eq!(gdb.memory(rest, kind as usize), code);
     // Interrupts are pending by now, and no step leads to one.
     for _ in 0..2 {
         assert!(gdb.ask("vCont;s:1").starts_with("T05"));
