@@ -24,8 +24,8 @@ use armlet_api::route::{Call, Routed};
 use armlet_api::server::{Handler, Pending};
 use armlet_api::{Microvm, Resources, Server, Step, config_file};
 use armlet_arch::{Arch, Architecture};
-use armlet_system::messages;
-use armlet_system::status::{Fault, Status};
+use armlet_system::messages::{self, Form};
+use armlet_system::status::{Fault, Status, status_of};
 use files::Files;
 use running::Running;
 use std::cell::RefCell;
@@ -39,6 +39,8 @@ use std::time::Duration;
 pub const FIRECRACKER: &str = "firecracker";
 /// The release whose interface this is.
 pub const VERSION: &str = "1.16.1";
+/// What a microVM is called if nothing else is said.
+const ID: &str = "anonymous-instance";
 /// The most bytes of an ID, and of requests and metadata where nothing else is said.
 const ID_BYTES: usize = 64;
 const BODY_BYTES: usize = 51200;
@@ -79,11 +81,40 @@ struct Serving {
     files: Files,
 }
 
-/// Serves requests, until the machine that they configure and start has ended.
+/// Serves requests, until the machine that they configure and start has ended. What it says goes to
+/// standard output, in the words that clients look for there, until a log's path is given.
 ///
 /// # Errors
 /// Arguments, files and sockets that cannot be used, with a line that says why.
 pub fn api(args: &ApiArgs) -> Result<Status> {
+    messages::use_output(Form {
+        id: args.id.as_deref().unwrap_or(ID).to_owned(),
+        show_level: None,
+    });
+    log::set_max_level(log::LevelFilter::Info);
+    let outcome = serve(args);
+    match &outcome {
+        Ok(Status::Success | Status::GuestReset | Status::GuestFailed) => {
+            log::info!("Vmm is stopping.");
+            log::info!("Firecracker exiting successfully. exit_code=0");
+        }
+        // A signal ends it without a word.
+        Ok(Status::Stopped) => {}
+        Ok(status) => tell_failure(*status),
+        Err(error) => {
+            log::error!("{error:#}");
+            tell_failure(status_of(error));
+        }
+    }
+    outcome
+}
+
+fn tell_failure(status: Status) {
+    let code = exit_code(status);
+    log::error!("Firecracker exiting with error. exit_code={code}");
+}
+
+fn serve(args: &ApiArgs) -> Result<Status> {
     let configured = configured(args).fault(Status::Usage);
     let (mut configuring, is_whole) = configured?;
     let mut server = match args.no_api {
@@ -144,8 +175,7 @@ pub fn api(args: &ApiArgs) -> Result<Status> {
         log::error!("{why}");
         serving.server.answer(&waits, &Answer::fault(why));
         if let Some(vsock) = &serving.microvm.vsock {
-            // The next start says if that fails.
-            drop(serving.files.bind_vsock(vsock));
+            serving.files.take_socket_back(vsock);
         }
         server = serving.server;
         configuring = Configuring {
@@ -171,10 +201,10 @@ impl Serving {
 
     fn serve(mut self, commands: Commands) -> Result<()> {
         let mut running = Running::new(self.microvm, self.files, commands);
+        // The first answer of the event loop says that the guest runs. One that has ended already may have
+        // run all the same.
+        let started = running.wait_for_start();
         if let Some((pending, verdict)) = self.pending.take() {
-            // The first answer of the event loop says that the guest runs. One that has ended already may
-            // have run all the same.
-            let started = running.wait_for_start();
             let started =
                 started.or_else(|why| verdict.outcome.recv_timeout(FAREWELL).unwrap_or(Err(why)));
             let answer = match started {
@@ -195,7 +225,7 @@ impl Serving {
 
 /// What arguments and the file that they name say of a microVM, and whether that is all of it.
 fn configured(args: &ApiArgs) -> Result<(Configuring, bool)> {
-    let id = args.id.as_deref().unwrap_or("anonymous-instance");
+    let id = args.id.as_deref().unwrap_or(ID);
     let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     if id.is_empty() || id.len() > ID_BYTES || !id.bytes().all(is_word) {
         bail!("--id '{id}' is not 1 to {ID_BYTES} letters, digits and '-'");
@@ -237,6 +267,7 @@ fn configured(args: &ApiArgs) -> Result<(Configuring, bool)> {
         let done = files.configure_logger(&logger);
         done.map_err(anyhow::Error::msg).context("--log-path")?;
     }
+    log::info!("Running Firecracker v{VERSION}");
     if let Some(path) = &args.metrics_path {
         let calls = vec![Call::PutMetrics(Metrics {
             metrics_path: path.into(),
@@ -304,17 +335,20 @@ fn listen(args: &ApiArgs) -> Result<Server> {
     Server::new(Some(listener), body.unwrap_or(BODY_BYTES)).context("cannot serve the API")
 }
 
-/// The exit status of Firecracker for one of armlet's. A machine that a signal stopped ends by one.
+/// Ends by the signal that stopped the machine, if one did; returns the exit status of Firecracker for
+/// one of armlet's.
 #[must_use]
-pub fn exit_code(status: Status) -> u8 {
+pub fn end(status: Status) -> u8 {
+    if status == Status::Stopped {
+        armlet_system::raise::end_by(libc::SIGTERM);
+    }
+    exit_code(status)
+}
+
+fn exit_code(status: Status) -> u8 {
     match status {
         Status::Success | Status::GuestReset | Status::GuestFailed => 0,
-        Status::Stopped => {
-            messages::finish();
-            armlet_system::raise::end_by(libc::SIGTERM);
-            1
-        }
         Status::Usage => 153,
-        Status::Failure | Status::Host | Status::Forbidden => 1,
+        Status::Failure | Status::Host | Status::Forbidden | Status::Stopped => 1,
     }
 }

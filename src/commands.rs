@@ -42,7 +42,11 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
 /// Confines a program, and becomes it.
 fn jail(args: &JailArgs) -> Result<Status> {
     if args.version {
-        print(concat!("Jailer v", env!("CARGO_PKG_VERSION"), "\n"))?;
+        print(&format!(
+            "Jailer v{}\n\narmlet {}, with the interface of that release\n",
+            api::VERSION,
+            env!("CARGO_PKG_VERSION")
+        ))?;
         return Ok(Status::Success);
     }
     jail::jail(args).map(|never| match never {})

@@ -27,12 +27,16 @@ fn main() -> ExitCode {
     };
     let mut is_api = false;
     let mut status = start(command, words, &mut is_api).unwrap_or_else(|error| {
-        messages::say(&format!("{error:#}"));
+        match is_api {
+            // The messages, which may go elsewhere, have it already.
+            true => messages::say_at_the_end(&format!("Error: {error:#}")),
+            false => messages::say(&format!("{error:#}")),
+        }
         status_of(&error)
     });
     messages::finish();
     if is_api {
-        return ExitCode::from(api::exit_code(status));
+        return ExitCode::from(api::end(status));
     }
     // Firecracker's has one status for all that goes wrong.
     if name == JAILER && status != Status::Success {

@@ -40,6 +40,9 @@ mod disk;
 /// Virtio drivers that are not Linux's, in a guest without an operating system.
 #[path = "boot/drivers.rs"]
 mod drivers;
+/// What container engines and SDKs send, replayed.
+#[path = "boot/engines.rs"]
+mod engines;
 /// What vCPUs have beside the base architecture.
 #[path = "boot/features.rs"]
 mod features;

@@ -21,6 +21,9 @@ mod control;
 /// Kills and power cuts while a guest writes: what it flushed is there.
 #[path = "boot/cuts.rs"]
 mod cuts;
+/// What container engines and SDKs send, replayed.
+#[path = "boot/engines.rs"]
+mod engines;
 /// Guests that are debugged.
 #[path = "boot/gdb.rs"]
 mod gdb;

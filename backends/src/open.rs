@@ -269,7 +269,11 @@ mod tests {
             error.contains("--disk a and --disk b have one id=x"),
             "{error}"
         );
-        let vsock = VsockOptions { cid: 3, uds: None };
+        let vsock = VsockOptions {
+            cid: 3,
+            uds: None,
+            stays: false,
+        };
         checked(vec![Box::new(vsock), disk("a")], &GUEST).expect("right");
     }
 

@@ -33,7 +33,7 @@ impl VsockOptions {
     pub fn open(&self, broker: &Arc<Broker>) -> Result<Box<dyn Backend>> {
         self.check().context("--vsock")?;
         Ok(match &self.uds {
-            Some(path) => Box::new(UnixVsock::open(self.cid, path, broker)?),
+            Some(path) => Box::new(UnixVsock::open(self.cid, path, self.stays, broker)?),
             None => Box::new(KernelVsock::open(self.cid, broker)?),
         })
     }
@@ -53,11 +53,13 @@ struct UnixVsock {
 }
 
 impl UnixVsock {
-    fn open(cid: u32, path: &Path, broker: &Arc<Broker>) -> Result<UnixVsock> {
+    fn open(cid: u32, path: &Path, stays: bool, broker: &Arc<Broker>) -> Result<UnixVsock> {
         let listener = sockets::listen(path, Access::Umask)
             .with_context(|| format!("cannot listen at {}", path.display()))?;
-        // The socket is ours to remove, and a broker is there when armlet was killed, too.
-        broker.offer_removal(path)?;
+        if !stays {
+            // The socket is ours to remove, and a broker is there when armlet was killed, too.
+            broker.offer_removal(path)?;
+        }
         Ok(UnixVsock {
             cid,
             listener,
@@ -118,6 +120,7 @@ mod tests {
         UnixVsock::open(
             3,
             path,
+            false,
             &Broker::fork(Some(&crate::broker::tests::native()))?,
         )
     }

@@ -49,6 +49,18 @@ impl Files {
         self.taps.clear();
     }
 
+    /// Takes the socket's path back from a machine that did not start.
+    pub(super) fn take_socket_back(&mut self, vsock: &Vsock) {
+        let path = PathBuf::from(&vsock.uds_path);
+        // Nobody listens at what the machine left there. The next start says what else is wrong.
+        if let Ok(listener) = sockets::listen(&path, Access::Umask) {
+            self.vsock = Some(Bound {
+                path,
+                _listener: listener,
+            });
+        }
+    }
+
     /// Leaves the socket's path to the machine.
     pub(super) fn leave_socket(&mut self) {
         if let Some(bound) = self.vsock.take() {

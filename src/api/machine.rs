@@ -165,6 +165,8 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
         devices.push(Box::new(VsockOptions {
             cid: vsock.guest_cid,
             uds: Some((&vsock.uds_path).into()),
+            // Clients remove it, and take it ill if it is gone.
+            stays: true,
         }));
     }
     if let Some(balloon) = &microvm.balloon {

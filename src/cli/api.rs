@@ -42,10 +42,10 @@ pub struct ApiArgs {
     /// the most bytes of a request (default: 51200)
     #[argh(option, arg_name = "BYTES")]
     pub http_api_max_payload_size: Option<String>,
-    /// where messages go, in place of standard error: a file or FIFO
+    /// where messages go, in place of standard output: a file or FIFO
     #[argh(option, arg_name = "PATH")]
     pub log_path: Option<String>,
-    /// which messages: Off, Error, Warn (default), Info, Debug or Trace
+    /// which messages: Off, Error, Warn, Info (default), Debug or Trace
     #[argh(option, arg_name = "LEVEL")]
     pub level: Option<String>,
     /// taken, without effect

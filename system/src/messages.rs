@@ -55,13 +55,30 @@ pub struct Form {
     pub show_level: Option<bool>,
 }
 
+/// Has messages go to standard output from here on, between what the guest prints, in this form.
+pub fn use_output(form: Form) {
+    let mut outlet = outlet();
+    outlet.fd = stdio::stdout();
+    outlet.way = None;
+    outlet.is_output = true;
+    outlet.is_formed = true;
+    outlet.form = form;
+}
+
+/// Prints a line on standard error, whatever messages go to, as far as it takes it at once.
+pub fn say_at_the_end(message: &str) {
+    let line = format!("{}\n", visible(message.as_bytes(), LONGEST));
+    say_from_handler(line.as_bytes());
+}
+
 /// Has messages go to `file` from here on, if there is one, which takes writes without waiting; and in
 /// this form where they go to such a file.
 pub fn change_form(file: Option<File>, form: Form) {
     let mut outlet = outlet();
     if let Some(file) = file {
         outlet.way = Some(Way::Reopened(file.into()));
-        outlet.has_file = true;
+        outlet.is_output = false;
+        outlet.is_formed = true;
     }
     let show_level = form.show_level.or(outlet.form.show_level);
     outlet.form = Form { show_level, ..form };
@@ -227,9 +244,11 @@ struct Outlet {
     waiting: Vec<u8>,
     /// The number of messages that were dropped for lack of room.
     lost: u64,
-    /// Whether messages go to a file of their own, and how they look there.
-    has_file: bool,
+    /// Whether messages have the form that follows.
+    is_formed: bool,
     form: Form,
+    /// Whether they go where the guest's console is.
+    is_output: bool,
     /// Whether messages are waiting, readable without the lock.
     behind: &'static AtomicBool,
 }
@@ -245,18 +264,19 @@ impl Outlet {
             way: None,
             waiting: Vec::new(),
             lost: 0,
-            has_file: false,
+            is_formed: false,
             form: Form {
                 id: String::new(),
                 show_level: None,
             },
+            is_output: false,
             behind,
         }
     }
 
     /// How a line begins, and ends.
     fn frame(&self, level: log::Level) -> (String, &'static str) {
-        if !self.has_file {
+        if !self.is_formed {
             return ("armlet:".to_owned(), terminal::line_end());
         }
         let level = match self.form.show_level {
@@ -266,7 +286,12 @@ impl Outlet {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("main").to_owned();
         let time = utc(SystemTime::now());
-        (format!("{time} [{}:{name}{level}]", self.form.id), "\n")
+        // A terminal is raw while the guest's console has it; a file takes no carriage return.
+        let end = match self.is_output {
+            true => terminal::line_end(),
+            false => "\n",
+        };
+        (format!("{time} [{}:{name}{level}]", self.form.id), end)
     }
 
     fn say(&mut self, level: log::Level, message: &str) {

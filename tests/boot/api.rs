@@ -308,14 +308,31 @@ pub(crate) fn a_start_that_fails_can_be_mended(end: &[u8], options: &[&str]) {
     api.put("/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#);
     api.put("/serial", r#"{"serial_out_path": "serial"}"#);
     assert_eq!(api.get("/")["state"], "Not started");
+    api.put("/pmem/p", r#"{"id": "p", "path_on_host": "late"}"#);
+    let wrong = api.ask("PUT", "/actions", Some(start));
+    assert!(wrong.1.contains("late"), "{wrong:?}");
+    api.write("late", &[0; 2 << 20]);
+    // A machine that did not start keeps nothing.
+    api.put("/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#);
     api.put("/actions", start);
     assert_eq!(api.end().code(), Some(0), "{}", api.said());
+    let printed = api.printed();
     assert!(
-        text(&api.path("serial")).contains("end\n"),
-        "{}",
-        api.printed()
+        text(&api.path("serial")).contains(
+            "end
+"
+        ),
+        "{printed}"
     );
-    assert_eq!(api.printed(), "");
+    assert!(
+        !printed.contains(
+            "end
+"
+        ),
+        "{printed}"
+    );
+    // Clients remove it themselves.
+    assert!(api.path("v.sock").exists());
 }
 
 /// Guests that a file describes; `end` as in [`a_start_that_fails_can_be_mended`].
@@ -340,7 +357,17 @@ pub(crate) fn a_file_describes_a_guest(end: &[u8], options: &[&str]) {
     let here = || tempfile::tempdir().expect("a folder");
     let mut api = Api::start_in(here(), &first, options);
     assert_eq!(api.end().code(), Some(0), "{}", api.said());
-    assert!(api.printed().contains("end\n"), "{}", api.printed());
+    // Clients look for these words on standard output.
+    let printed = api.printed();
+    for words in [
+        "Running Firecracker v1.",
+        "end\n",
+        "Vmm is stopping.",
+        "Firecracker exiting successfully. exit_code=0",
+    ] {
+        assert!(printed.contains(words), "no {words:?}: {printed}");
+    }
+    assert_eq!(api.said(), "");
     // What is wrong has a status, and a line.
     for (first, status, why) in [
         (&["--no-api"][..], 153, "--config-file"),

@@ -6,7 +6,7 @@ use crate::console::both_ways;
 use crate::guest::{Armlet, section};
 use crate::rig::WITH_DEVICES;
 use crate::software::Program;
-use crate::{api, lives, rig};
+use crate::{api, engines, lives, rig};
 use std::fs;
 
 /// Where its 16550A lies.
@@ -92,6 +92,16 @@ fn a_start_by_request_that_fails_can_be_mended() {
 fn a_file_describes_a_guest_as_for_firecracker() {
     if rig::main().is_some() {
         api::a_file_describes_a_guest(&printing("end\n").power_off().image(), &[]);
+    }
+}
+
+#[test]
+fn engines_and_sdks_start_guests() {
+    if rig::main().is_some() {
+        let kernel = printing("up\n").stay().image();
+        engines::go_sdk(&kernel);
+        engines::kata_in_go(&kernel);
+        engines::kata_in_rust(&kernel);
     }
 }
 

@@ -2,7 +2,7 @@ use crate::guest::{Armlet, Input};
 use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::steps::Steps;
-use crate::{api, commanded, control, lives, rig};
+use crate::{api, commanded, control, engines, lives, rig};
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -717,4 +717,25 @@ fn a_file_describes_a_guest_as_for_firecracker() {
     }
     let end = Program::default().print("end\n").power_off();
     api::a_file_describes_a_guest(&end.image(), &[]);
+}
+
+#[test]
+fn katas_driver_in_go_starts_a_guest_in_a_jail() {
+    if rig::small() {
+        engines::kata_in_go(&deaf().image());
+    }
+}
+
+#[test]
+fn katas_driver_in_rust_starts_a_guest_in_a_jail() {
+    if rig::small() {
+        engines::kata_in_rust(&deaf().image());
+    }
+}
+
+#[test]
+fn firecracker_go_sdk_starts_a_guest() {
+    if rig::small() {
+        engines::go_sdk(&deaf().image());
+    }
 }

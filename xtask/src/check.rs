@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use argh::FromArgs;
 
+use crate::clients;
 use crate::host::{HostSpec, Machine, X86_CPU};
 use crate::isa::{self, Isa};
 use crate::packages::{self, Kernel, Store};
@@ -20,7 +21,7 @@ pub(crate) struct Test {
     #[argh(option, default = "String::from(\"aarch64\")")]
     arch: String,
 
-    /// run only these steps, separated by commas: fmt, clippy, doc, unit, bindings, rig
+    /// run only these steps, separated by commas: fmt, clippy, doc, unit, bindings, clients, rig
     #[argh(option)]
     only: Option<String>,
 
@@ -50,7 +51,7 @@ pub(crate) struct Test {
     filter: Vec<String>,
 }
 
-const STEPS: [&str; 6] = ["fmt", "clippy", "doc", "unit", "bindings", "rig"];
+const STEPS: [&str; 7] = ["fmt", "clippy", "doc", "unit", "bindings", "clients", "rig"];
 
 /// A host of the matrix: its name, CPU, GIC (of ARM64) and kernel.
 type NamedHost = (&'static str, &'static str, u8, Kernel);
@@ -247,6 +248,10 @@ impl Test {
                     }
                     Err(error) => say(&format!("==== bindings: skipped: {error:#}")),
                 },
+                "clients" => match clients::lack() {
+                    None => outcomes.extend(driven()?),
+                    Some(lack) => say(&format!("==== clients: skipped: {lack}")),
+                },
                 _ => {
                     for (isa, hosts) in &rigs {
                         outcomes.extend(self.rig(*isa, hosts)?);
@@ -361,6 +366,23 @@ impl Test {
             outcomes.extend(several(commands, self.jobs)?);
         }
         Ok(outcomes)
+    }
+}
+
+/// Has Firecracker's clients drive guests, where the package indexes that have them can be reached.
+fn driven() -> Result<Option<Outcome>> {
+    say("==== clients");
+    let started = Instant::now();
+    match clients::drive(&[]) {
+        Ok(status) => Ok(Some(ended("clients", status == 0, started))),
+        Err(error) if error.is::<clients::Unreachable>() => {
+            say(&format!("==== clients: skipped: {error:#}"));
+            Ok(None)
+        }
+        Err(error) => {
+            say(&format!("{error:#}"));
+            Ok(Some(ended("clients", false, started)))
+        }
     }
 }
 

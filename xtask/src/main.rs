@@ -7,6 +7,7 @@ mod bench_io;
 mod bench_scale;
 mod boot;
 mod check;
+mod clients;
 mod command;
 mod dist;
 mod elf;
@@ -80,6 +81,7 @@ enum Task {
     Dist(dist::Dist),
     Fuzz(fuzz::Fuzz),
     Order(order::Order),
+    Clients(clients::Clients),
 }
 
 /// Run a program built for ARM64, with its arguments: what cargo calls for the aarch64 targets.
@@ -177,6 +179,7 @@ fn run() -> Result<i32> {
         Task::Test(test) => test.run(),
         Task::Bench(bench) => bench.run(),
         Task::Order(order) => order.run(),
+        Task::Clients(clients) => clients.run(),
         Task::Image(image) => image.run(),
         Task::Runner(runner) => runner.run(),
         Task::Setup(setup) => setup.run(),

@@ -34,6 +34,8 @@ pub struct VsockOptions {
     pub cid: u32,
     /// Where the host's side is, a path of up to 96 bytes; `None` leaves it to the kernel.
     pub uds: Option<PathBuf>,
+    /// Whether the host's side stays there when the guest has ended.
+    pub stays: bool,
 }
 
 impl VsockOptions {
@@ -58,7 +60,11 @@ impl VsockOptions {
             _ => {}
         }
         let cid = cid as u32;
-        let parsed = VsockOptions { cid, uds };
+        let parsed = VsockOptions {
+            cid,
+            uds,
+            stays: false,
+        };
         parsed.check().with_context(|| format!("{FLAG} '{text}'"))?;
         Ok(parsed)
     }

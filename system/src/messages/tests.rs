@@ -280,7 +280,7 @@ proptest! {
 fn lines_of_a_file_have_time_and_origin() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     let mut outlet = outlet_to(writer);
-    outlet.has_file = true;
+    outlet.is_formed = true;
     outlet.form = Form {
         id: "id".to_owned(),
         show_level: Some(true),
