@@ -5,6 +5,7 @@ use super::log_file::LogFile;
 use super::metrics::MetricsFile;
 use armlet_api::model::{BootSource, Drive, Logger, Metrics, NetworkInterface, Vsock};
 use armlet_api::{Refusal, Resources};
+use armlet_backends::net::mmds::Metadata;
 use armlet_backends::net::tap;
 use armlet_system::files::{self, Accepted};
 use armlet_system::sockets::{self, Access};
@@ -20,6 +21,8 @@ pub(super) struct Files {
     /// TAPs by the IDs of their interfaces.
     taps: BTreeMap<String, (String, OwnedFd)>,
     vsock: Option<Bound>,
+    /// What the guest reads of the metadata service.
+    pub(super) metadata: Metadata,
     pub(super) metrics: MetricsFile,
 }
 
@@ -35,6 +38,7 @@ impl Files {
             id: id.to_owned(),
             taps: BTreeMap::new(),
             vsock: None,
+            metadata: Metadata::default(),
             metrics: MetricsFile::new(id),
         }
     }

@@ -10,11 +10,12 @@ use crate::sandbox::Mode;
 use crate::{config, host};
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_api::Microvm;
-use armlet_api::model::{CpuConfig, Drive, HugePages, IoEngine};
+use armlet_api::model::{CpuConfig, Drive, HugePages, IoEngine, MmdsVersion};
 use armlet_arch::{Arch, Architecture};
 use armlet_backends::balloon::BalloonOptions;
 use armlet_backends::disk::{DiskOptions, EngineChoice, Format, Tail};
 use armlet_backends::kind::DeviceOptions;
+use armlet_backends::net::mmds::MmdsOptions;
 use armlet_backends::net::{NetOptions, Network, VhostChoice};
 use armlet_backends::pmem::PmemOptions;
 use armlet_backends::rng::RngOptions;
@@ -137,6 +138,21 @@ fn cmdline(microvm: &Microvm, default: &str) -> String {
     words.join(" ")
 }
 
+/// The metadata service on an interface, if there is to be one.
+fn metadata(microvm: &Microvm, interface: &str, files: &Files) -> Option<MmdsOptions> {
+    let config = microvm.mmds_config.as_ref()?;
+    let mut interfaces = config.network_interfaces.iter();
+    interfaces.find(|id| *id == interface)?;
+    files.metadata.set(microvm.mmds.get());
+    Some(MmdsOptions {
+        address: config.ipv4_address,
+        needs_token: config.version == MmdsVersion::V2,
+        imds_compat: config.imds_compat,
+        data: files.metadata.clone(),
+        file: None,
+    })
+}
+
 fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions>>> {
     let mut devices: Vec<Box<dyn DeviceOptions>> = Vec::new();
     for drive in &microvm.drives {
@@ -158,7 +174,7 @@ fn devices(microvm: &Microvm, files: &Files) -> Result<Vec<Box<dyn DeviceOptions
                     _ => VhostChoice::Off,
                 },
             },
-            mmds: None,
+            mmds: metadata(microvm, &interface.iface_id, files),
         }));
     }
     if let Some(vsock) = &microvm.vsock {
@@ -267,6 +283,23 @@ mod tests {
             rate_limiter: None,
         }];
         assert_eq!(cmdline(&pmem, "x"), "root=/dev/pmem0 ro");
+    }
+
+    #[test]
+    fn metadata_are_on_the_interfaces_that_are_named_and_follow_what_is_put() {
+        let mut microvm = microvm(None);
+        let files = Files::new("x");
+        assert_eq!(metadata(&microvm, "a", &files), None);
+        let text =
+            r#"{"network_interfaces": ["a", "b"], "version": "V2", "ipv4_address": "169.254.1.1"}"#;
+        microvm.mmds_config = Some(serde_json::from_str(text).expect("a configuration"));
+        assert_eq!(metadata(&microvm, "c", &files), None);
+        let options = metadata(&microvm, "b", &files).expect("it is named");
+        assert_eq!(options.address.octets(), [169, 254, 1, 1]);
+        assert!(options.needs_token && !options.imds_compat);
+        assert_eq!(*options.data.get(), serde_json::json!({}));
+        files.metadata.set(serde_json::json!({"a": "b"}));
+        assert_eq!(*options.data.get(), serde_json::json!({"a": "b"}));
     }
 
     #[test]

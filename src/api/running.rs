@@ -29,7 +29,7 @@ struct Guest {
     drives: Vec<String>,
     interfaces: Vec<String>,
     /// It keeps what the machine has taken over; the sandbox lets nobody open it again.
-    _files: Files,
+    files: Files,
 }
 
 impl Running {
@@ -45,7 +45,7 @@ impl Running {
                 metrics: files.metrics.clone(),
                 drives,
                 interfaces,
-                _files: files,
+                files,
             },
         }
     }
@@ -203,7 +203,9 @@ impl Machine for Guest {
         Ok(json!({ "host_cmd": 0, "guest_cmd": null }))
     }
 
-    fn publish_mmds(&mut self, _data: &Value) {}
+    fn publish_mmds(&mut self, data: &Value) {
+        self.files.metadata.set(data.clone());
+    }
 }
 
 /// What the interface calls a statistic of the balloon.
