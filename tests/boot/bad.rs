@@ -182,7 +182,11 @@ impl Bad {
                 "--memory 64K",
             ],
         );
-        case(&["--memory", "1536"], 2, &["means 1536 bytes", "1536M"]);
+        case(
+            &["--memory", "1536"],
+            2,
+            &["1536 bytes is too little", "1536M"],
+        );
         case(
             &["--memory", "1000000001"],
             2,
@@ -257,7 +261,7 @@ impl Bad {
             2,
             &["--disk", "have one id=x"],
         );
-        case(&["--disk", "file=a.img"], 2, &["--disk", "use path="]);
+        case(&["--disk", "file=a.img"], 2, &["use --disk path=a.img"]);
         bad
     }
 
