@@ -169,34 +169,28 @@ fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Wrong> {
     })
 }
 
-/// Reads a body that repeats the ID of its path.
+/// Reads a body that repeats the ID of its path; `differ` says that it has another.
 fn of_id<T: DeserializeOwned>(
     segment: Option<&str>,
     body: &[u8],
     of: fn(&T) -> &str,
-) -> Result<T, Wrong> {
-    let id = id(segment)?;
-    let value: T = json(body)?;
-    match of(&value) == id {
-        true => Ok(value),
-        false => Err("The id from the path does not match the id from the body!".to_owned()),
-    }
-}
-
-/// As [`of_id`], for interfaces, of which the original says more.
-fn of_interface<T: DeserializeOwned>(
-    segment: Option<&str>,
-    body: &[u8],
-    of: fn(&T) -> &str,
+    differ: fn(&str, &str) -> Wrong,
 ) -> Result<T, Wrong> {
     let id = id(segment)?;
     let value: T = json(body)?;
     match of(&value) {
         same if same == id => Ok(value),
-        other => Err(format!(
-            "The id from the path [{id}] does not match the id from the body [{other}]!"
-        )),
+        other => Err(differ(id, other)),
     }
+}
+
+fn differ(_: &str, _: &str) -> Wrong {
+    "The id from the path does not match the id from the body!".to_owned()
+}
+
+/// As [`differ`], for interfaces, of which the original says more.
+fn differ_of_interface(path: &str, body: &str) -> Wrong {
+    format!("The id from the path [{path}] does not match the id from the body [{body}]!")
 }
 
 fn get(first: &str, rest: &[&str]) -> Result<Call, Wrong> {
@@ -226,7 +220,7 @@ fn put(first: &str, second: Option<&str>, body: &[u8]) -> Result<Call, Wrong> {
         ("balloon", _) => Call::PutBalloon(json(body)?),
         ("boot-source", _) => Call::PutBootSource(json(body)?),
         ("cpu-config", _) => Call::PutCpuConfig(json(body)?),
-        ("drives", id) => Call::PutDrive(of_id(id, body, |drive: &Drive| &drive.drive_id)?),
+        ("drives", id) => Call::PutDrive(of_id(id, body, |drive: &Drive| &drive.drive_id, differ)?),
         ("logger", _) => Call::PutLogger(json(body)?),
         ("machine-config", _) => Call::PutMachine(json(body)?),
         ("metrics", _) => Call::PutMetrics(json(body)?),
@@ -234,10 +228,15 @@ fn put(first: &str, second: Option<&str>, body: &[u8]) -> Result<Call, Wrong> {
         ("mmds", Some("config")) => Call::PutMmdsConfig(json(body)?),
         ("mmds", Some(other)) => return Err(format!("Unrecognized PUT request path `{other}`.")),
         ("network-interfaces", id) => {
-            let interface = of_interface(id, body, |net: &NetworkInterface| &net.iface_id)?;
+            let interface = of_id(
+                id,
+                body,
+                |net: &NetworkInterface| &net.iface_id,
+                differ_of_interface,
+            )?;
             Call::PutInterface(interface)
         }
-        ("pmem", id) => Call::PutPmem(of_id(id, body, |pmem: &Pmem| &pmem.id)?),
+        ("pmem", id) => Call::PutPmem(of_id(id, body, |pmem: &Pmem| &pmem.id, differ)?),
         ("serial", _) => Call::PutSerial(json(body)?),
         ("snapshot", None) => return Err("Missing snapshot operation type.".to_owned()),
         ("snapshot", Some("create")) => Call::CreateSnapshot(json(body)?),
@@ -272,7 +271,12 @@ fn patch(first: &str, second: Option<&str>, body: &[u8]) -> Result<Call, Wrong> 
     Ok(match (first, second) {
         ("balloon", Some("statistics")) => Call::PatchBalloonStatistics(json(body)?),
         ("balloon", _) => Call::PatchBalloon(json(body)?),
-        ("drives", id) => Call::PatchDrive(of_id(id, body, |patch: &DrivePatch| &patch.drive_id)?),
+        ("drives", id) => Call::PatchDrive(of_id(
+            id,
+            body,
+            |patch: &DrivePatch| &patch.drive_id,
+            differ,
+        )?),
         ("machine-config", _) => {
             let update: MachineConfigUpdate = json(body)?;
             if update == MachineConfigUpdate::default() {
@@ -281,10 +285,13 @@ fn patch(first: &str, second: Option<&str>, body: &[u8]) -> Result<Call, Wrong> 
             Call::PatchMachine(update)
         }
         ("mmds", _) => Call::PatchMmds(json(body)?),
-        ("network-interfaces", id) => {
-            Call::PatchInterface(of_interface(id, body, |net: &NetPatch| &net.iface_id)?)
-        }
-        ("pmem", id) => Call::PatchPmem(of_id(id, body, |patch: &PmemPatch| &patch.id)?),
+        ("network-interfaces", id) => Call::PatchInterface(of_id(
+            id,
+            body,
+            |net: &NetPatch| &net.iface_id,
+            differ_of_interface,
+        )?),
+        ("pmem", id) => Call::PatchPmem(of_id(id, body, |patch: &PmemPatch| &patch.id, differ)?),
         ("hotplug", Some("memory")) => Call::PatchHotplug(json(body)?),
         ("vm", _) => Call::PatchVm(json::<VmPatch>(body)?.state),
         (first, _) => return Err(unknown(Method::Patch, first)),
