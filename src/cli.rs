@@ -291,6 +291,10 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// let 'armlet ctl' control the guest by a Unix socket at this path, for this user alone
         #[argh(option, arg_name = "PATH")]
         pub control: Option<String>,
+        /// write what vCPUs and devices do as OpenMetrics text: to this file every 10 seconds, or
+        /// for whoever connects to the socket
+        #[argh(option, arg_name = "PATH|unix:PATH")]
+        pub metrics: Option<String>,
         /// let gdb debug the guest at this socket, for this user or this host alone; the guest waits for it
         /// before its first instruction, unless ,nowait
         #[argh(option, arg_name = "unix:PATH|tcp:LOOPBACK:PORT")]

@@ -11,7 +11,7 @@ use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
 use crate::sandbox::{Mode, Sandbox};
-use crate::{api, boards, control, gdb, host, jail, probe, report, run, shutdown, table};
+use crate::{api, boards, control, gdb, host, jail, metrics, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
@@ -142,6 +142,8 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
     if args.dump_dtb.is_some() && board.arch != Architecture::Aarch64 {
         return Err(no_tree(board, "--dump-dtb")).fault(Status::Usage);
     }
+    let metrics = args.metrics.as_deref().map(metrics::Target::parse);
+    let metrics = metrics.transpose().fault(Status::Usage)?;
     let gdb = args.gdb.as_deref().map(gdb::Address::parse);
     let gdb = gdb.transpose().fault(Status::Usage)?;
     let cores = files.cores(board.host.core_names());
@@ -167,6 +169,7 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         dump_dtb: args.dump_dtb.clone(),
         control: args.control.clone().map(Into::into),
         service: None,
+        metrics,
         gdb,
         commander: None,
     })
@@ -278,7 +281,7 @@ fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
     if args.sandbox {
-        let sandbox = Sandbox::of(Mode::On, &config.virtio, false, false);
+        let sandbox = Sandbox::of(Mode::On, &config.virtio, false, &[]);
         return match args.json {
             true => print_json(&sandbox.json()),
             false => print(&sandbox.text()),

@@ -29,6 +29,7 @@ pub mod kernel;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod probe;
 pub mod report;
 pub mod run;

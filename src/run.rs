@@ -18,12 +18,14 @@ use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
+use crate::metrics::{self, Metrics};
 use crate::sandbox::{Mode, Role, Sandbox};
 use crate::vcpu::{Traps, VcpuEvent};
 use anyhow::Result;
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
 use armlet_backends::broker::Broker;
+use armlet_backends::kind::Need;
 use armlet_backends::open::{self, Wanted};
 use armlet_devices::rate::Bucket;
 use armlet_devices::sync::lock;
@@ -95,6 +97,8 @@ pub struct RunOptions<A: KvmArch> {
     pub control: Option<PathBuf>,
     /// Serves clients once armlet is confined.
     pub service: Option<Service>,
+    /// Where metrics go.
+    pub metrics: Option<metrics::Target>,
     /// Where to listen for a debugger.
     pub gdb: Option<gdb::Address>,
     /// Called with the sender of commands, once the event loop exists.
@@ -129,22 +133,24 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let is_served = options.service.is_some() || options.commander.is_some();
     let has_clients = control.is_some() || is_served;
     let is_debugged = options.gdb.is_some();
+    let metrics = options.metrics.take();
+    let has_readers = matches!(metrics, Some(metrics::Target::Socket(_)));
     let native = match options.sandbox {
         Mode::On | Mode::Strict => Some(&A::OTHER_CALLS.native),
         Mode::Log | Mode::Off => None,
     };
     let virtio = &options.config.virtio;
-    let broker =
-        open::fork_broker(virtio, has_clients || is_debugged, native).fault(Status::Host)?;
+    let broker = open::fork_broker(virtio, has_clients || is_debugged || has_readers, native)
+        .fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
     events.limit_serial(options.serial_limit.as_ref());
-    let sandbox = Sandbox::of(
-        options.sandbox,
-        &options.config.virtio,
-        has_clients,
-        is_debugged,
-    );
+    let mut others = Vec::new();
+    if is_debugged {
+        others.extend([Need::Sockets, Need::Debugger]);
+    }
+    others.extend(metrics.as_ref().map(metrics::Target::need));
+    let sandbox = Sandbox::of(options.sandbox, virtio, has_clients, &others);
     let sandbox = Arc::new(sandbox);
     let mut memory = None;
     let mut terminal = None;
@@ -168,6 +174,11 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         None => None,
     };
+    let mut metrics = match metrics {
+        Some(target) => Some(Metrics::open(&target, broker.as_deref()).fault(Status::Usage)?),
+        None => None,
+    };
+    options.counted |= metrics.is_some();
     let traps = debugger
         .as_ref()
         .map(|debugger| Arc::clone(debugger.traps()));
@@ -204,6 +215,12 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                     let own = sandbox.clone();
                     let begin = Box::new(move || own.enter_as(Role::Device));
                     service(begin, events.queue.commands()).fault(Status::Host)?;
+                }
+                if let Some(metrics) = metrics.take() {
+                    let commands = events.queue.commands();
+                    let told = move |command| commands.send(command);
+                    let started = metrics.start(sandbox.entrance(Role::Device), told);
+                    started.fault(Status::Host)?;
                 }
                 if let Some(control) = control.take() {
                     let commands = events.queue.commands();

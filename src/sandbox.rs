@@ -78,12 +78,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Decides from the devices that are asked for, and whether clients control the machine or debug it.
+    /// Decides from the devices that are asked for, whether clients control the machine, and what else it
+    /// takes (`others`).
     #[must_use]
-    pub fn of(mode: Mode, devices: &[Wanted], is_controlled: bool, is_debugged: bool) -> Sandbox {
+    pub fn of(mode: Mode, devices: &[Wanted], is_controlled: bool, others: &[Need]) -> Sandbox {
         let mut needs = Vec::new();
-        let sockets = (is_controlled || is_debugged).then_some(Need::Sockets);
-        let debugger = is_debugged.then_some(Need::Debugger);
+        let sockets = is_controlled.then_some(Need::Sockets);
         let of_devices = devices.iter().map(|device| match is_controlled {
             false => device.options().needs(),
             true => {
@@ -91,7 +91,11 @@ impl Sandbox {
                 [options.needs(), options.needs_for_changes()].concat()
             }
         });
-        for need in of_devices.flatten().chain(sockets).chain(debugger) {
+        for need in of_devices
+            .flatten()
+            .chain(sockets)
+            .chain(others.iter().copied())
+        {
             if !needs.contains(&need) {
                 needs.push(need);
             }

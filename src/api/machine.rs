@@ -78,6 +78,7 @@ pub(super) fn options(
     }
     let host = HostArch::probe(&kvm, HostArch::depth(&config.request)).fault(Status::Host)?;
     Ok(RunOptions {
+        metrics: None,
         gdb: None,
         kvm,
         host,

@@ -83,7 +83,11 @@ const ELSEWHERE: &[(&[&str], Here)] = &[
         Text("leave it out: the serial console is this terminal; --console virtio makes it hvc0"),
     ),
     (
-        &["monitor", "mon", "qmp", "api-sock", "api-socket"],
+        &["api-sock"],
+        Text("'armlet api' serves Firecracker's API, with these options"),
+    ),
+    (
+        &["monitor", "mon", "qmp", "api-socket"],
         Of(|value| {
             let socket = value.rsplit(':').next().unwrap_or_default();
             let socket = socket.split(',').next().unwrap_or_default();
@@ -93,7 +97,7 @@ const ELSEWHERE: &[(&[&str], Here)] = &[
     ),
     (
         &["no-api", "config-file"],
-        Text("leave it out: a guest is described by options"),
+        Text("'armlet api' takes it; with 'armlet run' a guest is described by options"),
     ),
     (
         &["daemonize", "pidfile"],

@@ -190,8 +190,8 @@ mod tests {
             ("run --cid 3", "use --vsock cid=3"),
             ("run --tap-name tap0", "use --net tap=tap0"),
             // Firecracker.
-            ("run --api-sock /tmp/s", "use --control /tmp/s"),
-            ("run --config-file f", "leave it out"),
+            ("run --api-sock /tmp/s", "'armlet api' serves"),
+            ("run --config-file f", "'armlet api' takes it"),
             ("run --no-seccomp", "use --sandbox off"),
             // Ours, almost.
             ("plan --mem 1G", "use --memory 1G"),

@@ -5,7 +5,7 @@ use argh::EarlyExit;
 use armlet_arch::words::nearest;
 
 /// The commands, of which the first has the most options.
-pub(super) const COMMANDS: [&str; 6] = ["run", "plan", "probe", "boards", "jail", "ctl"];
+pub(super) const COMMANDS: [&str; 7] = ["run", "plan", "probe", "boards", "jail", "ctl", "api"];
 
 /// Describes what is wrong with `word`, which argh rejects among `words` (the arguments after the
 /// program's name).

@@ -65,6 +65,23 @@ pub fn text(path: &Path, most: u64) -> Result<String> {
     Ok(text)
 }
 
+/// Opens a regular file to write it anew, and makes one where there is nothing.
+///
+/// # Errors
+/// What the system says, and something that is no regular file.
+pub fn rewrite(path: &Path) -> io::Result<File> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let flags = flags | OFlags::NOCTTY;
+    let mode = Mode::from(0o644);
+    let file = File::from(uninterrupted(|| rustix::fs::open(path, flags, mode))?);
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+    if kind != FileType::RegularFile {
+        return Err(io::Error::other(format!("it is a {}", name_of(kind))));
+    }
+    file.set_len(0)?;
+    Ok(file)
+}
+
 /// Opens a file or FIFO to write at its end, and makes a file where there is nothing. Writes never wait;
 /// a FIFO needs no reader, and takes what fits.
 ///
