@@ -410,8 +410,8 @@ fn follow(arguments: &[&str]) {
         };
         let found = advised("use --").or_else(|| advised("the next that is: --"));
         let found = found.or_else(|| {
-            // "; for MiB write 1536M".
-            let (_, size) = line.trim_end().rsplit_once("write ")?;
+            // "; for 1536 MiB use 1536M".
+            let (_, size) = line.trim_end().rsplit_once(" MiB use ")?;
             Some(("--memory".to_owned(), size.to_owned()))
         });
         let found = found.or_else(|| {

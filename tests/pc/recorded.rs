@@ -34,7 +34,7 @@ fn firecrackers_recorded_requests_get_the_recorded_answers() {
     if !rig::small() {
         return;
     }
-    let text = std::fs::read_to_string("tests/golden/firecracker-answers.jsonl");
+    let text = std::fs::read_to_string("tests/recorded/firecracker-answers.jsonl");
     let text = text.expect("the recorded answers");
     let has_taps = rustix::process::geteuid().is_root() && Path::new("/dev/net/tun").exists();
     if !has_taps {

@@ -195,7 +195,7 @@ const DIFFERENCES: &[(&str, u16, &str)] = &[
 ];
 
 fn recorded() -> Vec<Recorded> {
-    let path = "../tests/golden/firecracker-answers.jsonl";
+    let path = "../tests/recorded/firecracker-answers.jsonl";
     let text = std::fs::read_to_string(path).expect("the recorded answers");
     let read = |line: &str| {
         let value: Value = serde_json::from_str(line).expect("JSON");
