@@ -10,17 +10,21 @@ use armlet_backends::kind::Need;
 use armlet_devices::counts::Tally;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::files;
+use armlet_system::page_size::page_size;
 use armlet_system::sockets::{self, Access};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::ftruncate;
+use rustix::fs::{Mode, OFlags, ftruncate};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// How much memory this process has.
+const MEMORY: &str = "/proc/self/statm";
 /// How often a file is written.
 const EVERY: Duration = Duration::from_secs(10);
 /// How long an answer of the event loop, and a client's request, may take.
@@ -57,12 +61,12 @@ impl Target {
 }
 
 impl Target {
-    /// What writing there takes of the sandbox.
+    /// What it takes of the sandbox: files are read and written, and those who connect answered.
     #[must_use]
-    pub fn need(&self) -> Need {
+    pub fn needs(&self) -> &'static [Need] {
         match self {
-            Target::File(_) => Need::Storage,
-            Target::Socket(_) => Need::Sockets,
+            Target::File(_) => &[Need::Storage],
+            Target::Socket(_) => &[Need::Storage, Need::Sockets],
         }
     }
 }
@@ -72,8 +76,11 @@ enum Open {
     Socket(UnixListener),
 }
 
-/// Where metrics go, open.
-pub struct Metrics(Open);
+/// Where metrics go, open, and where the kernel says how much memory this process has.
+pub struct Metrics {
+    target: Open,
+    memory: OwnedFd,
+}
 
 impl Metrics {
     /// Opens the file, or listens at the socket for this user alone; `broker` removes a socket at the end.
@@ -82,7 +89,9 @@ impl Metrics {
     /// What the system says.
     pub fn open(target: &Target, broker: Option<&Broker>) -> Result<Metrics> {
         let cannot = |path: &Path| format!("--metrics: cannot use {}", path.display());
-        Ok(Metrics(match target {
+        let memory = rustix::fs::open(MEMORY, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let memory = memory.with_context(|| format!("--metrics: cannot open {MEMORY}"))?;
+        let target = match target {
             Target::File(path) => {
                 let file = files::rewrite(path).with_context(|| cannot(path))?;
                 Open::File(file)
@@ -96,7 +105,8 @@ impl Metrics {
                 }
                 Open::Socket(listener)
             }
-        }))
+        };
+        Ok(Metrics { target, memory })
     }
 
     /// Starts the thread, which ends with the process, and writes nothing unless `begin` succeeds there.
@@ -116,8 +126,11 @@ impl Metrics {
         };
         let begun = Instant::now();
         let serve = move || {
-            let text = || ask().map(|done| text(&done, begun.elapsed()));
-            let served = begin().and_then(|()| match &self.0 {
+            let text = || {
+                let done = ask()?;
+                Some(text(&done, begun.elapsed(), resident(&self.memory)))
+            };
+            let served = begin().and_then(|()| match &self.target {
                 Open::File(file) => write_to(file, text),
                 Open::Socket(listener) => serve(listener, text),
             });
@@ -193,8 +206,18 @@ fn answer(mut stream: UnixStream, text: impl Fn() -> Option<String>) -> Result<(
     Ok(stream.write_all(format!("{head}{text}").as_bytes())?)
 }
 
+/// How many bytes of this process are in memory, nearly all of them the guest's (proc(5),
+/// "/proc/pid/statm").
+fn resident(memory: &OwnedFd) -> Option<u64> {
+    let mut bytes = [0; 128];
+    let count = uninterrupted(|| rustix::io::pread(memory, &mut bytes[..], 0)).ok()?;
+    let text = std::str::from_utf8(&bytes[..count]).ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * page_size() as u64)
+}
+
 /// The text (OpenMetrics 1.0).
-fn text(done: &Done, uptime: Duration) -> String {
+fn text(done: &Done, uptime: Duration, resident: Option<u64>) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
     let family = |text: &mut String, name: &str, kind: &str, help: &str| {
@@ -204,6 +227,11 @@ fn text(done: &Done, uptime: Duration) -> String {
     family(&mut text, "armlet_uptime_seconds", "gauge", help);
     let (seconds, millis) = (uptime.as_secs(), uptime.subsec_millis());
     let _ = writeln!(text, "armlet_uptime_seconds {seconds}.{millis:03}");
+    if let Some(resident) = resident {
+        let help = "Memory of the guest and armlet that the host has given.";
+        family(&mut text, "armlet_resident_bytes", "gauge", help);
+        let _ = writeln!(text, "armlet_resident_bytes {resident}");
+    }
     let family = |text: &mut String, name: &str, help: &str| family(text, name, "counter", help);
     family(
         &mut text,
@@ -280,10 +308,11 @@ mod tests {
             devices: vec![("disk0".to_owned(), tally)],
             restarts: 1,
         };
-        let text = text(&done, Duration::from_millis(1500));
+        let text = text(&done, Duration::from_millis(1500), Some(4096));
         for line in [
             "# TYPE armlet_uptime_seconds gauge",
             "armlet_uptime_seconds 1.500",
+            "armlet_resident_bytes 4096",
             "armlet_restarts_total 1",
             "armlet_exits_total{reason=\"register_reads\"} 7",
             "armlet_device_to_guest_bytes_total{device=\"disk0\"} 1024",

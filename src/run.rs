@@ -149,7 +149,8 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     if is_debugged {
         others.extend([Need::Sockets, Need::Debugger]);
     }
-    others.extend(metrics.as_ref().map(metrics::Target::need));
+    let needs = metrics.as_ref().map(metrics::Target::needs);
+    others.extend(needs.unwrap_or_default());
     let sandbox = Sandbox::of(options.sandbox, virtio, has_clients, &others);
     let sandbox = Arc::new(sandbox);
     let mut memory = None;

@@ -1,10 +1,13 @@
 use crate::guest::{Armlet, GLANCE, Guest, Input, MARKER};
+use armlet_system::deadline::Deadline;
 use rustix::pipe::PipeFlags;
 use rustix::process::Signal;
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -265,4 +268,41 @@ pub(crate) fn is_confined(armlet: Armlet) {
     }
     guest.signal(Signal::INT);
     guest.end().assert_status(6);
+}
+
+/// `guest` says `up`; its exits to armlet are mostly for `reason`.
+pub(crate) fn has_metrics(guest: impl Fn() -> Armlet, reason: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (socket, file) = (folder.path().join("s"), folder.path().join("m"));
+    let mut started = guest()
+        .option("--metrics", format!("unix:{}", socket.display()))
+        .start();
+    started.expect("up");
+    for request in [&b"GET /metrics HTTP/1.1\r\n\r\n"[..], b""] {
+        let mut stream = UnixStream::connect(&socket).expect("it listens");
+        stream.write_all(request).expect("sent");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("text");
+        let exits = format!("armlet_exits_total{{reason=\"{reason}\"}} ");
+        let exits = text.lines().find_map(|line| line.strip_prefix(&exits));
+        let exits: u64 = exits.and_then(|count| count.parse().ok()).expect("a count");
+        assert!(exits > 0 && text.ends_with("# EOF\n"), "{text}");
+        let resident = text
+            .lines()
+            .find_map(|line| line.strip_prefix("armlet_resident_bytes "));
+        let resident: u64 = resident
+            .and_then(|bytes| bytes.parse().ok())
+            .expect("bytes");
+        assert!(resident > 100_000, "{text}");
+    }
+    started.signal(Signal::KILL);
+    drop(started);
+    let mut started = guest().option("--metrics", &file).start();
+    started.expect("up");
+    let deadline = Deadline::after(Duration::from_secs(60));
+    while !fs::read_to_string(&file).is_ok_and(|text| text.ends_with("# EOF\n")) {
+        assert!(!deadline.left().is_zero(), "no metrics in the file");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    started.signal(Signal::KILL);
 }

@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, GLANCE, MARKER};
 use crate::software::{Program, UARTDR};
-use crate::{commanded, control, rig};
+use crate::{commanded, control, lives, rig};
 use rustix::process::Signal;
 use std::fs;
 use std::path::PathBuf;
@@ -169,5 +169,13 @@ fn a_guest_is_paused_resumed_reset_and_stopped_by_ctl() {
 fn what_a_guest_has_not_is_refused_to_ctl_and_a_killed_armlet_leaves_no_socket() {
     if rig::any().is_some() {
         control::what_a_guest_has_not_is_refused_and_a_killed_armlet_leaves_no_socket(ticking());
+    }
+}
+
+#[test]
+fn metrics_are_at_a_socket_and_in_a_file() {
+    if rig::any().is_some() {
+        let up = || Armlet::program(&Program::default().print("up\n").stay());
+        lives::has_metrics(up, "register_writes");
     }
 }

@@ -3,13 +3,9 @@ use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::steps::Steps;
 use crate::{api, commanded, control, engines, lives, rig};
-use armlet_system::deadline::Deadline;
 use rustix::process::Signal;
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 /// A guest that says that it runs, and hears nothing.
 fn deaf() -> Program {
@@ -746,33 +742,7 @@ fn firecracker_go_sdk_starts_a_guest() {
 
 #[test]
 fn metrics_are_at_a_socket_and_in_a_file() {
-    if !rig::small() {
-        return;
+    if rig::small() {
+        lives::has_metrics(|| Armlet::program(&deaf()), "port_accesses");
     }
-    let folder = tempfile::tempdir().expect("a folder");
-    let (socket, file) = (folder.path().join("s"), folder.path().join("m"));
-    let mut guest = Armlet::program(&deaf())
-        .option("--metrics", format!("unix:{}", socket.display()))
-        .start();
-    guest.expect("up");
-    for request in [&b"GET /metrics HTTP/1.1\r\n\r\n"[..], b""] {
-        let mut stream = UnixStream::connect(&socket).expect("it listens");
-        stream.write_all(request).expect("sent");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).expect("text");
-        let ports = "armlet_exits_total{reason=\"port_accesses\"} ";
-        let ports = text.lines().find_map(|line| line.strip_prefix(ports));
-        let ports: u64 = ports.and_then(|count| count.parse().ok()).expect("a count");
-        assert!(ports > 0 && text.ends_with("# EOF\n"), "{text}");
-    }
-    guest.signal(Signal::KILL);
-    drop(guest);
-    let mut guest = Armlet::program(&deaf()).option("--metrics", &file).start();
-    guest.expect("up");
-    let deadline = Deadline::after(Duration::from_secs(60));
-    while !fs::read_to_string(&file).is_ok_and(|text| text.ends_with("# EOF\n")) {
-        assert!(!deadline.left().is_zero(), "no metrics in the file");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    guest.signal(Signal::KILL);
 }
