@@ -1,4 +1,4 @@
-"""Drives guests with a Firecracker client from PyPI, as its users do.
+"""Drives guests with a Firecracker client in Python, as its users do.
 
 `drive.py NAME FOLDER` runs the client NAME. FOLDER has `firecracker`, the kernel `guest` and the image
 `disk`. Network devices are made in the network namespace that this runs in. The last line printed says

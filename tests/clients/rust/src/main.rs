@@ -1,4 +1,4 @@
-//! Drives guests with Firecracker clients from crates.io, as their users do.
+//! Drives guests with Firecracker clients in Rust, as their users do.
 //!
 //! `armlet-clients NAME FOLDER` runs the client NAME. FOLDER has `firecracker`, `jailer`, the kernel
 //! `guest` and the image `disk`. Network devices are made in the network namespace that this runs in.
