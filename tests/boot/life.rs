@@ -50,11 +50,14 @@ fn a_panic_is_reported_and_may_end_armlet() {
         ([("--on-reset", "exit"), ("--on-panic", "report")], 5),
         ([("--on-reset", "restart"), ("--on-panic", "exit")], 4),
     ] {
-        let mut armlet = Armlet::debian(rig, "Image", "crash");
-        for (option, value) in options {
-            armlet = armlet.option(option, value);
-        }
-        lives::panics(armlet, status, "PC 0x");
+        let guest = || {
+            let armlet = Armlet::debian(rig, "Image", "crash");
+            let options = options.iter();
+            options.fold(armlet, |armlet, (option, value)| {
+                armlet.option(option, value)
+            })
+        };
+        lives::panics(guest, status, "PC 0x");
     }
 }
 

@@ -120,18 +120,27 @@ pub(crate) fn is_left_by_ctrl_a_x(armlet: Armlet) {
 }
 
 /// A guest whose kernel panics as soon as it may, with the position that begins like this.
-pub(crate) fn panics(armlet: Armlet, status: i32, position: &str) {
-    let outcome = armlet.cmdline("panic=-1").run();
-    outcome.assert_status(status);
-    println!("{}", outcome.errors);
-    let (text, errors) = (outcome.text(), &outcome.errors);
-    let reason = "sysrq triggered crash";
-    let console = format!("Kernel panic - not syncing: {reason}");
-    assert!(text.contains(&console), "{text}");
-    assert!(errors.contains(reason), "{errors}");
+pub(crate) fn panics(guest: impl Fn() -> Armlet, status: i32, position: &str) {
     let start = format!("armlet: the guest's kernel panicked on vCPU 0 at {position}");
-    assert!(errors.starts_with(&start), "{errors}");
-    assert_eq!(errors.lines().count(), 1, "{errors}");
+    // Where a host with much to do keeps the vCPU from its console for long, the event loop prints
+    // what is there, and knows no position.
+    for _ in 0..3 {
+        let outcome = guest().cmdline("panic=-1").run();
+        outcome.assert_status(status);
+        println!("{}", outcome.errors);
+        let (text, errors) = (outcome.text(), &outcome.errors);
+        let reason = "sysrq triggered crash";
+        let console = format!("Kernel panic - not syncing: {reason}");
+        assert!(text.contains(&console), "{text}");
+        assert!(errors.contains(reason), "{errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+        if errors.starts_with(&start) {
+            return;
+        }
+        let without = "armlet: the guest's kernel panicked: ";
+        assert!(errors.starts_with(without), "{errors}");
+    }
+    panic!("no panic was reported with its position");
 }
 
 /// A guest of Linux that says when it listens to the power key, and powers off when it is pressed.

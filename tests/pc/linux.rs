@@ -291,8 +291,11 @@ fn virtio_devices_are_found_by_acpi_and_work() {
 #[test]
 fn a_panic_is_reported_and_may_end_armlet() {
     let Some(rig) = rig::linux() else { return };
-    let armlet = Armlet::debian(rig, "vmlinux-6.1", "crash");
-    lives::panics(armlet.option("--on-panic", "exit"), 4, "RIP 0x");
+    let guest = || {
+        let armlet = Armlet::debian(rig, "vmlinux-6.1", "crash");
+        armlet.option("--on-panic", "exit")
+    };
+    lives::panics(guest, 4, "RIP 0x");
 }
 
 #[test]
