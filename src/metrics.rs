@@ -8,16 +8,17 @@ use anyhow::{Context, Result, bail};
 use armlet_backends::broker::Broker;
 use armlet_backends::kind::Need;
 use armlet_devices::counts::Tally;
+use armlet_system::deadline::wait_once;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::files;
 use armlet_system::page_size::page_size;
 use armlet_system::sockets::{self, Access};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::fs::{Mode, OFlags, ftruncate};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -171,14 +172,8 @@ fn serve(listener: &UnixListener, text: impl Fn() -> Option<String>) -> Result<(
 }
 
 /// Waits until something can be read, for so long at most.
-fn wait(source: &impl std::os::fd::AsFd, limit: Option<Duration>) -> Result<bool> {
-    let limit = limit.map(|limit| Timespec {
-        tv_sec: limit.as_secs().cast_signed(),
-        tv_nsec: limit.subsec_nanos().into(),
-    });
-    let mut fds = [PollFd::new(source, PollFlags::IN)];
-    let ready = uninterrupted(|| poll(&mut fds, limit.as_ref())).context("cannot wait")?;
-    Ok(ready > 0)
+fn wait(source: impl AsFd, limit: Option<Duration>) -> Result<bool> {
+    uninterrupted(|| wait_once(&source, PollFlags::IN, limit)).context("cannot wait")
 }
 
 /// How long a client may be silent before it gets the text without asking: one that is no HTTP client

@@ -213,8 +213,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 sandbox.enter()?;
                 open::examine(&mut events.backends).fault(Status::Usage)?;
                 if let Some(service) = options.service.take() {
-                    let own = sandbox.clone();
-                    let begin = Box::new(move || own.enter_as(Role::Device));
+                    let begin = Box::new(sandbox.entrance(Role::Device));
                     service(begin, events.queue.commands()).fault(Status::Host)?;
                 }
                 if let Some(metrics) = metrics.take() {
@@ -233,8 +232,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 if let Some(debugger) = debugger.take() {
                     let commands = events.queue.commands();
                     let told = move |command| commands.send(command);
-                    let own = sandbox.clone();
-                    let begin = move || own.enter_as(Role::Device);
+                    let begin = sandbox.entrance(Role::Device);
                     let vcpus = options.config.request.cpus as usize;
                     let started = debugger.start(begin, told, Arc::clone(memory), vcpus);
                     started.fault(Status::Host)?;

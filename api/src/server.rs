@@ -174,13 +174,8 @@ impl Server {
     }
 
     fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
-        let left = deadline.map(|deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: left.subsec_nanos().into(),
-            }
-        });
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
         let mut fds = Vec::with_capacity(1 + self.clients.len());
         for client in &self.clients {
             let mut flags = PollFlags::empty();

@@ -63,6 +63,31 @@ pub struct Tally {
     pub failed: u64,
 }
 
+impl Tally {
+    /// What was added since an earlier moment.
+    #[must_use]
+    pub fn since(&self, before: &Tally) -> Tally {
+        self.by(before, u64::wrapping_sub)
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn with(&self, other: &Tally) -> Tally {
+        self.by(other, u64::wrapping_add)
+    }
+
+    fn by(&self, other: &Tally, of: fn(u64, u64) -> u64) -> Tally {
+        Tally {
+            to_guest: of(self.to_guest, other.to_guest),
+            bytes_to_guest: of(self.bytes_to_guest, other.bytes_to_guest),
+            from_guest: of(self.from_guest, other.from_guest),
+            bytes_from_guest: of(self.bytes_from_guest, other.bytes_from_guest),
+            flushes: of(self.flushes, other.flushes),
+            failed: of(self.failed, other.failed),
+        }
+    }
+}
+
 impl Counts {
     /// What they are now; not all of one moment, where the device is at work.
     #[must_use]

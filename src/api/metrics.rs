@@ -182,7 +182,7 @@ impl Inner {
             for (index, id) in names.iter().enumerate() {
                 let name = format!("{kind}{index}");
                 let more = since(&self.now, &self.before, &name);
-                all = sum(&all, &more);
+                all = all.with(&more);
                 line.insert(format!("{group}_{id}"), shown(kind, &more));
             }
             line.insert(group.to_owned(), shown(kind, &all));
@@ -197,26 +197,7 @@ fn since(now: &Done, before: &Done, name: &str) -> Tally {
         let found = devices.find(|(device, _)| device == name);
         found.map_or_else(Tally::default, |(_, tally)| *tally)
     };
-    let (now, before) = (of(now), of(before));
-    Tally {
-        to_guest: now.to_guest.wrapping_sub(before.to_guest),
-        bytes_to_guest: now.bytes_to_guest.wrapping_sub(before.bytes_to_guest),
-        from_guest: now.from_guest.wrapping_sub(before.from_guest),
-        bytes_from_guest: now.bytes_from_guest.wrapping_sub(before.bytes_from_guest),
-        flushes: now.flushes.wrapping_sub(before.flushes),
-        failed: now.failed.wrapping_sub(before.failed),
-    }
-}
-
-fn sum(one: &Tally, other: &Tally) -> Tally {
-    Tally {
-        to_guest: one.to_guest + other.to_guest,
-        bytes_to_guest: one.bytes_to_guest + other.bytes_to_guest,
-        from_guest: one.from_guest + other.from_guest,
-        bytes_from_guest: one.bytes_from_guest + other.bytes_from_guest,
-        flushes: one.flushes + other.flushes,
-        failed: one.failed + other.failed,
-    }
+    of(now).since(&of(before))
 }
 
 /// A device's counts under the names of the interface.
