@@ -52,7 +52,7 @@ pub struct Machine<A: KvmArch> {
     /// What its threads may do.
     sandbox: Arc<Sandbox>,
     /// Kept for as long as the machine lives.
-    _chip: A::Chip,
+    chip: A::Chip,
 }
 
 /// Creates the planned machine on `memory`, with the backends in the order of their windows. Its threads
@@ -110,7 +110,7 @@ pub fn assemble<A: KvmArch>(
         light,
         workers,
         sandbox: Arc::clone(sandbox),
-        _chip: chip,
+        chip,
     })
 }
 

@@ -4,6 +4,7 @@
 //! It shows the host's time in UTC plus the offset that the guest set, in BCD and 24-hour mode. It
 //! raises no interrupts: no alarm, no periodic tick.
 
+use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::Device;
@@ -159,12 +160,12 @@ impl Cmos {
 }
 
 /// The state of a [`Cmos`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CmosState {
     /// The register that the data port shows.
     pub index: u8,
     /// All registers. The time registers hold the time at which they were last read or set.
-    pub memory: [u8; SIZE],
+    pub memory: Vec<u8>,
     /// Seconds that the guest's clock is ahead of the host's, which goes on meanwhile.
     pub ahead: i64,
 }
@@ -175,7 +176,7 @@ impl Persist for Cmos {
     fn save(&self) -> CmosState {
         CmosState {
             index: self.index,
-            memory: self.memory,
+            memory: self.memory.to_vec(),
             ahead: self.ahead,
         }
     }
@@ -183,6 +184,12 @@ impl Persist for Cmos {
     fn restore(&mut self, state: &CmosState) -> Result<(), RestoreError> {
         const DEVICE: &str = "CMOS clock";
         RestoreError::check(DEVICE, "index", state.index, INDEX)?;
+        let Ok(memory) = <[u8; SIZE]>::try_from(&*state.memory) else {
+            return Err(RestoreError(format!(
+                "the state of the {DEVICE} is not valid: it has {} registers, not {SIZE}",
+                state.memory.len()
+            )));
+        };
         let fixed = [
             ("register A", register::A, !0, A_RUNNING),
             ("register B", register::B, !B_SET, B_24_HOURS),
@@ -190,14 +197,14 @@ impl Persist for Cmos {
             ("register D", register::D, !0, 0),
         ];
         for (name, index, mask, value) in fixed {
-            let found = state.memory[usize::from(index)];
+            let found = memory[usize::from(index)];
             if found & mask != value {
                 return Err(RestoreError(format!(
                     "the state of the {DEVICE} is not valid: {name} is {found:#x}, which no guest can cause"
                 )));
             }
         }
-        (self.index, self.memory, self.ahead) = (state.index, state.memory, state.ahead);
+        (self.index, self.memory, self.ahead) = (state.index, memory, state.ahead);
         Ok(())
     }
 }

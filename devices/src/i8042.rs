@@ -7,6 +7,7 @@
 use crate::Device;
 use crate::action::Action;
 use crate::persist::{Persist, RestoreError};
+use serde::{Deserialize, Serialize};
 
 /// An 8042 and control port B.
 pub struct I8042 {
@@ -91,7 +92,7 @@ impl I8042 {
 }
 
 /// The state of an [`I8042`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct I8042State {
     /// A byte for the guest.
     pub output: Option<u8>,

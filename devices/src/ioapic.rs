@@ -10,6 +10,7 @@
 use crate::Device;
 use crate::action::Action;
 use crate::persist::{Persist, RestoreError};
+use serde::{Deserialize, Serialize};
 
 /// The number of pins, as in the hardware.
 pub const PINS: usize = 24;
@@ -117,7 +118,7 @@ impl IoApic {
 }
 
 /// The state of an [`IoApic`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApicState {
     /// The selected register.
     pub selected: u8,

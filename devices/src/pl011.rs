@@ -16,6 +16,7 @@
 //! and DCD are asserted, so a guest that waits for a carrier does not hang. DMA and infrared are
 //! not implemented; their registers only store what is written.
 
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -79,7 +80,7 @@ pub struct Pl011 {
 const POLLS: u8 = 3;
 
 /// The registers that are stored; the others are computed (section 3.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pl011Registers {
     /// UARTRSR.
     pub rsr: u32,

@@ -9,6 +9,7 @@
 //! The device has no timer of its own: the event loop asks [`Pl031::deadline`] how long to wait,
 //! and then calls [`Pl031::poll`].
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -156,7 +157,7 @@ impl Pl031 {
 }
 
 /// The state of a [`Pl031`]. Times are in seconds of the guest's clock.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pl031State {
     /// RTCLR.
     pub load: u32,

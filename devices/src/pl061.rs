@@ -4,6 +4,7 @@
 //! stays high for a while (100 ms suffice) and goes low again: Linux's gpio-keys debounces by
 //! reading the level again some milliseconds after the edge.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use crate::action::Action;
@@ -22,7 +23,7 @@ pub struct Pl061 {
 }
 
 /// The registers that are stored; the others are computed. All are zero at reset (section 3.2).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pl061Registers {
     /// GPIODATA: the levels driven on outputs.
     pub data: u8,
@@ -43,7 +44,7 @@ pub struct Pl061Registers {
 }
 
 /// The state of a [`Pl061`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pl061State {
     /// The registers that are stored.
     pub registers: Pl061Registers,

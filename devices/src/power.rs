@@ -1,5 +1,6 @@
 //! Power-off, reset and the power button of a PC.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use crate::action::Action;
@@ -66,7 +67,7 @@ impl Device for AcpiPower {
 }
 
 /// The state of [`AcpiPower`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AcpiPowerState {
     /// Sleep control.
     pub control: u8,
@@ -96,7 +97,7 @@ pub struct ResetControl {
 }
 
 /// The state of [`ResetControl`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResetControlState {
     /// The register.
     pub value: u8,

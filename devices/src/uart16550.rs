@@ -6,6 +6,7 @@
 //! what was received and is not read yet, and tracking when the guest listens. Its interrupt is an edge, as on the ISA bus: each cause that arises signals one, also while the guest
 //! handles another, so none is lost.
 
+use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -237,9 +238,10 @@ impl Uart16550 {
 }
 
 /// The state of a [`Uart16550`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uart16550State {
     /// The registers, and what was received.
+    #[serde(with = "Registers")]
     pub registers: SerialState,
     /// The number of characters in front of each received break, counted from the previous break.
     pub breaks: Vec<usize>,
@@ -252,6 +254,22 @@ pub struct Uart16550State {
     pub unasked: usize,
     /// Consecutive reads of the line status by a guest that may be waiting for input.
     pub polls: u8,
+}
+
+/// [`SerialState`], as it is written and read.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState")]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
 }
 
 impl Persist for Uart16550 {

@@ -3,6 +3,7 @@
 
 #[cfg(feature = "gdb")]
 pub(super) mod debug;
+pub(super) mod state;
 
 use super::arch::{Depth, Hypercall, KvmArch, OtherCalls, RawExit};
 use super::facts::{ArmFacts, Virtualization};
@@ -60,6 +61,8 @@ const AFFINITY: u64 = 0xff_00ff_ffff;
 
 impl KvmArch for Aarch64 {
     type Chip = DeviceFd;
+    type VcpuState = state::VcpuState;
+    type ChipState = state::ChipState;
 
     const OTHER_CALLS: OtherCalls = OtherCalls {
         native: Native {
@@ -238,6 +241,27 @@ impl KvmArch for Aarch64 {
     fn is_off(vcpu: &VcpuFd) -> bool {
         vcpu.get_mp_state()
             .is_ok_and(|state| state.mp_state == KVM_MP_STATE_STOPPED)
+    }
+
+    fn save_vcpu(vcpu: &VcpuFd) -> Result<state::VcpuState> {
+        state::save_vcpu(vcpu)
+    }
+
+    fn save_chip(
+        vm: &VmFd,
+        chip: &DeviceFd,
+        vcpus: &[state::VcpuState],
+    ) -> Result<state::ChipState> {
+        state::save_chip(vm, chip, vcpus)
+    }
+
+    fn restore(
+        vm: &VmFd,
+        chip: &DeviceFd,
+        vcpus: &[VcpuFd],
+        states: (&[state::VcpuState], &state::ChipState),
+    ) -> Result<()> {
+        state::restore(vm, chip, vcpus, states)
     }
 
     fn position(vcpu: &VcpuFd) -> String {

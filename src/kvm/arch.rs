@@ -10,7 +10,10 @@ use armlet_devices::bus::Bus;
 use armlet_devices::ioapic::IoApic;
 use armlet_system::seccomp::Native;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::ffi::c_void;
+use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
 
 /// How thoroughly a host is probed.
@@ -60,6 +63,10 @@ impl OtherCalls {
 pub trait KvmArch: Arch {
     /// The interrupt controller's handle, which must live as long as the machine.
     type Chip: Send;
+    /// The state of a vCPU, as plain data.
+    type VcpuState: Clone + Debug + PartialEq + Serialize + DeserializeOwned + Send + 'static;
+    /// The state of what KVM emulates beside vCPUs, as plain data.
+    type ChipState: Clone + Debug + PartialEq + Serialize + DeserializeOwned + Send + 'static;
 
     /// Whether the architecture has I/O ports. Where it has none, the binary contains no port
     /// devices.
@@ -150,6 +157,37 @@ pub trait KvmArch: Arch {
     /// Tells the guest, if it supports that, that the host has paused this vCPU, so that it
     /// accounts for the missing time. Called on the vCPU's own thread, before it resumes.
     fn note_pause(_: &VcpuFd) {}
+
+    /// Returns the state of a vCPU, while the machine is paused. Called on the vCPU's own thread.
+    ///
+    /// # Errors
+    /// The register that cannot be read, and KVM's error.
+    fn save_vcpu(vcpu: &VcpuFd) -> Result<Self::VcpuState>;
+
+    /// Returns the state of what KVM emulates beside vCPUs, while the machine is paused. `vcpus` are
+    /// the states of its vCPUs.
+    ///
+    /// # Errors
+    /// What cannot be read, and KVM's error.
+    fn save_chip(
+        vm: &VmFd,
+        chip: &Self::Chip,
+        vcpus: &[Self::VcpuState],
+    ) -> Result<Self::ChipState>;
+
+    /// Gives a machine that [`Self::populate`] made, and that has not run, the state of one that was
+    /// saved: `vcpus` by index, and the rest. The guest's clocks continue from where they stood. The
+    /// states come from files, which anybody may have written: what could do harm is checked before
+    /// KVM gets it.
+    ///
+    /// # Errors
+    /// A state that is not valid, or what this host cannot have, by its name; KVM's error.
+    fn restore(
+        vm: &VmFd,
+        chip: &Self::Chip,
+        vcpus: &[VcpuFd],
+        states: (&[Self::VcpuState], &Self::ChipState),
+    ) -> Result<()>;
 
     /// Returns a vCPU's program counter, for reports about it ("PC 0xffff800080010000").
     fn position(vcpu: &VcpuFd) -> String;

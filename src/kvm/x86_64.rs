@@ -5,6 +5,7 @@ mod cpuid;
 
 #[cfg(feature = "gdb")]
 pub(super) mod debug;
+pub(super) mod state;
 
 use super::arch::{Depth, KvmArch, OtherCalls, PortAccess, RawExit};
 use super::facts::{ExitlessTimers, Virtualization, X86Facts};
@@ -37,6 +38,8 @@ const FIRMWARE_MSRS: [(u32, u64); 2] = [(0x2ff, 1 << 11 | 6), (0x1a0, 1)];
 
 impl KvmArch for X86_64 {
     type Chip = ();
+    type VcpuState = state::VcpuState;
+    type ChipState = state::ChipState;
 
     const PORTS: bool = true;
 
@@ -271,6 +274,23 @@ impl KvmArch for X86_64 {
         {
             log::warn!("cannot tell the guest that it was paused: {error}");
         }
+    }
+
+    fn save_vcpu(vcpu: &VcpuFd) -> Result<state::VcpuState> {
+        state::save_vcpu(vcpu)
+    }
+
+    fn save_chip(vm: &VmFd, chip: &(), vcpus: &[state::VcpuState]) -> Result<state::ChipState> {
+        state::save_chip(vm, chip, vcpus)
+    }
+
+    fn restore(
+        vm: &VmFd,
+        chip: &(),
+        vcpus: &[VcpuFd],
+        states: (&[state::VcpuState], &state::ChipState),
+    ) -> Result<()> {
+        state::restore(vm, chip, vcpus, states)
     }
 
     fn position(vcpu: &VcpuFd) -> String {

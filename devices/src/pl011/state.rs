@@ -3,12 +3,13 @@
 use super::{FIFO_DEPTH, POLLS, Pl011, Pl011Registers, mask};
 use crate::console::Uart;
 use crate::persist::{Persist, RestoreError};
+use serde::{Deserialize, Serialize};
 
 /// The state of a [`Pl011`].
 ///
 /// The number of its session ([`Uart::listening`]) is not part of it: it means something only to
 /// callers that saw an earlier number of the same device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pl011State {
     /// The registers that are stored.
     pub registers: Pl011Registers,

@@ -7,6 +7,7 @@
 //! spuriously finds nothing. So neither reading nor acknowledging it needs the device, and the
 //! kernel or another process can interrupt the guest for us (ADR 0010).
 
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
@@ -92,7 +93,7 @@ pub struct Mmio {
 
 /// The state of a window and its device while the machine is paused, as plain data from which
 /// another one can resume.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MmioState {
     /// The transport's state.
     pub transport: TransportState,

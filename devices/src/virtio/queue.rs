@@ -1,5 +1,6 @@
 //! A virtqueue of which no entry is trusted: requests come out whole and checked, or not at all.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -72,7 +73,7 @@ pub struct Virtqueue {
 /// Every request before `next_available` was answered: what was taken and not answered was handed
 /// back ([`Virtqueue::hand_back`]). A queue that the driver has just set up is at the start of both
 /// rings ([`Position::default`]).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Index in the available ring of the request that is taken next, modulo 2^16.
     pub next_available: u16,
@@ -83,7 +84,7 @@ pub struct Position {
 }
 
 /// Where a ring lies, as the driver set it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
     /// Guest-physical address of the descriptor table.
     pub descriptors: u64,

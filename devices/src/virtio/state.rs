@@ -2,9 +2,10 @@
 
 use super::vsock::packet::HEADER;
 use crate::persist::RestoreError;
+use serde::{Deserialize, Serialize};
 
 /// A device's own state beside its queues, as plain data from which another device can resume.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {
     /// Nothing.
     Plain,
@@ -40,7 +41,7 @@ impl RestoreError {
 }
 
 /// A balloon's own state.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
     /// The fields of its configuration space: target and actual size in pages, the free page
     /// hinting command, and the poison value.
@@ -65,7 +66,7 @@ pub struct BalloonState {
 }
 
 /// The guest's latest memory statistics.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics(pub(super) [Option<u64>; STATISTICS.len()]);
 
 /// The names of statistics by tag (section 5.5.6.4; from 10 on,
@@ -99,7 +100,7 @@ impl Statistics {
 
 /// The pages that the guest reported free after a call of
 /// [`Balloon::ask_for_hints`](super::balloon::Balloon::ask_for_hints).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hints {
     /// The guest-physical address and length in bytes of each range, in the order of arrival. Pages
     /// written since the call are in use.
@@ -111,7 +112,7 @@ pub struct Hints {
 }
 
 /// A disk's own state.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
     /// Its size in bytes, in whole sectors.
     pub capacity: u64,
@@ -120,7 +121,7 @@ pub struct BlockState {
 }
 
 /// A console's own state.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleState {
     /// Emergency characters for which there was no room.
     pub late: Vec<u8>,
@@ -131,14 +132,14 @@ pub struct ConsoleState {
 }
 
 /// A file system device's own state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FsState {
     /// Who answers the driver's requests; `None` while no driver uses the device.
     pub served: Option<Served>,
 }
 
 /// Who answers requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Served {
     /// The server.
     Well,
@@ -149,7 +150,7 @@ pub enum Served {
 }
 
 /// A network card's own state.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
     /// The MAC address that the driver sees.
     pub mac: [u8; 6],
@@ -161,7 +162,7 @@ pub struct NetState {
 }
 
 /// What a driver requested by the control queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSession {
     /// The number of queue pairs in use.
     pub pairs: u16,
@@ -172,12 +173,39 @@ pub struct NetSession {
 
 /// A socket device's own state. It does not include connections, whose other ends belong to
 /// processes of this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     /// Whether a driver uses the device.
     pub in_use: bool,
     /// Whether there were connections, or the guest has not yet been told that earlier ones ended.
     pub had_connections: bool,
     /// Reset packets ("no such connection") for which the guest had no buffers, in wire format.
+    #[serde(with = "packets")]
     pub packets: Vec<[u8; HEADER]>,
+}
+
+/// Packets as byte strings: serde has no arrays of this length.
+mod packets {
+    use super::HEADER;
+    use serde::de::{Deserializer, Error};
+    use serde::{Deserialize, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        packets: &[[u8; HEADER]],
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        let packets: Vec<&[u8]> = packets.iter().map(|packet| &packet[..]).collect();
+        packets.serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(
+        from: D,
+    ) -> Result<Vec<[u8; HEADER]>, D::Error> {
+        let packets = Vec::<Vec<u8>>::deserialize(from)?.into_iter();
+        let packet = |bytes: Vec<u8>| {
+            let wrong = |bytes: Vec<u8>| D::Error::invalid_length(bytes.len(), &"44 bytes");
+            bytes.try_into().map_err(wrong)
+        };
+        packets.map(packet).collect()
+    }
 }

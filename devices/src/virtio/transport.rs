@@ -2,6 +2,7 @@
 //! (virtio 1.2, sections 2.1, 2.2, 3.1).
 
 use crate::sync::{bell, ring};
+use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -62,7 +63,7 @@ pub(crate) struct QueueRegisters {
 
 /// The state of a transport whose machine is paused, as plain data from which another one can
 /// resume.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
     /// The device ID.
     pub id: u32,
@@ -85,7 +86,7 @@ pub struct TransportState {
 }
 
 /// The state of a queue: what the driver set up, and the device's position.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
     /// Its size, as the driver wrote it.
     pub size: u32,
