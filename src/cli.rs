@@ -90,6 +90,8 @@ pub struct MachineArgs {
     pub sve: Option<String>,
     /// `--pauth`.
     pub pauth: Option<String>,
+    /// `--vmgenid`.
+    pub vmgenid: Option<String>,
     /// `--pin`.
     pub pin: Option<String>,
     /// `--pin-io`.
@@ -186,6 +188,10 @@ macro_rules! machine_command {
             /// the default)
             #[argh(option, arg_name = "auto|on|off")]
             pub pauth: Option<String>,
+            /// VMGenID and VMClock, by which a guest learns that it goes on from a snapshot: on, off
+            /// or auto (for guests that clients control, the default)
+            #[argh(option, arg_name = "auto|on|off")]
+            pub vmgenid: Option<String>,
             /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
             /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
             #[argh(option, arg_name = "auto|none|LIST")]
@@ -233,6 +239,7 @@ macro_rules! machine_command {
                     pmu: self.pmu.clone(),
                     sve: self.sve.clone(),
                     pauth: self.pauth.clone(),
+                    vmgenid: self.vmgenid.clone(),
                     pin: self.pin.clone(),
                     pin_io: self.pin_io.clone(),
                     hugepages: self.hugepages.clone(),

@@ -147,7 +147,10 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
     let gdb = args.gdb.as_deref().map(gdb::Address::parse);
     let gdb = gdb.transpose().fault(Status::Usage)?;
     let cores = files.cores(board.host.core_names());
-    let config = config::read::<HostArch>(&machine, chosen, &cores, Some(&files))?;
+    let mut config = config::read::<HostArch>(&machine, chosen, &cores, Some(&files))?;
+    if args.control.is_some() {
+        config.expect_clients();
+    }
     if !config.pinning.description.is_empty() {
         log::info!("vCPUs run on {}", config.pinning.description);
     }

@@ -16,6 +16,7 @@ use armlet_arch::words::cpus_in;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
 use armlet_backends::kind::{DeviceOptions, Guest};
 use armlet_backends::open::{self, Wanted};
+use armlet_devices::generation;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::status::{Fault, Status};
 use linux_loader::cmdline::Cmdline;
@@ -46,6 +47,18 @@ pub struct Config<A: Arch> {
     pub io_cpus: Vec<u32>,
     /// The kind of host memory that backs the guest's.
     pub backing: Backing,
+    /// VMGenID and VMClock, as they were asked for.
+    pub vmgenid: Switch,
+}
+
+impl<A: Arch> Config<A> {
+    /// Gives a guest that clients can make snapshots of VMGenID and VMClock, where neither option nor
+    /// board decides and the board has an interrupt for them.
+    pub fn expect_clients(&mut self) {
+        if self.vmgenid == Switch::Auto {
+            self.request.vmgenid = self.board.vmgenid.is_some();
+        }
+    }
 }
 
 /// Returns the board that the arguments name, or the one that matches the host: `host` if the
@@ -200,6 +213,7 @@ fn read_checked<A: Arch>(
         sve: switch("--sve", args.sve.as_deref(), defaults.sve)?,
         pauth: switch("--pauth", args.pauth.as_deref(), defaults.pauth)?,
     };
+    let vmgenid = switch("--vmgenid", args.vmgenid.as_deref(), defaults.vmgenid)?;
     let features = A::feature_request(&options).map_err(|cause| anyhow!("{cause}"))?;
     let counters = match files {
         Some(files) if options.pmu != Switch::Off => pinning.counters(|cpus| files.counters(cpus)),
@@ -229,6 +243,7 @@ fn read_checked<A: Arch>(
             counters,
         },
         features,
+        vmgenid: vmgenid == Switch::On,
     };
     let chosen = ChosenValues {
         args,
@@ -242,6 +257,7 @@ fn read_checked<A: Arch>(
         pinning: &pinning,
         pages,
         features: &options,
+        vmgenid,
         cmdline: &request.cmdline,
     };
     let settings = chosen.settings();
@@ -255,6 +271,7 @@ fn read_checked<A: Arch>(
         pinning,
         io_cpus,
         backing,
+        vmgenid,
     })
 }
 
@@ -310,24 +327,30 @@ fn sized_header(kernel: &Kernel) -> Header {
 /// # Errors
 /// A kernel without `getrandom`.
 pub fn fresh_seeds() -> Result<Seeds> {
-    let mut bytes = [0_u8; 72];
+    Ok(Seeds {
+        kaslr: u64::from_be_bytes(random()?),
+        rng: random()?,
+    })
+}
+
+/// Gets the random bytes of a generation of the guest from the host's kernel.
+///
+/// # Errors
+/// As [`fresh_seeds`].
+pub fn fresh_generation() -> Result<generation::Random> {
+    random()
+}
+
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
     let mut filled = 0;
-    while filled < bytes.len() {
+    while filled < N {
         let rest = &mut bytes[filled..];
         let none = rustix::rand::GetRandomFlags::empty();
         filled += uninterrupted(|| rustix::rand::getrandom(&mut *rest, none))
             .context("cannot get random numbers for the guest's seeds")?;
     }
-    let (kaslr, rng) = bytes.split_at(8);
-    let mut seeds = Seeds {
-        kaslr: 0,
-        rng: [0; 64],
-    };
-    seeds.kaslr = kaslr
-        .iter()
-        .fold(0, |sum, byte| sum << 8 | u64::from(*byte));
-    seeds.rng.copy_from_slice(rng);
-    Ok(seeds)
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -440,10 +463,40 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_of_clients_has_vmgenid_unless_somebody_says_no() {
+        let has = |board: &str, option: Option<&str>| {
+            let args = MachineArgs {
+                vmgenid: option.map(str::to_owned),
+                ..MachineArgs::default()
+            };
+            let chosen = board_of(&args, board);
+            let mut config = read_here(&args, chosen).expect("valid");
+            let before = config.request.vmgenid;
+            config.expect_clients();
+            (before, config.request.vmgenid)
+        };
+        assert_eq!(has("virt", None), (false, true));
+        assert_eq!(has("virt", Some("on")), (true, true));
+        assert_eq!(has("virt", Some("off")), (false, false));
+        assert_eq!(has("firecracker", None), (true, true));
+        assert_eq!(has("firecracker", Some("off")), (false, false));
+        // It has no interrupt for it, and nobody insists.
+        assert_eq!(has("./tests/boards/highbank.toml", None), (false, false));
+    }
+
+    fn board_of(args: &MachineArgs, name: &str) -> Chosen {
+        board(args, Some(name), "virt", &host::this()).expect("a board")
+    }
+
+    #[test]
     fn seeds_are_fresh() {
         assert_ne!(
             fresh_seeds().expect("random"),
             fresh_seeds().expect("random")
+        );
+        assert_ne!(
+            fresh_generation().expect("random"),
+            fresh_generation().expect("random")
         );
     }
 }

@@ -85,12 +85,13 @@ pub fn assemble<A: KvmArch>(
     let interrupts = Interrupts::new(&vm, A::pins(plan));
     let mut slots = Slots::new(&vm, &interrupts, [memory, &whole], plan, sandbox)?;
     let kvm = (&vm, &interrupts);
-    let (mut buses, devices) = attach::<A>(kvm, vcpus.first(), plan, wires, |placed, slot| {
-        let backend = backends
-            .get(slot as usize)
-            .with_context(|| format!("{placed} has no backend"))?;
-        Ok(slots.fill::<A>(placed, &**backend)?)
-    })?;
+    let (mut buses, devices) =
+        attach::<A>(kvm, vcpus.first(), memory, plan, wires, |placed, slot| {
+            let backend = backends
+                .get(slot as usize)
+                .with_context(|| format!("{placed} has no backend"))?;
+            Ok(slots.fill::<A>(placed, &**backend)?)
+        })?;
     let images = backends.iter().filter_map(|backend| backend.pmem());
     buses.files = images.map(PmemImage::memory).collect();
     let (light, workers) = slots.finish();

@@ -4,7 +4,7 @@ use crate::settings::Setting;
 use armlet_arch::Plan;
 use armlet_arch::irq::Spi;
 use armlet_arch::size::show_size;
-use armlet_arch::{Arch, Architecture, Range, Region, Width};
+use armlet_arch::{Arch, Architecture, PlacedGeneration, Range, Region, Width};
 use armlet_system::messages::visible;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -114,7 +114,9 @@ fn interrupts<A: Arch>(plan: &Plan<A>) -> Vec<(Spi, String)> {
     let devices = devices.map(|device| (device.spi, device.to_string()));
     let ports = plan.layout.ports.iter();
     let ports = ports.filter_map(|device| Some((device.irq?, device.kind.to_string())));
-    devices.chain(ports).collect()
+    let generation = plan.layout.generation.iter();
+    let generation = generation.map(|placed| (placed.irq, PlacedGeneration::NAME.to_owned()));
+    devices.chain(ports).chain(generation).collect()
 }
 
 fn map_rows<A: Arch>(plan: &Plan<A>) -> Vec<Row> {
@@ -143,6 +145,10 @@ fn payload_rows<A: Arch>(plan: &Plan<A>, kernel: Option<&str>) -> Vec<Row> {
     }
     if let Some(Region { name, range }) = A::reserved(&plan.vcpus) {
         rows.push(row(Some(range), name.into_owned()));
+    }
+    if let Some(placed) = &plan.layout.generation {
+        rows.push(row(Some(placed.id), "VMGenID".to_owned()));
+        rows.push(row(Some(placed.clock), "VMClock".to_owned()));
     }
     let mut rows: Vec<Row> = rows.into_iter().flatten().collect();
     rows.sort_by_key(|row| row.range);

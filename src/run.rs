@@ -7,7 +7,7 @@
 //! life lasts from a start to the next reset.
 
 use crate::affinity;
-use crate::config::{Config, fresh_seeds};
+use crate::config::{Config, fresh_generation, fresh_seeds};
 use crate::console;
 use crate::control::{Control, Fixed};
 use crate::decide::{decide, warn_of_host, write_tree};
@@ -251,6 +251,16 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         machine
             .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
             .fault(Status::Usage)?;
+        if plan.layout.generation.is_some() {
+            let random = match (events.generation, options.seeded) {
+                (Some(random), _) => random,
+                (None, true) => fresh_generation()?,
+                (None, false) => Default::default(),
+            };
+            // A reset is no new generation.
+            events.generation = Some(random);
+            machine.devices.begin_generation(&random)?;
+        }
         drop(plan);
         if options.stats || options.counted {
             machine.count();

@@ -6,6 +6,7 @@ use armlet_arch::backing::HugePages;
 use armlet_arch::cores::{PinPolicy, Pinning};
 use armlet_arch::irq::GicChoice;
 use armlet_arch::size::show_size;
+use armlet_arch::switch::Switch;
 use armlet_arch::{Architecture, Board, FeatureOptions, WidthPolicy};
 
 /// A value of the machine, with its origin.
@@ -43,6 +44,8 @@ pub struct ChosenValues<'a> {
     pub pages: HugePages,
     /// What a vCPU has.
     pub features: &'a FeatureOptions<'a>,
+    /// VMGenID and VMClock.
+    pub vmgenid: Switch,
     /// The kernel's command line.
     pub cmdline: &'a str,
 }
@@ -120,6 +123,13 @@ impl ChosenValues<'_> {
                 "--pauth",
                 args.pauth.is_some(),
                 guest.pauth == Default::default(),
+            ),
+            (
+                "VMGenID",
+                self.vmgenid.to_string(),
+                "--vmgenid",
+                args.vmgenid.is_some(),
+                guest.vmgenid == Default::default(),
             ),
             (
                 "command line",

@@ -43,6 +43,7 @@ const MACHINES: &[&[&str]] = &[
     ],
     &["--board", "virt", "--pv", "steal-time=on", "--pmu", "on"],
     &["--board", "virt", "--memory", "8G", "--cmdline", "a b"],
+    &["--board", "virt", "--vmgenid", "on"],
 ];
 
 #[test]

@@ -14,7 +14,8 @@ use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::switch::Switch;
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{
-    Arch, Architecture, Board, Plan, PlanError, Range, Request, Seeds, WidthPolicy, plan,
+    Arch, Architecture, Board, PlacedGeneration, Plan, PlanError, Range, Request, Seeds,
+    WidthPolicy, plan,
 };
 use armlet_fdt::{Node, Value};
 use std::collections::BTreeSet;
@@ -44,6 +45,7 @@ fn request<A: Arch>(board: &Board) -> Request<A> {
         width: board.guest.width,
         gic: board.guest.gic,
         cmdline: board.guest.cmdline.clone(),
+        vmgenid: board.guest.vmgenid == Switch::On,
         ..Request::new(board.guest.cpus, board.guest.memory)
     }
 }
@@ -273,6 +275,10 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
     if let Some(reserved) = A::reserved(&plan.vcpus) {
         row(reserved.range, &format!("in RAM: {}", reserved.name));
     }
+    if let Some(placed) = &plan.layout.generation {
+        row(placed.id, "in RAM: VMGenID");
+        row(placed.clock, "in RAM: VMClock");
+    }
     let _ = writeln!(text, "\nentry {:#x}", payload.entry);
     for (intid, what) in A::private_interrupts(&plan.features) {
         let _ = writeln!(text, "PPI {:3} {what}", intid - 16);
@@ -287,6 +293,9 @@ fn map<A: Arch>(plan: &Plan<A>) -> String {
         if let Some(irq) = device.irq {
             let _ = writeln!(text, "{line} {:3} {}", irq.0, device.kind);
         }
+    }
+    if let Some(placed) = &plan.layout.generation {
+        let _ = writeln!(text, "{line} {:3} {}", placed.irq.0, PlacedGeneration::NAME);
     }
     text
 }

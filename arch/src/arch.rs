@@ -7,7 +7,7 @@ use crate::cores::Topology;
 use crate::error::PlanError;
 use crate::image::{Header, ImageError};
 use crate::irq::GicChoice;
-use crate::machine::{Blob, Payload, Placed, PlacedPorts};
+use crate::machine::{Blob, Payload, Placed, PlacedGeneration, PlacedPorts};
 use crate::range::{Range, Region};
 use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
@@ -107,6 +107,9 @@ pub trait Arch: Sized + Clone + Debug + 'static {
         None
     }
 
+    /// Returns the pages for VMGenID and VMClock, neighbours in RAM that the guest does not use.
+    fn generation(payload: &Payload, request: &Request<Self>) -> Option<[Range; 2]>;
+
     /// Returns what the guest reads at its start: the device tree, or the zero page.
     ///
     /// # Errors
@@ -162,6 +165,8 @@ pub struct Request<A: Arch> {
     pub features: A::FeatureRequest,
     /// What the guest is told of its cores.
     pub topology: Topology,
+    /// Whether the guest has VMGenID and VMClock.
+    pub vmgenid: bool,
 }
 
 impl<A: Arch> Request<A> {
@@ -181,6 +186,7 @@ impl<A: Arch> Request<A> {
             pmem: Vec::new(),
             features: A::FeatureRequest::default(),
             topology: Topology::default(),
+            vmgenid: false,
         }
     }
 }
@@ -235,6 +241,9 @@ pub struct Layout<A: Arch> {
     pub pmem: Vec<Range>,
     /// Kernel, initrd and blobs.
     pub payload: Payload,
+    /// VMGenID and VMClock, where the guest has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation: Option<PlacedGeneration>,
 }
 
 impl<A: Arch> Layout<A> {

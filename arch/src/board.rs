@@ -46,6 +46,8 @@ pub struct Board {
     pub ports: Vec<PortDevice>,
     /// Slots for virtio devices.
     pub virtio_mmio: Option<VirtioSlots>,
+    /// The interrupt of VMGenID and VMClock.
+    pub vmgenid: Option<u32>,
 }
 
 /// Facts to assume about a host when planning without it.
@@ -158,6 +160,8 @@ pub struct GuestDefaults {
     pub sve: Switch,
     /// Pointer authentication.
     pub pauth: Switch,
+    /// VMGenID and VMClock.
+    pub vmgenid: Switch,
 }
 
 /// A bank of RAM.

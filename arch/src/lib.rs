@@ -29,7 +29,7 @@ pub use arch::{Arch, FeatureOptions, Layout, Plan, Request, Seeds};
 pub use architecture::Architecture;
 pub use board::{Board, PortKind};
 pub use error::PlanError;
-pub use machine::{Blob, DeviceKind, Payload, Placed, PlacedPorts};
+pub use machine::{Blob, DeviceKind, Payload, Placed, PlacedGeneration, PlacedPorts};
 pub use plan::plan;
 pub use range::{Range, Region};
 pub use width::{Width, WidthPolicy};

@@ -95,6 +95,32 @@ impl fmt::Display for DeviceKind {
     }
 }
 
+/// VMGenID and VMClock, by which the guest learns that it was cloned or goes on from an earlier state:
+/// pages of RAM that it does not use otherwise, and one interrupt for both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct PlacedGeneration {
+    /// The page that holds the generation ID.
+    pub id: Range,
+    /// The page that holds the clock. Guests map it cached and the other one, where a device tree names
+    /// it, uncached (Linux, drivers/virt/vmgenid.c: vmgenid_add_of).
+    pub clock: Range,
+    /// Raised when both have changed.
+    pub irq: Spi,
+}
+
+impl PlacedGeneration {
+    /// What messages call the two.
+    pub const NAME: &'static str = "VMGenID and VMClock";
+
+    /// Returns the memory that both take together.
+    #[must_use]
+    pub fn memory(&self) -> Range {
+        let size = self.id.size() + self.clock.size();
+        // They are neighbours.
+        Range::new(self.id.start(), size).unwrap_or(self.id)
+    }
+}
+
 /// Where the guest's software is loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Payload {

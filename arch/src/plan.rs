@@ -9,6 +9,7 @@ pub use map::{MEMORY_UNIT, PMEM_UNIT};
 use crate::arch::{Arch, Layout, Plan, Request};
 use crate::board::Board;
 use crate::error::PlanError;
+use crate::machine::PlacedGeneration;
 use crate::size::show_size;
 use advice::{with_advice, with_bank_limit, with_memory_limit};
 use map::{Map, check_overlaps, map};
@@ -35,12 +36,17 @@ pub fn plan<A: Arch>(
         ports,
         irqchip,
         pmem,
+        generation_irq,
     } = map;
     let payload = A::payload(&ram, request, host)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
     let vcpus: Vec<_> = (0..request.cpus)
         .map(|index| A::vcpu(index, &payload, &features, request))
         .collect();
+    let generation = generation_irq.and_then(|irq| {
+        let [id, clock] = A::generation(&payload, request)?;
+        Some(PlacedGeneration { id, clock, irq })
+    });
     let layout = Layout {
         ram,
         devices,
@@ -48,6 +54,7 @@ pub fn plan<A: Arch>(
         irqchip,
         pmem,
         payload,
+        generation,
     };
     let blobs = A::blobs(board, &layout, &vcpus, &features, request)
         .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;

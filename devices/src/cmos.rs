@@ -341,14 +341,21 @@ mod tests {
             &mut cmos,
             &CmosState {
                 index: 0x80,
-                ..state
+                ..state.clone()
             },
             "index 0x80",
         );
         for register in [register::A, register::B, register::C, register::D] {
-            let mut memory = state.memory;
+            let mut memory = state.memory.clone();
             memory[usize::from(register)] = 0x77;
-            refuses(&mut cmos, &CmosState { memory, ..state }, "is 0x77");
+            refuses(
+                &mut cmos,
+                &CmosState {
+                    memory,
+                    ..state.clone()
+                },
+                "is 0x77",
+            );
         }
     }
 

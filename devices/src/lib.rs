@@ -9,6 +9,7 @@ pub mod bus;
 pub mod cmos;
 pub mod console;
 pub mod counts;
+pub mod generation;
 pub mod i8042;
 pub mod ioapic;
 pub mod limit;

@@ -65,8 +65,9 @@ pub(super) fn options(
     };
     let cores = this.cores(chosen.board.host.core_names());
     let devices = devices(microvm, files)?;
-    let config =
+    let mut config =
         config::read_with::<HostArch>(&machine_args, chosen, &cores, Some(&this), devices)?;
+    config.expect_clients();
     let kvm = kvm::open::open().fault(Status::Host)?;
     if let Some(cpu) = &microvm.cpu {
         check_capabilities(&kvm, cpu)?;

@@ -14,6 +14,7 @@ use armlet_devices::Device;
 use armlet_devices::bus::Bus;
 use armlet_devices::cmos::Cmos;
 use armlet_devices::console::{Console, Output};
+use armlet_devices::generation::{self, Generation};
 use armlet_devices::i8042::I8042;
 use armlet_devices::ioapic::IoApic;
 use armlet_devices::pl011::Pl011;
@@ -26,6 +27,7 @@ use armlet_system::page_size::page_size;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+use vm_memory::GuestMemoryMmap;
 
 /// The non-virtio devices of a machine; `None` where the board has none.
 #[derive(Default)]
@@ -50,7 +52,38 @@ pub struct Devices {
     pub reset_control: Option<Arc<Mutex<ResetControl>>>,
     /// The I/O APIC, where KVM emulates only local APICs.
     pub io_apic: Option<Arc<Mutex<IoApic>>>,
+    /// VMGenID and VMClock.
+    pub generation: Option<Generation>,
 }
+
+impl Devices {
+    /// Writes VMGenID and VMClock, if the machine has them, for a guest that starts from its beginning.
+    ///
+    /// # Errors
+    /// As [`Generation::begin`].
+    pub fn begin_generation(&self, random: &generation::Random) -> Result<()> {
+        let begin = |generation: &Generation| generation.begin(random);
+        self.generation
+            .as_ref()
+            .map_or(Ok(()), begin)
+            .context(NOT_WRITTEN)
+    }
+
+    /// Tells the guest, if it has VMGenID and VMClock, that it is of another generation: between the
+    /// restore of a machine, its interrupt controller included, and the first time that its vCPUs run.
+    ///
+    /// # Errors
+    /// As [`Generation::renew`].
+    pub fn renew_generation(&self, random: &generation::Random) -> Result<()> {
+        let renew = |generation: &Generation| generation.renew(random);
+        self.generation
+            .as_ref()
+            .map_or(Ok(()), renew)
+            .context(NOT_WRITTEN)
+    }
+}
+
+const NOT_WRITTEN: &str = "cannot write VMGenID and VMClock to guest memory";
 
 /// A power key on a line of a GPIO controller.
 struct GpioKey(Arc<Mutex<Pl061>>);
@@ -76,13 +109,14 @@ pub struct Wires {
     pub stopping: Arc<AtomicBool>,
 }
 
-/// Puts the planned devices on their buses; `virtio` creates the one of a slot.
+/// Puts the planned devices on their buses, or into `memory`; `virtio` creates the one of a slot.
 ///
 /// # Errors
 /// When two devices overlap, and the errors of `virtio`.
 pub(super) fn attach<A: KvmArch>(
     (vm, interrupts): (&Arc<VmFd>, &Arc<Interrupts>),
     vcpu: Option<&VcpuFd>,
+    memory: &Arc<GuestMemoryMmap>,
     plan: &Plan<A>,
     wires: Wires,
     mut virtio: impl FnMut(&Placed, u32) -> Result<Arc<Mutex<dyn Device>>>,
@@ -136,6 +170,11 @@ pub(super) fn attach<A: KvmArch>(
         };
         bus.insert(placed.window.start(), placed.window.size(), device)?;
     }
+    devices.generation = plan.layout.generation.map(|placed| {
+        let clock = (placed.clock.start(), placed.clock.size() as u32);
+        let line = line(placed.irq);
+        Generation::new(Arc::clone(memory), placed.id.start(), clock, line)
+    });
     if let Some((window, io_apic)) = A::io_apic(interrupts, plan) {
         devices.io_apic = Some(Arc::clone(&io_apic));
         bus.insert(window.start(), window.size(), io_apic)?;

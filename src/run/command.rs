@@ -45,6 +45,10 @@ pub enum Command {
     /// Change limits of a device, by its name: those that are named, of what flow. Answered when they
     /// hold, or with the reason why they cannot.
     SetLimits(String, Flow, Limits, Reply<Result<(), String>>),
+    /// Tell the guest by VMGenID and VMClock that it was cloned; answered once it is told, or with the
+    /// reason why it cannot be. While vCPUs run, this is for hosts whose CPUs have FEAT_S2FWB
+    /// ([`Generation::renew`](armlet_devices::generation::Generation::renew)).
+    NewGeneration(Reply<Result<(), String>>),
     /// Answer with the machine's state.
     Status(Reply<State>),
     /// Answer with what vCPUs and devices have done.

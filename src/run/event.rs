@@ -8,6 +8,7 @@ use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
 use super::queue::{Event, Queue};
+use crate::config::fresh_generation;
 use crate::console::{ESCAPE_HELP, Limit, PanicWatch, StandardOutput};
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
@@ -18,6 +19,7 @@ use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
 use armlet_backends::backend::Backend;
 use armlet_backends::console::{HvcConsole, terminal_size};
+use armlet_devices::generation;
 use armlet_devices::rate::Bucket;
 use armlet_devices::sync::lock;
 use armlet_system::eintr::events;
@@ -52,6 +54,8 @@ pub(super) struct Events {
     alarm: Alarm,
     /// How often a guest was started.
     lives: u64,
+    /// What VMGenID and VMClock hold, once a guest has them.
+    pub(super) generation: Option<generation::Random>,
     /// When to flush a burst of output.
     tick: Option<Instant>,
     on_panic: OnPanic,
@@ -92,6 +96,7 @@ impl Events {
             power: Power::new(patience),
             alarm: Alarm::new(CLOCK),
             lives: 0,
+            generation: None,
             serial_limit: None,
             tick: None,
             on_panic,
@@ -396,6 +401,7 @@ impl Events {
             Command::SetLimits(name, flow, limits, reply) => {
                 reply.send(change::set_limits(&self.backends, &name, flow, &limits));
             }
+            Command::NewGeneration(reply) => reply.send(self.renew_generation(devices)),
             Command::Status(reply) => reply.send(State {
                 is_paused: self.input.held,
                 restarts: self.lives.saturating_sub(1),
@@ -423,6 +429,19 @@ impl Events {
             }
         }
         Ok(None)
+    }
+
+    fn renew_generation(&mut self, devices: &Devices) -> Result<(), String> {
+        if devices.generation.is_none() {
+            return Err("this machine has no VMGenID; give it one by --vmgenid on".to_owned());
+        }
+        let renewed = fresh_generation().and_then(|random| {
+            devices.renew_generation(&random)?;
+            // What it is after a reset, too.
+            self.generation = Some(random);
+            Ok(())
+        });
+        renewed.map_err(|error| format!("{error:#}"))
     }
 
     fn look_at_terminal(&self, by_a_shell: bool, devices: &Devices) {

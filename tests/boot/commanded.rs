@@ -1,7 +1,7 @@
 //! Machines that are held: armlet in a process of the tests', commanded by lines through a FIFO, as
 //! no option of armlet's commands it yet.
 
-use crate::guest::{Armlet, GLANCE, Guest, noise};
+use crate::guest::{Armlet, GLANCE, Guest, noise, section};
 use crate::interpreter::{BOARD, image as image_of};
 use crate::steps::{Disk, Driver, QUEUE, Steps, slots};
 use armlet::cli::{self, Command, Parsed};
@@ -96,6 +96,10 @@ fn serve(commands: &Commands, fifo: &str) {
                     Err(why) => format!("no balloon: {why}."),
                 }
             }
+            ["clone"] => match answer(commands, asked::Command::NewGeneration) {
+                Ok(()) => "it is another.".to_owned(),
+                Err(why) => format!("it stays what it is: {why}."),
+            },
             ["stop"] => {
                 let _ = commands.send(asked::Command::Stop(By::Key));
                 return;
@@ -454,4 +458,44 @@ pub(crate) fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
     let outcome = commanded.guest.end();
     outcome.assert_status(0);
     assert!(!outcome.text().contains('!'), "{}", outcome.text());
+}
+
+/// What a guest of Linux says of VMGenID and VMClock, before and after it is told that it was cloned.
+const GENERATIONS: &str = "
+mount -t devtmpfs none /dev 2>/dev/null
+clock() { [ -c /dev/vmclock0 ] && od -A n -v -t x1 -N 112 /dev/vmclock0; }
+echo '== driver'; ls /sys/bus/platform/drivers/vmgenid
+echo '== clock'; clock
+echo '== ready'; echo 'ready to be cloned'
+told='crng reseeded due to virtual machine fork'
+for second in $(seq 60); do dmesg | grep -q \"$told\" && break; sleep 1; done
+echo '== told'; dmesg | grep \"$told\"
+echo '== cloned clock'; clock
+echo '== interrupts'; grep -E 'vmgenid|ACPI:Ged' /proc/interrupts
+echo '== dmesg'; dmesg -r | grep -E -i 'vmgenid|vmclock|ioremap'
+echo '== end'
+";
+
+/// Linux, which has a driver for VMGenID, reseeds its random numbers when it is told that it was cloned.
+/// Returns what it said.
+pub(crate) fn linux_is_told_that_it_was_cloned(start: impl FnOnce(&str) -> Armlet) -> String {
+    let armlet = start(GENERATIONS).option("--vmgenid", "on");
+    let mut commanded = Commanded::start(armlet, None);
+    commanded.guest.expect("ready to be cloned");
+    commanded.command("clone", "it is another.\n");
+    let script = commanded.guest.end().script();
+    println!("{script}");
+    let told = section(&script, "told");
+    assert_eq!(told.lines().count(), 1, "{told}");
+    script
+}
+
+/// A machine without VMGenID is not told, and whoever wants that is answered.
+pub(crate) fn a_machine_without_vmgenid_is_not_told(armlet: Armlet) {
+    let mut commanded = Commanded::start(armlet.option("--vmgenid", "off"), None);
+    commanded.guest.expect(FIRST);
+    let said = "it stays what it is: this machine has no VMGenID; give it one by --vmgenid on.\n";
+    commanded.command("clone", said);
+    writeln!(commanded.fifo, "stop").expect("armlet reads it");
+    commanded.guest.end().assert_status(6);
 }

@@ -1,3 +1,4 @@
+use crate::commanded;
 use crate::guest::{Armlet, MARKER, Outcome, section};
 use crate::rig::{self, Rig};
 use std::fs;
@@ -429,4 +430,74 @@ echo '== end'";
     let wanted = "the kernel uses 16K pages, which this host's CPUs cannot translate for a guest (they offer 4K, 64K)";
     assert!(outcome.errors.contains(wanted), "{}", outcome.errors);
     assert_eq!(outcome.errors.lines().count(), 1, "{}", outcome.errors);
+}
+
+/// The interrupt is raised once: SPI 8, by its INTID.
+fn is_told_that_it_was_cloned(rig: &Rig, kernel: &str) -> String {
+    let script = commanded::linux_is_told_that_it_was_cloned(|script| {
+        Armlet::script(rig, kernel, script).cpus(2)
+    });
+    assert!(section(&script, "driver").contains(".rng"), "{script}");
+    let interrupts = section(&script, "interrupts");
+    let words: Vec<&str> = interrupts.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "Edge");
+    let at = at.unwrap_or_else(|| panic!("no edge in {interrupts}"));
+    assert_eq!(words[at - 1], "40", "{interrupts}");
+    let count = |word: &&str| word.parse::<u32>().expect("a count");
+    assert_eq!(
+        words[1..3].iter().map(count).sum::<u32>(),
+        1,
+        "{interrupts}"
+    );
+    script
+}
+
+#[test]
+fn linux_6_12_reseeds_its_random_numbers_when_it_was_cloned() {
+    let Some(rig) = rig::any() else { return };
+    let script = is_told_that_it_was_cloned(rig, "Image");
+    // It has no driver for VMClock.
+    assert_eq!(section(&script, "clock"), "");
+}
+
+/// Checks what two readings of VMClock, in hexadecimal, say of one clone.
+fn assert_vmclock_changed(before: &str, after: &str) {
+    let bytes = |text: &str| -> Vec<u8> {
+        let words = text.split_whitespace();
+        let byte = |word| u8::from_str_radix(word, 16).expect("hexadecimal");
+        words.map(byte).collect()
+    };
+    let (before, after) = (bytes(before), bytes(after));
+    assert_eq!((before.len(), after.len()), (112, 112));
+    assert_eq!(&before[..4], b"VCLK");
+    // Sequence, disruption marker and generation; nothing else.
+    assert_eq!(
+        (&before[12..16], &after[12..16]),
+        (&[0; 4][..], &[2, 0, 0, 0][..])
+    );
+    for changed in [16..24, 104..112] {
+        assert_ne!(before[changed.clone()], after[changed]);
+    }
+    for same in [0..12, 24..104] {
+        assert_eq!(before[same.clone()], after[same]);
+    }
+}
+
+#[test]
+fn linux_7_3_sees_by_vmclock_too_that_it_was_cloned() {
+    let Some(rig) = rig::any() else { return };
+    let script = is_told_that_it_was_cloned(rig, "Image-7.3.gz");
+    assert!(section(&script, "dmesg").contains("vmclock0: registered miscdev"));
+    let [before, after] = ["clock", "cloned clock"].map(|name| section(&script, name));
+    assert_vmclock_changed(before, after);
+}
+
+#[test]
+fn a_guest_of_6_1_takes_no_notice_of_vmgenid() {
+    let Some(rig) = rig::any() else { return };
+    let look =
+        "echo '== dmesg'; dmesg -r | grep -i -E 'vmgenid|vmclock|reserved mem'; echo '== end'";
+    let armlet = Armlet::script(rig, "Image-6.1", look).option("--vmgenid", "on");
+    let script = armlet.run().assert_status(0).script();
+    assert!(!section(&script, "dmesg").contains("rror"), "{script}");
 }

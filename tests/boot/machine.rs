@@ -144,6 +144,12 @@ fn a_disk_and_a_balloon_are_changed_while_the_guest_runs() {
 }
 
 #[test]
+fn a_machine_without_vmgenid_is_not_told_that_it_was_cloned() {
+    let Some(_) = rig::any() else { return };
+    commanded::a_machine_without_vmgenid_is_not_told(ticking());
+}
+
+#[test]
 fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
     let Some(_) = rig::any() else { return };
     let ticks = Program::default().print(commanded::TICKS).again();

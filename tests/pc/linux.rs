@@ -1,3 +1,4 @@
+use crate::commanded;
 use crate::guest::{Armlet, Guest, Input, section};
 use crate::lives;
 use crate::rig::{self, Rig};
@@ -323,4 +324,28 @@ printf BEGIN; cat /tmp/in; printf END"
     let returned = &outcome.bytes[start..start + BYTES];
     let wrong = returned.iter().zip(&sent).position(|(a, b)| a != b);
     assert_eq!(wrong, None, "the first byte that differs");
+}
+
+#[test]
+fn linux_reseeds_its_random_numbers_when_it_was_cloned() {
+    let Some(rig) = rig::linux() else { return };
+    // 6.1 of Debian's cloud kernels has no driver for VMGenID, and 6.12 none for VMClock.
+    let script = commanded::linux_is_told_that_it_was_cloned(|script| {
+        Armlet::script(rig, "bzImage", script).cpus(2)
+    });
+    assert!(
+        section(&script, "driver").contains("VMGENCTR:00"),
+        "{script}"
+    );
+    let interrupts = section(&script, "interrupts");
+    // Pin 5, once, and not that of the power button.
+    let is_ours = |line: &&str| line.contains("5-edge");
+    let ours = interrupts.lines().find(is_ours).unwrap_or_default();
+    let words: Vec<&str> = ours.split_whitespace().collect();
+    let count = |word: &&str| word.parse::<u32>().expect("a count");
+    assert_eq!(
+        words[1..3].iter().map(count).sum::<u32>(),
+        1,
+        "{interrupts}"
+    );
 }

@@ -686,6 +686,13 @@ fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
 }
 
 #[test]
+fn a_machine_without_vmgenid_is_not_told_that_it_was_cloned() {
+    if rig::small() {
+        commanded::a_machine_without_vmgenid_is_not_told(Armlet::program(&ticking(100_000)));
+    }
+}
+
+#[test]
 fn armlet_is_confined_and_has_nothing_that_it_inherited() {
     if !rig::small() {
         return;

@@ -76,6 +76,12 @@ fn board_text() -> impl Strategy<Value = String> {
             format!("[virtio-mmio]\nbase = {base:#x}\nslots = {slots}\nspi = {spi}\n")
         }),
     ];
+    let vmgenid = prop_oneof![
+        3 => Just("[vmgenid]\nspi = 9\n".to_owned()),
+        1 => Just(String::new()),
+        1 => (0..960).prop_map(|spi| format!("[vmgenid]\nspi = {spi}\n")),
+    ];
+    let virtio = (virtio, vmgenid).prop_map(|(virtio, vmgenid)| virtio + &vmgenid);
     let pages = prop::sample::subsequence(vec!["\"4K\"", "\"16K\"", "\"64K\""], 1..=3);
     let gics = prop_oneof![
         4 => Just(vec!["2", "3"]),
@@ -157,10 +163,20 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
         initrd,
         "[ -~]{0,40}",
         seeds,
-        (virtio, pmem),
+        (virtio, pmem, any::<bool>()),
     )
         .prop_map(
-            |(cpus, memory, width, gic, kernel, initrd, cmdline, seeds, (virtio, pmem))| Request {
+            |(
+                cpus,
+                memory,
+                width,
+                gic,
+                kernel,
+                initrd,
+                cmdline,
+                seeds,
+                (virtio, pmem, vmgenid),
+            )| Request {
                 cpus,
                 memory,
                 width,
@@ -173,6 +189,7 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
                 pmem,
                 features: Default::default(),
                 topology: Default::default(),
+                vmgenid,
             },
         )
 }
@@ -182,7 +199,10 @@ fn check_error(board: &Board, request: &Request<Aarch64>, host: &aarch64::Host, 
     assert!(!line.contains('\n'), "{line}");
     let has_number = line.contains(|c: char| c.is_ascii_digit());
     // What is missing there has no number.
-    let is_without = matches!(error, PlanError::IrqchipNotOffered { .. });
+    let is_without = matches!(
+        error,
+        PlanError::IrqchipNotOffered { .. } | PlanError::BoardLacks { .. }
+    );
     assert!(has_number || is_without, "{line}");
     let (advice, marker) = match error {
         PlanError::TooWide { advice, .. }
@@ -258,6 +278,10 @@ fn check_plan(
         let size = (last + 64 - first).next_multiple_of(page);
         let range = Range::new(first, size).expect("clocks");
         parts.push(("stolen time".to_owned(), range));
+    }
+    if let Some(placed) = &plan.layout.generation {
+        parts.push(("VMGenID".to_owned(), placed.id));
+        parts.push(("VMClock".to_owned(), placed.clock));
     }
     disjoint(&parts);
     for (name, range) in &parts {

@@ -67,7 +67,8 @@ pub(super) fn place(
     let info = align_up(next, page).unwrap_or(u64::MAX);
     next = info
         .saturating_add(tree_room(request))
-        .saturating_add(stolen_time_room(request));
+        .saturating_add(stolen_time_room(request))
+        .saturating_add(generation_room(request));
     let payload = Payload {
         kernel,
         entry,
@@ -157,6 +158,22 @@ pub(super) fn stolen_time(payload: &Payload, request: &Request<Aarch64>) -> Opti
     Range::new(payload.info + tree_room(request), stolen_time_room(request))
 }
 
+/// Returns the size of the area after that for VMGenID and VMClock, whole pages because the guest maps
+/// one of them uncached: 0 without them.
+fn generation_room(request: &Request<Aarch64>) -> u64 {
+    match request.vmgenid {
+        true => 2 * page_size(request),
+        false => 0,
+    }
+}
+
+/// Returns the pages of VMGenID and VMClock.
+pub(super) fn generation(payload: &Payload, request: &Request<Aarch64>) -> Option<[Range; 2]> {
+    let start = payload.info + tree_room(request) + stolen_time_room(request);
+    let page = page_size(request);
+    Some([Range::new(start, page)?, Range::new(start + page, page)?])
+}
+
 fn too_small(bank: Range, request: &Request<Aarch64>, tree: u64) -> PlanError {
     let mut parts = Vec::new();
     // The arithmetic saturates: an initrd may claim any size.
@@ -178,7 +195,8 @@ fn too_small(bank: Range, request: &Request<Aarch64>, tree: u64) -> PlanError {
     need = align_up(need, page_size(request))
         .unwrap_or(u64::MAX)
         .saturating_add(tree)
-        .saturating_add(stolen_time_room(request));
+        .saturating_add(stolen_time_room(request))
+        .saturating_add(generation_room(request));
     let unit = 1 << 20;
     let other_banks = request.memory.saturating_sub(bank.size());
     PlanError::TooSmall {
@@ -292,17 +310,31 @@ mod tests {
 
     #[test]
     fn a_machine_of_just_the_memory_that_the_plan_names_is_enough() {
-        for (page_size, steal_time) in [(0x1000, Switch::On), (0x1_0000, Switch::Off)] {
+        for (page_size, steal_time, vmgenid) in [
+            (0x1000, Switch::On, false),
+            (0x1000, Switch::On, true),
+            (0x1_0000, Switch::Off, true),
+            (0x1_0000, Switch::Off, false),
+        ] {
             let kernel = Arm64Image {
                 page_size: Some(page_size),
                 ..image()
             };
             let mut request = request(Some(kernel), Some(0x12_3456));
             request.features.steal_time = steal_time;
+            request.vmgenid = vmgenid;
             let ram = |size| bank(0x4000_0000, size);
             let payload = place(&ram(512 * MIB), &request, &host()).expect("room");
-            let clocks = stolen_time_room(&request);
+            let clocks = stolen_time_room(&request) + generation_room(&request);
             let end = payload.info + tree_room(&request) + clocks - 0x4000_0000;
+            let pages = generation(&payload, &request).expect("pages");
+            assert_eq!(pages.map(Range::size), [page_size; 2]);
+            assert!(
+                pages
+                    .iter()
+                    .all(|page| page.start().is_multiple_of(page_size))
+            );
+            assert_eq!(vmgenid, pages[1].end() == end + 0x4000_0000);
             assert!(place(&ram(end), &request, &host()).is_ok());
             assert!(place(&ram(end - page_size), &request, &host()).is_err());
         }
@@ -386,6 +418,7 @@ mod tests {
     fn a_tree_is_checked_against_the_protocol_and_its_room() {
         let ram = bank(0x4000_0000, 512 * MIB);
         let layout = |info| Layout {
+            generation: None,
             ram: ram.to_vec(),
             devices: Vec::new(),
             ports: Vec::new(),

@@ -185,7 +185,8 @@ fn interrupts(board: &Board) -> u32 {
         .virtio_mmio
         .iter()
         .map(|slots| slots.spi + slots.slots);
-    let spis = devices.chain(virtio).max().unwrap_or(0);
+    let vmgenid = board.vmgenid.map(|spi| spi + 1);
+    let spis = devices.chain(virtio).chain(vmgenid).max().unwrap_or(0);
     // 64 to 992 in steps of 32 (arch/arm64/kvm/vgic/vgic-kvm-device.c: vgic_set_common_attr).
     (32 + spis.next_multiple_of(32)).clamp(64, 992)
 }
@@ -381,8 +382,10 @@ mod tests {
         assert_eq!(interrupts(&board(VIRT)), 96);
         let without_virtio = VIRT.split("# Slots of").next().expect("a split");
         assert_eq!(interrupts(&board(without_virtio)), 64);
-        let last = board(&VIRT.replace("spi = 7", "spi = 959"));
-        assert_eq!(interrupts(&last), 992);
+        for other in ["spi = 7", "spi = 8"] {
+            let last = board(&VIRT.replace(other, "spi = 959"));
+            assert_eq!(interrupts(&last), 992, "{other}");
+        }
     }
 
     #[test]

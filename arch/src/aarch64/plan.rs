@@ -138,6 +138,10 @@ impl Arch for Aarch64 {
         })
     }
 
+    fn generation(payload: &Payload, request: &Request<Self>) -> Option<[Range; 2]> {
+        boot::generation(payload, request)
+    }
+
     fn blobs(
         board: &Board,
         layout: &Layout<Self>,

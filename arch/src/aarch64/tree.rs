@@ -9,7 +9,7 @@ use super::{Aarch64, Vcpu, boot};
 use crate::arch::{Layout, Plan, Request};
 use crate::board::Board;
 use crate::irq::Spi;
-use crate::machine::{DeviceKind, POWER_KEY_LINE, Placed};
+use crate::machine::{DeviceKind, POWER_KEY_LINE, Placed, PlacedGeneration};
 use crate::range::Range;
 use armlet_fdt::{Cell, Node};
 
@@ -56,9 +56,12 @@ pub(super) fn build(
     for bank in &layout.ram {
         memory(&mut root, *bank);
     }
-    if features.steal_time {
-        stolen_time(&mut root, boot::stolen_time(&layout.payload, request));
-    }
+    let stolen_time = boot::stolen_time(&layout.payload, request).filter(|_| features.steal_time);
+    let reserved = [
+        ("stolen-time", stolen_time),
+        ("vmgenid", layout.generation.map(|placed| placed.memory())),
+    ];
+    reserved_memory(&mut root, reserved);
     psci(&mut root);
     timer(&mut root, &layout.irqchip, vcpus.len());
     if let Some(counters) = &features.pmu {
@@ -77,6 +80,9 @@ pub(super) fn build(
             }
             DeviceKind::VirtioMmio { .. } => virtio_mmio(&mut root, device),
         }
+    }
+    if let Some(placed) = &layout.generation {
+        generation(&mut root, placed);
     }
     root
 }
@@ -126,17 +132,36 @@ fn memory(root: &mut Node, bank: Range) {
         .prop("reg", reg([bank]));
 }
 
-/// dt-schema reserved-memory.yaml: KVM writes there what the guest maps by itself
-/// (arch/arm64/kernel/paravirt.c: init_stolen_time_cpu).
-fn stolen_time(root: &mut Node, clocks: Option<Range>) {
-    let Some(clocks) = clocks else { return };
-    root.child("reserved-memory")
-        .prop("#address-cells", 2_u32)
+/// dt-schema reserved-memory.yaml: what KVM or the VMM writes and the guest maps by itself
+/// (arch/arm64/kernel/paravirt.c: init_stolen_time_cpu; ioremap refuses RAM that Linux maps).
+fn reserved_memory<const N: usize>(root: &mut Node, areas: [(&str, Option<Range>); N]) {
+    if areas.iter().all(|(_, range)| range.is_none()) {
+        return;
+    }
+    let node = root.child("reserved-memory");
+    node.prop("#address-cells", 2_u32)
         .prop("#size-cells", 2_u32)
-        .prop("ranges", ())
-        .child(format!("stolen-time@{:x}", clocks.start()))
-        .prop("reg", reg([clocks]))
-        .prop("no-map", ());
+        .prop("ranges", ());
+    for (name, range) in areas {
+        let Some(range) = range else { continue };
+        node.child(format!("{name}@{:x}", range.start()))
+            .prop("reg", reg([range]))
+            .prop("no-map", ());
+    }
+}
+
+/// rng/microsoft,vmgenid.yaml and, since Linux 7.0, ptp/amazon,vmclock.yaml. Their drivers share the
+/// interrupt (IRQF_SHARED).
+fn generation(root: &mut Node, placed: &PlacedGeneration) {
+    for (name, compatible, page) in [
+        ("rng", "microsoft,vmgenid", placed.id),
+        ("ptp", "amazon,vmclock", placed.clock),
+    ] {
+        root.child(format!("{name}@{:x}", page.start()))
+            .prop("compatible", compatible)
+            .prop("reg", reg([page]))
+            .prop("interrupts", spi(placed.irq, EDGE_RISING));
+    }
 }
 
 /// arm/psci.yaml.
@@ -383,6 +408,37 @@ mod tests {
         let mut without = request(3, GicChoice::V3);
         without.features.steal_time = crate::switch::Switch::Off;
         assert!(tree_of(VIRT, &without).at(&clocks[..1]).is_none());
+    }
+
+    #[test]
+    fn vmgenid_and_vmclock_have_pages_of_their_own_that_linux_does_not_map() {
+        let mut with = request(3, GicChoice::V3);
+        with.vmgenid = true;
+        let tree = tree_of(VIRT, &with);
+        let pages = ["reserved-memory", "vmgenid@40020000"];
+        let reg = |path: &[&str]| get(&tree, path, "reg").cloned();
+        let value = |range: [u64; 2]| Some(Value::from(range.to_vec()));
+        assert_eq!(reg(&pages), value([0x4002_0000, 0x2_0000]));
+        assert!(get(&tree, &pages, "no-map").is_some());
+        assert!(
+            tree.at(&["reserved-memory", "stolen-time@40010000"])
+                .is_some()
+        );
+        for (name, compatible, start) in [
+            ("rng@40020000", "microsoft,vmgenid", 0x4002_0000),
+            ("ptp@40030000", "amazon,vmclock", 0x4003_0000),
+        ] {
+            assert_eq!(get(&tree, &[name], "compatible"), text(compatible).as_ref());
+            assert_eq!(reg(&[name]), value([start, 0x1_0000]));
+            assert_eq!(cells(get(&tree, &[name], "interrupts")), [0, 8, 1]);
+        }
+        // Stolen time is not needed for that.
+        with.features.steal_time = crate::switch::Switch::Off;
+        let alone = tree_of(VIRT, &with);
+        assert!(alone.at(&["reserved-memory", "vmgenid@40010000"]).is_some());
+        let without = self::tree(3, GicChoice::V3);
+        assert!(without.at(&["rng@40020000"]).is_none());
+        assert!(without.at(&pages).is_none());
     }
 
     #[test]

@@ -44,6 +44,10 @@ pub(super) fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
             .optional_table("virtio-mmio")?
             .map(|fields| virtio_slots(fields, arch))
             .transpose()?,
+        vmgenid: root
+            .optional_table("vmgenid")?
+            .map(|fields| vmgenid(fields, arch))
+            .transpose()?,
     };
     root.finish(&[
         "name",
@@ -60,6 +64,7 @@ pub(super) fn board(mut root: Fields<'_>) -> Result<Board, BoardError> {
             Architecture::X86_64 => "port",
         },
         "virtio-mmio",
+        "vmgenid",
     ])?;
     let missing = |key: &str, example: &str| BoardError::Missing {
         table: "the board".to_owned(),
@@ -211,6 +216,7 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
     let pmu = fields.parsed("pmu")?;
     let sve = fields.parsed("sve")?;
     let pauth = fields.parsed("pauth")?;
+    let vmgenid = fields.parsed("vmgenid")?;
     fields.finish(&[
         "cpus",
         "memory",
@@ -222,6 +228,7 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
         "pmu",
         "sve",
         "pauth",
+        "vmgenid",
     ])?;
     Ok(GuestDefaults {
         cpus,
@@ -234,6 +241,7 @@ fn guest_defaults(mut fields: Fields<'_>) -> Result<GuestDefaults, BoardError> {
         pmu,
         sve,
         pauth,
+        vmgenid,
     })
 }
 
@@ -333,11 +341,24 @@ fn port_device(mut fields: Fields<'_>) -> Result<PortDevice, BoardError> {
     Ok(PortDevice { kind, base, irq })
 }
 
-fn virtio_slots(mut fields: Fields<'_>, arch: Architecture) -> Result<VirtioSlots, BoardError> {
-    let key = match arch {
+/// Returns the key of a device's interrupt.
+const fn irq_key(arch: Architecture) -> &'static str {
+    match arch {
         Architecture::Aarch64 => "spi",
         Architecture::X86_64 => "irq",
-    };
+    }
+}
+
+/// Returns the interrupt of VMGenID and VMClock.
+fn vmgenid(mut fields: Fields<'_>, arch: Architecture) -> Result<u32, BoardError> {
+    let key = irq_key(arch);
+    let irq = fields.interrupt(key, arch)?;
+    fields.finish(&[key])?;
+    Ok(irq)
+}
+
+fn virtio_slots(mut fields: Fields<'_>, arch: Architecture) -> Result<VirtioSlots, BoardError> {
+    let key = irq_key(arch);
     let slots = VirtioSlots {
         base: fields.number("base", "base = 0x0a00_0000")?,
         slots: fields.number_u32("slots", "slots = 32")?,

@@ -5,7 +5,9 @@ use crate::arch::{Arch, Request, regions};
 use crate::board::{Board, BoardDeviceKind, Share};
 use crate::error::PlanError;
 use crate::irq::Spi;
-use crate::machine::{DEVICE_SIZE, DeviceKind, Placed, PlacedPorts, VIRTIO_MMIO_SIZE};
+use crate::machine::{
+    DEVICE_SIZE, DeviceKind, Placed, PlacedGeneration, PlacedPorts, VIRTIO_MMIO_SIZE,
+};
 use crate::range::{Range, Region};
 use crate::size::show_size;
 use std::fmt::Display;
@@ -25,6 +27,8 @@ pub(super) struct Map<A: Arch> {
     pub(super) ports: Vec<PlacedPorts>,
     pub(super) irqchip: A::Irqchip,
     pub(super) pmem: Vec<Range>,
+    /// The interrupt of VMGenID and VMClock, if the guest has them.
+    pub(super) generation_irq: Option<Spi>,
 }
 
 /// Returns the address map with `memory` bytes of RAM.
@@ -46,7 +50,19 @@ pub(super) fn map<A: Arch>(
         ports: place_ports(board)?,
         irqchip,
         pmem,
+        generation_irq: generation_irq(board, request.vmgenid)?,
     })
+}
+
+fn generation_irq(board: &Board, is_asked_for: bool) -> Result<Option<Spi>, PlanError> {
+    match (is_asked_for, board.vmgenid) {
+        (false, _) => Ok(None),
+        (true, Some(irq)) => Ok(Some(Spi(irq))),
+        (true, None) => Err(PlanError::BoardLacks {
+            board: board.name.clone(),
+            what: "interrupt for VMGenID and VMClock ([vmgenid])",
+        }),
+    }
 }
 
 pub(super) fn place_ram(board: &Board, memory: u64) -> Result<Vec<Range>, PlanError> {
@@ -248,6 +264,8 @@ pub(super) fn check_overlaps<A: Arch>(board: &Board, map: &Map<A>) -> Result<Reg
     lines.extend(devices.iter().map(|device| (device.spi.0, device as _)));
     let ports = map.ports.iter();
     lines.extend(ports.filter_map(|device| Some((device.irq?.0, &device.kind as _))));
+    let generation = map.generation_irq;
+    lines.extend(generation.map(|irq| (irq.0, &PlacedGeneration::NAME as _)));
     lines.sort_by_key(|line| line.0);
     for pair in lines.windows(2) {
         if pair[0].0 == pair[1].0 {

@@ -123,6 +123,35 @@ fn each_device_has_its_own_interrupt_and_one_that_exists() {
         with(&last, |request| request.virtio = names(3)),
         Err(PlanError::NoSuchInterrupt { spi: 960, .. })
     ));
+    let shared = board(&VIRT.replace("spi = 8", "spi = 7"));
+    assert!(with(&shared, |_| ()).is_ok());
+    let error = with(&shared, |request| request.vmgenid = true).expect_err("shared");
+    assert_eq!(
+        error.to_string(),
+        "PL061 GPIO, power key and VMGenID and VMClock share SPI 7 on board 'virt'; give each its own"
+    );
+}
+
+#[test]
+fn a_board_without_an_interrupt_for_vmgenid_has_none() {
+    let without = board(&VIRT.replace("[vmgenid]\nspi = 8", ""));
+    assert!(with(&without, |_| ()).is_ok());
+    let error = with(&without, |request| request.vmgenid = true).expect_err("no interrupt");
+    assert_eq!(
+        error.to_string(),
+        "board 'virt' has no interrupt for VMGenID and VMClock ([vmgenid]); add it to the board's file"
+    );
+}
+
+#[test]
+fn vmgenid_costs_no_address_bit() {
+    let width = |vmgenid| {
+        let plan = with(&board(VIRT), |request| {
+            (request.memory, request.vmgenid) = (3 << 30, vmgenid);
+        });
+        plan.expect("fits").width
+    };
+    assert_eq!(width(true), width(false));
 }
 
 fn names(count: u32) -> Vec<String> {

@@ -3,7 +3,6 @@
 //! Linux takes from them what it cannot discover otherwise: its CPUs, the interrupts of platform
 //! devices, the registers that power off and reset the machine, and the power button.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt,
     Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate, Scope, ZERO,
@@ -14,13 +13,14 @@ use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 
 use super::low_memory::{ACPI_TABLES, RESET_VECTOR};
 use super::{Vcpu, X86_64};
 use crate::arch::Layout;
 use crate::board::PortKind;
 use crate::error::PlanError;
-use crate::machine::{Blob, DeviceKind, Placed, PlacedPorts};
+use crate::machine::{Blob, DeviceKind, Placed, PlacedGeneration, PlacedPorts};
 
 const OEM: [u8; 6] = *b"ARMLET";
 const OEM_TABLE: [u8; 8] = *b"ARMLETPC";
@@ -35,8 +35,12 @@ const NO_CMOS: u16 = 1 << 5;
 pub(super) const RESET: u8 = 0x06;
 /// `\_S5`: the type of sleep that is soft off. The same as in `armlet_devices::power`.
 const SLEEP_TYPE_OFF: u8 = 5;
-/// The status value of a power button's notification (section 4.8.2.2.1.2).
-const BUTTON_PRESSED: u8 = 0x80;
+/// The value of a device-specific notification: of a power button that it was pressed (section
+/// 4.8.2.2.1.2), of VMGenID and VMClock that they have changed.
+const CHANGED: u8 = 0x80;
+const BUTTON: &str = "PWRB";
+const VMGENID: &str = "VGEN";
+const VMCLOCK: &str = "VCLK";
 
 /// Returns the tables, as one blob.
 pub(super) fn tables(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Result<Blob, PlanError> {
@@ -154,6 +158,10 @@ fn dsdt(layout: &Layout<X86_64>) -> Vec<u8> {
             devices.extend(virtio(placed, slot));
         }
     }
+    if let Some(placed) = &layout.generation {
+        devices.extend(generation(placed));
+    }
+    devices.extend(events(layout));
     let mut body = Scope::raw(Path::new("\\_SB_"), devices);
     let off = Package::new(vec![&SLEEP_TYPE_OFF, &ZERO, &ZERO, &ZERO]);
     Name::new(Path::new("\\_S5_"), &off).to_aml_bytes(&mut body);
@@ -191,44 +199,105 @@ fn port_device(device: &PlacedPorts) -> Vec<u8> {
                 &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&ports])),
             ],
         )),
-        PortKind::Acpi => power_button(gsi),
+        PortKind::Acpi => power_button(),
         // Described by the FADT, or not at all.
         PortKind::Reset | PortKind::I8042 => Vec::new(),
     }
 }
 
-/// Returns the power button, and the generic event device whose interrupt reports a press (sections
-/// 4.8.2.2.1.2 and 5.6.9).
-fn power_button(gsi: u32) -> Vec<u8> {
-    let button = Path::new("PWRB");
-    let mut bytes = to_bytes(&Device::new(
-        Path::new("PWRB"),
+/// Returns the power button (section 4.8.2.2.1.2).
+fn power_button() -> Vec<u8> {
+    to_bytes(&Device::new(
+        Path::new(BUTTON),
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),
             &Name::new(Path::new("_UID"), &ZERO),
         ],
+    ))
+}
+
+/// Returns VMGenID (Microsoft, Virtual Machine Generation ID) and VMClock (UAPI.13, section "Discovery
+/// via ACPI"). Linux looks for `VMGENCTR`.
+fn generation(placed: &PlacedGeneration) -> Vec<u8> {
+    // Both lie below 1 MiB.
+    let (id, clock) = (placed.id.start() as u32, placed.clock.start() as u32);
+    let name = "VM_Gen_Counter";
+    // The low and the high half of the address.
+    let address = Package::new(vec![&id, &ZERO]);
+    let mut bytes = to_bytes(&Device::new(
+        Path::new(VMGENID),
+        vec![
+            &Name::new(Path::new("_HID"), &"VMGENCTR"),
+            &Name::new(Path::new("_CID"), &name),
+            &Name::new(Path::new("_DDN"), &name),
+            &Name::new(Path::new("ADDR"), &address),
+        ],
     ));
+    let name = "VMCLOCK";
+    let memory = Memory32Fixed::new(false, clock, placed.clock.size() as u32);
     bytes.extend(to_bytes(&Device::new(
+        Path::new(VMCLOCK),
+        vec![
+            &Name::new(Path::new("_HID"), &"AMZNC10C"),
+            &Name::new(Path::new("_CID"), &name),
+            &Name::new(Path::new("_DDN"), &name),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&memory])),
+        ],
+    )));
+    bytes
+}
+
+/// Returns the generic event device, whose interrupts are turned into notifications of other devices
+/// (section 5.6.9); none where there are no such interrupts.
+fn events(layout: &Layout<X86_64>) -> Vec<u8> {
+    let acpi = find(&layout.ports, PortKind::Acpi).and_then(|device| device.irq);
+    let generation = layout.generation.map(|placed| placed.irq);
+    let sources = [
+        acpi.map(|irq| (irq.0, &[BUTTON] as &[&str])),
+        generation.map(|irq| (irq.0, &[VMGENID, VMCLOCK] as &[&str])),
+    ];
+    let sources: Vec<_> = sources.into_iter().flatten().collect();
+    if sources.is_empty() {
+        return Vec::new();
+    }
+    let interrupts: Vec<_> = sources.iter().map(|(gsi, _)| interrupt(*gsi)).collect();
+    let mut handlers = Vec::new();
+    for (gsi, devices) in &sources {
+        let paths: Vec<_> = devices.iter().map(|name| Path::new(name)).collect();
+        let notes: Vec<_> = paths
+            .iter()
+            .map(|path| Notify::new(path, &CHANGED))
+            .collect();
+        let notes = notes.iter().map(|note| note as &dyn Aml).collect();
+        handlers.push(to_bytes(&If::new(&Equal::new(&Arg(0), gsi), notes)));
+    }
+    let handlers: Vec<_> = handlers.iter().map(|bytes| Raw(bytes)).collect();
+    to_bytes(&Device::new(
         Path::new("GED_"),
         vec![
             &Name::new(Path::new("_HID"), &"ACPI0013"),
             &Name::new(Path::new("_UID"), &ZERO),
             &Name::new(
                 Path::new("_CRS"),
-                &ResourceTemplate::new(vec![&interrupt(gsi)]),
+                &ResourceTemplate::new(interrupts.iter().map(|one| one as &dyn Aml).collect()),
             ),
             &Method::new(
                 Path::new("_EVT"),
                 1,
                 true,
-                vec![&If::new(
-                    &Equal::new(&Arg(0), &gsi),
-                    vec![&Notify::new(&button, &BUTTON_PRESSED)],
-                )],
+                handlers.iter().map(|handler| handler as &dyn Aml).collect(),
             ),
         ],
-    )));
-    bytes
+    ))
+}
+
+/// AML that is encoded already.
+struct Raw<'a>(&'a [u8]);
+
+impl Aml for Raw<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0);
+    }
 }
 
 /// Returns a virtio device over MMIO (drivers/virtio/virtio_mmio.c: virtio_mmio_acpi_match).
@@ -268,9 +337,14 @@ mod tests {
     const PC: &str = include_str!("../../../boards/pc.toml");
 
     fn tables_of(board: &str, cpus: u32, virtio: &[&str]) -> Vec<u8> {
+        tables_with(board, cpus, virtio, false)
+    }
+
+    fn tables_with(board: &str, cpus: u32, virtio: &[&str], vmgenid: bool) -> Vec<u8> {
         let board = Board::parse(board).expect("valid");
         let request = Request {
             cpus,
+            vmgenid,
             virtio: virtio.iter().map(|name| (*name).to_owned()).collect(),
             ..crate::x86_64::plan::tests::request(512 << 20)
         };
@@ -338,13 +412,49 @@ mod tests {
         let cut = PC
             .find("# The register by which")
             .expect("the reset register");
-        let end = PC.find("# virtio devices get").expect("the slots");
+        let end = PC.find("# VMGenID and VMClock").expect("the next device");
         let board = format!("{}{}", &PC[..cut], &PC[end..]);
         let all = tables_of(&board, 1, &[]);
         let [fadt, _, dsdt] = found(&all);
         assert_eq!(number(fadt, 112, 4) >> 10 & 1, 0);
         assert_eq!((number(fadt, 248, 8), number(fadt, 260, 8)), (0, 0));
         assert!(!dsdt.windows(8).any(|part| part == b"ACPI0013"));
+        // VMGenID and VMClock bring one that has their interrupt alone.
+        let all = tables_with(&board, 1, &[], true);
+        let [.., dsdt] = found(&all);
+        let count = |part: &[u8]| dsdt.windows(part.len()).filter(|of| *of == part).count();
+        assert_eq!(count(b"ACPI0013"), 1);
+        assert_eq!(count(&[0x89, 6, 0, 3, 1, 5, 0, 0, 0]), 1);
+        assert_eq!(count(b"PWRB"), 0);
+    }
+
+    #[test]
+    fn vmgenid_and_vmclock_are_named_where_they_are_and_notified_by_their_interrupt() {
+        let all = tables_with(PC, 1, &[], true);
+        let [.., dsdt] = found(&all);
+        let count = |part: &[u8]| dsdt.windows(part.len()).filter(|of| *of == part).count();
+        // ADDR is a package of the low and the high half.
+        assert_eq!(count(b"ADDR\x12\x08\x02\x0c\x00\xe0\x0d\x00\x00"), 1);
+        assert_eq!(count(b"_HID\x0dVMGENCTR\0"), 1);
+        assert_eq!(count(b"_CID\x0dVM_Gen_Counter\0"), 1);
+        assert_eq!(count(b"_HID\x0dAMZNC10C\0"), 1);
+        // Memory32Fixed, read-only, of a page.
+        assert_eq!(count(&[0x86, 9, 0, 0, 0, 0xf0, 0x0d, 0, 0, 0x10, 0, 0]), 1);
+        // The event device has both interrupts, and each notifies its own: If (Arg0 == GSI).
+        for pin in [9, 5] {
+            assert_eq!(count(&[0x89, 6, 0, 3, 1, pin, 0, 0, 0]), 1, "pin {pin}");
+        }
+        let button = b"\x93\x68\x0a\x09\x86PWRB\x0a\x80";
+        let both = b"\x93\x68\x0a\x05\x86VGEN\x0a\x80\x86VCLK\x0a\x80";
+        assert_eq!((count(button), count(both)), (1, 1));
+        assert_eq!(count(b"PWRB"), 2);
+        let all = tables_of(PC, 1, &[]);
+        let [.., dsdt] = found(&all);
+        assert!(
+            !dsdt
+                .windows(4)
+                .any(|part| part == b"VGEN" || part == b"VCLK")
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! 0x3000   page tables, 24 KiB
 //! 0x10000  command line, up to 0x90000
 //! 0xa0000  video memory and ROMs of a PC: never given to the guest as RAM
+//! 0xde000  VMGenID and VMClock, 4 KiB each
 //! 0xe0000  ACPI tables
 //! 0xffff0  code that resets
 //! 1 MiB    kernel, mostly at 16 MiB; the initrd ends where the bank does
@@ -35,6 +36,14 @@ pub(super) const LEGACY_HOLE: u64 = 0xa_0000;
 /// The start of high memory, which holds kernel and initrd; below are the structures that the VMM
 /// writes, and the legacy hole.
 pub(super) const HIGH_RAM: u64 = 0x10_0000;
+
+/// The page of VMGenID. As that of VMClock, it lies where no memory map has RAM, and no page that is
+/// mapped uncached (Microsoft, Virtual Machine Generation ID; UAPI.13 VMClock, section "Discovery via
+/// ACPI").
+pub(super) const GENERATION_ID: u64 = 0xd_e000;
+
+/// The page of VMClock.
+pub(super) const VM_CLOCK: u64 = 0xd_f000;
 
 /// The ACPI tables' address: the RSDP is looked for here (ACPI 6.5, section 5.2.5.1).
 pub(super) const ACPI_TABLES: u64 = 0xe_0000;

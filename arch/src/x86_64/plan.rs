@@ -1,6 +1,7 @@
 //! x86_64 as an [`Arch`]: delegates to the sibling modules, and places the interrupt controllers.
 
 use super::features::{EXITS, FeatureRequest, Features, PARAVIRTUAL};
+use super::low_memory::{GENERATION_ID, PAGE, VM_CLOCK};
 use super::{Host, Irqchip, Vcpu, X86_64, boot, cpu, phys};
 use crate::arch::{Arch, FeatureOptions, Layout, Request};
 use crate::architecture::Architecture;
@@ -135,6 +136,11 @@ impl Arch for X86_64 {
             apic_id: index,
             boot: (index == 0).then(|| cpu::registers(payload, request.kernel.as_ref())),
         }
+    }
+
+    fn generation(_: &Payload, _: &Request<Self>) -> Option<[Range; 2]> {
+        let page = |start| Range::new(start, PAGE);
+        Some([page(GENERATION_ID)?, page(VM_CLOCK)?])
     }
 
     fn blobs(
