@@ -23,10 +23,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 mod devices;
 mod held;
+mod saved;
 
 use devices::attach;
 pub use devices::{Devices, Wires};
 use held::Held;
+pub use saved::{DevicesState, MachineState, StateOf};
 
 /// A machine: the single owner of its KVM objects and devices.
 pub struct Machine<A: KvmArch> {
@@ -157,7 +159,7 @@ impl<A: KvmArch> Machine<A> {
 
     /// Starts the vCPUs, each on a thread of its own, called `names` and its number, and pinned to
     /// `cpus(index)` unless that is empty. Each reports events by a closure that `tell`
-    /// returns, and where it stopped for a debugger to `traps`.
+    /// returns, and where it stopped for a debugger to `traps`. A machine that was restored is paused.
     ///
     /// # Errors
     /// When the host cannot create another thread.
@@ -175,6 +177,7 @@ impl<A: KvmArch> Machine<A> {
             sandbox: Arc::clone(&self.sandbox),
             names,
             traps: traps.cloned(),
+            is_paused: self.held.is_on(),
         };
         let idle = std::mem::take(&mut self.idle).into_iter();
         for (index, (vcpu, exits)) in idle.zip(&self.counters.exits).enumerate() {

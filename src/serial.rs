@@ -10,6 +10,10 @@ use crate::kvm::burst::BurstWindow;
 use armlet_devices::Device;
 use armlet_devices::action::Action;
 use armlet_devices::console::{Console, Uart};
+use armlet_devices::persist::{Persist, RestoreError};
+use armlet_devices::pl011::{Pl011, Pl011State};
+use armlet_devices::uart16550::{Uart16550, Uart16550State};
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// The interval at which a burst is flushed: the longest that a byte waits.
@@ -23,6 +27,62 @@ const BURST_BYTES_MOST: u32 = 1 << 16;
 
 /// The data register.
 const DATA: u64 = 0;
+
+/// The state of a UART.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UartState {
+    /// A PL011's.
+    Pl011(Pl011State),
+    /// A 16550's.
+    Uart16550(Uart16550State),
+}
+
+/// A UART whose state has its place among those of others.
+trait SavedUart: Uart + Persist {
+    fn wrap(state: Self::State) -> UartState;
+
+    /// Returns `None` for the state of another kind of UART.
+    fn unwrap(state: &UartState) -> Option<&Self::State>;
+}
+
+impl SavedUart for Pl011 {
+    fn wrap(state: Pl011State) -> UartState {
+        UartState::Pl011(state)
+    }
+
+    fn unwrap(state: &UartState) -> Option<&Pl011State> {
+        match state {
+            UartState::Pl011(state) => Some(state),
+            UartState::Uart16550(_) => None,
+        }
+    }
+}
+
+impl SavedUart for Uart16550 {
+    fn wrap(state: Uart16550State) -> UartState {
+        UartState::Uart16550(state)
+    }
+
+    fn unwrap(state: &UartState) -> Option<&Uart16550State> {
+        match state {
+            UartState::Uart16550(state) => Some(state),
+            UartState::Pl011(_) => None,
+        }
+    }
+}
+
+/// A serial console that can be saved.
+pub trait SerialConsole: Console {
+    /// Flushes coalesced output, and returns the UART's state and what that output means for the
+    /// machine. No vCPU may be running.
+    fn save(&mut self) -> (UartState, Action);
+
+    /// Makes the UART, which no guest has accessed yet, the one that was saved.
+    ///
+    /// # Errors
+    /// As [`Persist::restore`]; the state of another kind of UART.
+    fn restore(&mut self, state: &UartState) -> Result<(), RestoreError>;
+}
 
 /// A UART with a window that coalesces its output.
 pub struct Serial<U: Uart> {
@@ -179,6 +239,18 @@ impl<U: Uart> Console for Serial<U> {
     }
 }
 
+impl<U: SavedUart> SerialConsole for Serial<U> {
+    fn save(&mut self) -> (UartState, Action) {
+        let action = self.end_burst();
+        (U::wrap(self.uart.save()), action)
+    }
+
+    fn restore(&mut self, state: &UartState) -> Result<(), RestoreError> {
+        let other = || RestoreError("the state is that of another kind of UART".into());
+        self.uart.restore(U::unwrap(state).ok_or_else(other)?)
+    }
+}
+
 impl<U: Uart> Device for Serial<U> {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         let mut action = self.flush();
@@ -204,7 +276,7 @@ mod tests {
 
     use super::*;
     use armlet_devices::IrqLine;
-    use armlet_devices::pl011::Pl011;
+
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::{Arc, Mutex};
 

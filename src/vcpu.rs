@@ -48,6 +48,8 @@ pub struct Shared {
     pub names: &'static str,
     /// The debugger, if there is to be one.
     pub traps: Option<Arc<Traps>>,
+    /// Whether they begin paused.
+    pub is_paused: bool,
 }
 
 /// Starts vCPU `index` on a thread of its own, pinned to these CPUs of the host, or unpinned if
@@ -68,6 +70,9 @@ pub fn start<A: KvmArch>(
     let control = Arc::new(Control::default());
     if shared.traps.as_ref().is_some_and(|traps| traps.holds()) {
         control.hold();
+    }
+    if shared.is_paused {
+        control.pause();
     }
     let asked = Arc::clone(&control);
     let target = Target::default();

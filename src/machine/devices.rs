@@ -3,7 +3,7 @@
 use crate::kvm::KvmArch;
 use crate::kvm::burst::BurstWindow;
 use crate::kvm::interrupts::Interrupts;
-use crate::serial::Serial;
+use crate::serial::{Serial, SerialConsole};
 use crate::vcpu::Buses;
 use anyhow::{Context, Result};
 use armlet_arch::irq::Spi;
@@ -13,7 +13,7 @@ use armlet_backends::console::HvcConsole;
 use armlet_devices::Device;
 use armlet_devices::bus::Bus;
 use armlet_devices::cmos::Cmos;
-use armlet_devices::console::{Console, Output};
+use armlet_devices::console::Output;
 use armlet_devices::generation::{self, Generation};
 use armlet_devices::i8042::I8042;
 use armlet_devices::ioapic::IoApic;
@@ -33,7 +33,7 @@ use vm_memory::GuestMemoryMmap;
 #[derive(Default)]
 pub struct Devices {
     /// The serial console.
-    pub serial: Option<Arc<Mutex<dyn Console>>>,
+    pub serial: Option<Arc<Mutex<dyn SerialConsole>>>,
     /// The virtio console, if it has the terminal.
     pub hvc: Option<Arc<HvcConsole>>,
     /// The real-time clock.

@@ -144,6 +144,16 @@ impl Held {
         }
     }
 
+    /// Notes that all devices were quiesced by whoever restored them.
+    pub(super) fn are_quiesced(&self) {
+        lock(&self.0).are_held = true;
+    }
+
+    /// Returns whether the devices are quiesced.
+    pub(super) fn is_on(&self) -> bool {
+        lock(&self.0).are_held
+    }
+
     /// Resumes quiesced `devices`.
     pub(super) fn release(&self, devices: &[Named]) {
         if std::mem::take(&mut lock(&self.0).are_held) {

@@ -4,9 +4,8 @@
 use super::queue::Queue;
 use crate::console::{self, Escape, EscapeFilter};
 use crate::machine::Devices;
-use crate::serial::TICK;
+use crate::serial::{SerialConsole, TICK};
 use anyhow::{Context, Result};
-use armlet_devices::console::Console;
 use armlet_devices::sync::lock;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::terminal;
@@ -222,8 +221,8 @@ impl Input {
 /// Returns the console, if it can be used without waiting for a reader of its output: neither for a
 /// vCPU that is writing, nor to flush a burst. The event loop must not block.
 pub(super) fn at_hand(
-    serial: &Mutex<dyn Console>,
-) -> Option<MutexGuard<'_, dyn Console + 'static>> {
+    serial: &Mutex<dyn SerialConsole>,
+) -> Option<MutexGuard<'_, dyn SerialConsole + 'static>> {
     // A vCPU that has signalled room still holds the lock, usually for an instant only.
     let serial = (0..TRIES).find_map(|_| {
         let free = serial.try_lock().ok();
