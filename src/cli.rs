@@ -62,7 +62,7 @@ pub enum Command {
 }
 
 /// The options that describe a machine, shared by `run` and `plan`.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct MachineArgs {
     /// `--kernel`.
     pub kernel: Option<String>,

@@ -1,5 +1,6 @@
 //! Turns the command line into a request: parses and checks everything, but decides nothing.
 
+use crate::asked::Asked;
 use crate::boards::{self, Chosen};
 use crate::cli::MachineArgs;
 use crate::host::HostFiles;
@@ -31,6 +32,8 @@ const CMDLINE_MAX: usize = 2048;
 pub struct Config<A: Arch> {
     /// The board.
     pub board: Board,
+    /// How it was asked for.
+    pub asked: Asked,
     /// Each chosen value, with its origin.
     pub settings: Vec<Setting>,
     /// The request to plan for.
@@ -262,6 +265,7 @@ fn read_checked<A: Arch>(
     };
     let settings = chosen.settings();
     Ok(Config {
+        asked: Asked::of(args),
         board,
         settings,
         request,

@@ -12,6 +12,7 @@
 mod abort;
 pub mod affinity;
 pub mod api;
+pub mod asked;
 pub mod boards;
 pub mod cli;
 pub mod clock;
@@ -38,6 +39,7 @@ pub mod serial;
 pub mod settings;
 pub mod shutdown;
 pub mod slots;
+pub mod snapshot;
 pub mod stats;
 pub mod table;
 #[cfg(any(target_env = "musl", test))]

@@ -12,6 +12,7 @@ use crate::range::{Range, Region};
 use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::fmt::{self, Debug};
 
 /// What planning must know of an instruction set. [`crate::plan()`] calls the functions in the order in
@@ -20,9 +21,9 @@ pub trait Arch: Sized + Clone + Debug + 'static {
     /// The name that boards and messages use.
     const ARCHITECTURE: Architecture;
     /// What KVM said of the host, or a board assumes of it, as plain data.
-    type Host: Clone + Debug + PartialEq;
+    type Host: Clone + Debug + PartialEq + Serialize;
     /// The facts of a kernel file's header.
-    type Kernel: Clone + Debug + PartialEq;
+    type Kernel: Clone + Debug + PartialEq + Serialize + DeserializeOwned;
     /// The interrupt controller with its windows placed.
     type Irqchip: Clone + Debug + PartialEq + Serialize;
     /// The optional features that the user asked for.
@@ -87,6 +88,12 @@ pub trait Arch: Sized + Clone + Debug + 'static {
     /// # Errors
     /// A required feature that the host does not offer.
     fn features(request: &Request<Self>, host: &Self::Host) -> Result<Self::Features, PlanError>;
+
+    /// Returns the options, with their values, by which another host gives a guest the same interrupt
+    /// controller and features, or refuses to.
+    fn pinned(_: &Plan<Self>) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
 
     /// Returns the private interrupts of each vCPU that the plan numbers: INTID and source.
     fn private_interrupts(_: &Self::Features) -> Vec<(u32, &'static str)> {
@@ -209,6 +216,7 @@ impl fmt::Debug for Seeds {
 
 /// Everything that is decided about a machine before KVM is asked to make it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(bound = "")]
 pub struct Plan<A: Arch> {
     /// The board's name.
     pub board: String,
@@ -227,6 +235,7 @@ pub struct Plan<A: Arch> {
 
 /// Where everything lies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(bound = "")]
 pub struct Layout<A: Arch> {
     /// Banks of RAM, by address.
     pub ram: Vec<Range>,

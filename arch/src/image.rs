@@ -26,6 +26,7 @@ use bzimage::is_bz_image;
 use compression::compression;
 use efi::zboot;
 use error::{WANTED, X86_WANTED, unknown};
+use serde::{Deserialize, Serialize};
 
 /// The format of a kernel file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +56,7 @@ pub enum Header {
 }
 
 /// A kernel in one of the forms that an x86_64 guest starts from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum X86Kernel {
     /// A bzImage: its 64-bit entry, and a zero page.
     Bz(X86BzImage),

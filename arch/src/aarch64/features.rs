@@ -13,7 +13,7 @@ use serde::Serialize;
 const PMU_INTID: u32 = 23;
 
 /// The name that `--pv` takes.
-const STEAL_TIME: &str = "steal-time";
+pub(super) const STEAL_TIME: &str = "steal-time";
 
 /// What was asked for by `--pmu`, `--sve`, `--pauth` and `--pv`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

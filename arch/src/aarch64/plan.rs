@@ -3,13 +3,14 @@
 use super::features::{self, FeatureRequest, Features};
 use super::gic::{self, Gic};
 use super::{Aarch64, Boot, DEVICE_TREE, Host, Vcpu, boot, ipa, mpidr, tree};
-use crate::arch::{Arch, FeatureOptions, Layout, Request};
+use crate::arch::{Arch, FeatureOptions, Layout, Plan, Request};
 use crate::architecture::Architecture;
 use crate::board::Board;
 use crate::error::PlanError;
 use crate::image::{Arm64Image, Header, ImageError};
 use crate::machine::{Blob, Payload};
 use crate::range::{Range, Region};
+use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
 
 impl Arch for Aarch64 {
@@ -105,6 +106,21 @@ impl Arch for Aarch64 {
             pauth: options.pauth,
             steal_time: features::steal_time(options.paravirtual)?,
         })
+    }
+
+    fn pinned(plan: &Plan<Self>) -> Vec<(&'static str, String)> {
+        let switch = |is_on| if is_on { Switch::On } else { Switch::Off }.to_string();
+        let features = &plan.features;
+        vec![
+            ("gic", plan.layout.irqchip.version().to_string()),
+            ("pmu", switch(features.pmu.is_some())),
+            ("sve", switch(features.sve)),
+            ("pauth", switch(features.pauth)),
+            (
+                "pv",
+                format!("{}={}", features::STEAL_TIME, switch(features.steal_time)),
+            ),
+        ]
     }
 
     fn features(request: &Request<Self>, host: &Host) -> Result<Features, PlanError> {

@@ -2,6 +2,7 @@
 
 use super::bytes::{MAX_IMAGE_SIZE, u32_at, u64_at};
 use super::error::{ImageError, unknown};
+use serde::{Deserialize, Serialize};
 
 /// `text_offset` of arm64 kernels before 3.17, whose header does not state it reliably
 /// (Documentation/arch/arm64/booting.rst section 4).
@@ -11,7 +12,7 @@ const OLD_TEXT_OFFSET: u64 = 0x8_0000;
 pub(super) const ARM64_MAGIC: u32 = 0x644d_5241;
 
 /// Where in RAM a kernel wants to be (booting.rst, flags bit 3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Placement {
     /// At any 2 MiB boundary.
     Anywhere,
@@ -21,7 +22,7 @@ pub enum Placement {
 
 /// The header of an arm64 Image (Documentation/arch/arm64/booting.rst section 4, 64 bytes, little
 /// endian even for a big-endian kernel).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arm64Image {
     /// Bytes from a 2 MiB boundary to the kernel's first byte, which is also its entry.
     pub text_offset: u64,

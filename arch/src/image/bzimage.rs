@@ -2,10 +2,11 @@
 
 use super::bytes::{MAX_IMAGE_SIZE, u16_at, u32_at, u64_at};
 use super::error::{ImageError, unknown};
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// The setup header of an x86 bzImage (Documentation/arch/x86/boot.rst), 64-bit kernels only.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct X86BzImage {
     /// Boot protocol, major in the high byte: 0x020f is 2.15. At least 0x020c.
     pub version: u16,

@@ -2,6 +2,7 @@
 //! entry that a hypervisor uses (Documentation/arch/x86, "PVH"; Xen's
 //! include/xen/interface/elfnote.h).
 
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 use super::bytes::{HEAD, MAX_IMAGE_SIZE};
@@ -14,7 +15,7 @@ pub const MAX_NOTES: u64 = 0x1_0000;
 const PHYS32_ENTRY: u32 = 18;
 
 /// An ELF kernel for x86_64.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct X86Elf {
     /// What is loaded, in the order of the file.
     pub segments: Vec<Segment>,
@@ -25,7 +26,7 @@ pub struct X86Elf {
 }
 
 /// A part of the file that is loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Bytes of the file.
     pub file: Range<u64>,

@@ -1,0 +1,12 @@
+//! Snapshots: what a machine is at a moment, in two files, and machines that go on from there.
+//!
+//! `head` is what is known of a snapshot before anything of it is restored: how the machine was asked
+//! for, its plan, and the host that it ran on. `create` writes one while the machine is paused.
+//! `restore` reads one; whether this host can hold the machine is decided before KVM makes anything.
+//! The crate `armlet-snapshot` has the files.
+
+mod head;
+mod restore;
+
+pub use head::Head;
+pub use restore::{MemoryFrom, Restore};

@@ -1,0 +1,181 @@
+//! The head of a snapshot: all that is known of the machine without its state.
+
+use crate::asked::Asked;
+use anyhow::{Context, Result, bail, ensure};
+use armlet_arch::{Arch, Architecture, Board, Plan, Request};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// The head of a snapshot. It comes from a file, which anybody may have written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Head {
+    /// The version of armlet that made it.
+    pub armlet: String,
+    /// The instruction set of the guest.
+    pub architecture: Architecture,
+    /// What the plan was made for.
+    pub host: Value,
+    /// How the machine was asked for.
+    pub asked: Asked,
+    /// The board.
+    pub board: Board,
+    /// The header of the guest's kernel, and the bytes of its initial RAM disk.
+    pub kernel: Value,
+    /// As [`Self::kernel`].
+    pub initrd: Option<u64>,
+    /// The plan.
+    pub plan: Value,
+}
+
+/// What of a plan the guest cannot see, or the state says itself: where kernel and initial RAM disk were,
+/// which of the host's counters stand behind its own, how vCPUs begin, and paravirtual features of a PC.
+const UNSEEN: [&[&str]; 5] = [
+    &["width"],
+    &["layout", "payload"],
+    &["features", "pmu", "perf_type"],
+    &["features", "paravirtual"],
+    &["features", "exits_off"],
+];
+/// As [`UNSEEN`], of each vCPU.
+const UNSEEN_OF_VCPU: &str = "boot";
+
+impl Head {
+    /// Takes down a machine.
+    ///
+    /// # Errors
+    /// A value that JSON cannot hold.
+    pub fn of<A: Arch>(
+        mut asked: Asked,
+        board: &Board,
+        request: &Request<A>,
+        host: &A::Host,
+        plan: &Plan<A>,
+    ) -> Result<Head> {
+        for (name, value) in A::pinned(plan) {
+            asked.set(name, value);
+        }
+        asked.set("cmdline", request.cmdline.clone());
+        // The guest's memory stays where it is, and the host may have another limit.
+        asked.options.retain(|(name, _)| name != "ipa-bits");
+        Ok(Head {
+            armlet: env!("CARGO_PKG_VERSION").to_owned(),
+            architecture: A::ARCHITECTURE,
+            host: serde_json::to_value(host)?,
+            asked,
+            board: board.clone(),
+            kernel: serde_json::to_value(&request.kernel)?,
+            initrd: request.initrd,
+            plan: serde_json::to_value(plan)?,
+        })
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// Bytes that are none.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Head> {
+        serde_json::from_slice(bytes)
+            .context("the snapshot's description of its machine is damaged")
+    }
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// As [`Self::of`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).context("cannot describe the machine")
+    }
+
+    /// Returns the header of the guest's kernel.
+    ///
+    /// # Errors
+    /// One that cannot be read.
+    pub fn kernel<A: Arch>(&self) -> Result<Option<A::Kernel>> {
+        ensure!(
+            self.architecture == A::ARCHITECTURE,
+            "it is of an {} guest, which this host does not run",
+            self.architecture
+        );
+        serde_json::from_value(self.kernel.clone()).context("the header of its kernel is damaged")
+    }
+
+    /// Checks that a guest finds in the machine of a new plan what it had in that of this one.
+    ///
+    /// # Errors
+    /// The first difference, with both values.
+    pub fn check<A: Arch>(&self, plan: &Plan<A>) -> Result<()> {
+        let ours = seen(serde_json::to_value(plan)?);
+        let theirs = seen(self.plan.clone());
+        match difference(&theirs, &ours, "") {
+            None => Ok(()),
+            Some((place, theirs, ours)) => bail!(
+                "the machine would differ from the one that was saved: {place} was {theirs} and would be {ours} (saved by armlet {}, this is {})",
+                self.armlet,
+                env!("CARGO_PKG_VERSION")
+            ),
+        }
+    }
+}
+
+/// Returns what a guest can see of a plan.
+fn seen(mut plan: Value) -> Value {
+    for path in UNSEEN {
+        let (last, folders) = path.split_last().unwrap_or((&"", &[]));
+        let mut place = Some(&mut plan);
+        for folder in folders {
+            place = place.and_then(|place| place.get_mut(folder));
+        }
+        if let Some(object) = place.and_then(Value::as_object_mut) {
+            object.remove(*last);
+        }
+    }
+    let vcpus = plan.get_mut("vcpus").and_then(Value::as_array_mut);
+    for vcpu in vcpus.into_iter().flatten() {
+        vcpu.as_object_mut()
+            .and_then(|vcpu| vcpu.remove(UNSEEN_OF_VCPU));
+    }
+    plan
+}
+
+/// Returns the first place at which two values differ, and what is there.
+fn difference(theirs: &Value, ours: &Value, place: &str) -> Option<(String, String, String)> {
+    let none = Value::Null;
+    let inner = |key: &str| match place.is_empty() {
+        true => key.to_owned(),
+        false => format!("{place}.{key}"),
+    };
+    match (theirs, ours) {
+        (Value::Object(theirs), Value::Object(ours)) => {
+            let keys = theirs.keys().chain(ours.keys());
+            let get = |map: &Map<String, Value>, key: &String| map.get(key).cloned();
+            keys.into_iter().find_map(|key| {
+                let (theirs, ours) = (get(theirs, key), get(ours, key));
+                let (theirs, ours) = (theirs.unwrap_or(Value::Null), ours.unwrap_or(Value::Null));
+                difference(&theirs, &ours, &inner(key))
+            })
+        }
+        (Value::Array(theirs), Value::Array(ours)) => {
+            let most = theirs.len().max(ours.len());
+            (0..most).find_map(|index| {
+                let (theirs, ours) = (theirs.get(index), ours.get(index));
+                let inner = inner(&index.to_string());
+                difference(theirs.unwrap_or(&none), ours.unwrap_or(&none), &inner)
+            })
+        }
+        (theirs, ours) if theirs == ours => None,
+        (theirs, ours) => Some((place.to_owned(), shown(theirs), shown(ours))),
+    }
+}
+
+/// Returns a value as text, cut off where it is long.
+fn shown(value: &Value) -> String {
+    const MOST: usize = 80;
+    let text = match value {
+        Value::Null => "not there".to_owned(),
+        value => value.to_string(),
+    };
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}..", &text[..end]),
+        None => text,
+    }
+}
