@@ -24,7 +24,7 @@ pub struct Asked {
 }
 
 /// The options that describe the machine that a guest sees, beside those of files and devices.
-fn places(args: &mut MachineArgs) -> [(&'static str, &mut Option<String>); 10] {
+fn places(args: &mut MachineArgs) -> [(&'static str, &mut Option<String>); 11] {
     [
         ("cmdline", &mut args.cmdline),
         ("cpus", &mut args.cpus),
@@ -36,6 +36,7 @@ fn places(args: &mut MachineArgs) -> [(&'static str, &mut Option<String>); 10] {
         ("pmu", &mut args.pmu),
         ("sve", &mut args.sve),
         ("pauth", &mut args.pauth),
+        ("vmgenid", &mut args.vmgenid),
     ]
 }
 

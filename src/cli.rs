@@ -121,6 +121,7 @@ const SWITCHES: &[&str] = &[
     "-v",
     "--verbose",
     "--stats",
+    "--paused",
     "--json",
     "--dts",
 ];
@@ -272,6 +273,9 @@ Four vCPUs, options as in other tools:
 A system on a disk, with network; ssh -p 2222 localhost reaches it:
   {command_name} -k vmlinuz -i initrd.img -d root.img -n user,hostfwd=tcp:2222-:22
 
+Go on with a guest where 'armlet ctl SOCKET snapshot DIR' saved it:
+  {command_name} --restore DIR
+
 In a script: stop at the guest's reboot, keep the device tree:
   {command_name} --kernel Image --on-reset exit --dump-dtb guest.dtb < /dev/null"
     )]
@@ -298,6 +302,17 @@ In a script: stop at the guest's reboot, keep the device tree:
         /// let 'armlet ctl' control the guest by a Unix socket at this path, for this user alone
         #[argh(option, arg_name = "PATH")]
         pub control: Option<String>,
+        /// go on with the guest of this snapshot, on the machine that it had; files and devices that
+        /// are named here take the place of those of their kind
+        #[argh(option, arg_name = "DIR")]
+        pub restore: Option<String>,
+        /// where a restored guest's memory comes from: private (the snapshot's file is mapped, and
+        /// read as the guest needs it; the default) or copy (read as a whole before it goes on)
+        #[argh(option, arg_name = "private|copy")]
+        pub memory_from: Option<String>,
+        /// leave a restored guest paused, until 'armlet ctl' resumes it
+        #[argh(switch)]
+        pub paused: bool,
         /// write what vCPUs and devices do as OpenMetrics text: to this file every 10 seconds, or
         /// for whoever connects to the socket
         #[argh(option, arg_name = "PATH|unix:PATH")]
@@ -332,10 +347,16 @@ What would a Raspberry Pi 5 make of it, with its kernel of 4K pages?
 The device tree as source:
   {command_name} --dts
 
+Would the guest of a snapshot go on on a Raspberry Pi 5?
+  {command_name} --restore DIR --host rpi5
+
 What may armlet still do with these devices once the guest runs?
   {command_name} --disk disk.img --net user --sandbox"
     )]
     PlanArgs {
+        /// say whether and how the guest of this snapshot goes on there, in place of a new machine
+        #[argh(option, arg_name = "DIR")]
+        pub restore: Option<String>,
         /// the host to plan for: a board's assumptions (default: those of --board), or 'this'
         #[argh(option, arg_name = "BOARD|this")]
         pub host: Option<String>,
@@ -460,8 +481,9 @@ pub struct JailArgs {
 }
 
 /// Control a running guest: status, pause, resume, power-key, reset, stop, stats, balloon SIZE,
-/// disk resize NAME (to tell the guest the size that the image of a disk has now), or disk change
-/// NAME IMG (to give a disk another image).
+/// disk resize NAME (to tell the guest the size that the image of a disk has now), disk change NAME
+/// IMG (to give a disk another image), or snapshot DIR (to save the guest in a folder, from which
+/// 'armlet run --restore' goes on).
 #[derive(FromArgs, Debug)]
 #[argh(
     subcommand,
@@ -474,13 +496,21 @@ From another terminal:
   {command_name} guest.sock balloon 256M
 
 A disk that has grown:
-  truncate -s 8G disk.img && {command_name} guest.sock disk resize disk0",
+  truncate -s 8G disk.img && {command_name} guest.sock disk resize disk0
+
+Save the guest, then what changed since, and put both together:
+  {command_name} guest.sock snapshot whole
+  {command_name} guest.sock snapshot changes --diff
+  armlet snapshot merge whole changes",
     note = "The exit status is 1 if the guest refused, or nobody listens at the path."
 )]
 pub struct CtlArgs {
     /// print JSON
     #[argh(switch)]
     pub json: bool,
+    /// with snapshot: save only what changed since the last one
+    #[argh(switch)]
+    pub diff: bool,
     /// the path that the guest has as --control
     #[argh(positional, arg_name = "PATH")]
     pub path: String,

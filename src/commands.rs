@@ -11,12 +11,14 @@ use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
 use crate::sandbox::{Mode, Sandbox};
+use crate::snapshot::{Head, MemoryFrom, Restore};
 use crate::{api, boards, control, gdb, host, jail, metrics, probe, report, run, shutdown, table};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Architecture, Board, Plan};
+use armlet_snapshot::{Paths, Snapshot};
 use armlet_system::messages::{visible_json, visible_lines};
 use armlet_system::status::{Fault, Status};
 use serde_json::json;
@@ -66,7 +68,12 @@ fn api(args: &ApiArgs) -> Result<Status> {
 }
 
 fn ctl(args: &CtlArgs) -> Result<Status> {
-    let words: Vec<&str> = args.request.iter().map(String::as_str).collect();
+    let mut words: Vec<&str> = args.request.iter().map(String::as_str).collect();
+    match (args.diff, words.first()) {
+        (false, _) => {}
+        (true, Some(&"snapshot")) => words.insert(1, "--diff"),
+        (true, _) => return Err(anyhow!("--diff goes with snapshot")).fault(Status::Usage),
+    }
     let (text, is_refused) = control::ask(Path::new(&args.path), &words, args.json)?;
     print(&text)?;
     Ok(if is_refused {
@@ -97,7 +104,7 @@ fn print_json(value: &serde_json::Value) -> Result<()> {
 /// # Errors
 /// Invalid values, missing files, and a host without KVM.
 pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<HostArch>> {
-    let machine = args.machine(devices);
+    let mut machine = args.machine(devices);
     verbosity(&machine);
     let on_reset = match args.on_reset.as_deref() {
         None | Some("restart") => OnReset::Restart,
@@ -123,12 +130,16 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
     let patience = shutdown::parse_patience(args.stop_timeout.as_deref())
         .map_err(anyhow::Error::msg)
         .fault(Status::Usage)?;
-    if machine.kernel.is_none() {
+    if machine.kernel.is_none() && args.restore.is_none() {
         return Err(anyhow!("run needs a kernel: armlet run --kernel PATH")).fault(Status::Usage);
     }
     let files = host::this();
     let fallback = boards::fallback_of(HostArch::ARCHITECTURE);
-    let chosen = config::board(&machine, None, fallback, &files)?;
+    let restore = restore(args, &mut machine).fault(Status::Usage)?;
+    let chosen = match &restore {
+        Some(restore) => restore.head.board_on(&files)?,
+        None => config::board(&machine, None, fallback, &files)?,
+    };
     let board = &chosen.board;
     if board.arch != HostArch::ARCHITECTURE {
         return Err(anyhow!(
@@ -151,6 +162,10 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
     if args.control.is_some() {
         config.expect_clients();
     }
+    let no_kernel = match &restore {
+        Some(restore) => restore.head.give(&mut config).fault(Status::Usage)?,
+        None => None,
+    };
     if !config.pinning.description.is_empty() {
         log::info!("vCPUs run on {}", config.pinning.description);
     }
@@ -174,12 +189,36 @@ pub fn run_options(args: &RunArgs, devices: &DeviceArgs) -> Result<RunOptions<Ho
         service: None,
         metrics,
         gdb,
+        restore,
+        no_kernel,
         commander: None,
     })
 }
 
+/// Opens the snapshot that the arguments name, and adds what its machine was asked for to `machine`.
+fn restore(args: &RunArgs, machine: &mut MachineArgs) -> Result<Option<Restore>> {
+    let Some(folder) = &args.restore else {
+        let (from, paused) = (args.memory_from.is_some(), args.paused);
+        let option = from.then_some("--memory-from");
+        return match option.or(paused.then_some("--paused")) {
+            Some(option) => Err(anyhow!("{option} goes with --restore DIR")),
+            None => Ok(None),
+        };
+    };
+    if args.dump_dtb.is_some() {
+        return Err(anyhow!(
+            "--dump-dtb: a guest that is restored gets no device tree"
+        ));
+    }
+    let from = MemoryFrom::parse(args.memory_from.as_deref())?;
+    let opened = Restore::open(&Paths::folder(Path::new(folder)), from, args.paused);
+    let restore = opened.with_context(|| format!("--restore {folder}"))?;
+    restore.head.asked.add_to(machine)?;
+    Ok(Some(restore))
+}
+
 fn plan(args: &PlanArgs, devices: &DeviceArgs) -> Result<Status> {
-    let machine = args.machine(devices);
+    let mut machine = args.machine(devices);
     verbosity(&machine);
     if args.dts && (args.json || args.sandbox) {
         let other = if args.json { "--json" } else { "--sandbox" };
@@ -187,12 +226,26 @@ fn plan(args: &PlanArgs, devices: &DeviceArgs) -> Result<Status> {
     }
     let other = args.host.as_deref().filter(|host| *host != "this");
     let files = host::this();
-    let chosen = config::board(&machine, other, boards::FALLBACK, &files)?;
+    let restore = match &args.restore {
+        None => None,
+        Some(folder) => {
+            let what = || format!("--restore {folder}");
+            let state = Snapshot::state(&Paths::folder(Path::new(folder)));
+            let head = state.and_then(|state| Head::from_bytes(&state.head));
+            let head = head.with_context(what).fault(Status::Usage)?;
+            head.asked.add_to(&mut machine).fault(Status::Usage)?;
+            Some(head)
+        }
+    };
+    let chosen = match &restore {
+        None => config::board(&machine, other, boards::FALLBACK, &files)?,
+        Some(head) => head.board_for(other)?,
+    };
     let board = &chosen.board;
     match board.arch {
         Architecture::Aarch64 => {
             let (config, plan) =
-                make_plan::<Aarch64>(args, &machine, chosen, &files, kvm::aarch64_host)?;
+                make_plan::<Aarch64>(args, &machine, chosen, &files, restore, kvm::aarch64_host)?;
             if args.dts {
                 let tree = aarch64::device_tree(&config.board, &plan, &config.request);
                 print(&tree.to_dts())?;
@@ -208,7 +261,7 @@ fn plan(args: &PlanArgs, devices: &DeviceArgs) -> Result<Status> {
                 return Err(no_tree(board, "--dts and --dtb")).fault(Status::Usage);
             }
             let (config, plan) =
-                make_plan::<X86_64>(args, &machine, chosen, &files, kvm::x86_64_host)?;
+                make_plan::<X86_64>(args, &machine, chosen, &files, restore, kvm::x86_64_host)?;
             print_plan(args, &config, &plan)?;
         }
     }
@@ -228,6 +281,7 @@ fn make_plan<A: Arch>(
     machine: &MachineArgs,
     chosen: Chosen,
     files: &HostFiles,
+    restore: Option<Head>,
     this_host: fn() -> Result<A::Host>,
 ) -> Result<(Config<A>, Plan<A>)> {
     let names = chosen.board.host.core_names();
@@ -255,7 +309,13 @@ fn make_plan<A: Arch>(
     if !machine.deterministic {
         config.request.seeds = Some(config::fresh_seeds()?);
     }
+    if let Some(head) = &restore {
+        head.give(&mut config).fault(Status::Usage)?;
+    }
     let plan = decide(&config, &host, known.as_ref().unwrap_or(&config.board))?;
+    if let Some(head) = &restore {
+        head.check(&plan).fault(Status::Host)?;
+    }
     warn_of_host(&config, is_this.then_some(&host));
     Ok((config, plan))
 }

@@ -318,7 +318,8 @@ fn check_cmdline(cmdline: &str) -> Result<()> {
 }
 
 /// Returns the kernel's header, with an estimate of its memory size if the header does not give it.
-fn sized_header(kernel: &Kernel) -> Header {
+#[must_use]
+pub fn sized_header(kernel: &Kernel) -> Header {
     let mut header = kernel.header().clone();
     if let Header::Arm64(image) = &mut header {
         image.image_size = kernel.memory_size();

@@ -5,7 +5,7 @@ use crate::kvm::KvmArch;
 use crate::kvm::interrupts::Interrupts;
 use crate::kvm::stats::Statistics;
 use crate::memory::{self, IdleMemory};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Role, Sandbox};
 use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
 use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, Traps, VcpuEvent, Vcpus};
@@ -186,6 +186,11 @@ impl<A: KvmArch> Machine<A> {
             self.vcpus.add(vcpu, &off);
         }
         Ok(())
+    }
+
+    /// What a thread of a role is to begin with, so that it is confined.
+    pub fn entrance(&self, role: Role) -> impl FnOnce() -> Result<()> + Send + 'static {
+        self.sandbox.entrance(role)
     }
 
     /// Pauses the machine: no vCPU runs and no virtio device works until [`Self::resume`]. Each

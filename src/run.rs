@@ -20,11 +20,13 @@ use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
 use crate::metrics::{self, Metrics};
 use crate::sandbox::{Mode, Role, Sandbox};
+use crate::snapshot::{Head, Restore, Savers};
 use crate::vcpu::{Traps, VcpuEvent};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
 use armlet_backends::broker::Broker;
+use armlet_backends::drafts::Drafts;
 use armlet_backends::kind::Need;
 use armlet_backends::open::{self, Wanted};
 use armlet_devices::rate::Bucket;
@@ -34,7 +36,7 @@ use armlet_system::signals::{self, Phase};
 use armlet_system::status::{Fault, Status};
 use armlet_system::terminal::RawTerminal;
 use ending::Ending;
-use event::{Events, tell_counters};
+use event::{Events, Life, tell_counters};
 use kvm_ioctls::Kvm;
 use queue::Event;
 use std::path::{Path, PathBuf};
@@ -51,6 +53,7 @@ mod event;
 mod input;
 mod power;
 mod queue;
+mod saving;
 
 pub use command::{BalloonReport, By, Command, Done, Reply, State};
 pub use ending::{OnPanic, OnReset};
@@ -101,6 +104,10 @@ pub struct RunOptions<A: KvmArch> {
     pub metrics: Option<metrics::Target>,
     /// Where to listen for a debugger.
     pub gdb: Option<gdb::Address>,
+    /// The snapshot from which the guest goes on in place of its kernel's start.
+    pub restore: Option<Restore>,
+    /// Why the guest cannot be started from its kernel, where that is so.
+    pub no_kernel: Option<String>,
     /// Called with the sender of commands, once the event loop exists.
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
 }
@@ -162,6 +169,14 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     };
     // A machine that cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
+    let mut restore = options.restore.take();
+    if let (Some(restore), Some(plan)) = (&restore, &first) {
+        restore.head.check(plan).fault(Status::Host)?;
+    }
+    let mut drafts = match &broker {
+        Some(broker) if has_clients => Some(Drafts::offer(broker).fault(Status::Host)?),
+        _ => None,
+    };
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
     let config = &options.config;
     let ram = config.request.memory;
@@ -207,8 +222,15 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         let memory = match &memory {
             Some(memory) => memory,
             None => {
-                let memory = memory.insert(map_memory(&options, &plan, &events.backends)?);
+                let saved = restore.as_ref().map(Restore::image);
+                let mapped = map_memory(&options, &plan, &events.backends, saved)?;
+                let memory = memory.insert(mapped);
                 A::before_confinement(&plan);
+                if let Some(drafts) = drafts.take() {
+                    let restored = restore.as_ref().map(|saved| (saved.id, saved.image()));
+                    let savers = Savers::new(drafts, memory, restored).fault(Status::Host)?;
+                    events.saving.savers = Some(savers);
+                }
                 // Before there are threads, which are confined as the one that starts them.
                 sandbox.enter()?;
                 open::examine(&mut events.backends).fault(Status::Usage)?;
@@ -245,23 +267,38 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         let mut machine =
             machine::assemble::<A>(&options.kvm, &plan, memory, backends, wires, &sandbox)
                 .fault(Status::Host)?;
-        let (kernel, initrd) = (&options.config.kernel, &options.config.initrd);
         machine.devices.hvc = hvc.clone();
-        signals::waiting_for("the kernel to be unpacked");
-        machine
-            .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
-            .fault(Status::Usage)?;
+        let stays_paused = match restore.take() {
+            Some(restore) => {
+                let state = restore.state::<A>().fault(Status::Usage)?;
+                let restored = machine.restore(&state);
+                restored
+                    .context("cannot restore the machine")
+                    .fault(Status::Host)?;
+                Some(restore.stays_paused)
+            }
+            None => {
+                let (kernel, initrd) = (&options.config.kernel, &options.config.initrd);
+                signals::waiting_for("the kernel to be unpacked");
+                machine
+                    .load(memory, &plan, kernel.as_ref(), initrd.as_ref())
+                    .fault(Status::Usage)?;
+                None
+            }
+        };
         if plan.layout.generation.is_some() {
-            let random = match (events.generation, options.seeded) {
-                (Some(random), _) => random,
-                (None, true) => fresh_generation()?,
-                (None, false) => Default::default(),
+            let random = match (events.generation, options.seeded, stays_paused) {
+                (Some(random), ..) => random,
+                (None, false, None) => Default::default(),
+                (None, ..) => fresh_generation()?,
             };
             // A reset is no new generation.
             events.generation = Some(random);
-            machine.devices.begin_generation(&random)?;
+            match stays_paused {
+                None => machine.devices.begin_generation(&random)?,
+                Some(_) => machine.devices.renew_generation(&random)?,
+            }
         }
-        drop(plan);
         if options.stats || options.counted {
             machine.count();
         }
@@ -275,7 +312,21 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         signals::enter(Phase::Running);
         start(&mut machine, &options, &everywhere, traps.as_ref(), &events)?;
         events.input.terminal = terminal.is_some();
-        let ending = events.watch(&machine);
+        match stays_paused {
+            Some(true) => events.input.held = true,
+            Some(false) => machine.resume(),
+            None => {}
+        }
+        let Config {
+            asked,
+            board,
+            request,
+            ..
+        } = &options.config;
+        let ending = events.watch(&Life {
+            machine: &machine,
+            describe: &|| Head::of(asked.clone(), board, request, &options.host, &plan),
+        });
         let ending = match ending {
             Ok(Ending::Reset) if options.on_reset == OnReset::Restart && events.was_asked() => {
                 messages::say(
@@ -283,6 +334,15 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 );
                 Ok(Ending::Stopped)
             }
+            Ok(Ending::Reset) if options.on_reset == OnReset::Restart => match &options.no_kernel {
+                Some(why) => {
+                    messages::say(&format!(
+                        "the guest asked for a reset, and cannot be started again: {why}"
+                    ));
+                    Ok(Ending::Stopped)
+                }
+                None => Ok(Ending::Reset),
+            },
             ending => ending,
         };
         let is_over = !matches!(ending, Ok(Ending::Reset) if options.on_reset == OnReset::Restart);
@@ -366,6 +426,7 @@ fn map_memory<A: KvmArch>(
     options: &RunOptions<A>,
     plan: &Plan<A>,
     backends: &[Box<dyn Backend>],
+    saved: Option<memory::Image<'_>>,
 ) -> Result<Arc<GuestMemoryMmap>> {
     warn_of_host(&options.config, Some(&options.host));
     memory::warn_if_scarce(options.config.request.memory);
@@ -374,8 +435,9 @@ fn map_memory<A: KvmArch>(
         false => Sharing::Private,
     };
     signals::waiting_for("the host to give guest memory");
-    let mapped =
-        memory::map(&plan.layout.ram, sharing, options.config.backing).fault(Status::Host)?;
+    let backing = options.config.backing;
+    let mapped = memory::map(&plan.layout.ram, sharing, backing, saved.as_ref());
+    let mapped = mapped.fault(Status::Host)?;
     Ok(Arc::new(mapped))
 }
 

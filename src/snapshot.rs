@@ -5,8 +5,10 @@
 //! `restore` reads one; whether this host can hold the machine is decided before KVM makes anything.
 //! The crate `armlet-snapshot` has the files.
 
+mod create;
 mod head;
 mod restore;
 
+pub use create::{Base, Outcome, Savers, Wanted, Written};
 pub use head::Head;
 pub use restore::{MemoryFrom, Restore};

@@ -14,18 +14,21 @@
 //! says on it that the process started and how it ended, and kills the process when armlet closes it.
 //! Each wait here has a deadline.
 
+mod draft;
 mod keeper;
 mod protocol;
 mod sys;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use draft::{Draft, DraftStep};
 pub use protocol::{FileId, SOCKET, Service};
 
 use protocol::{MOST_DESCRIPTORS, MOST_REQUEST, MOST_SERVICES, Request, Word};
 
 use anyhow::{Context, Result, bail};
 use armlet_devices::sync::lock;
+use armlet_snapshot::Id;
 use armlet_system::deadline::Deadline;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::messages;
@@ -40,6 +43,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, waitpid};
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -54,6 +58,8 @@ use std::time::Duration;
 const FOLDERS: [&str; 2] = ["/usr/local/bin", "/usr/bin"];
 /// How long the broker may take for what needs nobody else.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take for a step of a snapshot, which waits for a disk to have all of it.
+const DRAFT_PATIENCE: Duration = Duration::from_secs(600);
 /// How long a process may take to end once it is killed.
 const DEATH: Duration = Duration::from_secs(2);
 /// The most bytes of a path (PATH_MAX, include/uapi/linux/limits.h).
@@ -234,17 +240,46 @@ impl Broker {
         self.descriptor(&Request::Open(service.0, path.to_owned()))
     }
 
+    /// Begins a snapshot, by a service for these. Returns the file for its memory, or a pipe that says
+    /// why there is none, and whether it is the file.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn draft(&self, service: ServiceId, id: Id, draft: &Draft) -> io::Result<(bool, File)> {
+        let path = draft.to_path(id);
+        if path.as_os_str().len() > 2 * MOST_PATH {
+            return Err(Errno::NAMETOOLONG.into());
+        }
+        self.answered(&Request::Open(service.0, path), DRAFT_PATIENCE)
+            .map(|(kind, file)| (kind == 0, file.into()))
+    }
+
+    /// Goes on with the snapshot that was begun. Returns the file for its state, or as [`Self::draft`].
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn step(&self, service: ServiceId, step: DraftStep) -> io::Result<(bool, File)> {
+        self.answered(&Request::Do(service.0, step as u32), DRAFT_PATIENCE)
+            .map(|(kind, file)| (kind == 0, file.into()))
+    }
+
     fn descriptor(&self, request: &Request) -> io::Result<OwnedFd> {
+        self.answered(request, PATIENCE)
+            .map(|(_, descriptor)| descriptor)
+    }
+
+    /// Sends a request, and waits for its answer: a number and a descriptor.
+    fn answered(&self, request: &Request, patience: Duration) -> io::Result<(i32, OwnedFd)> {
         let other = |error: anyhow::Error| io::Error::other(format!("{error:#}"));
         let (line, far) = pair()?;
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(patience);
         self.send(&request.to_bytes(), &[&far], deadline)
             .map_err(other)?;
         drop(far);
         match hear(&line, deadline) {
-            Ok(Some((Word::Done(_), Some(descriptor)))) => Ok(descriptor),
+            Ok(Some((Word::Done(kind), Some(descriptor)))) => Ok((kind, descriptor)),
             Ok(Some((Word::Failed(error), _))) => Err(io::Error::from_raw_os_error(error)),
-            Ok(None) => Err(io::Error::other(format!("no answer within {PATIENCE:?}"))),
+            Ok(None) => Err(io::Error::other(format!("no answer within {patience:?}"))),
             _ => Err(io::Error::other(BROKER_GONE_OR_FULL)),
         }
     }

@@ -11,6 +11,7 @@ pub mod balloon;
 pub mod broker;
 pub mod console;
 pub mod disk;
+pub mod drafts;
 pub mod habits;
 pub mod kind;
 pub mod locks;

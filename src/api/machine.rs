@@ -97,6 +97,8 @@ pub(super) fn options(
         dump_dtb: None,
         control: None,
         service: None,
+        restore: None,
+        no_kernel: None,
         commander: None,
     })
 }

@@ -130,7 +130,7 @@ impl Machine for Guest {
         }
         match paused {
             true => self.ask(Command::Pause)?,
-            false => self.ask(Command::Resume),
+            false => self.ask(Command::Resume)?,
         }
     }
 

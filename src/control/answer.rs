@@ -11,6 +11,14 @@ pub(super) const TEXT: &str = "text";
 pub(super) const DONE: &str = "ok\n";
 pub(super) const REFUSED: &str = "error: ";
 
+/// An answer for people or for programs.
+pub(super) fn of(answer: Result<Value>, is_text: bool) -> String {
+    match is_text {
+        true => as_text(answer),
+        false => as_json(answer),
+    }
+}
+
 /// One line of JSON: `{"ok":...}` or `{"error":"..."}`.
 pub(super) fn as_json(answer: Result<Value>) -> String {
     let value = match answer {

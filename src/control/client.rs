@@ -22,9 +22,13 @@ const MOST: u64 = 1 << 20;
 /// # Errors
 /// Words that are no request ([`Status::Usage`]); nobody who listens; a request that is refused.
 pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
-    let words = Request::parse(words)
-        .and_then(|request| told(&request, words))
-        .fault(Status::Usage)?;
+    let request = Request::parse(words).fault(Status::Usage)?;
+    // Guest memory may have to go to a slow disk.
+    let patience = match request {
+        Request::Snapshot { .. } => None,
+        _ => Some(PATIENCE),
+    };
+    let words = told(&request, words).fault(Status::Usage)?;
     let shown = path.display();
     let cannot = || format!("cannot ask at {shown}");
     let mut stream = connect_at_once(path).map_err(|error| match error.kind() {
@@ -35,9 +39,7 @@ pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
         _ => anyhow!(error).context(cannot()),
     })?;
     stream.set_nonblocking(false).with_context(cannot)?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .with_context(cannot)?;
+    stream.set_read_timeout(patience).with_context(cannot)?;
     stream
         .set_write_timeout(Some(PATIENCE))
         .with_context(cannot)?;
@@ -66,14 +68,23 @@ pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
 
 /// The words of a request as they are told, in which a path means the same in every folder.
 fn told(request: &Request, words: &[&str]) -> Result<String> {
-    let Request::ChangeDisk(name, path) = request else {
-        return Ok(words.join(" "));
+    let (before, path) = match request {
+        Request::ChangeDisk(name, path) => (format!("disk change {name}"), path),
+        Request::Snapshot { folder, is_diff } => {
+            let before = if *is_diff {
+                "snapshot --diff"
+            } else {
+                "snapshot"
+            };
+            (before.to_owned(), folder)
+        }
+        _ => return Ok(words.join(" ")),
     };
-    let whole = std::path::absolute(path).with_context(|| format!("disk change {path}"))?;
-    let told = format!("disk change {name} {}", whole.display());
+    let whole = std::path::absolute(path).with_context(|| format!("{before} {path}"))?;
+    let told = format!("{before} {}", whole.display());
     let again: Vec<&str> = told.split_whitespace().collect();
     if again.join(" ") != told {
-        bail!("disk change {path:?}: a path may have single blanks, and no line breaks");
+        bail!("{before} {path:?}: a path may have single blanks, and no line breaks");
     }
     Ok(told)
 }

@@ -26,10 +26,17 @@ pub(super) enum Request {
     ResizeDisk(String),
     /// Give a disk another image.
     ChangeDisk(String, String),
+    /// Save the machine in a folder: all of it, or what changed since the last time.
+    Snapshot {
+        /// The folder.
+        folder: String,
+        /// Whether it is what changed.
+        is_diff: bool,
+    },
 }
 
 /// The requests, for errors.
-const USAGE: [&str; 10] = [
+const USAGE: [&str; 12] = [
     "status",
     "pause",
     "resume",
@@ -40,6 +47,8 @@ const USAGE: [&str; 10] = [
     "balloon SIZE",
     "disk resize NAME",
     "disk change NAME IMG",
+    "snapshot DIR",
+    "snapshot --diff DIR",
 ];
 
 impl Request {
@@ -68,6 +77,17 @@ impl Request {
             ["disk", ..] => {
                 bail!("disk needs a verb and a name: disk resize disk0, or disk change disk0 IMG")
             }
+            ["snapshot", "--diff", folder @ ..] if !folder.is_empty() => Request::Snapshot {
+                folder: folder.join(" "),
+                is_diff: true,
+            },
+            ["snapshot"] | ["snapshot", "--diff"] => {
+                bail!("snapshot needs a folder: snapshot DIR")
+            }
+            ["snapshot", folder @ ..] => Request::Snapshot {
+                folder: folder.join(" "),
+                is_diff: false,
+            },
             [] => bail!("no request; use {}", known()),
             [first, ..] => {
                 let name = |words: &&'static str| words.split(' ').next();
@@ -100,7 +120,8 @@ mod tests {
             let words = words
                 .replace("SIZE", "1G")
                 .replace("NAME", "disk0")
-                .replace("IMG", "a.img");
+                .replace("IMG", "a.img")
+                .replace("DIR", "/tmp/s");
             assert!(parse(&words).is_ok(), "{words}");
         }
         assert_eq!(parse("balloon 512M"), Ok(Request::Balloon(512 << 20)));
@@ -108,6 +129,12 @@ mod tests {
         assert_eq!(parse(" disk  resize disk1 "), Ok(disk));
         let other = Request::ChangeDisk("disk1".to_owned(), "/a b.img".to_owned());
         assert_eq!(parse("disk change disk1 /a b.img"), Ok(other));
+        let snapshot = |is_diff| {
+            let folder = "/a b".to_owned();
+            Ok(Request::Snapshot { folder, is_diff })
+        };
+        assert_eq!(parse("snapshot /a b"), snapshot(false));
+        assert_eq!(parse("snapshot --diff /a b"), snapshot(true));
     }
 
     #[test]
@@ -118,6 +145,7 @@ mod tests {
         assert_eq!(wrong("pause now"), "pause takes no more words");
         assert!(wrong("balloon").contains("balloon 512M"));
         assert!(wrong("balloon much").starts_with("balloon much: "));
+        assert!(wrong("snapshot").contains("snapshot DIR"));
         assert!(wrong("disk grow").contains("disk resize disk0"));
     }
 }

@@ -4,22 +4,29 @@ use super::answer::{self, TEXT};
 use super::line::{Lines, MOST};
 use super::request::Request;
 use crate::run::{By, Command, Reply, State};
-use anyhow::{Context, Result, bail};
+use crate::snapshot::{Wanted, Written};
+use anyhow::{Context, Result, anyhow, bail};
+use armlet_backends::drafts::Place;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::sockets::{self, Access};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// The most clients at a time; for a further one, the one that was silent for longest is let go.
 const CLIENTS: usize = 16;
 /// How long a request may take, before its client is told that it takes longer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked whether a snapshot is there.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 20_000_000,
+};
 /// The pause after a client that could not be accepted.
 const PAUSE: Duration = Duration::from_millis(10);
 /// Small, so that a huge page never backs it.
@@ -85,6 +92,16 @@ impl Control {
 struct Client {
     stream: UnixStream,
     lines: Lines,
+    /// What it waits for, and whether the answer is for people.
+    pending: Option<(Receiver<Result<Written, String>>, bool)>,
+}
+
+/// What comes of a request.
+enum Outcome {
+    /// The answer.
+    Now(Value),
+    /// It comes when a snapshot is there.
+    Later(Receiver<Result<Written, String>>),
 }
 
 struct Server {
@@ -99,11 +116,23 @@ impl Server {
         // The one that was silent for longest comes first.
         let mut clients: Vec<Client> = Vec::new();
         loop {
+            clients.retain_mut(|client| match answer_pending(client) {
+                Pending::Waits => true,
+                Pending::Answered => self.answer_lines(client),
+                Pending::Gone => false,
+            });
+            let is_pending = clients.iter().any(|client| client.pending.is_some());
             let mut fds: Vec<PollFd<'_>> = vec![PollFd::new(listener, PollFlags::IN)];
             for client in &clients {
-                fds.push(PollFd::new(&client.stream, PollFlags::IN));
+                // One that waits for an answer is heard after it.
+                let events = match client.pending {
+                    None => PollFlags::IN,
+                    Some(_) => PollFlags::empty(),
+                };
+                fds.push(PollFd::new(&client.stream, events));
             }
-            uninterrupted(|| poll(&mut fds, None)).context("cannot wait for clients")?;
+            let limit = is_pending.then_some(&LOOK);
+            uninterrupted(|| poll(&mut fds, limit)).context("cannot wait for clients")?;
             let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
             let is_new = ready.next() == Some(true);
             let ready: Vec<bool> = ready.collect();
@@ -131,6 +160,7 @@ impl Server {
                         clients.push(Client {
                             stream,
                             lines: Lines::default(),
+                            pending: None,
                         });
                     }
                     // It may be gone again, or there is no descriptor for it: the next wait tells.
@@ -148,15 +178,30 @@ impl Server {
             Ok(count) => client.lines.push(&bytes[..count]),
             Err(error) => return error == Errno::AGAIN,
         }
+        self.answer_lines(client)
+    }
+
+    /// Answers the lines that a client has sent, up to one whose answer comes later; returns whether it
+    /// stays.
+    fn answer_lines(&self, client: &mut Client) -> bool {
         loop {
             let (answer, stays) = match client.lines.take() {
                 Ok(None) => return true,
                 Ok(Some(line)) => {
                     let words: Vec<&str> = line.split_whitespace().collect();
-                    match words.split_first() {
-                        Some((&TEXT, words)) => (answer::as_text(self.carry_out(words)), true),
-                        _ => (answer::as_json(self.carry_out(&words)), true),
-                    }
+                    let (is_text, words) = match words.split_first() {
+                        Some((&TEXT, words)) => (true, words),
+                        _ => (false, &*words),
+                    };
+                    let answer = match self.carry_out(words) {
+                        Ok(Outcome::Later(receiver)) => {
+                            client.pending = Some((receiver, is_text));
+                            return true;
+                        }
+                        Ok(Outcome::Now(value)) => Ok(value),
+                        Err(error) => Err(error),
+                    };
+                    (answer::of(answer, is_text), true)
                 }
                 Err(error) => (answer::as_json(Err(error.into())), false),
             };
@@ -168,16 +213,33 @@ impl Server {
         }
     }
 
-    fn carry_out(&self, words: &[&str]) -> Result<Value> {
+    fn carry_out(&self, words: &[&str]) -> Result<Outcome> {
+        let request = Request::parse(words)?;
+        let Request::Snapshot { folder, is_diff } = request else {
+            return self.carry_out_now(request).map(Outcome::Now);
+        };
+        let wanted = Wanted {
+            place: Place::Folder(folder.into()),
+            is_diff,
+            only_paused: false,
+        };
+        let (reply, answer) = Reply::channel();
+        self.send(Command::Snapshot(wanted, reply))?;
+        Ok(Outcome::Later(answer))
+    }
+
+    fn carry_out_now(&self, request: Request) -> Result<Value> {
         let none = Value::Null;
-        match Request::parse(words)? {
+        match request {
+            // It takes long.
+            Request::Snapshot { .. } => Ok(none),
             Request::Status => {
                 let state = self.ask(Command::Status)?;
                 Ok(self.status(&state))
             }
             Request::Pause => refused(self.ask(Command::Pause)?).map(|()| none),
-            Request::Resume => self.ask(Command::Resume).map(|()| none),
-            Request::Reset => self.ask(Command::Reset).map(|()| none),
+            Request::Resume => refused(self.ask(Command::Resume)?).map(|()| none),
+            Request::Reset => refused(self.ask(Command::Reset)?).map(|()| none),
             Request::PowerKey => self.send(Command::PowerKey).map(|()| none),
             Request::Stop => self.send(Command::Stop(By::Control)).map(|()| none),
             Request::Stats => self.ask(Command::Counters).map(|lines| json!(lines)),
@@ -229,6 +291,37 @@ impl Server {
                 bail!("no answer within {PATIENCE:?}: it may still be done")
             }
         }
+    }
+}
+
+/// What became of a client that may wait for an answer.
+enum Pending {
+    Waits,
+    Answered,
+    Gone,
+}
+
+/// Answers a client whose snapshot is there.
+fn answer_pending(client: &mut Client) -> Pending {
+    let Some((receiver, is_text)) = &client.pending else {
+        return Pending::Waits;
+    };
+    let answer = match receiver.try_recv() {
+        Ok(answer) => refused(answer).map(|written| {
+            json!({
+                "id": written.id,
+                "memory_bytes": written.bytes,
+                "milliseconds": written.time.as_millis() as u64,
+            })
+        }),
+        Err(TryRecvError::Empty) => return Pending::Waits,
+        Err(TryRecvError::Disconnected) => Err(anyhow!("the guest has ended")),
+    };
+    let answer = answer::of(answer, *is_text);
+    client.pending = None;
+    match client.stream.write_all(answer.as_bytes()) {
+        Ok(()) => Pending::Answered,
+        Err(_) => Pending::Gone,
     }
 }
 

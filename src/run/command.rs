@@ -1,6 +1,7 @@
 //! Commands to a running machine, from signals, keys, or other threads of this process.
 
 use crate::console::Escape;
+use crate::snapshot::{Wanted, Written};
 use armlet_backends::backend::Flow;
 use armlet_devices::counts::Tally;
 use armlet_devices::rate::Limits;
@@ -27,8 +28,11 @@ pub enum Command {
     /// Pause the machine until [`Command::Resume`]; answered when it is paused, or with the reason
     /// why it cannot be.
     Pause(Reply<Result<(), String>>),
-    /// Resume a paused machine.
-    Resume(Reply<()>),
+    /// Resume a paused machine; answered with the reason why it cannot be.
+    Resume(Reply<Result<(), String>>),
+    /// Save the machine, which is paused meanwhile; answered when the snapshot is there, or with the
+    /// reason why there is none.
+    Snapshot(Wanted, Reply<Result<Written, String>>),
     /// Set the balloon's target in bytes; answered once the device has it, or with the reason why it
     /// cannot be set.
     SetBalloon(u64, Reply<Result<(), String>>),
@@ -55,8 +59,9 @@ pub enum Command {
     Tally(Reply<Done>),
     /// Answer with the counters, as lines for people.
     Counters(Reply<Vec<String>>),
-    /// Reset the guest as if it had asked for it; answered before that.
-    Reset(Reply<()>),
+    /// Reset the guest as if it had asked for it; answered before that, or with the reason why it cannot
+    /// be.
+    Reset(Reply<Result<(), String>>),
     /// Hold all vCPUs for the debugger, until they are released; answered when they stand still, or with
     /// the reason why they do not.
     Hold(Reply<Result<(), String>>),

@@ -8,12 +8,14 @@ use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
 use super::queue::{Event, Queue};
+use super::saving::Saving;
 use crate::config::fresh_generation;
 use crate::console::{ESCAPE_HELP, Limit, PanicWatch, StandardOutput};
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
 use crate::sandbox::{Role, Sandbox};
 use crate::serial::TICK;
+use crate::snapshot::Head;
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
@@ -33,7 +35,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How long the machine may take to pause. The event loop waits for it.
-const LIMIT: Duration = Duration::from_secs(5);
+pub(super) const LIMIT: Duration = Duration::from_secs(5);
 
 /// Epoll tokens.
 const INPUT: u64 = 0;
@@ -65,6 +67,16 @@ pub(super) struct Events {
     stops_at_once: bool,
     /// Whether a panic of the guest's kernel was reported in this life.
     panicked: bool,
+    /// Snapshots.
+    pub(super) saving: Saving,
+}
+
+/// A life of the guest, as the event loop has it.
+pub(super) struct Life<'a, A: KvmArch> {
+    /// The machine.
+    pub(super) machine: &'a Machine<A>,
+    /// Describes it for a snapshot.
+    pub(super) describe: &'a dyn Fn() -> Result<Head>,
 }
 
 impl Events {
@@ -101,6 +113,7 @@ impl Events {
             tick: None,
             on_panic,
             panicked: false,
+            saving: Saving::default(),
         })
     }
 
@@ -150,7 +163,8 @@ impl Events {
     ///
     /// # Errors
     /// A failed wait.
-    pub(super) fn watch<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Ending> {
+    pub(super) fn watch<A: KvmArch>(&mut self, life: &Life<'_, A>) -> Result<Ending> {
+        let machine = life.machine;
         let devices = &machine.devices;
         // It is removed from epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
@@ -164,14 +178,14 @@ impl Events {
                 .context("cannot wait for events")?;
             for event in &ready[..count] {
                 let ending = match event.data() {
-                    INPUT => self.read_input(machine)?,
+                    INPUT => self.read_input(life)?,
                     VIRTIO => machine.light.turn(0).map(|_| None)?,
                     CLOCK => {
                         let clock = devices.clock.as_deref();
                         self.alarm.clock_was_set(&self.epoll, clock)?;
                         None
                     }
-                    _ => self.answer_bell(machine)?,
+                    _ => self.answer_bell(life)?,
                 };
                 if let Some(ending) = ending {
                     return Ok(ending);
@@ -183,14 +197,14 @@ impl Events {
         }
     }
 
-    fn read_input<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
+    fn read_input<A: KvmArch>(&mut self, life: &Life<'_, A>) -> Result<Option<Ending>> {
         for escape in self.input.read(&self.epoll)? {
-            let ending = self.obey(escape.into(), machine)?;
+            let ending = self.obey(escape.into(), life)?;
             if ending.is_some() {
                 return Ok(ending);
             }
         }
-        self.feed(&machine.devices)?;
+        self.feed(&life.machine.devices)?;
         Ok(None)
     }
 
@@ -198,18 +212,18 @@ impl Events {
         self.input.feed(&self.epoll, &self.queue, devices)
     }
 
-    fn answer_bell<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
+    fn answer_bell<A: KvmArch>(&mut self, life: &Life<'_, A>) -> Result<Option<Ending>> {
         // A signal or an event after this read makes it readable again.
         let _ = self.bell.read();
-        match self.read_signals(machine)? {
-            None => self.read_queue(machine),
+        match self.read_signals(life)? {
+            None => self.read_queue(life),
             ending => Ok(ending),
         }
     }
 
-    fn read_signals<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
+    fn read_signals<A: KvmArch>(&mut self, life: &Life<'_, A>) -> Result<Option<Ending>> {
         for command in of_signals(signals::take()) {
-            let ending = self.obey(command, machine)?;
+            let ending = self.obey(command, life)?;
             if ending.is_some() {
                 return Ok(ending);
             }
@@ -259,7 +273,8 @@ impl Events {
         Ok(self.power.pass(now, devices))
     }
 
-    fn read_queue<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<Option<Ending>> {
+    fn read_queue<A: KvmArch>(&mut self, life: &Life<'_, A>) -> Result<Option<Ending>> {
+        let machine = life.machine;
         let devices = &machine.devices;
         let news = self.queue.take_events();
         if let Some(what) = news.panicked {
@@ -308,8 +323,11 @@ impl Events {
         if news.room {
             self.feed(devices)?;
         }
+        if let Some(outcome) = news.saved {
+            self.snapshot_ended(machine, *outcome)?;
+        }
         for command in self.queue.take_commands() {
-            let ending = self.obey(command, machine)?;
+            let ending = self.obey(command, life)?;
             if ending.is_some() {
                 return Ok(ending);
             }
@@ -338,11 +356,8 @@ impl Events {
     }
 
     /// Carries out a command; returns the guest's end, if the command causes it.
-    fn obey<A: KvmArch>(
-        &mut self,
-        command: Command,
-        machine: &Machine<A>,
-    ) -> Result<Option<Ending>> {
+    fn obey<A: KvmArch>(&mut self, command: Command, life: &Life<'_, A>) -> Result<Option<Ending>> {
+        let machine = life.machine;
         let devices = &machine.devices;
         match command {
             Command::ShowCounters => tell_counters(&machine.counters),
@@ -372,12 +387,14 @@ impl Events {
                 self.input.held = held.is_ok();
                 reply.send(held);
             }
-            Command::Resume(reply) => {
-                machine.resume();
-                self.input.held = false;
-                self.feed(devices)?;
-                reply.send(());
-            }
+            Command::Resume(reply) => match self.saving.refusal() {
+                Some(why) => reply.send(Err(why)),
+                None => {
+                    self.resume(machine)?;
+                    reply.send(Ok(()));
+                }
+            },
+            Command::Snapshot(wanted, reply) => self.snapshot(life, wanted, reply),
             Command::SetBalloon(bytes, reply) => {
                 let post = |name: &str, command| machine.workers.post(name, command);
                 change::set_balloon(&self.backends, post, bytes, reply);
@@ -417,10 +434,13 @@ impl Events {
                 });
             }
             Command::Counters(reply) => reply.send(machine.counters.report()),
-            Command::Reset(reply) => {
-                reply.send(());
-                return Ok(Some(Ending::Reset));
-            }
+            Command::Reset(reply) => match self.saving.refusal() {
+                Some(why) => reply.send(Err(why)),
+                None => {
+                    reply.send(Ok(()));
+                    return Ok(Some(Ending::Reset));
+                }
+            },
             Command::Hold(reply) => reply.send(machine.hold(LIMIT)),
             Command::Release(only) => machine.vcpus.release(only),
             Command::WithVcpu(index, task) => {
@@ -442,6 +462,13 @@ impl Events {
             Ok(())
         });
         renewed.map_err(|error| format!("{error:#}"))
+    }
+
+    /// Resumes a paused machine.
+    pub(super) fn resume<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<()> {
+        machine.resume();
+        self.input.held = false;
+        self.feed(&machine.devices)
     }
 
     fn look_at_terminal(&self, by_a_shell: bool, devices: &Devices) {

@@ -2,6 +2,7 @@
 //! it.
 
 use super::command::Command;
+use crate::snapshot::Outcome;
 use crate::vcpu::VcpuEvent;
 use armlet_devices::action::Action;
 use armlet_devices::sync::{lock, ring};
@@ -20,6 +21,8 @@ pub(super) enum Event {
     Burst,
     /// The clock's alarm was changed.
     Deadline,
+    /// The snapshot that was being written is there, or is not.
+    Saved(Box<Outcome>),
 }
 
 /// The most pending commands. A sender usually waits for an answer before it sends the next one.
@@ -46,6 +49,8 @@ pub(super) struct News {
     pub(super) burst: bool,
     /// The clock's alarm was changed.
     pub(super) deadline: bool,
+    /// How the writing of a snapshot ended.
+    pub(super) saved: Option<Box<Outcome>>,
 }
 
 impl News {
@@ -67,6 +72,10 @@ impl News {
             Event::Room => &mut self.room,
             Event::Burst => &mut self.burst,
             Event::Deadline => &mut self.deadline,
+            Event::Saved(outcome) => {
+                self.saved = Some(outcome);
+                return true;
+            }
         };
         !std::mem::replace(flag, true)
     }

@@ -1,10 +1,16 @@
 //! The head of a snapshot: all that is known of the machine without its state.
 
 use crate::asked::Asked;
+use crate::boards::{self, Chosen};
+use crate::config::{self, Config};
+use crate::host::HostFiles;
+use crate::kernel::{Initrd, Kernel};
 use anyhow::{Context, Result, bail, ensure};
+use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, Plan, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::path::Path;
 
 /// The head of a snapshot. It comes from a file, which anybody may have written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,6 +60,11 @@ impl Head {
         for (name, value) in A::pinned(plan) {
             asked.set(name, value);
         }
+        let vmgenid = match plan.layout.generation {
+            Some(_) => Switch::On,
+            None => Switch::Off,
+        };
+        asked.set("vmgenid", vmgenid.to_string());
         asked.set("cmdline", request.cmdline.clone());
         // The guest's memory stays where it is, and the host may have another limit.
         asked.options.retain(|(name, _)| name != "ipa-bits");
@@ -97,6 +108,78 @@ impl Head {
             self.architecture
         );
         serde_json::from_value(self.kernel.clone()).context("the header of its kernel is damaged")
+    }
+
+    /// Returns the board of the machine on this host, as which CPUs vCPUs run on is for the board that
+    /// this host is to say.
+    ///
+    /// # Errors
+    /// As [`boards::choose`].
+    pub fn board_on(&self, files: &HostFiles) -> Result<Chosen> {
+        let fallback = boards::fallback_of(self.architecture);
+        let own = boards::choose(boards::AUTO, fallback, || files.identity())?;
+        let mut board = self.board.clone();
+        board.guest.pin = own.board.guest.pin;
+        board.host = own.board.host;
+        Ok(Chosen {
+            board,
+            why: "--restore".to_owned(),
+        })
+    }
+
+    /// Returns the board of the machine on a host that is as the board called `host`, or on the one that
+    /// it ran on.
+    ///
+    /// # Errors
+    /// As [`boards::find`].
+    pub fn board_for(&self, host: Option<&str>) -> Result<Chosen> {
+        let mut board = self.board.clone();
+        if let Some(host) = host {
+            let host = boards::find(host)?;
+            board.guest.pin = host.guest.pin;
+            board.host = host.host;
+        }
+        Ok(Chosen {
+            board,
+            why: "--restore".to_owned(),
+        })
+    }
+
+    /// Gives a machine that was asked for without a kernel what this guest has of it, and the kernel
+    /// itself if it can be opened. Returns why not otherwise: the guest can then not be started again.
+    ///
+    /// # Errors
+    /// A header that is damaged, or of another architecture.
+    pub fn give<A: Arch>(&self, config: &mut Config<A>) -> Result<Option<String>> {
+        config.request.kernel = self.kernel::<A>()?;
+        config.request.initrd = self.initrd;
+        // So that a snapshot of the restored guest has them too.
+        config.asked.kernel.clone_from(&self.asked.kernel);
+        config.asked.initrd.clone_from(&self.asked.initrd);
+        Ok(match self.software() {
+            Ok((kernel, initrd)) => {
+                let header = A::kernel(&config::sized_header(&kernel)).ok();
+                let size = initrd.as_ref().map(Initrd::size);
+                if header != config.request.kernel || size != self.initrd {
+                    return Ok(Some("its kernel or initrd is another one now".to_owned()));
+                }
+                config.kernel = Some(kernel);
+                config.initrd = initrd;
+                None
+            }
+            Err(error) => Some(format!("{error:#}")),
+        })
+    }
+
+    /// Opens kernel and initial RAM disk.
+    fn software(&self) -> Result<(Kernel, Option<Initrd>)> {
+        let kernel = self.asked.kernel.as_ref();
+        let kernel = Kernel::open(Path::new(kernel.context("it was made without a kernel")?))?;
+        let initrd = self.asked.initrd.as_ref();
+        let initrd = initrd
+            .map(|path| Initrd::open(Path::new(path)))
+            .transpose()?;
+        Ok((kernel, initrd))
     }
 
     /// Checks that a guest finds in the machine of a new plan what it had in that of this one.

@@ -20,6 +20,10 @@ const SCOPES: u64 = 3;
 pub const WRITE: u64 = 1 << 1;
 /// To read a file.
 pub const READ: u64 = 1 << 2;
+/// To list a folder.
+pub const LIST: u64 = 1 << 3;
+/// To make folders and files.
+pub const MAKE: u64 = 1 << 7 | 1 << 8;
 /// To remove a file from a folder.
 pub const REMOVE: u64 = 1 << 5;
 /// To make requests of a device, also for whoever is given its descriptor.

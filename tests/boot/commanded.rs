@@ -133,7 +133,10 @@ fn resume(commands: &Commands) -> String {
     if commands.send(asked::Command::Resume(reply)).is_err() {
         return "not taken.".to_owned();
     }
-    answer.recv_timeout(LONG).expect("an answer");
+    answer
+        .recv_timeout(LONG)
+        .expect("an answer")
+        .expect("it goes on");
     "goes on.".to_owned()
 }
 

@@ -1,6 +1,7 @@
 //! The broker itself: starts processes, notes their ends, and leaves none behind.
 
 mod confine;
+mod drafts;
 mod services;
 
 use super::protocol::{MOST_DESCRIPTORS, MOST_REQUEST, Request, SOCKET, Word};
@@ -173,11 +174,12 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
         }
         Request::Seal => return None,
         Request::Open(index, path) => {
-            let known = services.get(index).ok_or(Errno::NOENT.into());
-            answer(
-                &descriptors.next()?,
-                known.and_then(|known| known.open(&path)),
-            );
+            let line = descriptors.next()?;
+            match services.get(index) {
+                Some(Known::Snapshots(drafts)) => answer_draft(&line, drafts.create(&path)),
+                Some(known) => answer(&line, known.open(&path)),
+                None => answer(&line, Err(Errno::NOENT.into())),
+            }
             return None;
         }
         Request::Do(index, port) => (index, port),
@@ -209,6 +211,10 @@ fn serve(services: &mut Services, request: Request, descriptors: Vec<OwnedFd>) -
                 Err(error) => Err(error),
             }
         }
+        Some(Known::Snapshots(drafts)) => {
+            answer_draft(&line, drafts.step(port));
+            return None;
+        }
         Some(known) => known.get(port),
         None => Err(Errno::NOENT.into()),
     };
@@ -221,6 +227,16 @@ fn answer(line: &OwnedFd, done: io::Result<OwnedFd>) {
     match done {
         Ok(descriptor) => tell(line, Word::Done(0), Some(&descriptor)),
         Err(error) => tell(line, Word::Failed(errno(&error)), None),
+    }
+}
+
+/// Hands a file of a snapshot over, or a pipe that says why there is none.
+fn answer_draft(line: &OwnedFd, done: io::Result<(bool, OwnedFd)>) {
+    match done {
+        Ok((is_file, descriptor)) => {
+            tell(line, Word::Done(i32::from(!is_file)), Some(&descriptor));
+        }
+        Err(error) => answer(line, Err(error)),
     }
 }
 

@@ -39,6 +39,9 @@ pub enum Service {
         /// Whether they are opened for writing, too; else only for reading.
         writable: bool,
     },
+    /// Makes the files of snapshots at places that come with the request, one snapshot at a time: what
+    /// clients who control the machine may ask for.
+    Snapshots,
     /// Connects to the Unix stream sockets at this path with `_` and a number behind it.
     ///
     /// In a request it is a name in the folder whose descriptor comes with it: an absolute path may be
@@ -96,6 +99,7 @@ impl Request {
             }
             Request::Offer(Service::Device(path)) => with(b'd', path.as_os_str()),
             Request::Offer(Service::Images { writable }) => vec![b'i', u8::from(*writable)],
+            Request::Offer(Service::Snapshots) => vec![b'w'],
             Request::Offer(Service::Sockets(path)) => with(b's', path.as_os_str()),
             Request::Offer(Service::Removal(path, file)) => {
                 let file = [file.device.to_le_bytes(), file.inode.to_le_bytes()].concat();
@@ -132,6 +136,7 @@ impl Request {
                 }),
                 _ => return None,
             },
+            b'w' if rest.is_empty() => Request::Offer(Service::Snapshots),
             b'o' => {
                 let (index, path) = rest.split_first_chunk()?;
                 Request::Open(u32::from_le_bytes(*index), path_of(path))
@@ -222,6 +227,7 @@ mod tests {
             Request::Seal,
             Request::Do(7, u32::MAX),
             Request::Offer(Service::Images { writable: true }),
+            Request::Offer(Service::Snapshots),
             Request::Offer(Service::Images { writable: false }),
             Request::Open(7, "/tmp/disk.img".into()),
         ];

@@ -6,7 +6,7 @@
 //! from: a broker that starts them gives up what neither of them does.
 
 use super::services::{Known, Services};
-use armlet_system::landlock::{self, READ, REMOVE, REQUESTS, WRITE};
+use armlet_system::landlock::{self, LIST, MAKE, READ, REMOVE, REQUESTS, WRITE};
 use armlet_system::rights;
 use armlet_system::seccomp::{Native, Outcome, Program, add_filter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -53,6 +53,17 @@ const CALLS: [i64; 37] = [
     libc::SYS_unlinkat,
     libc::SYS_write,
     libc::SYS_writev,
+];
+/// What it does besides for the files of snapshots.
+const CALLS_FOR_SNAPSHOTS: [i64; 8] = [
+    libc::SYS_flock,
+    libc::SYS_fsetxattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_fsync,
+    libc::SYS_getdents64,
+    libc::SYS_mkdirat,
+    libc::SYS_pipe2,
+    libc::SYS_renameat,
 ];
 /// What it does for memory that is not executable.
 const CALLS_FOR_MEMORY: [i64; 2] = [libc::SYS_mmap, libc::SYS_mprotect];
@@ -117,12 +128,17 @@ fn without_programs(services: &Services, native: &Native) -> Result<(), Errno> {
     let mut devices: Vec<OwnedFd> = Vec::new();
     let mut folders: Vec<BorrowedFd<'_>> = Vec::new();
     let mut images = 0;
+    let mut snapshots: &[i64] = &[];
     for known in services.all() {
         match known {
             Known::Device(path) => {
                 let flags = OFlags::PATH | OFlags::CLOEXEC;
                 // One that is not there cannot be opened later either.
                 devices.extend(openat(CWD, path, flags, Mode::empty()));
+            }
+            Known::Snapshots(_) => {
+                snapshots = &CALLS_FOR_SNAPSHOTS;
+                images |= READ | LIST | WRITE | REMOVE | MAKE;
             }
             Known::Images(writable) => images |= if *writable { READ | WRITE } else { READ },
             Known::Removal(folder, ..) => folders.push(folder.as_fd()),
@@ -158,6 +174,7 @@ fn without_programs(services: &Services, native: &Native) -> Result<(), Errno> {
         (&CALLS as &[_], allowed),
         (native.calls, allowed),
         (native.files, allowed),
+        (snapshots, allowed),
         (&CALLS_FOR_MEMORY, memory),
         (&[libc::SYS_socket], socket),
     ];

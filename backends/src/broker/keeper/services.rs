@@ -1,6 +1,7 @@
 //! The services of a broker: what it was told before it was sealed, and how what is no program is done.
 
 use super::super::protocol::{FileId, MOST_SERVICES, Service};
+use super::drafts::Drafts;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::files::{self, Accepted};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -26,6 +27,8 @@ pub(super) enum Known {
     Device(PathBuf),
     /// Images, and whether they are opened for writing.
     Images(bool),
+    /// Files of snapshots.
+    Snapshots(Drafts),
     /// Sockets in a folder, whose names begin with this.
     Sockets(OwnedFd, PathBuf),
     /// A socket in a folder: its name, and what it is.
@@ -63,6 +66,7 @@ impl Services {
             },
             (Service::Device(path), _) => Known::Device(path),
             (Service::Images { writable }, _) => Known::Images(writable),
+            (Service::Snapshots, _) => Known::Snapshots(Drafts::default()),
             (Service::Sockets(name), Some(folder)) => Known::Sockets(folder, name),
             (Service::Removal(name, file), Some(folder)) => Known::Removal(folder, name, file),
             (Service::Sockets(_) | Service::Removal(..), None) => Known::Nothing,
@@ -132,9 +136,11 @@ impl Known {
                 connected?;
                 Ok(socket)
             }
-            Known::Program { .. } | Known::Images(_) | Known::Removal(..) | Known::Nothing => {
-                Err(Errno::INVAL.into())
-            }
+            Known::Program { .. }
+            | Known::Images(_)
+            | Known::Snapshots(_)
+            | Known::Removal(..)
+            | Known::Nothing => Err(Errno::INVAL.into()),
         }
     }
 

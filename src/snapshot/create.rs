@@ -1,0 +1,222 @@
+//! Writes snapshots of a paused machine.
+
+use super::head::Head;
+use crate::memory::Image;
+use anyhow::{Context, Result, bail};
+use armlet_backends::drafts::{Drafts, Place};
+use armlet_snapshot::pages::{Backing, Piece, Progress};
+use armlet_snapshot::{Bank, Id, State, pages};
+use armlet_system::messages;
+use serde::Serialize;
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Small, so that a huge page never backs it.
+const STACK_BYTES: usize = 256 << 10;
+/// How long writing may take before it is said how far it has come, and how often it is said.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// A snapshot that is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Where it is to be.
+    pub place: Place,
+    /// Whether only what changed since the last snapshot is to be in it.
+    pub is_diff: bool,
+    /// Whether a machine that runs is refused, rather than paused meanwhile.
+    pub only_paused: bool,
+}
+
+/// A snapshot that was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// What it is called.
+    pub id: String,
+    /// Bytes of guest memory in it, without holes.
+    pub bytes: u64,
+    /// How long the writing took, while the machine was paused.
+    pub time: Duration,
+}
+
+/// How the writing of a snapshot ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was written, and what the next diff is to: or what failed.
+    pub written: Result<(Written, Base)>,
+}
+
+/// A snapshot that diffs can be to.
+#[derive(Debug)]
+pub struct Base {
+    id: Id,
+    memory: Arc<File>,
+}
+
+/// What snapshots of a guest are written with, in all of its lives.
+#[derive(Debug)]
+pub struct Savers {
+    drafts: Drafts,
+    /// Which pages of this process there are; `None` where /proc does not tell.
+    pagemap: Option<Arc<File>>,
+    memory: Arc<GuestMemoryMmap>,
+    /// What the guest's memory is mapped from, where it is.
+    image: Option<Arc<File>>,
+    /// What the next diff is to.
+    pub base: Option<Base>,
+}
+
+impl Savers {
+    /// Prepares for snapshots, before this process is confined. `restored` is the snapshot that the guest's
+    /// memory comes from, and its image.
+    ///
+    /// # Errors
+    /// A process without room for another descriptor.
+    pub fn new(
+        drafts: Drafts,
+        memory: &Arc<GuestMemoryMmap>,
+        restored: Option<(Id, Image<'_>)>,
+    ) -> Result<Savers> {
+        let mut image = None;
+        let mut base = None;
+        if let Some((id, from)) = restored {
+            let memory = Arc::new(from.file.try_clone()?);
+            let is_mapped = !from.is_copied;
+            image = is_mapped.then(|| Arc::clone(&memory));
+            base = Some(Base { id, memory });
+        }
+        Ok(Savers {
+            drafts,
+            pagemap: File::open("/proc/self/pagemap").ok().map(Arc::new),
+            memory: Arc::clone(memory),
+            image,
+            base,
+        })
+    }
+
+    /// Begins to write a snapshot of a paused machine, on a thread that `begin` confines. `told` hears how
+    /// it ended.
+    ///
+    /// # Errors
+    /// A place where none can be made; a diff to nothing; a host without room for another thread.
+    pub fn begin(
+        &self,
+        wanted: Wanted,
+        head: &Head,
+        state: &impl Serialize,
+        begin: impl FnOnce() -> Result<()> + Send + 'static,
+        told: impl FnOnce(Outcome) + Send + 'static,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let base = match (wanted.is_diff, &self.base) {
+            (false, _) => None,
+            (true, Some(base)) => Some((base.id, Arc::clone(&base.memory))),
+            (true, None) => {
+                bail!(
+                    "there is no earlier snapshot that it could be a diff to; make a whole one first"
+                )
+            }
+        };
+        let body = postcard::to_allocvec(state).context("cannot write the machine's state")?;
+        let head = head.to_bytes()?;
+        let banks = self.memory.iter().map(|region| Bank {
+            start: region.start_addr().0,
+            size: region.len(),
+        });
+        let banks: Vec<Bank> = banks.collect();
+        let job = Job {
+            drafts: self.drafts.clone(),
+            place: wanted.place,
+            state: (head, banks, body),
+            pagemap: self.pagemap.clone(),
+            memory: Arc::clone(&self.memory),
+            image: self.image.clone(),
+            base,
+            begun,
+        };
+        let work = move || {
+            let written = begin().and_then(|()| job.write());
+            told(Outcome { written });
+        };
+        let builder = std::thread::Builder::new().name("snapshot".to_owned());
+        let started = builder.stack_size(STACK_BYTES).spawn(work);
+        started.context("cannot start the thread that writes the snapshot")?;
+        Ok(())
+    }
+}
+
+/// A snapshot to be written.
+struct Job {
+    drafts: Drafts,
+    place: Place,
+    state: (Vec<u8>, Vec<Bank>, Vec<u8>),
+    pagemap: Option<Arc<File>>,
+    memory: Arc<GuestMemoryMmap>,
+    image: Option<Arc<File>>,
+    base: Option<(Id, Arc<File>)>,
+    begun: Instant,
+}
+
+impl Job {
+    fn write(self) -> Result<(Written, Base)> {
+        let mut files = self.drafts.create(&self.place)?;
+        let mut offset = 0;
+        let mut pieces = Vec::new();
+        for region in self.memory.iter() {
+            let piece = Piece::of(region)?;
+            pieces.push(match &self.image {
+                Some(file) if region.file_offset().is_none() => {
+                    Piece::new(region.as_volatile_slice()?, Backing::Copied(file, offset))
+                }
+                _ => piece,
+            });
+            offset += region.len();
+        }
+        let mut due = self.begun + SILENCE;
+        let mut tell = |progress: Progress| {
+            if Instant::now() >= due {
+                due = Instant::now() + SILENCE;
+                messages::say(&format!(
+                    "snapshot: {} of {} MiB of guest memory",
+                    progress.done >> 20,
+                    progress.total >> 20
+                ));
+            }
+            Ok(())
+        };
+        let pagemap = self.pagemap.as_deref();
+        let memory = match &self.base {
+            None => pages::write(&pieces, pagemap, &files.memory, &mut tell),
+            Some((_, base)) => pages::write_diff(&pieces, pagemap, base, &files.memory, &mut tell),
+        };
+        let memory = memory.context("cannot write guest memory")?;
+        let (head, banks, body) = self.state;
+        let state = State {
+            id: files.id,
+            base: self.base.as_ref().map(|(id, _)| *id),
+            banks,
+            changed: memory.changed,
+            head,
+            body,
+        };
+        state
+            .write(&files.state)
+            .context("cannot write the machine's state")?;
+        files.commit()?;
+        let written = Written {
+            id: files.id.to_string(),
+            bytes: memory.bytes,
+            time: self.begun.elapsed(),
+        };
+        // A diff alone does not say what memory was.
+        let base = match self.base {
+            None => Base {
+                id: files.id,
+                memory: Arc::new(files.memory.try_clone()?),
+            },
+            Some((id, memory)) => Base { id, memory },
+        };
+        Ok((written, base))
+    }
+}
