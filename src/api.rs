@@ -130,12 +130,21 @@ fn serve(args: &ApiArgs) -> Result<Status> {
             true => None,
             false => {
                 let verdict = Verdict { outcome, answered };
-                Some((server.serve(&mut configuring)?, verdict))
+                let pending = server.serve(&mut configuring)?;
+                if pending.is_end {
+                    return Err(anyhow!("the snapshot cannot be loaded"));
+                }
+                Some((pending, verdict))
             }
         };
         let Configuring { microvm, mut files } = configuring;
         files.leave_socket();
-        let options = machine::options(args, &microvm, &files);
+        let restore = files.restore.take();
+        let (what, is_load) = match &restore {
+            None => ("Start microvm error", false),
+            Some(_) => ("Load snapshot error", true),
+        };
+        let options = machine::options(args, &microvm, &files, restore);
         let metrics = files.metrics.clone();
         let serving = Serving {
             server,
@@ -171,9 +180,12 @@ fn serve(args: &ApiArgs) -> Result<Status> {
             // A machine that a file describes starts, or this ends.
             return Err(error);
         };
-        let why = format!("Start microvm error: {error:#}");
+        let why = format!("{what}: {error:#}");
         log::error!("{why}");
         serving.server.answer(&waits, &Answer::fault(why));
+        if is_load {
+            return Err(error);
+        }
         if let Some(vsock) = &serving.microvm.vsock {
             serving.files.take_socket_back(vsock);
         }

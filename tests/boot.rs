@@ -109,6 +109,9 @@ mod rig;
 /// Consoles, sockets between guest and host, folders of the host, balloons, persistent memory.
 #[path = "boot/sharing.rs"]
 mod sharing;
+/// Guests that are saved, and go on elsewhere.
+#[path = "boot/snapshot.rs"]
+mod snapshot;
 /// What guests run: archives, kernels of a few instructions.
 #[path = "boot/software.rs"]
 mod software;

@@ -64,6 +64,9 @@ mod sharing;
 /// Guests of a few instructions.
 #[path = "pc/small.rs"]
 mod small;
+/// Guests that are saved, and go on elsewhere.
+#[path = "boot/snapshot.rs"]
+mod snapshot;
 /// What small guests are made of.
 #[path = "pc/software.rs"]
 mod software;

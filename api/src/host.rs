@@ -3,7 +3,7 @@
 use crate::model::{
     BalloonHint, Drive, DrivePatch, Logger, Metrics, NetPatch, NetworkInterface, Vsock,
 };
-use crate::model::{BootSource, PmemPatch};
+use crate::model::{BootSource, PmemPatch, SnapshotCreate, SnapshotLoad};
 use serde_json::Value;
 
 /// Why something was not done, as its client reads it.
@@ -46,6 +46,13 @@ pub trait Resources {
     /// # Errors
     /// As [`Self::check_boot_source`].
     fn configure_metrics(&mut self, metrics: &Metrics) -> Result<(), Refusal>;
+
+    /// Opens a snapshot, from which the machine goes on. Returns how its machine was configured, as in the
+    /// file of `--config-file`.
+    ///
+    /// # Errors
+    /// As [`Self::check_boot_source`].
+    fn open_snapshot(&mut self, load: &SnapshotLoad) -> Result<String, Refusal>;
 }
 
 /// The machine, once it runs.
@@ -121,6 +128,12 @@ pub trait Machine {
     /// # Errors
     /// Why that is not known.
     fn hinting_status(&mut self) -> Result<Value, Refusal>;
+
+    /// Saves the machine, which is paused and was configured like this.
+    ///
+    /// # Errors
+    /// Why there is no snapshot.
+    fn snapshot(&mut self, create: &SnapshotCreate, config: Value) -> Result<(), Refusal>;
 
     /// Tells the guest's side of MMDS what its data are now.
     fn publish_mmds(&mut self, data: &Value);

@@ -26,6 +26,8 @@ pub enum Step {
     Answer(Answer),
     /// The machine is to be started; the answer depends on how that goes.
     Start,
+    /// An answer, after which there is nothing to serve any more.
+    End(Answer),
 }
 
 /// What clients are told of this program, and what its host's architecture has.
@@ -151,6 +153,9 @@ impl Microvm {
             let why = "Cannot start microvm without kernel configuration.";
             return Step::Answer(fault("Start microvm error", why));
         }
+        if let Call::LoadSnapshot(load) = call {
+            return self.load(&load, deprecated, host);
+        }
         Step::Answer(Answer {
             deprecated,
             ..self.set(call, host).unwrap_or_else(|fault| fault)
@@ -181,21 +186,7 @@ impl Microvm {
                 })
             }
             Call::Version => Answer::with(&json!({ "firecracker_version": self.identity.version })),
-            Call::Configuration => Answer::with(&Configuration {
-                balloon: &self.balloon,
-                drives: &self.drives,
-                boot: self.boot.as_ref().unwrap_or(&BootSource::default()),
-                cpu: (),
-                logger: (),
-                machine: &self.machine,
-                metrics: (),
-                mmds: &self.mmds_config,
-                interfaces: &self.interfaces,
-                vsock: &self.vsock,
-                entropy: &self.entropy,
-                pmem: &self.pmem,
-                hotplug: None,
-            }),
+            Call::Configuration => Answer::with(&self.configuration()),
             Call::Machine => Answer::with(&self.machine),
             Call::Mmds => Answer::with(&self.mmds.get()),
             Call::Balloon => match &self.balloon {
@@ -204,6 +195,25 @@ impl Microvm {
             },
             _ => return None,
         })
+    }
+
+    /// How it was configured.
+    fn configuration(&self) -> Configuration<'_> {
+        Configuration {
+            balloon: &self.balloon,
+            drives: &self.drives,
+            boot: self.boot.as_ref().unwrap_or(&NO_BOOT),
+            cpu: (),
+            logger: (),
+            machine: &self.machine,
+            metrics: (),
+            mmds: &self.mmds_config,
+            interfaces: &self.interfaces,
+            vsock: &self.vsock,
+            entropy: &self.entropy,
+            pmem: &self.pmem,
+            hotplug: None,
+        }
     }
 
     fn set(&mut self, call: Call, host: &mut dyn Resources) -> Done {
@@ -279,18 +289,6 @@ impl Microvm {
                 let why = hotplug.fault();
                 let why = why.unwrap_or_else(|| NO_HOTPLUG.to_owned());
                 return Err(fault("Memory hotplug config error", why));
-            }
-            Call::LoadSnapshot(_) => {
-                let is_configured = self.boot.is_some() || !self.drives.is_empty();
-                return Err(fault(
-                    "Load snapshot error",
-                    match is_configured {
-                        true => {
-                            "Loading a microVM snapshot not allowed after configuring boot-specific resources."
-                        }
-                        false => NO_SNAPSHOTS,
-                    },
-                ));
             }
             _ => {
                 return Err(Answer::fault(
@@ -497,13 +495,16 @@ impl Microvm {
                 self.mmds.patch(&data)?;
                 host.publish_mmds(&self.mmds.get());
             }
-            Call::CreateSnapshot(_) => {
-                let what = "Cannot save the microVM state";
-                let why = match is_paused {
-                    false => "Operation not allowed: save/restore unavailable while running",
-                    true => NO_SNAPSHOTS,
-                };
-                return Err(fault("Create snapshot error", format!("{what}: {why}")));
+            Call::CreateSnapshot(create) => {
+                let wrong = |why| fault("Create snapshot error", why);
+                if !is_paused {
+                    let what = "Cannot save the microVM state";
+                    let why = "Operation not allowed: save/restore unavailable while running";
+                    return Err(wrong(format!("{what}: {why}")));
+                }
+                let config = serde_json::to_value(self.configuration());
+                let config = config.map_err(|error| wrong(error.to_string()))?;
+                host.snapshot(&create, config).map_err(wrong)?;
             }
             Call::Hotplug => return Err(fault("Memory hotplug error", NO_HOTPLUG)),
             Call::PatchHotplug(_) => {
@@ -586,7 +587,11 @@ impl Microvm {
 }
 
 const NO_DEVICE: &str = "Failed perform action on device: Device not found";
-const NO_SNAPSHOTS: &str = "snapshots are not offered by this version of armlet";
+static NO_BOOT: BootSource = BootSource {
+    kernel_image_path: String::new(),
+    initrd_path: None,
+    boot_args: None,
+};
 const NO_HOTPLUG: &str = "memory hotplug is not offered by this version of armlet";
 
 fn patched(config: &MachineConfig, update: MachineConfigUpdate) -> MachineConfig {
@@ -608,5 +613,6 @@ fn replace<T>(values: &mut Vec<T>, value: T, id: fn(&T) -> &str) {
     }
 }
 
+mod load;
 #[cfg(test)]
 mod tests;

@@ -34,7 +34,11 @@ pub trait Handler {
 
 /// The client whose request has no answer yet.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Pending(u64);
+pub struct Pending {
+    client: u64,
+    /// Whether it has its answer, and nothing is served any more.
+    pub is_end: bool,
+}
 
 struct Client {
     number: u64,
@@ -136,7 +140,7 @@ impl Server {
     /// Answers the client that waits.
     pub fn answer(&mut self, pending: &Pending, answer: &Answer) {
         let mut clients = self.clients.iter_mut();
-        if let Some(client) = clients.find(|client| client.number == pending.0) {
+        if let Some(client) = clients.find(|client| client.number == pending.client) {
             client.waits = false;
             if !client.send(answer) {
                 client.has_ended = true;
@@ -160,7 +164,17 @@ impl Server {
                     Step::Answer(answer) => client.send(&answer),
                     Step::Start => {
                         client.waits = true;
-                        return Some(Pending(client.number));
+                        return Some(Pending {
+                            client: client.number,
+                            is_end: false,
+                        });
+                    }
+                    Step::End(answer) => {
+                        client.send(&answer);
+                        return Some(Pending {
+                            client: client.number,
+                            is_end: true,
+                        });
                     }
                 },
             };

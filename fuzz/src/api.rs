@@ -4,7 +4,7 @@ use armlet_api::http::{Answer, Input, Requests};
 use armlet_api::microvm::Identity;
 use armlet_api::model::{
     BalloonHint, BootSource, Drive, DrivePatch, Logger, Metrics, NetPatch, NetworkInterface,
-    PmemPatch, Vsock,
+    PmemPatch, SnapshotCreate, SnapshotLoad, Vsock,
 };
 use armlet_api::route::Routed;
 use armlet_api::{Machine, Microvm, Refusal, Resources, Step, config_file};
@@ -48,6 +48,11 @@ impl Resources for Host {
 
     fn configure_metrics(&mut self, _: &Metrics) -> Result<(), Refusal> {
         Ok(())
+    }
+
+    fn open_snapshot(&mut self, load: &SnapshotLoad) -> Result<String, Refusal> {
+        // What was named is what was configured.
+        Ok(load.snapshot_path.display().to_string())
     }
 }
 
@@ -101,6 +106,11 @@ impl Machine for Host {
         Ok(serde_json::Value::Null)
     }
 
+    fn snapshot(&mut self, _: &SnapshotCreate, config: serde_json::Value) -> Result<(), Refusal> {
+        let text = config.to_string();
+        config_file::read(&text, |path| Err(path.to_owned())).map(drop)
+    }
+
     fn publish_mmds(&mut self, _: &serde_json::Value) {}
 }
 
@@ -145,6 +155,10 @@ pub(crate) fn api(data: &[u8]) {
                     } else {
                         match microvm.handle(&request, &mut host) {
                             Step::Answer(answer) => answer,
+                            Step::End(answer) => {
+                                is_sound(&answer);
+                                return;
+                            }
                             Step::Start => {
                                 is_started = true;
                                 Answer::done()

@@ -3,10 +3,14 @@
 
 use super::log_file::LogFile;
 use super::metrics::MetricsFile;
-use armlet_api::model::{BootSource, Drive, Logger, Metrics, NetworkInterface, Vsock};
+use crate::snapshot::{MemoryFrom, Restore};
+use armlet_api::model::{
+    BackendType, BootSource, Drive, Logger, Metrics, NetworkInterface, SnapshotLoad, Vsock,
+};
 use armlet_api::{Refusal, Resources};
 use armlet_backends::net::mmds::Metadata;
 use armlet_backends::net::tap;
+use armlet_snapshot::Paths;
 use armlet_system::files::{self, Accepted};
 use armlet_system::sockets::{self, Access};
 use std::collections::BTreeMap;
@@ -24,6 +28,8 @@ pub(super) struct Files {
     /// What the guest reads of the metadata service.
     pub(super) metadata: Metadata,
     pub(super) metrics: MetricsFile,
+    /// The snapshot from which the machine goes on.
+    pub(super) restore: Option<Restore>,
 }
 
 /// A socket, which is removed when another takes its place.
@@ -40,6 +46,7 @@ impl Files {
             vsock: None,
             metadata: Metadata::default(),
             metrics: MetricsFile::new(id),
+            restore: None,
         }
     }
 
@@ -145,5 +152,32 @@ impl Resources for Files {
 
     fn configure_metrics(&mut self, metrics: &Metrics) -> Result<(), Refusal> {
         self.metrics.open(metrics).map_err(|error| text(&error))
+    }
+
+    fn open_snapshot(&mut self, load: &SnapshotLoad) -> Result<String, Refusal> {
+        let backend = load.mem_backend.as_ref();
+        let memory = match (backend, &load.mem_file_path) {
+            (Some(backend), _) if backend.backend_type == BackendType::Uffd => {
+                return Err(
+                    "memory by userfaultfd is not offered; use backend_type File".to_owned(),
+                );
+            }
+            (Some(backend), _) => &backend.backend_path,
+            (None, Some(path)) => path,
+            (None, None) => return Err("no memory is named".to_owned()),
+        };
+        let paths = Paths::pair(&load.snapshot_path, memory);
+        let what = "Failed to restore from snapshot: Failed to get snapshot state from file: Failed to open snapshot file";
+        std::fs::metadata(&load.snapshot_path)
+            .map_err(|error| format!("{what}: {}", text(&error)))?;
+        let restore = Restore::open(&paths, MemoryFrom::Private, !load.resume_vm);
+        let restore =
+            restore.map_err(|error| format!("Failed to restore from snapshot: {error:#}"))?;
+        let microvm = restore.head.asked.microvm.as_ref();
+        let microvm = microvm.map(ToString::to_string);
+        self.restore = Some(restore);
+        microvm.ok_or_else(|| {
+            "Failed to restore from snapshot: it was made by 'armlet ctl'; 'armlet run --restore' goes on from it".to_owned()
+        })
     }
 }

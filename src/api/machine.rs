@@ -7,6 +7,7 @@ use crate::cli::{ApiArgs, MachineArgs};
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions};
 use crate::sandbox::Mode;
+use crate::snapshot::Restore;
 use crate::{config, host};
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_api::Microvm;
@@ -37,11 +38,15 @@ pub(super) fn options(
     args: &ApiArgs,
     microvm: &Microvm,
     files: &Files,
+    restore: Option<Restore>,
 ) -> Result<RunOptions<HostArch>> {
     let machine = &microvm.machine;
     let boot = microvm.boot.as_ref().context("no kernel is named")?;
     let this = host::this();
-    let chosen = board(args, &this)?;
+    let chosen = match &restore {
+        Some(restore) => restore.head.board_on(&this)?,
+        None => board(args, &this)?,
+    };
     if chosen.board.arch != HostArch::ARCHITECTURE {
         let (name, arch) = (&chosen.board.name, chosen.board.arch);
         bail!("board '{name}' is for {arch} guests, which this host does not run");
@@ -50,12 +55,7 @@ pub(super) fn options(
         Architecture::Aarch64 => &chosen.board.guest.cmdline,
         Architecture::X86_64 => CMDLINE,
     };
-    let machine_args = MachineArgs {
-        kernel: Some(boot.kernel_image_path.clone()),
-        initrd: boot.initrd_path.clone(),
-        cmdline: Some(cmdline(microvm, default)),
-        cpus: Some(machine.vcpu_count.to_string()),
-        memory: Some(format!("{}M", machine.mem_size_mib)),
+    let mut machine_args = MachineArgs {
         hugepages: match machine.huge_pages {
             HugePages::None => None,
             HugePages::Transparent => Some("thp".to_owned()),
@@ -63,11 +63,25 @@ pub(super) fn options(
         },
         ..MachineArgs::default()
     };
+    match &restore {
+        Some(restore) => restore.head.asked.add_to(&mut machine_args)?,
+        None => {
+            machine_args.kernel = Some(boot.kernel_image_path.clone());
+            machine_args.initrd.clone_from(&boot.initrd_path);
+            machine_args.cmdline = Some(cmdline(microvm, default));
+            machine_args.cpus = Some(machine.vcpu_count.to_string());
+            machine_args.memory = Some(format!("{}M", machine.mem_size_mib));
+        }
+    }
     let cores = this.cores(chosen.board.host.core_names());
     let devices = devices(microvm, files)?;
     let mut config =
         config::read_with::<HostArch>(&machine_args, chosen, &cores, Some(&this), devices)?;
     config.expect_clients();
+    let no_kernel = match &restore {
+        Some(restore) => restore.head.give(&mut config).fault(Status::Usage)?,
+        None => None,
+    };
     let kvm = kvm::open::open().fault(Status::Host)?;
     if let Some(cpu) = &microvm.cpu {
         check_capabilities(&kvm, cpu)?;
@@ -97,8 +111,8 @@ pub(super) fn options(
         dump_dtb: None,
         control: None,
         service: None,
-        restore: None,
-        no_kernel: None,
+        restore,
+        no_kernel,
         commander: None,
     })
 }

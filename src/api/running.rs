@@ -4,11 +4,15 @@ use super::files::Files;
 use super::limits::limits;
 use super::metrics::MetricsFile;
 use crate::run::{Command, Commands, Reply, State};
+use crate::snapshot::Wanted;
 use armlet_api::http::Request;
-use armlet_api::model::{BalloonHint, DrivePatch, Limits, NetPatch, PmemPatch};
+use armlet_api::model::{
+    BalloonHint, DrivePatch, Limits, NetPatch, PmemPatch, SnapshotCreate, SnapshotType,
+};
 use armlet_api::server::Handler;
 use armlet_api::{Machine, Microvm, Refusal, Step};
 use armlet_backends::backend::Flow;
+use armlet_backends::drafts::Place;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -201,6 +205,22 @@ impl Machine for Guest {
 
     fn hinting_status(&mut self) -> Result<Value, Refusal> {
         Ok(json!({ "host_cmd": 0, "guest_cmd": null }))
+    }
+
+    fn snapshot(&mut self, create: &SnapshotCreate, config: Value) -> Result<(), Refusal> {
+        let wanted = Wanted {
+            place: Place::Pair(create.snapshot_path.clone(), create.mem_file_path.clone()),
+            is_diff: create.snapshot_type == SnapshotType::Diff,
+            only_paused: true,
+            microvm: Some(config),
+        };
+        let (reply, answer) = Reply::channel();
+        self.send(Command::Snapshot(wanted, reply))?;
+        // Guest memory may have to go to a slow disk.
+        let written = answer
+            .recv()
+            .map_err(|_| "the guest has ended".to_owned())?;
+        written.map(drop)
     }
 
     fn publish_mmds(&mut self, data: &Value) {

@@ -222,6 +222,7 @@ impl Server {
             place: Place::Folder(folder.into()),
             is_diff,
             only_paused: false,
+            microvm: None,
         };
         let (reply, answer) = Reply::channel();
         self.send(Command::Snapshot(wanted, reply))?;

@@ -75,7 +75,7 @@ impl Events {
         let queue = self.queue.clone();
         let told = move |outcome| queue.tell(Event::Saved(Box::new(outcome)));
         let begin = life.machine.entrance(Role::Device);
-        savers.begin(wanted, &head, &state, begin, told)
+        savers.begin(wanted, head, &state, begin, told)
     }
 
     /// Ends a snapshot: whoever asked for it is answered.

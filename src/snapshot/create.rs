@@ -8,6 +8,7 @@ use armlet_snapshot::pages::{Backing, Piece, Progress};
 use armlet_snapshot::{Bank, Id, State, pages};
 use armlet_system::messages;
 use serde::Serialize;
+use serde_json::Value;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ pub struct Wanted {
     pub is_diff: bool,
     /// Whether a machine that runs is refused, rather than paused meanwhile.
     pub only_paused: bool,
+    /// How the machine was configured, as the API shows it.
+    pub microvm: Option<Value>,
 }
 
 /// A snapshot that was written.
@@ -103,7 +106,7 @@ impl Savers {
     pub fn begin(
         &self,
         wanted: Wanted,
-        head: &Head,
+        mut head: Head,
         state: &impl Serialize,
         begin: impl FnOnce() -> Result<()> + Send + 'static,
         told: impl FnOnce(Outcome) + Send + 'static,
@@ -119,6 +122,7 @@ impl Savers {
             }
         };
         let body = postcard::to_allocvec(state).context("cannot write the machine's state")?;
+        head.asked.microvm = wanted.microvm;
         let head = head.to_bytes()?;
         let banks = self.memory.iter().map(|region| Bank {
             start: region.start_addr().0,

@@ -15,7 +15,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// Starts a guest that prints [`FIRST`] and then [`TICKS`] for ever. Returns the path of its control
 /// socket, too.
-fn controlled(mut armlet: Armlet, flags: &[&str]) -> (Guest, PathBuf) {
+pub(crate) fn controlled(mut armlet: Armlet, flags: &[&str]) -> (Guest, PathBuf) {
     let path = armlet.file("control", b"");
     fs::remove_file(&path).expect("a file of ours");
     for flag in flags {
@@ -27,7 +27,7 @@ fn controlled(mut armlet: Armlet, flags: &[&str]) -> (Guest, PathBuf) {
 }
 
 /// What `armlet ctl` says, and its status.
-fn ctl(path: &Path, words: &[&str]) -> (String, i32) {
+pub(crate) fn ctl(path: &Path, words: &[&str]) -> (String, i32) {
     let output = Command::new(env!("CARGO_BIN_EXE_armlet"))
         .arg("ctl")
         .arg(path)
@@ -39,7 +39,7 @@ fn ctl(path: &Path, words: &[&str]) -> (String, i32) {
     (said, output.status.code().unwrap_or(-1))
 }
 
-fn done(path: &Path, words: &[&str]) -> String {
+pub(crate) fn done(path: &Path, words: &[&str]) -> String {
     let (said, status) = ctl(path, words);
     assert_eq!(status, 0, "{words:?}: {said}");
     said

@@ -241,6 +241,11 @@ impl Armlet {
         self.start_with(None)
     }
 
+    /// Starts the guest from a snapshot, which says what its machine is.
+    pub(crate) fn restore(self, folder: &Path) -> Guest {
+        self.option("--restore", folder).spawn(None)
+    }
+
     /// Starts the guest with `output` as armlet's standard output, which the test looks after.
     pub(crate) fn start_with(self, output: Option<OwnedFd>) -> Guest {
         let (memory, cpus, cmdline) = (self.memory, self.cpus, self.cmdline.clone());

@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, GLANCE, MARKER};
 use crate::software::{Program, UARTDR};
-use crate::{commanded, control, lives, rig};
+use crate::{commanded, control, lives, rig, snapshot};
 use rustix::process::Signal;
 use std::fs;
 use std::path::PathBuf;
@@ -175,6 +175,27 @@ fn a_guest_is_paused_resumed_reset_and_stopped_by_ctl() {
 fn what_a_guest_has_not_is_refused_to_ctl_and_a_killed_armlet_leaves_no_socket() {
     if rig::any().is_some() {
         control::what_a_guest_has_not_is_refused_and_a_killed_armlet_leaves_no_socket(ticking());
+    }
+}
+
+#[test]
+fn a_guest_goes_on_from_its_snapshot() {
+    if rig::any().is_some() {
+        snapshot::a_guest_goes_on_from_its_snapshot(ticking());
+    }
+}
+
+#[test]
+fn a_guest_goes_on_from_changes_on_a_snapshot() {
+    if rig::any().is_some() {
+        snapshot::a_guest_goes_on_from_changes_on_a_snapshot(ticking());
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_none_is_refused() {
+    if rig::any().is_some() {
+        snapshot::one_that_is_none_is_refused(ticking());
     }
 }
 

@@ -26,7 +26,6 @@ const DIFFERENCES: &[(&str, u64, &str)] = &[
     ),
     ("PUT /hotplug/memory", 400, "no memory hotplug"),
     ("GET /hotplug/memory", 400, "no memory hotplug"),
-    ("PUT /snapshot/create", 400, "no snapshots"),
 ];
 
 #[test]

@@ -2,7 +2,7 @@ use crate::guest::{Armlet, Input};
 use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::steps::Steps;
-use crate::{api, commanded, control, engines, lives, rig};
+use crate::{api, commanded, control, engines, lives, rig, snapshot};
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -633,6 +633,27 @@ fn what_a_guest_has_not_is_refused_to_ctl_and_a_killed_armlet_leaves_no_socket()
     if rig::small() {
         let armlet = Armlet::program(&ticking(100_000));
         control::what_a_guest_has_not_is_refused_and_a_killed_armlet_leaves_no_socket(armlet);
+    }
+}
+
+#[test]
+fn a_guest_goes_on_from_its_snapshot() {
+    if rig::small() {
+        snapshot::a_guest_goes_on_from_its_snapshot(Armlet::program(&ticking(100_000)));
+    }
+}
+
+#[test]
+fn a_guest_goes_on_from_changes_on_a_snapshot() {
+    if rig::small() {
+        snapshot::a_guest_goes_on_from_changes_on_a_snapshot(Armlet::program(&ticking(100_000)));
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_none_is_refused() {
+    if rig::small() {
+        snapshot::one_that_is_none_is_refused(Armlet::program(&ticking(100_000)));
     }
 }
 
