@@ -121,7 +121,7 @@ impl Draft {
     }
 
     /// As [`Self::create`], with this id.
-    pub(crate) fn create_as(paths: &Paths, id: Id) -> Result<Draft> {
+    pub fn create_as(paths: &Paths, id: Id) -> Result<Draft> {
         if let Some(folder) = paths.to_make() {
             make_folder(folder)?;
         }

@@ -3,19 +3,19 @@
 
 use super::alarm::Alarm;
 use super::change;
-use super::command::{By, Command, Done, State, of_signals};
+use super::command::{By, Command, Done, Reply, State, of_signals};
 use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
 use super::queue::{Event, Queue};
-use super::saving::Saving;
+use super::saving::{Ended, Saving};
 use crate::config::fresh_generation;
 use crate::console::{ESCAPE_HELP, Limit, PanicWatch, StandardOutput};
 use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
 use crate::sandbox::{Role, Sandbox};
 use crate::serial::TICK;
-use crate::snapshot::Head;
+use crate::snapshot::{Head, Wanted, Written};
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
@@ -35,7 +35,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How long the machine may take to pause. The event loop waits for it.
-pub(super) const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Epoll tokens.
 const INPUT: u64 = 0;
@@ -323,8 +323,8 @@ impl Events {
         if news.room {
             self.feed(devices)?;
         }
-        if let Some(outcome) = news.saved {
-            self.snapshot_ended(machine, *outcome)?;
+        if let Some(ended) = news.saved.and_then(|outcome| self.saving.end(*outcome)) {
+            self.answer_snapshot(machine, ended)?;
         }
         for command in self.queue.take_commands() {
             let ending = self.obey(command, life)?;
@@ -394,7 +394,7 @@ impl Events {
                     reply.send(Ok(()));
                 }
             },
-            Command::Snapshot(wanted, reply) => self.snapshot(life, wanted, reply),
+            Command::Snapshot(wanted, reply) => self.snapshot(life, wanted, reply)?,
             Command::SetBalloon(bytes, reply) => {
                 let post = |name: &str, command| machine.workers.post(name, command);
                 change::set_balloon(&self.backends, post, bytes, reply);
@@ -464,8 +464,44 @@ impl Events {
         renewed.map_err(|error| format!("{error:#}"))
     }
 
+    /// Begins a snapshot, for which the machine is paused.
+    fn snapshot<A: KvmArch>(
+        &mut self,
+        life: &Life<'_, A>,
+        wanted: Wanted,
+        reply: Reply<Result<Written, String>>,
+    ) -> Result<()> {
+        let resumes = !self.input.held;
+        let refused = match self.saving.refusal() {
+            None if resumes && wanted.only_paused => Err("the machine is not paused".to_owned()),
+            None => life.machine.pause(LIMIT),
+            Some(why) => Err(why),
+        };
+        if let Err(why) = refused {
+            reply.send(Err(why));
+            return Ok(());
+        }
+        self.input.held = true;
+        let (head, wanted) = ((life.describe)(), (wanted, resumes));
+        let begun = self
+            .saving
+            .begin(life.machine, head, wanted, &self.queue, reply);
+        match begun {
+            Ok(()) => Ok(()),
+            Err(ended) => self.answer_snapshot(life.machine, *ended),
+        }
+    }
+
+    fn answer_snapshot<A: KvmArch>(&mut self, machine: &Machine<A>, ended: Ended) -> Result<()> {
+        if ended.resumes {
+            self.resume(machine)?;
+        }
+        ended.answer();
+        Ok(())
+    }
+
     /// Resumes a paused machine.
-    pub(super) fn resume<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<()> {
+    fn resume<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<()> {
         machine.resume();
         self.input.held = false;
         self.feed(&machine.devices)

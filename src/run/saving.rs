@@ -2,12 +2,11 @@
 //! guest memory, while the event loop goes on.
 
 use super::command::Reply;
-use super::event::{Events, LIMIT, Life};
-use super::queue::Event;
+use super::queue::{Event, Queue};
 use crate::kvm::KvmArch;
 use crate::machine::Machine;
 use crate::sandbox::Role;
-use crate::snapshot::{Outcome, Savers, Wanted, Written};
+use crate::snapshot::{Head, Outcome, Savers, Wanted, Written};
 use anyhow::{Context, Result};
 
 /// Whether and how the machine can be saved.
@@ -26,6 +25,21 @@ struct Current {
     resumes: bool,
 }
 
+/// A snapshot that is there, or is not: whoever asked for it is to be answered.
+pub(super) struct Ended {
+    reply: Reply<Result<Written, String>>,
+    written: Result<Written, String>,
+    /// Whether the machine is to be resumed before.
+    pub(super) resumes: bool,
+}
+
+impl Ended {
+    /// Answers.
+    pub(super) fn answer(self) {
+        self.reply.send(self.written);
+    }
+}
+
 impl Saving {
     /// Returns why the machine has to stand still.
     pub(super) fn refusal(&self) -> Option<String> {
@@ -33,61 +47,54 @@ impl Saving {
             .is_some()
             .then(|| "a snapshot is being written; try again when it is there".to_owned())
     }
-}
 
-impl Events {
-    /// Begins a snapshot.
-    pub(super) fn snapshot<A: KvmArch>(
-        &mut self,
-        life: &Life<'_, A>,
-        wanted: Wanted,
-        reply: Reply<Result<Written, String>>,
-    ) {
-        if let Some(why) = self.saving.refusal() {
-            return reply.send(Err(why));
-        }
-        let resumes = !self.input.held;
-        if resumes && wanted.only_paused {
-            return reply.send(Err("the machine is not paused".to_owned()));
-        }
-        if let Err(why) = life.machine.pause(LIMIT) {
-            return reply.send(Err(why));
-        }
-        self.input.held = true;
-        match self.begin_to_write(life, wanted) {
-            Ok(()) => self.saving.current = Some(Current { reply, resumes }),
-            Err(error) => {
-                if resumes {
-                    life.machine.resume();
-                    self.input.held = false;
-                }
-                reply.send(Err(format!("{error:#}")));
-            }
-        }
-    }
-
-    fn begin_to_write<A: KvmArch>(&mut self, life: &Life<'_, A>, wanted: Wanted) -> Result<()> {
-        let savers = self.saving.savers.as_ref();
-        let savers = savers.context("this machine cannot be saved")?;
-        let (state, action) = life.machine.save()?;
-        self.queue.tell_action(action);
-        let head = (life.describe)()?;
-        let queue = self.queue.clone();
-        let told = move |outcome| queue.tell(Event::Saved(Box::new(outcome)));
-        let begin = life.machine.entrance(Role::Device);
-        savers.begin(wanted, head, &state, begin, told)
-    }
-
-    /// Ends a snapshot: whoever asked for it is answered.
-    pub(super) fn snapshot_ended<A: KvmArch>(
+    /// Begins a snapshot of a paused machine, which `head` describes. `resumes` says whether it is to be
+    /// resumed when the snapshot is there, of which `queue` hears.
+    ///
+    /// # Errors
+    /// Why there will be none, and who is to be told.
+    pub(super) fn begin<A: KvmArch>(
         &mut self,
         machine: &Machine<A>,
-        outcome: Outcome,
+        head: Result<Head>,
+        (wanted, resumes): (Wanted, bool),
+        queue: &Queue,
+        reply: Reply<Result<Written, String>>,
+    ) -> Result<(), Box<Ended>> {
+        match self.begin_to_write(machine, head, wanted, queue) {
+            Ok(()) => {
+                self.current = Some(Current { reply, resumes });
+                Ok(())
+            }
+            Err(error) => Err(Box::new(Ended {
+                reply,
+                written: Err(format!("{error:#}")),
+                resumes,
+            })),
+        }
+    }
+
+    fn begin_to_write<A: KvmArch>(
+        &self,
+        machine: &Machine<A>,
+        head: Result<Head>,
+        wanted: Wanted,
+        queue: &Queue,
     ) -> Result<()> {
-        let Some(Current { reply, resumes }) = self.saving.current.take() else {
-            return Ok(());
-        };
-        let written = match (outcome.written, &mut self.saving.savers) {
+        let savers = self.savers.as_ref();
+        let savers = savers.context("this machine cannot be saved")?;
+        let (state, action) = machine.save()?;
+        queue.tell_action(action);
+        let bell = queue.clone();
+        let told = move |outcome| bell.tell(Event::Saved(Box::new(outcome)));
+        let begin = machine.entrance(Role::Device);
+        savers.begin(wanted, head?, &state, begin, told)
+    }
+
+    /// Ends the snapshot that was being written.
+    pub(super) fn end(&mut self, outcome: Outcome) -> Option<Ended> {
+        let Current { reply, resumes } = self.current.take()?;
+        let written = match (outcome.written, &mut self.savers) {
             (Ok((written, base)), Some(savers)) => {
                 savers.base = Some(base);
                 Ok(written)
@@ -95,10 +102,10 @@ impl Events {
             (Ok((written, _)), None) => Ok(written),
             (Err(error), _) => Err(format!("{error:#}")),
         };
-        if resumes {
-            self.resume(machine)?;
-        }
-        reply.send(written);
-        Ok(())
+        Some(Ended {
+            reply,
+            written,
+            resumes,
+        })
     }
 }

@@ -6,10 +6,12 @@ use anyhow::{Context, Result, bail};
 use armlet_backends::drafts::{Drafts, Place};
 use armlet_snapshot::pages::{Backing, Piece, Progress};
 use armlet_snapshot::{Bank, Id, State, pages};
+use armlet_system::files::open_regular;
 use armlet_system::messages;
 use serde::Serialize;
 use serde_json::Value;
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -91,7 +93,9 @@ impl Savers {
         }
         Ok(Savers {
             drafts,
-            pagemap: File::open("/proc/self/pagemap").ok().map(Arc::new),
+            pagemap: open_regular(Path::new("/proc/self/pagemap"))
+                .ok()
+                .map(|(file, _)| Arc::new(file)),
             memory: Arc::clone(memory),
             image,
             base,
