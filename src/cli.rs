@@ -4,11 +4,13 @@ mod api;
 mod devices;
 mod habits;
 mod parse;
+mod snapshot;
 mod unknown;
 
 pub use api::ApiArgs;
 pub use devices::DeviceArgs;
 pub use parse::{Parsed, parse};
+pub use snapshot::SnapshotArgs;
 
 use argh::FromArgs;
 
@@ -59,6 +61,8 @@ pub enum Command {
     Ctl(CtlArgs),
     /// Serve Firecracker's API.
     Api(ApiArgs),
+    /// Look into snapshots, and merge them.
+    Snapshot(SnapshotArgs),
 }
 
 /// The options that describe a machine, shared by `run` and `plan`.

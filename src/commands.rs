@@ -3,7 +3,7 @@
 use crate::boards::Chosen;
 use crate::cli::{
     ApiArgs, BoardsArgs, Command, CtlArgs, DeviceArgs, JailArgs, MachineArgs, PlanArgs, ProbeArgs,
-    RunArgs,
+    RunArgs, SnapshotArgs,
 };
 use crate::config::{self, Config};
 use crate::decide::{decide, warn_of_host, write_tree};
@@ -38,6 +38,7 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
         Command::Jail(args) => jail(args),
         Command::Ctl(args) => ctl(args),
         Command::Api(args) => api(args),
+        Command::Snapshot(args) => snapshot(args),
     }
 }
 
@@ -81,6 +82,15 @@ fn ctl(args: &CtlArgs) -> Result<Status> {
     } else {
         Status::Success
     })
+}
+
+fn snapshot(args: &SnapshotArgs) -> Result<Status> {
+    let (text, value) = crate::snapshot::inspect(args)?;
+    match args.json {
+        true => print_json(&value)?,
+        false => print(&text)?,
+    }
+    Ok(Status::Success)
 }
 
 /// Prints to standard output, which may be closed. Control characters are escaped.

@@ -81,7 +81,7 @@ fn start(command: Option<&str>, words: ArgsOs, is_api: &mut bool) -> anyhow::Res
         Some(command) => commands::execute(command, &devices),
         None => {
             messages::say(
-                "no command given; use run, plan, probe, boards, jail, ctl or api (see 'armlet --help')",
+                "no command given; use run, plan, probe, boards, jail, ctl, api or snapshot (see 'armlet --help')",
             );
             Ok(Status::Usage)
         }

@@ -62,6 +62,7 @@ replay! {
     pmem: "pmem",
     qcow2: "qcow2",
     rng: "rng",
+    snapshot: "snapshot",
     transport: "transport",
     vhost_user: "vhost-user",
     vsock: "vsock",

@@ -14,6 +14,7 @@ mod net;
 mod qcow2;
 mod ring;
 mod small;
+mod snapshot;
 mod streams;
 mod transport;
 mod vsock;
@@ -41,6 +42,7 @@ pub const TARGETS: &[Target] = &[
     ("pmem", small::pmem),
     ("qcow2", qcow2::qcow2),
     ("rng", small::rng),
+    ("snapshot", snapshot::snapshot),
     ("transport", transport::transport),
     ("vhost-user", streams::vhost_user),
     ("vsock", vsock::vsock),

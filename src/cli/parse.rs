@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn each_command_has_help_with_examples() {
-        for command in ["run", "plan", "probe", "boards", "jail"] {
+        for command in ["run", "plan", "probe", "boards", "jail", "snapshot"] {
             match parse_words(&format!("{command} --help")) {
                 Parsed::Help(text) => assert!(text.contains("Examples:"), "{text}"),
                 _ => panic!("{command}: no help"),

@@ -5,7 +5,9 @@ use argh::EarlyExit;
 use armlet_arch::words::nearest;
 
 /// The commands, of which the first has the most options.
-pub(super) const COMMANDS: [&str; 7] = ["run", "plan", "probe", "boards", "jail", "ctl", "api"];
+pub(super) const COMMANDS: [&str; 8] = [
+    "run", "plan", "probe", "boards", "jail", "ctl", "api", "snapshot",
+];
 
 /// Describes what is wrong with `word`, which argh rejects among `words` (the arguments after the
 /// program's name).

@@ -1,11 +1,12 @@
 //! What is left after a kill or without room: the earlier snapshot or the new one.
 
-use super::{Kind, bytes, content, names, pagemap, region, take};
+use super::{Kind, bytes, content, merged, names, pagemap, region, take};
 use crate::draft::STEPS;
 use crate::pages::{Piece, write};
-use crate::{Draft, Paths, Snapshot, merge};
+use crate::{Draft, Paths, Snapshot};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -65,12 +66,12 @@ fn a_cut_merge_is_done_again() {
         let new = region(Kind::Private, &content(&[2; 40]));
         take(&new, &diff, Some(&from), &[2]).expect("a diff");
         STEPS.set(Some(step));
-        let merged = merge::merge(&base, &diff);
+        let outcome = merged(&base, &diff);
         STEPS.set(None);
         either(&base, 1, 2);
-        merge::merge(&base, &diff).expect("merged");
+        merged(&base, &diff).expect("merged");
         assert_eq!(either(&base, 2, 2), 2);
-        if merged.is_ok() {
+        if outcome.is_ok() {
             break;
         }
     }
@@ -85,6 +86,7 @@ fn write_one_after_another() {
     let folder = std::env::var_os(FOLDER).expect("a folder");
     let paths = Paths::folder(Path::new(&folder));
     let regions = [3, 4].map(|byte| (byte, region(Kind::Private, &content(&[byte; 300]))));
+    println!("begins");
     for (byte, region) in regions.iter().cycle() {
         take(region, &paths, None, &[*byte]).expect("a snapshot");
     }
@@ -102,15 +104,21 @@ fn a_kill_at_any_moment_leaves_a_whole_snapshot() {
             .args([
                 "--exact",
                 "--ignored",
+                "--nocapture",
                 "tests::crash::write_one_after_another",
             ])
             .env(FOLDER, folder.path())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .expect("a process");
-        // Microseconds that spread over the steps of a snapshot.
-        sleep(Duration::from_micros(5000 + round * 7919 % 9000));
+        let said = BufReader::new(child.stdout.take().expect("its output"));
+        let begins = said
+            .lines()
+            .any(|line| line.is_ok_and(|line| line.contains("begins")));
+        assert!(begins);
+        // Microseconds that spread over the steps of some snapshots.
+        sleep(Duration::from_micros(round * 7919 % 20000));
         child.kill().expect("alive");
         let status = child.wait().expect("its end");
         assert_eq!(
@@ -122,6 +130,7 @@ fn a_kill_at_any_moment_leaves_a_whole_snapshot() {
         either(&paths, 3, 4);
     }
     println!("{leftovers} of 100 kills left temporary files");
+    assert!(leftovers > 0, "no kill came in between");
     take(&first, &paths, None, &[3]).expect("another one");
     assert_eq!(names(folder.path()), ["memory", "state"]);
 }
