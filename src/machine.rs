@@ -54,7 +54,7 @@ pub struct Machine<A: KvmArch> {
     /// What its threads may do.
     sandbox: Arc<Sandbox>,
     /// Kept for as long as the machine lives.
-    chip: A::Chip,
+    chip: Arc<A::Chip>,
 }
 
 /// Creates the planned machine on `memory`, with the backends in the order of their windows. Its threads
@@ -113,7 +113,7 @@ pub fn assemble<A: KvmArch>(
         light,
         workers,
         sandbox: Arc::clone(sandbox),
-        chip,
+        chip: Arc::new(chip),
     })
 }
 

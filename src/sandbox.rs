@@ -83,7 +83,8 @@ impl Sandbox {
     #[must_use]
     pub fn of(mode: Mode, devices: &[Wanted], is_controlled: bool, others: &[Need]) -> Sandbox {
         let mut needs = Vec::new();
-        let sockets = is_controlled.then_some(Need::Sockets);
+        let clients = [Need::Sockets, Need::Snapshots];
+        let clients = clients.into_iter().filter(|_| is_controlled);
         let of_devices = devices.iter().map(|device| match is_controlled {
             false => device.options().needs(),
             true => {
@@ -93,7 +94,7 @@ impl Sandbox {
         });
         for need in of_devices
             .flatten()
-            .chain(sockets)
+            .chain(clients)
             .chain(others.iter().copied())
         {
             if !needs.contains(&need) {

@@ -70,6 +70,9 @@ mod snapshot;
 /// What small guests are made of.
 #[path = "pc/software.rs"]
 mod software;
+/// The state of vCPUs and of what KVM emulates beside them, saved and restored.
+#[path = "pc/states.rs"]
+mod states;
 /// Guests without an operating system: what they do, step by step, and their drivers.
 #[allow(dead_code, reason = "some operations are of one architecture")]
 #[path = "boot/steps.rs"]

@@ -94,6 +94,8 @@ pub enum Need {
     Images,
     /// To read and change vCPUs, and to say where they stop; no device does.
     Debugger,
+    /// To save and restore vCPUs; no device does.
+    Snapshots,
 }
 
 impl fmt::Display for Need {
@@ -110,6 +112,7 @@ impl fmt::Display for Need {
             Need::Ring => "use a ring of io_uring",
             Need::Images => "look at other images",
             Need::Debugger => "debug vCPUs",
+            Need::Snapshots => "save and restore vCPUs",
         })
     }
 }

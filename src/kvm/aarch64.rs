@@ -84,6 +84,8 @@ impl KvmArch for Aarch64 {
             ("KVM_ARM_PREFERRED_TARGET", 0xaeaf),
             ("KVM_ARM_VCPU_FINALIZE", 0xaec2),
         ],
+        save: &[],
+        restore: &[],
         // MSRs; aliases and shadow pages; PCs' interrupt chips and timers; devices that were assigned
         // before VFIO; Xen and PCs' clock; then those of vCPUs that PCs and POWER have.
         unknown: &[
@@ -243,7 +245,7 @@ impl KvmArch for Aarch64 {
             .is_ok_and(|state| state.mp_state == KVM_MP_STATE_STOPPED)
     }
 
-    fn save_vcpu(vcpu: &VcpuFd) -> Result<state::VcpuState> {
+    fn save_vcpu(vcpu: &VcpuFd, _: &DeviceFd) -> Result<state::VcpuState> {
         state::save_vcpu(vcpu)
     }
 

@@ -36,6 +36,10 @@ pub struct OtherCalls {
     pub debug: &'static [(&'static str, u16)],
     /// Requests that making a machine takes.
     pub machine: &'static [(&'static str, u16)],
+    /// Requests that saving vCPUs takes, on their threads.
+    pub save: &'static [(&'static str, u16)],
+    /// Requests that saving and restoring a machine takes besides.
+    pub restore: &'static [(&'static str, u16)],
     /// Ranges of KVM's requests that other architectures have, or no kernel any more: KVM refuses them
     /// itself, so that a filter may let them pass where it is shorter.
     pub unknown: &'static [(u16, u16)],
@@ -61,8 +65,9 @@ impl OtherCalls {
 
 /// The operations of an architecture that create and run a planned machine with KVM.
 pub trait KvmArch: Arch {
-    /// The interrupt controller's handle, which must live as long as the machine.
-    type Chip: Send;
+    /// The interrupt controller's handle, which must live as long as the machine, and what saving the machine
+    /// takes beside its descriptors.
+    type Chip: Send + Sync + 'static;
     /// The state of a vCPU, as plain data.
     type VcpuState: Clone + Debug + PartialEq + Serialize + DeserializeOwned + Send + 'static;
     /// The state of what KVM emulates beside vCPUs, as plain data.
@@ -162,7 +167,7 @@ pub trait KvmArch: Arch {
     ///
     /// # Errors
     /// The register that cannot be read, and KVM's error.
-    fn save_vcpu(vcpu: &VcpuFd) -> Result<Self::VcpuState>;
+    fn save_vcpu(vcpu: &VcpuFd, chip: &Self::Chip) -> Result<Self::VcpuState>;
 
     /// Returns the state of what KVM emulates beside vCPUs, while the machine is paused. `vcpus` are
     /// the states of its vCPUs.

@@ -37,7 +37,7 @@ use std::sync::{Arc, Mutex};
 const FIRMWARE_MSRS: [(u32, u64); 2] = [(0x2ff, 1 << 11 | 6), (0x1a0, 1)];
 
 impl KvmArch for X86_64 {
-    type Chip = ();
+    type Chip = state::Chip;
     type VcpuState = state::VcpuState;
     type ChipState = state::ChipState;
 
@@ -85,6 +85,37 @@ impl KvmArch for X86_64 {
             ("KVM_SET_SREGS", 0xae84),
             ("KVM_SET_MSRS", 0xae89),
             ("KVM_SET_CPUID2", 0xae90),
+        ],
+        save: &[
+            ("KVM_GET_MSR_INDEX_LIST", 0xae02),
+            ("KVM_CHECK_EXTENSION", 0xae03),
+            ("KVM_GET_MSRS", 0xae88),
+            ("KVM_GET_LAPIC", 0xae8e),
+            ("KVM_GET_CPUID2", 0xae91),
+            ("KVM_GET_VCPU_EVENTS", 0xae9f),
+            ("KVM_GET_DEBUGREGS", 0xaea1),
+            // KVM_ENABLE_CAP is another of this number.
+            ("KVM_GET_TSC_KHZ", 0xaea3),
+            ("KVM_GET_XCRS", 0xaea6),
+            ("KVM_GET_NESTED_STATE", 0xaebe),
+            ("KVM_GET_SREGS2", 0xaecc),
+            ("KVM_GET_XSAVE2", 0xaecf),
+            ("KVM_GET_DEVICE_ATTR", 0xaee2),
+        ],
+        restore: &[
+            ("KVM_GET_IRQCHIP", 0xae62),
+            ("KVM_SET_IRQCHIP", 0xae63),
+            ("KVM_SET_CLOCK", 0xae7b),
+            ("KVM_GET_CLOCK", 0xae7c),
+            ("KVM_SET_LAPIC", 0xae8f),
+            ("KVM_SET_MP_STATE", 0xae99),
+            ("KVM_SET_VCPU_EVENTS", 0xaea0),
+            // KVM_SET_DEBUGREGS has the same number.
+            ("KVM_SET_TSC_KHZ", 0xaea2),
+            ("KVM_SET_XSAVE", 0xaea5),
+            ("KVM_SET_XCRS", 0xaea7),
+            ("KVM_SET_NESTED_STATE", 0xaebf),
+            ("KVM_SET_SREGS2", 0xaecd),
         ],
         unknown: &[],
         known: NAMES,
@@ -139,7 +170,7 @@ impl KvmArch for X86_64 {
         uninterrupted(|| kvm.create_vm()).context("cannot create a VM")
     }
 
-    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, ())> {
+    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, state::Chip)> {
         let chip = &plan.layout.irqchip;
         vm.set_identity_map_address(chip.identity_map.start())
             .context("cannot place KVM's identity map")?;
@@ -183,7 +214,7 @@ impl KvmArch for X86_64 {
                 })
                 .with_context(|| format!("cannot initialise vCPU {}", planned.apic_id))?;
         }
-        Ok((vcpus, ()))
+        Ok((vcpus, state::Chip::new(kvm, !chip.messages)?))
     }
 
     fn io_apic(
@@ -276,17 +307,21 @@ impl KvmArch for X86_64 {
         }
     }
 
-    fn save_vcpu(vcpu: &VcpuFd) -> Result<state::VcpuState> {
-        state::save_vcpu(vcpu)
+    fn save_vcpu(vcpu: &VcpuFd, chip: &state::Chip) -> Result<state::VcpuState> {
+        state::save_vcpu(vcpu, chip)
     }
 
-    fn save_chip(vm: &VmFd, chip: &(), vcpus: &[state::VcpuState]) -> Result<state::ChipState> {
-        state::save_chip(vm, chip, vcpus)
+    fn save_chip(
+        vm: &VmFd,
+        chip: &state::Chip,
+        _: &[state::VcpuState],
+    ) -> Result<state::ChipState> {
+        state::save_chip(vm, chip)
     }
 
     fn restore(
         vm: &VmFd,
-        chip: &(),
+        chip: &state::Chip,
         vcpus: &[VcpuFd],
         states: (&[state::VcpuState], &state::ChipState),
     ) -> Result<()> {

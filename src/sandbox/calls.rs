@@ -53,7 +53,7 @@ pub enum Answer {
 /// Above the numbers of all calls.
 pub const NUMBERS: usize = 512;
 /// The most lists of requests of a role, and the most requests.
-const MOST_LISTS: usize = 16;
+const MOST_LISTS: usize = 20;
 const MOST_REQUESTS: usize = 96;
 
 /// What every thread does: memory, locks, time, its descriptors, what is written to the console and as
@@ -329,6 +329,13 @@ impl Rules {
             // Those who ask for it have vCPUs' threads do it.
             Need::Debugger if matches!(role, Role::Device) => return,
             Need::Debugger => (Calls::NONE, other.debug),
+            Need::Snapshots if matches!(role, Role::Device) => return,
+            Need::Snapshots => {
+                if !is_vcpu {
+                    self.add_requests(other.restore);
+                }
+                (Calls::NONE, other.save)
+            }
         };
         self.locks |= matches!(need, Need::Images);
         self.allowed = self.allowed.and(calls);
@@ -547,7 +554,7 @@ pub(super) const fn argument_of(call: i64) -> Option<usize> {
 
 /// The name of a request of ioctl, if some role may make it.
 pub(super) fn request_name(request: u64) -> Option<&'static str> {
-    let others = [OTHER.vcpu, OTHER.machine].into_iter();
+    let others = [OTHER.vcpu, OTHER.machine, OTHER.save, OTHER.restore].into_iter();
     let mut all = requests::ALL.iter().copied().chain(others).flatten();
     all.find(|(_, own)| u64::from(*own) == request & 0xffff)
         .map(|(name, _)| *name)

@@ -44,6 +44,7 @@ fn all_needs() -> Vec<Need> {
         Need::Ring,
         Need::Images,
         Need::Debugger,
+        Need::Snapshots,
     ]
 }
 

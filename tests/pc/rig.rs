@@ -73,6 +73,13 @@ pub(crate) fn small() -> bool {
     }
 }
 
+/// Whether guests run by the CPU's help; without it, KVM emulates their instructions, those that it knows.
+pub(crate) fn virtualizes() -> bool {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut flags = flags.split_whitespace();
+    flags.any(|flag| flag == "vmx" || flag == "svm")
+}
+
 /// What KVM stops guests at here. Without the CPU's help it has neither breakpoint instructions nor
 /// watchpoints. QEMU's emulated SVM does not tell KVM of INT3 (target/i386/tcg/excp_helper.c:
 /// raise_interrupt2 checks for SVM_EXIT_SWINT alone); it emulates no VMX.

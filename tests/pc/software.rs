@@ -219,7 +219,7 @@ impl Program {
     }
 
     /// Writes a register of the CPU: MOV ECX, number; MOV EAX, low; MOV EDX, high; WRMSR.
-    fn write_msr(self, number: u32, high: u32, low: u32) -> Program {
+    pub(crate) fn write_msr(self, number: u32, high: u32, low: u32) -> Program {
         let load = |opcode: u8, value: u32| [&[opcode][..], &value.to_le_bytes()].concat();
         self.bytes(&load(0xb9, number))
             .bytes(&load(0xb8, low))
