@@ -66,8 +66,7 @@ impl KvmArch for Aarch64 {
 
     const OTHER_CALLS: OtherCalls = OtherCalls {
         native: Native {
-            // AUDIT_ARCH_AARCH64
-            architecture: 0xc000_00b7,
+            architecture: 0xc000_00b7, // AUDIT_ARCH_AARCH64
             calls: &[],
             files: &[],
         },

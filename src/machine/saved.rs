@@ -87,9 +87,10 @@ impl<A: KvmArch> Machine<A> {
         let mut vcpus = Vec::new();
         for index in 0..self.vcpus.count() {
             let (sender, answer) = sync_channel(1);
+            let chip = Arc::clone(&self.chip);
             let asked = self.vcpus.ask(index, move |vcpu| {
                 // Nobody waits if the machine ends.
-                let _ = sender.try_send(A::save_vcpu(vcpu));
+                let _ = sender.try_send(A::save_vcpu(vcpu, &chip));
             });
             ensure!(asked, "vCPU {index} has ended");
             let saved = answer
