@@ -28,6 +28,9 @@ pub enum Backing<'a> {
     Private,
     /// This file, from this offset, as whoever maps it sees it.
     Shared(&'a File, u64),
+    /// Pages of this process alone; those that were never used another process gives
+    /// ([`crate::faults`]).
+    Handled,
     /// This file, from this offset, and pages of this process alone in place of those that were written
     /// (MAP_PRIVATE).
     Copied(&'a File, u64),
@@ -83,7 +86,7 @@ impl<'a> Piece<'a> {
     pub(crate) fn file(&self) -> Option<(&'a File, u64)> {
         match self.backing {
             Backing::Copied(file, offset) => Some((file, offset)),
-            Backing::Private | Backing::Shared(..) => None,
+            Backing::Private | Backing::Handled | Backing::Shared(..) => None,
         }
     }
 
@@ -107,7 +110,7 @@ impl<'a> Piece<'a> {
                     )
                 })
             }
-            (_, None) => each(all, Content::Mapped),
+            (Backing::Handled, _) | (_, None) => each(all, Content::Mapped),
             (Backing::Private, Some(pagemap)) => self.each_entry(pagemap, |range, entry| {
                 let is_there = entry & (PRESENT | SWAPPED) != 0;
                 each(

@@ -4,7 +4,7 @@
 //! [`State`] is the first file, [`pages`] fills the second from a guest's memory. [`Draft`] has both
 //! under temporary names until they replace an earlier snapshot in one step, and [`Snapshot`] opens
 //! what is there, as a pair. [`merge`] applies a diff to its base. [`prefetch`] keeps the list of
-//! pages that a restored guest needs first.
+//! pages that a restored guest needs first; [`faults`] has another process give all of them.
 //!
 //! What is read here may come from anyone: its size is bounded before it is believed, and what is
 //! wrong with it is said in a sentence.
@@ -12,6 +12,7 @@
 mod content;
 mod copy;
 mod draft;
+pub mod faults;
 pub mod merge;
 mod open;
 pub mod pages;

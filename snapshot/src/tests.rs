@@ -1,6 +1,7 @@
 //! Snapshots of memory of all kinds, written, replaced, cut off and read again.
 
 mod crash;
+mod faults;
 
 use crate::copy::is_zero;
 use crate::merge::{Merged, Pair};
@@ -56,6 +57,13 @@ pub(crate) fn region(kind: Kind, content: &[u8]) -> GuestRegionMmap {
         fill(&region, content);
     }
     region
+}
+
+/// Memory of this process that was never used.
+pub(crate) fn unused(size: usize) -> GuestRegionMmap {
+    let flags = libc_flags::PRIVATE | libc_flags::NORESERVE | libc_flags::ANONYMOUS;
+    let mapping = MmapRegion::build(None, size, 3, flags).expect("memory");
+    GuestRegionMmap::new(mapping, GuestAddress(START)).expect("a region")
 }
 
 /// Flags of mmap(2), which vm-memory takes as numbers.
@@ -284,7 +292,7 @@ proptest! {
 }
 
 /// The first byte of each page.
-fn read_pages(region: &GuestRegionMmap) -> Vec<u8> {
+pub(crate) fn read_pages(region: &GuestRegionMmap) -> Vec<u8> {
     let pages = vm_memory::GuestMemoryRegion::len(region) / PAGE;
     let at = |page| MemoryRegionAddress(page * PAGE);
     (0..pages)
