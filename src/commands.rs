@@ -324,7 +324,7 @@ fn make_plan<A: Arch>(
     }
     let plan = decide(&config, &host, known.as_ref().unwrap_or(&config.board))?;
     if let Some(head) = &restore {
-        head.check(&plan).fault(Status::Host)?;
+        head.check(&plan).fault(Status::Usage)?;
     }
     warn_of_host(&config, is_this.then_some(&host));
     Ok((config, plan))

@@ -158,6 +158,11 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     }
     let needs = metrics.as_ref().map(metrics::Target::needs);
     others.extend(needs.unwrap_or_default());
+    if has_clients {
+        others.push(Need::Snapshots);
+    } else if options.restore.is_some() {
+        others.push(Need::Restoring);
+    }
     let sandbox = Sandbox::of(options.sandbox, virtio, has_clients, &others);
     let sandbox = Arc::new(sandbox);
     let mut memory = None;
@@ -171,7 +176,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let mut first = Some(plan(&mut options)?);
     let mut restore = options.restore.take();
     if let (Some(restore), Some(plan)) = (&restore, &first) {
-        restore.head.check(plan).fault(Status::Host)?;
+        restore.head.check(plan).fault(Status::Usage)?;
     }
     let mut drafts = match &broker {
         Some(broker) if has_clients => Some(Drafts::offer(broker).fault(Status::Host)?),

@@ -96,6 +96,8 @@ pub enum Need {
     Debugger,
     /// To save and restore vCPUs; no device does.
     Snapshots,
+    /// To restore a machine; no device does.
+    Restoring,
 }
 
 impl fmt::Display for Need {
@@ -112,7 +114,8 @@ impl fmt::Display for Need {
             Need::Ring => "use a ring of io_uring",
             Need::Images => "look at other images",
             Need::Debugger => "debug vCPUs",
-            Need::Snapshots => "save and restore vCPUs",
+            Need::Snapshots => "save the machine",
+            Need::Restoring => "restore the machine",
         })
     }
 }

@@ -199,6 +199,12 @@ const BROKER: Calls = Calls::of(&[
 /// The ring is made before; another cannot be.
 const RING: Calls = Calls::of(&[libc::SYS_io_uring_enter]);
 
+/// What is done to the files of a snapshot.
+const SNAPSHOTS: Calls = DEVICE
+    .and(STORAGE)
+    .and(BROKER)
+    .and(Calls::of(&[libc::SYS_copy_file_range]));
+
 /// What is asked of another image before it is a disk's.
 const IMAGES: Calls = Calls::of(&[libc::SYS_fstatfs, libc::SYS_statx]);
 
@@ -329,11 +335,16 @@ impl Rules {
             // Those who ask for it have vCPUs' threads do it.
             Need::Debugger if matches!(role, Role::Device) => return,
             Need::Debugger => (Calls::NONE, other.debug),
-            Need::Snapshots if matches!(role, Role::Device) => return,
+            // vCPUs' threads read their registers, and one of its own writes the files.
+            Need::Snapshots if is_vcpu => (Calls::NONE, other.save),
+            Need::Snapshots if matches!(role, Role::Device) => (SNAPSHOTS, &[] as &[_]),
             Need::Snapshots => {
-                if !is_vcpu {
-                    self.add_requests(other.restore);
-                }
+                self.add_requests(other.restore);
+                (SNAPSHOTS, other.save)
+            }
+            Need::Restoring if !matches!(role, Role::Machine) => return,
+            Need::Restoring => {
+                self.add_requests(other.restore);
                 (Calls::NONE, other.save)
             }
         };

@@ -45,6 +45,7 @@ fn all_needs() -> Vec<Need> {
         Need::Images,
         Need::Debugger,
         Need::Snapshots,
+        Need::Restoring,
     ]
 }
 

@@ -26,6 +26,8 @@ pub const LIST: u64 = 1 << 3;
 pub const MAKE: u64 = 1 << 7 | 1 << 8;
 /// To remove a file from a folder.
 pub const REMOVE: u64 = 1 << 5;
+/// To change the size of a file, also for whoever is given its descriptor.
+pub const TRUNCATE: u64 = 1 << 14;
 /// To make requests of a device, also for whoever is given its descriptor.
 pub const REQUESTS: u64 = 1 << 15;
 

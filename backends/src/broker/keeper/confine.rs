@@ -6,7 +6,7 @@
 //! from: a broker that starts them gives up what neither of them does.
 
 use super::services::{Known, Services};
-use armlet_system::landlock::{self, LIST, MAKE, READ, REMOVE, REQUESTS, WRITE};
+use armlet_system::landlock::{self, LIST, MAKE, READ, REMOVE, REQUESTS, TRUNCATE, WRITE};
 use armlet_system::rights;
 use armlet_system::seccomp::{Native, Outcome, Program, add_filter};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -138,7 +138,7 @@ fn without_programs(services: &Services, native: &Native) -> Result<(), Errno> {
             }
             Known::Snapshots(_) => {
                 snapshots = &CALLS_FOR_SNAPSHOTS;
-                images |= READ | LIST | WRITE | REMOVE | MAKE;
+                images |= READ | LIST | WRITE | TRUNCATE | REMOVE | MAKE;
             }
             Known::Images(writable) => images |= if *writable { READ | WRITE } else { READ },
             Known::Removal(folder, ..) => folders.push(folder.as_fd()),
