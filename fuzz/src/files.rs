@@ -11,6 +11,7 @@ use armlet_arch::Architecture;
 use armlet_arch::aarch64::Aarch64;
 use armlet_arch::board::{Profile, Signature};
 use armlet_arch::image::{HEAD, recognise};
+use armlet_arch::switch::Switch;
 use armlet_arch::x86_64::X86_64;
 use armlet_arch::{Arch, Board, Request, plan};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -93,6 +94,7 @@ fn plan_of<A: Arch>(board: &Board) {
         gic: board.guest.gic,
         cmdline: board.guest.cmdline.clone(),
         virtio: vec!["disk0".to_owned()],
+        vmgenid: board.guest.vmgenid == Switch::On,
         ..Request::new(board.guest.cpus, board.guest.memory)
     };
     match plan(board, &request, &A::assumed_host(board)) {

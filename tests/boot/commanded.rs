@@ -493,6 +493,18 @@ pub(crate) fn linux_is_told_that_it_was_cloned(start: impl FnOnce(&str) -> Armle
     script
 }
 
+/// Tells a guest that it was cloned once it has said `ready`, and returns all that it says until it powers
+/// off.
+#[allow(dead_code, reason = "tests of one architecture use it")]
+pub(crate) fn is_cloned_after(armlet: Armlet, ready: &str) -> String {
+    let mut commanded = Commanded::start(armlet, None);
+    commanded.guest.expect(ready);
+    commanded.command("clone", "it is another.\n");
+    let outcome = commanded.guest.end();
+    outcome.assert_status(0);
+    outcome.text().to_owned()
+}
+
 /// A machine without VMGenID is not told, and whoever wants that is answered.
 pub(crate) fn a_machine_without_vmgenid_is_not_told(armlet: Armlet) {
     let mut commanded = Commanded::start(armlet.option("--vmgenid", "off"), None);

@@ -706,6 +706,55 @@ fn a_guest_whose_output_nobody_reads_is_not_held_and_that_is_said() {
     }
 }
 
+/// Where VMGenID and VMClock lie on the board `pc`, and what this guest keeps through its resets.
+const GENERATION_ID: u64 = 0xd_e000;
+const VM_CLOCK: u64 = 0xd_f000;
+const LIFE: u64 = 0x20_0000;
+const KEPT: u64 = LIFE + 8;
+
+#[test]
+fn a_generation_lasts_through_resets_and_ends_with_a_clone() {
+    if !rig::small() {
+        return;
+    }
+    let look = || Program::default().read(GENERATION_ID).address(KEPT);
+    let keep = |life| {
+        let keep = look().bytes(&[0x41, 0x89, 0x00]);
+        keep.write(LIFE, life)
+    };
+    let reset = Program::default().out(RESET_CONTROL, 6).stay();
+    // CMP EAX, [R8]; JNE behind what is printed.
+    let if_same = |text: &str| {
+        let print = Program::default().print(text);
+        let length = print.code_size() as u8;
+        look().bytes(&[0x41, 0x3b, 0x00, 0x75, length]).then(&print)
+    };
+    let until_changed = look().bytes(&[0x41, 0x3b, 0x00]);
+    // JE to its start.
+    let back = (until_changed.code_size() as u8 + 2).wrapping_neg();
+    let until_changed = until_changed.bytes(&[0x74, back]);
+    let second = Program::default()
+        .print("second\n")
+        .then(&if_same("same\n"))
+        .then(&until_changed)
+        .then(&keep(2).print("changed\n"))
+        .then(&reset);
+    let third = if_same("still\n").power_off();
+    let clock = Program::default().print("clock\n");
+    let program = Program::default()
+        .read(LIFE)
+        .if_eax(1, &second)
+        .if_eax(2, &third)
+        .read(VM_CLOCK)
+        .if_eax(u32::from_le_bytes(*b"VCLK"), &clock)
+        .then(&keep(1).print("first\n"))
+        .then(&reset);
+    let armlet = Armlet::program(&program).option("--vmgenid", "on");
+    let said = commanded::is_cloned_after(armlet, "second\n");
+    let wanted = "clock\nfirst\nsecond\nsame\nchanged\nstill\n";
+    assert!(said.ends_with(wanted), "{said}");
+}
+
 #[test]
 fn a_machine_without_vmgenid_is_not_told_that_it_was_cloned() {
     if rig::small() {

@@ -52,6 +52,11 @@ impl Program {
         self
     }
 
+    /// Returns how many bytes its instructions take.
+    pub(crate) fn code_size(&self) -> usize {
+        self.code.len()
+    }
+
     /// MOV DX, port.
     fn port(self, port: u16) -> Program {
         self.bytes(&[0x66, 0xba]).bytes(&port.to_le_bytes())
@@ -100,21 +105,22 @@ impl Program {
 
     /// Goes on with `other` if AL has this value: CMP AL, value; JNE behind it.
     pub(crate) fn if_al(self, value: u8, other: &Program) -> Program {
-        let length = u8::try_from(other.code.len()).expect("a short jump");
+        let length = i8::try_from(other.code.len()).expect("a short jump") as u8;
         self.bytes(&[0x3c, value, 0x75, length]).bytes(&other.code)
     }
 
-    /// Goes on with `other` if EAX has this value: CMP EAX, value; JNE behind it.
+    /// Goes on with `other` if EAX has this value: CMP EAX, value; JNE, near, behind it.
     pub(crate) fn if_eax(self, value: u32, other: &Program) -> Program {
-        let length = u8::try_from(other.code.len()).expect("a short jump");
+        let length = other.code.len() as u32;
         self.bytes(&[0x3d])
             .bytes(&value.to_le_bytes())
-            .bytes(&[0x75, length])
+            .bytes(&[0x0f, 0x85])
+            .bytes(&length.to_le_bytes())
             .bytes(&other.code)
     }
 
     /// MOV R8, address.
-    fn address(self, address: u64) -> Program {
+    pub(crate) fn address(self, address: u64) -> Program {
         self.bytes(&[0x49, 0xb8]).bytes(&address.to_le_bytes())
     }
 
