@@ -282,6 +282,17 @@ fn text(done: &Done, uptime: Duration, resident: Option<u64>) -> String {
             );
         }
     }
+    family(
+        &mut text,
+        "armlet_device_faults",
+        "What drivers asked of devices that makes no sense, in this life of the guest.",
+    );
+    for (device, faults) in &done.faults {
+        let _ = writeln!(
+            text,
+            "armlet_device_faults_total{{device=\"{device}\"}} {faults}"
+        );
+    }
     text.push_str("# EOF\n");
     text
 }
@@ -301,6 +312,7 @@ mod tests {
         let done = Done {
             exits: vec![("register reads", 7)],
             devices: vec![("disk0".to_owned(), tally)],
+            faults: vec![("rng".to_owned(), 3)],
             restarts: 1,
         };
         let text = text(&done, Duration::from_millis(1500), Some(4096));
@@ -312,6 +324,7 @@ mod tests {
             "armlet_exits_total{reason=\"register_reads\"} 7",
             "armlet_device_to_guest_bytes_total{device=\"disk0\"} 1024",
             "armlet_device_failures_total{device=\"disk0\"} 0",
+            "armlet_device_faults_total{device=\"rng\"} 3",
         ] {
             assert!(text.lines().any(|other| other == line), "{line}: {text}");
         }

@@ -12,6 +12,7 @@ use armlet_backends::backend::Backend;
 use armlet_backends::reactor::{Reactor, Worker};
 use armlet_devices::IrqLine;
 use armlet_devices::sync::{bell, lock, ring};
+use armlet_devices::virtio::Link;
 use armlet_devices::virtio::mailbox::{self, Mailbox};
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use armlet_system::page_size::page_size;
@@ -39,6 +40,8 @@ pub struct Slots {
     workers: Vec<Worker>,
     /// What is filled, by name.
     filled: Vec<(String, Arc<Mutex<Mmio>>)>,
+    /// Their connections to their drivers.
+    links: Vec<Arc<Link>>,
 }
 
 impl Slots {
@@ -64,6 +67,7 @@ impl Slots {
             light: Reactor::new()?,
             workers: Vec::new(),
             filled: Vec::new(),
+            links: Vec::new(),
         })
     }
 
@@ -123,6 +127,7 @@ impl Slots {
                 mmio
             }
         };
+        self.links.push(mmio.link());
         let mmio = Arc::new(Mutex::new(mmio));
         self.filled.push((name, Arc::clone(&mmio)));
         Ok(mmio)
@@ -167,6 +172,7 @@ impl Slots {
             Workers {
                 threads: self.workers,
                 devices: self.filled,
+                links: self.links,
                 _pages: self.pages,
             },
         )
@@ -177,6 +183,7 @@ impl Slots {
 pub struct Workers {
     threads: Vec<Worker>,
     devices: Vec<(String, Arc<Mutex<Mmio>>)>,
+    links: Vec<Arc<Link>>,
     _pages: Option<Arc<ReadOnlyPages>>,
 }
 
@@ -185,6 +192,12 @@ impl Workers {
     #[must_use]
     pub fn devices(&self) -> &[(String, Arc<Mutex<Mmio>>)] {
         &self.devices
+    }
+
+    /// The faults of the devices' drivers, by the device's name; it waits for no device.
+    pub fn faults(&self) -> impl Iterator<Item = (String, u64)> {
+        let links = self.links.iter();
+        links.map(|link| (link.name().to_owned(), link.faults()))
     }
 
     /// Has a busy device's thread do something with it; dropped where no such device is called `name`.

@@ -234,6 +234,7 @@ mod tests {
         Done {
             exits: vec![("register reads", reads), ("other", 5)],
             devices: vec![("disk0".to_owned(), tally), ("disk1".to_owned(), tally)],
+            faults: Vec::new(),
             restarts: 0,
         }
     }

@@ -101,6 +101,8 @@ pub struct Done {
     pub exits: Vec<(&'static str, u64)>,
     /// What devices have done, by name, in all lives.
     pub devices: Vec<(String, Tally)>,
+    /// Faults of the drivers of virtio devices in this life of the guest, by the device's name.
+    pub faults: Vec<(String, u64)>,
     /// How often the guest was started again.
     pub restarts: u64,
 }

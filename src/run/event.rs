@@ -430,6 +430,7 @@ impl Events {
                 reply.send(Done {
                     exits: machine.counters.exits(),
                     devices: devices.collect(),
+                    faults: machine.workers.faults().collect(),
                     restarts: self.lives.saturating_sub(1),
                 });
             }

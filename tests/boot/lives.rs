@@ -279,7 +279,8 @@ pub(crate) fn is_confined(armlet: Armlet) {
     guest.end().assert_status(6);
 }
 
-/// `guest` says `up`; its exits to armlet are mostly for `reason`.
+/// `guest` says `up`; its exits to armlet are mostly for `reason`. It writes once to a register of its
+/// device for entropy that is not writable.
 pub(crate) fn has_metrics(guest: impl Fn() -> Armlet, reason: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let (socket, file) = (folder.path().join("s"), folder.path().join("m"));
@@ -296,6 +297,8 @@ pub(crate) fn has_metrics(guest: impl Fn() -> Armlet, reason: &str) {
         let exits = text.lines().find_map(|line| line.strip_prefix(&exits));
         let exits: u64 = exits.and_then(|count| count.parse().ok()).expect("a count");
         assert!(exits > 0 && text.ends_with("# EOF\n"), "{text}");
+        let fault = "armlet_device_faults_total{device=\"rng\"} 1\n";
+        assert!(text.contains(fault), "{text}");
         let resident = text
             .lines()
             .find_map(|line| line.strip_prefix("armlet_resident_bytes "));

@@ -202,7 +202,12 @@ fn a_snapshot_that_is_none_is_refused() {
 #[test]
 fn metrics_are_at_a_socket_and_in_a_file() {
     if rig::any().is_some() {
-        let up = || Armlet::program(&Program::default().print("up\n").stay());
+        // The first register of the first slot, which is not writable.
+        let program = Program::default()
+            .write(0x0a00_0000, 1)
+            .print("up\n")
+            .stay();
+        let up = || Armlet::program(&program);
         lives::has_metrics(up, "register_writes");
     }
 }

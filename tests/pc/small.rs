@@ -820,6 +820,8 @@ fn firecracker_go_sdk_starts_a_guest() {
 #[test]
 fn metrics_are_at_a_socket_and_in_a_file() {
     if rig::small() {
-        lives::has_metrics(|| Armlet::program(&deaf()), "port_accesses");
+        // The first register of the first slot, which is not writable.
+        let faulty = Program::default().write(0xd000_0000, 1).then(&deaf());
+        lives::has_metrics(|| Armlet::program(&faulty), "port_accesses");
     }
 }

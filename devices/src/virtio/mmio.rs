@@ -242,6 +242,12 @@ impl Mmio {
         self.transport.link.faults()
     }
 
+    /// Returns the device's connection to its driver, which counts the driver's faults.
+    #[must_use]
+    pub fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.transport.link)
+    }
+
     /// Quiesces the device until [`Self::resume`]: it completes or puts back the requests that it
     /// popped. No vCPU may be running.
     pub fn quiesce(&mut self) {
