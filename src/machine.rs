@@ -58,7 +58,8 @@ pub struct Machine<A: KvmArch> {
 }
 
 /// Creates the planned machine on `memory`, with the backends in the order of their windows. Its threads
-/// will be confined by `sandbox`.
+/// will be confined by `sandbox`. `saved` are the states of the vCPUs that it will be restored with; none if
+/// it boots.
 ///
 /// # Errors
 /// The step that failed, and KVM's error.
@@ -69,6 +70,7 @@ pub fn assemble<A: KvmArch>(
     backends: &[Box<dyn Backend>],
     wires: Wires,
     sandbox: &Arc<Sandbox>,
+    saved: &[A::VcpuState],
 ) -> Result<Machine<A>> {
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
     memory::give(memory, &vm)?;
@@ -77,7 +79,7 @@ pub fn assemble<A: KvmArch>(
         memory::give_pmem(image, *range, index, &vm)?;
     }
     let stopping = Arc::clone(&wires.stopping);
-    let (vcpus, chip) = A::populate(kvm, &vm, plan)?;
+    let (vcpus, chip) = A::populate(kvm, &vm, plan, saved)?;
     let images = backends.iter().filter_map(|backend| backend.pmem());
     let images: Vec<_> = images.zip(plan.layout.pmem.iter().copied()).collect();
     let whole = match images.is_empty() {

@@ -115,6 +115,9 @@ mod snapshot;
 /// What guests run: archives, kernels of a few instructions.
 #[path = "boot/software.rs"]
 mod software;
+/// Machines that get the state of others.
+#[path = "boot/state.rs"]
+mod state;
 /// Guests without an operating system: what they do, step by step, and their drivers.
 #[allow(dead_code, reason = "some operations are of one architecture")]
 #[path = "boot/steps.rs"]

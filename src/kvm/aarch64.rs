@@ -1,18 +1,20 @@
 //! KVM on ARM64. The order of the calls follows the kernel's requirements
 //! (Documentation/virt/kvm/api.rst, devices/arm-vgic-v3.rst, devices/vcpu.rst).
 
+mod access;
 #[cfg(feature = "gdb")]
 pub(super) mod debug;
+mod gic;
 pub(super) mod state;
 
 use super::arch::{Depth, Hypercall, KvmArch, OtherCalls, RawExit};
 use super::facts::{ArmFacts, Virtualization};
 use super::interrupts::Pins;
 use super::offers::Offers;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use access::{read_register, write_register};
+use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::aarch64::Offered;
 use armlet_arch::aarch64::features::{Features, Pmu};
-use armlet_arch::aarch64::gic::Gic;
 use armlet_arch::aarch64::ipa::{pa_range, pa_range_bits};
 use armlet_arch::aarch64::{Aarch64, Host};
 use armlet_arch::irq::{GicChoice, Spi};
@@ -26,11 +28,8 @@ use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_PMU_V3_SET_PMU, KVM_ARM_VCPU_POWER_OFF,
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
     KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA, KVM_ARM_VCPU_SVE, KVM_ARM_VM_SMCCC_CTRL,
-    KVM_ARM_VM_SMCCC_FILTER, KVM_CAP_ARM_NISV_TO_USER, KVM_CREATE_DEVICE_TEST,
-    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
-    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_EXIT_ARM_NISV, KVM_MP_STATE_STOPPED,
-    KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device, kvm_device_attr, kvm_device_type,
+    KVM_ARM_VM_SMCCC_FILTER, KVM_CAP_ARM_NISV_TO_USER, KVM_CREATE_DEVICE_TEST, KVM_EXIT_ARM_NISV,
+    KVM_MP_STATE_STOPPED, kvm_create_device, kvm_device_attr, kvm_device_type,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_mp_state, kvm_smccc_filter,
     kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_vcpu_events, kvm_vcpu_init,
@@ -83,8 +82,11 @@ impl KvmArch for Aarch64 {
             ("KVM_ARM_PREFERRED_TARGET", 0xaeaf),
             ("KVM_ARM_VCPU_FINALIZE", 0xaec2),
         ],
-        save: &[],
-        restore: &[],
+        save: &[
+            ("KVM_GET_VCPU_EVENTS", 0xae9f),
+            ("KVM_GET_REG_LIST", 0xaeb0),
+        ],
+        restore: &[("KVM_GET_DEVICE_ATTR", 0xaee2)],
         // MSRs; aliases and shadow pages; PCs' interrupt chips and timers; devices that were assigned
         // before VFIO; Xen and PCs' clock; then those of vCPUs that PCs and POWER have.
         unknown: &[
@@ -168,18 +170,26 @@ impl KvmArch for Aarch64 {
             .with_context(|| format!("cannot create a VM with {} IPA bits", width.bits))
     }
 
-    fn populate(_: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, DeviceFd)> {
+    fn populate(
+        _: &Kvm,
+        vm: &VmFd,
+        plan: &Plan<Self>,
+        saved: &[state::VcpuState],
+    ) -> Result<(Vec<VcpuFd>, DeviceFd)> {
         enable_syndrome_exits(vm);
         forward_cpu_off(vm);
-        let chip = create_gic(vm, &plan.layout.irqchip)?;
-        let vcpus = create_vcpus(vm, plan)?;
+        if !saved.is_empty() {
+            state::prepare(vm);
+        }
+        let chip = gic::create(vm, &plan.layout.irqchip)?;
+        let vcpus = create_vcpus(vm, plan, saved)?;
         if let Some(first) = vcpus.first() {
             let mmfr0 = read_register(first, ID_AA64MMFR0_EL1)?;
             if !lower_pa_range(first, mmfr0, plan.width.bits) {
                 log::info!("the guest sees the host's physical address range: KVM keeps it");
             }
         }
-        init_gic(&chip, &plan.layout.irqchip)?;
+        gic::init(&chip, &plan.layout.irqchip)?;
         if let Some(pmu) = &plan.features.pmu {
             init_counters(&vcpus, pmu)?;
         }
@@ -249,20 +259,20 @@ impl KvmArch for Aarch64 {
     }
 
     fn save_chip(
-        vm: &VmFd,
+        _: &VmFd,
         chip: &DeviceFd,
         vcpus: &[state::VcpuState],
     ) -> Result<state::ChipState> {
-        state::save_chip(vm, chip, vcpus)
+        state::save_chip(chip, vcpus)
     }
 
     fn restore(
-        vm: &VmFd,
+        _: &VmFd,
         chip: &DeviceFd,
         vcpus: &[VcpuFd],
         states: (&[state::VcpuState], &state::ChipState),
     ) -> Result<()> {
-        state::restore(vm, chip, vcpus, states)
+        state::restore(chip, vcpus, states)
     }
 
     fn position(vcpu: &VcpuFd) -> String {
@@ -400,24 +410,6 @@ fn forward_cpu_off(vm: &VmFd) {
     }
 }
 
-fn create_gic(vm: &VmFd, gic: &Gic) -> Result<DeviceFd> {
-    let kind = match gic {
-        Gic::V2 { .. } => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
-        Gic::V3 { .. } => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
-    };
-    vm.create_device(&mut kvm_create_device {
-        type_: kind,
-        fd: 0,
-        flags: 0,
-    })
-    .with_context(|| {
-        format!(
-            "cannot create a GICv{} ('armlet probe' says what this host has)",
-            gic.version()
-        )
-    })
-}
-
 fn preferred_target(vm: &VmFd) -> Result<kvm_vcpu_init> {
     let mut init = kvm_vcpu_init::default();
     vm.get_preferred_target(&mut init)
@@ -428,7 +420,11 @@ fn preferred_target(vm: &VmFd) -> Result<kvm_vcpu_init> {
 
 /// Creates all vCPUs before the first one is initialised (api.rst, KVM_ARM_VCPU_INIT), and checks
 /// that their affinities are those in the device tree.
-fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
+fn create_vcpus(
+    vm: &VmFd,
+    plan: &Plan<Aarch64>,
+    saved: &[state::VcpuState],
+) -> Result<Vec<VcpuFd>> {
     let vcpus = (0..plan.vcpus.len() as u64)
         .map(|id| {
             vm.create_vcpu(id)
@@ -446,6 +442,9 @@ fn create_vcpus(vm: &VmFd, plan: &Plan<Aarch64>) -> Result<Vec<VcpuFd>> {
         vcpu.vcpu_init(&init)
             .with_context(|| format!("cannot initialise vCPU {index}"))?;
         if features.sve {
+            if let Some(saved) = saved.get(index) {
+                state::set_vector_lengths(vcpu, &saved.registers)?;
+            }
             vcpu.vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
                 .with_context(|| format!("cannot enable SVE on vCPU {index}"))?;
         }
@@ -540,84 +539,4 @@ fn tell_stolen_time(vcpu: &VcpuFd, address: &u64) -> Result<()> {
     vcpu.set_device_attr(&attribute).with_context(|| {
         format!("cannot report stolen time at {address:#x}; --pv steal-time=off does without")
     })
-}
-
-fn init_gic(chip: &DeviceFd, gic: &Gic) -> Result<()> {
-    let address = |kind: u32, value: u64, what: &str| {
-        set_attribute(chip, KVM_DEV_ARM_VGIC_GRP_ADDR, u64::from(kind), &value)
-            .with_context(|| format!("cannot place the {what} at {value:#x}"))
-    };
-    match gic {
-        Gic::V2 {
-            distributor,
-            cpu_interface,
-            ..
-        } => {
-            address(
-                KVM_VGIC_V2_ADDR_TYPE_DIST,
-                distributor.start(),
-                "GICv2 distributor",
-            )?;
-            address(
-                KVM_VGIC_V2_ADDR_TYPE_CPU,
-                cpu_interface.start(),
-                "GICv2 CPU interface",
-            )?;
-        }
-        Gic::V3 {
-            distributor,
-            redistributors,
-            ..
-        } => {
-            address(
-                KVM_VGIC_V3_ADDR_TYPE_DIST,
-                distributor.start(),
-                "GICv3 distributor",
-            )?;
-            for (index, run) in redistributors.iter().enumerate() {
-                // Number of frames in bits 63:52, address in 51:16, index in 11:0
-                // (Documentation/virt/kvm/devices/arm-vgic-v3.rst).
-                let region = u64::from(run.frames) << 52 | run.range.start() | index as u64;
-                address(
-                    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION,
-                    region,
-                    "GICv3 redistributors",
-                )?;
-            }
-        }
-    }
-    let interrupts = gic.interrupts();
-    set_attribute(chip, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &interrupts)
-        .with_context(|| format!("cannot give the GIC {interrupts} interrupts"))?;
-    let init = kvm_device_attr {
-        group: KVM_DEV_ARM_VGIC_GRP_CTRL,
-        attr: u64::from(KVM_DEV_ARM_VGIC_CTRL_INIT),
-        ..Default::default()
-    };
-    chip.set_device_attr(&init)
-        .context("cannot initialise the GIC")
-}
-
-/// Sets an attribute whose value KVM reads through a pointer during the call.
-fn set_attribute<T>(chip: &DeviceFd, group: u32, attr: u64, value: &T) -> Result<()> {
-    let attribute = kvm_device_attr {
-        flags: 0,
-        group,
-        attr,
-        addr: std::ptr::from_ref(value) as u64,
-    };
-    Ok(chip.set_device_attr(&attribute)?)
-}
-
-fn read_register(vcpu: &VcpuFd, id: u64) -> Result<u64> {
-    let mut bytes = [0; 8];
-    vcpu.get_one_reg(id, &mut bytes)
-        .map_err(|error| anyhow!("cannot read register {id:#x}: {error}"))?;
-    Ok(u64::from_le_bytes(bytes))
-}
-
-fn write_register(vcpu: &VcpuFd, id: u64, value: u64) -> Result<()> {
-    vcpu.set_one_reg(id, &value.to_le_bytes())
-        .map_err(|error| anyhow!("cannot set register {id:#x} to {value:#x}: {error}"))?;
-    Ok(())
 }

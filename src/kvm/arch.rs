@@ -111,11 +111,17 @@ pub trait KvmArch: Arch {
     fn create_vm(kvm: &Kvm, width: &Width) -> Result<VmFd>;
 
     /// Creates interrupt controller and vCPUs in the order that KVM requires, and checks that they
-    /// are as planned.
+    /// are as planned. `saved` are the states of the vCPUs that [`Self::restore`] will give them, of which
+    /// some parts are fixed now; none for a machine that boots.
     ///
     /// # Errors
     /// The ioctl that failed and KVM's error, or both values where KVM and the plan differ.
-    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, Self::Chip)>;
+    fn populate(
+        kvm: &Kvm,
+        vm: &VmFd,
+        plan: &Plan<Self>,
+        saved: &[Self::VcpuState],
+    ) -> Result<(Vec<VcpuFd>, Self::Chip)>;
 
     /// Returns the I/O APIC and its window, where KVM does not emulate one. Only x86_64 has it.
     fn io_apic(_: &Arc<Interrupts>, _: &Plan<Self>) -> Option<(Range, Arc<Mutex<IoApic>>)> {

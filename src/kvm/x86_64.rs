@@ -170,7 +170,12 @@ impl KvmArch for X86_64 {
         uninterrupted(|| kvm.create_vm()).context("cannot create a VM")
     }
 
-    fn populate(kvm: &Kvm, vm: &VmFd, plan: &Plan<Self>) -> Result<(Vec<VcpuFd>, state::Chip)> {
+    fn populate(
+        kvm: &Kvm,
+        vm: &VmFd,
+        plan: &Plan<Self>,
+        _: &[state::VcpuState],
+    ) -> Result<(Vec<VcpuFd>, state::Chip)> {
         let chip = &plan.layout.irqchip;
         vm.set_identity_map_address(chip.identity_map.start())
             .context("cannot place KVM's identity map")?;

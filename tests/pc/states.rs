@@ -428,7 +428,7 @@ fn a_guests_clocks_stand_still_while_it_is_saved_and_step_back_never() {
             0.. => ticks << shift,
             _ => ticks >> -i32::from(shift),
         };
-        system + ((ticks * u128::from(scale as u32)) >> 32) as u64
+        system + (ticks * u128::from(scale as u32) >> 32) as u64
     };
     let mut machine = kept.machine();
     machine.expect(0, 1);

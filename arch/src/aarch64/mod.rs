@@ -1,12 +1,15 @@
 //! ARM64 guests.
 
 pub mod boot;
+pub mod chip;
 pub mod debug;
 pub mod features;
 pub mod gic;
 mod host;
+pub mod id;
 pub mod ipa;
 mod plan;
+pub mod registers;
 mod tree;
 
 pub use host::{Host, Offered};

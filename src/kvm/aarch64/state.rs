@@ -1,30 +1,101 @@
 //! The state of a guest's vCPUs and of what KVM emulates beside them, as plain data.
 
-use anyhow::{Result, bail};
-use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
-use serde::{Deserialize, Serialize};
+mod gic;
+mod vcpu;
 
-/// The state of a vCPU.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VcpuState {}
+use super::access::write_register;
+use anyhow::{Context, Result, anyhow, ensure};
+use armlet_arch::aarch64::chip::GicState;
+use armlet_arch::aarch64::registers::{MPIDR, PHYSICAL_COUNTER, VIRTUAL_COUNTER};
+use kvm_ioctls::{DeviceFd, VcpuFd};
+use serde::{Deserialize, Serialize};
 
 /// The state of what KVM emulates beside vCPUs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ChipState {}
-
-pub(super) fn save_vcpu(_: &VcpuFd) -> Result<VcpuState> {
-    bail!("not there yet")
+pub struct ChipState {
+    /// CNTFRQ_EL0: the ticks per second of the guest's counters.
+    pub frequency: u64,
+    /// The GIC.
+    pub gic: GicState,
 }
 
-pub(super) fn save_chip(_: &VmFd, _: &DeviceFd, _: &[VcpuState]) -> Result<ChipState> {
-    bail!("not there yet")
+pub use vcpu::VcpuState;
+pub(super) use vcpu::{prepare, set_vector_lengths};
+
+pub(super) fn save_vcpu(vcpu: &VcpuFd) -> Result<VcpuState> {
+    vcpu::save(vcpu)
+}
+
+pub(super) fn save_chip(chip: &DeviceFd, vcpus: &[VcpuState]) -> Result<ChipState> {
+    Ok(ChipState {
+        frequency: counter_frequency(),
+        gic: gic::save(chip, &affinities(vcpus)?)?,
+    })
 }
 
 pub(super) fn restore(
-    _: &VmFd,
-    _: &DeviceFd,
-    _: &[VcpuFd],
-    _: (&[VcpuState], &ChipState),
+    chip: &DeviceFd,
+    vcpus: &[VcpuFd],
+    (states, saved): (&[VcpuState], &ChipState),
 ) -> Result<()> {
-    bail!("not there yet")
+    ensure!(
+        states.len() == vcpus.len(),
+        "the snapshot has {} vCPUs, and the machine {}",
+        states.len(),
+        vcpus.len()
+    );
+    let frequency = counter_frequency();
+    ensure!(
+        saved.frequency == frequency,
+        "the guest's clock counts {} Hz, and this host's {frequency} Hz",
+        saved.frequency
+    );
+    for (index, state) in states.iter().enumerate() {
+        let checked = state.registers.check();
+        checked.map_err(|why| anyhow!("vCPU {index} of the snapshot: {why}"))?;
+    }
+    let Some((first, first_state)) = vcpus.first().zip(states.first()) else {
+        return Ok(());
+    };
+    let listed = vcpu::list(first)?;
+    let features = first_state.registers.ids();
+    vcpu::restore_features(first, &listed, &features)?;
+    for (index, (vcpu, state)) in vcpus.iter().zip(states).enumerate() {
+        ensure!(
+            state.registers.ids() == features,
+            "vCPU {index} of the snapshot has other features than vCPU 0"
+        );
+        vcpu::restore(vcpu, &listed, state).with_context(|| format!("vCPU {index}"))?;
+    }
+    gic::restore(chip, &affinities(states)?, &saved.gic)?;
+    // Last, so that no time passes for the guest. Each counter is that of the whole VM, and no vCPU may see it
+    // step back. Not KVM_ARM_SET_COUNTER_OFFSET: it gives both counters one offset, and a guest that was
+    // started without has two.
+    for counter in [VIRTUAL_COUNTER, PHYSICAL_COUNTER] {
+        let values = states
+            .iter()
+            .filter_map(|state| state.registers.word(counter));
+        let is_listed = listed.binary_search(&counter).is_ok();
+        if let Some(latest) = values.max().filter(|_| is_listed) {
+            write_register(first, counter, latest)?;
+        }
+    }
+    Ok(())
+}
+
+fn affinities(vcpus: &[VcpuState]) -> Result<Vec<u64>> {
+    let affinity = |state: &VcpuState| state.registers.word(MPIDR);
+    let all = vcpus.iter().map(affinity).collect::<Option<_>>();
+    all.context("a vCPU of the snapshot has no MPIDR_EL1")
+}
+
+/// CNTFRQ_EL0, which guests see as it is.
+fn counter_frequency() -> u64 {
+    let frequency: u64;
+    // SAFETY: the register can be read in user space (arch/arm64/kernel/traps.c: cntfrq_read_handler, where
+    // the hardware does not let it), and reading changes nothing.
+    unsafe {
+        std::arch::asm!("mrs {0}, cntfrq_el0", out(reg) frequency, options(nomem, nostack, preserves_flags));
+    }
+    frequency
 }
