@@ -77,6 +77,10 @@ pub trait KvmArch: Arch {
     /// devices.
     const PORTS: bool = false;
 
+    /// Whether KVM may raise an interrupt some time after its irqfd was signalled, by a worker of the kernel
+    /// (virt/kvm/eventfd.c: irqfd_inject): one may be under way when a machine is saved, and in no state.
+    const LATE_INTERRUPTS: bool = false;
+
     /// System calls as this architecture has them, for the sandbox.
     const OTHER_CALLS: OtherCalls;
 

@@ -43,6 +43,8 @@ impl KvmArch for X86_64 {
 
     const PORTS: bool = true;
 
+    const LATE_INTERRUPTS: bool = true;
+
     const OTHER_CALLS: OtherCalls = OtherCalls {
         native: Native {
             // AUDIT_ARCH_X86_64

@@ -185,6 +185,10 @@ impl<A: KvmArch> Machine<A> {
             device
                 .restore(state)
                 .with_context(|| format!("cannot restore {name}"))?;
+            if A::LATE_INTERRUPTS && device.is_driven() {
+                // Once more, for one that was lost: drivers do not mind.
+                device.link().queue_used(0);
+            }
         }
         self.held.are_quiesced();
         Ok(())

@@ -1,6 +1,9 @@
 //! vCPUs and what KVM emulates beside them, saved and made anew: machines of KVM's objects alone, whose
 //! guests tell the test by a port where they are.
 
+use crate::commanded::FIRST;
+use crate::control::{controlled, done};
+use crate::guest::Armlet;
 use crate::rig;
 use crate::software::Program;
 use armlet::cli::{self, Command, Parsed};
@@ -428,7 +431,7 @@ fn a_guests_clocks_stand_still_while_it_is_saved_and_step_back_never() {
             0.. => ticks << shift,
             _ => ticks >> -i32::from(shift),
         };
-        system + (ticks * u128::from(scale as u32) >> 32) as u64
+        system + ((ticks * u128::from(scale as u32)) >> 32) as u64
     };
     let mut machine = kept.machine();
     machine.expect(0, 1);
@@ -520,6 +523,29 @@ fn interrupts_come_to_a_restored_vcpu_by_its_io_apic() {
         machine.vm.set_irq_line(5, level).expect("a line");
     }
     assert_eq!(machine.expect(0, 7), "line");
+}
+
+#[test]
+fn an_interrupt_that_was_under_way_to_a_saved_machine_comes_to_the_restored_one() {
+    if !rig::small() {
+        return;
+    }
+    let handler = begin().print("again\n").power_off();
+    let mut program = begin().on_interrupt(&handler).route(10);
+    // The entropy device's driver: features, among them VERSION_1, and DRIVER_OK (virtio 1.2, section 3.1.1).
+    for (register, value) in [(0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x70, 15)] {
+        program = program.write(0xd000_0000 + register, value);
+    }
+    let (guest, path) = controlled(Armlet::program(&program.print(FIRST).wait()), &[]);
+    let folder = guest.path("saved");
+    done(
+        &path,
+        &["snapshot", folder.to_str().expect("a path of ours")],
+    );
+    // Whether one is under way nobody can see, so there always is.
+    let mut again = Armlet::new().restore(&folder);
+    again.expect("again\n");
+    again.end().assert_status(0);
 }
 
 #[test]

@@ -248,6 +248,12 @@ impl Mmio {
         Arc::clone(&self.transport.link)
     }
 
+    /// Returns whether a driver uses the device (DRIVER_OK; virtio 1.2, section 2.1).
+    #[must_use]
+    pub fn is_driven(&self) -> bool {
+        self.transport.status() & DRIVER_OK != 0
+    }
+
     /// Quiesces the device until [`Self::resume`]: it completes or puts back the requests that it
     /// popped. No vCPU may be running.
     pub fn quiesce(&mut self) {
