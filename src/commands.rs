@@ -13,7 +13,7 @@ use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
 use crate::sandbox::{Mode, Sandbox};
 use crate::snapshot::{Head, MemoryFrom, Restore};
 use crate::{api, boards, control, gdb, host, jail, metrics, probe, report, run, shutdown, table};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use armlet_arch::aarch64::{self, Aarch64};
 use armlet_arch::size::{parse_size, show_size};
 use armlet_arch::x86_64::X86_64;
@@ -210,6 +210,7 @@ fn restore(args: &RunArgs, machine: &mut MachineArgs) -> Result<Option<Restore>>
     let Some(folder) = &args.restore else {
         let (from, paused) = (args.memory_from.is_some(), args.paused);
         let option = from.then_some("--memory-from");
+        let option = option.or(args.prefetch.is_some().then_some("--prefetch"));
         return match option.or(paused.then_some("--paused")) {
             Some(option) => Err(anyhow!("{option} goes with --restore DIR")),
             None => Ok(None),
@@ -221,7 +222,13 @@ fn restore(args: &RunArgs, machine: &mut MachineArgs) -> Result<Option<Restore>>
         ));
     }
     let from = MemoryFrom::parse(args.memory_from.as_deref())?;
-    let opened = Restore::open(&Paths::folder(Path::new(folder)), from, args.paused);
+    let prefetches = match args.prefetch.as_deref() {
+        None | Some("on") => true,
+        Some("off") => false,
+        Some(other) => bail!("--prefetch '{other}' is not known; use on or off"),
+    };
+    let paths = Paths::folder(Path::new(folder));
+    let opened = Restore::open(&paths, from, args.paused, prefetches);
     let restore = opened.with_context(|| format!("--restore {folder}"))?;
     restore.head.asked.add_to(machine)?;
     Ok(Some(restore))

@@ -111,10 +111,11 @@ fn map_bank(
     let size = usize::try_from(bank.size())?;
     let base = reserve(bank, size, backing.pages)?;
     let file = put_pages(base, bank, wanted, sharing, backing.pages)?;
+    let mut is_mapped = false;
     if let Some((image, offset)) = content {
         let is_plain = file.is_none() && !matches!(backing.pages, HugePages::Of(_));
         // SAFETY: the range is the mapping made above, which nothing uses yet.
-        unsafe { image.put(base, size, offset, is_plain) }
+        is_mapped = unsafe { image.put(base, size, offset, is_plain) }
             .context("cannot take guest memory from the snapshot")?;
     }
     let advise = |advice| {
@@ -147,6 +148,7 @@ fn map_bank(
             .with_context(|| format!("--mlock: {}", why_unlocked(wanted)))?;
     }
     let flags = match sharing {
+        Sharing::Private if is_mapped => libc::MAP_PRIVATE,
         Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         Sharing::Shared => libc::MAP_SHARED,
     };

@@ -24,6 +24,7 @@ use crate::snapshot::{Head, Restore, Savers};
 use crate::vcpu::{Traps, VcpuEvent};
 use anyhow::{Context, Result};
 use armlet_arch::Plan;
+use armlet_arch::backing::HugePages;
 use armlet_backends::backend::Backend;
 use armlet_backends::broker::Broker;
 use armlet_backends::drafts::Drafts;
@@ -32,6 +33,7 @@ use armlet_backends::open::{self, Wanted};
 use armlet_devices::rate::Bucket;
 use armlet_devices::sync::lock;
 use armlet_system::messages;
+use armlet_system::page_size::page_size;
 use armlet_system::signals::{self, Phase};
 use armlet_system::status::{Fault, Status};
 use armlet_system::terminal::RawTerminal;
@@ -53,6 +55,7 @@ mod event;
 mod input;
 mod power;
 mod queue;
+mod recorder;
 mod saving;
 
 pub use command::{BalloonReport, By, Command, Done, Reply, State};
@@ -175,6 +178,8 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     // A machine that cannot be planned is refused before images are locked and daemons started.
     let mut first = Some(plan(&mut options)?);
     let mut restore = options.restore.take();
+    // Kept to the end.
+    let mut pages_from = None;
     if let (Some(restore), Some(plan)) = (&restore, &first) {
         restore.head.check(plan).fault(Status::Usage)?;
     }
@@ -227,13 +232,22 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         let memory = match &memory {
             Some(memory) => memory,
             None => {
-                let saved = restore.as_ref().map(Restore::image);
+                let saved = restore.as_ref().and_then(Restore::image);
                 let mapped = map_memory(&options, &plan, &events.backends, saved)?;
                 let memory = memory.insert(mapped);
                 A::before_confinement(&plan);
+                if let Some(restore) = &mut restore {
+                    let page = match options.config.backing.pages {
+                        HugePages::Of(size) => size,
+                        _ => page_size() as u64,
+                    };
+                    pages_from = restore.fill(memory, page).fault(Status::Host)?;
+                    let begin = sandbox.entrance(Role::Device);
+                    events.record(restore.recording(), memory, begin);
+                }
                 if let Some(drafts) = drafts.take() {
-                    let restored = restore.as_ref().map(|saved| (saved.id, saved.image()));
-                    let savers = Savers::new(drafts, memory, restored).fault(Status::Host)?;
+                    let savers = Savers::new(drafts, memory, restore.as_ref());
+                    let savers = savers.fault(Status::Host)?;
                     events.saving.savers = Some(savers);
                 }
                 // Before there are threads, which are confined as the one that starts them.
@@ -327,7 +341,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         events.input.terminal = terminal.is_some();
         match stays_paused {
             Some(true) => events.input.held = true,
-            Some(false) => machine.resume(),
+            Some(false) => events.resume(&machine)?,
             None => {}
         }
         let Config {
@@ -385,6 +399,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         match ending {
             None => log::info!("the guest asked for a reset; starting it again"),
             Some(ending) => {
+                drop(pages_from.take());
                 for backend in std::mem::take(&mut events.backends) {
                     signals::waiting_for(format_args!("{} to be closed", backend.name()));
                     drop(backend);

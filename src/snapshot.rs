@@ -13,4 +13,35 @@ mod restore;
 pub use create::{Base, Outcome, Savers, Wanted, Written};
 pub use head::Head;
 pub use inspect::inspect;
-pub use restore::{MemoryFrom, Restore};
+pub use restore::{MemoryFrom, Recording, Restore};
+
+use anyhow::Result;
+use armlet_snapshot::pages::{Backing, Piece};
+use armlet_system::files::open_regular;
+use std::fs::File;
+use std::path::Path;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// What is behind a guest's memory: `image` where it is small pages of this process alone, and mapped from
+/// there.
+fn pieces<'a>(memory: &'a GuestMemoryMmap, image: Option<&'a File>) -> Result<Vec<Piece<'a>>> {
+    let mut offset = 0;
+    let mut pieces = Vec::new();
+    for region in memory.iter() {
+        pieces.push(match image {
+            Some(file) if region.file_offset().is_none() => {
+                Piece::new(region.as_volatile_slice()?, Backing::Copied(file, offset))
+            }
+            _ => Piece::of(region)?,
+        });
+        offset += region.len();
+    }
+    Ok(pieces)
+}
+
+/// Opens what tells which pages of this process there are, where /proc does.
+#[must_use]
+pub fn pagemap() -> Option<File> {
+    let opened = open_regular(Path::new("/proc/self/pagemap"));
+    opened.ok().map(|(file, _)| file)
+}

@@ -17,7 +17,7 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
 
@@ -25,7 +25,8 @@ use vm_memory::{
 /// on, also for processes that share them. Parts of the host's pages at either end stay.
 ///
 /// # Errors
-/// What is not guest memory, and memory that the host keeps (locked in RAM, of huge pages).
+/// What is not guest memory, and memory that the host keeps (locked in RAM, of huge pages; small pieces of
+/// what a snapshot's file is mapped for).
 pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io::Result<()> {
     let page = page_size() as u64;
     let (mut at, mut left) = (address, len);
@@ -45,6 +46,7 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
                     let start = file.start() + first;
                     uninterrupted(|| rustix::fs::fallocate(file.file(), flags, start, whole))?;
                 }
+                None if is_copied(region) => replace(region, first, whole)?,
                 None => {
                     let advice = match region.flags() & libc::MAP_SHARED {
                         0 => Advice::LinuxDontNeed,
@@ -60,6 +62,51 @@ pub fn discard(memory: &GuestMemoryMmap, address: GuestAddress, len: u64) -> io:
         }
         left -= count;
         at = GuestAddress(at.0.wrapping_add(count));
+    }
+    Ok(())
+}
+
+/// Whether a region is a private mapping of a file, in which pages that are given back would be those of
+/// the file again.
+fn is_copied(region: &GuestRegionMmap) -> bool {
+    region.flags() & (libc::MAP_SHARED | libc::MAP_ANONYMOUS) == 0
+}
+
+/// Maps zeros in place of `len` bytes from `offset` of a private mapping of a file.
+///
+/// A page of zeros is mapped for each, all of them the same one. So who reads from the pagemap what was
+/// changed since the file was mapped (`armlet_snapshot::pages`) sees pages there, and does not take the
+/// file's for them.
+fn replace(region: &GuestRegionMmap, offset: u64, len: u64) -> io::Result<()> {
+    /// Mappings are few (vm.max_map_count is 65530): a guest cannot use them up.
+    const SMALLEST: u64 = 16 << 10;
+    const MOST: usize = 16384;
+    static REPLACED: AtomicUsize = AtomicUsize::new(0);
+    let add = |count: usize| (count < MOST).then_some(count + 1);
+    let relaxed = Ordering::Relaxed;
+    if len < SMALLEST || REPLACED.fetch_update(relaxed, relaxed, add).is_err() {
+        return Err(Errno::NOBUFS.into());
+    }
+    let page = page_size();
+    let start = region
+        .as_ptr()
+        .wrapping_add(offset as usize)
+        .cast::<c_void>();
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: the range lies in the region's mapping. It is the guest's memory, of which nobody here relies
+    // on what is in it, and there is memory all the time.
+    unsafe {
+        // Locked memory stays, and says so.
+        rustix::mm::madvise(start, len as usize, Advice::LinuxDontNeed)?;
+        rustix::mm::mmap_anonymous(start, len as usize, prot, flags)?;
+        // The kernel takes the huge page of zeros for that of a file, in the pagemap.
+        let _ = rustix::mm::madvise(start, len as usize, Advice::LinuxNoHugepage);
+        let _ = rustix::mm::madvise(start, len as usize, Advice::LinuxDontDump);
+    }
+    let slice = region.as_volatile_slice().map_err(io::Error::other)?;
+    for at in (offset as usize..(offset + len) as usize).step_by(page) {
+        let _: u8 = slice.read_obj(at).map_err(io::Error::other)?;
     }
     Ok(())
 }
@@ -368,7 +415,6 @@ mod tests {
     use rustix::fs::MemfdFlags;
     use std::io::{Read, Seek, SeekFrom, Write};
     use std::os::unix::fs::MetadataExt;
-    use vm_memory::{Bytes, FileOffset};
 
     const BASE: u64 = 0x4000_0000;
 
@@ -449,6 +495,42 @@ mod tests {
         second.read_to_end(&mut bytes).expect("a file");
         let gone = bytes.iter().take_while(|byte| **byte == 0).count() as u64;
         assert_eq!(gone, 4 * page());
+    }
+
+    #[test]
+    fn private_pages_of_a_file_go_back_and_are_zero() {
+        let size = 16 * page();
+        let file = tempfile::tempfile().expect("a file");
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![0xaa; size as usize], 0)
+            .expect("room");
+        let offset = Some(FileOffset::new(file.try_clone().expect("a file"), 0));
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let mapping = vm_memory::MmapRegion::<()>::build(offset, size as usize, 3, flags);
+        let mapping = mapping.expect("memory");
+        // As memory of a snapshot is: whoever gives pages back does not punch holes into its file.
+        let builder = MmapRegionBuilder::new(size as usize).with_mmap_flags(flags);
+        // SAFETY: the mapping lives until the end of this test.
+        let region = unsafe { builder.with_raw_mmap_pointer(mapping.as_ptr()) };
+        let region = region.build().expect("a region");
+        let region = GuestRegionMmap::new(region, GuestAddress(BASE)).expect("a region");
+        let memory = GuestMemoryMmap::from_regions(vec![region]).expect("memory");
+        memory
+            .write_obj(1_u8, GuestAddress(BASE + 5 * page()))
+            .expect("memory");
+        discard_some(&memory);
+        assert_some_is_gone(&memory);
+        // What is too small stays as it is, and that is said.
+        let start = GuestAddress(BASE + 14 * page());
+        if page() < 16 << 10 {
+            assert!(discard(&memory, start, page()).is_err());
+            assert!(!zeros(&memory)[14]);
+        }
+        let mut bytes = vec![0; size as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).expect("a file");
+        assert!(
+            bytes.iter().all(|byte| *byte == 0xaa),
+            "the file is as it was"
+        );
     }
 
     #[test]

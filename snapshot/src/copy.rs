@@ -124,10 +124,22 @@ pub(crate) fn read(file: &File, into: &mut [u8], offset: u64) -> Result<()> {
     })
 }
 
-/// Returns whether all bytes are zero.
-pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    // In steps that the compiler makes vectors of, with an early end.
-    bytes
-        .chunks(128)
-        .all(|some| some.iter().fold(0, |all, byte| all | byte) == 0)
+/// Returns whether all bytes of a page are zero.
+pub(crate) fn is_zero(page: &[u8]) -> bool {
+    blocks(page).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// Returns whether two pages are the same. Some C libraries compare byte by byte.
+pub(crate) fn is_same(one: &[u8], other: &[u8]) -> bool {
+    blocks(one).zip(blocks(other)).all(|(one, other)| {
+        let pairs = one.iter().zip(other);
+        pairs.fold(0, |all, (one, other)| all | (one ^ other)) == 0
+    })
+}
+
+/// Cuts a page into blocks of which the compiler makes vectors, with an end between two of them.
+fn blocks(page: &[u8]) -> impl Iterator<Item = &[u8; 128]> {
+    let (blocks, rest) = page.as_chunks();
+    debug_assert!(rest.is_empty());
+    blocks.iter()
 }

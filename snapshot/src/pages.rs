@@ -8,7 +8,7 @@ pub use crate::content::{Backing, Piece};
 
 use crate::PAGE;
 use crate::content::{Content, each_extent};
-use crate::copy::{CHUNK, Output, read};
+use crate::copy::{CHUNK, Output, is_same, read};
 use crate::runs::Runs;
 use anyhow::{Result, ensure};
 use rustix::fs::fstat;
@@ -218,7 +218,10 @@ fn chunks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 fn differences<'a>(now: &'a [u8], then: &'a [u8]) -> impl Iterator<Item = Range<usize>> + use<'a> {
     let page = PAGE as usize;
     let pages = now.chunks(page).zip(then.chunks(page));
-    let mut differ = pages.map(|(now, then)| now != then).enumerate().peekable();
+    let mut differ = pages
+        .map(|(now, then)| !is_same(now, then))
+        .enumerate()
+        .peekable();
     std::iter::from_fn(move || {
         let start = differ.find(|(_, differ)| *differ)?.0;
         let mut end = start + 1;

@@ -155,22 +155,20 @@ impl Resources for Files {
     }
 
     fn open_snapshot(&mut self, load: &SnapshotLoad) -> Result<String, Refusal> {
-        let backend = load.mem_backend.as_ref();
-        let memory = match (backend, &load.mem_file_path) {
-            (Some(backend), _) if backend.backend_type == BackendType::Uffd => {
-                return Err(
-                    "memory by userfaultfd is not offered; use backend_type File".to_owned(),
-                );
-            }
-            (Some(backend), _) => &backend.backend_path,
-            (None, Some(path)) => path,
+        let (memory, from) = match (&load.mem_backend, &load.mem_file_path) {
+            (Some(backend), _) if backend.backend_type == BackendType::Uffd => (
+                &backend.backend_path,
+                MemoryFrom::Handler(backend.backend_path.clone()),
+            ),
+            (Some(backend), _) => (&backend.backend_path, MemoryFrom::Private),
+            (None, Some(path)) => (path, MemoryFrom::Private),
             (None, None) => return Err("no memory is named".to_owned()),
         };
         let paths = Paths::pair(&load.snapshot_path, memory);
         let what = "Failed to restore from snapshot: Failed to get snapshot state from file: Failed to open snapshot file";
         std::fs::metadata(&load.snapshot_path)
             .map_err(|error| format!("{what}: {}", text(&error)))?;
-        let restore = Restore::open(&paths, MemoryFrom::Private, !load.resume_vm);
+        let restore = Restore::open(&paths, from, !load.resume_vm, true);
         let restore =
             restore.map_err(|error| format!("Failed to restore from snapshot: {error:#}"))?;
         let microvm = restore.head.asked.microvm.as_ref();

@@ -14,6 +14,7 @@ use armlet_devices::pl061::Pl061State;
 use armlet_devices::power::{AcpiPowerState, ResetControlState};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::mmio::MmioState;
+use armlet_devices::virtio::{DeviceState, FsState};
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
@@ -102,8 +103,13 @@ impl<A: KvmArch> Machine<A> {
         let chip = A::save_chip(&self.vm, &self.chip, &vcpus)?;
         let mut virtio = Vec::new();
         for (name, device) in self.workers.devices() {
-            let state = lock(device).save();
-            virtio.push((name.clone(), state.with_context(|| name.clone())?));
+            let state = lock(device).save().with_context(|| name.clone())?;
+            if let DeviceState::Fs(FsState { served: Some(_) }) = state.transport.device {
+                bail!(
+                    "{name} cannot be saved: virtiofsd keeps what the guest has open there; unmount it in the guest and unload its driver (modprobe -r virtiofs)"
+                );
+            }
+            virtio.push((name.clone(), state));
         }
         let devices = &self.devices;
         let (serial, action) = match &devices.serial {

@@ -38,7 +38,7 @@ impl Image<'_> {
     }
 
     /// Gives the `size` bytes of guest memory at `base` what stands at `offset`: by a private mapping if
-    /// the memory `is_plain`, small pages that nobody shares.
+    /// the memory `is_plain`, small pages that nobody shares. Returns whether it is that.
     ///
     /// # Safety
     /// The bytes are a mapping of this process, and nothing uses them.
@@ -48,17 +48,17 @@ impl Image<'_> {
         size: usize,
         offset: u64,
         is_plain: bool,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         if is_plain && !self.is_copied {
             let prot = ProtFlags::READ | ProtFlags::WRITE;
             let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
             // SAFETY: the caller's promise.
             unsafe { mmap(base.cast::<c_void>(), size, prot, flags, self.file, offset) }?;
-            return Ok(());
+            return Ok(true);
         }
         // SAFETY: the caller's promise.
         let memory = unsafe { std::slice::from_raw_parts_mut(base, size) };
-        self.read(memory, offset)
+        self.read(memory, offset).map(|()| false)
     }
 
     /// Reads what stands at `offset` into `memory`, which holds zeros: holes are left out.
@@ -89,5 +89,52 @@ impl Image<'_> {
             at = hole.max(data + 1);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, Sharing, map};
+    use armlet_backends::pages::discard;
+    use armlet_snapshot::pages::{self, Piece};
+    use std::os::unix::fs::FileExt;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+    #[test]
+    fn what_a_restored_guest_gives_back_is_zero_in_its_next_snapshot() {
+        const SIZE: u64 = 4 << 20;
+        let file = tempfile::tempfile().expect("a file");
+        file.write_all_at(&vec![1; SIZE as usize], 0).expect("room");
+        let image = Image {
+            file: &file,
+            is_copied: false,
+        };
+        let bank = Range::new(0x4000_0000, SIZE).expect("a bank");
+        let memory = map(&[bank], Sharing::Private, Backing::default(), Some(&image));
+        let memory = memory.expect("memory");
+        let at = |offset| GuestAddress(bank.start() + offset);
+        memory.write_obj(2_u8, at(0)).expect("memory");
+        discard(&memory, at(1 << 20), 2 << 20).expect("given back");
+        let mut expected = vec![1; SIZE as usize];
+        expected[0] = 2;
+        expected[1 << 20..3 << 20].fill(0);
+        let mut now = vec![0; SIZE as usize];
+        memory.read_slice(&mut now, at(0)).expect("memory");
+        assert!(now == expected);
+        let region = memory.iter().next().expect("a bank");
+        let slice = region.as_volatile_slice().expect("memory");
+        let pieces = [Piece::new(slice, pages::Backing::Copied(&file, 0))];
+        let pagemap = File::open("/proc/self/pagemap").expect("a pagemap");
+        let whole = tempfile::tempfile().expect("a file");
+        pages::write(&pieces, Some(&pagemap), &whole, &mut |_| Ok(())).expect("written");
+        whole.read_exact_at(&mut now, 0).expect("a file");
+        assert!(now == expected);
+        let diff = tempfile::tempfile().expect("a file");
+        let written = pages::write_diff(&pieces, Some(&pagemap), &file, &diff, &mut |_| Ok(()));
+        assert_eq!(
+            written.expect("written").changed.pages(),
+            1 + (2 << 20) / 4096
+        );
     }
 }

@@ -8,6 +8,7 @@ use super::ending::{Ending, OnPanic};
 use super::input::{Input, at_hand};
 use super::power::Power;
 use super::queue::{Event, Queue};
+use super::recorder::Recorder;
 use super::saving::{Ended, Saving};
 use crate::config::fresh_generation;
 use crate::console::{ESCAPE_HELP, Limit, PanicWatch, StandardOutput};
@@ -15,7 +16,7 @@ use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
 use crate::sandbox::{Role, Sandbox};
 use crate::serial::TICK;
-use crate::snapshot::{Head, Wanted, Written};
+use crate::snapshot::{Head, Recording, Wanted, Written};
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
@@ -31,6 +32,7 @@ use armlet_system::terminal;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -69,6 +71,8 @@ pub(super) struct Events {
     panicked: bool,
     /// Snapshots.
     pub(super) saving: Saving,
+    /// What is to be recorded of a restored guest.
+    recorder: Recorder,
 }
 
 /// A life of the guest, as the event loop has it.
@@ -114,7 +118,20 @@ impl Events {
             on_panic,
             panicked: false,
             saving: Saving::default(),
+            recorder: Recorder::default(),
         })
+    }
+
+    /// Has the pages recorded that a restored guest needs first.
+    pub(super) fn record(
+        &mut self,
+        recording: Option<Recording>,
+        memory: &Arc<GuestMemoryMmap>,
+        begin: impl FnOnce() -> Result<()> + Send + 'static,
+    ) {
+        if let Some(recording) = recording {
+            self.recorder.wait_for(recording, memory, Box::new(begin));
+        }
     }
 
     /// Has the serial console print no more than this.
@@ -239,6 +256,7 @@ impl Events {
             self.alarm.deadline(),
             self.input.deadline(),
             self.tick,
+            self.recorder.deadline(),
             retry,
         ];
         deadlines.into_iter().flatten().min().map_or(-1, |next| {
@@ -269,6 +287,9 @@ impl Events {
         }
         if is_due(self.input.deadline()) {
             self.feed(devices)?;
+        }
+        if is_due(self.recorder.deadline()) {
+            self.recorder.begin();
         }
         Ok(self.power.pass(now, devices))
     }
@@ -502,9 +523,10 @@ impl Events {
     }
 
     /// Resumes a paused machine.
-    fn resume<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<()> {
+    pub(super) fn resume<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<()> {
         machine.resume();
         self.input.held = false;
+        self.recorder.guest_runs();
         self.feed(&machine.devices)
     }
 

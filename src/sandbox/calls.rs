@@ -199,7 +199,7 @@ const BROKER: Calls = Calls::of(&[
 /// The ring is made before; another cannot be.
 const RING: Calls = Calls::of(&[libc::SYS_io_uring_enter]);
 
-/// What is done to the files of a snapshot.
+/// What is done to the files of a snapshot, when it is made and when it is restored first.
 const SNAPSHOTS: Calls = DEVICE
     .and(STORAGE)
     .and(BROKER)
@@ -342,10 +342,11 @@ impl Rules {
                 self.add_requests(other.restore);
                 (SNAPSHOTS, other.save)
             }
-            Need::Restoring if !matches!(role, Role::Machine) => return,
+            Need::Restoring if is_vcpu => return,
+            Need::Restoring if matches!(role, Role::Device) => (SNAPSHOTS, &[] as &[_]),
             Need::Restoring => {
                 self.add_requests(other.restore);
-                (Calls::NONE, other.save)
+                (SNAPSHOTS, other.save)
             }
         };
         self.locks |= matches!(need, Need::Images);

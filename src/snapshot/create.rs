@@ -1,17 +1,16 @@
 //! Writes snapshots of a paused machine.
 
 use super::head::Head;
-use crate::memory::Image;
+use super::restore::Restore;
+use super::{pagemap, pieces};
 use anyhow::{Context, Result, bail};
 use armlet_backends::drafts::{Drafts, Place};
 use armlet_snapshot::pages::{Backing, Piece, Progress};
 use armlet_snapshot::{Bank, Id, State, pages};
-use armlet_system::files::open_regular;
 use armlet_system::messages;
 use serde::Serialize;
 use serde_json::Value;
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -68,34 +67,40 @@ pub struct Savers {
     memory: Arc<GuestMemoryMmap>,
     /// What the guest's memory is mapped from, where it is.
     image: Option<Arc<File>>,
+    /// Whether a process gives the pages of the guest's memory.
+    is_given: bool,
     /// What the next diff is to.
     pub base: Option<Base>,
 }
 
 impl Savers {
-    /// Prepares for snapshots, before this process is confined. `restored` is the snapshot that the guest's
-    /// memory comes from, and its image.
+    /// Prepares for snapshots, before this process is confined. `restored` is the snapshot that the guest
+    /// goes on from.
     ///
     /// # Errors
     /// A process without room for another descriptor.
     pub fn new(
         drafts: Drafts,
         memory: &Arc<GuestMemoryMmap>,
-        restored: Option<(Id, Image<'_>)>,
+        restored: Option<&Restore>,
     ) -> Result<Savers> {
         let mut image = None;
         let mut base = None;
-        if let Some((id, from)) = restored {
+        let from = restored.map(|restore| (restore.id, restore.image()));
+        if let Some((id, Some(from))) = from {
             let memory = Arc::new(from.file.try_clone()?);
             let is_mapped = !from.is_copied;
             image = is_mapped.then(|| Arc::clone(&memory));
             base = Some(Base { id, memory });
         }
+        let is_given = matches!(from, Some((_, None)));
         Ok(Savers {
             drafts,
-            pagemap: open_regular(Path::new("/proc/self/pagemap"))
-                .ok()
-                .map(|(file, _)| Arc::new(file)),
+            pagemap: match is_given {
+                false => pagemap().map(Arc::new),
+                true => None,
+            },
+            is_given,
             memory: Arc::clone(memory),
             image,
             base,
@@ -140,6 +145,7 @@ impl Savers {
             pagemap: self.pagemap.clone(),
             memory: Arc::clone(&self.memory),
             image: self.image.clone(),
+            is_given: self.is_given,
             base,
             begun,
         };
@@ -162,6 +168,7 @@ struct Job {
     pagemap: Option<Arc<File>>,
     memory: Arc<GuestMemoryMmap>,
     image: Option<Arc<File>>,
+    is_given: bool,
     base: Option<(Id, Arc<File>)>,
     begun: Instant,
 }
@@ -169,18 +176,17 @@ struct Job {
 impl Job {
     fn write(self) -> Result<(Written, Base)> {
         let mut files = self.drafts.create(&self.place)?;
-        let mut offset = 0;
-        let mut pieces = Vec::new();
-        for region in self.memory.iter() {
-            let piece = Piece::of(region)?;
-            pieces.push(match &self.image {
-                Some(file) if region.file_offset().is_none() => {
-                    Piece::new(region.as_volatile_slice()?, Backing::Copied(file, offset))
-                }
-                _ => piece,
-            });
-            offset += region.len();
-        }
+        let pieces = match self.is_given {
+            false => pieces(&self.memory, self.image.as_deref())?,
+            // What was not given yet is no hole.
+            true => {
+                let whole = self.memory.iter().map(|region| {
+                    let slice = region.as_volatile_slice()?;
+                    Ok(Piece::new(slice, Backing::Private))
+                });
+                whole.collect::<Result<_>>()?
+            }
+        };
         let mut due = self.begun + SILENCE;
         let mut tell = |progress: Progress| {
             if Instant::now() >= due {

@@ -1,15 +1,20 @@
 //! A snapshot from which a machine is to go on.
 
 use super::head::Head;
+use super::pieces;
 use crate::kvm::KvmArch;
 use crate::machine::StateOf;
 use crate::memory::Image;
 use anyhow::{Context, Result, bail, ensure};
+use armlet_snapshot::faults::{Handler, Mapping};
+use armlet_snapshot::prefetch::{Prefetch, recorder};
 use armlet_snapshot::{Id, Paths, Snapshot};
 use std::fs::File;
+use std::path::PathBuf;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Where a restored guest's memory comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum MemoryFrom {
     /// The snapshot's file is mapped: a page is read when the guest first needs it, and copied when
     /// the guest writes to it.
@@ -17,6 +22,8 @@ pub enum MemoryFrom {
     Private,
     /// The snapshot's file is read as a whole before the guest goes on.
     Copy,
+    /// A process that listens at this socket gives each page at the guest's first access.
+    Handler(PathBuf),
 }
 
 impl MemoryFrom {
@@ -28,7 +35,10 @@ impl MemoryFrom {
         Ok(match text {
             None | Some("private") => MemoryFrom::Private,
             Some("copy") => MemoryFrom::Copy,
-            Some(other) => bail!("--memory-from '{other}' is not known; use private or copy"),
+            Some(text) => match text.strip_prefix("uffd=") {
+                Some(socket) if !socket.is_empty() => MemoryFrom::Handler(socket.into()),
+                _ => bail!("--memory-from '{text}' is not known; use private, copy or uffd=SOCKET"),
+            },
         })
     }
 }
@@ -41,40 +51,109 @@ pub struct Restore {
     /// What it is of.
     pub head: Head,
     /// The machine's state, not looked at yet.
-    pub body: Vec<u8>,
-    /// Guest memory.
-    pub memory: File,
+    body: Vec<u8>,
+    /// The file with guest memory; `None` where a process gives it.
+    memory: Option<File>,
     /// How it becomes the guest's.
-    pub from: MemoryFrom,
+    from: MemoryFrom,
     /// Whether the machine stays paused until it is resumed.
     pub stays_paused: bool,
+    /// The pages that the guest needs first.
+    prefetch: Option<Prefetch>,
+    /// Where they are to be recorded, if that has not been done.
+    recorder: Option<File>,
 }
 
 impl Restore {
-    /// Opens a whole snapshot. Of its state, only the head is looked at.
+    /// Opens a whole snapshot. Of its state, only the head is looked at. `prefetches` says whether the
+    /// pages that the guest needs first are brought before it goes on, and recorded the first time.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn open(paths: &Paths, from: MemoryFrom, stays_paused: bool) -> Result<Restore> {
-        let Snapshot { state, memory } = Snapshot::open(paths)?;
+    pub fn open(
+        paths: &Paths,
+        from: MemoryFrom,
+        stays_paused: bool,
+        prefetches: bool,
+    ) -> Result<Restore> {
+        let (state, memory) = match from {
+            MemoryFrom::Handler(_) => (Snapshot::state(paths)?, None),
+            MemoryFrom::Private | MemoryFrom::Copy => {
+                let Snapshot { state, memory } = Snapshot::open(paths)?;
+                (state, Some(memory))
+            }
+        };
         Snapshot::check_whole(&state)?;
+        let (id, size) = (state.id, state.memory_size());
+        let is_mapped = prefetches && from == MemoryFrom::Private;
+        let prefetch = match is_mapped {
+            true => Prefetch::read(paths, id, size),
+            false => None,
+        };
+        let recorder = match is_mapped && prefetch.is_none() {
+            true => recorder(paths, id, size),
+            false => None,
+        };
         Ok(Restore {
-            id: state.id,
+            id,
             head: Head::from_bytes(&state.head)?,
             body: state.body,
             memory,
             from,
             stays_paused,
+            prefetch,
+            recorder,
         })
     }
 
-    /// Guest memory as it is to be mapped.
+    /// Guest memory as it is to be mapped; `None` where a process gives it.
     #[must_use]
-    pub fn image(&self) -> Image<'_> {
-        Image {
-            file: &self.memory,
+    pub fn image(&self) -> Option<Image<'_>> {
+        Some(Image {
+            file: self.memory.as_ref()?,
             is_copied: self.from == MemoryFrom::Copy,
+        })
+    }
+
+    /// Has guest memory that was just mapped filled: by the process that gives it, whose handle is to be
+    /// kept for as long as the memory is used, or with the pages that the guest needs first.
+    ///
+    /// # Errors
+    /// A process that is not there, and a host where none can.
+    pub fn fill(&self, memory: &GuestMemoryMmap, page_size: u64) -> Result<Option<Handler>> {
+        if let MemoryFrom::Handler(socket) = &self.from {
+            let mut offset = 0;
+            let mappings = memory.iter().map(|region| {
+                let size = region.len();
+                offset += size;
+                Mapping {
+                    address: region.as_ptr() as u64,
+                    size,
+                    offset: offset - size,
+                    page_size,
+                }
+            });
+            let mappings: Vec<Mapping> = mappings.collect();
+            let handler = Handler::ask(socket, &mappings);
+            let what = || format!("--memory-from uffd={}", socket.display());
+            return handler.map(Some).with_context(what);
         }
+        if let (Some(prefetch), Some(file)) = (&self.prefetch, &self.memory)
+            && let Err(error) = prefetch.bring(&pieces(memory, Some(file))?)
+        {
+            // The guest gets them when it asks for them.
+            log::info!("the pages that the guest needs first are not brought: {error:#}");
+        }
+        Ok(None)
+    }
+
+    /// Takes what records the pages that the guest needs first, if that is to be done.
+    pub fn recording(&mut self) -> Option<Recording> {
+        Some(Recording {
+            file: self.recorder.take()?,
+            memory: self.memory.as_ref()?.try_clone().ok()?,
+            id: self.id,
+        })
     }
 
     /// Reads the machine's state.
@@ -90,5 +169,24 @@ impl Restore {
             rest.len()
         );
         Ok(state)
+    }
+}
+
+/// Records the pages that a guest needs first after it was restored.
+#[derive(Debug)]
+pub struct Recording {
+    file: File,
+    memory: File,
+    id: Id,
+}
+
+impl Recording {
+    /// Writes the list of those that the guest has used up to now. `pagemap` is that of this process.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn write(self, memory: &GuestMemoryMmap, pagemap: &File) -> Result<()> {
+        let pieces = pieces(memory, Some(&self.memory))?;
+        Prefetch::of(&pieces, pagemap)?.write(&self.file, self.id)
     }
 }

@@ -384,3 +384,88 @@ pub(crate) fn a_file_describes_a_guest(end: &[u8], options: &[&str]) {
         assert!(said.contains(why) && said.lines().count() == 1, "{said}");
     }
 }
+
+/// `kernel` prints `first` and then `ticks` for ever: it is saved, and goes on in other processes.
+pub(crate) fn a_guest_is_saved_and_loaded(kernel: &[u8], first: &str, ticks: &str) {
+    let mut api = Api::start(&[]);
+    api.write("kernel", kernel);
+    api.write("disk", &[0; 1 << 20]);
+    api.put(
+        "/machine-config",
+        r#"{"vcpu_count": 2, "mem_size_mib": 64, "track_dirty_pages": true}"#,
+    );
+    api.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    api.put(
+        "/drives/rootfs",
+        r#"{"drive_id": "rootfs", "path_on_host": "disk", "is_root_device": true}"#,
+    );
+    api.put("/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#);
+    api.put("/actions", r#"{"action_type": "InstanceStart"}"#);
+    api.expect(first);
+    let create = |kind: &str, name: &str| {
+        let body = format!(
+            r#"{{"snapshot_type": "{kind}", "snapshot_path": "{name}", "mem_file_path": "{name}.memory"}}"#
+        );
+        api.ask("PUT", "/snapshot/create", Some(&body))
+    };
+    let running = create("Full", "snap");
+    assert_eq!(running.0, 400);
+    assert!(
+        running.1.contains("unavailable while running"),
+        "{running:?}"
+    );
+    let paused = api.ask("PATCH", "/vm", Some(r#"{"state": "Paused"}"#));
+    assert_eq!(paused.0, 204);
+    for (kind, name) in [("Full", "snap"), ("Diff", "changes")] {
+        assert_eq!(create(kind, name), (204, String::new()), "{}", api.said());
+    }
+    assert_eq!(create("Full", "no/folder").0, 400);
+    assert_eq!(api.get("/")["state"], "Paused");
+    let pid = rustix::process::Pid::from_child(&api.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it runs");
+    api.end();
+    for overridden in [false, true] {
+        let mut again = Api::start(&[]);
+        let from = |name: &str| api.path(name).display().to_string();
+        let load = |more: &str| {
+            format!(
+                r#"{{"snapshot_path": "{}", "mem_backend": {{"backend_type": "File", "backend_path": "{}"}}{more}}}"#,
+                from("snap"),
+                from("snap.memory"),
+            )
+        };
+        again.write("disk", &[0; 1 << 20]);
+        match overridden {
+            // The path is relative, and the folder another one.
+            false => again.put("/snapshot/load", &load("")),
+            true => again.put(
+                "/snapshot/load",
+                &load(r#", "vsock_override": {"uds_path": "w.sock"}, "resume_vm": true"#),
+            ),
+        }
+        if !overridden {
+            assert_eq!(again.get("/")["state"], "Paused");
+            assert!(!again.printed().contains(ticks), "{}", again.printed());
+            let resumed = again.ask("PATCH", "/vm", Some(r#"{"state": "Resumed"}"#));
+            assert_eq!(resumed.0, 204);
+        }
+        assert_eq!(again.get("/")["state"], "Running");
+        again.expect(ticks);
+        assert!(!again.printed().contains(first), "{}", again.printed());
+        let socket = if overridden { "w.sock" } else { "v.sock" };
+        assert!(again.path(socket).exists());
+        let config = again.get("/vm/config");
+        assert_eq!(config["machine-config"]["vcpu_count"], 2, "{config}");
+        assert_eq!(config["drives"][0]["path_on_host"], "disk", "{config}");
+        let pid = rustix::process::Pid::from_child(&again.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
+        assert_eq!(again.end().signal(), Some(15), "{}", again.said());
+    }
+    // What cannot be loaded is told, and ends it.
+    let mut none = Api::start(&[]);
+    let body = r#"{"snapshot_path": "none", "mem_file_path": "none"}"#;
+    let (status, why) = none.ask("PUT", "/snapshot/load", Some(body));
+    assert_eq!(status, 400, "{why}");
+    assert!(why.contains("Load snapshot error"), "{why}");
+    assert_eq!(none.end().code(), Some(1));
+}

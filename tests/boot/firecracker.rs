@@ -82,6 +82,14 @@ fn a_guest_is_driven_by_the_requests_of_firecrackers_clients() {
 }
 
 #[test]
+fn a_guest_of_firecrackers_clients_is_saved_and_loaded() {
+    if rig::any().is_some() {
+        let kernel = printing("first\n").then(&printing("tick\n").wait(100_000).again());
+        api::a_guest_is_saved_and_loaded(&kernel.image(), "first\n", "tick\n");
+    }
+}
+
+#[test]
 fn a_start_by_request_that_fails_can_be_mended() {
     if rig::main().is_some() {
         api::a_start_that_fails_can_be_mended(&printing("end\n").power_off().image(), &[]);

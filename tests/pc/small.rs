@@ -825,3 +825,11 @@ fn metrics_are_at_a_socket_and_in_a_file() {
         lives::has_metrics(|| Armlet::program(&faulty), "port_accesses");
     }
 }
+
+#[test]
+fn a_guest_of_the_api_is_saved_and_loaded() {
+    if rig::small() {
+        let kernel = ticking(100_000).image();
+        api::a_guest_is_saved_and_loaded(&kernel, commanded::FIRST, commanded::TICKS);
+    }
+}

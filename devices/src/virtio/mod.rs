@@ -32,7 +32,7 @@ pub use config::ConfigSpace;
 pub use device::{Change, Driver, Positions, Source, StartError, VirtioDevice, quiesced};
 pub use link::{Interrupts, Link, Vector};
 pub use queue::{Chain, Position, Virtqueue};
-pub use state::{DeviceState, Statistics};
+pub use state::{DeviceState, FsState, Statistics};
 pub use transport::{QueueState, TransportState};
 
 /// VIRTIO_F_INDIRECT_DESC, bit 28 (virtio 1.2, section 6).

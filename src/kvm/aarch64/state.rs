@@ -19,7 +19,7 @@ pub struct ChipState {
     pub gic: GicState,
 }
 
-pub use vcpu::VcpuState;
+pub(in crate::kvm) use vcpu::VcpuState;
 pub(super) use vcpu::{prepare, set_vector_lengths};
 
 pub(super) fn save_vcpu(vcpu: &VcpuFd) -> Result<VcpuState> {
