@@ -1,6 +1,7 @@
 use crate::commanded;
 use crate::guest::{Armlet, MARKER, Outcome, section};
 use crate::rig::{self, Rig};
+use crate::snapshot;
 use std::fs;
 use std::sync::OnceLock;
 
@@ -500,4 +501,10 @@ fn a_guest_of_6_1_takes_no_notice_of_vmgenid() {
     let armlet = Armlet::script(rig, "Image-6.1", look).option("--vmgenid", "on");
     let script = armlet.run().assert_status(0).script();
     assert!(!section(&script, "dmesg").contains("rror"), "{script}");
+}
+
+#[test]
+fn two_guests_from_one_snapshot_share_no_random_numbers() {
+    let Some(rig) = rig::any() else { return };
+    snapshot::clones_draw_numbers_of_their_own(|script| Armlet::script(rig, "Image", script));
 }

@@ -2,7 +2,7 @@
 
 use crate::commanded::{FIRST, TICKS};
 use crate::control::{controlled, ctl, done};
-use crate::guest::Armlet;
+use crate::guest::{Armlet, section};
 use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
@@ -157,4 +157,44 @@ pub(crate) fn one_that_is_none_is_refused(first: Armlet) {
     refused(&[], 2, "state");
     fs::remove_file(folder.join("state")).expect("a file");
     refused(&[], 2, "state");
+}
+
+/// What a guest of Linux does once it was saved: it draws random numbers when it hears that it is another.
+const DRAWS: &str = "
+mount -t devtmpfs none /dev 2>/dev/null
+echo ticks:
+told='crng reseeded due to virtual machine fork'
+for second in $(seq 60); do dmesg | grep -q \"$told\" && break; sleep 1; done
+echo '== told'; dmesg | grep \"$told\"
+echo '== drawn'; od -A n -t x1 -N 16 /dev/urandom
+echo '== end'
+";
+
+/// Two guests that go on from one snapshot hear that they do, and draw different numbers.
+pub(crate) fn clones_draw_numbers_of_their_own(start: impl FnOnce(&str) -> Armlet) {
+    let (guest, path) = controlled(start(DRAWS), &[]);
+    let folder = guest.path("saved");
+    done(&path, &["snapshot", text(&folder)]);
+    guest.signal(Signal::KILL);
+    let draw = || {
+        let outcome = Armlet::new().restore(&folder).end();
+        let said = outcome.assert_status(0).text();
+        assert_eq!(section(&said, "told").lines().count(), 1, "{said}");
+        let drawn = section(&said, "drawn").to_owned();
+        assert_eq!(drawn.split_whitespace().count(), 16, "{said}");
+        drawn
+    };
+    assert_ne!(draw(), draw());
+}
+
+/// A guest that sees that it is another says all of `then` and powers off; so do others from that snapshot.
+pub(crate) fn clones_see_that_they_are_others(first: Armlet, then: &str) {
+    let (guest, path) = controlled(first, &[]);
+    let folder = guest.path("saved");
+    done(&path, &["snapshot", text(&folder)]);
+    guest.signal(Signal::KILL);
+    for _ in 0..2 {
+        let outcome = Armlet::new().restore(&folder).end();
+        assert_eq!(outcome.assert_status(0).text(), then);
+    }
 }

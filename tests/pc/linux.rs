@@ -2,6 +2,7 @@ use crate::commanded;
 use crate::guest::{Armlet, Guest, Input, section};
 use crate::lives;
 use crate::rig::{self, Rig};
+use crate::snapshot;
 use crate::software::archive;
 use std::fs;
 use std::path::PathBuf;
@@ -348,4 +349,10 @@ fn linux_reseeds_its_random_numbers_when_it_was_cloned() {
         1,
         "{interrupts}"
     );
+}
+
+#[test]
+fn two_guests_from_one_snapshot_share_no_random_numbers() {
+    let Some(rig) = rig::linux() else { return };
+    snapshot::clones_draw_numbers_of_their_own(|script| Armlet::script(rig, "bzImage", script));
 }

@@ -712,11 +712,9 @@ const VM_CLOCK: u64 = 0xd_f000;
 const LIFE: u64 = 0x20_0000;
 const KEPT: u64 = LIFE + 8;
 
-#[test]
-fn a_generation_lasts_through_resets_and_ends_with_a_clone() {
-    if !rig::small() {
-        return;
-    }
+/// A guest that says `first` in its first life, resets, says `second`, waits until its generation has
+/// changed, says so, resets, and powers off if it is still of that one.
+fn looks_at_its_generation(second: &str) -> Program {
     let look = || Program::default().read(GENERATION_ID).address(KEPT);
     let keep = |life| {
         let keep = look().bytes(&[0x41, 0x89, 0x00]);
@@ -733,26 +731,41 @@ fn a_generation_lasts_through_resets_and_ends_with_a_clone() {
     // JE to its start.
     let back = (until_changed.code_size() as u8 + 2).wrapping_neg();
     let until_changed = until_changed.bytes(&[0x74, back]);
-    let second = Program::default()
-        .print("second\n")
-        .then(&if_same("same\n"))
+    let second = if_same("same\n")
+        .print(second)
         .then(&until_changed)
         .then(&keep(2).print("changed\n"))
         .then(&reset);
     let third = if_same("still\n").power_off();
     let clock = Program::default().print("clock\n");
-    let program = Program::default()
+    Program::default()
         .read(LIFE)
         .if_eax(1, &second)
         .if_eax(2, &third)
         .read(VM_CLOCK)
         .if_eax(u32::from_le_bytes(*b"VCLK"), &clock)
         .then(&keep(1).print("first\n"))
-        .then(&reset);
-    let armlet = Armlet::program(&program).option("--vmgenid", "on");
-    let said = commanded::is_cloned_after(armlet, "second\n");
-    let wanted = "clock\nfirst\nsecond\nsame\nchanged\nstill\n";
+        .then(&reset)
+}
+
+#[test]
+fn a_generation_lasts_through_resets_and_ends_with_a_clone() {
+    if !rig::small() {
+        return;
+    }
+    let armlet = Armlet::program(&looks_at_its_generation("second\n"));
+    let said = commanded::is_cloned_after(armlet.option("--vmgenid", "on"), "second\n");
+    let wanted = "clock\nfirst\nsame\nsecond\nchanged\nstill\n";
     assert!(said.ends_with(wanted), "{said}");
+}
+
+#[test]
+fn clones_of_a_snapshot_see_that_they_are_others_and_stay_so_through_resets() {
+    if !rig::small() {
+        return;
+    }
+    let armlet = Armlet::program(&looks_at_its_generation(commanded::FIRST));
+    snapshot::clones_see_that_they_are_others(armlet, "changed\nstill\n");
 }
 
 #[test]
