@@ -111,7 +111,7 @@ impl Kept {
     fn machine(&self) -> Bare {
         let vm = HostArch::create_vm(&self.kvm, &self.plan.width).expect("a VM");
         memory::give(&self.memory, &vm).expect("memory");
-        let (vcpus, chip) = HostArch::populate(&self.kvm, &vm, &self.plan).expect("vCPUs");
+        let (vcpus, chip) = HostArch::populate(&self.kvm, &vm, &self.plan, &[]).expect("vCPUs");
         Bare { vm, vcpus, chip }
     }
 
