@@ -193,6 +193,14 @@ fn a_guest_goes_on_from_changes_on_a_snapshot() {
 }
 
 #[test]
+fn whatever_stands_in_a_snapshot_is_refused_or_runs() {
+    if rig::any().is_some() {
+        let guest = ticking();
+        snapshot::whatever_stands_in_one_is_refused_or_runs(guest, 16);
+    }
+}
+
+#[test]
 fn a_snapshot_that_is_none_is_refused() {
     if rig::any().is_some() {
         snapshot::one_that_is_none_is_refused(ticking());

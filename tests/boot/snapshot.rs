@@ -3,10 +3,13 @@
 use crate::commanded::{FIRST, TICKS};
 use crate::control::{controlled, ctl, done};
 use crate::guest::{Armlet, section};
+use armlet_snapshot::State;
+use armlet_system::deadline::Deadline;
 use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// What `armlet` says to these words, and its status.
 fn armlet(words: &[&str]) -> (String, i32) {
@@ -196,5 +199,85 @@ pub(crate) fn clones_see_that_they_are_others(first: Armlet, then: &str) {
     for _ in 0..2 {
         let outcome = Armlet::new().restore(&folder).end();
         assert_eq!(outcome.assert_status(0).text(), then);
+    }
+}
+
+/// Snapshots that somebody changed, so that their checksums are right: each is refused in a line, or runs
+/// as the guest that it is.
+pub(crate) fn whatever_stands_in_one_is_refused_or_runs(first: Armlet, tries: u64) {
+    const GLANCE: Duration = Duration::from_millis(150);
+    let saved = tempfile::tempdir().expect("a folder");
+    let folder = saved.path().join("saved");
+    let (guest, path) = controlled(first, &[]);
+    done(&path, &["snapshot", text(&folder)]);
+    guest.signal(Signal::KILL);
+    let file = folder.join("state");
+    let whole = fs::read(&file).expect("a state");
+    let whole = State::read(&mut &*whole).expect("a state");
+    let (mut refused, mut ran) = (0, 0);
+    let mut random = Random(0x5eed);
+    for number in 0..tries {
+        let mut state = whole.clone();
+        let part = match number % 4 {
+            0 => &mut state.head,
+            _ => &mut state.body,
+        };
+        for _ in 0..1 + random.below(3) {
+            let at = random.below(part.len() as u64) as usize;
+            match random.below(4) {
+                0 => part.truncate(at.max(1)),
+                1 => part[at] = 0xff,
+                2 => part[at] ^= 1 << random.below(8),
+                _ => {
+                    let value = random.below(1 << 32).to_le_bytes();
+                    let end = part.len().min(at + 4);
+                    part[at..end].copy_from_slice(&value[..end - at]);
+                }
+            }
+        }
+        let bytes = state.to_bytes().expect("a state");
+        fs::write(&file, &bytes).expect("written");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_armlet"))
+            .args(["run", "--on-panic", "exit", "--restore", text(&folder)])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("armlet");
+        let deadline = Deadline::after(GLANCE);
+        let mut status = None;
+        while status.is_none() && !deadline.left().is_zero() {
+            std::thread::sleep(Duration::from_millis(2));
+            status = child.try_wait().expect("a child");
+        }
+        let _ = child.kill();
+        let ended = child.wait_with_output().expect("a child");
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert!(!said.contains("panicked"), "{number}: {said}");
+        let Some(status) = status else {
+            ran += 1;
+            continue;
+        };
+        let code = status.code();
+        let code = code.unwrap_or_else(|| panic!("{number}: {status}: {said}"));
+        assert!((0..=6).contains(&code), "{number}: {status}: {said}");
+        if matches!(code, 1..=3) {
+            assert_eq!(said.lines().count(), 1, "{number}: {said}");
+            refused += 1;
+        }
+    }
+    println!("{refused} of {tries} were refused, {ran} ran");
+    assert!(refused > tries / 8 && ran > 0, "{refused} {ran}");
+}
+
+/// Numbers that are the same each time (xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end.max(1)
     }
 }

@@ -651,6 +651,14 @@ fn a_guest_goes_on_from_changes_on_a_snapshot() {
 }
 
 #[test]
+fn whatever_stands_in_a_snapshot_is_refused_or_runs() {
+    if rig::small() {
+        let guest = Armlet::program(&ticking(100_000));
+        snapshot::whatever_stands_in_one_is_refused_or_runs(guest, 60);
+    }
+}
+
+#[test]
 fn a_snapshot_that_is_none_is_refused() {
     if rig::small() {
         snapshot::one_that_is_none_is_refused(Armlet::program(&ticking(100_000)));
