@@ -110,6 +110,7 @@ mod rig;
 #[path = "boot/sharing.rs"]
 mod sharing;
 /// Guests that are saved, and go on elsewhere.
+#[allow(dead_code, reason = "guests of x86_64 use the rest")]
 #[path = "boot/snapshot.rs"]
 mod snapshot;
 /// What guests run: archives, kernels of a few instructions.
