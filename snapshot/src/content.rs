@@ -227,6 +227,8 @@ pub(crate) fn each_extent(
                 check_size(file, offset + end)?;
                 end
             }
+            // There are no holes.
+            Err(Errno::INVAL) => at,
             Err(error) => return Err(error).context("cannot find the data in a memory file"),
         };
         let data = data.clamp(at, end);
@@ -236,8 +238,11 @@ pub(crate) fn each_extent(
         if data == end {
             break;
         }
-        let hole = next(file, SeekFrom::Hole(offset + data.max(at)));
-        let hole = hole.context("cannot find the data in a memory file")? - offset;
+        let hole = match next(file, SeekFrom::Hole(offset + data)) {
+            Ok(hole) => hole - offset,
+            Err(Errno::INVAL) => end,
+            Err(error) => return Err(error).context("cannot find the data in a memory file"),
+        };
         at = hole.next_multiple_of(PAGE).clamp(data + 1, end);
         each(data..at, true)?;
     }
