@@ -29,7 +29,8 @@ fn pieces<'a>(memory: &'a GuestMemoryMmap, image: Option<&'a File>) -> Result<Ve
     let mut pieces = Vec::new();
     for region in memory.iter() {
         pieces.push(match image {
-            Some(file) if region.file_offset().is_none() => {
+            // The file was read into memory of other kinds.
+            Some(file) if region.flags() & (libc::MAP_SHARED | libc::MAP_ANONYMOUS) == 0 => {
                 Piece::new(region.as_volatile_slice()?, Backing::Copied(file, offset))
             }
             _ => Piece::of(region)?,
@@ -44,4 +45,27 @@ fn pieces<'a>(memory: &'a GuestMemoryMmap, image: Option<&'a File>) -> Result<Ve
 pub fn pagemap() -> Option<File> {
     let opened = open_regular(Path::new("/proc/self/pagemap"));
     opened.ok().map(|(file, _)| file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use armlet_snapshot::pages;
+    use std::os::unix::fs::FileExt;
+    use vm_memory::GuestAddress;
+
+    /// Huge pages are: pages that their guest gave back are zero, and not the file's again.
+    #[test]
+    fn memory_that_a_file_was_read_into_is_not_the_files() {
+        const SIZE: usize = 1 << 20;
+        let image = tempfile::tempfile().expect("a file");
+        image.write_all_at(&[1; SIZE], 0).expect("room");
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0x4000_0000), SIZE)]);
+        let memory = memory.expect("memory");
+        let pieces = pieces(&memory, Some(&image)).expect("pieces");
+        let into = tempfile::tempfile().expect("a file");
+        let map = pagemap();
+        let written = pages::write(&pieces, map.as_ref(), &into, &mut |_| Ok(()));
+        assert_eq!(written.expect("written").bytes, 0);
+    }
 }

@@ -491,10 +491,6 @@ fn each_public_function_has_a_caller_beside_tests() {
         "ask_for_hints",
         // Windows that move, as those of PCI will: tests move them.
         "insert_moving",
-        // A handler of page faults, which no restore asks yet.
-        "ask",
-        // Which pages a restored guest needs first, which nothing records yet.
-        "recorder",
     ];
     let all = sources(&[
         "src", "api", "arch", "backends", "devices", "fdt", "snapshot", "system", "xtask",
