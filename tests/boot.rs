@@ -106,6 +106,9 @@ mod refusals;
 /// The host that the tests run on, and what it offers.
 #[path = "boot/rig.rs"]
 mod rig;
+/// Linux guests that are saved while they work, and go on in other processes.
+#[path = "boot/saved.rs"]
+mod saved;
 /// Consoles, sockets between guest and host, folders of the host, balloons, persistent memory.
 #[path = "boot/sharing.rs"]
 mod sharing;

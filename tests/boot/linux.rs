@@ -1,7 +1,7 @@
 use crate::commanded;
 use crate::guest::{Armlet, MARKER, Outcome, section};
 use crate::rig::{self, Rig};
-use crate::snapshot;
+use crate::{saved, snapshot};
 use std::fs;
 use std::sync::OnceLock;
 
@@ -507,4 +507,10 @@ fn a_guest_of_6_1_takes_no_notice_of_vmgenid() {
 fn two_guests_from_one_snapshot_share_no_random_numbers() {
     let Some(rig) = rig::any() else { return };
     snapshot::clones_draw_numbers_of_their_own(|script| Armlet::script(rig, "Image", script));
+}
+
+#[test]
+fn a_guest_at_work_is_saved_and_goes_on() {
+    let Some(rig) = rig::any() else { return };
+    saved::a_guest_at_work_goes_on(Armlet::devices(rig, &saved::work()).cpus(2));
 }

@@ -2,8 +2,8 @@ use crate::commanded;
 use crate::guest::{Armlet, Guest, Input, section};
 use crate::lives;
 use crate::rig::{self, Rig};
-use crate::snapshot;
 use crate::software::archive;
+use crate::{saved, snapshot};
 use std::fs;
 use std::path::PathBuf;
 
@@ -355,4 +355,10 @@ fn linux_reseeds_its_random_numbers_when_it_was_cloned() {
 fn two_guests_from_one_snapshot_share_no_random_numbers() {
     let Some(rig) = rig::linux() else { return };
     snapshot::clones_draw_numbers_of_their_own(|script| Armlet::script(rig, "bzImage", script));
+}
+
+#[test]
+fn a_guest_at_work_is_saved_and_goes_on() {
+    let Some(rig) = rig::main() else { return };
+    saved::a_guest_at_work_goes_on(Armlet::devices(rig, &saved::work()).cpus(2));
 }

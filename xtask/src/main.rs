@@ -22,6 +22,7 @@ mod load;
 mod marker;
 mod measure;
 mod measure_io;
+mod measure_restore;
 mod measure_scale;
 mod order;
 mod packages;

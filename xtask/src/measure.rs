@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use argh::FromArgs;
 use serde_json::{Map, Value, json};
 
+use crate::measure_restore::restore;
 use crate::procfs::{self, Mappings};
 use crate::trace::{self, Trace};
 use crate::vm::Vm;
@@ -75,6 +76,8 @@ pub(crate) enum Pass {
     HostVerbose,
     /// CPU time and exits of an idle guest.
     Idle,
+    /// A guest that goes on from a snapshot.
+    Restore,
     /// What becomes of huge pages under a policy of the host.
     ThpAlways,
     /// As above.
@@ -85,7 +88,7 @@ pub(crate) enum Pass {
 
 impl Pass {
     /// All of them, in the order in which they are run.
-    pub(crate) const ALL: [(&str, Self); 12] = [
+    pub(crate) const ALL: [(&str, Self); 13] = [
         ("timing", Self::Timing),
         ("marker", Self::Marker),
         ("peak", Self::Peak),
@@ -95,6 +98,7 @@ impl Pass {
         ("host-quiet", Self::HostQuiet),
         ("host-verbose", Self::HostVerbose),
         ("idle", Self::Idle),
+        ("restore", Self::Restore),
         ("thp-always", Self::ThpAlways),
         ("thp-madvise", Self::ThpMadvise),
         ("thp-never", Self::ThpNever),
@@ -111,7 +115,7 @@ impl Pass {
     pub(crate) fn cmdline(self) -> &'static str {
         match self {
             Self::Verbose | Self::HostVerbose => "loglevel=8 cryptomgr.notests armlet.run=poweroff",
-            Self::Idle => "quiet cryptomgr.notests armlet.run=hold",
+            Self::Idle | Self::Restore => "quiet cryptomgr.notests armlet.run=hold",
             _ => "quiet cryptomgr.notests armlet.run=poweroff",
         }
     }
@@ -157,6 +161,13 @@ impl Measure {
             Pass::Verbose => verbose(&command),
             Pass::HostQuiet | Pass::HostVerbose => host_time(&command),
             Pass::Idle => idle(&command),
+            Pass::Restore => {
+                let mut values = Values::default();
+                for (name, value) in restore(&command)? {
+                    values.add(name, value);
+                }
+                Ok(values)
+            }
             Pass::ThpAlways => huge_pages(&command, "always"),
             Pass::ThpMadvise => huge_pages(&command, "madvise"),
             Pass::ThpNever => huge_pages(&command, "never"),

@@ -140,6 +140,13 @@ impl Vm {
         Ok(time)
     }
 
+    /// Ends the VMM, which is to be running.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        let ended = self.child.try_wait().context("cannot look at the VMM")?;
+        ensure!(ended.is_none(), "the VMM ended: {}", self.said());
+        Ok(())
+    }
+
     /// Returns the end of the console's output.
     pub(crate) fn said(&self) -> String {
         let from = self.output.len().saturating_sub(2000);

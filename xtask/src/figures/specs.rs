@@ -47,7 +47,7 @@ const fn spec(
 }
 
 /// The sources of the limits are the issue that asked for the bench, and the best peer.
-pub(super) const SPECS: [Spec; 39] = [
+pub(super) const SPECS: [Spec; 42] = [
     spec(
         "4k/timing/exec_to_entry_ms",
         "exec to first KVM_RUN",
@@ -319,6 +319,27 @@ pub(super) const SPECS: [Spec; 39] = [
         "16k/timing/exec_to_marker_ms",
         "16k: exec to the guest's init",
         "ms",
+        Reach::Nothing,
+        &[],
+    ),
+    spec(
+        "4k/restore/restore_to_entry_ms",
+        "exec to first KVM_RUN, restored",
+        "ms",
+        Reach::AtMost(3.65),
+        &[],
+    ),
+    spec(
+        "4k/restore/restore_vmm_kib",
+        "memory of the VMM, restored",
+        "KiB",
+        Reach::Nothing,
+        &[],
+    ),
+    spec(
+        "4k/restore/restore_faults",
+        "stage-2 faults in 2 s, restored",
+        "",
         Reach::Nothing,
         &[],
     ),

@@ -1,0 +1,117 @@
+//! Linux guests that are saved while they work, and go on in other processes, many times in a row.
+
+use crate::control::done;
+use crate::guest::{Armlet, GLANCE, Guest};
+use rustix::process::Signal;
+use std::fs;
+use std::path::Path;
+
+/// How often a guest is saved and restored, where this variable says nothing else.
+const VARIABLE: &str = "ARMLET_RESTORES";
+const USUALLY: usize = 6;
+
+/// Rounds of work: each checks what a round before wrote to the disk, and writes something else. Meanwhile
+/// others look whether a clock goes back, and draw random numbers from the device.
+const WORK: &str = r#"
+dmesg -c >/dev/null
+clock() {
+    last=0
+    while :; do
+        read -r now rest </proc/uptime
+        now=${now%.*}${now#*.}
+        [ "$now" -ge "$last" ] || echo "BAD clock: $last $now"
+        last=$now
+    done
+}
+for cpu in $(seq "$(nproc)"); do clock & done
+(while :; do head -c 64 /dev/hwrng >/dev/null || echo "BAD hwrng"; sleep 0.1; done) &
+for part in 0 1 2 3; do
+    head -c 65536 /dev/urandom >/tmp/$part
+    dd if=/tmp/$part of=/dev/vda bs=64k seek=$part conv=notrunc,fsync 2>/dev/null || echo "BAD write"
+done
+round=0
+while [ ! -e /tmp/stop ]; do
+    part=$((round % 4))
+    echo 3 >/proc/sys/vm/drop_caches
+    dd if=/dev/vda of=/tmp/read bs=64k skip=$part count=1 2>/dev/null || echo "BAD read"
+    cmp /tmp/read /tmp/$part || echo "BAD data in round $round"
+    head -c 65536 /dev/urandom >/tmp/$part
+    dd if=/tmp/$part of=/dev/vda bs=64k seek=$part conv=notrunc,fsync 2>/dev/null || echo "BAD write"
+    echo "ROUND $round"
+    round=$((round + 1))
+    [ "$round" -lt ROUNDS ] || touch /tmp/stop
+done
+dmesg -r | grep '^<[0-4]>' | sed 's/^/BAD log: /'
+echo "DONE $round"
+"#;
+
+/// What the guest's init is to run, for so many restores.
+pub(crate) fn work() -> String {
+    WORK.replace("ROUNDS", &(3 * restores() + 6).to_string())
+}
+
+fn restores() -> usize {
+    std::env::var(VARIABLE).map_or(USUALLY, |number| number.parse().expect(VARIABLE))
+}
+
+/// Waits until the guest has done a round more than before.
+fn works(guest: &mut Guest, round: &mut usize) {
+    guest.expect(&format!("ROUND {round}"));
+    *round += 1;
+}
+
+/// `make` gives a guest that does [`work`] on its first disk.
+pub(crate) fn a_guest_at_work_goes_on(make: Armlet) {
+    let saved = tempfile::tempdir().expect("a folder");
+    let folder = saved.path().join("saved");
+    let image = saved.path().join("disk.img");
+    fs::write(&image, vec![0; 1 << 20]).expect("written");
+    let socket = saved.path().join("vsock");
+    let make = make
+        .option("--disk", format!("path={}", image.display()))
+        .option("--vsock", format!("cid=3,uds={}", socket.display()))
+        .option("--balloon", "size=16M");
+    let control = make.file("control", b"");
+    fs::remove_file(&control).expect("a file of ours");
+    let mut guest = make.option("--control", &control).start();
+    let mut round = 0;
+    let mut said = String::new();
+    for _ in 0..restores() {
+        works(&mut guest, &mut round);
+        works(&mut guest, &mut round);
+        let control = guest.path("control");
+        done(&control, &["pause"]);
+        // The image is then as the guest knows it.
+        done(&control, &["snapshot", folder.to_str().expect("a path")]);
+        guest.signal(Signal::KILL);
+        said.push_str(&guest.said());
+        round = next_round(&said).max(round);
+        guest.end().assert_signal(Signal::KILL);
+        guest = restored(&folder);
+    }
+    let outcome = guest.end();
+    said.push_str(&outcome.text());
+    outcome.assert_status(0);
+    assert!(!said.contains("BAD"), "{said}");
+    assert!(said.contains("DONE"), "{said}");
+}
+
+/// The round that has not ended.
+fn next_round(said: &str) -> usize {
+    let rounds = said.lines().filter_map(|line| line.strip_prefix("ROUND "));
+    let last = rounds
+        .filter_map(|number| number.parse::<usize>().ok())
+        .last();
+    last.map_or(0, |last| last + 1)
+}
+
+fn restored(folder: &Path) -> Guest {
+    let again = Armlet::new();
+    let control = again.file("control", b"");
+    fs::remove_file(&control).expect("a file of ours");
+    let mut guest = again.option("--control", &control).restore(folder);
+    while !control.exists() && guest.runs() {
+        std::thread::sleep(GLANCE);
+    }
+    guest
+}

@@ -1,0 +1,87 @@
+//! A guest that goes on from a snapshot, for `cargo xtask bench`: how long its first instruction takes, and
+//! what it costs until it has settled.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::measure::entry;
+use crate::procfs::Mappings;
+use crate::trace::Trace;
+use crate::vm::Vm;
+
+/// How long a guest is left alone before it is saved, and watched after it was restored.
+const SETTLE: Duration = Duration::from_secs(2);
+
+const FOLDER: &str = "/tmp/saved";
+const CONTROL: &str = "/tmp/control";
+
+/// What a restored guest took, by name.
+pub(crate) type Values = Vec<(&'static str, f64)>;
+
+/// Saves the guest that `command` starts, restores it once, so that its first pages are known, and
+/// measures the next time.
+pub(crate) fn restore(command: &[String]) -> Result<Values> {
+    let (program, rest) = command.split_first().context("no VMM was given")?;
+    ensure!(
+        rest.first().is_some_and(|word| word == "run"),
+        "only armlet's own guests are saved and restored here"
+    );
+    if !Path::new(FOLDER).join("prefetch").exists() {
+        save(program, command)?;
+        let first = restored(program)?;
+        sleep(SETTLE);
+        first.kill()?;
+    }
+    let mut trace = Trace::new(4096)?;
+    trace.event("sched/sched_process_exec")?;
+    trace.first_entry()?;
+    trace.start()?;
+    let vm = restored(program)?;
+    sleep(SETTLE);
+    let memory = Mappings::of(vm.child.id())?.vmm.resident;
+    vm.kill()?;
+    let text = trace.text()?;
+    drop(trace);
+    let mut faults = Trace::new(1024)?;
+    faults.histogram(FAULT, "hsr")?;
+    faults.start()?;
+    let vm = restored(program)?;
+    sleep(SETTLE);
+    vm.kill()?;
+    let faults: u64 = faults.counts(FAULT)?.values().sum();
+    Ok(vec![
+        ("restore_to_entry_ms", entry(&text)?),
+        ("restore_vmm_kib", memory as f64),
+        ("restore_faults", faults as f64),
+    ])
+}
+
+/// A guest's access to a page that stage 2 does not map.
+const FAULT: &str = "kvm/kvm_guest_fault";
+
+fn save(program: &str, command: &[String]) -> Result<()> {
+    // Left by a run that failed.
+    let _ = fs::remove_file(CONTROL);
+    let mut command = command.to_vec();
+    command.extend(["--control".to_owned(), CONTROL.to_owned()]);
+    let mut vm = Vm::start(&command)?;
+    vm.until_marker(None, &mut |_| {})?;
+    sleep(SETTLE);
+    let saved = Command::new(program)
+        .args(["ctl", CONTROL, "snapshot", FOLDER])
+        .output();
+    let saved = saved.context("cannot start armlet ctl")?;
+    let said = String::from_utf8_lossy(&saved.stderr).into_owned();
+    ensure!(saved.status.success(), "no snapshot: {said}");
+    vm.kill()
+}
+
+fn restored(program: &str) -> Result<Vm> {
+    let words = [program, "run", "--restore", FOLDER];
+    Vm::start(&words.map(str::to_owned))
+}
