@@ -299,9 +299,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         let stays_paused = match restored {
             Some((state, stays_paused)) => {
                 let restored = machine.restore(&state);
-                restored
-                    .context("cannot restore the machine")
-                    .fault(Status::Host)?;
+                restored.context("cannot restore the machine")?;
                 Some(stays_paused)
             }
             None => {

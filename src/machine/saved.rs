@@ -15,6 +15,7 @@ use armlet_devices::power::{AcpiPowerState, ResetControlState};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::mmio::MmioState;
 use armlet_devices::virtio::{DeviceState, FsState};
+use armlet_system::status::{Fault, Status, status_of};
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
@@ -143,8 +144,15 @@ impl<A: KvmArch> Machine<A> {
     /// trusted.
     ///
     /// # Errors
-    /// What is not valid, or what this host cannot have.
+    /// What is not valid ([`Status::Usage`]), or what this host cannot have ([`Status::Host`]).
     pub fn restore(&mut self, state: &StateOf<A>) -> Result<()> {
+        match self.restore_parts(state) {
+            Err(error) if status_of(&error) == Status::Failure => Err(error).fault(Status::Usage),
+            done => done,
+        }
+    }
+
+    fn restore_parts(&mut self, state: &StateOf<A>) -> Result<()> {
         let (vcpus, saved) = (self.idle.len(), state.vcpus.len());
         ensure!(
             vcpus == saved,
@@ -168,7 +176,8 @@ impl<A: KvmArch> Machine<A> {
             &self.chip,
             &self.idle,
             (&state.vcpus, &state.chip),
-        )?;
+        )
+        .fault(Status::Host)?;
         // After the interrupt controller: it drives lines, whose levels are theirs.
         let (devices, from) = (&self.devices, &state.devices);
         one(

