@@ -262,3 +262,117 @@ fn shown(value: &Value) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::MachineArgs;
+    use crate::decide::decide;
+    use armlet_arch::aarch64::Aarch64;
+
+    /// The head of a machine of `args` that runs on a host like `host`.
+    fn head_of(host: &str, args: &MachineArgs) -> Head {
+        let chosen = config::board(args, Some(host), "virt", &crate::host::this());
+        let chosen = chosen.expect("a board");
+        let cores = chosen.board.host.cores();
+        let config = config::read::<Aarch64>(args, chosen, &cores, None).expect("valid");
+        let host = Aarch64::assumed_host(&config.board);
+        let plan = decide(&config, &host, &config.board).expect("a plan");
+        let Config {
+            asked,
+            board,
+            request,
+            ..
+        } = &config;
+        let head = Head::of(asked.clone(), board, request, &host, &plan).expect("a head");
+        let bytes = head.to_bytes().expect("JSON");
+        assert_eq!(Head::from_bytes(&bytes).expect("the same"), head);
+        head
+    }
+
+    /// Whether it goes on on a host like another board; if not, why.
+    fn goes_on(head: &Head, host: &str) -> Result<(), String> {
+        let mut args = MachineArgs::default();
+        let plan = |args: &mut MachineArgs| -> Result<()> {
+            head.asked.add_to(args)?;
+            let chosen = head.board_for(Some(host))?;
+            let cores = chosen.board.host.cores();
+            let mut config = config::read::<Aarch64>(args, chosen, &cores, None)?;
+            head.give(&mut config)?;
+            let known = boards::find(host)?;
+            let plan = decide(&config, &Aarch64::assumed_host(&known), &known)?;
+            head.check(&plan)
+        };
+        plan(&mut args).map_err(|error| format!("{error:#}"))
+    }
+
+    fn args(words: &[(&str, &str)]) -> MachineArgs {
+        let mut asked = Asked::default();
+        for (name, value) in words {
+            asked.set(name, (*value).to_owned());
+        }
+        let mut args = MachineArgs::default();
+        asked.add_to(&mut args).expect("options");
+        args
+    }
+
+    #[test]
+    fn a_guest_goes_on_on_every_host_that_can_hold_it() {
+        let small = args(&[
+            ("cpus", "2"),
+            ("memory", "512M"),
+            ("sve", "off"),
+            ("pauth", "off"),
+        ]);
+        // 52 bits, and 40: what the guest needs is what counts.
+        let head = head_of("server52", &small);
+        for host in ["server52", "graviton3", "rk3588", "altra"] {
+            assert_eq!(goes_on(&head, host), Ok(()), "{host}");
+        }
+        for (host, why) in [("rpi4", "GIC"), ("rpi5", "GIC")] {
+            let error = goes_on(&head, host).expect_err(host);
+            assert!(
+                error.contains(why) && !error.contains('\n'),
+                "{host}: {error}"
+            );
+        }
+        let head = head_of("rpi4", &args(&[("cpus", "2"), ("memory", "512M")]));
+        assert_eq!(goes_on(&head, "rpi4"), Ok(()));
+        let error = goes_on(&head, "rk3588").expect_err("GICv3 alone");
+        assert!(error.contains("GIC"), "{error}");
+    }
+
+    #[test]
+    fn a_host_without_what_the_guest_has_is_refused_by_its_name() {
+        let head = head_of("graviton3", &args(&[("memory", "1G"), ("sve", "on")]));
+        assert_eq!(goes_on(&head, "graviton4"), Ok(()));
+        let error = goes_on(&head, "rk3588").expect_err("no SVE");
+        assert!(error.contains("--sve on"), "{error}");
+        let wide = args(&[
+            ("memory", "2T"),
+            ("sve", "off"),
+            ("pmu", "off"),
+            ("pauth", "off"),
+        ]);
+        let error = goes_on(&head_of("server52", &wide), "rk3588").expect_err("too wide");
+        assert!(error.contains("bits"), "{error}");
+    }
+
+    #[test]
+    fn a_plan_that_differs_is_refused_by_the_place_where_it_does() {
+        let mut head = head_of("server52", &args(&[("memory", "512M")]));
+        for (place, value) in [
+            ("/layout/ram/0/size", Value::from(1_u64 << 40)),
+            ("/layout/devices/0/spi", Value::from(77)),
+            ("/vcpus/0/mpidr", Value::from(5)),
+        ] {
+            let whole = head.clone();
+            let found = head.plan.pointer_mut(place);
+            *found.unwrap_or_else(|| panic!("no {place}")) = value;
+            let error = goes_on(&head, "server52").expect_err(place);
+            let place = place[1..].replace('/', ".");
+            assert!(error.contains(&format!("{place} was ")), "{error}");
+            head = whole;
+        }
+    }
+}
