@@ -99,9 +99,8 @@ pub(crate) fn a_guest_at_work_goes_on(make: Armlet) {
 /// The round that has not ended.
 fn next_round(said: &str) -> usize {
     let rounds = said.lines().filter_map(|line| line.strip_prefix("ROUND "));
-    let last = rounds
-        .filter_map(|number| number.parse::<usize>().ok())
-        .last();
+    let mut rounds = rounds.filter_map(|number| number.parse::<usize>().ok());
+    let last = rounds.next_back();
     last.map_or(0, |last| last + 1)
 }
 

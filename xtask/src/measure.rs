@@ -163,7 +163,7 @@ impl Measure {
             Pass::Idle => idle(&command),
             Pass::Restore => {
                 let mut values = Values::default();
-                for (name, value) in restore(&command)? {
+                for (name, value) in restore(&command, entry)? {
                     values.add(name, value);
                 }
                 Ok(values)

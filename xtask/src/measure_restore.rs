@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::measure::entry;
 use crate::procfs::Mappings;
 use crate::trace::Trace;
 use crate::vm::Vm;
@@ -24,8 +23,8 @@ const CONTROL: &str = "/tmp/control";
 pub(crate) type Values = Vec<(&'static str, f64)>;
 
 /// Saves the guest that `command` starts, restores it once, so that its first pages are known, and
-/// measures the next time.
-pub(crate) fn restore(command: &[String]) -> Result<Values> {
+/// measures the next time. `entry` reads the milliseconds to the first entry out of a trace.
+pub(crate) fn restore(command: &[String], entry: impl Fn(&str) -> Result<f64>) -> Result<Values> {
     let (program, rest) = command.split_first().context("no VMM was given")?;
     ensure!(
         rest.first().is_some_and(|word| word == "run"),
