@@ -1,4 +1,5 @@
 use crate::commanded;
+use crate::control::done;
 use crate::guest::{Armlet, Guest, Input, section};
 use crate::lives;
 use crate::rig::{self, Rig};
@@ -6,6 +7,7 @@ use crate::software::archive;
 use crate::{saved, snapshot};
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What the guest says of its machine.
 const LOOK: &str = "
@@ -102,6 +104,68 @@ fn debians_6_1_boots_from_elf() {
     for cpus in [1, 2, 8] {
         boots("vmlinux-6.1", "6.1.", cpus);
     }
+}
+
+/// Tells the time on each CPU for a while, by what it has slept and by CLOCK_BOOTTIME.
+const TELL_THE_TIME: &str = "
+count=0
+while [ $count -lt 120 ]; do
+    count=$((count + 1))
+    for cpu in 1 2; do taskset $cpu cat /proc/uptime; done
+    sleep 0.05
+done
+echo '== dmesg'; dmesg -r
+echo '== clock'; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+echo '== end'
+";
+
+#[test]
+fn linux_goes_on_from_a_snapshot_and_its_clock_never_steps_back() {
+    /// How long nobody runs the guest.
+    const BETWEEN: Duration = Duration::from_secs(20);
+    let Some(rig) = rig::linux() else { return };
+    let armlet = Armlet::script(rig, "vmlinux-6.1", TELL_THE_TIME).cpus(2);
+    let control = armlet.file("control", b"");
+    fs::remove_file(&control).expect("a file of ours");
+    let mut guest = armlet.option("--control", &control).start();
+    guest.expect("ARMLET-SCRIPT-START");
+    guest.expect(".");
+    let folder = guest.path("saved");
+    done(&control, &["pause"]);
+    done(
+        &control,
+        &["snapshot", folder.to_str().expect("a path of ours")],
+    );
+    let saved = tempfile::tempdir().expect("a folder");
+    let kept = saved.path().join("kept");
+    fs::rename(&folder, &kept).expect("on one disk");
+    let before = guest.said();
+    drop(guest);
+    std::thread::sleep(BETWEEN);
+    let outcome = Armlet::new().restore(&kept).end();
+    outcome.assert_status(0);
+    let (before, after) = (before.replace('\r', ""), outcome.text());
+    let times = |text: &str| -> Vec<f64> {
+        let ups = text.lines().filter_map(|line| line.split_once(' '));
+        ups.filter_map(|(up, _)| up.parse().ok()).collect()
+    };
+    let told = [times(&before), times(&after)].concat();
+    println!(
+        "{} and {} times: {told:?}",
+        times(&before).len(),
+        times(&after).len()
+    );
+    assert!(times(&after).len() > 100, "{after}");
+    assert!(told.is_sorted(), "{told:?}");
+    // It did not pass while nobody ran the guest.
+    let longest = told
+        .windows(2)
+        .map(|two| two[1] - two[0])
+        .fold(0.0, f64::max);
+    assert!(longest < BETWEEN.as_secs_f64() / 2.0, "{longest}: {told:?}");
+    assert_no_warnings(section(&after, "dmesg"));
+    assert_eq!(section(&after, "clock"), "kvm-clock");
+    assert_eq!(outcome.complaints(), "");
 }
 
 /// Keeps two vCPUs busy, and tells how many ticks of theirs others had.
