@@ -167,6 +167,27 @@ impl Bare {
         (stop, printed)
     }
 
+    /// Has the first vCPU run for a moment.
+    fn run_whatever_comes(&mut self) {
+        kick::install();
+        let vcpu = &mut self.vcpus[0];
+        let target = Target::default();
+        let _kickable = Kickable::new(vcpu, target.clone());
+        let kicks = spawn(move || {
+            for _ in 0..3 {
+                sleep(Duration::from_millis(1));
+                target.kick();
+            }
+        });
+        for _ in 0..1000 {
+            match vcpu.run() {
+                Err(error) if error.errno() != libc_eagain() => break,
+                _ => {}
+            }
+        }
+        kicks.join().expect("a thread that ends");
+    }
+
     fn expect(&mut self, index: usize, told: u8) -> String {
         let (stop, printed) = self.run(index, LONG);
         assert_eq!(stop, Stop::Told(told), "{printed:?}");
@@ -672,4 +693,56 @@ fn states_that_no_machine_here_can_have_are_refused_in_a_line() {
     let said = refused(&vcpus, &close(short));
     assert!(said.contains("I/O APIC has 100 bytes"), "{said}");
     kept.machine().restore((&vcpus, &chip)).expect("valid");
+}
+
+#[test]
+fn nothing_in_a_state_makes_armlet_panic() {
+    if !rig::small() {
+        return;
+    }
+    if !rig::virtualizes() {
+        println!("skipped: KVM without the CPU's help is for guests that are well-behaved");
+        return;
+    }
+    let handler = begin().tell(7).stay();
+    let program = begin().on_interrupt(&handler).start_timer().tell(1).wait();
+    let kept = Kept::new(&program, 2);
+    let mut machine = kept.machine();
+    machine.expect(0, 1);
+    let state = postcard::to_allocvec(&machine.save()).expect("bytes");
+    drop(machine);
+    let (mut unread, mut refused, mut taken) = (0, 0, 0);
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = |below: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random as usize % below
+    };
+    for _ in 0..400 {
+        let mut bytes = state.clone();
+        for _ in 0..=next(3) {
+            bytes[next(state.len())] ^= 1 << next(8);
+        }
+        if next(10) == 0 {
+            bytes.truncate(next(state.len()));
+        }
+        let Ok((vcpus, chip)) = postcard::from_bytes::<(Vec<VcpuState>, ChipState)>(&bytes) else {
+            unread += 1;
+            continue;
+        };
+        let mut machine = kept.machine();
+        match machine.restore((&vcpus, &chip)) {
+            Err(said) => {
+                assert_eq!(said.lines().count(), 1, "{said}");
+                refused += 1;
+            }
+            Ok(()) => {
+                machine.run_whatever_comes();
+                taken += 1;
+            }
+        }
+    }
+    println!("{unread} unread, {refused} refused, {taken} taken");
+    assert!(unread > 0 && refused > 0 && taken > 0);
 }
