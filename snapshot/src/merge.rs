@@ -57,7 +57,7 @@ impl<'a> Pair<'a> {
         }
         if id != wanted && !pair.is_applied() {
             bail!(
-                "{} has the changes since snapshot {wanted}, and {} is snapshot {id}; name that earlier one",
+                "{} has the changes since snapshot {wanted}, and {} is snapshot {id}; merge diffs in the order in which they were made",
                 shown.1,
                 shown.0
             );

@@ -83,25 +83,25 @@ pub fn write(
     })
 }
 
-/// Writes what is not as in `base`, the memory file of a whole snapshot, to an empty file: as [`write()`]
-/// does.
+/// Writes what is not as in `base` to an empty file: as [`write()`] does.
 ///
 /// # Errors
 /// As for [`write()`]; a base of another size.
 pub fn write_diff(
     pieces: &[Piece],
     pagemap: Option<&File>,
-    base: &File,
+    base: &Base,
     file: &File,
     listener: Listener,
 ) -> Result<Written> {
     let total = total(pieces)?;
-    let known = fstat(base)?;
+    let known = fstat(base.whole)?;
     let size = known.st_size.unsigned_abs();
     ensure!(
         size == total,
         "the memory of the last snapshot has {size} bytes, and that of the guest {total}; make a whole snapshot, without --diff"
     );
+    let before = Before::new(base);
     let mut output = Output::new(file, total)?;
     let mut changed = Runs::default();
     let mut meter = Meter::new(total, listener);
@@ -117,11 +117,12 @@ pub fn write_diff(
             None => false,
         };
         piece.each_part(pagemap, |part, content| {
-            if content == Content::OfFile && is_base {
-                return meter.tell(start + part.end);
-            }
             let range = start + part.start..start + part.end;
-            each_extent(base, 0, range, |range, is_data| {
+            let is_known = content == Content::OfFile && is_base;
+            before.each_part(range, is_known, |range, is_data| {
+                let Some(is_data) = is_data else {
+                    return meter.tell(range.end);
+                };
                 for some in chunks(range) {
                     let size = (some.end - some.start) as usize;
                     let (now, then) = (&mut now[..size], &mut then[..size]);
@@ -136,16 +137,14 @@ pub fn write_diff(
                         (Content::OfFile | Content::Mapped, _) => piece.read(at, now)?,
                     }
                     match is_data {
-                        true => read(base, then, some.start)?,
+                        true => before.read(then, some.start)?,
                         false => then.fill(0),
                     }
                     for pages in differences(now, then) {
                         let offset = some.start + pages.start as u64 * PAGE;
                         let first = offset / PAGE;
-                        output.write(
-                            &now[pages.start * PAGE as usize..pages.end * PAGE as usize],
-                            offset,
-                        )?;
+                        let bytes = pages.start * PAGE as usize..pages.end * PAGE as usize;
+                        output.write(&now[bytes], offset)?;
                         changed.push(first..first + pages.len() as u64);
                     }
                     meter.tell(some.end)?;
@@ -160,6 +159,94 @@ pub fn write_diff(
         bytes: output.written(),
         changed,
     })
+}
+
+/// The memory that a diff is to: that of a whole snapshot, and the diffs since.
+#[derive(Clone, Debug)]
+pub struct Base<'a> {
+    /// The memory file of the whole snapshot.
+    pub whole: &'a File,
+    /// The memory files of the diffs, each to the one before, and their pages.
+    pub later: Vec<(&'a File, &'a Runs)>,
+}
+
+/// A base, with runs in the form in which they are searched, in bytes.
+struct Before<'a> {
+    whole: &'a File,
+    later: Vec<(&'a File, Vec<Range<u64>>)>,
+    /// What any of the diffs has.
+    changed: Vec<Range<u64>>,
+}
+
+impl<'a> Before<'a> {
+    fn new(base: &Base<'a>) -> Before<'a> {
+        let bytes = |runs: &Runs| -> Vec<Range<u64>> {
+            let runs = runs.iter();
+            runs.map(|run| run.start * PAGE..run.end * PAGE).collect()
+        };
+        let later = base.later.iter();
+        let all = later
+            .clone()
+            .fold(Runs::default(), |all, (_, runs)| all.union(runs));
+        Before {
+            whole: base.whole,
+            later: later.map(|(file, runs)| (*file, bytes(runs))).collect(),
+            changed: bytes(&all),
+        }
+    }
+
+    /// Calls `each` for the parts of a range: whether there is data in one, or `None` if it is as it was.
+    /// `is_known` says that the range is as in the whole snapshot.
+    fn each_part(
+        &self,
+        range: Range<u64>,
+        is_known: bool,
+        mut each: impl FnMut(Range<u64>, Option<bool>) -> Result<()>,
+    ) -> Result<()> {
+        let of_whole =
+            |range: Range<u64>, each: &mut dyn FnMut(Range<u64>, Option<bool>) -> Result<()>| {
+                if range.is_empty() {
+                    return Ok(());
+                }
+                match is_known {
+                    true => each(range, None),
+                    false => each_extent(self.whole, 0, range, |range, is_data| {
+                        each(range, Some(is_data))
+                    }),
+                }
+            };
+        let mut at = range.start;
+        for run in within(&self.changed, &range) {
+            of_whole(at..run.start, &mut each)?;
+            each(run.clone(), Some(true))?;
+            at = run.end;
+        }
+        of_whole(at..range.end, &mut each)
+    }
+
+    /// Reads what there was at an offset.
+    fn read(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        read(self.whole, into, offset)?;
+        let range = offset..offset + into.len() as u64;
+        for (file, runs) in &self.later {
+            for run in within(runs, &range) {
+                let part = (run.start - offset) as usize..(run.end - offset) as usize;
+                read(file, &mut into[part], run.start)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the parts of runs that lie in a range.
+fn within<'a>(
+    runs: &'a [Range<u64>],
+    range: &Range<u64>,
+) -> impl Iterator<Item = Range<u64>> + use<'a> {
+    let (start, end) = (range.start, range.end);
+    let first = runs.partition_point(|run| run.end <= start);
+    let runs = runs[first..].iter().take_while(move |run| run.start < end);
+    runs.map(move |run| run.start.max(start)..run.end.min(end))
 }
 
 /// Says how far writing has come, at most once each [`CHUNK`].

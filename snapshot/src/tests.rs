@@ -2,10 +2,11 @@
 
 mod crash;
 mod faults;
+mod speed;
 
 use crate::copy::is_zero;
 use crate::merge::{Merged, Pair};
-use crate::pages::{Backing, Piece, Written, write, write_diff};
+use crate::pages::{Backing, Base, Piece, Written, write, write_diff};
 use crate::prefetch::{Prefetch, recorder};
 use crate::state::{Bank, State};
 use crate::{Draft, Id, PAGE, Paths, Runs, Snapshot};
@@ -120,29 +121,34 @@ pub(crate) fn bytes(file: &File) -> Vec<u8> {
     bytes
 }
 
-/// Takes a snapshot, or a diff from the memory of `base`.
+/// Takes a snapshot, or a diff to a whole one.
 pub(crate) fn take(
     region: &GuestRegionMmap,
     paths: &Paths,
     base: Option<&Snapshot>,
     head: &[u8],
 ) -> Result<Id> {
+    let base = base.map(|base| (base.state.id, to(&base.memory)));
+    take_to(region, paths, base, head)
+}
+
+/// Takes a snapshot, or a diff to the one with this id, which has this memory.
+fn take_to(
+    region: &GuestRegionMmap,
+    paths: &Paths,
+    base: Option<(Id, Base<'_>)>,
+    head: &[u8],
+) -> Result<Id> {
     let draft = Draft::create(paths)?;
     let pieces = [Piece::of(region)?];
-    let map = pagemap();
-    let written = match base {
-        Some(base) => write_diff(
-            &pieces,
-            Some(&map),
-            &base.memory,
-            draft.memory(),
-            &mut |_| Ok(()),
-        )?,
-        None => write(&pieces, Some(&map), draft.memory(), &mut |_| Ok(()))?,
+    let (map, into) = (pagemap(), draft.memory());
+    let written = match &base {
+        Some((_, base)) => write_diff(&pieces, Some(&map), base, into, &mut |_| Ok(()))?,
+        None => write(&pieces, Some(&map), into, &mut |_| Ok(()))?,
     };
     let state = State {
         id: draft.id(),
-        base: base.map(|base| base.state.id),
+        base: base.map(|(id, _)| id),
         banks: vec![Bank {
             start: START,
             size: vm_memory::GuestMemoryRegion::len(region),
@@ -155,6 +161,14 @@ pub(crate) fn take(
     let id = draft.id();
     draft.commit()?;
     Ok(id)
+}
+
+/// The memory of a whole snapshot alone.
+pub(crate) fn to(whole: &File) -> Base<'_> {
+    Base {
+        whole,
+        later: Vec::new(),
+    }
 }
 
 /// The names in a folder, in order.
@@ -231,19 +245,13 @@ proptest! {
                 let at = MemoryRegionAddress(page as u64 * PAGE);
                 region.write_slice(&content(&[byte]), at).expect("memory");
             }
-            // The first diff is of the base, the second of both together.
-            let from = Snapshot::open(&base).expect("a snapshot");
-            let from = match memories.last() {
-                None => from,
-                Some((memory, id)) => {
-                    let file = tempfile::tempfile().expect("a file");
-                    write_pages(&file, &content(memory));
-                    file.set_len(100 * PAGE).expect("room");
-                    let state = State { id: *id, ..from.state };
-                    Snapshot { state, memory: file }
-                }
-            };
-            let id = take(&region, paths, Some(&from), b"1").expect("a diff");
+            // The first diff is to the base, the second to both together.
+            let whole = Snapshot::open(&base).expect("a snapshot");
+            let first = Snapshot::open(&one).ok();
+            let later = first.iter().map(|it| (&it.memory, &it.state.changed)).collect();
+            let to = first.as_ref().map_or(whole.state.id, |first| first.state.id);
+            let before = Base { whole: &whole.memory, later };
+            let id = take_to(&region, paths, Some((to, before)), b"1").expect("a diff");
             let diff = Snapshot::open(paths).expect("a diff");
             prop_assert!(Snapshot::check_whole(&diff.state).is_err());
             memories.push((now, id));
@@ -365,6 +373,38 @@ fn a_page_that_becomes_zero_is_told_from_one_that_did_not_change() {
 }
 
 #[test]
+fn a_page_that_becomes_what_it_was_before_the_last_diff_is_in_the_next_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let of = |name: &str| Paths::folder(&folder.path().join(name));
+    let [base, one, two] = ["base", "one", "two"].map(of);
+    for kind in KINDS {
+        let region = region(kind, &content(&[0, 1, 2]));
+        take(&region, &base, None, b"0").expect("a snapshot");
+        let whole = Snapshot::open(&base).expect("a snapshot");
+        let at = |page| MemoryRegionAddress(page * PAGE);
+        region.write_slice(&content(&[7]), at(0)).expect("memory");
+        region.write_slice(&content(&[7]), at(1)).expect("memory");
+        take(&region, &one, Some(&whole), b"1").expect("a diff");
+        region.write_slice(&content(&[0]), at(0)).expect("memory");
+        region.write_slice(&content(&[1]), at(1)).expect("memory");
+        let first = Snapshot::open(&one).expect("a diff");
+        let before = Base {
+            whole: &whole.memory,
+            later: vec![(&first.memory, &first.state.changed)],
+        };
+        let to = first.state.id;
+        take_to(&region, &two, Some((to, before)), b"2").expect("a diff");
+        let second = Snapshot::open(&two).expect("a diff").state;
+        assert_eq!(only(&second.changed), 0..2, "{kind:?}");
+        assert!(merged(&base, &two).is_err(), "{kind:?}: one is missing");
+        merged(&base, &one).expect("the first");
+        merged(&base, &two).expect("the second");
+        let there = Snapshot::open(&base).expect("a snapshot");
+        assert_eq!(bytes(&there.memory), content(&[0, 1, 2]), "{kind:?}");
+    }
+}
+
+#[test]
 fn pages_of_the_base_itself_are_not_compared() {
     let folder = tempfile::tempdir().expect("a folder");
     let base = Paths::folder(folder.path());
@@ -386,9 +426,13 @@ fn pages_of_the_base_itself_are_not_compared() {
     let file = tempfile::tempfile().expect("a file");
     let piece = Piece::of(&region).expect("mapped");
     let map = pagemap();
-    let written = write_diff(&[piece], Some(&map), &snapshot.memory, &file, &mut |_| {
-        Ok(())
-    });
+    let written = write_diff(
+        &[piece],
+        Some(&map),
+        &to(&snapshot.memory),
+        &file,
+        &mut |_| Ok(()),
+    );
     assert_eq!(only(&written.expect("a diff").changed), 77..78);
     // A file that lost its end while a guest used it is an error here, and no signal.
     writable.set_len(300 * PAGE).expect("shorter");
@@ -452,7 +496,7 @@ fn files_that_do_not_belong_together_are_refused() {
     take(&region, &diff, Some(&from), b"{}").expect("a diff");
     assert!(refused(&diff, &diff).contains("are the same snapshot"));
     take(&region, &two, None, b"{}").expect("a snapshot");
-    assert!(refused(&two, &diff).contains("name that earlier one"));
+    assert!(refused(&two, &diff).contains("in the order in which they were made"));
     assert!(refused(&missing, &diff).contains("three/state"));
     assert!(!folder.path().join("three").exists());
 }
@@ -525,43 +569,4 @@ fn pieces_may_be_of_several_kinds() {
     let map = pagemap();
     write(&pieces, Some(&map), &into, &mut |_| Ok(())).expect("written");
     assert_eq!(bytes(&into), content(&[1, 0, 3, 0, 5]));
-}
-
-#[test]
-#[ignore = "is a measurement: cargo test --release -p armlet-snapshot speed -- --ignored --nocapture"]
-fn speed() {
-    const SIZE: usize = 1 << 30;
-    let map = pagemap();
-    let region = unused(SIZE);
-    let base = rustix::fs::memfd_create("base", rustix::fs::MemfdFlags::CLOEXEC);
-    let base = File::from(base.expect("a file"));
-    for at in (0..SIZE as u64).step_by(2 * PAGE as usize) {
-        region
-            .write_slice(&[at as u8 | 1; PAGE as usize], MemoryRegionAddress(at))
-            .expect("memory");
-        region
-            .write_slice(&[0; PAGE as usize], MemoryRegionAddress(at + PAGE))
-            .expect("memory");
-    }
-    let piece = [Piece::of(&region).expect("mapped")];
-    let begun = std::time::Instant::now();
-    let written = write(&piece, Some(&map), &base, &mut |_| Ok(())).expect("written");
-    println!(
-        "whole: {:?} for {} MiB of 1024",
-        begun.elapsed(),
-        written.bytes >> 20
-    );
-    let file = tempfile::tempfile().expect("a file");
-    let begun = std::time::Instant::now();
-    let written = write_diff(&piece, Some(&map), &base, &file, &mut |_| Ok(()));
-    println!(
-        "diff: {:?} for {:?}",
-        begun.elapsed(),
-        written.expect("written").bytes
-    );
-    let begun = std::time::Instant::now();
-    let region = unused(SIZE);
-    let piece = [Piece::of(&region).expect("mapped")];
-    write(&piece, Some(&map), &file, &mut |_| Ok(())).expect("written");
-    println!("nothing used: {:?}", begun.elapsed());
 }

@@ -131,7 +131,11 @@ mod tests {
         whole.read_exact_at(&mut now, 0).expect("a file");
         assert!(now == expected);
         let diff = tempfile::tempfile().expect("a file");
-        let written = pages::write_diff(&pieces, Some(&pagemap), &file, &diff, &mut |_| Ok(()));
+        let base = pages::Base {
+            whole: &file,
+            later: Vec::new(),
+        };
+        let written = pages::write_diff(&pieces, Some(&pagemap), &base, &diff, &mut |_| Ok(()));
         assert_eq!(
             written.expect("written").changed.pages(),
             1 + (2 << 20) / 4096

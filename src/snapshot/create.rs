@@ -6,7 +6,8 @@ use super::{pagemap, pieces};
 use anyhow::{Context, Result, bail};
 use armlet_backends::drafts::{Drafts, Place};
 use armlet_snapshot::pages::{Backing, Piece, Progress};
-use armlet_snapshot::{Bank, Id, State, pages};
+use armlet_snapshot::{Bank, Id, Runs, State, pages};
+use armlet_system::eintr::uninterrupted;
 use armlet_system::messages;
 use serde::Serialize;
 use serde_json::Value;
@@ -51,12 +52,16 @@ pub struct Outcome {
     pub written: Result<(Written, Base)>,
 }
 
-/// A snapshot that diffs can be to.
-#[derive(Debug)]
+/// A snapshot that a diff can be to: a whole one, or the last of the diffs since.
+#[derive(Clone, Debug)]
 pub struct Base {
     id: Id,
     memory: Arc<File>,
+    later: Vec<(Arc<File>, Arc<Runs>)>,
 }
+
+/// The most diffs to one whole snapshot: each keeps a file open, and its list of pages.
+const MOST_DIFFS: usize = 64;
 
 /// What snapshots of a guest are written with, in all of its lives.
 #[derive(Debug)]
@@ -91,7 +96,8 @@ impl Savers {
             let memory = Arc::new(from.file.try_clone()?);
             let is_mapped = !from.is_copied;
             image = is_mapped.then(|| Arc::clone(&memory));
-            base = Some(Base { id, memory });
+            let later = Vec::new();
+            base = Some(Base { id, memory, later });
         }
         let is_given = matches!(from, Some((_, None)));
         Ok(Savers {
@@ -123,7 +129,12 @@ impl Savers {
         let begun = Instant::now();
         let base = match (wanted.is_diff, &self.base) {
             (false, _) => None,
-            (true, Some(base)) => Some((base.id, Arc::clone(&base.memory))),
+            (true, Some(base)) if base.later.len() >= MOST_DIFFS => {
+                bail!(
+                    "there are {MOST_DIFFS} diffs since the last whole snapshot; make a whole one"
+                )
+            }
+            (true, Some(base)) => Some(base.clone()),
             (true, None) => {
                 bail!(
                     "there is no earlier snapshot that it could be a diff to; make a whole one first"
@@ -169,7 +180,7 @@ struct Job {
     memory: Arc<GuestMemoryMmap>,
     image: Option<Arc<File>>,
     is_given: bool,
-    base: Option<(Id, Arc<File>)>,
+    base: Option<Base>,
     begun: Instant,
 }
 
@@ -202,34 +213,54 @@ impl Job {
         let pagemap = self.pagemap.as_deref();
         let memory = match &self.base {
             None => pages::write(&pieces, pagemap, &files.memory, &mut tell),
-            Some((_, base)) => pages::write_diff(&pieces, pagemap, base, &files.memory, &mut tell),
+            Some(base) => {
+                let later = base.later.iter();
+                let base = pages::Base {
+                    whole: &base.memory,
+                    later: later.map(|(file, runs)| (&**file, &**runs)).collect(),
+                };
+                pages::write_diff(&pieces, pagemap, &base, &files.memory, &mut tell)
+            }
         };
         let memory = memory.context("cannot write guest memory")?;
         let (head, banks, body) = self.state;
         let state = State {
             id: files.id,
-            base: self.base.as_ref().map(|(id, _)| *id),
+            base: self.base.as_ref().map(|base| base.id),
             banks,
-            changed: memory.changed,
+            changed: memory.changed.clone(),
             head,
             body,
         };
         state
             .write(&files.state)
             .context("cannot write the machine's state")?;
+        // Here, as the broker has others to serve meanwhile.
+        for file in [&files.memory, &files.state] {
+            let synced = uninterrupted(|| file.sync_all());
+            synced.context("cannot write the snapshot to its disk")?;
+        }
         files.commit()?;
         let written = Written {
             id: files.id.to_string(),
             bytes: memory.bytes,
             time: self.begun.elapsed(),
         };
-        // A diff alone does not say what memory was.
+        let file = Arc::new(files.memory.try_clone()?);
         let base = match self.base {
             None => Base {
                 id: files.id,
-                memory: Arc::new(files.memory.try_clone()?),
+                memory: file,
+                later: Vec::new(),
             },
-            Some((id, memory)) => Base { id, memory },
+            // A diff alone does not say what memory was.
+            Some(mut base) => {
+                base.later.push((file, Arc::new(memory.changed)));
+                Base {
+                    id: files.id,
+                    ..base
+                }
+            }
         };
         Ok((written, base))
     }

@@ -251,7 +251,7 @@ mod tests {
             ("show", &[&none], "none/state"),
             ("show", &[&base, &diff], "show takes one snapshot"),
             ("merge", &[&base], "merge takes a snapshot and a diff"),
-            ("merge", &[&base, &diff], "name that earlier one"),
+            ("merge", &[&base, &diff], "merge diffs in the order"),
             ("merge", &[&diff, &base], "is a whole snapshot"),
             ("open", &[&base], "use show DIR or merge BASE DIFF"),
         ];

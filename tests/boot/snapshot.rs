@@ -109,13 +109,25 @@ pub(crate) fn a_guest_goes_on_from_changes_on_a_snapshot(first: Armlet) {
     done(&path, &["snapshot", text(&base)]);
     guest.expect(TICKS);
     done(&path, &["snapshot", text(&changes), "--diff"]);
+    guest.expect(TICKS);
+    // The next one has what changed since that one.
+    let more = saved.path().join("more");
+    done(&path, &["snapshot", text(&more), "--diff"]);
     guest.signal(Signal::KILL);
     guest.end().assert_signal(Signal::KILL);
     let (said, status) = armlet(&["run", "--restore", text(&changes)]);
     assert_eq!(status, 2, "{said}");
     assert!(said.contains("armlet snapshot merge"), "{said}");
-    let (said, status) = armlet(&["snapshot", "merge", text(&base), text(&changes)]);
-    assert_eq!(status, 0, "{said}");
+    let (said, status) = armlet(&["snapshot", "merge", text(&base), text(&more)]);
+    assert_eq!(status, 2, "{said}");
+    assert!(
+        said.contains("in the order in which they were made"),
+        "{said}"
+    );
+    for diff in [&changes, &more] {
+        let (said, status) = armlet(&["snapshot", "merge", text(&base), text(diff)]);
+        assert_eq!(status, 0, "{said}");
+    }
     let mut again = Armlet::new().restore(&base);
     again.expect(TICKS);
     assert!(!again.said().contains(FIRST), "{}", again.said());
