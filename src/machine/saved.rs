@@ -171,13 +171,11 @@ impl<A: KvmArch> Machine<A> {
             names(&theirs),
             names(&ours)
         );
-        A::restore(
-            &self.vm,
-            &self.chip,
-            &self.idle,
-            (&state.vcpus, &state.chip),
-        )
-        .fault(Status::Host)?;
+        let states = (&state.vcpus[..], &state.chip);
+        match A::restore(&self.vm, &self.chip, &self.idle, states) {
+            Err(error) if status_of(&error) == Status::Failure => Err(error).fault(Status::Host)?,
+            done => done?,
+        }
         // After the interrupt controller: it drives lines, whose levels are theirs.
         let (devices, from) = (&self.devices, &state.devices);
         one(

@@ -13,6 +13,7 @@ use armlet::kvm::kick::{self, Kickable, Target};
 use armlet::kvm::{HostArch, KvmArch};
 use armlet::memory;
 use armlet_arch::Plan;
+use armlet_system::status::{Status, status_of};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -207,8 +208,16 @@ impl Bare {
     }
 
     fn restore(&self, (vcpus, chip): (&[VcpuState], &ChipState)) -> Result<(), String> {
-        HostArch::restore(&self.vm, &self.chip, &self.vcpus, (vcpus, chip))
-            .map_err(|error| format!("{error:#}"))
+        HostArch::restore(&self.vm, &self.chip, &self.vcpus, (vcpus, chip)).map_err(|error| {
+            // What has a wrong size is so on every host.
+            let said = format!("{error:#}");
+            let is_invalid = said.contains(" bytes") || said.contains("the states of");
+            assert_eq!(
+                status_of(&error) == Status::Usage,
+                is_invalid || said.contains(" leaves")
+            );
+            said
+        })
     }
 
     /// Another machine in place of this, which goes on where this one stood.

@@ -16,7 +16,7 @@ mod features;
 mod msrs;
 mod raw;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use features::Leaf;
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -24,7 +24,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, KvmNestedStateBuffer, VcpuFd, VmFd};
 use msrs::{Msr, TSC, TSC_DEADLINE};
-use raw::Raw;
+use raw::{Raw, check};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 
@@ -166,21 +166,20 @@ pub(super) fn restore(
     vcpus: &[VcpuFd],
     (states, state): (&[VcpuState], &ChipState),
 ) -> Result<()> {
-    ensure!(
-        vcpus.len() == states.len(),
-        "it has the states of {} vCPUs, and the machine has {}",
-        states.len(),
-        vcpus.len()
-    );
+    let (count, ours) = (states.len(), vcpus.len());
+    check(count == ours, || {
+        format!("it has the states of {count} vCPUs, and the machine has {ours}")
+    })?;
     let wanted = match chip.has_controllers {
         true => CONTROLLERS.len(),
         false => 0,
     };
     let saved = state.controllers.len();
-    ensure!(
-        saved == wanted,
-        "it has the states of {saved} interrupt controllers of KVM, and the machine has {wanted}"
-    );
+    check(saved == wanted, || {
+        format!(
+            "it has the states of {saved} interrupt controllers of KVM, and the machine has {wanted}"
+        )
+    })?;
     let host = Host {
         msrs: msrs::saved(&chip.kvm)?,
         xsave_bytes: xsave_bytes(&chip.kvm)?,
@@ -278,10 +277,9 @@ fn restore_cpuid(vcpu: &VcpuFd, wanted: &[Leaf]) -> Result<()> {
         return Ok(());
     }
     let (leaves, most) = (wanted.len(), KVM_MAX_CPUID_ENTRIES);
-    ensure!(
-        leaves <= most,
-        "its CPUID has {leaves} leaves, more than {most}"
-    );
+    check(leaves <= most, || {
+        format!("its CPUID has {leaves} leaves, more than {most}")
+    })?;
     features::check(wanted, &host)?;
     let leaves: Vec<_> = wanted.iter().map(features::entry).collect();
     let cpuid = CpuId::from_entries(&leaves).context("its CPUID has too many leaves")?;
@@ -334,10 +332,13 @@ fn read_xsave(vcpu: &VcpuFd, bytes: usize) -> Result<Raw> {
 
 fn restore_xsave(vcpu: &VcpuFd, saved: &Raw, bytes: usize) -> Result<()> {
     let (least, count) = (size_of::<kvm_xsave>(), saved.0.len());
-    ensure!(
-        (least..=bytes).contains(&count) && count.is_multiple_of(size_of::<u32>()),
-        "the state of its vector registers has {count} bytes, and this host's has {least} to {bytes}"
-    );
+    // The CPU's features, by which this host may have less, were compared before.
+    let is_valid = (least..=bytes).contains(&count) && count.is_multiple_of(size_of::<u32>());
+    check(is_valid, || {
+        format!(
+            "the state of its vector registers has {count} bytes, and this host's has {least} to {bytes}"
+        )
+    })?;
     let mut area = xsave_area(bytes)?;
     let words = saved.0.chunks_exact(size_of::<u32>());
     let words: Vec<u32> = words
@@ -381,9 +382,9 @@ fn restore_nested(vcpu: &VcpuFd, saved: Option<&Raw>, has_nested: bool) -> Resul
         size_of::<KvmNestedStateBuffer>(),
     );
     let bytes = saved.0.len();
-    if !(least..=most).contains(&bytes) {
-        bail!("the state of its hypervisor has {bytes} bytes, not {least} to {most}");
-    }
+    check((least..=most).contains(&bytes), || {
+        format!("the state of its hypervisor has {bytes} bytes, not {least} to {most}")
+    })?;
     if saved.0 == Raw::of(&fresh).0[..bytes] {
         return Ok(());
     }

@@ -1,6 +1,7 @@
 //! Structures of KVM's interface as bytes, to be kept in files.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow};
+use armlet_system::status::{Fault, Status};
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs2,
     kvm_vcpu_events, kvm_xcrs,
@@ -36,6 +37,17 @@ unsafe impl Plain for kvm_irqchip {}
 // SAFETY: as above.
 unsafe impl Plain for KvmNestedStateBuffer {}
 
+/// Checks what is the same on every host.
+///
+/// # Errors
+/// What was said, with the status of input that is not valid.
+pub(super) fn check(is_valid: bool, said: impl FnOnce() -> String) -> Result<()> {
+    match is_valid {
+        true => Ok(()),
+        false => Err(anyhow!(said())).fault(Status::Usage),
+    }
+}
+
 /// Bytes whose meaning is KVM's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Raw(pub(super) Vec<u8>);
@@ -54,10 +66,9 @@ impl Raw {
     /// Too few or too many bytes.
     pub(super) fn read<T: Plain>(&self, what: &str) -> Result<T> {
         let (bytes, size) = (self.0.len(), size_of::<T>());
-        ensure!(
-            bytes == size,
-            "the state of its {what} has {bytes} bytes, not {size}"
-        );
+        check(bytes == size, || {
+            format!("the state of its {what} has {bytes} bytes, not {size}")
+        })?;
         // SAFETY: there are as many bytes, and any are a value of the type (`Plain`).
         Ok(unsafe { self.0.as_ptr().cast::<T>().read_unaligned() })
     }
