@@ -65,7 +65,13 @@ fn api(args: &ApiArgs) -> Result<Status> {
         ))?;
         return Ok(Status::Success);
     }
-    api::api(args)
+    let version = match &args.describe_snapshot {
+        Some(path) => crate::snapshot::version(Path::new(path)).fault(Status::Failure)?,
+        None if args.snapshot_version => crate::snapshot::VERSION,
+        None => return api::api(args),
+    };
+    print(&format!("v{version}.0.0\n"))?;
+    Ok(Status::Success)
 }
 
 fn ctl(args: &CtlArgs) -> Result<Status> {

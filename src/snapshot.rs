@@ -10,9 +10,10 @@ mod head;
 mod inspect;
 mod restore;
 
+pub use armlet_snapshot::VERSION;
 pub use create::{Base, Outcome, Savers, Wanted, Written};
 pub use head::Head;
-pub use inspect::inspect;
+pub use inspect::{inspect, version};
 pub use restore::{MemoryFrom, Recording, Restore};
 
 use anyhow::Result;

@@ -58,6 +58,9 @@ mod gdbs;
 /// Running armlet: with pipes or on a terminal, with a deadline for everything.
 #[path = "boot/guest.rs"]
 mod guest;
+/// Restored guests whose memory a handler of page faults gives.
+#[path = "boot/handler.rs"]
+mod handler;
 /// What does the steps of a guest without an operating system, in the guest.
 #[path = "boot/interpreter.rs"]
 mod interpreter;

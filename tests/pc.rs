@@ -34,6 +34,9 @@ mod gdbs;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "boot/guest.rs"]
 mod guest;
+/// Restored guests whose memory a handler of page faults gives.
+#[path = "boot/handler.rs"]
+mod handler;
 /// What does the steps of a guest without an operating system, in the guest.
 #[path = "pc/interpreter.rs"]
 mod interpreter;

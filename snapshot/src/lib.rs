@@ -25,7 +25,7 @@ pub use draft::Draft;
 pub use open::Snapshot;
 pub use paths::Paths;
 pub use runs::Runs;
-pub use state::{Bank, Error, Id, State};
+pub use state::{Bank, Error, Id, State, VERSION};
 
 /// The unit of lists of pages and of comparisons in bytes, whatever pages the host has: so a snapshot
 /// of a host of one page size is read on one of another.

@@ -12,7 +12,7 @@ use std::str::FromStr;
 /// How the file begins.
 const MAGIC: [u8; 8] = *b"armlet\x00S";
 /// The version of the envelope. What head and body hold has versions of its own.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// Magic, version, flags, id, base, three lengths, a field for later, and their checksum.
 const HEADER: usize = 52;
 /// The checksum at the end.
@@ -251,6 +251,24 @@ impl State {
     pub(crate) fn read_id(from: &mut impl Read) -> Result<Id, Error> {
         Ok(Header::read(from)?.id)
     }
+
+    /// Reads only the version of its format, whether this program knows it or not.
+    ///
+    /// # Errors
+    /// A file that is no state.
+    pub fn read_version(from: &mut impl Read) -> Result<u32, Error> {
+        let mut bytes = [0; MAGIC.len() + 4];
+        from.read_exact(&mut bytes).map_err(|error| {
+            match error.kind() == io::ErrorKind::UnexpectedEof {
+                true => Error::Other,
+                false => error.into(),
+            }
+        })?;
+        match bytes.strip_prefix(&MAGIC) {
+            Some(version) => Ok(number(version)),
+            None => Err(Error::Other),
+        }
+    }
 }
 
 /// The parts after the header, with the most bytes of each.
@@ -410,6 +428,18 @@ pub(crate) mod tests {
         assert_eq!(read(&bytes).expect("a state"), state);
         assert_eq!(state.memory_size(), 10 * PAGE);
         assert_eq!(State::read_id(&mut &*bytes).expect("an id"), state.id);
+    }
+
+    #[test]
+    fn the_version_of_any_state_is_read_and_of_nothing_else() {
+        let mut bytes = state(b"{}").to_bytes().expect("small parts");
+        let version = |bytes: &[u8]| State::read_version(&mut &*bytes);
+        assert_eq!(version(&bytes).expect("a state"), VERSION);
+        // Of one of the future, nothing more is known.
+        bytes[8] = 7;
+        assert_eq!(version(&bytes[..12]).expect("a state"), 7);
+        assert!(matches!(version(&bytes[..11]), Err(Error::Other)));
+        assert!(matches!(version(b"another file"), Err(Error::Other)));
     }
 
     #[test]

@@ -87,6 +87,12 @@ pub struct ApiArgs {
     /// as of 'run'
     #[argh(option, arg_name = "on|strict|log|off")]
     pub sandbox: Option<String>,
+    /// print the version of the format of snapshots and leave
+    #[argh(switch)]
+    pub snapshot_version: bool,
+    /// print that of a snapshot's state and leave
+    #[argh(option, arg_name = "FILE")]
+    pub describe_snapshot: Option<String>,
     /// print the version and leave
     #[argh(switch)]
     pub version: bool,

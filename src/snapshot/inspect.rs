@@ -4,9 +4,9 @@ use crate::cli::SnapshotArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_snapshot::merge::Pair;
 use armlet_snapshot::prefetch::Prefetch;
-use armlet_snapshot::{PAGE, Paths, Snapshot};
-use armlet_system::signals;
+use armlet_snapshot::{PAGE, Paths, Snapshot, State};
 use armlet_system::status::{Fault, Status};
+use armlet_system::{files, signals};
 use serde_json::{Value, json};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -34,6 +34,16 @@ pub fn inspect(args: &SnapshotArgs) -> Result<(String, Value)> {
             ))
         }
     }
+}
+
+/// Returns the version of the format of a snapshot's state.
+///
+/// # Errors
+/// Another file, and what the system says.
+pub fn version(path: &Path) -> Result<u32> {
+    let shown = || path.display().to_string();
+    let (mut file, _) = files::open_regular(path).with_context(shown)?;
+    State::read_version(&mut file).with_context(shown)
 }
 
 /// What is asked for.
@@ -156,7 +166,7 @@ fn describe(head: &Value) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use armlet_snapshot::{Bank, Draft, State};
+    use armlet_snapshot::{Bank, Draft};
     use std::fs;
     use std::os::unix::fs::FileExt;
 

@@ -385,6 +385,15 @@ pub(crate) fn a_file_describes_a_guest(end: &[u8], options: &[&str]) {
     }
 }
 
+/// The status of `armlet api` with these options, and what it says.
+fn tells(options: &[&str]) -> (i32, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_armlet"));
+    let output = command.arg("api").args(options).output().expect("armlet");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    (output.status.code().unwrap_or(-1), said)
+}
+
 /// `kernel` prints `first` and then `ticks` for ever: it is saved, and goes on in other processes.
 pub(crate) fn a_guest_is_saved_and_loaded(kernel: &[u8], first: &str, ticks: &str) {
     let mut api = Api::start(&[]);
@@ -420,6 +429,16 @@ pub(crate) fn a_guest_is_saved_and_loaded(kernel: &[u8], first: &str, ticks: &st
         assert_eq!(create(kind, name), (204, String::new()), "{}", api.said());
     }
     assert_eq!(create("Full", "no/folder").0, 400);
+    let version = tells(&["--snapshot-version"]);
+    assert_eq!(version, (0, "v1.0.0\n".to_owned()));
+    for name in ["snap", "changes"] {
+        let path = api.path(name).display().to_string();
+        assert_eq!(tells(&["--describe-snapshot", &path]), version, "{name}");
+    }
+    let path = api.path("kernel").display().to_string();
+    let (status, said) = tells(&["--describe-snapshot", &path]);
+    assert_eq!((status, said.lines().count()), (1, 1), "{said}");
+    assert!(said.contains("not the state of a snapshot"), "{said}");
     assert_eq!(api.get("/")["state"], "Paused");
     let pid = rustix::process::Pid::from_child(&api.child);
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it runs");

@@ -6,7 +6,7 @@ use crate::console::both_ways;
 use crate::guest::{Armlet, section};
 use crate::rig::WITH_DEVICES;
 use crate::software::Program;
-use crate::{api, engines, lives, rig};
+use crate::{api, engines, handler, lives, rig};
 use std::fs;
 
 /// Where its 16550A lies.
@@ -86,6 +86,14 @@ fn a_guest_of_firecrackers_clients_is_saved_and_loaded() {
     if rig::any().is_some() {
         let kernel = printing("first\n").then(&printing("tick\n").wait(100_000).again());
         api::a_guest_is_saved_and_loaded(&kernel.image(), "first\n", "tick\n");
+    }
+}
+
+#[test]
+fn a_load_by_request_takes_memory_from_a_handler() {
+    if rig::any().is_some() {
+        let kernel = printing("first\n").then(&printing("tick\n").wait(100_000).again());
+        handler::a_load_takes_memory_from_a_handler(&kernel.image(), "first\n", "tick\n");
     }
 }
 

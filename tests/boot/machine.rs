@@ -1,6 +1,6 @@
 use crate::guest::{Armlet, GLANCE, MARKER};
 use crate::software::{Program, UARTDR};
-use crate::{commanded, control, lives, rig, snapshot};
+use crate::{commanded, control, handler, lives, rig, snapshot};
 use rustix::process::Signal;
 use std::fs;
 use std::path::PathBuf;
@@ -189,6 +189,13 @@ fn a_guest_goes_on_from_its_snapshot() {
 fn a_guest_goes_on_from_changes_on_a_snapshot() {
     if rig::any().is_some() {
         snapshot::a_guest_goes_on_from_changes_on_a_snapshot(ticking());
+    }
+}
+
+#[test]
+fn a_guest_gets_its_memory_from_a_handler_of_page_faults() {
+    if rig::any().is_some() {
+        handler::a_guest_gets_its_memory_from_a_handler_of_page_faults(ticking());
     }
 }
 

@@ -2,7 +2,7 @@ use crate::guest::{Armlet, Input};
 use crate::interpreter::image;
 use crate::software::{I8042_COMMAND, Program, RESET_CONTROL, UART};
 use crate::steps::Steps;
-use crate::{api, commanded, control, engines, lives, rig, snapshot};
+use crate::{api, commanded, control, engines, handler, lives, rig, snapshot};
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -852,5 +852,21 @@ fn a_guest_of_the_api_is_saved_and_loaded() {
     if rig::small() {
         let kernel = ticking(100_000).image();
         api::a_guest_is_saved_and_loaded(&kernel, commanded::FIRST, commanded::TICKS);
+    }
+}
+
+#[test]
+fn a_guest_gets_its_memory_from_a_handler_of_page_faults() {
+    if rig::small() {
+        let guest = Armlet::program(&ticking(100_000));
+        handler::a_guest_gets_its_memory_from_a_handler_of_page_faults(guest);
+    }
+}
+
+#[test]
+fn a_load_by_request_takes_memory_from_a_handler() {
+    if rig::small() {
+        let kernel = ticking(100_000).image();
+        handler::a_load_takes_memory_from_a_handler(&kernel, commanded::FIRST, commanded::TICKS);
     }
 }

@@ -27,13 +27,10 @@ const OWNER: u32 = 12345;
 /// The tests that fail, and why: a guest of a few instructions has no drivers, and what armlet does not
 /// offer is a row of docs/api.md. One that passes is to leave this list.
 const FAILING: &[(&str, &str)] = &[
-    ("vm_can_snapshot_after_original_has_exited", SNAPSHOTS),
-    ("vm_can_snapshot_while_original_is_running", SNAPSHOTS),
     ("vm_api_can_perform_balloon_free_page_hinting_runs", BALLOON),
     ("vm_api_can_update_balloon", BALLOON),
     ("vm_api_can_get_balloon_statistics", BALLOON),
 ];
-const SNAPSHOTS: &str = "there are no snapshots";
 const BALLOON: &str = "the guest has no balloon driver";
 
 /// Parts of the names of those that want nft, which not every machine has.
