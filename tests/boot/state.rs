@@ -29,6 +29,9 @@ type State = StateOf<HostArch>;
 type VcpuState = <HostArch as KvmArch>::VcpuState;
 type ChipState = <HostArch as KvmArch>::ChipState;
 
+const MIDR_EL1: u64 = 0x6030_0000_0013_c000;
+const ID_AA64ISAR2_EL1: u64 = 0x6030_0000_0013_c032;
+
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the guest does on its vCPUs. Each fills registers with values of its own: floating point, SVE and
@@ -408,6 +411,49 @@ fn a_guest_goes_on_in_a_machine_that_got_its_state() {
         }
         guest.end();
     }
+}
+
+/// The states that Linux 6.1 gave of this guest on 3 vCPUs, when it had printed `P`, and that CPU.
+const BY_LINUX_6_1: &str = include_str!("../states/linux-6.1-max.json");
+
+#[test]
+fn a_guest_that_an_older_kernel_saved_goes_on_by_a_newer_one() {
+    if rig::main().is_none() {
+        return;
+    }
+    let setup = Setup::new(3);
+    let mut state = setup.fresh();
+    let saved: Value = serde_json::from_str(BY_LINUX_6_1).expect("JSON");
+    let vcpus: Vec<VcpuState> = serde_json::from_value(saved["vcpus"].clone()).expect("vCPUs");
+    let identity = |vcpu: &VcpuState| registers(vcpu).word(MIDR_EL1);
+    if identity(&vcpus[0]) != identity(&state.vcpus[0]) {
+        println!("skipped: this host has another CPU");
+        return;
+    }
+    // FEAT_MOPS and others, which this kernel would give, and the guest does not know.
+    let features = |state: &State| registers(&state.vcpus[0]).word(ID_AA64ISAR2_EL1);
+    let offered = features(&state);
+    // All that the guest keeps in memory is how often its second vCPU woke.
+    let mut loaded = setup.assemble(&[]);
+    let kernel = setup.options.config.kernel.as_ref();
+    let done = loaded
+        .machine
+        .load(&setup.memory, &setup.plan, kernel, None);
+    done.expect("loaded");
+    drop(loaded);
+    state.vcpus = vcpus;
+    state.chip = serde_json::from_value(saved["chip"].clone()).expect("a GIC");
+    let guest = setup.restore(&state).expect("restored");
+    let again = guest.save();
+    assert_ne!(offered, features(&state));
+    assert_eq!(features(&again), features(&state));
+    assert!(counter(&again.vcpus) >= counter(&state.vcpus));
+    guest.resume();
+    for (sent, printed) in [("g", 't'), ("1", '1'), ("2", '2')] {
+        guest.send(sent);
+        assert_eq!(guest.next(), printed);
+    }
+    guest.end();
 }
 
 #[test]

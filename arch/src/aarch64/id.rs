@@ -75,7 +75,7 @@ const fn id(crm: u16, op2: u16) -> SystemRegister {
 /// Registers with their names and those of their fields, from bits 3:0 on. Before a field's name: `-`, it is
 /// signed (-1 means none); `=`, only the same value is the same feature; `~`, it says nothing to a guest at
 /// EL1, or KVM does as the plan says (PARange). `.` is a field without a name. After `/` is the feature that
-/// it stands for, where that is called otherwise.
+/// it stands for, where that is called otherwise or the field is of none.
 const REGISTERS: &[(SystemRegister, &str, &str)] = &[
     (MIDR_EL1, "MIDR_EL1", ""),
     (id(0, 5), "MPIDR_EL1", ""),
@@ -86,29 +86,30 @@ const REGISTERS: &[(SystemRegister, &str, &str)] = &[
     (
         ID_AA64PFR0_EL1,
         "ID_AA64PFR0_EL1",
-        "EL0 EL1 ~EL2 ~EL3 -FP -AdvSIMD GIC RAS SVE ~SEL2 ~MPAM AMU DIT ~RME CSV2 CSV3",
+        "EL0/ EL1/ ~EL2 ~EL3 -FP -AdvSIMD GIC/GICv3 RAS SVE ~SEL2 ~MPAM AMU/AMUv1 DIT ~RME CSV2 CSV3",
     ),
     (
         id(4, 1),
         "ID_AA64PFR1_EL1",
-        "BT/BTI SSBS MTE RAS_frac ~MPAM_frac . SME RNDR_trap CSV2_frac NMI MTE_frac GCS THE MTEX DF2 PFAR",
+        "BT/BTI SSBS MTE RAS_frac/ ~MPAM_frac . SME RNDR_trap/RNG_TRAP CSV2_frac/ NMI MTE_frac/ GCS THE MTEX/ DF2 \
+         PFAR",
     ),
     (
         id(4, 2),
         "ID_AA64PFR2_EL1",
-        "MTEPERM MTESTOREONLY MTEFAR . . . . . FPMR",
+        "MTEPERM/MTE_PERM MTESTOREONLY/MTE_STORE_ONLY MTEFAR/MTE_TAGGED_FAR . . . . . FPMR",
     ),
     (
         id(4, 4),
         "ID_AA64ZFR0_EL1",
-        "SVEver/SVE2 AES/SVE_AES . EltPerm BitPerm/SVE_BitPerm BF16 B16B16 . SHA3/SVE_SHA3 . SM4/SVE_SM4 \
+        "SVEver/SVE2 AES/SVE_AES . EltPerm/SVE2p2 BitPerm/SVE_BitPerm BF16 B16B16/SVE_B16B16 . SHA3/SVE_SHA3 . SM4/SVE_SM4 \
          I8MM . F32MM F64MM",
     ),
     (id(4, 5), "ID_AA64SMFR0_EL1", ""),
     (
         id(5, 0),
         "ID_AA64DFR0_EL1",
-        "DebugVer ~TraceVer -PMUVer/PMUv3 BRPs PMSS WRPs SEBEP CTX_CMPs PMSVer/SPE ~DoubleLock ~TraceFilt \
+        "DebugVer/ ~TraceVer -PMUVer/PMUv3 BRPs/ PMSS/PMUv3_SS WRPs/ SEBEP CTX_CMPs/ PMSVer/SPE ~DoubleLock ~TraceFilt \
          ~TraceBuffer ~MTPMU ~BRBE ~ExtTrcBuff ~HPMN0",
     ),
     (id(5, 1), "ID_AA64DFR1_EL1", ""),
@@ -127,7 +128,7 @@ const REGISTERS: &[(SystemRegister, &str, &str)] = &[
     (
         id(6, 2),
         "ID_AA64ISAR2_EL1",
-        "WFxT RPRES =GPA3/PAuth =APA3/PAuth MOPS BC/HBC PAC_frac CLRBHB SYSREG_128 SYSINSTR_128 PRFMSLC \
+        "WFxT RPRES =GPA3/PAuth =APA3/PAuth MOPS BC/HBC PAC_frac/CONSTPACFIELD CLRBHB SYSREG_128 SYSINSTR_128 PRFMSLC \
          PCDPHINT RPRFM CSSC LUT ATS1A",
     ),
     (
@@ -138,7 +139,7 @@ const REGISTERS: &[(SystemRegister, &str, &str)] = &[
     (
         id(7, 0),
         "ID_AA64MMFR0_EL1",
-        "~PARange ASIDBits/ASID16 BigEnd ~SNSMem BigEndEL0 TGran16 -TGran64 -TGran4/LPA2 ~TGran16_2 \
+        "~PARange ASIDBits/ BigEnd/MixedEnd ~SNSMem BigEndEL0/MixedEndEL0 TGran16/ -TGran64/ -TGran4/LPA2 ~TGran16_2 \
          ~TGran64_2 ~TGran4_2 ExS . . ~FGT ECV",
     ),
     (
