@@ -27,7 +27,7 @@ use armlet_arch::{Arch, Architecture};
 use armlet_system::messages::{self, Form};
 use armlet_system::status::{Fault, Status, status_of};
 use files::Files;
-use running::Running;
+use running::{Running, UnderWay};
 use std::cell::RefCell;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -48,7 +48,7 @@ const BODY_BYTES: usize = 51200;
 const SOCKET: &str = "/run/firecracker.socket";
 /// Small, so that a huge page never backs it.
 const STACK_BYTES: usize = 256 << 10;
-/// How long an end waits for the answer to the request that started the machine.
+/// How long an end waits for the answer to the request that started the machine, or to another.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// The most bytes of files with configuration or metadata.
 const FILE_BYTES: u64 = 1 << 20;
@@ -79,6 +79,9 @@ struct Serving {
     pending: Option<(Pending, Verdict)>,
     microvm: Microvm,
     files: Files,
+    /// What is wrong if the machine does not start.
+    what: &'static str,
+    under_way: UnderWay,
 }
 
 /// Serves requests, until the machine that they configure and start has ended. What it says goes to
@@ -146,11 +149,14 @@ fn serve(args: &ApiArgs) -> Result<Status> {
         };
         let options = machine::options(args, &microvm, &files, restore);
         let metrics = files.metrics.clone();
+        let under_way = UnderWay::default();
         let serving = Serving {
             server,
             pending,
             microvm,
             files,
+            what,
+            under_way: under_way.clone(),
         };
         // `run` takes it once nothing but the machine itself can fail.
         let slot = Rc::new(RefCell::new(Some(serving)));
@@ -169,6 +175,7 @@ fn serve(args: &ApiArgs) -> Result<Status> {
             // Neither waits for the other: there is room for one, and the answer is on its way.
             let _ = tell.try_send(started.map_err(|error| format!("{error:#}")));
             let _ = done.recv_timeout(FAREWELL);
+            under_way.wait(FAREWELL);
             metrics.end();
             return outcome;
         };
@@ -212,7 +219,7 @@ impl Serving {
     }
 
     fn serve(mut self, commands: Commands) -> Result<()> {
-        let mut running = Running::new(self.microvm, self.files, commands);
+        let mut running = Running::new(self.microvm, self.files, commands, self.under_way);
         // The first answer of the event loop says that the guest runs. One that has ended already may have
         // run all the same.
         let started = running.wait_for_start();
@@ -221,7 +228,7 @@ impl Serving {
                 started.or_else(|why| verdict.outcome.recv_timeout(FAREWELL).unwrap_or(Err(why)));
             let answer = match started {
                 Ok(()) => Answer::done(),
-                Err(why) => Answer::fault(format!("Start microvm error: {why}")),
+                Err(why) => Answer::fault(format!("{}: {why}", self.what)),
             };
             self.server.answer(&pending, &answer);
             // Nobody waits for it while the guest runs.

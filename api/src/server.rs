@@ -23,6 +23,9 @@ pub trait Handler {
     /// Carries out a request.
     fn handle(&mut self, request: &Request) -> Step;
 
+    /// The request's client has its answer, or is gone.
+    fn answered(&mut self) {}
+
     /// When [`Self::pass`] is to be called.
     fn deadline(&self) -> Option<Instant> {
         None
@@ -161,7 +164,11 @@ impl Server {
                 }
                 Some(Input::Wrong(why)) => client.send(&Answer::wrong(&why)),
                 Some(Input::Request(request)) => match handler.handle(&request) {
-                    Step::Answer(answer) => client.send(&answer),
+                    Step::Answer(answer) => {
+                        let stays = client.send(&answer);
+                        handler.answered();
+                        stays
+                    }
                     Step::Start => {
                         client.waits = true;
                         return Some(Pending {

@@ -13,16 +13,40 @@ use armlet_api::server::Handler;
 use armlet_api::{Machine, Microvm, Refusal, Step};
 use armlet_backends::backend::Flow;
 use armlet_backends::drafts::Place;
+use armlet_devices::sync::lock;
 use serde_json::{Value, json};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long a request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Whether a request has no answer yet: the guest may end by what it asks for, and its client is to hear
+/// that it was done.
+#[derive(Clone, Default)]
+pub(super) struct UnderWay(Arc<(Mutex<bool>, Condvar)>);
+
+impl UnderWay {
+    fn set(&self, is: bool) {
+        let (state, changed) = &*self.0;
+        *lock(state) = is;
+        changed.notify_all();
+    }
+
+    /// Waits until there is none, and not longer than this.
+    pub(super) fn wait(&self, longest: Duration) {
+        let (state, changed) = &*self.0;
+        let state = lock(state);
+        // The end waits for nothing else.
+        let _ = changed.wait_timeout_while(state, longest, |is| *is);
+    }
+}
+
 /// What answers while a machine runs.
 pub(super) struct Running {
     microvm: Microvm,
     guest: Guest,
+    under_way: UnderWay,
 }
 
 /// The machine, as far as requests reach it.
@@ -37,13 +61,19 @@ struct Guest {
 }
 
 impl Running {
-    pub(super) fn new(microvm: Microvm, mut files: Files, commands: Commands) -> Running {
+    pub(super) fn new(
+        microvm: Microvm,
+        mut files: Files,
+        commands: Commands,
+        under_way: UnderWay,
+    ) -> Running {
         files.hand_over();
         let drives = microvm.drives.iter().map(|drive| drive.drive_id.clone());
         let interfaces = microvm.interfaces.iter().map(|net| net.iface_id.clone());
         let (drives, interfaces) = (drives.collect(), interfaces.collect());
         Running {
             microvm,
+            under_way,
             guest: Guest {
                 commands,
                 metrics: files.metrics.clone(),
@@ -67,8 +97,13 @@ impl Running {
 
 impl Handler for Running {
     fn handle(&mut self, request: &Request) -> Step {
+        self.under_way.set(true);
         self.guest.metrics.count(request);
         Step::Answer(self.microvm.handle_running(request, &mut self.guest))
+    }
+
+    fn answered(&mut self) {
+        self.under_way.set(false);
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -245,4 +280,21 @@ fn statistic(name: &str) -> String {
         name => return name.replace('-', "_"),
     }
     .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_waits_for_the_answer_to_a_request_and_not_for_ever() {
+        let under_way = UnderWay::default();
+        under_way.wait(Duration::MAX);
+        under_way.set(true);
+        under_way.wait(Duration::from_millis(1));
+        let other = under_way.clone();
+        let answers = std::thread::spawn(move || other.set(false));
+        under_way.wait(Duration::MAX);
+        answers.join().expect("a thread");
+    }
 }

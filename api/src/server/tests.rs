@@ -180,3 +180,34 @@ fn garbage_halves_and_the_deaf_hold_nobody_up() {
     half.write_all(b"TP/1.1\r\n\r\n").expect("sent");
     assert_eq!(answer(&mut BufReader::new(half)).1, "\"/x\"");
 }
+
+#[test]
+fn what_answers_hears_that_a_client_has_its_answer() {
+    /// Ends what serves, once its client has the answer.
+    struct Once(UnixStream, bool);
+
+    impl Handler for Once {
+        fn handle(&mut self, request: &Request) -> Step {
+            match self.1 {
+                true => Step::End(Answer::done()),
+                false => Step::Answer(Answer::with(&request.path)),
+            }
+        }
+
+        fn answered(&mut self) {
+            let mut stream = BufReader::new(self.0.try_clone().expect("a stream"));
+            assert!(answer(&mut stream).0.starts_with("HTTP/1.1 200"));
+            self.0.write_all(GET).expect("sent");
+            self.1 = true;
+        }
+    }
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let mut server = Server::new(Some(listener), 1000).expect("a server");
+    let mut client = connect(&path);
+    client.write_all(GET).expect("sent");
+    let pending = server.serve(&mut Once(client, false)).expect("served");
+    assert!(pending.is_end);
+}
