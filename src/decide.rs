@@ -7,7 +7,7 @@ use armlet_arch::aarch64;
 use armlet_arch::board::Severity;
 use armlet_arch::{Arch, Board, Plan};
 use armlet_system::files;
-use armlet_system::status::{Fault, Status};
+use armlet_system::status::{Fault, Status, status_of};
 use std::path::Path;
 
 /// Warns about properties of a valid machine that do not suit the host. `host` is given if the
@@ -65,6 +65,24 @@ pub fn decide<A: Arch>(config: &Config<A>, host: &A::Host, known: &Board) -> Res
         .map_err(|cause| anyhow!("--hugepages {pages}: {cause}"))
         .fault(Status::Usage)?;
     Ok(plan)
+}
+
+/// Says of a machine that is restored why it cannot be planned: without advice on options, which its guest
+/// has seen.
+///
+/// # Errors
+/// The error that it is given.
+pub fn for_restore<T>(planned: Result<T>) -> Result<T> {
+    let error = match planned {
+        Ok(plan) => return Ok(plan),
+        Err(error) => error,
+    };
+    let text = format!("{error:#}");
+    let what = text.rsplit_once("; ").map_or(&*text, |(what, _)| what);
+    Err(anyhow!(
+        "the guest of this snapshot cannot go on there: {what}"
+    ))
+    .fault(status_of(&error))
 }
 
 /// Writes the plan's device tree to a file that only its owner may read.

@@ -10,7 +10,7 @@ use crate::affinity;
 use crate::config::{Config, fresh_generation, fresh_seeds};
 use crate::console;
 use crate::control::{Control, Fixed};
-use crate::decide::{decide, warn_of_host, write_tree};
+use crate::decide::{decide, for_restore, warn_of_host, write_tree};
 use crate::descriptors;
 use crate::gdb::{self, Debugger};
 use crate::heap;
@@ -176,8 +176,12 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         true => Some(events.open_hvc(&sandbox)?),
     };
     // A machine that cannot be planned is refused before images are locked and daemons started.
-    let mut first = Some(plan(&mut options)?);
     let mut restore = options.restore.take();
+    let planned = plan(&mut options);
+    let mut first = Some(match &restore {
+        None => planned?,
+        Some(_) => for_restore(planned)?,
+    });
     // Kept to the end.
     let mut pages_from = None;
     if let (Some(restore), Some(plan)) = (&restore, &first) {

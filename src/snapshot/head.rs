@@ -267,7 +267,7 @@ fn shown(value: &Value) -> String {
 mod tests {
     use super::*;
     use crate::cli::MachineArgs;
-    use crate::decide::decide;
+    use crate::decide::{decide, for_restore};
     use armlet_arch::aarch64::Aarch64;
 
     /// The head of a machine of `args` that runs on a host like `host`.
@@ -300,8 +300,8 @@ mod tests {
             let mut config = config::read::<Aarch64>(args, chosen, &cores, None)?;
             head.give(&mut config)?;
             let known = boards::find(host)?;
-            let plan = decide(&config, &Aarch64::assumed_host(&known), &known)?;
-            head.check(&plan)
+            let plan = decide(&config, &Aarch64::assumed_host(&known), &known);
+            head.check(&for_restore(plan)?)
         };
         plan(&mut args).map_err(|error| format!("{error:#}"))
     }
