@@ -240,6 +240,7 @@ fn read_checked<A: Arch>(
             .map(|device| device.name().to_owned())
             .collect(),
         pmem: pmem.collect::<Result<_>>()?,
+        goes_on: false,
         topology: Topology {
             cores: pinning.guest_cores.clone(),
             caches: files.map_or_else(Vec::new, |files| files.caches(&pinning.alike)),

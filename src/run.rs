@@ -177,7 +177,10 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     };
     // A machine that cannot be planned is refused before images are locked and daemons started.
     let mut restore = options.restore.take();
+    options.config.request.goes_on = restore.is_some();
     let planned = plan(&mut options);
+    // Another life of the guest begins with its kernel.
+    options.config.request.goes_on = false;
     let mut first = Some(match &restore {
         None => planned?,
         Some(_) => for_restore(planned)?,
@@ -246,8 +249,8 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                         _ => page_size() as u64,
                     };
                     pages_from = restore.fill(memory, page).fault(Status::Host)?;
-                    let begin = sandbox.entrance(Role::Device);
-                    events.record(restore.recording(), memory, begin);
+                    let pages = restore.first_pages();
+                    events.recorder.wait_for(pages, memory, &sandbox);
                 }
                 if let Some(drafts) = drafts.take() {
                     let savers = Savers::new(drafts, memory, restore.as_ref());
@@ -342,7 +345,10 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         start(&mut machine, &options, &everywhere, traps.as_ref(), &events)?;
         events.input.terminal = terminal.is_some();
         match stays_paused {
-            Some(true) => events.input.held = true,
+            Some(true) => {
+                events.input.held = true;
+                events.recorder.guest_is_there(true);
+            }
             Some(false) => events.resume(&machine)?,
             None => {}
         }

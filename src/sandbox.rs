@@ -16,6 +16,7 @@ use rustix::thread::CapabilitySet;
 use std::sync::{Arc, OnceLock};
 
 mod calls;
+mod made;
 mod names;
 mod requests;
 mod show;
@@ -177,8 +178,11 @@ impl Sandbox {
 
     fn filter(&self) -> Result<()> {
         let process = std::process::id();
-        if self.is_simplest() {
-            return add(&calls::first(process));
+        if self.is_made() {
+            return match self.needs.is_empty() {
+                true => add(&made::started::first(process)),
+                false => add(&made::restored::first(process)),
+            };
         }
         let rules = self.rules(Role::Machine);
         let program = rules.write(self.forbidden(), &HostArch::OTHER_CALLS, process);
@@ -187,8 +191,11 @@ impl Sandbox {
 
     /// The filter of a thread that is in the sandbox already.
     fn narrower(&self, role: Role) -> &[Instruction] {
-        if role == Role::Vcpu && self.is_simplest() {
-            return &calls::VCPU_CODE;
+        if role == Role::Vcpu && self.is_made() {
+            return match self.needs.is_empty() {
+                true => &made::started::VCPU_CODE,
+                false => &made::restored::VCPU_CODE,
+            };
         }
         self.narrower[role as usize].get_or_init(|| {
             let outer = self.rules(Role::Machine);
@@ -198,8 +205,8 @@ impl Sandbox {
     }
 
     /// Whether its first filters are those that were made when the program was compiled.
-    fn is_simplest(&self) -> bool {
-        self.needs.is_empty() && self.mode != Mode::Log
+    fn is_made(&self) -> bool {
+        matches!(&*self.needs, [] | [Need::Restoring]) && self.mode != Mode::Log
     }
 
     fn forbidden(&self) -> Outcome {

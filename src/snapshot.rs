@@ -14,7 +14,7 @@ pub use armlet_snapshot::VERSION;
 pub use create::{Base, Outcome, Savers, Wanted, Written};
 pub use head::Head;
 pub use inspect::{inspect, version};
-pub use restore::{MemoryFrom, Recording, Restore};
+pub use restore::{FirstPages, MemoryFrom, Restore};
 
 use anyhow::Result;
 use armlet_snapshot::pages::{Backing, Piece};
@@ -42,8 +42,7 @@ fn pieces<'a>(memory: &'a GuestMemoryMmap, image: Option<&'a File>) -> Result<Ve
 }
 
 /// Opens what tells which pages of this process there are, where /proc does.
-#[must_use]
-pub fn pagemap() -> Option<File> {
+fn pagemap() -> Option<File> {
     let opened = open_regular(Path::new("/proc/self/pagemap"));
     opened.ok().map(|(file, _)| file)
 }

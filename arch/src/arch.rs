@@ -168,6 +168,8 @@ pub struct Request<A: Arch> {
     pub virtio: Vec<String>,
     /// Bytes of each persistent memory, in the order of their devices.
     pub pmem: Vec<u64>,
+    /// Whether the guest goes on from a snapshot: nothing is written to its memory.
+    pub goes_on: bool,
     /// The optional features that the user asked for.
     pub features: A::FeatureRequest,
     /// What the guest is told of its cores.
@@ -191,6 +193,7 @@ impl<A: Arch> Request<A> {
             seeds: None,
             virtio: Vec::new(),
             pmem: Vec::new(),
+            goes_on: false,
             features: A::FeatureRequest::default(),
             topology: Topology::default(),
             vmgenid: false,

@@ -56,8 +56,11 @@ pub fn plan<A: Arch>(
         payload,
         generation,
     };
-    let blobs = A::blobs(board, &layout, &vcpus, &features, request)
-        .map_err(|error| with_bank_limit::<A>(error, board, request, host))?;
+    let blobs = match request.goes_on {
+        true => Vec::new(),
+        false => A::blobs(board, &layout, &vcpus, &features, request)
+            .map_err(|error| with_bank_limit::<A>(error, board, request, host))?,
+    };
     Ok(Plan {
         board: board.name.clone(),
         layout,

@@ -16,7 +16,7 @@ use crate::kvm::KvmArch;
 use crate::machine::{Devices, Machine, Wires};
 use crate::sandbox::{Role, Sandbox};
 use crate::serial::TICK;
-use crate::snapshot::{Head, Recording, Wanted, Written};
+use crate::snapshot::{Head, Wanted, Written};
 use crate::stats::Counters;
 use crate::vcpu::VcpuEvent;
 use anyhow::{Context, Result};
@@ -32,7 +32,6 @@ use armlet_system::terminal;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -71,8 +70,8 @@ pub(super) struct Events {
     panicked: bool,
     /// Snapshots.
     pub(super) saving: Saving,
-    /// What is to be recorded of a restored guest.
-    recorder: Recorder,
+    /// The pages that a restored guest needs first.
+    pub(super) recorder: Recorder,
 }
 
 /// A life of the guest, as the event loop has it.
@@ -120,18 +119,6 @@ impl Events {
             saving: Saving::default(),
             recorder: Recorder::default(),
         })
-    }
-
-    /// Has the pages recorded that a restored guest needs first.
-    pub(super) fn record(
-        &mut self,
-        recording: Option<Recording>,
-        memory: &Arc<GuestMemoryMmap>,
-        begin: impl FnOnce() -> Result<()> + Send + 'static,
-    ) {
-        if let Some(recording) = recording {
-            self.recorder.wait_for(recording, memory, Box::new(begin));
-        }
     }
 
     /// Has the serial console print no more than this.
@@ -526,7 +513,7 @@ impl Events {
     pub(super) fn resume<A: KvmArch>(&mut self, machine: &Machine<A>) -> Result<()> {
         machine.resume();
         self.input.held = false;
-        self.recorder.guest_runs();
+        self.recorder.guest_is_there(false);
         self.feed(&machine.devices)
     }
 

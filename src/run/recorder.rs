@@ -1,9 +1,9 @@
-//! Records the pages that a restored guest needs in its first moments, once for a snapshot: on a thread of
-//! its own, as a large guest has many.
+//! The pages that a restored guest needs in its first moments: recorded when a snapshot is first restored, and
+//! brought later. A thread does either, beside the guest: a large one has many.
 
-use crate::snapshot::{Recording, pagemap};
+use crate::sandbox::{Role, Sandbox};
+use crate::snapshot::FirstPages;
 use anyhow::{Context, Result};
-use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
@@ -13,10 +13,7 @@ const MOMENTS: Duration = Duration::from_secs(1);
 /// Small, so that a huge page never backs it.
 const STACK_BYTES: usize = 128 << 10;
 
-/// Confines the thread that calls it.
-type Begin = Box<dyn FnOnce() -> Result<()> + Send>;
-
-/// What is to be recorded, if anything.
+/// What is to be done, if anything.
 #[derive(Default)]
 pub(super) struct Recorder {
     job: Option<Job>,
@@ -24,32 +21,34 @@ pub(super) struct Recorder {
 }
 
 struct Job {
-    recording: Recording,
+    pages: FirstPages,
     memory: Arc<GuestMemoryMmap>,
-    pagemap: File,
-    begin: Begin,
+    sandbox: Arc<Sandbox>,
 }
 
 impl Recorder {
-    /// Prepares for it, before this process is confined.
+    /// Prepares for it, before this process is confined. `sandbox` will confine the thread.
     pub(super) fn wait_for(
         &mut self,
-        recording: Recording,
+        pages: Option<FirstPages>,
         memory: &Arc<GuestMemoryMmap>,
-        begin: Begin,
+        sandbox: &Arc<Sandbox>,
     ) {
-        self.job = pagemap().map(|pagemap| Job {
-            recording,
+        self.job = pages.map(|pages| Job {
+            pages,
             memory: Arc::clone(memory),
-            pagemap,
-            begin,
+            sandbox: Arc::clone(sandbox),
         });
     }
 
-    /// Notes that the guest runs.
-    pub(super) fn guest_runs(&mut self) {
-        if self.job.is_some() && self.due.is_none() {
-            self.due = Some(Instant::now() + MOMENTS);
+    /// Notes that the guest runs, or waits in its vCPUs to be resumed.
+    pub(super) fn guest_is_there(&mut self, is_paused: bool) {
+        match &self.job {
+            Some(job) if matches!(job.pages, FirstPages::Known { .. }) => self.begin(),
+            Some(_) if !is_paused && self.due.is_none() => {
+                self.due = Some(Instant::now() + MOMENTS);
+            }
+            _ => {}
         }
     }
 
@@ -58,23 +57,31 @@ impl Recorder {
         self.due
     }
 
-    /// Records what the guest has used.
+    /// Begins.
     pub(super) fn begin(&mut self) {
         self.due = None;
         let Some(job) = self.job.take() else {
             return;
         };
-        let write = move || {
-            let begun = (job.begin)();
-            let written = begun.and_then(|()| job.recording.write(&job.memory, &job.pagemap));
-            if let Err(error) = written {
-                log::info!("the pages that the guest needed first are not recorded: {error:#}");
+        // The guest gets its pages when it asks for them, too.
+        if let Err(error) = job.start() {
+            log::info!("the pages that the guest needs first: {error:#}");
+        }
+    }
+}
+
+impl Job {
+    fn start(self) -> Result<()> {
+        let begin = self.sandbox.entrance(Role::Device);
+        let work = move || {
+            let done = begin().and_then(|()| self.pages.handle(&self.memory));
+            if let Err(error) = done {
+                log::info!("the pages that the guest needs first: {error:#}");
             }
         };
         let builder = std::thread::Builder::new().name("prefetch".to_owned());
-        let started = builder.stack_size(STACK_BYTES).spawn(write);
-        if let Err(error) = started.context("cannot start the thread prefetch") {
-            log::info!("{error:#}");
-        }
+        let started = builder.stack_size(STACK_BYTES).spawn(work);
+        started.context("cannot start the thread prefetch")?;
+        Ok(())
     }
 }

@@ -3,9 +3,7 @@
 use super::requests::{self, Request};
 use crate::kvm::{HostArch, KvmArch, OtherCalls};
 use armlet_backends::kind::Need;
-use armlet_system::seccomp::{
-    Instruction, LAST_CALL, Outcome, Place, Program, Spans, compares_with,
-};
+use armlet_system::seccomp::{LAST_CALL, Outcome, Place, Program, Spans};
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -564,36 +562,12 @@ pub(super) const fn argument_of(call: i64) -> Option<usize> {
     }
 }
 
+pub(super) const OTHER: OtherCalls = <HostArch as KvmArch>::OTHER_CALLS;
+
 /// The name of a request of ioctl, if some role may make it.
 pub(super) fn request_name(request: u64) -> Option<&'static str> {
     let others = [OTHER.vcpu, OTHER.machine, OTHER.save, OTHER.restore].into_iter();
     let mut all = requests::ALL.iter().copied().chain(others).flatten();
     all.find(|(_, own)| u64::from(*own) == request & 0xffff)
         .map(|(name, _)| *name)
-}
-
-/// In place of this process's number, which is not known when the program is compiled.
-const PROCESS: u32 = u32::MAX;
-
-const OTHER: OtherCalls = <HostArch as KvmArch>::OTHER_CALLS;
-const OUTER: Rules = Rules::of(Role::Machine, &[], &OTHER);
-const MACHINE_PROGRAM: Program = OUTER.write(Outcome::Trap, &OTHER, PROCESS);
-const VCPU_PROGRAM: Program =
-    Rules::of(Role::Vcpu, &[], &OTHER).write_within(&OUTER, Outcome::Trap);
-/// Where this process's number is to be.
-const PROCESS_AT: usize = compares_with(MACHINE_PROGRAM.code(), PROCESS);
-
-/// How many instructions the filter has that a machine without needs begins with.
-pub(super) const FIRST: usize = MACHINE_PROGRAM.len();
-
-/// That filter, for another process.
-static MACHINE_CODE: [Instruction; FIRST] = MACHINE_PROGRAM.exactly();
-/// That of the threads of vCPUs in such a machine.
-pub(super) static VCPU_CODE: [Instruction; VCPU_PROGRAM.len()] = VCPU_PROGRAM.exactly();
-
-/// The filter that a machine without needs begins with.
-pub(super) fn first(process: u32) -> [Instruction; FIRST] {
-    let mut code = MACHINE_CODE;
-    code[PROCESS_AT].value = process;
-    code
 }

@@ -303,9 +303,10 @@ fn a_vcpu_may_make_few_calls() {
 fn filters(role: Role, needs: &[Need]) -> Vec<Vec<Instruction>> {
     let sandbox = sandbox(Mode::On, needs.to_vec());
     let other = &HostArch::OTHER_CALLS;
-    let first = match sandbox.is_simplest() {
-        true => calls::first(PROCESS).to_vec(),
-        false => {
+    let first = match needs {
+        [] => made::started::first(PROCESS).to_vec(),
+        [Need::Restoring] => made::restored::first(PROCESS).to_vec(),
+        _ => {
             let program = sandbox.rules(Role::Machine);
             program.write(Outcome::Trap, other, PROCESS).code().to_vec()
         }
@@ -337,11 +338,25 @@ fn filters_are_short() {
 #[test]
 fn what_is_made_at_compile_time_is_what_would_be_made_later() {
     let other = &HostArch::OTHER_CALLS;
-    let outer = Rules::of(Role::Machine, &[], other);
-    let program = outer.write(Outcome::Trap, other, PROCESS);
-    assert_eq!(calls::first(PROCESS), program.code());
-    let program = Rules::of(Role::Vcpu, &[], other).write_within(&outer, Outcome::Trap);
-    assert_eq!(calls::VCPU_CODE, program.code());
+    let made = [
+        (
+            &[] as &[Need],
+            made::started::first(PROCESS).to_vec(),
+            &made::started::VCPU_CODE as &[Instruction],
+        ),
+        (
+            &[Need::Restoring],
+            made::restored::first(PROCESS).to_vec(),
+            &made::restored::VCPU_CODE,
+        ),
+    ];
+    for (needs, first, vcpu) in made {
+        let outer = Rules::of(Role::Machine, needs, other);
+        let program = outer.write(Outcome::Trap, other, PROCESS);
+        assert_eq!(first, program.code());
+        let program = Rules::of(Role::Vcpu, needs, other).write_within(&outer, Outcome::Trap);
+        assert_eq!(vcpu, program.code());
+    }
 }
 
 /// What filters say of a call together: whether it is allowed.

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, Plan, Request};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
+use std::borrow::Cow;
 use std::path::Path;
 
 /// The head of a snapshot. It comes from a file, which anybody may have written.
@@ -187,9 +188,8 @@ impl Head {
     /// # Errors
     /// The first difference, with both values.
     pub fn check<A: Arch>(&self, plan: &Plan<A>) -> Result<()> {
-        let ours = seen(serde_json::to_value(plan)?);
-        let theirs = seen(self.plan.clone());
-        match difference(&theirs, &ours, "") {
+        let ours = serde_json::to_value(plan)?;
+        match difference(&self.plan, &ours, &mut Vec::new()) {
             None => Ok(()),
             Some((place, theirs, ours)) => bail!(
                 "the machine would differ from the one that was saved: {place} was {theirs} and would be {ours} (saved by armlet {}, this is {})",
@@ -200,53 +200,50 @@ impl Head {
     }
 }
 
-/// Returns what a guest can see of a plan.
-fn seen(mut plan: Value) -> Value {
-    for path in UNSEEN {
-        let (last, folders) = path.split_last().unwrap_or((&"", &[]));
-        let mut place = Some(&mut plan);
-        for folder in folders {
-            place = place.and_then(|place| place.get_mut(folder));
-        }
-        if let Some(object) = place.and_then(Value::as_object_mut) {
-            object.remove(*last);
-        }
-    }
-    let vcpus = plan.get_mut("vcpus").and_then(Value::as_array_mut);
-    for vcpu in vcpus.into_iter().flatten() {
-        vcpu.as_object_mut()
-            .and_then(|vcpu| vcpu.remove(UNSEEN_OF_VCPU));
-    }
-    plan
+/// Whether a guest cannot see what is at this place of a plan.
+fn is_unseen(place: &[Cow<'_, str>]) -> bool {
+    let is =
+        |path: &&[&str]| path.len() == place.len() && path.iter().zip(place).all(|(a, b)| a == b);
+    let is_vcpus = |place: &[Cow<'_, str>]| {
+        place.len() == 3 && place[0] == "vcpus" && place[2] == UNSEEN_OF_VCPU
+    };
+    UNSEEN.iter().any(is) || is_vcpus(place)
 }
 
-/// Returns the first place at which two values differ, and what is there.
-fn difference(theirs: &Value, ours: &Value, place: &str) -> Option<(String, String, String)> {
-    let none = Value::Null;
-    let inner = |key: &str| match place.is_empty() {
-        true => key.to_owned(),
-        false => format!("{place}.{key}"),
+/// Returns the first place at which two values differ and that a guest can see, and what is there.
+fn difference<'a>(
+    theirs: &'a Value,
+    ours: &'a Value,
+    place: &mut Vec<Cow<'a, str>>,
+) -> Option<(String, String, String)> {
+    if is_unseen(place) {
+        return None;
+    }
+    let mut inner = |key: Cow<'a, str>, theirs: Option<&'a Value>, ours: Option<&'a Value>| {
+        place.push(key);
+        let found = difference(
+            theirs.unwrap_or(&Value::Null),
+            ours.unwrap_or(&Value::Null),
+            place,
+        );
+        place.pop();
+        found
     };
     match (theirs, ours) {
         (Value::Object(theirs), Value::Object(ours)) => {
-            let keys = theirs.keys().chain(ours.keys());
-            let get = |map: &Map<String, Value>, key: &String| map.get(key).cloned();
-            keys.into_iter().find_map(|key| {
-                let (theirs, ours) = (get(theirs, key), get(ours, key));
-                let (theirs, ours) = (theirs.unwrap_or(Value::Null), ours.unwrap_or(Value::Null));
-                difference(&theirs, &ours, &inner(key))
-            })
+            let other = ours.keys().filter(|key| !theirs.contains_key(*key));
+            let mut keys = theirs.keys().chain(other);
+            keys.find_map(|key| inner(Cow::Borrowed(key), theirs.get(key), ours.get(key)))
         }
         (Value::Array(theirs), Value::Array(ours)) => {
             let most = theirs.len().max(ours.len());
             (0..most).find_map(|index| {
-                let (theirs, ours) = (theirs.get(index), ours.get(index));
-                let inner = inner(&index.to_string());
-                difference(theirs.unwrap_or(&none), ours.unwrap_or(&none), &inner)
+                let key = Cow::Owned(index.to_string());
+                inner(key, theirs.get(index), ours.get(index))
             })
         }
         (theirs, ours) if theirs == ours => None,
-        (theirs, ours) => Some((place.to_owned(), shown(theirs), shown(ours))),
+        (theirs, ours) => Some((place.join("."), shown(theirs), shown(ours))),
     }
 }
 

@@ -1,7 +1,7 @@
 //! A snapshot from which a machine is to go on.
 
 use super::head::Head;
-use super::pieces;
+use super::{pagemap, pieces};
 use crate::kvm::KvmArch;
 use crate::machine::StateOf;
 use crate::memory::Image;
@@ -115,8 +115,8 @@ impl Restore {
         })
     }
 
-    /// Has guest memory that was just mapped filled: by the process that gives it, whose handle is to be
-    /// kept for as long as the memory is used, or with the pages that the guest needs first.
+    /// Has guest memory that was just mapped filled by the process that gives it, if there is one: its handle is
+    /// to be kept for as long as the memory is used.
     ///
     /// # Errors
     /// A process that is not there, and a host where none can.
@@ -138,20 +138,19 @@ impl Restore {
             let what = || format!("--memory-from uffd={}", socket.display());
             return handler.map(Some).with_context(what);
         }
-        if let (Some(prefetch), Some(file)) = (&self.prefetch, &self.memory)
-            && let Err(error) = prefetch.bring(&pieces(memory, Some(file))?)
-        {
-            // The guest gets them when it asks for them.
-            log::info!("the pages that the guest needs first are not brought: {error:#}");
-        }
         Ok(None)
     }
 
-    /// Takes what records the pages that the guest needs first, if that is to be done.
-    pub fn recording(&mut self) -> Option<Recording> {
-        Some(Recording {
+    /// Takes what brings the pages that the guest needs first, or records them, if either is to be done.
+    pub fn first_pages(&mut self) -> Option<FirstPages> {
+        let memory = self.memory.as_ref()?.try_clone().ok()?;
+        if let Some(list) = self.prefetch.take() {
+            return Some(FirstPages::Known { list, memory });
+        }
+        Some(FirstPages::Recorded {
+            pagemap: pagemap()?,
             file: self.recorder.take()?,
-            memory: self.memory.as_ref()?.try_clone().ok()?,
+            memory,
             id: self.id,
         })
     }
@@ -172,21 +171,43 @@ impl Restore {
     }
 }
 
-/// Records the pages that a guest needs first after it was restored.
+/// The pages that a guest needs first after it was restored.
 #[derive(Debug)]
-pub struct Recording {
-    file: File,
-    memory: File,
-    id: Id,
+pub enum FirstPages {
+    /// They are known.
+    Known {
+        /// Which they are.
+        list: Prefetch,
+        /// What the guest's memory is mapped from.
+        memory: File,
+    },
+    /// They are to be recorded.
+    Recorded {
+        /// Which pages of this process there are.
+        pagemap: File,
+        /// Where to.
+        file: File,
+        /// As above.
+        memory: File,
+        /// The snapshot.
+        id: Id,
+    },
 }
 
-impl Recording {
-    /// Writes the list of those that the guest has used up to now. `pagemap` is that of this process.
+impl FirstPages {
+    /// Brings those that are known; writes the list of those that the guest has used up to now if not.
     ///
     /// # Errors
     /// What the system says.
-    pub fn write(self, memory: &GuestMemoryMmap, pagemap: &File) -> Result<()> {
-        let pieces = pieces(memory, Some(&self.memory))?;
-        Prefetch::of(&pieces, pagemap)?.write(&self.file, self.id)
+    pub fn handle(self, guest: &GuestMemoryMmap) -> Result<()> {
+        match self {
+            FirstPages::Known { list, memory } => list.bring(&pieces(guest, Some(&memory))?),
+            FirstPages::Recorded {
+                pagemap,
+                file,
+                memory,
+                id,
+            } => Prefetch::of(&pieces(guest, Some(&memory))?, &pagemap)?.write(&file, id),
+        }
     }
 }

@@ -187,6 +187,7 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
                 seeds,
                 virtio: (0..virtio).map(|index| format!("device{index}")).collect(),
                 pmem,
+                goes_on: false,
                 features: Default::default(),
                 topology: Default::default(),
                 vmgenid,
