@@ -15,7 +15,7 @@ use access::{read_register, write_register};
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::aarch64::Offered;
 use armlet_arch::aarch64::features::{Features, Pmu};
-use armlet_arch::aarch64::ipa::{pa_range, pa_range_bits};
+use armlet_arch::aarch64::ipa::{narrowed, pa_range_bits};
 use armlet_arch::aarch64::{Aarch64, Host};
 use armlet_arch::irq::{GicChoice, Spi};
 use armlet_arch::width::MIN_BITS;
@@ -366,15 +366,16 @@ fn guest_pages(mmfr0: u64) -> Vec<u64> {
     pages
 }
 
-/// Lowers the guest's PARange to the smallest that holds `bits`; returns false where KVM does not
-/// allow it (before Linux 6.7: arch/arm64/kvm/sys_regs.c, set_id_reg).
+/// Lowers what the guest sees of address bits to what it needs ([`narrowed`]), at least PARange; returns false
+/// where KVM does not allow that (before Linux 6.7: arch/arm64/kvm/sys_regs.c, set_id_reg).
 fn lower_pa_range(vcpu: &VcpuFd, mmfr0: u64, bits: u8) -> bool {
-    let (wanted, _) = pa_range(bits);
-    let lowered = mmfr0 & !0xf | wanted;
-    mmfr0 & 0xf <= wanted
-        || vcpu
-            .set_one_reg(ID_AA64MMFR0_EL1, &lowered.to_le_bytes())
-            .is_ok()
+    let set = |value: u64| {
+        let written = vcpu.set_one_reg(ID_AA64MMFR0_EL1, &value.to_le_bytes());
+        written.is_ok()
+    };
+    let narrow = narrowed(mmfr0, bits);
+    let range_alone = mmfr0 & !0xf | narrow & 0xf;
+    narrow == mmfr0 || set(narrow) || range_alone == mmfr0 || set(range_alone)
 }
 
 /// Has KVM report accesses to device memory by instructions without a syndrome (LDP, writeback,

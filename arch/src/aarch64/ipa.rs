@@ -64,10 +64,43 @@ pub const fn pa_range_bits(encoding: u64) -> Option<u8> {
     }
 }
 
+/// Returns ID_AA64MMFR0_EL1 as a guest of so many address bits needs it: PARange lowered to the smallest
+/// that holds them and, up to 48 bits, without FEAT_LPA2 (TGran4, bits 31:28, 1; TGran16, bits 23:20, 2), so
+/// that such a guest can go on on hosts that have fewer.
+#[must_use]
+pub const fn narrowed(mmfr0: u64, bits: u8) -> u64 {
+    let (wanted, _) = pa_range(bits);
+    let mut narrow = mmfr0;
+    if mmfr0 & 0xf > wanted {
+        narrow = narrow & !0xf | wanted;
+    }
+    if bits <= 48 {
+        if narrow >> 28 & 0xf == 1 {
+            narrow &= !(0xf << 28);
+        }
+        if narrow >> 20 & 0xf == 2 {
+            narrow = narrow & !(0xf << 20) | 1 << 20;
+        }
+    }
+    narrow
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Range;
+
+    #[test]
+    fn a_guest_of_few_bits_sees_no_52_bit_addresses() {
+        // PARange 6, TGran16 2, TGran4 1: as QEMU's max has them.
+        let max = 0x1_1020_0006 | 1 << 28;
+        assert_eq!(narrowed(max, 34), 0x1_0010_0001);
+        assert_eq!(narrowed(max, 48), 0x1_0010_0005);
+        assert_eq!(narrowed(max, 52), max);
+        // A host with fewer stays as it is, and so does one without 4 KiB pages.
+        assert_eq!(narrowed(0xf010_0002, 48), 0xf010_0002);
+        assert_eq!(narrowed(0x0010_0002, 36), 0x0010_0001);
+    }
     use proptest::prelude::*;
 
     fn host(limit: Option<u8>) -> Host {
