@@ -1,8 +1,6 @@
 //! Filters that are made when the program is compiled: those of machines whose devices need nothing, which are
 //! started from a kernel or from a snapshot.
 
-use armlet_backends::kind::Need;
-
 /// The filters of a machine with some needs.
 macro_rules! made {
     ($name:ident, $needs:expr) => {
