@@ -161,10 +161,13 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     }
     let needs = metrics.as_ref().map(metrics::Target::needs);
     others.extend(needs.unwrap_or_default());
-    if has_clients {
-        others.push(Need::Snapshots);
-    } else if options.restore.is_some() {
-        others.push(Need::Restoring);
+    match &options.restore {
+        _ if has_clients => others.push(Need::Snapshots),
+        Some(restore) => {
+            others.push(Need::Restoring);
+            others.extend(restore.records().then_some(Need::Recording));
+        }
+        None => {}
     }
     let sandbox = Sandbox::of(options.sandbox, virtio, has_clients, &others);
     let sandbox = Arc::new(sandbox);

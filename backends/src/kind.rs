@@ -98,6 +98,8 @@ pub enum Need {
     Snapshots,
     /// To restore a machine; no device does.
     Restoring,
+    /// To record which pages a restored guest uses; no device does.
+    Recording,
 }
 
 impl fmt::Display for Need {
@@ -116,6 +118,7 @@ impl fmt::Display for Need {
             Need::Debugger => "debug vCPUs",
             Need::Snapshots => "save the machine",
             Need::Restoring => "restore the machine",
+            Need::Recording => "record the pages that the guest needs first",
         })
     }
 }

@@ -10,6 +10,8 @@ use vm_memory::GuestMemoryMmap;
 
 /// How long the first moments last.
 const MOMENTS: Duration = Duration::from_secs(1);
+/// How long pages that are known are waited with: where there is one CPU, the guest enters it first.
+const HEAD_START: Duration = Duration::from_millis(1);
 /// Small, so that a huge page never backs it.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -43,13 +45,15 @@ impl Recorder {
 
     /// Notes that the guest runs, or waits in its vCPUs to be resumed.
     pub(super) fn guest_is_there(&mut self, is_paused: bool) {
-        match &self.job {
-            Some(job) if matches!(job.pages, FirstPages::Known { .. }) => self.begin(),
-            Some(_) if !is_paused && self.due.is_none() => {
-                self.due = Some(Instant::now() + MOMENTS);
-            }
-            _ => {}
-        }
+        let Some(job) = &self.job else {
+            return;
+        };
+        let wait = match job.pages {
+            FirstPages::Known { .. } => HEAD_START,
+            FirstPages::Recorded { .. } if is_paused => return,
+            FirstPages::Recorded { .. } => MOMENTS,
+        };
+        self.due.get_or_insert_with(|| Instant::now() + wait);
     }
 
     /// Returns when [`Self::begin`] is to be called.

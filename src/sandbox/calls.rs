@@ -306,6 +306,9 @@ impl Rules {
     }
 
     const fn add_requests(&mut self, requests: &'static [Request]) {
+        if requests.is_empty() {
+            return;
+        }
         self.requests[self.lists] = requests;
         self.lists += 1;
     }
@@ -340,12 +343,13 @@ impl Rules {
                 self.add_requests(other.restore);
                 (SNAPSHOTS, other.save)
             }
-            Need::Restoring if is_vcpu => return,
-            Need::Restoring if matches!(role, Role::Device) => (SNAPSHOTS, &[] as &[_]),
+            Need::Restoring if !matches!(role, Role::Machine) => return,
             Need::Restoring => {
                 self.add_requests(other.restore);
-                (SNAPSHOTS, other.save)
+                (Calls::NONE, other.save)
             }
+            Need::Recording if is_vcpu => return,
+            Need::Recording => (SNAPSHOTS, &[] as &[_]),
         };
         self.locks |= matches!(need, Need::Images);
         self.allowed = self.allowed.and(calls);

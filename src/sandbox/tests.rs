@@ -46,6 +46,7 @@ fn all_needs() -> Vec<Need> {
         Need::Debugger,
         Need::Snapshots,
         Need::Restoring,
+        Need::Recording,
     ]
 }
 

@@ -141,6 +141,12 @@ impl Restore {
         Ok(None)
     }
 
+    /// Whether the pages that the guest needs first are to be recorded.
+    #[must_use]
+    pub fn records(&self) -> bool {
+        self.recorder.is_some()
+    }
+
     /// Takes what brings the pages that the guest needs first, or records them, if either is to be done.
     pub fn first_pages(&mut self) -> Option<FirstPages> {
         let memory = self.memory.as_ref()?.try_clone().ok()?;
