@@ -188,8 +188,6 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         None => planned?,
         Some(_) => for_restore(planned)?,
     });
-    // Kept to the end.
-    let mut pages_from = None;
     if let (Some(restore), Some(plan)) = (&restore, &first) {
         restore.head.check(plan).fault(Status::Usage)?;
     }
@@ -251,7 +249,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                         HugePages::Of(size) => size,
                         _ => page_size() as u64,
                     };
-                    pages_from = restore.fill(memory, page).fault(Status::Host)?;
+                    if let Some(handler) = restore.fill(memory, page).fault(Status::Host)? {
+                        events.keep_handler(handler)?;
+                    }
                     let pages = restore.first_pages();
                     events.recorder.wait_for(pages, memory, &sandbox);
                 }
@@ -410,7 +410,6 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         match ending {
             None => log::info!("the guest asked for a reset; starting it again"),
             Some(ending) => {
-                drop(pages_from.take());
                 for backend in std::mem::take(&mut events.backends) {
                     signals::waiting_for(format_args!("{} to be closed", backend.name()));
                     drop(backend);

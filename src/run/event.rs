@@ -25,6 +25,7 @@ use armlet_backends::console::{HvcConsole, terminal_size};
 use armlet_devices::generation;
 use armlet_devices::rate::Bucket;
 use armlet_devices::sync::lock;
+use armlet_snapshot::faults::Handler;
 use armlet_system::eintr::events;
 use armlet_system::messages;
 use armlet_system::signals;
@@ -43,6 +44,7 @@ const INPUT: u64 = 0;
 const BELL: u64 = 1;
 const VIRTIO: u64 = 2;
 const CLOCK: u64 = 3;
+const HANDLER: u64 = 4;
 
 /// The event loop.
 pub(super) struct Events {
@@ -72,6 +74,8 @@ pub(super) struct Events {
     pub(super) saving: Saving,
     /// The pages that a restored guest needs first.
     pub(super) recorder: Recorder,
+    /// The process that gives guest memory, if one does.
+    handler: Option<Handler>,
 }
 
 /// A life of the guest, as the event loop has it.
@@ -118,7 +122,36 @@ impl Events {
             panicked: false,
             saving: Saving::default(),
             recorder: Recorder::default(),
+            handler: None,
         })
+    }
+
+    /// Watches the process that gives guest memory, which is kept to the end.
+    ///
+    /// # Errors
+    /// A process without room for another descriptor.
+    pub(super) fn keep_handler(&mut self, handler: Handler) -> Result<()> {
+        let event = EpollEvent::new(EventSet::IN, HANDLER);
+        let socket = handler.socket().as_raw_fd();
+        self.epoll
+            .ctl(ControlOperation::Add, socket, event)
+            .context("cannot watch the process that gives guest memory")?;
+        self.handler = Some(handler);
+        Ok(())
+    }
+
+    /// Says that the process that gives guest memory has ended, or closed its connection. Its faults stay
+    /// open: pages that it never gave would read as zeros.
+    fn handler_is_gone(&mut self) {
+        if let Some(handler) = &self.handler {
+            let socket = handler.socket().as_raw_fd();
+            let (delete, event) = (ControlOperation::Delete, EpollEvent::default());
+            // It was added, so it can be removed.
+            let _ = self.epoll.ctl(delete, socket, event);
+            messages::say(
+                "the process that gives guest memory is gone: the guest waits for ever for what it did not give",
+            );
+        }
     }
 
     /// Has the serial console print no more than this.
@@ -187,6 +220,10 @@ impl Events {
                     CLOCK => {
                         let clock = devices.clock.as_deref();
                         self.alarm.clock_was_set(&self.epoll, clock)?;
+                        None
+                    }
+                    HANDLER => {
+                        self.handler_is_gone();
                         None
                     }
                     _ => self.answer_bell(life)?,

@@ -5,7 +5,7 @@ use crate::api::Api;
 use crate::commanded::{FIRST, TICKS};
 use crate::control::{controlled, done};
 use crate::guest::Armlet;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -19,6 +19,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 /// struct uffdio_copy (include/uapi/linux/userfaultfd.h), and the ioctl that takes it.
@@ -34,6 +36,12 @@ const COPY: Opcode = opcode::read_write::<Copy>(0xaa, 0x03);
 /// The event of a missing page, and the bytes of an event.
 const PAGEFAULT: u8 = 0x12;
 const EVENT: usize = 32;
+
+/// How often a handler looks whether it is to go away.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 20_000_000,
+};
 
 /// A bank of guest memory, as armlet's message has it.
 struct Bank {
@@ -73,8 +81,9 @@ fn receive(stream: &UnixStream) -> (Vec<Bank>, File) {
     (banks.collect(), faults.into())
 }
 
-/// Gives pages of `memory` to whoever connects first, until that one is gone; returns how many it gave.
-fn serve(listener: &UnixListener, memory: &File) -> usize {
+/// Gives pages of `memory` to whoever connects first, until that one is gone or it `is_over`; returns how many
+/// it gave.
+fn serve(listener: &UnixListener, memory: &File, is_over: &AtomicBool) -> usize {
     let (stream, _) = listener.accept().expect("a connection");
     let (banks, mut faults) = receive(&stream);
     let end = banks.iter().map(|bank| bank.offset + bank.size).max();
@@ -86,8 +95,9 @@ fn serve(listener: &UnixListener, memory: &File) -> usize {
             PollFd::new(&faults, PollFlags::IN),
             PollFd::new(&stream, PollFlags::IN),
         ];
-        match poll(&mut waits, None) {
+        match poll(&mut waits, Some(&LOOK)) {
             Err(Errno::INTR) => continue,
+            Ok(0) if !is_over.load(Ordering::Acquire) => continue,
             polled => polled.expect("events"),
         };
         if !waits[0].revents().contains(PollFlags::IN) {
@@ -126,11 +136,12 @@ fn serve(listener: &UnixListener, memory: &File) -> usize {
     }
 }
 
-/// Listens at `socket`, and gives what is in `memory`.
-fn handler(socket: &Path, memory: &Path) -> JoinHandle<usize> {
+/// Listens at `socket`, and gives what is in `memory` until it `is_over`.
+fn handler(socket: &Path, memory: &Path, is_over: &Arc<AtomicBool>) -> JoinHandle<usize> {
     let listener = UnixListener::bind(socket).expect("a socket");
     let memory = File::open(memory).expect("a memory file");
-    std::thread::spawn(move || serve(&listener, &memory))
+    let is_over = Arc::clone(is_over);
+    std::thread::spawn(move || serve(&listener, &memory, &is_over))
 }
 
 /// Whether this user may handle page faults of KVM on this host (userfaultfd(2)).
@@ -174,7 +185,8 @@ pub(crate) fn a_guest_gets_its_memory_from_a_handler_of_page_faults(first: Armle
     assert_eq!(said.lines().count(), 1, "{said}");
     assert!(said.contains("start it first"), "{said}");
     assert!(said.contains(&text("socket")), "{said}");
-    let serving = handler(&saved.path().join("socket"), Path::new(&text("memory")));
+    let memory = saved.path().join("memory");
+    let serving = handler(&saved.path().join("socket"), &memory, &Arc::default());
     let again = Armlet::new();
     let control = again.file("control", b"");
     fs::remove_file(&control).expect("a file of ours");
@@ -191,6 +203,17 @@ pub(crate) fn a_guest_gets_its_memory_from_a_handler_of_page_faults(first: Armle
     again.signal(Signal::KILL);
     again.end().assert_signal(Signal::KILL);
     assert!(serving.join().expect("a handler") > 0);
+    // One that goes away is told of.
+    let is_over = Arc::default();
+    let serving = handler(&saved.path().join("other"), &memory, &is_over);
+    let waiting = Armlet::new().option("--memory-from", format!("uffd={}", text("other")));
+    let mut waiting = waiting.restore(Path::new(&folder));
+    waiting.expect(TICKS);
+    is_over.store(true, Ordering::Release);
+    serving.join().expect("a handler");
+    waiting.expect_error("the process that gives guest memory is gone");
+    waiting.signal(Signal::KILL);
+    waiting.end().assert_signal(Signal::KILL);
     let mut third = Armlet::new().restore(Path::new(&next));
     third.expect(TICKS);
     assert!(!third.said().contains(FIRST), "{}", third.said());
@@ -231,7 +254,7 @@ pub(crate) fn a_load_takes_memory_from_a_handler(kernel: &[u8], first: &str, tic
     assert!(why.contains("start it first"), "{why}");
     assert_eq!(none.end().code(), Some(1));
     let mut again = Api::start(&[]);
-    let serving = handler(&again.path("socket"), &api.path("memory"));
+    let serving = handler(&again.path("socket"), &api.path("memory"), &Arc::default());
     again.put("/snapshot/load", &load);
     again.expect(ticks);
     assert!(!again.printed().contains(first), "{}", again.printed());
