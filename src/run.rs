@@ -453,7 +453,7 @@ fn fixed<A: KvmArch>(config: &Config<A>) -> Fixed {
 
 /// Plans the guest's next life.
 fn plan<A: KvmArch>(options: &mut RunOptions<A>) -> Result<Plan<A>> {
-    if options.seeded {
+    if options.seeded && !options.config.request.goes_on {
         options.config.request.seeds = Some(fresh_seeds()?);
     }
     decide(&options.config, &options.host, &options.config.board)

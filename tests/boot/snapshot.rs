@@ -188,9 +188,12 @@ echo '== end'
 /// Two guests that go on from one snapshot hear that they do, and draw different numbers.
 pub(crate) fn clones_draw_numbers_of_their_own(start: impl FnOnce(&str) -> Armlet) {
     let (guest, path) = controlled(start(DRAWS), &[]);
-    let folder = guest.path("saved");
+    let saved = tempfile::tempdir().expect("a folder");
+    let folder = saved.path().join("saved");
     done(&path, &["snapshot", text(&folder)]);
     guest.signal(Signal::KILL);
+    // The next one waits for its turn.
+    guest.end().assert_signal(Signal::KILL);
     let draw = || {
         let outcome = Armlet::new().restore(&folder).end();
         let said = outcome.assert_status(0).text();
@@ -205,9 +208,12 @@ pub(crate) fn clones_draw_numbers_of_their_own(start: impl FnOnce(&str) -> Armle
 /// A guest that sees that it is another says all of `then` and powers off; so do others from that snapshot.
 pub(crate) fn clones_see_that_they_are_others(first: Armlet, then: &str) {
     let (guest, path) = controlled(first, &[]);
-    let folder = guest.path("saved");
+    let saved = tempfile::tempdir().expect("a folder");
+    let folder = saved.path().join("saved");
     done(&path, &["snapshot", text(&folder)]);
     guest.signal(Signal::KILL);
+    // The next one waits for its turn.
+    guest.end().assert_signal(Signal::KILL);
     for _ in 0..2 {
         let outcome = Armlet::new().restore(&folder).end();
         assert_eq!(outcome.assert_status(0).text(), then);

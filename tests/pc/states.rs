@@ -15,6 +15,7 @@ use armlet::memory;
 use armlet_arch::Plan;
 use armlet_system::status::{Status, status_of};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use rustix::process::Signal;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -569,11 +570,15 @@ fn an_interrupt_that_was_under_way_to_a_saved_machine_comes_to_the_restored_one(
         program = program.write(0xd000_0000 + register, value);
     }
     let (guest, path) = controlled(Armlet::program(&program.print(FIRST).wait()), &[]);
-    let folder = guest.path("saved");
+    let saved = tempfile::tempdir().expect("a folder");
+    let folder = saved.path().join("saved");
     done(
         &path,
         &["snapshot", folder.to_str().expect("a path of ours")],
     );
+    guest.signal(Signal::KILL);
+    // The next one waits for its turn.
+    guest.end().assert_signal(Signal::KILL);
     // Whether one is under way nobody can see, so there always is.
     let mut again = Armlet::new().restore(&folder);
     again.expect("again\n");
