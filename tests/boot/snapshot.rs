@@ -212,12 +212,19 @@ pub(crate) fn clones_see_that_they_are_others(first: Armlet, then: &str) {
     let folder = saved.path().join("saved");
     done(&path, &["snapshot", text(&folder)]);
     guest.signal(Signal::KILL);
+    // Its next life begins with it.
+    let kernel = guest.path("kernel");
+    let bytes = fs::read(&kernel).expect("a kernel");
     // The next one waits for its turn.
     guest.end().assert_signal(Signal::KILL);
+    let home = kernel.parent().expect("a folder");
+    fs::create_dir(home).expect("a folder");
+    fs::write(&kernel, bytes).expect("written");
     for _ in 0..2 {
         let outcome = Armlet::new().restore(&folder).end();
         assert_eq!(outcome.assert_status(0).text(), then);
     }
+    fs::remove_dir_all(home).expect("a folder of ours");
 }
 
 /// Snapshots that somebody changed, so that their checksums are right: each is refused in a line, or runs
