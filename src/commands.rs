@@ -6,7 +6,7 @@ use crate::cli::{
     RunArgs, SnapshotArgs,
 };
 use crate::config::{self, Config};
-use crate::decide::{decide, for_restore, warn_of_host, write_tree};
+use crate::decide::{decide, warn_of_host, write_tree};
 use crate::host::HostFiles;
 use crate::kvm::{self, HostArch, KvmArch};
 use crate::run::{OnPanic, OnReset, RunOptions, VCPU_NAMES};
@@ -338,11 +338,8 @@ fn make_plan<A: Arch>(
     let plan = decide(&config, &host, known.as_ref().unwrap_or(&config.board));
     let plan = match &restore {
         None => plan?,
-        Some(_) => for_restore(plan)?,
+        Some(head) => head.accept(plan)?,
     };
-    if let Some(head) = &restore {
-        head.check(&plan).fault(Status::Usage)?;
-    }
     warn_of_host(&config, is_this.then_some(&host));
     Ok((config, plan))
 }

@@ -10,7 +10,7 @@ use crate::affinity;
 use crate::config::{Config, fresh_generation, fresh_seeds};
 use crate::console;
 use crate::control::{Control, Fixed};
-use crate::decide::{decide, for_restore, warn_of_host, write_tree};
+use crate::decide::{decide, warn_of_host, write_tree};
 use crate::descriptors;
 use crate::gdb::{self, Debugger};
 use crate::heap;
@@ -186,11 +186,8 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     options.config.request.goes_on = false;
     let mut first = Some(match &restore {
         None => planned?,
-        Some(_) => for_restore(planned)?,
+        Some(restore) => restore.head.accept(planned)?,
     });
-    if let (Some(restore), Some(plan)) = (&restore, &first) {
-        restore.head.check(plan).fault(Status::Usage)?;
-    }
     let mut drafts = match &broker {
         Some(broker) if has_clients => Some(Drafts::offer(broker).fault(Status::Host)?),
         _ => None,

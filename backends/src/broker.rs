@@ -21,7 +21,7 @@ mod sys;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use draft::{Draft, DraftStep};
+pub use draft::{DraftStep, Place};
 pub use protocol::{FileId, SOCKET, Service};
 
 use protocol::{MOST_DESCRIPTORS, MOST_REQUEST, MOST_SERVICES, Request, Word};
@@ -245,8 +245,8 @@ impl Broker {
     ///
     /// # Errors
     /// As [`Self::get`].
-    pub fn draft(&self, service: ServiceId, id: Id, draft: &Draft) -> io::Result<(bool, File)> {
-        let path = draft.to_path(id);
+    pub fn draft(&self, service: ServiceId, id: Id, place: &Place) -> io::Result<(bool, File)> {
+        let path = place.to_path(id);
         if path.as_os_str().len() > 2 * MOST_PATH {
             return Err(Errno::NAMETOOLONG.into());
         }

@@ -1,11 +1,12 @@
 //! Snapshots' files, made by the broker while the guest runs: the process itself is confined by then.
 
-use crate::broker::{Broker, Draft, DraftStep, Service, ServiceId};
+pub use crate::broker::Place;
+use crate::broker::{Broker, DraftStep, Service, ServiceId};
 use anyhow::{Context, Result, anyhow, bail};
 use armlet_snapshot::Id;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Has the broker make the files of snapshots.
@@ -15,15 +16,6 @@ pub struct Drafts {
     service: ServiceId,
     /// The folder that was this process's at the start, to which paths are relative.
     here: PathBuf,
-}
-
-/// Where a snapshot is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// In a folder, which is made if it is missing.
-    Folder(PathBuf),
-    /// In two files: the state, and the memory.
-    Pair(PathBuf, PathBuf),
 }
 
 /// The files of a snapshot that is being written.
@@ -61,12 +53,10 @@ impl Drafts {
     /// What the system says; another writer at the same place.
     pub fn create(&self, place: &Place) -> Result<Files> {
         let id = Id::random().context("cannot get random numbers")?;
-        let whole = |path: &Path| self.here.join(path);
-        let draft = match place {
-            Place::Folder(folder) => Draft::Folder(whole(folder)),
-            Place::Pair(state, memory) => Draft::Pair(whole(state), whole(memory)),
-        };
-        let memory = file(self.broker.draft(self.service, id, &draft))?;
+        let memory = file(
+            self.broker
+                .draft(self.service, id, &place.below(&self.here)),
+        )?;
         let state = file(self.broker.step(self.service, DraftStep::State))?;
         Ok(Files {
             id,

@@ -3,11 +3,13 @@
 use crate::asked::Asked;
 use crate::boards::{self, Chosen};
 use crate::config::{self, Config};
+use crate::decide::for_restore;
 use crate::host::HostFiles;
 use crate::kernel::{Initrd, Kernel};
 use anyhow::{Context, Result, bail, ensure};
 use armlet_arch::switch::Switch;
 use armlet_arch::{Arch, Architecture, Board, Plan, Request};
+use armlet_system::status::{Fault, Status};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
@@ -119,14 +121,9 @@ impl Head {
     /// As [`boards::choose`].
     pub fn board_on(&self, files: &HostFiles) -> Result<Chosen> {
         let fallback = boards::fallback_of(self.architecture);
-        let own = boards::choose(boards::AUTO, fallback, || files.identity())?;
-        let mut board = self.board.clone();
-        board.guest.pin = own.board.guest.pin;
-        board.host = own.board.host;
-        Ok(Chosen {
-            board,
-            why: "--restore".to_owned(),
-        })
+        Ok(self.board_with(Some(
+            boards::choose(boards::AUTO, fallback, || files.identity())?.board,
+        )))
     }
 
     /// Returns the board of the machine on a host that is as the board called `host`, or on the one that
@@ -135,16 +132,20 @@ impl Head {
     /// # Errors
     /// As [`boards::find`].
     pub fn board_for(&self, host: Option<&str>) -> Result<Chosen> {
+        Ok(self.board_with(host.map(boards::find).transpose()?))
+    }
+
+    /// Returns the board of the machine, on a host like `host` if there is one.
+    fn board_with(&self, host: Option<Board>) -> Chosen {
         let mut board = self.board.clone();
         if let Some(host) = host {
-            let host = boards::find(host)?;
             board.guest.pin = host.guest.pin;
             board.host = host.host;
         }
-        Ok(Chosen {
+        Chosen {
             board,
             why: "--restore".to_owned(),
-        })
+        }
     }
 
     /// Gives a machine that was asked for without a kernel what this guest has of it, and the kernel
@@ -184,11 +185,21 @@ impl Head {
         Ok((kernel, initrd))
     }
 
+    /// Returns what was planned for the machine, if the guest can go on in it.
+    ///
+    /// # Errors
+    /// Why it could not be planned, or the first difference that the guest could see.
+    pub fn accept<A: Arch>(&self, planned: Result<Plan<A>>) -> Result<Plan<A>> {
+        let plan = for_restore(planned)?;
+        self.check(&plan).fault(Status::Usage)?;
+        Ok(plan)
+    }
+
     /// Checks that a guest finds in the machine of a new plan what it had in that of this one.
     ///
     /// # Errors
     /// The first difference, with both values.
-    pub fn check<A: Arch>(&self, plan: &Plan<A>) -> Result<()> {
+    fn check<A: Arch>(&self, plan: &Plan<A>) -> Result<()> {
         if to_raw_value(plan)?.get() == self.plan.get() {
             return Ok(());
         }
@@ -270,7 +281,7 @@ fn shown(value: &Value) -> String {
 mod tests {
     use super::*;
     use crate::cli::MachineArgs;
-    use crate::decide::{decide, for_restore};
+    use crate::decide::decide;
     use armlet_arch::aarch64::Aarch64;
 
     /// The head of a machine of `args` that runs on a host like `host`.
@@ -305,7 +316,7 @@ mod tests {
             head.give(&mut config)?;
             let known = boards::find(host)?;
             let plan = decide(&config, &Aarch64::assumed_host(&known), &known);
-            head.check(&for_restore(plan)?)
+            head.accept(plan).map(drop)
         };
         plan(&mut args).map_err(|error| format!("{error:#}"))
     }

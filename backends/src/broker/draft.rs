@@ -5,12 +5,12 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-/// Where the files of a snapshot are to be, by absolute paths.
+/// Where a snapshot is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Draft {
-    /// In a folder.
+pub enum Place {
+    /// In a folder, which is made if it is missing.
     Folder(PathBuf),
-    /// The state, and the memory.
+    /// In two files: the state, and the memory.
     Pair(PathBuf, PathBuf),
 }
 
@@ -32,17 +32,25 @@ impl DraftStep {
     }
 }
 
-impl Draft {
+impl Place {
+    /// Returns it with paths that are relative to a folder made absolute.
+    pub(crate) fn below(&self, folder: &Path) -> Place {
+        match self {
+            Place::Folder(path) => Place::Folder(folder.join(path)),
+            Place::Pair(state, memory) => Place::Pair(folder.join(state), folder.join(memory)),
+        }
+    }
+
     /// Writes it, with the snapshot's id, in the place of a path: the id, a letter, and the paths with a
     /// NUL between them.
     pub(super) fn to_path(&self, id: Id) -> PathBuf {
         let mut bytes = id.to_string().into_bytes();
         match self {
-            Draft::Folder(folder) => {
+            Place::Folder(folder) => {
                 bytes.push(b'f');
                 bytes.extend(folder.as_os_str().as_bytes());
             }
-            Draft::Pair(state, memory) => {
+            Place::Pair(state, memory) => {
                 bytes.push(b'p');
                 bytes.extend(state.as_os_str().as_bytes());
                 bytes.push(0);
@@ -53,19 +61,19 @@ impl Draft {
     }
 
     /// Reads what [`Self::to_path`] wrote.
-    pub(super) fn from_path(path: &Path) -> Option<(Id, Draft)> {
+    pub(super) fn from_path(path: &Path) -> Option<(Id, Place)> {
         let (id, rest) = path.as_os_str().as_bytes().split_first_chunk::<16>()?;
         let id = std::str::from_utf8(id).ok()?.parse().ok()?;
         let (kind, paths) = rest.split_first()?;
         let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
         let mut paths = paths.split(|byte| *byte == 0).map(path);
         let first = paths.next()?;
-        let draft = match kind {
-            b'f' => Draft::Folder(first),
-            b'p' => Draft::Pair(first, paths.next()?),
+        let place = match kind {
+            b'f' => Place::Folder(first),
+            b'p' => Place::Pair(first, paths.next()?),
             _ => return None,
         };
-        paths.next().is_none().then_some((id, draft))
+        paths.next().is_none().then_some((id, place))
     }
 }
 
@@ -76,12 +84,12 @@ mod tests {
     #[test]
     fn places_are_read_as_they_were_written() {
         let id = Id::random().expect("random numbers");
-        let drafts = [
-            Draft::Folder("/a b".into()),
-            Draft::Pair("/s".into(), "/tmp/m".into()),
+        let places = [
+            Place::Folder("/a b".into()),
+            Place::Pair("/s".into(), "/tmp/m".into()),
         ];
-        for draft in drafts {
-            assert_eq!(Draft::from_path(&draft.to_path(id)), Some((id, draft)));
+        for place in places {
+            assert_eq!(Place::from_path(&place.to_path(id)), Some((id, place)));
         }
         for wrong in [
             "",
@@ -89,7 +97,7 @@ mod tests {
             "0123456789abcdefp/s",
             "g123456789abcdeff/s",
         ] {
-            assert_eq!(Draft::from_path(Path::new(wrong)), None, "{wrong}");
+            assert_eq!(Place::from_path(Path::new(wrong)), None, "{wrong}");
         }
     }
 }

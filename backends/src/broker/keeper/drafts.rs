@@ -1,7 +1,7 @@
 //! The files of snapshots, as the broker makes them.
 
-use super::super::draft::{Draft, DraftStep};
-use armlet_snapshot::Paths;
+use super::super::draft::{DraftStep, Place};
+use armlet_snapshot::{Draft, Paths};
 use rustix::io::Errno;
 use std::cell::RefCell;
 use std::fs::File;
@@ -14,19 +14,19 @@ const MOST_WORDS: usize = 4096;
 
 /// Makes the files of one snapshot at a time.
 #[derive(Debug, Default)]
-pub(super) struct Drafts(RefCell<Option<armlet_snapshot::Draft>>);
+pub(super) struct Drafts(RefCell<Option<Draft>>);
 
 impl Drafts {
     /// Begins one, as the bytes of `request` say, in place of one that was not brought to its end. Returns
     /// the file for memory, or why there is none, and which of them it is.
     pub(super) fn create(&self, request: &Path) -> io::Result<(bool, OwnedFd)> {
-        let (id, draft) = Draft::from_path(request).ok_or(Errno::INVAL)?;
-        let paths = match &draft {
-            Draft::Folder(folder) => Paths::folder(folder),
-            Draft::Pair(state, memory) => Paths::pair(state, memory),
+        let (id, place) = Place::from_path(request).ok_or(Errno::INVAL)?;
+        let paths = match &place {
+            Place::Folder(folder) => Paths::folder(folder),
+            Place::Pair(state, memory) => Paths::pair(state, memory),
         };
         self.0.take();
-        match armlet_snapshot::Draft::create_as(&paths, id) {
+        match Draft::create_as(&paths, id) {
             Ok(draft) => {
                 let memory = draft.memory().try_clone()?;
                 self.0.replace(Some(draft));
