@@ -8,6 +8,7 @@ use crate::error::PlanError;
 use crate::image::{Header, ImageError};
 use crate::irq::GicChoice;
 use crate::machine::{Blob, Payload, Placed, PlacedGeneration, PlacedPorts};
+use crate::pci::{Msi, PlacedPci};
 use crate::range::{Range, Region};
 use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
@@ -60,6 +61,17 @@ pub trait Arch: Sized + Clone + Debug + 'static {
 
     /// Returns the controller's windows.
     fn irqchip_regions(irqchip: &Self::Irqchip) -> Vec<Region>;
+
+    /// Decides what takes the MSIs of PCI functions; its registers lie in `room`.
+    ///
+    /// # Errors
+    /// A controller that has no interrupts left for it.
+    fn msi(
+        board: &Board,
+        request: &Request<Self>,
+        irqchip: &Self::Irqchip,
+        room: Range,
+    ) -> Result<Msi, PlanError>;
 
     /// Chooses the address width for a machine whose highest address lies in `highest`.
     ///
@@ -164,8 +176,10 @@ pub struct Request<A: Arch> {
     pub cmdline: String,
     /// Random numbers for the guest; without them its tree is the same each time.
     pub seeds: Option<Seeds>,
-    /// Names of the virtio devices ("disk0"), in the order of their slots.
+    /// Names of the virtio devices over MMIO ("disk0"), in the order of their slots.
     pub virtio: Vec<String>,
+    /// Names of those over PCI, in the order of their device numbers.
+    pub pci: Vec<String>,
     /// Bytes of each persistent memory, in the order of their devices.
     pub pmem: Vec<u64>,
     /// Whether the guest goes on from a snapshot: nothing is written to its memory.
@@ -192,6 +206,7 @@ impl<A: Arch> Request<A> {
             cmdline: String::new(),
             seeds: None,
             virtio: Vec::new(),
+            pci: Vec::new(),
             pmem: Vec::new(),
             goes_on: false,
             features: A::FeatureRequest::default(),
@@ -251,6 +266,9 @@ pub struct Layout<A: Arch> {
     pub irqchip: A::Irqchip,
     /// Persistent memory, in the order of its devices.
     pub pmem: Vec<Range>,
+    /// PCI, where a device is over it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pci: Option<PlacedPci>,
     /// Kernel, initrd and blobs.
     pub payload: Payload,
     /// VMGenID and VMClock, where the guest has them.
@@ -262,7 +280,8 @@ impl<A: Arch> Layout<A> {
     /// Every region of the machine, by address: RAM, devices and interrupt controller.
     #[must_use]
     pub fn regions(&self) -> Vec<Region> {
-        regions::<A>(&self.ram, &self.devices, &self.irqchip, &self.pmem)
+        let pci = self.pci.as_ref();
+        regions::<A>(&self.ram, &self.devices, &self.irqchip, &self.pmem, pci)
     }
 
     /// Returns the ranges of all regions, in no order: what needs no names makes none.
@@ -270,8 +289,11 @@ impl<A: Arch> Layout<A> {
         let irqchip = A::irqchip_regions(&self.irqchip).into_iter();
         let windows = self.devices.iter().map(|device| device.window);
         let memory = self.ram.iter().chain(&self.pmem).copied();
+        let pci = self.pci.iter().flat_map(PlacedPci::regions);
+        let pci = pci.map(|region| region.range);
         memory
             .chain(windows)
+            .chain(pci)
             .chain(irqchip.map(|region| region.range))
     }
 }
@@ -282,6 +304,7 @@ pub(crate) fn regions<A: Arch>(
     devices: &[Placed],
     irqchip: &A::Irqchip,
     pmem: &[Range],
+    pci: Option<&PlacedPci>,
 ) -> Vec<Region> {
     let mut regions = ram_regions(ram);
     regions.extend(devices.iter().map(|device| Region {
@@ -293,6 +316,7 @@ pub(crate) fn regions<A: Arch>(
         name: format!("persistent memory {index}").into(),
         range: *range,
     }));
+    regions.extend(pci.into_iter().flat_map(PlacedPci::regions));
     regions.sort_by_key(|region| region.range);
     regions
 }

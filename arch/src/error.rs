@@ -163,6 +163,26 @@ pub enum PlanError {
         /// Slots.
         slots: u32,
     },
+    /// More functions than a PCI bus holds.
+    #[error(
+        "{asked} virtio devices over PCI were asked for; the bus holds {most}; give the others transport=mmio"
+    )]
+    NoPciSlot {
+        /// Asked for.
+        asked: u32,
+        /// The most.
+        most: u32,
+    },
+    /// No room for PCI below 4 GiB.
+    #[error(
+        "board '{board}' leaves no {size:#x} bytes below 4 GiB for PCI; use --transport mmio, or less memory"
+    )]
+    NoRoomForPci {
+        /// The board.
+        board: String,
+        /// Bytes that PCI takes.
+        size: u64,
+    },
     /// A machine that needs more address bits than the host offers.
     #[error("{name} ends at {last:#x} and needs {need} address bits; this host offers {limit}{only}; {advice}", only = if *fixed { " and no other number" } else { "" })]
     TooWide {

@@ -17,6 +17,7 @@ pub mod image;
 pub mod irq;
 pub mod machine;
 pub mod midr;
+pub mod pci;
 pub mod plan;
 pub mod range;
 pub mod size;

@@ -36,6 +36,7 @@ pub fn plan<A: Arch>(
         ports,
         irqchip,
         pmem,
+        pci,
         generation_irq,
     } = map;
     let payload = A::payload(&ram, request, host)
@@ -53,6 +54,7 @@ pub fn plan<A: Arch>(
         ports,
         irqchip,
         pmem,
+        pci,
         payload,
         generation,
     };

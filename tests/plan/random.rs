@@ -186,6 +186,7 @@ fn any_request() -> impl Strategy<Value = Request<Aarch64>> {
                 cmdline,
                 seeds,
                 virtio: (0..virtio).map(|index| format!("device{index}")).collect(),
+                pci: Vec::new(),
                 pmem,
                 goes_on: false,
                 features: Default::default(),

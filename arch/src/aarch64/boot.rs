@@ -423,6 +423,7 @@ mod tests {
             devices: Vec::new(),
             ports: Vec::new(),
             pmem: Vec::new(),
+            pci: None,
             irqchip: super::super::gic::Gic::V2 {
                 distributor: ram[0],
                 cpu_interface: ram[0],

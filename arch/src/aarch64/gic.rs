@@ -4,8 +4,9 @@ use super::{Aarch64, Host};
 use crate::arch::Request;
 use crate::board::{Board, GicWindows};
 use crate::error::PlanError;
-use crate::irq::GicChoice;
+use crate::irq::{GicChoice, Spi};
 use crate::machine::{DEVICE_SIZE, VIRTIO_MMIO_SIZE};
+use crate::pci::{ITS_SIZE, Msi, V2M_SIZE};
 use crate::range::{Range, Region, align_up};
 use serde::Serialize;
 
@@ -117,7 +118,11 @@ pub(super) fn place(
     })?;
     let version = choose_version(request.gic, host)?;
     check_vcpus(version, request.cpus, host)?;
-    let interrupts = interrupts(board);
+    let messages = match version {
+        2 => messages(board, request)?,
+        _ => 0,
+    };
+    let interrupts = interrupts(board, messages);
     let frame = |name: &str, start, size| {
         Range::new(start, size).ok_or_else(|| PlanError::Wraps {
             name: name.to_owned(),
@@ -177,18 +182,67 @@ fn check_vcpus(version: u8, asked: u32, host: &Host) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Returns the smallest number of interrupts that the board's devices need: the guest initialises
-/// them all at its start.
-fn interrupts(board: &Board) -> u32 {
+/// The SPIs that a GICv2m frame has for each PCI function: a queue's each, and one for changes. Drivers that
+/// get fewer than they ask for have their queues share one.
+const MESSAGES: u32 = 8;
+/// The most SPIs that KVM gives a guest: 992 interrupts, of which 32 are private.
+const MOST_SPIS: u32 = 960;
+
+/// Returns how many SPIs the GICv2m frame has, if there is one.
+fn messages(board: &Board, request: &Request<Aarch64>) -> Result<u32, PlanError> {
+    let wanted = MESSAGES.saturating_mul(request.pci.len() as u32);
+    match wanted.min(MOST_SPIS.saturating_sub(spis(board))) {
+        0 if wanted > 0 => Err(PlanError::BoardLacks {
+            board: board.name.clone(),
+            what: "SPI left for a GICv2m frame",
+        }),
+        count => Ok(count),
+    }
+}
+
+/// Returns what takes the MSIs of PCI functions, with its registers in `room`.
+pub(super) fn msi(
+    board: &Board,
+    request: &Request<Aarch64>,
+    gic: &Gic,
+    room: Range,
+) -> Result<Msi, PlanError> {
+    let window = |name: &str, size| {
+        Range::new(room.start(), size).ok_or_else(|| PlanError::Wraps {
+            name: name.to_owned(),
+            start: room.start(),
+            size,
+        })
+    };
+    Ok(match gic {
+        Gic::V3 { .. } => Msi::Its {
+            window: window("GICv3 ITS", ITS_SIZE)?,
+        },
+        Gic::V2 { .. } => Msi::V2m {
+            window: window("GICv2m frame", V2M_SIZE)?,
+            first: Spi(spis(board)),
+            count: messages(board, request)?,
+        },
+    })
+}
+
+/// Returns the smallest number of interrupts that the board's devices need, with `messages` SPIs more: the
+/// guest initialises them all at its start.
+fn interrupts(board: &Board, messages: u32) -> u32 {
+    let spis = spis(board) + messages;
+    // 64 to 992 in steps of 32 (arch/arm64/kvm/vgic/vgic-kvm-device.c: vgic_set_common_attr).
+    (32 + spis.next_multiple_of(32)).clamp(64, 992)
+}
+
+/// Returns the first SPI above those of the board's devices.
+fn spis(board: &Board) -> u32 {
     let devices = board.devices.iter().map(|device| device.spi + 1);
     let virtio = board
         .virtio_mmio
         .iter()
         .map(|slots| slots.spi + slots.slots);
     let vmgenid = board.vmgenid.map(|spi| spi + 1);
-    let spis = devices.chain(virtio).chain(vmgenid).max().unwrap_or(0);
-    // 64 to 992 in steps of 32 (arch/arm64/kvm/vgic/vgic-kvm-device.c: vgic_set_common_attr).
-    (32 + spis.next_multiple_of(32)).clamp(64, 992)
+    devices.chain(virtio).chain(vmgenid).max().unwrap_or(0)
 }
 
 /// Places redistributors in the board's window first, then in the first gap above RAM.
@@ -379,12 +433,12 @@ mod tests {
     #[test]
     fn the_distributor_counts_what_the_board_needs_in_steps_of_32() {
         // 32 private ones, and SPIs up to 47 for virtio.
-        assert_eq!(interrupts(&board(VIRT)), 96);
+        assert_eq!(interrupts(&board(VIRT), 0), 96);
         let without_virtio = VIRT.split("# Slots of").next().expect("a split");
-        assert_eq!(interrupts(&board(without_virtio)), 64);
+        assert_eq!(interrupts(&board(without_virtio), 0), 64);
         for other in ["spi = 7", "spi = 8"] {
             let last = board(&VIRT.replace(other, "spi = 959"));
-            assert_eq!(interrupts(&last), 992, "{other}");
+            assert_eq!(interrupts(&last, 0), 992, "{other}");
         }
     }
 

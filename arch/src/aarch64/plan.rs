@@ -9,6 +9,7 @@ use crate::board::Board;
 use crate::error::PlanError;
 use crate::image::{Arm64Image, Header, ImageError};
 use crate::machine::{Blob, Payload};
+use crate::pci::Msi;
 use crate::range::{Range, Region};
 use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
@@ -86,6 +87,15 @@ impl Arch for Aarch64 {
 
     fn irqchip_regions(gic: &Gic) -> Vec<Region> {
         gic.regions()
+    }
+
+    fn msi(
+        board: &Board,
+        request: &Request<Self>,
+        gic: &Gic,
+        room: Range,
+    ) -> Result<Msi, PlanError> {
+        gic::msi(board, request, gic, room)
     }
 
     fn width(highest: &Region, policy: WidthPolicy, host: &Host) -> Result<Width, PlanError> {

@@ -2,6 +2,7 @@
 //! Documentation/devicetree/bindings/ of Linux or in dt-schema.
 
 mod cpus;
+mod pci;
 
 use super::features::{Features, Pmu};
 use super::gic::Gic;
@@ -10,12 +11,14 @@ use crate::arch::{Layout, Plan, Request};
 use crate::board::Board;
 use crate::irq::Spi;
 use crate::machine::{DeviceKind, POWER_KEY_LINE, Placed, PlacedGeneration};
+use crate::pci::Msi;
 use crate::range::Range;
 use armlet_fdt::{Cell, Node};
 
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
 const GPIO: u32 = 3;
+const MSI: u32 = 4;
 
 /// KEY_POWER (include/uapi/linux/input-event-codes.h).
 const KEY_POWER: u32 = 116;
@@ -67,7 +70,7 @@ pub(super) fn build(
     if let Some(counters) = &features.pmu {
         pmu(&mut root, &layout.irqchip, vcpus.len(), counters);
     }
-    gic(&mut root, &layout.irqchip);
+    gic(&mut root, &layout.irqchip, layout.pci.as_ref().map(|pci| pci.msi));
     clock(&mut root);
     for device in &layout.devices {
         match device.kind {
@@ -80,6 +83,9 @@ pub(super) fn build(
             }
             DeviceKind::VirtioMmio { .. } => virtio_mmio(&mut root, device),
         }
+    }
+    if let Some(placed) = &layout.pci {
+        pci::bridge(&mut root, placed);
     }
     if let Some(placed) = &layout.generation {
         generation(&mut root, placed);
@@ -202,7 +208,7 @@ fn timer(root: &mut Node, gic: &Gic, vcpus: usize) {
 }
 
 /// interrupt-controller/arm,gic.yaml and arm,gic-v3.yaml.
-fn gic(root: &mut Node, gic: &Gic) {
+fn gic(root: &mut Node, gic: &Gic, msi: Option<Msi>) {
     let (compatible, frames) = match gic {
         Gic::V2 {
             distributor,
@@ -222,12 +228,22 @@ fn gic(root: &mut Node, gic: &Gic) {
     let node = root.child(format!("interrupt-controller@{:x}", frames[0].start()));
     node.prop("compatible", compatible)
         .prop("interrupt-controller", ())
-        .prop("#interrupt-cells", 3_u32)
-        .prop("#address-cells", 0_u32);
+        .prop("#interrupt-cells", 3_u32);
+    match msi {
+        // Its child's registers are where the machine has them.
+        Some(_) => node
+            .prop("#address-cells", 2_u32)
+            .prop("#size-cells", 2_u32)
+            .prop("ranges", ()),
+        None => node.prop("#address-cells", 0_u32),
+    };
     if frames.len() > 2 {
         node.prop("#redistributor-regions", frames.len() as u32 - 1);
     }
     node.prop("reg", reg(frames)).prop("phandle", GIC);
+    if let Some(msi) = msi {
+        pci::msi_controller(node, msi);
+    }
 }
 
 /// clock/fixed-clock.yaml: the clock that the PrimeCell drivers require.

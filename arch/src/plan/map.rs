@@ -8,6 +8,7 @@ use crate::irq::Spi;
 use crate::machine::{
     DEVICE_SIZE, DeviceKind, Placed, PlacedGeneration, PlacedPorts, VIRTIO_MMIO_SIZE,
 };
+use crate::pci::{self, PlacedPci};
 use crate::range::{Range, Region};
 use crate::size::show_size;
 use std::fmt::Display;
@@ -27,6 +28,7 @@ pub(super) struct Map<A: Arch> {
     pub(super) ports: Vec<PlacedPorts>,
     pub(super) irqchip: A::Irqchip,
     pub(super) pmem: Vec<Range>,
+    pub(super) pci: Option<PlacedPci>,
     /// The interrupt of VMGenID and VMClock, if the guest has them.
     pub(super) generation_irq: Option<Spi>,
 }
@@ -41,7 +43,8 @@ pub(super) fn map<A: Arch>(
     let ram = place_ram(board, memory)?;
     let devices = place_devices(board, &request.virtio)?;
     let irqchip = A::irqchip(board, request, host, &ram)?;
-    let below = regions::<A>(&ram, &devices, &irqchip, &[]);
+    let pci = place_pci(board, request, &ram, &devices, &irqchip)?;
+    let below = regions::<A>(&ram, &devices, &irqchip, &[], pci.as_ref());
     let end = below.iter().map(|region| region.range.last()).max();
     let pmem = place_pmem(&request.pmem, end.unwrap_or(0))?;
     Ok(Map {
@@ -50,8 +53,34 @@ pub(super) fn map<A: Arch>(
         ports: place_ports(board)?,
         irqchip,
         pmem,
+        pci,
         generation_irq: generation_irq(board, request.vmgenid)?,
     })
+}
+
+fn place_pci<A: Arch>(
+    board: &Board,
+    request: &Request<A>,
+    ram: &[Range],
+    devices: &[Placed],
+    irqchip: &A::Irqchip,
+) -> Result<Option<PlacedPci>, PlanError> {
+    if request.pci.is_empty() {
+        return Ok(None);
+    }
+    let taken: Vec<Range> = regions::<A>(ram, devices, irqchip, &[], None)
+        .iter()
+        .map(|region| region.range)
+        .collect();
+    let block = pci::place_block(board, request.pci.len(), ram, &taken)?;
+    let highest = taken.iter().max_by_key(|range| range.last());
+    Ok(Some(PlacedPci {
+        ecam: block.ecam,
+        low: block.low,
+        high: highest.and_then(|range| pci::place_high(*range)),
+        msi: A::msi(board, request, irqchip, block.msi)?,
+        functions: pci::place_functions(block.low, &request.pci),
+    }))
 }
 
 fn generation_irq(board: &Board, is_asked_for: bool) -> Result<Option<Spi>, PlanError> {
@@ -238,7 +267,7 @@ fn place_pmem(sizes: &[u64], below: u64) -> Result<Vec<Range>, PlanError> {
 /// Refuses overlaps and shared interrupts; returns the region with the highest address.
 pub(super) fn check_overlaps<A: Arch>(board: &Board, map: &Map<A>) -> Result<Region, PlanError> {
     let Map { ram, devices, .. } = map;
-    let mut regions = regions::<A>(ram, devices, &map.irqchip, &map.pmem);
+    let mut regions = regions::<A>(ram, devices, &map.irqchip, &map.pmem, map.pci.as_ref());
     for pair in regions.windows(2) {
         let [a, b] = pair else { continue };
         if a.range.overlaps(b.range) {

@@ -9,6 +9,7 @@ use crate::board::Board;
 use crate::error::PlanError;
 use crate::image::{Header, ImageError, X86Kernel};
 use crate::machine::{Blob, Payload};
+use crate::pci::Msi;
 use crate::range::{Range, Region};
 use crate::switch::Switch;
 use crate::width::{Width, WidthPolicy};
@@ -121,6 +122,10 @@ impl Arch for X86_64 {
             range,
         })
         .to_vec()
+    }
+
+    fn msi(_: &Board, _: &Request<Self>, _: &Irqchip, _: Range) -> Result<Msi, PlanError> {
+        Ok(Msi::LocalApics)
     }
 
     fn width(highest: &Region, policy: WidthPolicy, host: &Host) -> Result<Width, PlanError> {
