@@ -24,7 +24,7 @@ pub struct Asked {
 }
 
 /// The options that describe the machine that a guest sees, beside those of files and devices.
-fn places(args: &mut MachineArgs) -> [(&'static str, &mut Option<String>); 11] {
+fn places(args: &mut MachineArgs) -> [(&'static str, &mut Option<String>); 12] {
     [
         ("cmdline", &mut args.cmdline),
         ("cpus", &mut args.cpus),
@@ -37,6 +37,7 @@ fn places(args: &mut MachineArgs) -> [(&'static str, &mut Option<String>); 11] {
         ("sve", &mut args.sve),
         ("pauth", &mut args.pauth),
         ("vmgenid", &mut args.vmgenid),
+        ("transport", &mut args.transport),
     ]
 }
 

@@ -96,6 +96,8 @@ pub struct MachineArgs {
     pub pauth: Option<String>,
     /// `--vmgenid`.
     pub vmgenid: Option<String>,
+    /// `--transport`.
+    pub transport: Option<String>,
     /// `--pin`.
     pub pin: Option<String>,
     /// `--pin-io`.
@@ -197,6 +199,10 @@ macro_rules! machine_command {
             /// or auto (for guests that clients control, the default)
             #[argh(option, arg_name = "auto|on|off")]
             pub vmgenid: Option<String>,
+            /// what virtio devices are connected by: mmio, pci or auto (mmio, the default); one device's own
+            /// is the part transport=mmio|pci of its option
+            #[argh(option, arg_name = "auto|mmio|pci")]
+            pub transport: Option<String>,
             /// the host's CPUs for the vCPUs: auto (those of one kind, where there are several; the
             /// default), none, or a list with a CPU or range for each vCPU (4,5,6-7), or one for all
             #[argh(option, arg_name = "auto|none|LIST")]
@@ -245,6 +251,7 @@ macro_rules! machine_command {
                     sve: self.sve.clone(),
                     pauth: self.pauth.clone(),
                     vmgenid: self.vmgenid.clone(),
+                    transport: self.transport.clone(),
                     pin: self.pin.clone(),
                     pin_io: self.pin_io.clone(),
                     hugepages: self.hugepages.clone(),

@@ -15,7 +15,7 @@ use armlet_arch::size::{parse_memory, show_size};
 use armlet_arch::switch::Switch;
 use armlet_arch::words::cpus_in;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
-use armlet_backends::kind::{DeviceOptions, Guest};
+use armlet_backends::kind::{DeviceOptions, Guest, Transport};
 use armlet_backends::open::{self, Wanted};
 use armlet_devices::generation;
 use armlet_system::eintr::uninterrupted;
@@ -217,6 +217,28 @@ fn read_checked<A: Arch>(
         pauth: switch("--pauth", args.pauth.as_deref(), defaults.pauth)?,
     };
     let vmgenid = switch("--vmgenid", args.vmgenid.as_deref(), defaults.vmgenid)?;
+    let transport = match &args.transport {
+        None => Transport::Auto,
+        Some(text) => text
+            .parse()
+            .map_err(|cause| anyhow!("--transport: {cause}"))?,
+    };
+    let is_over_pci = |device: &&Wanted| match device.transport() {
+        Transport::Auto => transport == Transport::Pci,
+        own => own == Transport::Pci,
+    };
+    if A::ARCHITECTURE != Architecture::Aarch64 && wanted.iter().any(|device| is_over_pci(&device))
+    {
+        return Err(anyhow!(
+            "virtio over PCI is for aarch64 guests; use --transport mmio"
+        ));
+    }
+    let names = |is_pci| {
+        let those = wanted
+            .iter()
+            .filter(move |device| is_over_pci(device) == is_pci);
+        those.map(|device| device.name().to_owned()).collect()
+    };
     let features = A::feature_request(&options).map_err(|cause| anyhow!("{cause}"))?;
     let counters = match files {
         Some(files) if options.pmu != Switch::Off => pinning.counters(|cpus| files.counters(cpus)),
@@ -235,10 +257,8 @@ fn read_checked<A: Arch>(
         initrd: initrd.as_ref().map(Initrd::size),
         cmdline,
         seeds: None,
-        virtio: wanted
-            .iter()
-            .map(|device| device.name().to_owned())
-            .collect(),
+        virtio: names(false),
+        pci: names(true),
         pmem: pmem.collect::<Result<_>>()?,
         goes_on: false,
         topology: Topology {

@@ -9,7 +9,7 @@ use crate::sandbox::{Role, Sandbox};
 use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
 use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, Traps, VcpuEvent, Vcpus};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
 use armlet_backends::pmem::PmemImage;
@@ -72,6 +72,10 @@ pub fn assemble<A: KvmArch>(
     sandbox: &Arc<Sandbox>,
     saved: &[A::VcpuState],
 ) -> Result<Machine<A>> {
+    ensure!(
+        plan.layout.pci.is_none(),
+        "virtio over PCI can only be planned yet; use --transport mmio"
+    );
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
     memory::give(memory, &vm)?;
     let images = backends.iter().filter_map(|backend| backend.pmem());

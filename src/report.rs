@@ -3,6 +3,7 @@
 use crate::settings::Setting;
 use armlet_arch::Plan;
 use armlet_arch::irq::Spi;
+use armlet_arch::pci::Msi;
 use armlet_arch::size::show_size;
 use armlet_arch::{Arch, Architecture, PlacedGeneration, Range, Region, Width};
 use armlet_system::messages::visible;
@@ -45,6 +46,7 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
         let (first, last) = (device.ports.start(), device.ports.last());
         let _ = writeln!(out, "  {first:>#6x} {last:>#6x}  {}", device.kind);
     }
+    pci(&mut out, plan);
     let private = A::private_interrupts(&plan.features);
     let interrupts = interrupts(plan);
     if !interrupts.is_empty() || !private.is_empty() {
@@ -70,6 +72,20 @@ pub fn text<A: Arch>(plan: &Plan<A>, kernel: Option<&str>, settings: &[Setting])
         let _ = writeln!(out, "  {from:<widest$}  {name}: {value}");
     }
     out
+}
+
+/// Lists the functions of the PCI bus, if there is one.
+fn pci<A: Arch>(out: &mut String, plan: &Plan<A>) {
+    let Some(pci) = &plan.layout.pci else { return };
+    let _ = writeln!(out, "\nPCI functions, by MSI-X");
+    for function in &pci.functions {
+        let (number, bar) = (function.number, function.bar.start());
+        let name = shown(&function.name);
+        let _ = writeln!(
+            out,
+            "  00:{number:02x}.0  BAR at {bar:#x}  virtio-pci: {name}"
+        );
+    }
 }
 
 /// Returns an untrusted name, escaped to fit on one line.
@@ -112,11 +128,22 @@ fn address_bits(width: &Width) -> String {
 fn interrupts<A: Arch>(plan: &Plan<A>) -> Vec<(Spi, String)> {
     let devices = plan.layout.devices.iter();
     let devices = devices.map(|device| (device.spi, device.to_string()));
+    let messages = match plan.layout.pci.as_ref().map(|pci| pci.msi) {
+        Some(Msi::V2m { first, count, .. }) => {
+            let last = first.0 + count.saturating_sub(1);
+            Some((
+                first,
+                format!("and on to SPI {last}: MSIs by the GICv2m frame"),
+            ))
+        }
+        _ => None,
+    };
     let ports = plan.layout.ports.iter();
     let ports = ports.filter_map(|device| Some((device.irq?, device.kind.to_string())));
     let generation = plan.layout.generation.iter();
     let generation = generation.map(|placed| (placed.irq, PlacedGeneration::NAME.to_owned()));
-    devices.chain(ports).chain(generation).collect()
+    let all = devices.chain(ports).chain(generation);
+    all.chain(messages).collect()
 }
 
 fn map_rows<A: Arch>(plan: &Plan<A>) -> Vec<Row> {
@@ -184,7 +211,7 @@ pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Val
             })
             .collect()
     };
-    json!({
+    let mut all = json!({
         "board": plan.board,
         "architecture": A::ARCHITECTURE,
         "ipa": {
@@ -211,5 +238,9 @@ pub fn json<A: Arch>(plan: &Plan<A>, settings: &[Setting], cmdline: &str) -> Val
             .iter()
             .map(|Setting { name, value, from }| json!({"name": name, "value": value, "from": from}))
             .collect::<Vec<_>>(),
-    })
+    });
+    if let Some(pci) = &plan.layout.pci {
+        all["pci"] = json!(pci);
+    }
+    all
 }

@@ -52,14 +52,6 @@ pub struct Function {
     pub bar: Range,
 }
 
-impl Function {
-    /// Returns its requester ID, which is an ITS's DeviceID: bus 0, device, function 0.
-    #[must_use]
-    pub const fn requester(&self) -> u32 {
-        self.number << 3
-    }
-}
-
 /// What takes the MSIs of PCI functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -112,11 +104,6 @@ impl PlacedPci {
         );
         regions.extend(self.msi.region());
         regions
-    }
-
-    /// Returns the windows that BARs may lie in.
-    pub fn windows(&self) -> impl Iterator<Item = Range> {
-        [Some(self.low), self.high].into_iter().flatten()
     }
 }
 
@@ -179,7 +166,10 @@ pub(crate) fn place_block(
 
 /// Returns the window above everything else, whose last address is `below`, if it costs no address bit.
 pub(crate) fn place_high(below: Range) -> Option<Range> {
-    let high = Range::new(align_up(below.last().checked_add(1)?, HIGH_SIZE)?, HIGH_SIZE)?;
+    let high = Range::new(
+        align_up(below.last().checked_add(1)?, HIGH_SIZE)?,
+        HIGH_SIZE,
+    )?;
     let least = crate::width::MIN_BITS;
     (high.bits().max(least) == below.bits().max(least)).then_some(high)
 }
@@ -239,8 +229,8 @@ mod tests {
         assert_eq!(bus.ecam.start(), 0x3fe0_0000);
         assert_eq!((bus.ecam, bus.low), (pci(&large).ecam, pci(&large).low));
         assert_eq!(bus.msi, pci(&large).msi);
-        let functions: Vec<_> = bus.functions.iter().map(|f| (f.requester(), &*f.name)).collect();
-        assert_eq!(functions, [(8, "disk0"), (16, "net0")]);
+        let functions: Vec<_> = bus.functions.iter().map(|f| (f.number, &*f.name)).collect();
+        assert_eq!(functions, [(1, "disk0"), (2, "net0")]);
         assert!(bus.functions.iter().all(|f| bus.low.contains(f.bar)));
         assert!(!bus.functions[0].bar.overlaps(bus.functions[1].bar));
         let none = planned(&virt, |request| request.pci.clear());
@@ -267,7 +257,8 @@ mod tests {
     #[test]
     fn a_board_whose_ram_begins_at_0_has_its_bus_below_4_gib() {
         let bank = VIRT.find("[[memory]]").expect("memory");
-        let at_0 = VIRT[..bank].to_owned() + &VIRT[bank..].replacen("0x4000_0000", "0x1_0000_0000", 1);
+        let at_0 =
+            VIRT[..bank].to_owned() + &VIRT[bank..].replacen("0x4000_0000", "0x1_0000_0000", 1);
         let plan = planned(&board(&at_0), |_| ());
         assert_eq!(pci(&plan).low.start(), (4 << 30) - BLOCK);
     }

@@ -8,6 +8,7 @@ use crate::broker::Broker;
 use anyhow::Result;
 use std::fmt;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 
 /// A kind of virtio device: its option, and how that is read.
@@ -32,6 +33,33 @@ pub struct Kind {
 
 /// The device that a value asks for; `None` where it asks for none.
 pub type Parsed = Result<Option<Box<dyn DeviceOptions>>>;
+
+/// What a virtio device is connected to the guest by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// What suits it best: MMIO.
+    #[default]
+    Auto,
+    /// A window of registers (virtio 1.2, section 4.2).
+    Mmio,
+    /// A PCI function (virtio 1.2, section 4.1).
+    Pci,
+}
+
+impl FromStr for Transport {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Transport::Auto),
+            "mmio" => Ok(Transport::Mmio),
+            "pci" => Ok(Transport::Pci),
+            other => Err(format!(
+                "transport '{other}' is not known; use auto, mmio or pci"
+            )),
+        }
+    }
+}
 
 /// What is known of the guest when its devices are asked for, and how sizes are written.
 pub struct Guest {

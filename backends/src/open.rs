@@ -3,11 +3,13 @@
 use crate::backend::Backend;
 use crate::broker::Broker;
 use crate::habits;
-use crate::kind::{DeviceOptions, Guest, Kind, Place};
+use crate::kind::{DeviceOptions, Guest, Kind, Place, Transport};
+use crate::options::split;
 use crate::{balloon, console, disk, net, pmem, rng, share, vsock};
 use anyhow::{Result, anyhow, bail};
 use armlet_system::seccomp::Native;
 use armlet_system::signals;
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -27,6 +29,7 @@ pub static KINDS: &[&Kind] = &[
 pub struct Wanted {
     name: String,
     number: usize,
+    transport: Transport,
     options: Box<dyn DeviceOptions>,
 }
 
@@ -49,6 +52,12 @@ impl Wanted {
         &*self.options
     }
 
+    /// What it is connected by, as it was asked for.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
     /// Words for the kernel's command line where the user gives none.
     #[must_use]
     pub fn cmdline(&self) -> Option<&'static str> {
@@ -69,16 +78,39 @@ pub fn read(given: &[(&'static Kind, String)], guest: &Guest) -> Result<Vec<Want
             texts.extend(kind.default);
         }
         for text in texts {
-            let parsed = (kind.parse)(text, guest);
-            devices.extend(
-                parsed.map_err(|error| match habits::rewrite(kind, text, guest) {
-                    Some(ours) => anyhow!("--{name} {text}: use --{name} {ours}", name = kind.name),
-                    None => error,
-                })?,
-            );
+            let (text, transport) = split_transport(kind, text)?;
+            let parsed = (kind.parse)(&text, guest);
+            let parsed = parsed.map_err(|error| match habits::rewrite(kind, &text, guest) {
+                Some(ours) => anyhow!("--{name} {text}: use --{name} {ours}", name = kind.name),
+                None => error,
+            })?;
+            devices.extend(parsed.map(|options| (options, transport)));
         }
     }
-    checked(devices, guest)
+    named(devices, guest)
+}
+
+/// Takes the part `transport=` out of the value of an option; what is left is for the kind.
+fn split_transport<'a>(kind: &Kind, text: &'a str) -> Result<(Cow<'a, str>, Transport)> {
+    const NAME: &str = "transport=";
+    if !text.contains(NAME) {
+        return Ok((Cow::Borrowed(text), Transport::Auto));
+    }
+    let (transports, rest): (Vec<&str>, Vec<&str>) = split(text)
+        .into_iter()
+        .partition(|part| part.starts_with(NAME));
+    let transport = match transports[..] {
+        [] => Transport::Auto,
+        [one] => one[NAME.len()..]
+            .parse()
+            .map_err(|wrong| anyhow!("--{} '{text}': {wrong}", kind.name))?,
+        _ => bail!("--{} '{text}' says transport twice", kind.name),
+    };
+    let rest = match rest[..] {
+        [] => Cow::Borrowed(kind.default.unwrap_or_default()),
+        _ => Cow::Owned(rest.join(",")),
+    };
+    Ok((rest, transport))
 }
 
 /// Names the devices of a guest, and puts them into the order of its slots. Whatever of them is wrong
@@ -86,10 +118,20 @@ pub fn read(given: &[(&'static Kind, String)], guest: &Guest) -> Result<Vec<Want
 ///
 /// # Errors
 /// Devices that do not go with one another or with the guest.
-pub fn checked(mut devices: Vec<Box<dyn DeviceOptions>>, guest: &Guest) -> Result<Vec<Wanted>> {
-    devices.sort_by_key(|device| device.kind().slot);
+pub fn checked(devices: Vec<Box<dyn DeviceOptions>>, guest: &Guest) -> Result<Vec<Wanted>> {
+    let devices = devices.into_iter();
+    let devices = devices.map(|options| (options, Transport::Auto));
+    named(devices.collect(), guest)
+}
+
+/// As [`checked`], with what each is connected by.
+fn named(
+    mut devices: Vec<(Box<dyn DeviceOptions>, Transport)>,
+    guest: &Guest,
+) -> Result<Vec<Wanted>> {
+    devices.sort_by_key(|(device, _)| device.kind().slot);
     let mut wanted: Vec<Wanted> = Vec::new();
-    for options in devices {
+    for (options, transport) in devices {
         let kind = options.kind();
         options.check_for(guest)?;
         let others = wanted.iter().map(|other| &other.options);
@@ -118,6 +160,7 @@ pub fn checked(mut devices: Vec<Box<dyn DeviceOptions>>, guest: &Guest) -> Resul
         wanted.push(Wanted {
             name,
             number,
+            transport,
             options,
         });
     }
@@ -155,6 +198,7 @@ pub fn open(
         name,
         number,
         options,
+        ..
     } in wanted
     {
         signals::waiting_for(format_args!("{name} to be opened"));
@@ -242,6 +286,36 @@ mod tests {
         let off = [("rng", "off"), ("console", "serial")];
         let off = off.map(|(name, text)| (kind(name), text.to_owned()));
         assert!(read(&off, &GUEST).expect("right").is_empty());
+    }
+
+    #[test]
+    fn a_device_says_what_it_is_connected_by_whatever_else_it_says() {
+        let texts = [
+            ("disk", "transport=pci,path=a"),
+            ("disk", "a,,transport=mmio,transport=mmio"),
+            ("disk", "c"),
+            ("rng", "transport=pci"),
+            ("balloon", "on,transport=auto"),
+        ];
+        let given = texts.map(|(name, text)| (kind(name), text.to_owned()));
+        let all = read(&given, &GUEST).expect("right");
+        let transports: Vec<_> = all.iter().map(Wanted::transport).collect();
+        let wanted = [
+            Transport::Pci,
+            Transport::Mmio,
+            Transport::Auto,
+            Transport::Auto,
+            Transport::Pci,
+        ];
+        assert_eq!(transports, wanted);
+        for (text, why) in [
+            ("a,transport=isa", "use auto, mmio or pci"),
+            ("a,transport=pci,transport=pci", "says transport twice"),
+            ("transport=pci", "--disk"),
+        ] {
+            let error = read(&[(kind("disk"), text.to_owned())], &GUEST).expect_err(text);
+            assert!(error.to_string().contains(why), "{error}");
+        }
     }
 
     #[test]

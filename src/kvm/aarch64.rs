@@ -34,7 +34,7 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_mp_state, kvm_smccc_filter,
     kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_vcpu_events, kvm_vcpu_init,
 };
-use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::ffi::c_void;
 use std::sync::Once;
 
@@ -59,7 +59,7 @@ const CPU_OFF: u32 = 0x8400_0002;
 const AFFINITY: u64 = 0xff_00ff_ffff;
 
 impl KvmArch for Aarch64 {
-    type Chip = DeviceFd;
+    type Chip = gic::Chip;
     type VcpuState = state::VcpuState;
     type ChipState = state::ChipState;
 
@@ -175,7 +175,7 @@ impl KvmArch for Aarch64 {
         vm: &VmFd,
         plan: &Plan<Self>,
         saved: &[state::VcpuState],
-    ) -> Result<(Vec<VcpuFd>, DeviceFd)> {
+    ) -> Result<(Vec<VcpuFd>, gic::Chip)> {
         enable_syndrome_exits(vm);
         forward_cpu_off(vm);
         if !saved.is_empty() {
@@ -190,6 +190,8 @@ impl KvmArch for Aarch64 {
             }
         }
         gic::init(&chip, &plan.layout.irqchip)?;
+        let its = gic::create_its(vm, plan.layout.pci.as_ref().map(|pci| pci.msi))?;
+        let chip = gic::Chip { gic: chip, its };
         if let Some(pmu) = &plan.features.pmu {
             init_counters(&vcpus, pmu)?;
         }
@@ -254,13 +256,13 @@ impl KvmArch for Aarch64 {
             .is_ok_and(|state| state.mp_state == KVM_MP_STATE_STOPPED)
     }
 
-    fn save_vcpu(vcpu: &VcpuFd, _: &DeviceFd) -> Result<state::VcpuState> {
+    fn save_vcpu(vcpu: &VcpuFd, _: &gic::Chip) -> Result<state::VcpuState> {
         state::save_vcpu(vcpu)
     }
 
     fn save_chip(
         _: &VmFd,
-        chip: &DeviceFd,
+        chip: &gic::Chip,
         vcpus: &[state::VcpuState],
     ) -> Result<state::ChipState> {
         state::save_chip(chip, vcpus)
@@ -268,7 +270,7 @@ impl KvmArch for Aarch64 {
 
     fn restore(
         _: &VmFd,
-        chip: &DeviceFd,
+        chip: &gic::Chip,
         vcpus: &[VcpuFd],
         states: (&[state::VcpuState], &state::ChipState),
     ) -> Result<()> {

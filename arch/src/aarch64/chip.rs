@@ -22,6 +22,8 @@ pub struct GicState {
     pub iidr: u32,
     /// How many registers hold a vCPU's active priorities, of each group.
     pub priorities: u8,
+    /// Whether it has LPIs: there is an ITS.
+    pub lpis: bool,
     /// The values of the registers that [`GicState::accesses`] lists.
     pub values: Vec<u64>,
 }
@@ -32,7 +34,21 @@ impl GicState {
     ///
     /// # Errors
     /// How it differs.
-    pub fn check(&self, version: u8, interrupts: u32, vcpus: usize) -> Result<(), String> {
+    pub fn check(
+        &self,
+        version: u8,
+        interrupts: u32,
+        vcpus: usize,
+        lpis: bool,
+    ) -> Result<(), String> {
+        if self.lpis != lpis {
+            let with = |has| if has { "with" } else { "without" };
+            return Err(format!(
+                "the snapshot has the state of a GIC {} LPIs, and the machine a GIC {} them",
+                with(self.lpis),
+                with(lpis)
+            ));
+        }
         if self.version != version {
             return Err(format!(
                 "the snapshot has the state of a GICv{}, and the machine a GICv{version}",
@@ -83,7 +99,75 @@ impl GicState {
     /// Returns the registers whose values it has, for the vCPUs with these affinities.
     #[must_use]
     pub fn accesses(&self, affinities: &[u64]) -> Vec<Access> {
-        accesses(self.version, self.interrupts, self.priorities, affinities)
+        let (version, priorities) = (self.version, self.priorities);
+        let mut all = accesses(version, self.interrupts, priorities, affinities);
+        if self.lpis {
+            for mpidr in affinities {
+                all.extend(LPI_REGISTERS.map(|offset| Access {
+                    group: Group::Redistributor,
+                    attribute: affinity(*mpidr) | offset,
+                    need: Need::Always,
+                }));
+            }
+        }
+        all
+    }
+}
+
+/// GICR_PROPBASER and GICR_PENDBASER, in halves, and GICR_CTLR, after which KVM takes neither
+/// (Arm IHI 0069, section 12.11).
+const LPI_REGISTERS: [u64; 5] = [0x70, 0x74, 0x78, 0x7c, 0];
+
+/// The state of an ITS, as plain data: its registers. Its tables are in guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ItsState {
+    /// GITS_IIDR: the revision of the tables' format.
+    pub iidr: u64,
+    /// GITS_CBASER: where commands are.
+    pub commands: u64,
+    /// GITS_CREADR.
+    pub read: u64,
+    /// GITS_CWRITER.
+    pub write: u64,
+    /// GITS_BASER0 and 1, of devices and collections, where KVM has them.
+    pub tables: [u64; 2],
+    /// GITS_CTLR.
+    pub control: u64,
+}
+
+impl ItsState {
+    /// The offsets of the registers (Arm IHI 0069, section 12.19) in the order in which they are written,
+    /// but for GITS_CTLR: GITS_CBASER resets GITS_CREADR
+    /// (Documentation/virt/kvm/devices/arm-vgic-its.rst).
+    pub const REGISTERS: [u64; 6] = [0x80, 0x4, 0x90, 0x88, 0x100, 0x108];
+    /// GITS_CTLR.
+    pub const CONTROL: u64 = 0;
+
+    /// Returns the values of [`Self::REGISTERS`].
+    #[must_use]
+    pub const fn values(&self) -> [u64; 6] {
+        [
+            self.commands,
+            self.iidr,
+            self.read,
+            self.write,
+            self.tables[0],
+            self.tables[1],
+        ]
+    }
+
+    /// Creates the state from the values of [`Self::REGISTERS`] and GITS_CTLR.
+    #[must_use]
+    pub const fn of(values: [u64; 6], control: u64) -> ItsState {
+        let [commands, iidr, read, write, devices, collections] = values;
+        ItsState {
+            iidr,
+            commands,
+            read,
+            write,
+            tables: [devices, collections],
+            control,
+        }
     }
 }
 
@@ -330,16 +414,19 @@ mod tests {
             interrupts,
             iidr: 0,
             priorities: 1,
+            lpis: false,
             values: vec![0; count],
         }
     }
 
     #[test]
     fn a_state_of_another_gic_is_refused() {
-        state(3, 96, 2).check(3, 96, 2).expect("the same");
-        state(2, 96, 8).check(2, 96, 8).expect("the same");
+        state(3, 96, 2).check(3, 96, 2, false).expect("the same");
+        state(2, 96, 8).check(2, 96, 8, false).expect("the same");
         let refused = |state: GicState, (version, interrupts, vcpus), text: &str| {
-            let error = state.check(version, interrupts, vcpus).expect_err(text);
+            let error = state
+                .check(version, interrupts, vcpus, false)
+                .expect_err(text);
             assert!(error.contains(text), "{error}");
         };
         refused(
@@ -364,6 +451,35 @@ mod tests {
         bad.values.clear();
         refused(bad.clone(), (3, 96, 1), "4294967295 interrupts");
         refused(bad, (3, u32::MAX, 1), "cannot have 1 vCPUs");
+    }
+
+    #[test]
+    fn lpis_are_registers_of_redistributors_whose_control_comes_last() {
+        let mut with = state(3, 96, 2);
+        let error = with.check(3, 96, 2, true).expect_err("without LPIs");
+        assert!(
+            error.contains("without LPIs, and the machine a GIC with them"),
+            "{error}"
+        );
+        with.lpis = true;
+        let error = with
+            .check(3, 96, 2, true)
+            .expect_err("registers are missing");
+        assert!(error.contains("registers of the GIC"), "{error}");
+        let all = with.accesses(&[0, 1]);
+        with.values.resize(all.len(), 0);
+        with.check(3, 96, 2, true).expect("valid");
+        let last: Vec<u64> = all[all.len() - 5..].iter().map(|a| a.attribute).collect();
+        let vcpu = 1 << 32;
+        let wanted = [0x70, 0x74, 0x78, 0x7c, 0].map(|offset| vcpu | offset);
+        assert_eq!(last, wanted);
+    }
+
+    #[test]
+    fn an_its_is_its_registers_in_an_order() {
+        let state = ItsState::of([1, 2, 3, 4, 5, 6], 7);
+        assert_eq!((state.commands, state.iidr, state.control), (1, 2, 7));
+        assert_eq!(state.values(), [1, 2, 3, 4, 5, 6]);
     }
 
     #[test]

@@ -18,7 +18,6 @@ use armlet_fdt::{Cell, Node};
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
 const GPIO: u32 = 3;
-const MSI: u32 = 4;
 
 /// KEY_POWER (include/uapi/linux/input-event-codes.h).
 const KEY_POWER: u32 = 116;
@@ -70,7 +69,11 @@ pub(super) fn build(
     if let Some(counters) = &features.pmu {
         pmu(&mut root, &layout.irqchip, vcpus.len(), counters);
     }
-    gic(&mut root, &layout.irqchip, layout.pci.as_ref().map(|pci| pci.msi));
+    gic(
+        &mut root,
+        &layout.irqchip,
+        layout.pci.as_ref().map(|pci| pci.msi),
+    );
     clock(&mut root);
     for device in &layout.devices {
         match device.kind {

@@ -1,16 +1,26 @@
-//! Creates KVM's GIC.
+//! Creates KVM's GIC and ITS.
 
 use super::access::set_attribute;
 use anyhow::{Context, Result};
+use armlet_arch::Range;
 use armlet_arch::aarch64::gic::Gic;
+use armlet_arch::pci::Msi;
 use kvm_bindings::{
     KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
-    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device,
-    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V2_ADDR_TYPE_CPU,
+    KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION,
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
+
+/// The interrupt controller: the GIC, and the ITS where MSIs come to it.
+pub struct Chip {
+    /// The GIC.
+    pub(super) gic: DeviceFd,
+    /// The ITS.
+    pub(super) its: Option<DeviceFd>,
+}
 
 pub(super) fn create(vm: &VmFd, gic: &Gic) -> Result<DeviceFd> {
     let kind = match gic {
@@ -77,11 +87,37 @@ pub(super) fn init(chip: &DeviceFd, gic: &Gic) -> Result<()> {
     let interrupts = gic.interrupts();
     set_attribute(chip, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &interrupts)
         .with_context(|| format!("cannot give the GIC {interrupts} interrupts"))?;
-    let init = kvm_device_attr {
-        group: KVM_DEV_ARM_VGIC_GRP_CTRL,
-        attr: u64::from(KVM_DEV_ARM_VGIC_CTRL_INIT),
-        ..Default::default()
+    control(chip, KVM_DEV_ARM_VGIC_CTRL_INIT).context("cannot initialise the GIC")
+}
+
+/// Creates the ITS, if MSIs go to one. Redistributors have LPIs from then on, so this comes before the guest
+/// runs (arch/arm64/kvm/vgic/vgic-mmio-v3.c: vgic_mmio_read_v3r_typer).
+pub(super) fn create_its(vm: &VmFd, msi: Option<Msi>) -> Result<Option<DeviceFd>> {
+    let Some(Msi::Its { window }) = msi else {
+        return Ok(None);
     };
-    chip.set_device_attr(&init)
-        .context("cannot initialise the GIC")
+    let made = vm.create_device(&mut kvm_create_device {
+        type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
+        fd: 0,
+        flags: 0,
+    });
+    let its = made.context("cannot create an ITS; --transport mmio does without")?;
+    place_its(&its, window)?;
+    control(&its, KVM_DEV_ARM_VGIC_CTRL_INIT).context("cannot initialise the ITS")?;
+    Ok(Some(its))
+}
+
+fn place_its(its: &DeviceFd, window: Range) -> Result<()> {
+    let (group, kind) = (KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_ITS_ADDR_TYPE);
+    set_attribute(its, group, kind.into(), &window.start())
+        .with_context(|| format!("cannot place the ITS at {:#x}", window.start()))
+}
+
+/// Has a device do what an attribute of its control group stands for.
+pub(super) fn control(chip: &DeviceFd, what: u32) -> Result<()> {
+    Ok(chip.set_device_attr(&kvm_device_attr {
+        group: KVM_DEV_ARM_VGIC_GRP_CTRL,
+        attr: what.into(),
+        ..Default::default()
+    })?)
 }

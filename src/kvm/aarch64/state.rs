@@ -4,10 +4,11 @@ mod gic;
 mod vcpu;
 
 use super::access::write_register;
-use anyhow::{Context, Result, anyhow, ensure};
-use armlet_arch::aarch64::chip::GicState;
+use super::gic::Chip;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use armlet_arch::aarch64::chip::{GicState, ItsState};
 use armlet_arch::aarch64::registers::{MPIDR, PHYSICAL_COUNTER, VIRTUAL_COUNTER};
-use kvm_ioctls::{DeviceFd, VcpuFd};
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
 /// The state of what KVM emulates beside vCPUs.
@@ -17,6 +18,8 @@ pub struct ChipState {
     pub frequency: u64,
     /// The GIC.
     pub gic: GicState,
+    /// The ITS, where there is one. Its tables, and pending LPIs, are in guest memory.
+    pub its: Option<ItsState>,
 }
 
 pub(in crate::kvm) use vcpu::VcpuState;
@@ -26,15 +29,16 @@ pub(super) fn save_vcpu(vcpu: &VcpuFd) -> Result<VcpuState> {
     vcpu::save(vcpu)
 }
 
-pub(super) fn save_chip(chip: &DeviceFd, vcpus: &[VcpuState]) -> Result<ChipState> {
+pub(super) fn save_chip(chip: &Chip, vcpus: &[VcpuState]) -> Result<ChipState> {
     Ok(ChipState {
         frequency: counter_frequency(),
         gic: gic::save(chip, &affinities(vcpus)?)?,
+        its: chip.its.as_ref().map(gic::save_its).transpose()?,
     })
 }
 
 pub(super) fn restore(
-    chip: &DeviceFd,
+    chip: &Chip,
     vcpus: &[VcpuFd],
     (states, saved): (&[VcpuState], &ChipState),
 ) -> Result<()> {
@@ -68,6 +72,12 @@ pub(super) fn restore(
         vcpu::restore(vcpu, &listed, state).with_context(|| format!("vCPU {index}"))?;
     }
     gic::restore(chip, &affinities(states)?, &saved.gic)?;
+    // After redistributors, which say where pending LPIs are, and guest memory.
+    match (&chip.its, &saved.its) {
+        (Some(its), Some(saved)) => gic::restore_its(its, saved)?,
+        (None, None) => {}
+        _ => bail!("the snapshot has no state of the ITS, or the machine no ITS"),
+    }
     // Last, so that no time passes for the guest. Each counter is that of the whole VM, and no vCPU may see it
     // step back. Not KVM_ARM_SET_COUNTER_OFFSET: it gives both counters one offset, and a guest that was
     // started without has two.

@@ -1,12 +1,19 @@
 //! PCI in the device tree.
 
-use super::{MSI, reg};
 use crate::pci::{Msi, PlacedPci};
+use crate::range::Range;
 use armlet_fdt::{Cell, Node};
+
+/// The phandle of what takes MSIs; the tree's other nodes have lower ones.
+const MSI: u32 = 4;
 
 /// Spaces of `ranges` (IEEE 1275 PCI bus binding, section 2.2.1.1): 32-bit and 64-bit memory, not prefetchable.
 const MEMORY_32: u32 = 0x0200_0000;
 const MEMORY_64: u32 = 0x0300_0000;
+
+fn reg(range: Range) -> Vec<u64> {
+    vec![range.start(), range.size()]
+}
 
 /// interrupt-controller/arm,gic-v3.yaml and arm,gic.yaml: the child of the GIC's node.
 pub(super) fn msi_controller(gic: &mut Node, msi: Msi) {
@@ -16,7 +23,7 @@ pub(super) fn msi_controller(gic: &mut Node, msi: Msi) {
                 .prop("compatible", "arm,gic-v3-its")
                 .prop("msi-controller", ())
                 .prop("#msi-cells", 1_u32)
-                .prop("reg", reg([window]))
+                .prop("reg", reg(window))
                 .prop("phandle", MSI);
         }
         // The frame's register says which SPIs it has.
@@ -24,7 +31,7 @@ pub(super) fn msi_controller(gic: &mut Node, msi: Msi) {
             gic.child(format!("v2m@{:x}", window.start()))
                 .prop("compatible", "arm,gic-v2m-frame")
                 .prop("msi-controller", ())
-                .prop("reg", reg([window]))
+                .prop("reg", reg(window))
                 .prop("phandle", MSI);
         }
         Msi::LocalApics => {}
@@ -46,7 +53,7 @@ pub(super) fn bridge(root: &mut Node, pci: &PlacedPci) {
         .prop("device_type", "pci")
         .prop("#address-cells", 3_u32)
         .prop("#size-cells", 2_u32)
-        .prop("reg", reg([pci.ecam]))
+        .prop("reg", reg(pci.ecam))
         .prop("bus-range", [0_u32, 0])
         .prop("ranges", ranges)
         .prop("dma-coherent", ());

@@ -1,18 +1,24 @@
 //! Reads and writes the registers of KVM's GIC.
 
 use crate::kvm::aarch64::access::set_attribute;
+use crate::kvm::aarch64::gic::{Chip, control};
 use anyhow::{Context, Result, anyhow};
 use armlet_arch::aarch64::chip::{
-    Access, GicState, Group, ICC_CTLR_EL1, IIDR, Need, affinity, priorities,
+    Access, GicState, Group, ICC_CTLR_EL1, IIDR, ItsState, Need, affinity, priorities,
 };
 use kvm_bindings::{
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    kvm_device_attr,
+    KVM_DEV_ARM_ITS_RESTORE_TABLES, KVM_DEV_ARM_ITS_SAVE_TABLES, KVM_DEV_ARM_VGIC_GRP_ADDR,
+    KVM_DEV_ARM_VGIC_GRP_ITS_REGS, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
+    KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, KVM_VGIC_V3_ADDR_TYPE_DIST, kvm_device_attr,
 };
 use kvm_ioctls::DeviceFd;
 
 /// Reads the state of the GIC, whose vCPUs have these affinities.
-pub(super) fn save(chip: &DeviceFd, affinities: &[u64]) -> Result<GicState> {
+pub(super) fn save(Chip { gic: chip, its }: &Chip, affinities: &[u64]) -> Result<GicState> {
+    if its.is_some() {
+        control(chip, KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES)
+            .context("cannot save which LPIs are pending")?;
+    }
     let version = version(chip);
     let mut state = GicState {
         version,
@@ -25,6 +31,7 @@ pub(super) fn save(chip: &DeviceFd, affinities: &[u64]) -> Result<GicState> {
             }
             _ => 1,
         },
+        lpis: its.is_some(),
         values: Vec::new(),
     };
     let accesses = state.accesses(affinities);
@@ -36,9 +43,18 @@ pub(super) fn save(chip: &DeviceFd, affinities: &[u64]) -> Result<GicState> {
 }
 
 /// Gives a GIC that was just initialised the state of another one.
-pub(super) fn restore(chip: &DeviceFd, affinities: &[u64], state: &GicState) -> Result<()> {
+pub(super) fn restore(
+    Chip { gic: chip, its }: &Chip,
+    affinities: &[u64],
+    state: &GicState,
+) -> Result<()> {
     state
-        .check(version(chip), interrupts(chip)?, affinities.len())
+        .check(
+            version(chip),
+            interrupts(chip)?,
+            affinities.len(),
+            its.is_some(),
+        )
         .map_err(|why| anyhow!(why))?;
     let iidr = read(chip, Group::Distributor, IIDR)? as u32;
     // With a GICv2 even if it is the same: only then KVM lets user space write the groups of interrupts
@@ -68,6 +84,38 @@ pub(super) fn restore(chip: &DeviceFd, affinities: &[u64], state: &GicState) -> 
         write(chip, group, attribute, *value)?;
     }
     Ok(())
+}
+
+/// Writes the tables of an ITS to guest memory and reads its registers.
+pub(super) fn save_its(its: &DeviceFd) -> Result<ItsState> {
+    control(its, KVM_DEV_ARM_ITS_SAVE_TABLES).context("cannot save the tables of the ITS")?;
+    let read = |offset| {
+        let mut value = 0_u64;
+        get_attribute(its, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, offset, &mut value)
+            .with_context(|| format!("cannot read the register {offset:#x} of the ITS"))?;
+        anyhow::Ok(value)
+    };
+    let mut values = [0; ItsState::REGISTERS.len()];
+    for (value, offset) in values.iter_mut().zip(ItsState::REGISTERS) {
+        *value = read(offset)?;
+    }
+    Ok(ItsState::of(values, read(ItsState::CONTROL)?))
+}
+
+/// Gives an ITS that was just made the registers of another one, and has it read its tables in guest memory,
+/// which KVM checks (Documentation/virt/kvm/devices/arm-vgic-its.rst).
+pub(super) fn restore_its(its: &DeviceFd, state: &ItsState) -> Result<()> {
+    let write = |offset, value: u64| {
+        set_attribute(its, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, offset, &value).with_context(|| {
+            format!("KVM does not take {value:#x} for the register {offset:#x} of the ITS")
+        })
+    };
+    for (offset, value) in ItsState::REGISTERS.into_iter().zip(state.values()) {
+        write(offset, value)?;
+    }
+    control(its, KVM_DEV_ARM_ITS_RESTORE_TABLES)
+        .context("cannot restore the tables of the ITS in guest memory")?;
+    write(ItsState::CONTROL, state.control)
 }
 
 fn version(chip: &DeviceFd) -> u8 {
