@@ -13,6 +13,7 @@ pub mod generation;
 pub mod i8042;
 pub mod ioapic;
 pub mod limit;
+pub mod pci;
 pub mod persist;
 pub mod pl011;
 pub mod pl031;

@@ -13,7 +13,7 @@ use armlet_devices::pl031::Pl031State;
 use armlet_devices::pl061::Pl061State;
 use armlet_devices::power::{AcpiPowerState, ResetControlState};
 use armlet_devices::sync::lock;
-use armlet_devices::virtio::mmio::MmioState;
+use armlet_devices::virtio::MmioState;
 use armlet_devices::virtio::{DeviceState, FsState};
 use armlet_system::status::{Fault, Status, status_of};
 use serde::{Deserialize, Serialize};

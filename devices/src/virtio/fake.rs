@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::mmio::{Mmio, MmioState, NoPage};
-use super::{FEATURE_VERSION_1, VirtioDevice, lock};
-use crate::Device;
+use super::mmio::{Mmio, NoPage};
+use super::{FEATURE_VERSION_1, MmioState, Registers, VirtioDevice, lock};
 use crate::fake::FakeLine;
+
+#[cfg(test)]
+pub(crate) mod kept;
 
 /// Where guest memory begins; not at 0, so that a null address is wrong.
 pub(crate) const BASE: u64 = 0x10_0000;
@@ -22,10 +24,11 @@ const ENTRIES: u16 = 64;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
-/// A guest with a driver for one device.
-pub(crate) struct Guest<D: VirtioDevice + 'static> {
+/// A guest with a driver for one device. Its registers are those of virtio over MMIO, or translated
+/// into others.
+pub(crate) struct Guest<D: VirtioDevice + 'static, R = Mmio> {
     pub(crate) device: Arc<Mutex<D>>,
-    pub(crate) mmio: Mmio,
+    pub(crate) mmio: R,
     pub(crate) memory: Arc<GuestMemoryMmap>,
     pub(crate) line: Arc<FakeLine>,
     queues: Vec<Queue>,
@@ -47,32 +50,17 @@ struct Queue {
 impl<D: VirtioDevice + 'static> Guest<D> {
     /// Creates a guest that has not looked at the device yet.
     pub(crate) fn new(device: D) -> Guest<D> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), MEMORY)]);
-        let memory = Arc::new(memory.expect("memory"));
-        let sizes = device.queue_sizes();
-        let device = Arc::new(Mutex::new(device));
-        let line = FakeLine::new();
-        let mmio = Mmio::new(
-            "device".to_owned(),
-            device.clone(),
-            memory.clone(),
-            line.clone(),
-            None,
-            Arc::new(NoPage),
-        );
-        let queues = sizes.iter().zip(0..).map(|(size, index)| Queue {
-            rings: BASE + RINGS * index,
-            size: ENTRIES.min(*size),
-            ..Queue::default()
-        });
-        Guest {
-            device,
-            mmio: mmio.expect("descriptors"),
-            memory,
-            line,
-            queues: queues.collect(),
-            free: BASE + RINGS * 16,
-        }
+        Guest::over(device, |device, memory, line| {
+            Mmio::new(
+                "device".to_owned(),
+                device,
+                memory,
+                line,
+                None,
+                Arc::new(NoPage),
+            )
+            .expect("descriptors")
+        })
     }
 
     /// Returns a guest whose driver took the device into use with these features of the device.
@@ -80,6 +68,62 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         let mut guest = Guest::new(device);
         guest.start(features);
         guest
+    }
+
+    /// An address behind the end of memory.
+    pub(crate) const OUTSIDE: u64 = BASE + MEMORY as u64;
+
+    /// Holds the machine; it goes on with `device`, which has not seen this driver, in the stead of
+    /// the one before. Returns what was saved of that one.
+    pub(crate) fn move_to(&mut self, device: D) -> MmioState {
+        self.mmio.quiesce();
+        let state = self.mmio.save().expect("it is held");
+        let device = Arc::new(Mutex::new(device));
+        let mmio = Mmio::new(
+            "device".to_owned(),
+            device.clone(),
+            self.memory.clone(),
+            self.line.clone(),
+            None,
+            Arc::new(NoPage),
+        );
+        // The one before ends before the new one begins.
+        self.mmio = mmio.expect("descriptors");
+        self.device = device;
+        self.mmio.quiesce();
+        self.mmio.restore(&state).expect("it is as the one before");
+        assert_eq!(self.mmio.save().expect("it is held"), state);
+        self.mmio.resume();
+        self.follow_kicks();
+        state
+    }
+}
+
+impl<D: VirtioDevice + 'static, R: Registers> Guest<D, R> {
+    /// Creates a guest that has not looked at the device yet, whose registers `make` makes.
+    pub(crate) fn over(
+        device: D,
+        make: impl FnOnce(Arc<Mutex<D>>, Arc<GuestMemoryMmap>, Arc<FakeLine>) -> R,
+    ) -> Guest<D, R> {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), MEMORY)]);
+        let memory = Arc::new(memory.expect("memory"));
+        let sizes = device.queue_sizes();
+        let device = Arc::new(Mutex::new(device));
+        let line = FakeLine::new();
+        let mmio = make(device.clone(), memory.clone(), line.clone());
+        let queues = sizes.iter().zip(0..).map(|(size, index)| Queue {
+            rings: BASE + RINGS * index,
+            size: ENTRIES.min(*size),
+            ..Queue::default()
+        });
+        Guest {
+            device,
+            mmio,
+            memory,
+            line,
+            queues: queues.collect(),
+            free: BASE + RINGS * 16,
+        }
     }
 
     pub(crate) fn read(&mut self, offset: u64) -> u32 {
@@ -234,31 +278,6 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         self.follow_kicks();
     }
 
-    /// Holds the machine; it goes on with `device`, which has not seen this driver, in the stead of
-    /// the one before. Returns what was saved of that one.
-    pub(crate) fn move_to(&mut self, device: D) -> MmioState {
-        self.mmio.quiesce();
-        let state = self.mmio.save().expect("it is held");
-        let device = Arc::new(Mutex::new(device));
-        let mmio = Mmio::new(
-            "device".to_owned(),
-            device.clone(),
-            self.memory.clone(),
-            self.line.clone(),
-            None,
-            Arc::new(NoPage),
-        );
-        // The one before ends before the new one begins.
-        self.mmio = mmio.expect("descriptors");
-        self.device = device;
-        self.mmio.quiesce();
-        self.mmio.restore(&state).expect("it is as the one before");
-        assert_eq!(self.mmio.save().expect("it is held"), state);
-        self.mmio.resume();
-        self.follow_kicks();
-        state
-    }
-
     /// Calls the device for its kicks.
     fn follow_kicks(&mut self) {
         for (queue, kick) in self.mmio.kicks().to_vec().iter().enumerate() {
@@ -311,9 +330,6 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         data
     }
 
-    /// An address behind the end of memory.
-    pub(crate) const OUTSIDE: u64 = BASE + MEMORY as u64;
-
     /// Makes a request whose buffers are `parts` of 64 bytes, readable ones or (`true`) writable
     /// ones, of which the one at `outside` is not in memory; kicks.
     pub(crate) fn request_outside(&mut self, index: usize, parts: &[bool], outside: usize) {
@@ -322,7 +338,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
             .enumerate()
             .map(|(part, is_writable)| {
                 let address = match part == outside {
-                    true => Self::OUTSIDE,
+                    true => BASE + MEMORY as u64,
                     false => self.buffer(&[0; 64]),
                 };
                 (address, 64, if *is_writable { WRITE } else { 0 })

@@ -100,6 +100,20 @@ impl Access for Direct {
     }
 }
 
+/// Runs a command on a device, and returns its result.
+pub(crate) fn ask<T: Send + 'static>(
+    device: &dyn Access,
+    what: std::fmt::Arguments<'_>,
+    work: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
+) -> T {
+    let answer = Arc::new(Mutex::new(None));
+    let place = Arc::clone(&answer);
+    let command = move |device: &mut dyn VirtioDevice| *lock(&place) = Some(work(device));
+    device.run(what, Box::new(command));
+    let answer = lock(&answer).take();
+    answer.expect("a command that returned was run")
+}
+
 /// The mailbox of a device that a thread owns.
 pub struct Mailbox {
     device: Arc<Mutex<dyn VirtioDevice>>,

@@ -7,15 +7,17 @@
 //! spuriously finds nothing. So neither reading nor acknowledging it needs the device, and the
 //! kernel or another process can interrupt the guest for us (ADR 0010).
 
-use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mailbox::{Access, Direct};
-use super::transport::{DRIVER_OK, NEEDS_RESET, Transport, TransportState};
-use super::{Interrupts, Link, RestoreError, Vector, VirtioDevice, lock};
+use super::transport::{DRIVER_OK, NEEDS_RESET, Transport};
+use super::{
+    Interrupts, Link, MmioState, Registers, RegistersState, RestoreError, Vector, VirtioDevice,
+    lock,
+};
 use crate::action::Action;
 use crate::{Device, IrqLine};
 
@@ -89,24 +91,6 @@ pub struct Mmio {
     features_select: u32,
     accept_select: u32,
     queue_select: u32,
-}
-
-/// The state of a window and its device while the machine is paused, as plain data from which
-/// another one can resume.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MmioState {
-    /// The transport's state.
-    pub transport: TransportState,
-    /// DeviceFeaturesSel.
-    pub features_select: u32,
-    /// DriverFeaturesSel.
-    pub accept_select: u32,
-    /// QueueSel.
-    pub queue_select: u32,
-    /// Whether Status shows DEVICE_NEEDS_RESET.
-    pub needs_reset: bool,
-    /// Whether InterruptStatus shows a configuration change.
-    pub config_changed: bool,
 }
 
 /// State that the device's thread changes too.
@@ -438,6 +422,41 @@ impl Device for Mmio {
             ));
         }
         Action::None
+    }
+}
+
+impl Registers for Mmio {
+    fn kicks(&self) -> &[Arc<EventFd>] {
+        self.kicks()
+    }
+
+    fn link(&self) -> Arc<Link> {
+        self.link()
+    }
+
+    fn is_driven(&self) -> bool {
+        self.is_driven()
+    }
+
+    fn quiesce(&mut self) {
+        self.quiesce();
+    }
+
+    fn resume(&mut self) {
+        self.resume();
+    }
+
+    fn save(&self) -> Result<RegistersState, RestoreError> {
+        self.save().map(RegistersState::Mmio)
+    }
+
+    fn restore(&mut self, state: &RegistersState) -> Result<(), RestoreError> {
+        match state {
+            RegistersState::Mmio(state) => self.restore(state),
+            RegistersState::Pci(_) => Err(RestoreError(
+                "the state is that of virtio over PCI".to_owned(),
+            )),
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Virtio (OASIS virtio 1.2): devices, transports, and the interface between them.
 //!
 //! A [`VirtioDevice`] has features, queues and a configuration space, and processes requests when
-//! its queues are kicked; a transport ([`mmio::Mmio`]) presents it to the guest and owns the
-//! register state machine. A device interrupts the guest by a [`Link`]. Whoever runs the device
+//! its queues are kicked; a transport ([`mmio::Mmio`], [`pci::Pci`]) presents it to the guest
+//! and owns the register state machine. A device interrupts the guest by a [`Link`]. Whoever runs the device
 //! waits for its kicks and its [sources](VirtioDevice::sources) and calls it.
 
 pub(crate) use crate::sync::lock;
@@ -17,8 +17,10 @@ mod link;
 pub mod mailbox;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod pmem;
 pub mod queue;
+mod registers;
 pub mod rng;
 mod state;
 mod transport;
@@ -32,6 +34,7 @@ pub use config::ConfigSpace;
 pub use device::{Change, Driver, Positions, Source, StartError, VirtioDevice, quiesced};
 pub use link::{Interrupts, Link, Vector};
 pub use queue::{Chain, Position, Virtqueue};
+pub use registers::{MmioState, PciState, Registers, RegistersState};
 pub use state::{DeviceState, FsState, Statistics};
 pub use transport::{QueueState, TransportState};
 

@@ -3,17 +3,17 @@
 
 use crate::sync::{bell, ring};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::mailbox::Access;
+use super::mailbox::{Access, ask};
 use super::queue::{Addresses, Position};
 use super::{
     ConfigSpace, DeviceState, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Link,
-    RestoreError, VirtioDevice, Virtqueue, lock,
+    RestoreError, VirtioDevice, Virtqueue,
 };
 
 /// DRIVER_OK (virtio 1.2, section 2.1).
@@ -169,6 +169,15 @@ impl Transport {
         match select {
             0 => self.offered as u32,
             1 => (self.offered >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    /// Returns the 32 feature bits from bit 32 * `select` that the driver accepts.
+    pub(crate) fn accepted(&self, select: u32) -> u32 {
+        match select {
+            0 => self.accepted as u32,
+            1 => (self.accepted >> 32) as u32,
             _ => 0,
         }
     }
@@ -583,18 +592,4 @@ impl Drop for Transport {
     fn drop(&mut self) {
         self.reset();
     }
-}
-
-/// Runs a command on a device, and returns its result.
-fn ask<T: Send + 'static>(
-    device: &dyn Access,
-    what: std::fmt::Arguments<'_>,
-    work: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
-) -> T {
-    let answer = Arc::new(Mutex::new(None));
-    let place = Arc::clone(&answer);
-    let command = move |device: &mut dyn VirtioDevice| *lock(&place) = Some(work(device));
-    device.run(what, Box::new(command));
-    let answer = lock(&answer).take();
-    answer.expect("a command that returned was run")
 }

@@ -1,149 +1,16 @@
 //! The register state machine, driven correctly and incorrectly.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::*;
 use crate::fake::FakeLine;
+use crate::virtio::fake::kept::{Keeper, NOT_OFFERED, OFFERED};
 use crate::virtio::fake::{BASE, Guest};
 use crate::virtio::transport::FEATURES_OK;
-use crate::virtio::{
-    Chain, ConfigSpace, Driver, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Positions,
-    StartError, Virtqueue, quiesced,
-};
-
-/// A feature that the device offers.
-const OFFERED: u64 = 1 << 5;
-/// One that it does not.
-const NOT_OFFERED: u64 = 1 << 6;
-/// Queue sizes.
-const SIZES: [u16; 2] = [64, 4];
-
-/// A device that holds each request until it is told to answer, and records what happens.
-struct Keeper {
-    config: Arc<ConfigSpace>,
-    refuses: bool,
-    queues: Vec<Option<Virtqueue>>,
-    kept: Vec<(usize, Chain)>,
-    link: Option<Arc<Link>>,
-    features: Vec<u64>,
-    pauses: usize,
-    stops: usize,
-    queue_stops: usize,
-    writes: Vec<(usize, Vec<u8>)>,
-    kicks: Arc<AtomicUsize>,
-}
-
-impl Keeper {
-    fn new() -> Keeper {
-        Keeper {
-            config: ConfigSpace::new((1..=10).collect()),
-            refuses: false,
-            queues: Vec::new(),
-            kept: Vec::new(),
-            link: None,
-            features: Vec::new(),
-            pauses: 0,
-            stops: 0,
-            queue_stops: 0,
-            writes: Vec::new(),
-            kicks: Arc::default(),
-        }
-    }
-
-    fn answer_all(&mut self) {
-        for (index, chain) in self.kept.drain(..) {
-            let Some(queue) = &mut self.queues[index] else {
-                continue;
-            };
-            let written = chain.write(queue.memory(), 0, b"answer");
-            queue.complete(chain, written as u32);
-        }
-        for queue in self.queues.iter_mut().flatten() {
-            queue.signal();
-        }
-    }
-}
-
-impl VirtioDevice for Keeper {
-    fn id(&self) -> u32 {
-        42
-    }
-
-    fn features(&self) -> u64 {
-        OFFERED
-    }
-
-    fn queue_sizes(&self) -> Vec<u16> {
-        SIZES.to_vec()
-    }
-
-    fn config(&self) -> Arc<ConfigSpace> {
-        Arc::clone(&self.config)
-    }
-
-    fn write_config(&mut self, offset: usize, data: &[u8]) {
-        self.writes.push((offset, data.to_vec()));
-    }
-
-    fn start(&mut self, mut driver: Driver) -> Result<(), StartError> {
-        self.features.push(driver.features);
-        self.queues = (0..SIZES.len()).map(|index| driver.take(index)).collect();
-        self.link = Some(driver.link);
-        match self.refuses {
-            true => Err(StartError("it does not like this".to_owned())),
-            false => Ok(()),
-        }
-    }
-
-    fn quiesce(&mut self) -> Positions {
-        self.pauses += 1;
-        for (index, chain) in self.kept.drain(..) {
-            if let Some(queue) = &mut self.queues[index] {
-                queue.hand_back([chain]);
-            }
-        }
-        quiesced(
-            self.queues
-                .drain(..)
-                .flatten()
-                .collect::<Vec<_>>()
-                .iter_mut(),
-        )
-    }
-
-    fn reset(&mut self) {
-        self.stops += 1;
-        self.queues.clear();
-        self.kept.clear();
-    }
-
-    fn stop_queue(&mut self, queue: usize) {
-        self.queue_stops += 1;
-        self.queues[queue] = None;
-        self.kept.retain(|(index, _)| *index != queue);
-    }
-
-    fn start_queue(&mut self, queue: Virtqueue) -> Result<(), StartError> {
-        let index = usize::from(queue.index());
-        self.queues[index] = Some(queue);
-        match self.refuses {
-            true => Err(StartError("it does not like this".to_owned())),
-            false => Ok(()),
-        }
-    }
-
-    fn kicked(&mut self, queue: usize) {
-        self.kicks.fetch_add(1, Ordering::Relaxed);
-        let kept = &mut self.kept;
-        if let Some(Some(ring)) = self.queues.get_mut(queue) {
-            ring.serve(|_, chain| kept.push((queue, chain)));
-        }
-    }
-}
+use crate::virtio::{ConfigSpace, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1};
 
 /// A page that records what is stored.
 #[derive(Default)]

@@ -2,7 +2,7 @@
 
 use super::rings::FakeRings;
 use super::*;
-use crate::virtio::mmio::MmioState;
+use crate::virtio::MmioState;
 
 /// What was saved of the card itself.
 fn saved(state: &MmioState) -> NetState {
