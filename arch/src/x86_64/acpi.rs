@@ -1,4 +1,5 @@
-//! ACPI tables of a hardware-reduced PC (ACPI 6.5): RSDP, XSDT, FADT, MADT, DSDT.
+//! ACPI tables of a hardware-reduced PC (ACPI 6.5): RSDP, XSDT, FADT, MADT, DSDT, and MCFG where there is
+//! PCI.
 //!
 //! Linux takes from them what it cannot discover otherwise: its CPUs, the interrupts of platform
 //! devices, the registers that power off and reset the machine, and the power button.
@@ -22,11 +23,13 @@ use crate::board::PortKind;
 use crate::error::PlanError;
 use crate::machine::{Blob, DeviceKind, Placed, PlacedGeneration, PlacedPorts};
 
+mod pci;
+
 const OEM: [u8; 6] = *b"ARMLET";
 const OEM_TABLE: [u8; 8] = *b"ARMLETPC";
 const REVISION: u32 = 1;
 
-/// FADT, IAPC_BOOT_ARCH (section 5.2.9.3): no VGA, no MSI, no CMOS clock. The bits for other legacy
+/// FADT, IAPC_BOOT_ARCH (section 5.2.9.3): no VGA, no MSI (without PCI), no CMOS clock. The bits for other legacy
 /// devices and for a keyboard controller stay clear, so that Linux does not probe them.
 const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
@@ -46,11 +49,14 @@ const VMCLOCK: &str = "VCLK";
 pub(super) fn tables(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Result<Blob, PlanError> {
     let mut bytes = vec![0; Rsdp::len().next_multiple_of(16)];
     let dsdt = append(&mut bytes, &dsdt(layout));
-    let fadt = append(&mut bytes, &fadt(&layout.ports, dsdt));
+    let fadt = append(&mut bytes, &fadt(layout, dsdt));
     let madt = append(&mut bytes, &madt(layout, vcpus));
     let mut root = XSDT::new(OEM, OEM_TABLE, REVISION);
     root.add_entry(fadt);
     root.add_entry(madt);
+    if let Some(placed) = &layout.pci {
+        root.add_entry(append(&mut bytes, &pci::mcfg(placed)));
+    }
     let root = append(&mut bytes, &to_bytes(&root));
     let rsdp = to_bytes(&Rsdp::new(OEM, root));
     bytes[..rsdp.len()].copy_from_slice(&rsdp);
@@ -90,7 +96,8 @@ fn register(port: u64) -> GAS {
     GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, port)
 }
 
-fn fadt(ports: &[PlacedPorts], dsdt: u64) -> Vec<u8> {
+fn fadt(layout: &Layout<X86_64>, dsdt: u64) -> Vec<u8> {
+    let ports = &layout.ports;
     let mut table = FADTBuilder::new(OEM, OEM_TABLE, REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -102,7 +109,11 @@ fn fadt(ports: &[PlacedPorts], dsdt: u64) -> Vec<u8> {
         Some(_) => 0,
         None => NO_CMOS,
     };
-    table.iapc_boot_arch = (NO_VGA | NO_MSI | cmos).into();
+    let msi = match layout.pci {
+        Some(_) => 0,
+        None => NO_MSI,
+    };
+    table.iapc_boot_arch = (NO_VGA | msi | cmos).into();
     if let Some(reset) = find(ports, PortKind::Reset) {
         table = table.flag(Flags::ResetRegSup);
         table.reset_reg = register(reset.ports.start());
@@ -162,6 +173,9 @@ fn dsdt(layout: &Layout<X86_64>) -> Vec<u8> {
         devices.extend(generation(placed));
     }
     devices.extend(events(layout));
+    if let Some(placed) = &layout.pci {
+        devices.extend(pci::host_bridge(placed));
+    }
     let mut body = Scope::raw(Path::new("\\_SB_"), devices);
     let off = Package::new(vec![&SLEEP_TYPE_OFF, &ZERO, &ZERO, &ZERO]);
     Name::new(Path::new("\\_S5_"), &off).to_aml_bytes(&mut body);
@@ -509,5 +523,49 @@ mod tests {
         let [.., dsdt] = found(&all);
         let first = 0x10_0000_0000_u64.to_le_bytes();
         assert!(dsdt.windows(8).any(|part| part == first));
+    }
+
+    #[test]
+    fn a_bus_is_found_by_its_configuration_space_and_its_windows() {
+        let board = Board::parse(PC).expect("valid");
+        let mut request = crate::x86_64::plan::tests::request(5 << 30);
+        let without = plan(&board, &request, &X86_64::assumed_host(&board)).expect("fits");
+        request.pci = vec!["disk0".to_owned()];
+        let plan = plan(&board, &request, &X86_64::assumed_host(&board)).expect("fits");
+        let tables = |plan: &crate::Plan<X86_64>| {
+            let blobs = plan.blobs.iter();
+            let mut tables = blobs.filter(|blob| blob.address == ACPI_TABLES);
+            tables.next().expect("tables").bytes.clone()
+        };
+        let (without, all) = (tables(&without), tables(&plan));
+        let placed = plan.layout.pci.expect("PCI");
+        let root = table(&all, number(&all, 24, 8));
+        let mcfg = table(&all, number(root, 52, 8));
+        assert_eq!((&mcfg[..4], mcfg.len()), (&b"MCFG"[..], 60));
+        assert_eq!(number(mcfg, 44, 8), placed.ecam.start());
+        assert_eq!(number(mcfg, 52, 4), 0, "segment 0, bus 0 to 0");
+        let fadt = table(&all, number(root, 36, 8));
+        let no_msi = u64::from(NO_MSI);
+        assert_eq!(number(fadt, 109, 2) & no_msi, 0, "MSIs are taken");
+        let dsdt = table(&all, number(fadt, 140, 8));
+        let count = |part: &[u8]| dsdt.windows(part.len()).filter(|of| *of == part).count();
+        assert_eq!(count(b"PCI0"), 1);
+        // DWordMemory and QWordMemory: granularity, first, last.
+        let (low, high) = (placed.low, placed.high.expect("it costs no bit"));
+        let low = [0, low.start() as u32, low.last() as u32].map(u32::to_le_bytes);
+        let high = [0, high.start(), high.last()].map(u64::to_le_bytes);
+        assert_eq!((count(&low.concat()), count(&high.concat())), (1, 1));
+        // Memory32Fixed, writable.
+        let mut ecam = vec![0x86, 9, 0, 1];
+        ecam.extend((placed.ecam.start() as u32).to_le_bytes());
+        ecam.extend((placed.ecam.size() as u32).to_le_bytes());
+        assert_eq!(count(&ecam), 1, "it is reserved");
+
+        let root = table(&without, number(&without, 24, 8));
+        assert_eq!(root.len(), 36 + 16, "no MCFG");
+        let fadt = table(&without, number(root, 36, 8));
+        assert_eq!(number(fadt, 109, 2) & no_msi, no_msi);
+        let dsdt = table(&without, number(fadt, 140, 8));
+        assert!(!dsdt.windows(4).any(|part| part == b"PCI0"));
     }
 }
