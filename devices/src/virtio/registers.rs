@@ -50,6 +50,17 @@ pub enum RegistersState {
     Pci(Box<PciState>),
 }
 
+impl RegistersState {
+    /// Returns the state of the transport, which every kind has.
+    #[must_use]
+    pub fn transport(&self) -> &TransportState {
+        match self {
+            RegistersState::Mmio(state) => &state.transport,
+            RegistersState::Pci(state) => &state.transport,
+        }
+    }
+}
+
 /// The state of a window and its device while the machine is paused, as plain data from which
 /// another one can resume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
