@@ -14,10 +14,12 @@ use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
 use armlet_backends::pmem::PmemImage;
 use armlet_backends::reactor::Reactor;
+use armlet_devices::sync::lock;
 use armlet_system::deadline::Deadline;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -34,6 +36,8 @@ pub use saved::{DevicesState, MachineState, StateOf};
 pub struct Machine<A: KvmArch> {
     /// Quiesces the virtio devices. Dropped first.
     held: Held,
+    /// Where the guest's clocks stand while the machine is paused.
+    time: Mutex<Option<A::Time>>,
     vm: Arc<VmFd>,
     /// The vCPUs by index, until they run.
     idle: Vec<VcpuFd>,
@@ -109,6 +113,7 @@ pub fn assemble<A: KvmArch>(
     };
     Ok(Machine {
         held: Held::default(),
+        time: Mutex::default(),
         vm,
         counters,
         idle: vcpus,
@@ -200,8 +205,7 @@ impl<A: KvmArch> Machine<A> {
     }
 
     /// Pauses the machine: no vCPU runs and no virtio device works until [`Self::resume`]. Each
-    /// device has completed or put back the requests that it popped. The guest's clocks and timers
-    /// keep running.
+    /// device has completed or put back the requests that it popped. The guest's clocks stand still.
     ///
     /// # Errors
     /// What took longer than `limit`, as a sentence; the machine then keeps running.
@@ -211,6 +215,7 @@ impl<A: KvmArch> Machine<A> {
             NotHeld::Busy(..) => format!("{error}{}", self.what_is_waited_for()),
             NotHeld::Ended(_) => error.to_string(),
         })?;
+        self.stop_time();
         // vCPUs first: their requests to a device are then done, or still in its queues.
         let held = self.held.hold(self.workers.devices(), deadline.left());
         match held.is_ok() {
@@ -218,9 +223,62 @@ impl<A: KvmArch> Machine<A> {
                 // It has not ended, because it is paused.
                 let _ = self.vcpus.ask(index, |vcpu| A::note_pause(vcpu));
             }),
-            false => self.vcpus.resume(),
+            false => {
+                self.start_time();
+                self.vcpus.resume();
+            }
         }
         held
+    }
+
+    /// Has vCPU `index` run `task` on its own thread, and returns what comes of it.
+    fn on_vcpu<T: Send + 'static>(
+        &self,
+        index: usize,
+        task: impl FnOnce(&VcpuFd) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (sender, answer) = sync_channel(1);
+        let asked = self.vcpus.ask(index, move |vcpu| {
+            // Nobody waits if the machine ends.
+            let _ = sender.try_send(task(vcpu));
+        });
+        let answer = asked.then(|| answer.recv().ok()).flatten();
+        let done = answer.context("it has ended").and_then(|done| done);
+        done.with_context(|| format!("vCPU {index}"))
+    }
+
+    /// Has the clocks of the guest of a paused machine stand still from now on, unless they do.
+    pub fn stop_time(&self) {
+        let mut time = lock(&self.time);
+        if time.is_none() {
+            let vm = Arc::clone(&self.vm);
+            match self.on_vcpu(0, move |vcpu| A::time(&vm, vcpu)) {
+                Ok(now) => *time = Some(now),
+                Err(error) => log::warn!("the guest's clocks go on while it is paused: {error:#}"),
+            }
+        }
+    }
+
+    /// Has the guest's clocks go on from where they stood when it was paused.
+    fn start_time(&self) {
+        let Some(to) = lock(&self.time).take() else {
+            return;
+        };
+        let count = self.vcpus.count();
+        let vm = Arc::clone(&self.vm);
+        let started = self
+            .on_vcpu(0, move |vcpu| A::time(&vm, vcpu))
+            .and_then(|from| {
+                (0..count).try_for_each(|index| {
+                    let vm = Arc::clone(&self.vm);
+                    self.on_vcpu(index, move |vcpu| {
+                        A::set_time(&vm, vcpu, (index, count), &from, &to)
+                    })
+                })
+            });
+        if let Err(error) = started {
+            log::warn!("the guest's clocks went on while it was paused: {error:#}");
+        }
     }
 
     /// Holds the vCPUs for a debugger. Devices keep working.
@@ -241,6 +299,7 @@ impl<A: KvmArch> Machine<A> {
     /// Resumes a paused machine, devices first.
     pub fn resume(&self) {
         self.held.release(self.workers.devices());
+        self.start_time();
         self.vcpus.resume();
     }
 

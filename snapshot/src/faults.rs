@@ -9,11 +9,14 @@
 use anyhow::{Context, Result, bail, ensure};
 use armlet_system::eintr::uninterrupted;
 use armlet_system::sockets::connect_at_once;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{PidfdFlags, pidfd_open};
 use std::ffi::c_void;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -71,6 +74,8 @@ pub struct Mapping {
 pub struct Handler {
     _faults: OwnedFd,
     socket: UnixStream,
+    /// Its process, as far as that is known.
+    process: Option<OwnedFd>,
 }
 
 impl Handler {
@@ -101,15 +106,40 @@ impl Handler {
         }
         send(&stream, mappings, &faults).with_context(shown)?;
         Ok(Handler {
+            process: process(&stream),
             _faults: faults,
             socket: stream,
         })
     }
 
-    /// Returns the connection to the handler, which ends when the handler does.
-    #[must_use]
-    pub fn socket(&self) -> &UnixStream {
-        &self.socket
+    /// Waits until the handler has ended. One that closes its connection and lives on has not: what it serves
+    /// is the userfaultfd.
+    ///
+    /// # Errors
+    /// A failed wait.
+    pub fn wait_for_end(&self) -> Result<()> {
+        wait(&self.socket, PollFlags::RDHUP)?;
+        match &self.process {
+            Some(process) => wait(process, PollFlags::IN),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Waits for an event.
+fn wait(what: &impl AsFd, event: PollFlags) -> Result<()> {
+    let polled = uninterrupted(|| poll(&mut [PollFd::new(what, event)], None));
+    polled.context("cannot wait for the handler of page faults")?;
+    Ok(())
+}
+
+/// Opens the process that listens at a socket; `None` where it is not known, or has others listen in its place, as
+/// the first process of a system does.
+fn process(stream: &UnixStream) -> Option<OwnedFd> {
+    let listener = socket_peercred(stream).ok()?.pid;
+    match listener.is_init() || listener.as_raw_pid() == 0 {
+        true => None,
+        false => pidfd_open(listener, PidfdFlags::empty()).ok(),
     }
 }
 

@@ -62,6 +62,7 @@ impl KvmArch for Aarch64 {
     type Chip = gic::Chip;
     type VcpuState = state::VcpuState;
     type ChipState = state::ChipState;
+    type Time = state::Time;
 
     const OTHER_CALLS: OtherCalls = OtherCalls {
         native: Native {
@@ -84,6 +85,7 @@ impl KvmArch for Aarch64 {
         ],
         save: &[
             ("KVM_GET_VCPU_EVENTS", 0xae9f),
+            ("KVM_SET_ONE_REG", 0xaeac),
             ("KVM_GET_REG_LIST", 0xaeb0),
         ],
         restore: &[("KVM_GET_DEVICE_ATTR", 0xaee2)],
@@ -254,6 +256,28 @@ impl KvmArch for Aarch64 {
     fn is_off(vcpu: &VcpuFd) -> bool {
         vcpu.get_mp_state()
             .is_ok_and(|state| state.mp_state == KVM_MP_STATE_STOPPED)
+    }
+
+    fn time(_: &VmFd, first: &VcpuFd) -> Result<state::Time> {
+        state::Time::read(first)
+    }
+
+    fn set_time(
+        _: &VmFd,
+        vcpu: &VcpuFd,
+        (index, _): (usize, usize),
+        _: &state::Time,
+        to: &state::Time,
+    ) -> Result<()> {
+        match index {
+            // The counters are those of the whole VM.
+            0 => to.set(vcpu),
+            _ => Ok(()),
+        }
+    }
+
+    fn stop_time(to: &state::Time, vcpus: &mut [state::VcpuState], _: &mut state::ChipState) {
+        to.put(vcpus);
     }
 
     fn save_vcpu(vcpu: &VcpuFd, _: &gic::Chip) -> Result<state::VcpuState> {

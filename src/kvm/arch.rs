@@ -72,6 +72,8 @@ pub trait KvmArch: Arch {
     type VcpuState: Clone + Debug + PartialEq + Serialize + DeserializeOwned + Send + 'static;
     /// The state of what KVM emulates beside vCPUs, as plain data.
     type ChipState: Clone + Debug + PartialEq + Serialize + DeserializeOwned + Send + 'static;
+    /// Where the clocks of a guest stand.
+    type Time: Copy + Debug + Send + 'static;
 
     /// Whether the architecture has I/O ports. Where it has none, the binary contains no port
     /// devices.
@@ -172,6 +174,29 @@ pub trait KvmArch: Arch {
     /// Tells the guest, if it supports that, that the host has paused this vCPU, so that it
     /// accounts for the missing time. Called on the vCPU's own thread, before it resumes.
     fn note_pause(_: &VcpuFd) {}
+
+    /// Returns where the clocks of a guest stand, none of whose vCPUs runs. Called where its first vCPU may be
+    /// used: on that one's own thread, once there is one.
+    ///
+    /// # Errors
+    /// KVM's error.
+    fn time(vm: &VmFd, first: &VcpuFd) -> Result<Self::Time>;
+
+    /// Sets the clocks of a guest, none of whose vCPUs runs, back to where they stood, which is `from` now. Called
+    /// on the thread of each vCPU, in their order; `which` is its index, and how many there are.
+    ///
+    /// # Errors
+    /// KVM's error.
+    fn set_time(
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        which: (usize, usize),
+        from: &Self::Time,
+        to: &Self::Time,
+    ) -> Result<()>;
+
+    /// Has clocks that were saved stand where they stood before.
+    fn stop_time(to: &Self::Time, vcpus: &mut [Self::VcpuState], chip: &mut Self::ChipState);
 
     /// Returns the state of a vCPU, while the machine is paused. Called on the vCPU's own thread.
     ///

@@ -40,6 +40,7 @@ impl KvmArch for X86_64 {
     type Chip = state::Chip;
     type VcpuState = state::VcpuState;
     type ChipState = state::ChipState;
+    type Time = state::Time;
 
     const PORTS: bool = true;
 
@@ -91,7 +92,10 @@ impl KvmArch for X86_64 {
         save: &[
             ("KVM_GET_MSR_INDEX_LIST", 0xae02),
             ("KVM_CHECK_EXTENSION", 0xae03),
+            ("KVM_SET_CLOCK", 0xae7b),
+            ("KVM_GET_CLOCK", 0xae7c),
             ("KVM_GET_MSRS", 0xae88),
+            ("KVM_SET_MSRS", 0xae89),
             ("KVM_GET_LAPIC", 0xae8e),
             ("KVM_GET_CPUID2", 0xae91),
             ("KVM_GET_VCPU_EVENTS", 0xae9f),
@@ -102,13 +106,12 @@ impl KvmArch for X86_64 {
             ("KVM_GET_NESTED_STATE", 0xaebe),
             ("KVM_GET_SREGS2", 0xaecc),
             ("KVM_GET_XSAVE2", 0xaecf),
+            ("KVM_SET_DEVICE_ATTR", 0xaee1),
             ("KVM_GET_DEVICE_ATTR", 0xaee2),
         ],
         restore: &[
             ("KVM_GET_IRQCHIP", 0xae62),
             ("KVM_SET_IRQCHIP", 0xae63),
-            ("KVM_SET_CLOCK", 0xae7b),
-            ("KVM_GET_CLOCK", 0xae7c),
             ("KVM_SET_LAPIC", 0xae8f),
             ("KVM_SET_MP_STATE", 0xae99),
             ("KVM_SET_VCPU_EVENTS", 0xaea0),
@@ -312,6 +315,28 @@ impl KvmArch for X86_64 {
         {
             log::warn!("cannot tell the guest that it was paused: {error}");
         }
+    }
+
+    fn time(vm: &VmFd, first: &VcpuFd) -> Result<state::Time> {
+        state::Time::read(vm, first)
+    }
+
+    fn set_time(
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        (index, count): (usize, usize),
+        from: &state::Time,
+        to: &state::Time,
+    ) -> Result<()> {
+        state::set_tsc(vcpu, from, to)?;
+        match index + 1 == count {
+            true => state::set_clock(vm, to),
+            false => Ok(()),
+        }
+    }
+
+    fn stop_time(to: &state::Time, vcpus: &mut [state::VcpuState], chip: &mut state::ChipState) {
+        to.put(vcpus, chip);
     }
 
     fn save_vcpu(vcpu: &VcpuFd, chip: &state::Chip) -> Result<state::VcpuState> {

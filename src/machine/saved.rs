@@ -3,7 +3,7 @@
 use super::Machine;
 use crate::kvm::KvmArch;
 use crate::serial::{SerialConsole, UartState};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use armlet_devices::action::Action;
 use armlet_devices::cmos::CmosState;
 use armlet_devices::i8042::I8042State;
@@ -17,7 +17,6 @@ use armlet_devices::virtio::MmioState;
 use armlet_devices::virtio::{DeviceState, FsState};
 use armlet_system::status::{Fault, Status, status_of};
 use serde::{Deserialize, Serialize};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 
 /// The state of a machine but for guest memory.
@@ -88,20 +87,13 @@ impl<A: KvmArch> Machine<A> {
     pub fn save(&self) -> Result<(StateOf<A>, Action)> {
         let mut vcpus = Vec::new();
         for index in 0..self.vcpus.count() {
-            let (sender, answer) = sync_channel(1);
             let chip = Arc::clone(&self.chip);
-            let asked = self.vcpus.ask(index, move |vcpu| {
-                // Nobody waits if the machine ends.
-                let _ = sender.try_send(A::save_vcpu(vcpu, &chip));
-            });
-            ensure!(asked, "vCPU {index} has ended");
-            let saved = answer
-                .recv()
-                .map_err(|_| anyhow!("it has ended"))
-                .and_then(|saved| saved);
-            vcpus.push(saved.with_context(|| format!("vCPU {index}"))?);
+            vcpus.push(self.on_vcpu(index, move |vcpu| A::save_vcpu(vcpu, &chip))?);
         }
-        let chip = A::save_chip(&self.vm, &self.chip, &vcpus)?;
+        let mut chip = A::save_chip(&self.vm, &self.chip, &vcpus)?;
+        if let Some(time) = &*lock(&self.time) {
+            A::stop_time(time, &mut vcpus, &mut chip);
+        }
         let mut virtio = Vec::new();
         for (name, device) in self.workers.devices() {
             let state = lock(device).save().with_context(|| name.clone())?;

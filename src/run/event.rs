@@ -36,6 +36,10 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+mod giver;
+
+use giver::Giver;
+
 /// How long the machine may take to pause. The event loop waits for it.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -44,7 +48,6 @@ const INPUT: u64 = 0;
 const BELL: u64 = 1;
 const VIRTIO: u64 = 2;
 const CLOCK: u64 = 3;
-const HANDLER: u64 = 4;
 
 /// The event loop.
 pub(super) struct Events {
@@ -74,8 +77,8 @@ pub(super) struct Events {
     pub(super) saving: Saving,
     /// The pages that a restored guest needs first.
     pub(super) recorder: Recorder,
-    /// The process that gives guest memory, if one does.
-    handler: Option<Handler>,
+    /// Watches the process that gives guest memory, if one does.
+    giver: Giver,
 }
 
 /// A life of the guest, as the event loop has it.
@@ -122,36 +125,17 @@ impl Events {
             panicked: false,
             saving: Saving::default(),
             recorder: Recorder::default(),
-            handler: None,
+            giver: Giver::default(),
         })
     }
 
-    /// Watches the process that gives guest memory, which is kept to the end.
+    /// Keeps the process that gives guest memory, to the end.
     ///
     /// # Errors
-    /// A process without room for another descriptor.
+    /// None.
     pub(super) fn keep_handler(&mut self, handler: Handler) -> Result<()> {
-        let event = EpollEvent::new(EventSet::IN, HANDLER);
-        let socket = handler.socket().as_raw_fd();
-        self.epoll
-            .ctl(ControlOperation::Add, socket, event)
-            .context("cannot watch the process that gives guest memory")?;
-        self.handler = Some(handler);
+        self.giver.keep(handler);
         Ok(())
-    }
-
-    /// Says that the process that gives guest memory has ended, or closed its connection. Its faults stay
-    /// open: pages that it never gave would read as zeros.
-    fn handler_is_gone(&mut self) {
-        if let Some(handler) = &self.handler {
-            let socket = handler.socket().as_raw_fd();
-            let (delete, event) = (ControlOperation::Delete, EpollEvent::default());
-            // It was added, so it can be removed.
-            let _ = self.epoll.ctl(delete, socket, event);
-            messages::say(
-                "the process that gives guest memory is gone: the guest waits for ever for what it did not give",
-            );
-        }
     }
 
     /// Has the serial console print no more than this.
@@ -203,6 +187,10 @@ impl Events {
     pub(super) fn watch<A: KvmArch>(&mut self, life: &Life<'_, A>) -> Result<Ending> {
         let machine = life.machine;
         let devices = &machine.devices;
+        self.giver.watch(machine.entrance(Role::Device));
+        if self.input.held {
+            machine.stop_time();
+        }
         // It is removed from epoll when the reactor is dropped.
         let event = EpollEvent::new(EventSet::IN, VIRTIO);
         self.epoll
@@ -220,10 +208,6 @@ impl Events {
                     CLOCK => {
                         let clock = devices.clock.as_deref();
                         self.alarm.clock_was_set(&self.epoll, clock)?;
-                        None
-                    }
-                    HANDLER => {
-                        self.handler_is_gone();
                         None
                     }
                     _ => self.answer_bell(life)?,

@@ -3,7 +3,7 @@
 use super::head::Head;
 use super::restore::Restore;
 use super::{pagemap, pieces};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use armlet_backends::drafts::{Drafts, Place};
 use armlet_snapshot::pages::{Backing, Piece, Progress};
 use armlet_snapshot::{Bank, Id, Runs, State, pages};
@@ -161,13 +161,31 @@ impl Savers {
             begun,
         };
         let work = move || {
-            let written = begin().and_then(|()| job.write());
-            told(Outcome { written });
+            let mut told = Told(Some(told));
+            told.tell(begin().and_then(|()| job.write()));
         };
         let builder = std::thread::Builder::new().name("snapshot".to_owned());
         let started = builder.stack_size(STACK_BYTES).spawn(work);
         started.context("cannot start the thread that writes the snapshot")?;
         Ok(())
+    }
+}
+
+/// Who hears how it ended, whatever happens: a machine waits for it. A release ends at a panic; where threads
+/// unwind, their end is told of.
+struct Told<F: FnOnce(Outcome)>(Option<F>);
+
+impl<F: FnOnce(Outcome)> Told<F> {
+    fn tell(&mut self, written: Result<(Written, Base)>) {
+        if let Some(told) = self.0.take() {
+            told(Outcome { written });
+        }
+    }
+}
+
+impl<F: FnOnce(Outcome)> Drop for Told<F> {
+    fn drop(&mut self) {
+        self.tell(Err(anyhow!("the thread that writes the snapshot failed")));
     }
 }
 
@@ -263,5 +281,31 @@ impl Job {
             }
         };
         Ok((written, base))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_thread_that_panics_is_told_of() {
+        let (sender, told) = channel();
+        let work = move || {
+            let mut told = Told(Some(move |outcome: Outcome| {
+                let _ = sender.send(
+                    outcome
+                        .written
+                        .expect_err("nothing was written")
+                        .to_string(),
+                );
+            }));
+            let nothing = || -> Result<(Written, Base)> { panic!("as it is to") };
+            told.tell(nothing());
+        };
+        assert!(std::thread::spawn(work).join().is_err());
+        let why = told.recv().expect("somebody tells");
+        assert!(why.contains("thread that writes the snapshot"), "{why}");
     }
 }

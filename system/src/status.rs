@@ -25,6 +25,10 @@ pub enum Status {
 }
 
 impl Status {
+    /// 8: the process that gives guest memory ended before the guest. No error has it: who finds it ends armlet
+    /// at once.
+    pub const NO_MEMORY: u8 = 8;
+
     /// Returns the number that the shell sees.
     #[must_use]
     pub const fn code(self) -> u8 {

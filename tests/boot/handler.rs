@@ -4,7 +4,8 @@
 use crate::api::Api;
 use crate::commanded::{FIRST, TICKS};
 use crate::control::{controlled, done};
-use crate::guest::Armlet;
+use crate::guest::{Armlet, GLANCE};
+use armlet_system::deadline::Deadline;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
@@ -18,10 +19,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, sleep};
+use std::time::Duration;
+
+/// How long what must come may take.
+const LONG: Duration = Duration::from_secs(60);
 
 /// struct uffdio_copy (include/uapi/linux/userfaultfd.h), and the ioctl that takes it.
 #[repr(C)]
@@ -89,11 +94,22 @@ fn serve(listener: &UnixListener, memory: &File, is_over: &AtomicBool) -> usize 
     let end = banks.iter().map(|bank| bank.offset + bank.size).max();
     let size = memory.metadata().expect("a file").len();
     assert_eq!(end, Some(size), "the banks and the memory file");
+    give(&banks, &mut faults, &stream, memory, is_over)
+}
+
+/// Gives pages of these banks, as [`serve`].
+fn give(
+    banks: &[Bank],
+    faults: &mut File,
+    stream: &UnixStream,
+    memory: &File,
+    is_over: &AtomicBool,
+) -> usize {
     let mut given = 0;
     loop {
         let mut waits = [
-            PollFd::new(&faults, PollFlags::IN),
-            PollFd::new(&stream, PollFlags::IN),
+            PollFd::new(&*faults, PollFlags::IN),
+            PollFd::new(stream, PollFlags::IN),
         ];
         match poll(&mut waits, Some(&LOOK)) {
             Err(Errno::INTR) => continue,
@@ -127,7 +143,7 @@ fn serve(listener: &UnixListener, memory: &File, is_over: &AtomicBool) -> usize 
         };
         // SAFETY: the structure is the ioctl's, `page` outlives the call, and what is written is a page of
         // another process that waits for it.
-        match unsafe { ioctl(&faults, Updater::<COPY, Copy>::new(&mut copy)) } {
+        match unsafe { ioctl(&*faults, Updater::<COPY, Copy>::new(&mut copy)) } {
             Ok(()) => given += 1,
             // Another vCPU asked for it too; the machine has ended.
             Err(Errno::EXIST | Errno::SRCH) => {}
@@ -142,6 +158,34 @@ fn handler(socket: &Path, memory: &Path, is_over: &Arc<AtomicBool>) -> JoinHandl
     let memory = File::open(memory).expect("a memory file");
     let is_over = Arc::clone(is_over);
     std::thread::spawn(move || serve(&listener, &memory, &is_over))
+}
+
+/// The folder of memory file and socket of a handler that is a process.
+const FOLDER: &str = "ARMLET_TEST_HANDLER";
+
+/// No test: the process of a handler, which closes its connection after a while, and serves on.
+#[test]
+fn serves_pages_until_it_is_killed() {
+    let Some(folder) = std::env::var_os(FOLDER) else {
+        return;
+    };
+    let path = |name: &str| Path::new(&folder).join(name);
+    let listener = UnixListener::bind(path("other")).expect("a socket");
+    let memory = File::open(path("memory")).expect("a memory file");
+    let (stream, _) = listener.accept().expect("a connection");
+    let (banks, mut faults) = receive(&stream);
+    let (_kept, idle) = UnixStream::pair().expect("sockets");
+    let is_over = Arc::new(AtomicBool::new(false));
+    let over = Arc::clone(&is_over);
+    let timer = std::thread::spawn(move || {
+        sleep(Duration::from_millis(500));
+        over.store(true, Ordering::Release);
+    });
+    give(&banks, &mut faults, &stream, &memory, &is_over);
+    timer.join().expect("no panic");
+    drop(stream);
+    fs::write(path("closed"), "").expect("written");
+    give(&banks, &mut faults, &idle, &memory, &AtomicBool::new(false));
 }
 
 /// Whether this user may handle page faults of KVM on this host (userfaultfd(2)).
@@ -203,17 +247,32 @@ pub(crate) fn a_guest_gets_its_memory_from_a_handler_of_page_faults(first: Armle
     again.signal(Signal::KILL);
     again.end().assert_signal(Signal::KILL);
     assert!(serving.join().expect("a handler") > 0);
-    // One that goes away is told of.
-    let is_over = Arc::default();
-    let serving = handler(&saved.path().join("other"), &memory, &is_over);
+    // One that closes its connection is there; once its process has ended, the guest has.
+    let mut other = Command::new(std::env::current_exe().expect("a program"))
+        .args(["--exact", "handler::serves_pages_until_it_is_killed"])
+        .env(FOLDER, saved.path())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a process");
+    let socket = saved.path().join("other");
+    let deadline = Deadline::after(LONG);
+    while !socket.exists() && !deadline.left().is_zero() {
+        sleep(GLANCE);
+    }
     let waiting = Armlet::new().option("--memory-from", format!("uffd={}", text("other")));
     let mut waiting = waiting.restore(Path::new(&folder));
     waiting.expect(TICKS);
-    is_over.store(true, Ordering::Release);
-    serving.join().expect("a handler");
-    waiting.expect_error("the process that gives guest memory is gone");
-    waiting.signal(Signal::KILL);
-    waiting.end().assert_signal(Signal::KILL);
+    while !saved.path().join("closed").exists() && !deadline.left().is_zero() {
+        sleep(GLANCE);
+    }
+    waiting.expect(TICKS);
+    assert!(waiting.runs());
+    other.kill().expect("it runs");
+    other.wait().expect("a child");
+    let outcome = waiting.end();
+    let said = outcome.assert_status(8).complaints();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("has ended, and the guest with it"), "{said}");
     let mut third = Armlet::new().restore(Path::new(&next));
     third.expect(TICKS);
     assert!(!third.said().contains(FIRST), "{}", third.said());

@@ -426,3 +426,9 @@ fn a_guest_at_work_is_saved_and_goes_on() {
     let Some(rig) = rig::main() else { return };
     saved::a_guest_at_work_goes_on(Armlet::devices(rig, &saved::work()).cpus(2));
 }
+
+#[test]
+fn a_pause_is_no_time_for_a_guest() {
+    let Some(rig) = rig::linux() else { return };
+    saved::a_pause_is_no_time(Armlet::script(rig, "bzImage", saved::CLOCK).cpus(2));
+}

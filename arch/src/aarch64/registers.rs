@@ -200,6 +200,13 @@ impl Registers {
         self.get(register)?.first().copied()
     }
 
+    /// As [`Self::word`], to be changed.
+    pub fn word_mut(&mut self, register: u64) -> Option<&mut u64> {
+        let index = self.ids.iter().position(|id| *id == register)?;
+        let at = self.ids[..index].iter().map(|id| words(*id)).sum::<usize>();
+        self.words.get_mut(at)
+    }
+
     /// Returns the ID registers.
     #[must_use]
     pub fn ids(&self) -> Vec<(SystemRegister, u64)> {
@@ -247,13 +254,17 @@ mod tests {
 
     #[test]
     fn values_of_all_sizes_come_back() {
-        let registers = registers();
+        let mut registers = registers();
         registers.check().expect("valid");
         assert_eq!(registers.word(FPSR), Some(1));
         assert_eq!(registers.word(X0), Some(7));
         assert_eq!(registers.get(Z0), Some(&[u64::MAX; 32][..]));
         assert_eq!(registers.word(PC), None);
         assert_eq!(registers.ids(), [(SystemRegister(0xc030), 3)]);
+        *registers.word_mut(ISAR0).expect("it is there") = 4;
+        assert_eq!(registers.word_mut(PC), None);
+        let words = [FPSR, X0, ISAR0, Z0].map(|register| registers.word(register));
+        assert_eq!(words, [Some(1), Some(7), Some(4), Some(u64::MAX)]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 mod gic;
 mod vcpu;
 
-use super::access::write_register;
+use super::access::{read_register, write_register};
 use super::gic::Chip;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use armlet_arch::aarch64::chip::{GicState, ItsState};
@@ -23,6 +23,55 @@ pub struct ChipState {
 }
 
 pub(in crate::kvm) use vcpu::VcpuState;
+
+/// The virtual counter, and the physical one where KVM shows it (since Linux 6.4).
+#[derive(Clone, Copy, Debug)]
+pub struct Time([Option<u64>; 2]);
+
+const COUNTERS: [u64; 2] = [VIRTUAL_COUNTER, PHYSICAL_COUNTER];
+
+impl Time {
+    pub(super) fn read(vcpu: &VcpuFd) -> Result<Time> {
+        let [first, second] = COUNTERS;
+        let time = read_register(vcpu, first)?;
+        Ok(Time([Some(time), read_register(vcpu, second).ok()]))
+    }
+
+    /// Sets the counters of a VM.
+    ///
+    /// Not KVM_ARM_SET_COUNTER_OFFSET: it gives both counters one offset, and a guest that was started without
+    /// has two.
+    pub(super) fn set(&self, vcpu: &VcpuFd) -> Result<()> {
+        for (counter, value) in COUNTERS.into_iter().zip(self.0) {
+            if let Some(value) = value {
+                write_register(vcpu, counter, value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts it in states that were read later.
+    pub(super) fn put(&self, vcpus: &mut [VcpuState]) {
+        for (counter, value) in COUNTERS.into_iter().zip(self.0) {
+            for state in &mut *vcpus {
+                if let (Some(word), Some(value)) = (state.registers.word_mut(counter), value) {
+                    *word = value;
+                }
+            }
+        }
+    }
+
+    /// Returns the latest that stands in these states, of those that KVM lists.
+    fn of(states: &[VcpuState], listed: &[u64]) -> Time {
+        Time(COUNTERS.map(|counter| {
+            listed.binary_search(&counter).ok()?;
+            let values = states.iter();
+            values
+                .filter_map(|state| state.registers.word(counter))
+                .max()
+        }))
+    }
+}
 pub(super) use vcpu::{prepare, set_vector_lengths};
 
 pub(super) fn save_vcpu(vcpu: &VcpuFd) -> Result<VcpuState> {
@@ -78,19 +127,8 @@ pub(super) fn restore(
         (None, None) => {}
         _ => bail!("the snapshot has no state of the ITS, or the machine no ITS"),
     }
-    // Last, so that no time passes for the guest. Each counter is that of the whole VM, and no vCPU may see it
-    // step back. Not KVM_ARM_SET_COUNTER_OFFSET: it gives both counters one offset, and a guest that was
-    // started without has two.
-    for counter in [VIRTUAL_COUNTER, PHYSICAL_COUNTER] {
-        let values = states
-            .iter()
-            .filter_map(|state| state.registers.word(counter));
-        let is_listed = listed.binary_search(&counter).is_ok();
-        if let Some(latest) = values.max().filter(|_| is_listed) {
-            write_register(first, counter, latest)?;
-        }
-    }
-    Ok(())
+    // Last, so that no time passes for the guest. No vCPU may see a counter step back.
+    Time::of(states, &listed).set(first)
 }
 
 fn affinities(vcpus: &[VcpuState]) -> Result<Vec<u64>> {

@@ -101,6 +101,58 @@ pub struct ChipState {
     controllers: Vec<Raw>,
 }
 
+/// Where the clocks of a guest stand.
+#[derive(Clone, Copy, Debug)]
+pub struct Time {
+    /// The part of the host in each TSC.
+    ticks: u64,
+    /// kvmclock, in nanoseconds.
+    clock: u64,
+}
+
+impl Time {
+    pub(super) fn read(vm: &VmFd, first: &VcpuFd) -> Result<Time> {
+        let ticks = ticks(first)?;
+        let clock = vm.get_clock().context("cannot read kvmclock")?.clock;
+        Ok(Time { ticks, clock })
+    }
+
+    /// Puts it in states that were read later.
+    pub(super) fn put(&self, vcpus: &mut [VcpuState], chip: &mut ChipState) {
+        for state in vcpus {
+            state.tsc = state.tsc_offset.wrapping_add(self.ticks);
+        }
+        chip.clock = self.clock;
+    }
+}
+
+/// Returns the part of the host in a TSC.
+fn ticks(vcpu: &VcpuFd) -> Result<u64> {
+    let offset = calls::tsc_offset(vcpu).context("cannot read the offset of a TSC")?;
+    Ok(msrs::read_one(vcpu, TSC)?.wrapping_sub(offset))
+}
+
+/// Sets a vCPU's TSC back, and what waits for it.
+pub(super) fn set_tsc(vcpu: &VcpuFd, from: &Time, to: &Time) -> Result<()> {
+    let deadline = msrs::read_one(vcpu, TSC_DEADLINE)?;
+    let offset = calls::tsc_offset(vcpu).context("cannot read the offset of a TSC")?;
+    let offset = offset.wrapping_add(to.ticks).wrapping_sub(from.ticks);
+    calls::set_tsc_offset(vcpu, offset).context("cannot set the offset of a TSC")?;
+    match deadline {
+        0 => Ok(()),
+        _ => msrs::write(vcpu, &[(TSC_DEADLINE, deadline)]),
+    }
+}
+
+/// Sets kvmclock.
+pub(super) fn set_clock(vm: &VmFd, to: &Time) -> Result<()> {
+    let clock = kvm_clock_data {
+        clock: to.clock,
+        ..Default::default()
+    };
+    vm.set_clock(&clock).context("cannot set kvmclock")
+}
+
 /// See [`super::super::KvmArch::save_vcpu`].
 pub(super) fn save_vcpu(vcpu: &VcpuFd, chip: &Chip) -> Result<VcpuState> {
     let mp_state = vcpu.get_mp_state().context("cannot read its mode")?;
@@ -244,17 +296,12 @@ fn restore_clocks(vm: &VmFd, vcpus: &[VcpuFd], states: &[VcpuState], clock: u64)
         .iter()
         .map(|state| state.tsc.wrapping_sub(state.tsc_offset));
     let then = read.max().unwrap_or_default();
-    let offset = calls::tsc_offset(first).context("cannot read the offset of a TSC")?;
-    let now = msrs::read_one(first, TSC)?.wrapping_sub(offset);
+    let now = ticks(first)?;
     for (vcpu, state) in vcpus.iter().zip(states) {
         let offset = state.tsc_offset.wrapping_add(then).wrapping_sub(now);
         calls::set_tsc_offset(vcpu, offset).context("cannot set the offset of a TSC")?;
     }
-    let clock = kvm_clock_data {
-        clock,
-        ..Default::default()
-    };
-    vm.set_clock(&clock).context("cannot set kvmclock")?;
+    set_clock(vm, &Time { ticks: then, clock })?;
     for (vcpu, state) in vcpus.iter().zip(states) {
         if state.deadline != 0 {
             msrs::write(vcpu, &[(TSC_DEADLINE, state.deadline)])?;
