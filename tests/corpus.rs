@@ -59,6 +59,7 @@ replay! {
     metadata: "metadata",
     net: "net",
     passt: "passt",
+    pci: "pci",
     pmem: "pmem",
     qcow2: "qcow2",
     rng: "rng",

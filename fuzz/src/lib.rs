@@ -11,6 +11,7 @@ mod input;
 mod memory;
 mod metadata;
 mod net;
+mod pci;
 mod qcow2;
 mod ring;
 mod small;
@@ -39,6 +40,7 @@ pub const TARGETS: &[Target] = &[
     ("metadata", metadata::metadata),
     ("net", net::net),
     ("passt", streams::passt),
+    ("pci", pci::pci),
     ("pmem", small::pmem),
     ("qcow2", qcow2::qcow2),
     ("rng", small::rng),

@@ -11,7 +11,7 @@ use super::guest::{Guest, Subject};
 use super::input::Input;
 
 /// A device that answers each request with as many bytes as there is room for.
-struct Probe {
+pub(super) struct Probe {
     features: u64,
     sizes: Vec<u16>,
     config: Arc<ConfigSpace>,
@@ -112,6 +112,17 @@ impl VirtioDevice for Probe {
             assert_eq!(written, answer.len());
             queue.complete(chain, written as u32);
         });
+    }
+}
+
+/// A device with queues of these sizes.
+pub(super) fn probe(sizes: &[u16]) -> Probe {
+    Probe {
+        features: 0b1011,
+        sizes: sizes.to_vec(),
+        config: ConfigSpace::new(vec![0x11; 40]),
+        refuses: false,
+        working: None,
     }
 }
 

@@ -178,9 +178,12 @@ fn prepare_x86(store: &Store, folder: &Path) -> Result<()> {
     let modules = old.modules(&["evdev", "button"])?;
     replace(&folder.join("powerkey.cpio"), &power_key(&modules)?)?;
     let usual = store.kernel(standard(Isa::X86))?;
-    for (kernel, name) in [(usual, "devices.cpio"), (old, "devices-6.1.cpio")] {
-        // No cloud kernel of x86_64 has a file system for disks in it.
-        let drivers = [&DEVICES as &[&str], &["ext4"]].concat();
+    // No cloud kernel of x86_64 has a file system for disks in it, and 6.1 has not this transport.
+    for (kernel, name, others) in [
+        (usual, "devices.cpio", &["ext4"] as &[&str]),
+        (old, "devices-6.1.cpio", &["ext4", "virtio_pci"]),
+    ] {
+        let drivers = [&DEVICES, others].concat();
         replace(&folder.join(name), &devices(&kernel.modules(&drivers)?)?)?;
     }
     Ok(())
