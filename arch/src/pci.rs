@@ -52,6 +52,14 @@ pub struct Function {
     pub bar: Range,
 }
 
+impl Function {
+    /// Returns its requester ID, which is an ITS's DeviceID: bus 0, device, function 0.
+    #[must_use]
+    pub const fn requester(&self) -> u32 {
+        self.number << 3
+    }
+}
+
 /// What takes the MSIs of PCI functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -104,6 +112,11 @@ impl PlacedPci {
         );
         regions.extend(self.msi.region());
         regions
+    }
+
+    /// Returns the windows that BARs may lie in.
+    pub fn windows(&self) -> impl Iterator<Item = Range> + use<> {
+        [Some(self.low), self.high].into_iter().flatten()
     }
 }
 

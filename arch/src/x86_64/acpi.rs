@@ -11,6 +11,7 @@ use acpi_tables::aml::{
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -55,7 +56,9 @@ pub(super) fn tables(layout: &Layout<X86_64>, vcpus: &[Vcpu]) -> Result<Blob, Pl
     root.add_entry(fadt);
     root.add_entry(madt);
     if let Some(placed) = &layout.pci {
-        root.add_entry(append(&mut bytes, &pci::mcfg(placed)));
+        let mut mcfg = MCFG::new(OEM, OEM_TABLE, REVISION);
+        pci::name_ecam(&mut mcfg, placed);
+        root.add_entry(append(&mut bytes, &to_bytes(&mcfg)));
     }
     let root = append(&mut bytes, &to_bytes(&root));
     let rsdp = to_bytes(&Rsdp::new(OEM, root));

@@ -2,7 +2,6 @@
 //!
 //! Functions interrupt by MSI-X alone, so the bridge has no _PRT.
 
-use super::{OEM, OEM_TABLE, REVISION, to_bytes};
 use crate::pci::PlacedPci;
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -11,11 +10,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::mcfg::MCFG;
 
-/// Returns the table that says where the configuration space is.
-pub(super) fn mcfg(placed: &PlacedPci) -> Vec<u8> {
-    let mut table = MCFG::new(OEM, OEM_TABLE, REVISION);
+/// Names the configuration space in its table.
+pub(super) fn name_ecam(table: &mut MCFG, placed: &PlacedPci) {
     table.add_ecam(placed.ecam.start(), 0, 0, 0);
-    to_bytes(&table)
 }
 
 /// Returns the host bridge with its windows, and the reservation of the configuration space, without which
@@ -33,7 +30,8 @@ pub(super) fn host_bridge(placed: &PlacedPci) -> Vec<u8> {
     if let Some(high) = &high {
         resources.push(high);
     }
-    let mut bytes = to_bytes(&Device::new(
+    let mut bytes = Vec::new();
+    Device::new(
         Path::new("PCI0"),
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
@@ -45,15 +43,17 @@ pub(super) fn host_bridge(placed: &PlacedPci) -> Vec<u8> {
             &Name::new(Path::new("_CCA"), &1_u8),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
         ],
-    ));
+    )
+    .to_aml_bytes(&mut bytes);
     let ecam = Memory32Fixed::new(true, placed.ecam.start() as u32, placed.ecam.size() as u32);
-    bytes.extend(to_bytes(&Device::new(
+    Device::new(
         Path::new("MBRD"),
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
             &Name::new(Path::new("_UID"), &ZERO),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&ecam])),
         ],
-    )));
+    )
+    .to_aml_bytes(&mut bytes);
     bytes
 }
