@@ -104,6 +104,12 @@ impl Asked {
             }
         }
         args.devices.extend(given);
+        // A machine of the API has no device that was not asked for there.
+        let rng = KINDS.iter().find(|kind| kind.name == "rng");
+        let has_rng = args.devices.iter().any(|(kind, _)| kind.name == "rng");
+        if let (Some(_), Some(rng), false) = (&self.microvm, rng, has_rng) {
+            args.devices.push((*rng, "off".to_owned()));
+        }
         Ok(())
     }
 }

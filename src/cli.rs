@@ -318,9 +318,9 @@ In a script: stop at the guest's reboot, keep the device tree:
         #[argh(option, arg_name = "DIR")]
         pub restore: Option<String>,
         /// where a restored guest's memory comes from: private (the snapshot's file is mapped, and
-        /// read as the guest needs it; the default), copy (read as a whole before it goes on) or
+        /// read as the guest needs it; the default; shared is the same), copy (read as a whole before it goes on) or
         /// uffd (a handler of page faults that listens at a socket, as those made for Firecracker)
-        #[argh(option, arg_name = "private|copy|uffd=SOCKET")]
+        #[argh(option, arg_name = "private|shared|copy|uffd=SOCKET")]
         pub memory_from: Option<String>,
         /// whether the pages that a restored guest needs first are brought before it asks: on (the
         /// default; the first restore records them beside the snapshot) or off

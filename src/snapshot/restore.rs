@@ -33,11 +33,14 @@ impl MemoryFrom {
     /// Another word.
     pub fn parse(text: Option<&str>) -> Result<MemoryFrom> {
         Ok(match text {
-            None | Some("private") => MemoryFrom::Private,
+            // What is shared is the host's page cache: the file stays as it is.
+            None | Some("private" | "shared") => MemoryFrom::Private,
             Some("copy") => MemoryFrom::Copy,
             Some(text) => match text.strip_prefix("uffd=") {
                 Some(socket) if !socket.is_empty() => MemoryFrom::Handler(socket.into()),
-                _ => bail!("--memory-from '{text}' is not known; use private, copy or uffd=SOCKET"),
+                _ => bail!(
+                    "--memory-from '{text}' is not known; use private, shared, copy or uffd=SOCKET"
+                ),
             },
         })
     }
@@ -214,6 +217,27 @@ impl FirstPages {
                 memory,
                 id,
             } => Prefetch::of(&pieces(guest, Some(&memory))?, &pagemap)?.write(&file, id),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_comes_from_where_the_option_says() {
+        let parse = |text: &str| MemoryFrom::parse(Some(text)).map_err(|error| error.to_string());
+        assert_eq!(parse("private"), Ok(MemoryFrom::Private));
+        assert_eq!(parse("shared"), Ok(MemoryFrom::Private));
+        assert_eq!(parse("copy"), Ok(MemoryFrom::Copy));
+        assert_eq!(parse("uffd=a"), Ok(MemoryFrom::Handler("a".into())));
+        for text in ["", "uffd=", "share"] {
+            let why = parse(text).expect_err(text);
+            assert!(
+                why.contains("private, shared, copy or uffd=SOCKET"),
+                "{why}"
+            );
         }
     }
 }

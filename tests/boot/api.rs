@@ -1,5 +1,6 @@
 //! Guests that Firecracker's API configures and starts.
 
+use crate::guest::Armlet;
 use armlet_system::deadline::Deadline;
 use serde_json::Value;
 use std::fs::{self, File};
@@ -480,6 +481,20 @@ pub(crate) fn a_guest_is_saved_and_loaded(kernel: &[u8], first: &str, ticks: &st
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
         assert_eq!(again.end().signal(), Some(15), "{}", again.said());
     }
+    // `armlet run` goes on from it, too, where both files have the names that it knows.
+    let folder = tempfile::tempdir().expect("a folder");
+    for (name, known) in [("snap", "state"), ("snap.memory", "memory")] {
+        std::fs::copy(api.path(name), folder.path().join(known)).expect("a copy");
+    }
+    let socket = folder.path().join("v.sock").display().to_string();
+    let run = Armlet::new()
+        .option("--disk", api.path("disk"))
+        .option("--vsock", format!("cid=3,uds={socket}"));
+    let mut run = run.restore(folder.path());
+    run.expect(ticks);
+    assert!(!run.said().contains(first), "{}", run.said());
+    run.signal(rustix::process::Signal::KILL);
+    run.end().assert_signal(rustix::process::Signal::KILL);
     // What cannot be loaded is told, and ends it.
     let mut none = Api::start(&[]);
     let body = r#"{"snapshot_path": "none", "mem_file_path": "none"}"#;

@@ -13,6 +13,9 @@ use std::time::Duration;
 const VARIABLE: &str = "ARMLET_RESTORES";
 const USUALLY: usize = 6;
 
+/// Of the kernel's log, that a handler of timers took less than a tenth of a second is no fault: it waits for pages
+/// that the guest has first to get, on a host that is emulated. A guest whose clock went on in a pause says more.
+///
 /// Rounds of work: each checks what a round before wrote to the disk, and writes something else. Meanwhile
 /// others look whether a clock goes back, and draw random numbers from the device.
 const WORK: &str = r#"
@@ -23,6 +26,7 @@ clock() {
         read -r now rest </proc/uptime
         now=${now%.*}${now#*.}
         [ "$now" -ge "$last" ] || echo "BAD clock: $last $now"
+        [ "$last" -eq 0 ] || [ $((now - last)) -lt 300 ] || echo "BAD gap: $last $now"
         last=$now
     done
 }
@@ -44,7 +48,7 @@ while [ ! -e /tmp/stop ]; do
     round=$((round + 1))
     [ "$round" -lt ROUNDS ] || touch /tmp/stop
 done
-dmesg -r | grep '^<[0-4]>' | sed 's/^/BAD log: /'
+dmesg -r | grep '^<[0-4]>' | grep -Ev 'hrtimer: interrupt took [0-9]{1,8} ns' | sed 's/^/BAD log: /'
 echo "DONE $round"
 "#;
 

@@ -154,7 +154,11 @@ pub(crate) fn one_that_is_none_is_refused(first: Armlet) {
         "--cpus: a machine that is restored has",
     );
     refused(&["--disk", "/dev/null"], 2, "the machine would differ");
-    refused(&["--memory-from", "net"], 2, "private, copy or uffd=SOCKET");
+    refused(
+        &["--memory-from", "net"],
+        2,
+        "private, shared, copy or uffd=SOCKET",
+    );
     let state = fs::read(folder.join("state")).expect("a state");
     let memory = fs::File::options()
         .write(true)

@@ -47,7 +47,7 @@ const fn spec(
 }
 
 /// The sources of the limits are the issue that asked for the bench, and the best peer.
-pub(super) const SPECS: [Spec; 42] = [
+pub(super) const SPECS: [Spec; 43] = [
     spec(
         "4k/timing/exec_to_entry_ms",
         "exec to first KVM_RUN",
@@ -334,6 +334,13 @@ pub(super) const SPECS: [Spec; 42] = [
         "memory of the VMM, restored",
         "KiB",
         Reach::Nothing,
+        &[],
+    ),
+    spec(
+        "4k/restore/restore_clone_kib",
+        "20 guests of a snapshot: each, beside what it wrote",
+        "KiB",
+        Reach::AtMost(1024.0),
         &[],
     ),
     spec(
