@@ -297,7 +297,7 @@ fn configured(args: &ApiArgs) -> Result<(Configuring, bool)> {
     }
     if let Some(path) = &args.metadata {
         let what = || format!("--metadata '{path}'");
-        let data = serde_json::from_str(&text_of(path).with_context(what)?);
+        let data = serde_json::from_slice(text_of(path).with_context(what)?.as_bytes());
         let calls = vec![Call::PutMmds(data.with_context(what)?)];
         carry_out(calls, &mut microvm, &mut files).with_context(what)?;
     }
@@ -327,7 +327,7 @@ fn carry_out(calls: Vec<Call>, microvm: &mut Microvm, files: &mut Files) -> Resu
         if let Step::Answer(answer) = microvm.configure(routed, files)
             && answer.status >= 400
         {
-            let body: serde_json::Value = serde_json::from_str(&answer.body)?;
+            let body: serde_json::Value = serde_json::from_slice(answer.body.as_bytes())?;
             bail!("{}", body["fault_message"].as_str().unwrap_or(&answer.body));
         }
     }

@@ -25,7 +25,8 @@ use serde_json::json;
 use std::io::Write;
 use std::path::Path;
 
-/// Executes a command, with these devices.
+/// Executes a command, with these devices. All but `run` are out of line, for a guest's start not to
+/// page them in.
 ///
 /// # Errors
 /// Errors carry armlet's exit status ([`armlet_system::status::status_of`]).
@@ -43,6 +44,8 @@ pub fn execute(command: &Command, devices: &DeviceArgs) -> Result<Status> {
 }
 
 /// Confines a program, and becomes it.
+#[cold]
+#[inline(never)]
 fn jail(args: &JailArgs) -> Result<Status> {
     if args.version {
         print(&format!(
@@ -56,6 +59,8 @@ fn jail(args: &JailArgs) -> Result<Status> {
 }
 
 /// Serves Firecracker's API.
+#[cold]
+#[inline(never)]
 fn api(args: &ApiArgs) -> Result<Status> {
     if args.version {
         print(&format!(
@@ -74,6 +79,8 @@ fn api(args: &ApiArgs) -> Result<Status> {
     Ok(Status::Success)
 }
 
+#[cold]
+#[inline(never)]
 fn ctl(args: &CtlArgs) -> Result<Status> {
     let mut words: Vec<&str> = args.request.iter().map(String::as_str).collect();
     match (args.diff, words.first()) {
@@ -90,6 +97,8 @@ fn ctl(args: &CtlArgs) -> Result<Status> {
     })
 }
 
+#[cold]
+#[inline(never)]
 fn snapshot(args: &SnapshotArgs) -> Result<Status> {
     let (text, value) = crate::snapshot::inspect(args)?;
     match args.json {
@@ -240,6 +249,8 @@ fn restore(args: &RunArgs, machine: &mut MachineArgs) -> Result<Option<Restore>>
     Ok(Some(restore))
 }
 
+#[cold]
+#[inline(never)]
 fn plan(args: &PlanArgs, devices: &DeviceArgs) -> Result<Status> {
     let mut machine = args.machine(devices);
     verbosity(&machine);
@@ -383,6 +394,8 @@ fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> R
     print(&report::text(plan, kernel.as_deref(), &config.settings))
 }
 
+#[cold]
+#[inline(never)]
 fn probe(args: &ProbeArgs) -> Result<Status> {
     let report = probe::probe();
     match args.json {
@@ -395,6 +408,8 @@ fn probe(args: &ProbeArgs) -> Result<Status> {
     })
 }
 
+#[cold]
+#[inline(never)]
 fn boards(args: &BoardsArgs) -> Result<Status> {
     if let Some(name) = &args.show {
         print(&boards::profile(name)?.show())?;

@@ -3,30 +3,28 @@
 //!
 //! `event` is the event loop; [`command`] the commands that it carries out, `queue` the events of
 //! other threads, `ending` how a life ends. `input` feeds the console, `power` presses the power
-//! key, `alarm` watches the guest's clock. This file takes the guest from one life to the next: a
+//! key, `alarm` watches the guest's clock, `services` serves others. This file takes the guest from one life to the next: a
 //! life lasts from a start to the next reset.
 
 use crate::affinity;
 use crate::config::{Config, fresh_generation, fresh_seeds};
 use crate::console;
-use crate::control::{Control, Fixed};
 use crate::decide::{decide, warn_of_host, write_tree};
 use crate::descriptors;
-use crate::gdb::{self, Debugger};
+use crate::gdb;
 use crate::heap;
 use crate::host::allowed_cpus;
 use crate::kvm::KvmArch;
 use crate::machine::{self, Machine};
 use crate::memory::{self, Sharing};
-use crate::metrics::{self, Metrics};
-use crate::sandbox::{Mode, Role, Sandbox};
+use crate::metrics;
+use crate::sandbox::{Mode, Sandbox};
 use crate::snapshot::{Head, Restore, Savers};
 use crate::vcpu::{Traps, VcpuEvent};
 use anyhow::{Context, Result};
 use armlet_arch::Plan;
 use armlet_arch::backing::HugePages;
 use armlet_backends::backend::Backend;
-use armlet_backends::broker::Broker;
 use armlet_backends::drafts::Drafts;
 use armlet_backends::kind::Need;
 use armlet_backends::open::{self, Wanted};
@@ -41,7 +39,8 @@ use ending::Ending;
 use event::{Events, Life, tell_counters};
 use kvm_ioctls::Kvm;
 use queue::Event;
-use std::path::{Path, PathBuf};
+use services::{Asked, Services};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -57,6 +56,7 @@ mod power;
 mod queue;
 mod recorder;
 mod saving;
+mod services;
 
 pub use command::{BalloonReport, By, Command, Done, Reply, State};
 pub use ending::{OnPanic, OnReset};
@@ -139,28 +139,18 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let devices = options.config.virtio.len() as u32;
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
     descriptors::make_room(descriptors);
-    let control = options.control.take();
-    let is_served = options.service.is_some() || options.commander.is_some();
-    let has_clients = control.is_some() || is_served;
-    let is_debugged = options.gdb.is_some();
-    let metrics = options.metrics.take();
-    let has_readers = matches!(metrics, Some(metrics::Target::Socket(_)));
+    let services = Asked::of(&mut options);
+    let has_clients = services.has_clients();
     let native = match options.sandbox {
         Mode::On | Mode::Strict => Some(&A::OTHER_CALLS.native),
         Mode::Log | Mode::Off => None,
     };
     let virtio = &options.config.virtio;
-    let broker = open::fork_broker(virtio, has_clients || is_debugged || has_readers, native)
-        .fault(Status::Host)?;
+    let broker = open::fork_broker(virtio, services.needs_broker(), native).fault(Status::Host)?;
     signals::survive_file_size_limit();
     let mut events = Events::new(options.on_panic, options.stats, options.patience)?;
     events.limit_serial(options.serial_limit.as_ref());
-    let mut others = Vec::new();
-    if is_debugged {
-        others.extend([Need::Sockets, Need::Debugger]);
-    }
-    let needs = metrics.as_ref().map(metrics::Target::needs);
-    others.extend(needs.unwrap_or_default());
+    let mut others = services.needs();
     match &options.restore {
         _ if has_clients => others.push(Need::Snapshots),
         Some(restore) => {
@@ -195,24 +185,10 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
     let config = &options.config;
     let ram = config.request.memory;
-    let mut control = match &control {
-        Some(path) => Some(listen(path, broker.as_deref()).fault(Status::Usage)?),
-        None => None,
-    };
-    let mut debugger = match options.gdb.take() {
-        Some(address) => {
-            Some(listen_to_gdb(&address, &options.kvm, broker.as_deref()).fault(Status::Usage)?)
-        }
-        None => None,
-    };
-    let mut metrics = match metrics {
-        Some(target) => Some(Metrics::open(&target, broker.as_deref()).fault(Status::Usage)?),
-        None => None,
-    };
-    options.counted |= metrics.is_some();
-    let traps = debugger
-        .as_ref()
-        .map(|debugger| Arc::clone(debugger.traps()));
+    let kvm = &options.kvm;
+    let mut services = services.open(kvm, broker.as_deref())?;
+    options.counted |= services.as_ref().is_some_and(Services::count);
+    let traps = services.as_ref().and_then(Services::traps);
     let (console, of_broker) = (console.as_ref(), broker.as_ref());
     events.backends =
         open::open(&config.virtio, ram, console, of_broker, has_clients).fault(Status::Usage)?;
@@ -242,15 +218,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 let memory = memory.insert(mapped);
                 A::before_confinement(&plan);
                 if let Some(restore) = &mut restore {
-                    let page = match options.config.backing.pages {
-                        HugePages::Of(size) => size,
-                        _ => page_size() as u64,
-                    };
-                    if let Some(handler) = restore.fill(memory, page).fault(Status::Host)? {
-                        events.keep_handler(handler)?;
-                    }
-                    let pages = restore.first_pages();
-                    events.recorder.wait_for(pages, memory, &sandbox);
+                    bring_pages(restore, &options, memory, &sandbox, &mut events)?;
                 }
                 if let Some(drafts) = drafts.take() {
                     let savers = Savers::new(drafts, memory, restore.as_ref());
@@ -260,30 +228,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
                 // Before there are threads, which are confined as the one that starts them.
                 sandbox.enter()?;
                 open::examine(&mut events.backends).fault(Status::Usage)?;
-                if let Some(service) = options.service.take() {
-                    let begin = Box::new(sandbox.entrance(Role::Device));
-                    service(begin, events.queue.commands()).fault(Status::Host)?;
-                }
-                if let Some(metrics) = metrics.take() {
+                if let Some(services) = services.take() {
                     let commands = events.queue.commands();
-                    let told = move |command| commands.send(command);
-                    let started = metrics.start(sandbox.entrance(Role::Device), told);
-                    started.fault(Status::Host)?;
-                }
-                if let Some(control) = control.take() {
-                    let commands = events.queue.commands();
-                    let told = move |command| commands.send(command);
-                    let begin = sandbox.entrance(Role::Device);
-                    let started = control.start(begin, told, fixed(&options.config));
-                    started.fault(Status::Host)?;
-                }
-                if let Some(debugger) = debugger.take() {
-                    let commands = events.queue.commands();
-                    let told = move |command| commands.send(command);
-                    let begin = sandbox.entrance(Role::Device);
-                    let vcpus = options.config.request.cpus as usize;
-                    let started = debugger.start(begin, told, Arc::clone(memory), vcpus);
-                    started.fault(Status::Host)?;
+                    services.start(&commands, &sandbox, memory, &options.config)?;
                 }
                 memory
             }
@@ -319,17 +266,12 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
             }
         };
         if plan.layout.generation.is_some() {
-            let random = match (events.generation, options.seeded, stays_paused) {
-                (Some(random), ..) => random,
-                (None, false, None) => Default::default(),
-                (None, ..) => fresh_generation()?,
-            };
-            // A reset is no new generation.
-            events.generation = Some(random);
-            match stays_paused {
-                None => machine.devices.begin_generation(&random)?,
-                Some(_) => machine.devices.renew_generation(&random)?,
-            }
+            tell_generation(
+                &machine,
+                &mut events,
+                options.seeded,
+                stays_paused.is_some(),
+            )?;
         }
         if options.stats || options.counted {
             machine.count();
@@ -362,24 +304,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
             machine: &machine,
             describe: &|| Head::of(asked.clone(), board, request, &options.host, &plan),
         });
-        let ending = match ending {
-            Ok(Ending::Reset) if options.on_reset == OnReset::Restart && events.was_asked() => {
-                messages::say(
-                    "the guest asked for a reset when it was to power off; it is not started again",
-                );
-                Ok(Ending::Stopped)
-            }
-            Ok(Ending::Reset) if options.on_reset == OnReset::Restart => match &options.no_kernel {
-                Some(why) => {
-                    messages::say(&format!(
-                        "the guest asked for a reset, and cannot be started again: {why}"
-                    ));
-                    Ok(Ending::Stopped)
-                }
-                None => Ok(Ending::Reset),
-            },
-            ending => ending,
-        };
+        let ending = ending.map(|ending| may_start_again(ending, &options, &events));
         let is_over = !matches!(ending, Ok(Ending::Reset) if options.on_reset == OnReset::Restart);
         let ending = match is_over {
             true => {
@@ -417,37 +342,6 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     }
 }
 
-/// Listens at the control socket, which `broker` removes at the end.
-fn listen(path: &Path, broker: Option<&Broker>) -> Result<Control> {
-    let control = Control::listen(path)?;
-    if let Some(broker) = broker {
-        broker.offer_removal(path)?;
-    }
-    Ok(control)
-}
-
-/// Listens for a debugger; `broker` removes a socket in the file system at the end.
-fn listen_to_gdb(address: &gdb::Address, kvm: &Kvm, broker: Option<&Broker>) -> Result<Debugger> {
-    let debugger = Debugger::listen(address, kvm)?;
-    if let (gdb::Place::Unix(path), Some(broker)) = (&address.place, broker) {
-        broker.offer_removal(path)?;
-    }
-    Ok(debugger)
-}
-
-/// What clients are told of the machine.
-fn fixed<A: KvmArch>(config: &Config<A>) -> Fixed {
-    Fixed {
-        vcpus: config.request.cpus,
-        memory: config.request.memory,
-        devices: config
-            .virtio
-            .iter()
-            .map(|device| device.name().to_owned())
-            .collect(),
-    }
-}
-
 /// Plans the guest's next life.
 fn plan<A: KvmArch>(options: &mut RunOptions<A>) -> Result<Plan<A>> {
     if options.seeded && !options.config.request.goes_on {
@@ -474,6 +368,72 @@ fn map_memory<A: KvmArch>(
     let mapped = memory::map(&plan.layout.ram, sharing, backing, saved.as_ref());
     let mapped = mapped.fault(Status::Host)?;
     Ok(Arc::new(mapped))
+}
+
+/// Has the memory of a guest that goes on brought from the snapshot: by the process that gives its
+/// pages, or those first that it needs first.
+#[cold]
+#[inline(never)]
+fn bring_pages<A: KvmArch>(
+    restore: &mut Restore,
+    options: &RunOptions<A>,
+    memory: &Arc<GuestMemoryMmap>,
+    sandbox: &Arc<Sandbox>,
+    events: &mut Events,
+) -> Result<()> {
+    let page = match options.config.backing.pages {
+        HugePages::Of(size) => size,
+        _ => page_size() as u64,
+    };
+    if let Some(handler) = restore.fill(memory, page).fault(Status::Host)? {
+        events.keep_handler(handler)?;
+    }
+    let pages = restore.first_pages();
+    events.recorder.wait_for(pages, memory, sandbox);
+    Ok(())
+}
+
+/// Gives VMGenID and VMClock their content: a reset is no new generation, and a restore is.
+#[cold]
+#[inline(never)]
+fn tell_generation<A: KvmArch>(
+    machine: &Machine<A>,
+    events: &mut Events,
+    is_seeded: bool,
+    is_restored: bool,
+) -> Result<()> {
+    let random = match (events.generation, is_seeded || is_restored) {
+        (Some(random), _) => random,
+        (None, false) => Default::default(),
+        (None, true) => fresh_generation()?,
+    };
+    events.generation = Some(random);
+    match is_restored {
+        false => machine.devices.begin_generation(&random),
+        true => machine.devices.renew_generation(&random),
+    }
+}
+
+/// A guest that was to power off, or that has no kernel to begin with, ends where it asks for a reset.
+fn may_start_again<A: KvmArch>(ending: Ending, options: &RunOptions<A>, events: &Events) -> Ending {
+    if !matches!(ending, Ending::Reset) || options.on_reset != OnReset::Restart {
+        return ending;
+    }
+    if events.was_asked() {
+        messages::say(
+            "the guest asked for a reset when it was to power off; it is not started again",
+        );
+        return Ending::Stopped;
+    }
+    match &options.no_kernel {
+        Some(why) => {
+            messages::say(&format!(
+                "the guest asked for a reset, and cannot be started again: {why}"
+            ));
+            Ending::Stopped
+        }
+        None => Ending::Reset,
+    }
 }
 
 /// Starts the vCPUs, on their CPUs or `everywhere`; they report to `events`.

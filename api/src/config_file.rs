@@ -50,7 +50,7 @@ pub fn read(
     text: &str,
     read: impl FnOnce(&str) -> Result<String, String>,
 ) -> Result<Vec<Call>, String> {
-    let file: File = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let file: File = serde_json::from_slice(text.as_bytes()).map_err(|error| error.to_string())?;
     let cpu = match file.cpu {
         None => None,
         Some(Cpu::Here(config)) => Some(config),

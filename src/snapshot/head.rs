@@ -30,7 +30,7 @@ pub struct Head {
     /// The board.
     pub board: Board,
     /// The header of the guest's kernel, and the bytes of its initial RAM disk.
-    pub kernel: Value,
+    pub kernel: Box<RawValue>,
     /// As [`Self::kernel`].
     pub initrd: Option<u64>,
     /// The plan, as text: on the host that it was made on, that of the new one is the same.
@@ -78,7 +78,7 @@ impl Head {
             host: serde_json::to_value(host)?,
             asked,
             board: board.clone(),
-            kernel: serde_json::to_value(&request.kernel)?,
+            kernel: to_raw_value(&request.kernel)?,
             initrd: request.initrd,
             plan: to_raw_value(plan)?,
         })
@@ -111,7 +111,8 @@ impl Head {
             "it is of an {} guest, which this host does not run",
             self.architecture
         );
-        serde_json::from_value(self.kernel.clone()).context("the header of its kernel is damaged")
+        serde_json::from_slice(self.kernel.get().as_bytes())
+            .context("the header of its kernel is damaged")
     }
 
     /// Returns the board of the machine on this host, as which CPUs vCPUs run on is for the board that
@@ -204,8 +205,8 @@ impl Head {
             return Ok(());
         }
         let ours = serde_json::to_value(plan)?;
-        let theirs =
-            serde_json::from_str(self.plan.get()).context("the snapshot's plan is damaged")?;
+        let theirs = serde_json::from_slice(self.plan.get().as_bytes())
+            .context("the snapshot's plan is damaged")?;
         match difference(&theirs, &ours, &mut Vec::new()) {
             None => Ok(()),
             Some((place, theirs, ours)) => bail!(

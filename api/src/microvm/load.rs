@@ -76,7 +76,7 @@ impl Microvm {
                 _ => {}
             }
             self.set(call, host).map_err(|answer| {
-                let body: Result<Value, _> = serde_json::from_str(&answer.body);
+                let body: Result<Value, _> = serde_json::from_slice(answer.body.as_bytes());
                 let why = body.ok().and_then(|body| {
                     let why = body.get("fault_message")?.as_str()?;
                     Some(why.to_owned())
