@@ -61,6 +61,7 @@ mod services;
 pub use command::{BalloonReport, By, Command, Done, Reply, State};
 pub use ending::{OnPanic, OnReset};
 pub use queue::Commands;
+pub use services::{Begin, Service};
 
 /// How long a debugger may take to hear of the guest's end.
 const LAST_WORD: Duration = Duration::from_millis(500);
@@ -115,13 +116,6 @@ pub struct RunOptions<A: KvmArch> {
     pub commander: Option<Box<dyn FnOnce(Commands)>>,
 }
 
-/// Starts a thread that serves clients while the guest runs. It calls the first argument there before
-/// anything else, by which it is confined, and sends commands by the second.
-pub type Service = Box<dyn FnOnce(Begin, Commands) -> Result<()>>;
-
-/// Confines the thread that calls it.
-pub type Begin = Box<dyn FnOnce() -> Result<()> + Send>;
-
 /// Runs a guest to its end, through all of its resets.
 ///
 /// # Errors
@@ -139,7 +133,13 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let devices = options.config.virtio.len() as u32;
     let descriptors = descriptors::of_machine(devices, options.config.request.cpus);
     descriptors::make_room(descriptors);
-    let services = Asked::of(&mut options);
+    let services = Asked {
+        control: options.control.take(),
+        gdb: options.gdb.take(),
+        metrics: options.metrics.take(),
+        service: options.service.take(),
+        is_commanded: options.commander.is_some(),
+    };
     let has_clients = services.has_clients();
     let native = match options.sandbox {
         Mode::On | Mode::Strict => Some(&A::OTHER_CALLS.native),

@@ -4,7 +4,6 @@
 //! ([`Services::start`]). All of it is out of line: most guests have none.
 
 use super::queue::Commands;
-use super::{RunOptions, Service};
 use crate::config::Config;
 use crate::control::{Control, Fixed};
 use crate::gdb::{self, Debugger};
@@ -21,28 +20,28 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
+/// Starts a thread that serves clients while the guest runs. It calls the first argument there before
+/// anything else, by which it is confined, and sends commands by the second.
+pub type Service = Box<dyn FnOnce(Begin, Commands) -> Result<()>>;
+
+/// Confines the thread that calls it.
+pub type Begin = Box<dyn FnOnce() -> Result<()> + Send>;
+
 /// Who is to be served.
 pub(super) struct Asked {
-    control: Option<PathBuf>,
-    gdb: Option<gdb::Address>,
-    metrics: Option<metrics::Target>,
-    service: Option<Service>,
+    /// Where to listen for clients that control the machine.
+    pub(super) control: Option<PathBuf>,
+    /// Where to listen for a debugger.
+    pub(super) gdb: Option<gdb::Address>,
+    /// Where metrics go.
+    pub(super) metrics: Option<metrics::Target>,
+    /// Serves clients once armlet is confined.
+    pub(super) service: Option<Service>,
     /// Whether others send commands to the event loop.
-    is_commanded: bool,
+    pub(super) is_commanded: bool,
 }
 
 impl Asked {
-    /// Takes it from the options.
-    pub(super) fn of<A: KvmArch>(options: &mut RunOptions<A>) -> Asked {
-        Asked {
-            control: options.control.take(),
-            gdb: options.gdb.take(),
-            metrics: options.metrics.take(),
-            service: options.service.take(),
-            is_commanded: options.commander.is_some(),
-        }
-    }
-
     /// Returns whether clients may change and save the machine.
     pub(super) fn has_clients(&self) -> bool {
         self.control.is_some() || self.service.is_some() || self.is_commanded
