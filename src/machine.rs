@@ -9,7 +9,7 @@ use crate::sandbox::{Role, Sandbox};
 use crate::slots::{Slots, Workers};
 use crate::stats::Counters;
 use crate::vcpu::{self, Buses, NotHeld, OffCheck, Shared, Traps, VcpuEvent, Vcpus};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use armlet_arch::Plan;
 use armlet_backends::backend::Backend;
 use armlet_backends::pmem::PmemImage;
@@ -25,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 mod devices;
 mod held;
+mod pci;
 mod saved;
 
 use devices::attach;
@@ -76,10 +77,6 @@ pub fn assemble<A: KvmArch>(
     sandbox: &Arc<Sandbox>,
     saved: &[A::VcpuState],
 ) -> Result<Machine<A>> {
-    ensure!(
-        plan.layout.pci.is_none(),
-        "virtio over PCI can only be planned yet; use --transport mmio"
-    );
     let vm = Arc::new(A::create_vm(kvm, &plan.width)?);
     memory::give(memory, &vm)?;
     let images = backends.iter().filter_map(|backend| backend.pmem());
@@ -99,13 +96,34 @@ pub fn assemble<A: KvmArch>(
     let kvm = (&vm, &interrupts);
     let (mut buses, devices) =
         attach::<A>(kvm, vcpus.first(), memory, plan, wires, |placed, slot| {
-            let backend = backends
-                .get(slot as usize)
-                .with_context(|| format!("{placed} has no backend"))?;
+            let backend = match &plan.layout.pci {
+                None => backends.get(slot as usize),
+                // Those over PCI have no slot.
+                Some(_) => backends
+                    .iter()
+                    .find(|backend| placed.name.as_ref() == Some(&backend.name())),
+            };
+            let backend = backend.with_context(|| format!("{placed} has no backend"))?;
             Ok(slots.fill::<A>(placed, &**backend)?)
         })?;
     let images = backends.iter().filter_map(|backend| backend.pmem());
     buses.files = images.map(PmemImage::memory).collect();
+    let pci = plan.layout.pci.as_ref();
+    let functions = match pci {
+        None => Vec::new(),
+        Some(placed) => pci::attach(
+            &mut buses,
+            placed,
+            &mut slots,
+            &interrupts,
+            backends,
+            A::irq_number,
+        )?,
+    };
+    let buses = Arc::new(buses);
+    if let Some(placed) = pci {
+        pci::follow(functions, placed, &vm, &buses);
+    }
     let (light, workers) = slots.finish();
     let counters = Counters {
         exits: vcpus.iter().map(|_| Arc::default()).collect(),
@@ -119,7 +137,7 @@ pub fn assemble<A: KvmArch>(
         idle: vcpus,
         vcpus: Vcpus::default(),
         stopping,
-        buses: Arc::new(buses),
+        buses,
         devices,
         light,
         workers,

@@ -159,6 +159,9 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         None => {}
     }
+    if !options.config.request.pci.is_empty() {
+        others.push(Need::Pci);
+    }
     let sandbox = Sandbox::of(options.sandbox, virtio, has_clients, &others);
     let sandbox = Arc::new(sandbox);
     let mut memory = None;

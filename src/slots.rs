@@ -11,10 +11,12 @@ use armlet_arch::{Placed, Plan};
 use armlet_backends::backend::Backend;
 use armlet_backends::reactor::{Reactor, Worker};
 use armlet_devices::IrqLine;
+use armlet_devices::pci::MsiVectors;
 use armlet_devices::sync::{bell, lock, ring};
-use armlet_devices::virtio::Link;
 use armlet_devices::virtio::mailbox::{self, Mailbox};
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
+use armlet_devices::virtio::pci::{NOTIFY, NOTIFY_STEP, Pci, Wires};
+use armlet_devices::virtio::{Link, Registers, VirtioDevice};
 use armlet_system::page_size::page_size;
 use armlet_system::signals;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -39,7 +41,7 @@ pub struct Slots {
     /// The busy ones.
     workers: Vec<Worker>,
     /// What is filled, by name.
-    filled: Vec<(String, Arc<Mutex<Mmio>>)>,
+    filled: Vec<(String, Arc<Mutex<dyn Registers>>)>,
     /// Their connections to their drivers.
     links: Vec<Arc<Link>>,
 }
@@ -111,11 +113,7 @@ impl Slots {
                 let mmio = Mmio::of(name.clone(), access, memory, line, Some(call), page)
                     .with_context(no_room)?;
                 self.catch_kicks(window, &mmio, |_| true);
-                let mut reactor = Reactor::new()?;
-                reactor.add(device, mmio.kicks())?;
-                let begin = self.sandbox.entrance(Role::Device);
-                let worker = Worker::start(name.clone(), reactor, mailbox, begin)?;
-                self.workers.push(worker);
+                self.start_worker(&name, device, mmio.kicks(), mailbox)?;
                 mmio
             }
             false => {
@@ -129,8 +127,84 @@ impl Slots {
         };
         self.links.push(mmio.link());
         let mmio = Arc::new(Mutex::new(mmio));
-        self.filled.push((name, Arc::clone(&mmio)));
+        self.filled.push((name, Arc::clone(&mmio) as _));
         Ok(mmio)
+    }
+
+    /// Makes the device of `backend` as a PCI function whose BAR is at `bar` at first, with these vectors.
+    /// Returns it, and the kicks that KVM is to take, by their offsets in the BAR.
+    ///
+    /// # Errors
+    /// What the host refuses.
+    #[expect(clippy::type_complexity, reason = "both are the caller's alone")]
+    pub fn add_function(
+        &mut self,
+        backend: &dyn Backend,
+        bar: u64,
+        vectors: Arc<dyn MsiVectors>,
+    ) -> Result<(Arc<Mutex<Pci>>, Vec<(u64, Arc<EventFd>)>)> {
+        let name = backend.name();
+        signals::waiting_for(format_args!("{name} to be made"));
+        let device = backend.device().with_context(|| name.clone())?;
+        let memory = Arc::clone(match backend.takes_memory() {
+            true => &self.ram,
+            false => &self.memory,
+        });
+        let no_room = || format!("cannot make the registers of {name}");
+        let wires = Wires::Msix(vectors);
+        let offset = |queue: usize| NOTIFY + queue as u64 * NOTIFY_STEP;
+        let kicks = |pci: &Pci| -> Vec<(u64, Arc<EventFd>)> {
+            let kicks = Registers::kicks(pci).iter().enumerate();
+            kicks
+                .map(|(queue, kick)| (offset(queue), Arc::clone(kick)))
+                .collect()
+        };
+        let (pci, caught) = match backend.is_busy() {
+            true => {
+                let mailbox = Mailbox::new(Arc::clone(&device)).with_context(no_room)?;
+                let mailbox = Arc::new(mailbox);
+                let access = Arc::clone(&mailbox);
+                let pci = Pci::new(name.clone(), access, memory, wires, bar);
+                let pci = pci.with_context(no_room)?;
+                self.start_worker(&name, device, Registers::kicks(&pci), mailbox)?;
+                let caught = kicks(&pci);
+                (pci, caught)
+            }
+            false => {
+                let access = Pci::direct(Arc::clone(&device));
+                let pci = Pci::new(name.clone(), access, memory, wires, bar);
+                let pci = pci.with_context(no_room)?;
+                self.light
+                    .add(Arc::clone(&device), Registers::kicks(&pci))?;
+                let mut caught = kicks(&pci);
+                let mut queue = 0;
+                caught.retain(|_| {
+                    queue += 1;
+                    !lock(&device).answers_at_once(queue - 1)
+                });
+                (pci, caught)
+            }
+        };
+        self.links.push(Registers::link(&pci));
+        let pci = Arc::new(Mutex::new(pci));
+        self.filled.push((name, Arc::clone(&pci) as _));
+        Ok((pci, caught))
+    }
+
+    /// Starts the thread of a busy device.
+    fn start_worker(
+        &mut self,
+        name: &str,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        kicks: &[Arc<EventFd>],
+        mailbox: Arc<Mailbox>,
+    ) -> Result<()> {
+        let mut reactor = Reactor::new()?;
+        reactor.add(device, kicks)?;
+        let begin = self.sandbox.entrance(Role::Device);
+        let worker = Worker::start(name.to_owned(), reactor, mailbox, begin)?;
+        self.workers.push(worker);
+        Ok(())
     }
 
     /// Has KVM take kicks of the queues that `are_caught`, and acknowledgements that nobody needs. What
@@ -182,7 +256,7 @@ impl Slots {
 /// The threads of the busy devices, and what all devices need as long as they live.
 pub struct Workers {
     threads: Vec<Worker>,
-    devices: Vec<(String, Arc<Mutex<Mmio>>)>,
+    devices: Vec<(String, Arc<Mutex<dyn Registers>>)>,
     links: Vec<Arc<Link>>,
     _pages: Option<Arc<ReadOnlyPages>>,
 }
@@ -190,7 +264,7 @@ pub struct Workers {
 impl Workers {
     /// All virtio devices and their names, busy or not.
     #[must_use]
-    pub fn devices(&self) -> &[(String, Arc<Mutex<Mmio>>)] {
+    pub fn devices(&self) -> &[(String, Arc<Mutex<dyn Registers>>)] {
         &self.devices
     }
 
@@ -212,7 +286,7 @@ impl Workers {
     /// what that takes is the device's.
     #[must_use]
     pub fn at_work(&self) -> String {
-        let taken = |device: &&(String, Arc<Mutex<Mmio>>)| {
+        let taken = |device: &&(String, Arc<Mutex<dyn Registers>>)| {
             matches!(device.1.try_lock(), Err(TryLockError::WouldBlock))
         };
         let names = self.devices.iter().filter(taken);

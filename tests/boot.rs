@@ -100,6 +100,9 @@ mod metadata;
 /// Networks over TAP, with the kernel's help and without, and through passt.
 #[path = "boot/net.rs"]
 mod net;
+/// Virtio over PCI.
+#[path = "boot/pci.rs"]
+mod pci;
 /// Reboots in place with every device, as many as are asked for.
 #[path = "boot/reboots.rs"]
 mod reboots;

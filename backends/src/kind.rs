@@ -120,6 +120,8 @@ pub enum Need {
     Ring,
     /// To look at another image.
     Images,
+    /// To follow the registers of PCI functions: routes of MSIs, and kicks.
+    Pci,
     /// To read and change vCPUs, and to say where they stop; no device does.
     Debugger,
     /// To save and restore vCPUs; no device does.
@@ -143,6 +145,7 @@ impl fmt::Display for Need {
             Need::Discards => "discard blocks",
             Need::Ring => "use a ring of io_uring",
             Need::Images => "look at other images",
+            Need::Pci => "follow PCI functions",
             Need::Debugger => "debug vCPUs",
             Need::Snapshots => "save the machine",
             Need::Restoring => "restore the machine",

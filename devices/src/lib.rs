@@ -10,6 +10,7 @@ pub mod cmos;
 pub mod console;
 pub mod counts;
 pub mod generation;
+pub mod gicv2m;
 pub mod i8042;
 pub mod ioapic;
 pub mod limit;

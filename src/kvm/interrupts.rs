@@ -5,7 +5,7 @@
 //! default routes of pins. So the table is kept here as a value, pins and MSIs together, and always
 //! set as a whole.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use armlet_devices::IrqLine;
 use armlet_devices::ioapic::{Message, PINS};
 use armlet_devices::sync::{bell, lock};
@@ -71,6 +71,8 @@ impl From<Message> for Route {
 pub enum Lead {
     /// The pin that KVM routes this GSI to by default.
     Pin(u32),
+    /// A pin that changes, to which [`Edge::lead_to`] routes it.
+    AnyPin,
     /// An MSI, which [`Edge::send`] sets.
     Msi,
 }
@@ -178,10 +180,16 @@ pub struct Interrupts {
     table: Mutex<Table>,
 }
 
-/// An irqfd, which stays the same when its route changes. One for an MSI, and its GSI, are freed on drop.
+/// An irqfd, whose eventfd stays the same when its route changes. One for an MSI or for a pin that changes is
+/// detached, and its GSI freed, on drop.
 pub struct Edge {
+    interrupts: Arc<Interrupts>,
     call: Arc<EventFd>,
-    message: Option<(Arc<Interrupts>, u32)>,
+    lead: Lead,
+    /// The GSI that is allocated to an MSI.
+    own: Option<u32>,
+    /// The GSI that the eventfd is attached to, if it is attached.
+    attached: Mutex<Option<u32>>,
 }
 
 impl Edge {
@@ -191,32 +199,73 @@ impl Edge {
         Arc::clone(&self.call)
     }
 
-    /// Sets the MSI, or masks it: an edge that is signalled while it is masked is lost, so the caller has
-    /// to keep the pending bit.
+    /// Sets the MSI, or masks it: an edge that is signalled while it is masked stays in the eventfd, and
+    /// arrives when there is an MSI again (virt/kvm/eventfd.c: kvm_irqfd_assign looks at it).
     ///
     /// # Errors
-    /// When KVM rejects the table, or the irqfd is a pin's; nothing has changed then.
+    /// When KVM rejects the table or the irqfd, or the irqfd is a pin's.
     pub fn send(&self, route: Option<Route>) -> Result<()> {
-        let (interrupts, gsi) = self
-            .message
-            .as_ref()
-            .context("the irqfd of a pin sends no MSI")?;
-        interrupts.change([(*gsi, route)].into_iter())
+        let gsi = self.own.context("the irqfd of a pin sends no MSI")?;
+        let mut attached = lock(&self.attached);
+        if route.is_none() {
+            self.detach(&mut attached)?;
+        }
+        self.interrupts.change([(gsi, route)].into_iter())?;
+        match route {
+            Some(_) => self.attach(&mut attached, gsi),
+            None => Ok(()),
+        }
+    }
+
+    /// Routes it to a pin by the GSI that KVM routes to that by default, or masks it as [`Self::send`] does.
+    ///
+    /// # Errors
+    /// When KVM rejects it, or the irqfd is not one whose pin changes.
+    pub fn lead_to(&self, pin: Option<u32>) -> Result<()> {
+        ensure!(self.lead == Lead::AnyPin, "the pin of this irqfd is fixed");
+        let mut attached = lock(&self.attached);
+        if *attached != pin {
+            self.detach(&mut attached)?;
+        }
+        match pin {
+            Some(gsi) => self.attach(&mut attached, gsi),
+            None => Ok(()),
+        }
+    }
+
+    fn attach(&self, attached: &mut Option<u32>, gsi: u32) -> Result<()> {
+        if attached.is_none() {
+            let vm = &self.interrupts.vm;
+            vm.register_irqfd(&self.call, gsi)
+                .with_context(|| format!("KVM rejects an irqfd for GSI {gsi}"))?;
+            *attached = Some(gsi);
+        }
+        Ok(())
+    }
+
+    fn detach(&self, attached: &mut Option<u32>) -> Result<()> {
+        if let Some(gsi) = attached.take() {
+            let vm = &self.interrupts.vm;
+            vm.unregister_irqfd(&self.call, gsi)
+                .with_context(|| format!("KVM keeps the irqfd of GSI {gsi}"))?;
+        }
+        Ok(())
     }
 }
 
 impl Drop for Edge {
     fn drop(&mut self) {
-        let Some((interrupts, gsi)) = &self.message else {
+        if let Lead::Pin(_) = self.lead {
             return;
-        };
-        if let Err(error) = interrupts.vm.unregister_irqfd(&self.call, *gsi) {
-            log::error!("KVM keeps the irqfd of GSI {gsi}: {error}");
         }
+        if let Err(error) = self.detach(&mut lock(&self.attached)) {
+            log::error!("{error:#}");
+        }
+        let Some(gsi) = self.own else { return };
         if let Err(error) = self.send(None) {
             log::error!("KVM keeps the route of GSI {gsi}: {error:#}");
         }
-        lock(&interrupts.table).allocated.remove(gsi);
+        lock(&self.interrupts.table).allocated.remove(&gsi);
     }
 }
 
@@ -239,24 +288,23 @@ impl Interrupts {
         })
     }
 
-    /// Creates an irqfd.
+    /// Creates an irqfd. One for an MSI, or for a pin that changes, is masked at first.
     ///
     /// # Errors
     /// When the process has no room for more descriptors, and KVM's error.
     pub fn edge(self: &Arc<Self>, lead: Lead) -> Result<Edge> {
         let call = bell().context("cannot make an eventfd")?;
-        let gsi = match lead {
-            Lead::Pin(gsi) => gsi,
-            Lead::Msi => lock(&self.table).allocate(),
-        };
-        if let Err(error) = self.vm.register_irqfd(&call, gsi) {
-            lock(&self.table).allocated.remove(&gsi);
-            return Err(error).with_context(|| format!("KVM rejects an irqfd for GSI {gsi}"));
-        }
-        Ok(Edge {
+        let edge = Edge {
+            interrupts: Arc::clone(self),
             call: Arc::new(call),
-            message: (lead == Lead::Msi).then(|| (Arc::clone(self), gsi)),
-        })
+            lead,
+            own: (lead == Lead::Msi).then(|| lock(&self.table).allocate()),
+            attached: Mutex::new(None),
+        };
+        if let Lead::Pin(gsi) = lead {
+            edge.attach(&mut lock(&edge.attached), gsi)?;
+        }
+        Ok(edge)
     }
 
     /// Routes each of these GSIs to an MSI, or to nothing.

@@ -14,6 +14,7 @@ pub mod internal;
 mod interrupted;
 pub mod interrupts;
 pub mod kick;
+pub mod msi;
 pub mod offers;
 pub mod open;
 pub mod page;

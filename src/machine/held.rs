@@ -7,7 +7,7 @@
 
 use anyhow::{Context, Result};
 use armlet_devices::sync::lock;
-use armlet_devices::virtio::mmio::Mmio;
+use armlet_devices::virtio::Registers;
 use armlet_system::deadline::Deadline;
 use armlet_system::signals;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// A virtio device and its name.
-pub(super) type Named = (String, Arc<Mutex<Mmio>>);
+pub(super) type Named = (String, Arc<Mutex<dyn Registers>>);
 
 /// Quiesces the virtio devices of a machine, and resumes them.
 #[derive(Default)]
@@ -181,7 +181,7 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use armlet_devices::virtio::mmio::NoPage;
+    use armlet_devices::virtio::mmio::{Mmio, NoPage};
     use armlet_devices::virtio::{
         ConfigSpace, Driver, Positions, StartError, VirtioDevice, Virtqueue,
     };

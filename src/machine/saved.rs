@@ -13,8 +13,7 @@ use armlet_devices::pl031::Pl031State;
 use armlet_devices::pl061::Pl061State;
 use armlet_devices::power::{AcpiPowerState, ResetControlState};
 use armlet_devices::sync::lock;
-use armlet_devices::virtio::MmioState;
-use armlet_devices::virtio::{DeviceState, FsState};
+use armlet_devices::virtio::{DeviceState, FsState, RegistersState};
 use armlet_system::status::{Fault, Status, status_of};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
@@ -29,7 +28,7 @@ pub struct MachineState<V, C> {
     /// The devices that are not virtio.
     pub devices: DevicesState,
     /// The virtio devices by name, in the order of their windows.
-    pub virtio: Vec<(String, MmioState)>,
+    pub virtio: Vec<(String, RegistersState)>,
 }
 
 /// The state of a machine of an architecture.
@@ -97,7 +96,7 @@ impl<A: KvmArch> Machine<A> {
         let mut virtio = Vec::new();
         for (name, device) in self.workers.devices() {
             let state = lock(device).save().with_context(|| name.clone())?;
-            if let DeviceState::Fs(FsState { served: Some(_) }) = state.transport.device {
+            if let DeviceState::Fs(FsState { served: Some(_) }) = &state.transport().device {
                 bail!(
                     "{name} cannot be saved: virtiofsd keeps what the guest has open there; unmount it in the guest and unload its driver (modprobe -r virtiofs)"
                 );

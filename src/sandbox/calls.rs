@@ -331,6 +331,9 @@ impl Rules {
             Need::Tap => (Calls::NONE, requests::TAP),
             Need::Vhost => (Calls::NONE, requests::VHOST),
             Need::Discards => (Calls::NONE, requests::BLOCK),
+            // The event loop may have them anyway, and others change nothing.
+            Need::Pci if !is_vcpu => return,
+            Need::Pci => (Calls::NONE, requests::PCI),
             Need::Ring => (RING, &[] as &[_]),
             Need::Images => (IMAGES, &[] as &[_]),
             // Those who ask for it have vCPUs' threads do it.

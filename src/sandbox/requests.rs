@@ -33,6 +33,9 @@ pub(super) const MACHINE: &[Request] = &[
     ("KVM_SET_DEVICE_ATTR", 0xaee1),
 ];
 
+/// What a driver has a vCPU's thread change when it sets up a PCI function.
+pub(super) const PCI: &[Request] = &[("KVM_SET_GSI_ROUTING", 0xae6a), ("KVM_IOEVENTFD", 0xae79)];
+
 /// Terminal modes, which are restored by whatever thread ends armlet (include/uapi/asm-generic/ioctls.h).
 /// TIOCSTI, which types on the terminal, is not here.
 pub(super) const TERMINAL: &[Request] = &[

@@ -42,6 +42,7 @@ fn all_needs() -> Vec<Need> {
         Need::Vhost,
         Need::Discards,
         Need::Ring,
+        Need::Pci,
         Need::Images,
         Need::Debugger,
         Need::Snapshots,
