@@ -227,12 +227,6 @@ fn read_checked<A: Arch>(
         Transport::Auto => transport == Transport::Pci,
         own => own == Transport::Pci,
     };
-    if A::ARCHITECTURE != Architecture::Aarch64 && wanted.iter().any(|device| is_over_pci(&device))
-    {
-        return Err(anyhow!(
-            "virtio over PCI is for aarch64 guests; use --transport mmio"
-        ));
-    }
     let names = |is_pci| {
         let those = wanted
             .iter()

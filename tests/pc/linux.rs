@@ -432,3 +432,58 @@ fn a_pause_is_no_time_for_a_guest() {
     let Some(rig) = rig::linux() else { return };
     saved::a_pause_is_no_time(Armlet::script(rig, "bzImage", saved::CLOCK).cpus(2));
 }
+
+/// What it says of its PCI bus, and work for each device: the first half of the disk is copied to the
+/// second.
+const LOOK_AT_PCI: &str = "
+echo '== functions'
+for device in /sys/bus/pci/devices/*; do
+    echo \"${device##*/} $(cat $device/vendor) $(cat $device/device) $(cat $device/class)\"
+done
+echo '== copy'
+dd if=/dev/vda of=/dev/vda bs=64k count=16 seek=16 2>/dev/null
+sync
+echo 3 > /proc/sys/vm/drop_caches
+dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum
+dd if=/dev/vda bs=64k count=16 skip=16 2>/dev/null | md5sum
+head -c 64 /dev/hwrng | wc -c
+echo '== interrupts'; grep -E 'virtio[0-9]' /proc/interrupts
+echo '== dmesg'; dmesg -r
+echo '== end'
+";
+
+#[test]
+fn virtio_devices_work_over_pci_and_interrupt_by_msi() {
+    let Some(rig) = rig::linux() else { return };
+    for (kernel, drivers) in [
+        ("vmlinux", "devices.cpio"),
+        ("bzImage-6.1", "devices-6.1.cpio"),
+    ] {
+        let armlet = Armlet::devices_on(rig, kernel, drivers, LOOK_AT_PCI);
+        let mut disk: Vec<u8> = (0..1 << 20).map(|at| (at * 31 + at / 997) as u8).collect();
+        disk.resize(2 << 20, 0);
+        let disk = armlet.file("disk", &disk);
+        let armlet = armlet.option("--disk", disk.to_string_lossy().into_owned());
+        let outcome = armlet.option("--transport", "pci").run();
+        let script = outcome.script();
+        println!("{script}");
+        let functions = section(&script, "functions");
+        let bridge = "0000:00:00.0 0x1b36 0x0008 0x060000";
+        assert!(functions.starts_with(bridge), "{functions}");
+        for function in ["0x1af4 0x1042 0x010000", "0x1af4 0x1044 0xff0000"] {
+            assert!(functions.contains(function), "{function}:\n{functions}");
+        }
+        let copy: Vec<&str> = section(&script, "copy").lines().collect();
+        assert_eq!((copy[0], copy[2]), (copy[1], "64"), "{copy:?}");
+        // The disk's queue and the random number generator's: by MSI, and counting.
+        for queue in ["-req.0", "-input"] {
+            let lines = section(&script, "interrupts").lines();
+            let line = lines.filter(|line| line.contains(queue)).next();
+            let line = line.unwrap_or_else(|| panic!("no {queue}:\n{script}"));
+            let count = line.split_whitespace().nth(1).expect("a count");
+            assert!(line.contains("PCI-MSI") && count != "0", "{line}");
+        }
+        assert_no_warnings(section(&script, "dmesg"));
+        assert_eq!(outcome.complaints(), "");
+    }
+}
