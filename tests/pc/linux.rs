@@ -477,8 +477,8 @@ fn virtio_devices_work_over_pci_and_interrupt_by_msi() {
         assert_eq!((copy[0], copy[2]), (copy[1], "64"), "{copy:?}");
         // The disk's queue and the random number generator's: by MSI, and counting.
         for queue in ["-req.0", "-input"] {
-            let lines = section(&script, "interrupts").lines();
-            let line = lines.filter(|line| line.contains(queue)).next();
+            let mut lines = section(&script, "interrupts").lines();
+            let line = lines.find(|line| line.contains(queue));
             let line = line.unwrap_or_else(|| panic!("no {queue}:\n{script}"));
             let count = line.split_whitespace().nth(1).expect("a count");
             assert!(line.contains("PCI-MSI") && count != "0", "{line}");
