@@ -185,22 +185,44 @@ fn ran(sections: &BTreeMap<u64, Section>, addresses: impl Iterator<Item = u64>) 
 /// Returns the linker's script.
 fn script(patterns: &[String]) -> String {
     let list = patterns.iter().map(String::as_str).chain(KINDS);
-    let list: String = list.map(|one| format!("    {one}\n")).collect();
+    let lines = |list: &mut dyn Iterator<Item = &str>| -> String {
+        list.map(|one| format!("    {one}\n")).collect()
+    };
+    let (list, next) = (lines(&mut { list }), lines(&mut NEXT.into_iter()));
     format!(
         "/* Code that runs in every guest, in the order in which it first does: \
          written by `cargo xtask order`. */\n\
-         SECTIONS\n{{\n  .text.first :\n  {{\n{list}    *({OUTLINED}*)\n  }}\n}}\nINSERT BEFORE .text;\n"
+         SECTIONS\n{{\n  .text.first :\n  {{\n{list}    *({OUTLINED}*)\n  }}\n  \
+         .text.next :\n  {{\n{next}  }}\n}}\nINSERT BEFORE .text;\n"
     )
 }
 
-/// Functions of a kind that are all the same: with each order the linker keeps another one of them, which
-/// no run has seen. They are argh's closures, and the methods of errors, backends and devices that nobody
-/// overrides.
-const KINDS: [&str; 4] = [
+/// Functions of a kind that are all the same: with each order, and each change of the source, the linker
+/// keeps another one of them, which no run has seen, and each that lies elsewhere brings 16 pages into
+/// memory. They are argh's closures, the methods of errors, backends and devices that nobody overrides,
+/// and what vectors, slices and strings are compiled to for each type.
+const KINDS: [&str; 13] = [
     "*(.text._RNvYNCNvX*_6armlet3cli*9from_args*call_once*)",
     "*(.text._RNvY*_4core5error5Error*)",
     "*(.text._RNvY*7backend7Backend*)",
     "*(.text._RNvY*_14armlet_device*6virtio*)",
+    "*(.text._R*_5alloc7raw_vec*)",
+    "*(.text._R*_5alloc3vec*with_capacity*)",
+    "*(.text._R*_5alloc6string*5Write*)",
+    "*(.text._R*_4core3cmp5impls*)",
+    "*(.text._R*_4core5slice3cmp*)",
+    "*(.text._R*_4core5slice5index*)",
+    "*(.text._R*4iter8adapters6copied*)",
+    "*(.text._R*_14armlet_devices4sync4lock*)",
+    "*(.text._R*6option6Option*13drop_in_place*)",
+];
+
+/// As [`KINDS`], but so many that they lie behind what ran: how values are dropped, and methods of all
+/// traits that nobody overrides.
+const NEXT: [&str; 3] = [
+    "*(.text._R*_4core3ptr13drop_in_place*)",
+    "*(.text._RNvX*_4core3ops4drop4Drop4drop*)",
+    "*(.text._RNvY*)",
 ];
 
 /// What the compiler has found in several functions and made one. It numbers them anew each time.
@@ -291,18 +313,18 @@ IN:
         let script = script(&patterns.collect::<Vec<_>>());
         let lines: Vec<&str> = script.lines().map(str::trim).collect();
         assert_eq!(
-            lines[5..12],
+            lines[5..7],
             [
                 "*libc.a:memcpy.lo(.text)",
                 "*(.text._RNvNtCs*_6armlet8commands7execute)",
-                KINDS[0],
-                KINDS[1],
-                KINDS[2],
-                KINDS[3],
-                "*(.text.OUTLINED_FUNCTION_*)",
             ],
             "{script}"
         );
+        let (kinds, rest) = lines[7..].split_at(KINDS.len());
+        assert_eq!(kinds, KINDS, "{script}");
+        assert_eq!(rest[0], "*(.text.OUTLINED_FUNCTION_*)");
+        assert_eq!(rest[2..4], [".text.next :", "{"]);
+        assert_eq!(rest[4..4 + NEXT.len()], NEXT);
     }
 
     #[test]
