@@ -389,7 +389,7 @@ fn bring_pages<A: KvmArch>(
         _ => page_size() as u64,
     };
     if let Some(handler) = restore.fill(memory, page).fault(Status::Host)? {
-        events.keep_handler(handler)?;
+        events.keep_handler(handler);
     }
     let pages = restore.first_pages();
     events.recorder.wait_for(pages, memory, sandbox);

@@ -130,12 +130,8 @@ impl Events {
     }
 
     /// Keeps the process that gives guest memory, to the end.
-    ///
-    /// # Errors
-    /// None.
-    pub(super) fn keep_handler(&mut self, handler: Handler) -> Result<()> {
+    pub(super) fn keep_handler(&mut self, handler: Handler) {
         self.giver.keep(handler);
-        Ok(())
     }
 
     /// Has the serial console print no more than this.
