@@ -3,16 +3,23 @@
 use super::answer::{DONE, REFUSED, TEXT};
 use super::request::Request;
 use anyhow::{Context, Result, anyhow, bail};
+use armlet_system::deadline::Deadline;
 use armlet_system::eintr::uninterrupted;
 use armlet_system::sockets::connect_at_once;
 use armlet_system::status::{Fault, Status};
 use rustix::io::Errno;
 use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread::sleep;
 use std::time::Duration;
 
 /// How long an answer may take: longer than the other side waits for its machine.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How long to wait until a listener with too many clients has accepted some.
+const QUEUE: Duration = Duration::from_secs(3);
+/// How often it is tried.
+const PAUSE: Duration = Duration::from_millis(10);
 /// The most bytes of an answer.
 const MOST: u64 = 1 << 20;
 
@@ -31,7 +38,7 @@ pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
     let words = told(&request, words).fault(Status::Usage)?;
     let shown = path.display();
     let cannot = || format!("cannot ask at {shown}");
-    let mut stream = connect_at_once(path).map_err(|error| match error.kind() {
+    let mut stream = connect(path).map_err(|error| match error.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(
             "nobody listens at {shown}; it is the path that a running 'armlet run --control' has"
         ),
@@ -64,6 +71,19 @@ pub fn ask(path: &Path, words: &[&str], json: bool) -> Result<(String, bool)> {
     }
     let answer = String::from_utf8_lossy(&answer).into_owned();
     print(&answer, json)
+}
+
+/// Connects, and waits a while for a listener that has others to accept before.
+fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    let deadline = Deadline::after(QUEUE);
+    loop {
+        match connect_at_once(path) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && !deadline.left().is_zero() => {
+                sleep(PAUSE);
+            }
+            connected => return connected,
+        }
+    }
 }
 
 /// The words of a request as they are told, in which a path means the same in every folder.

@@ -103,6 +103,31 @@ fn a_path_where_nobody_listens_is_told_of() {
 }
 
 #[test]
+fn a_client_waits_for_its_turn_where_many_connect_at_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("control");
+    let control = Control::listen(&path).expect("a free path");
+    let mut waiting = Vec::new();
+    while let Ok(stream) = armlet_system::sockets::connect_at_once(&path) {
+        waiting.push(stream);
+    }
+    let asked = {
+        let path = path.clone();
+        std::thread::spawn(move || words(&path, "status", false))
+    };
+    // Whether it has tried by then or not, it is answered.
+    std::thread::sleep(Duration::from_millis(50));
+    let fixed = Fixed {
+        vcpus: 1,
+        memory: 1 << 20,
+        devices: Vec::new(),
+    };
+    control.start(|| Ok(()), answer, fixed).expect("a thread");
+    let (text, _) = asked.join().expect("no panic").expect("an answer");
+    assert!(text.contains("paused"), "{text}");
+}
+
+#[test]
 fn clients_that_misbehave_harm_nobody() {
     let (_folder, path) = listening();
     let connect = || {
