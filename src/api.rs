@@ -368,6 +368,8 @@ fn exit_code(status: Status) -> u8 {
     match status {
         Status::Success | Status::GuestReset | Status::GuestFailed => 0,
         Status::Usage => 153,
-        Status::Failure | Status::Host | Status::Forbidden | Status::Stopped => 1,
+        Status::Failure | Status::Host | Status::Forbidden | Status::Stopped | Status::NoMemory => {
+            1
+        }
     }
 }

@@ -105,10 +105,16 @@ impl Asked {
         }
         args.devices.extend(given);
         // A machine of the API has no device that was not asked for there.
-        let rng = KINDS.iter().find(|kind| kind.name == "rng");
-        let has_rng = args.devices.iter().any(|(kind, _)| kind.name == "rng");
-        if let (Some(_), Some(rng), false) = (&self.microvm, rng, has_rng) {
-            args.devices.push((*rng, "off".to_owned()));
+        if self.microvm.is_some() {
+            for kind in KINDS.iter().filter(|kind| kind.default.is_some()) {
+                if !args
+                    .devices
+                    .iter()
+                    .any(|(other, _)| other.name == kind.name)
+                {
+                    args.devices.push((*kind, "off".to_owned()));
+                }
+            }
         }
         Ok(())
     }

@@ -379,11 +379,7 @@ fn with_pages(args: &PlanArgs, mut board: Board) -> Result<Board> {
 
 fn print_plan<A: Arch>(args: &PlanArgs, config: &Config<A>, plan: &Plan<A>) -> Result<()> {
     if args.sandbox {
-        let others: &[armlet_backends::kind::Need] = match config.request.pci.is_empty() {
-            true => &[],
-            false => &[armlet_backends::kind::Need::Pci],
-        };
-        let sandbox = Sandbox::of(Mode::On, &config.virtio, false, others);
+        let sandbox = Sandbox::of(Mode::On, &config.virtio, false, config.needs());
         return match args.json {
             true => print_json(&sandbox.json()),
             false => print(&sandbox.text()),

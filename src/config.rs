@@ -15,7 +15,7 @@ use armlet_arch::size::{parse_memory, show_size};
 use armlet_arch::switch::Switch;
 use armlet_arch::words::cpus_in;
 use armlet_arch::{Arch, Architecture, Board, FeatureOptions, Request, Seeds};
-use armlet_backends::kind::{DeviceOptions, Guest, Transport};
+use armlet_backends::kind::{DeviceOptions, Guest, Need, Transport};
 use armlet_backends::open::{self, Wanted};
 use armlet_devices::generation;
 use armlet_system::eintr::uninterrupted;
@@ -55,6 +55,15 @@ pub struct Config<A: Arch> {
 }
 
 impl<A: Arch> Config<A> {
+    /// Returns what the machine needs of the sandbox beside its devices.
+    #[must_use]
+    pub fn needs(&self) -> &'static [Need] {
+        match self.request.pci.is_empty() {
+            true => &[],
+            false => &[Need::Pci],
+        }
+    }
+
     /// Gives a guest that clients can make snapshots of VMGenID and VMClock, where neither option nor
     /// board decides and the board has an interrupt for them.
     pub fn expect_clients(&mut self) {

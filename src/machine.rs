@@ -96,15 +96,15 @@ pub fn assemble<A: KvmArch>(
     let kvm = (&vm, &interrupts);
     let (mut buses, devices) =
         attach::<A>(kvm, vcpus.first(), memory, plan, wires, |placed, slot| {
-            let backend = match &plan.layout.pci {
-                None => backends.get(slot as usize),
+            let backend = match (&plan.layout.pci, &placed.name) {
                 // Those over PCI have no slot.
-                Some(_) => backends
-                    .iter()
-                    .find(|backend| placed.name.as_ref() == Some(&backend.name())),
+                (Some(_), Some(name)) => pci::named(backends, name)?,
+                _ => {
+                    let backend = backends.get(slot as usize);
+                    &**backend.with_context(|| format!("{placed} has no backend"))?
+                }
             };
-            let backend = backend.with_context(|| format!("{placed} has no backend"))?;
-            Ok(slots.fill::<A>(placed, &**backend)?)
+            Ok(slots.fill::<A>(placed, backend)?)
         })?;
     let images = backends.iter().filter_map(|backend| backend.pmem());
     buses.files = images.map(PmemImage::memory).collect();

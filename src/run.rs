@@ -159,9 +159,7 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
         }
         None => {}
     }
-    if !options.config.request.pci.is_empty() {
-        others.push(Need::Pci);
-    }
+    others.extend(options.config.needs());
     let sandbox = Sandbox::of(options.sandbox, virtio, has_clients, &others);
     let sandbox = Arc::new(sandbox);
     let mut memory = None;
@@ -188,9 +186,8 @@ pub fn run<A: KvmArch>(mut options: RunOptions<A>) -> Result<Status> {
     let console = hvc.clone().map(|hvc| hvc as Arc<dyn Backend + Sync>);
     let config = &options.config;
     let ram = config.request.memory;
-    let kvm = &options.kvm;
-    let mut services = services.open(kvm, broker.as_deref())?;
-    options.counted |= services.as_ref().is_some_and(Services::count);
+    let mut services = services.open(&options.kvm, broker.as_deref())?;
+    options.counted |= services.as_ref().is_some_and(Services::counts_exits);
     let traps = services.as_ref().and_then(Services::traps);
     let (console, of_broker) = (console.as_ref(), broker.as_ref());
     events.backends =

@@ -13,7 +13,7 @@ use armlet_backends::reactor::{Reactor, Worker};
 use armlet_devices::IrqLine;
 use armlet_devices::pci::MsiVectors;
 use armlet_devices::sync::{bell, lock, ring};
-use armlet_devices::virtio::mailbox::{self, Mailbox};
+use armlet_devices::virtio::mailbox::{self, Access, Mailbox, direct};
 use armlet_devices::virtio::mmio::{INTERRUPT_ACK, Mmio, NoPage, QUEUE_NOTIFY, RegisterPage, USED};
 use armlet_devices::virtio::pci::{NOTIFY, NOTIFY_STEP, Pci, Wires};
 use armlet_devices::virtio::{Link, Registers, VirtioDevice};
@@ -26,6 +26,30 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// The memslot of the registers, behind those of RAM.
 const SLOT: u32 = 1001;
+
+/// Kicks by their offsets in the BAR of a PCI function.
+pub type Kicks = Vec<(u64, Arc<EventFd>)>;
+
+/// A device before it has registers.
+struct Made {
+    name: String,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    access: Arc<dyn Access>,
+    /// That of a busy device.
+    mailbox: Option<Arc<Mailbox>>,
+    memory: Arc<GuestMemoryMmap>,
+}
+
+impl Made {
+    /// Whether KVM is to take the kicks of a queue: what a light device answers at once has no thread.
+    fn is_caught(&self, queue: usize) -> bool {
+        self.mailbox.is_some() || !lock(&self.device).answers_at_once(queue)
+    }
+}
+
+fn no_room(name: &str) -> String {
+    format!("cannot make the registers of {name}")
+}
 
 /// The virtio slots of a machine that is being made.
 pub struct Slots {
@@ -83,15 +107,13 @@ impl Slots {
         placed: &Placed,
         backend: &dyn Backend,
     ) -> Result<Arc<Mutex<Mmio>>> {
-        let name = backend.name();
-        signals::waiting_for(format_args!("{name} to be made"));
-        let device = backend.device().with_context(|| name.clone())?;
+        let made = self.make(backend)?;
+        let (name, window) = (made.name.clone(), placed.window);
         let call = self
             .interrupts
             .edge(Lead::Pin(A::gsi(placed.spi)))
             .with_context(|| format!("cannot give {name} its interrupt"))?
             .call();
-        let window = placed.window;
         let page: Arc<dyn RegisterPage> = match &self.pages {
             Some(pages) => Arc::new(SlotPage {
                 offset: (window.start() - pages.address()) as usize,
@@ -100,110 +122,89 @@ impl Slots {
             None => Arc::new(NoPage),
         };
         let line = Arc::new(CallLine(Arc::clone(&call)));
-        let memory = Arc::clone(match backend.takes_memory() {
-            true => &self.ram,
-            false => &self.memory,
-        });
-        let no_room = || format!("cannot make the registers of {name}");
-        let mmio = match backend.is_busy() {
-            true => {
-                let mailbox = Mailbox::new(Arc::clone(&device)).with_context(no_room)?;
-                let mailbox = Arc::new(mailbox);
-                let access = Arc::clone(&mailbox);
-                let mmio = Mmio::of(name.clone(), access, memory, line, Some(call), page)
-                    .with_context(no_room)?;
-                self.catch_kicks(window, &mmio, |_| true);
-                self.start_worker(&name, device, mmio.kicks(), mailbox)?;
-                mmio
-            }
-            false => {
-                let access = Arc::clone(&device);
-                let mmio = Mmio::new(name.clone(), access, memory, line, Some(call), page)
-                    .with_context(no_room)?;
-                self.catch_kicks(window, &mmio, |queue| !lock(&device).answers_at_once(queue));
-                self.light.add(device, mmio.kicks())?;
-                mmio
-            }
-        };
-        self.links.push(mmio.link());
+        let (access, memory) = (Arc::clone(&made.access), Arc::clone(&made.memory));
+        let mmio = Mmio::new(name, access, memory, line, Some(call), page);
+        let mmio = mmio.with_context(|| no_room(&made.name))?;
+        self.catch_kicks(window, &mmio, |queue| made.is_caught(queue));
         let mmio = Arc::new(Mutex::new(mmio));
-        self.filled.push((name, Arc::clone(&mmio) as _));
+        self.keep(made, Arc::clone(&mmio) as _)?;
         Ok(mmio)
     }
 
     /// Makes the device of `backend` as a PCI function whose BAR is at `bar` at first, with these vectors.
-    /// Returns it, and the kicks that KVM is to take, by their offsets in the BAR.
+    /// Returns it, and the kicks that KVM is to take.
     ///
     /// # Errors
     /// What the host refuses.
-    #[expect(clippy::type_complexity, reason = "both are the caller's alone")]
     pub fn add_function(
         &mut self,
         backend: &dyn Backend,
         bar: u64,
         vectors: Arc<dyn MsiVectors>,
-    ) -> Result<(Arc<Mutex<Pci>>, Vec<(u64, Arc<EventFd>)>)> {
-        let name = backend.name();
-        signals::waiting_for(format_args!("{name} to be made"));
-        let device = backend.device().with_context(|| name.clone())?;
-        let memory = Arc::clone(match backend.takes_memory() {
-            true => &self.ram,
-            false => &self.memory,
-        });
-        let no_room = || format!("cannot make the registers of {name}");
-        let wires = Wires::Msix(vectors);
-        let offset = |queue: usize| NOTIFY + queue as u64 * NOTIFY_STEP;
-        let kicks = |pci: &Pci| -> Vec<(u64, Arc<EventFd>)> {
-            let kicks = Registers::kicks(pci).iter().enumerate();
-            kicks
-                .map(|(queue, kick)| (offset(queue), Arc::clone(kick)))
-                .collect()
-        };
-        let (pci, caught) = match backend.is_busy() {
-            true => {
-                let mailbox = Mailbox::new(Arc::clone(&device)).with_context(no_room)?;
-                let mailbox = Arc::new(mailbox);
-                let access = Arc::clone(&mailbox);
-                let pci = Pci::new(name.clone(), access, memory, wires, bar);
-                let pci = pci.with_context(no_room)?;
-                self.start_worker(&name, device, Registers::kicks(&pci), mailbox)?;
-                let caught = kicks(&pci);
-                (pci, caught)
-            }
-            false => {
-                let access = Pci::direct(Arc::clone(&device));
-                let pci = Pci::new(name.clone(), access, memory, wires, bar);
-                let pci = pci.with_context(no_room)?;
-                self.light
-                    .add(Arc::clone(&device), Registers::kicks(&pci))?;
-                let mut caught = kicks(&pci);
-                let mut queue = 0;
-                caught.retain(|_| {
-                    queue += 1;
-                    !lock(&device).answers_at_once(queue - 1)
-                });
-                (pci, caught)
-            }
-        };
-        self.links.push(Registers::link(&pci));
+    ) -> Result<(Arc<Mutex<Pci>>, Kicks)> {
+        let made = self.make(backend)?;
+        let (access, memory) = (Arc::clone(&made.access), Arc::clone(&made.memory));
+        let pci = Pci::new(made.name.clone(), access, memory, Wires::Msix(vectors), bar);
+        let pci = pci.with_context(|| no_room(&made.name))?;
+        let kicks = pci.kicks().iter().enumerate();
+        let caught = kicks
+            .filter(|(queue, _)| made.is_caught(*queue))
+            .map(|(queue, kick)| (NOTIFY + queue as u64 * NOTIFY_STEP, Arc::clone(kick)))
+            .collect();
         let pci = Arc::new(Mutex::new(pci));
-        self.filled.push((name, Arc::clone(&pci) as _));
+        self.keep(made, Arc::clone(&pci) as _)?;
         Ok((pci, caught))
     }
 
-    /// Starts the thread of a busy device.
-    fn start_worker(
-        &mut self,
-        name: &str,
-        device: Arc<Mutex<dyn VirtioDevice>>,
-        kicks: &[Arc<EventFd>],
-        mailbox: Arc<Mailbox>,
-    ) -> Result<()> {
-        let mut reactor = Reactor::new()?;
-        reactor.add(device, kicks)?;
-        let begin = self.sandbox.entrance(Role::Device);
-        let worker = Worker::start(name.to_owned(), reactor, mailbox, begin)?;
-        self.workers.push(worker);
+    /// Makes the device of `backend`, which has no registers yet.
+    fn make(&self, backend: &dyn Backend) -> Result<Made> {
+        let name = backend.name();
+        signals::waiting_for(format_args!("{name} to be made"));
+        let device = backend.device().with_context(|| name.clone())?;
+        let memory = match backend.takes_memory() {
+            true => &self.ram,
+            false => &self.memory,
+        };
+        let (access, mailbox): (Arc<dyn Access>, _) = match backend.is_busy() {
+            true => {
+                let mailbox = Mailbox::new(Arc::clone(&device));
+                let mailbox = Arc::new(mailbox.with_context(|| no_room(&name))?);
+                (Arc::clone(&mailbox) as _, Some(mailbox))
+            }
+            false => (direct(Arc::clone(&device)), None),
+        };
+        Ok(Made {
+            access,
+            mailbox,
+            memory: Arc::clone(memory),
+            device,
+            name,
+        })
+    }
+
+    /// Has a device served, by a thread of its own if it is busy, and keeps its registers.
+    fn keep(&mut self, made: Made, registers: Arc<Mutex<dyn Registers>>) -> Result<()> {
+        let Made {
+            name,
+            device,
+            mailbox,
+            ..
+        } = made;
+        {
+            let registers = lock(&registers);
+            self.links.push(registers.link());
+            match mailbox {
+                None => self.light.add(device, registers.kicks())?,
+                Some(mailbox) => {
+                    let mut reactor = Reactor::new()?;
+                    reactor.add(device, registers.kicks())?;
+                    let begin = self.sandbox.entrance(Role::Device);
+                    let worker = Worker::start(name.clone(), reactor, mailbox, begin)?;
+                    self.workers.push(worker);
+                }
+            }
+        }
+        self.filled.push((name, registers));
         Ok(())
     }
 

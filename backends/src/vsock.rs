@@ -109,6 +109,7 @@ fn limits(most: Option<u64>) -> Limits {
 mod tests {
     use super::*;
     use crate::alone::in_own_process;
+    use armlet_devices::virtio::mailbox::direct;
     use armlet_devices::virtio::mmio::{Mmio, NoPage};
     use armlet_devices::{Device, IrqLine};
     use rustix::process::{Rlimit, setrlimit};
@@ -262,7 +263,7 @@ mod tests {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);
         let mut mmio = Mmio::new(
             open.name(),
-            Arc::clone(device),
+            direct(Arc::clone(device)),
             Arc::new(memory.expect("memory")),
             Arc::new(NoLine),
             None,
@@ -310,7 +311,7 @@ mod tests {
         let device = open.device().expect("a device");
         let mut mmio = Mmio::new(
             open.name(),
-            device,
+            direct(device),
             Arc::new(memory.expect("memory")),
             Arc::new(NoLine),
             None,

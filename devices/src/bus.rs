@@ -219,6 +219,13 @@ impl Window {
     }
 }
 
+/// Answers a read of at most four bytes with the low bytes of `value`.
+pub(crate) fn answer(data: &mut [u8], value: u32) {
+    for (byte, source) in data.iter_mut().zip(value.to_le_bytes()) {
+        *byte = source;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::thread;

@@ -3,9 +3,8 @@
 
 use crate::Device;
 use crate::action::Action;
+use crate::bus::answer;
 
-/// Bytes of the registers.
-pub const WINDOW_SIZE: u64 = 0x1000;
 /// The offset of MSI_SETSPI_NS, which messages are written to.
 pub const DOORBELL: u64 = 0x40;
 /// The offset of MSI_TYPER: the first INTID in bits 25:16, how many there are in bits 9:0.
@@ -33,11 +32,8 @@ impl Frame {
 impl Device for Frame {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
         data.fill(0);
-        let value = (self.first & 0x3ff) << 16 | self.count & 0x3ff;
         if offset == TYPER {
-            for (byte, value) in data.iter_mut().zip(value.to_le_bytes()) {
-                *byte = value;
-            }
+            answer(data, (self.first & 0x3ff) << 16 | self.count & 0x3ff);
         }
         Action::None
     }

@@ -9,6 +9,7 @@
 
 use crate::Device;
 use crate::action::Action;
+use crate::bus::answer;
 use crate::persist::{Persist, RestoreError};
 use serde::{Deserialize, Serialize};
 
@@ -185,9 +186,7 @@ impl Device for IoApic {
             _ => 0,
         };
         data.fill(0);
-        for (byte, of) in data.iter_mut().zip(value.to_le_bytes()) {
-            *byte = of;
-        }
+        answer(data, value);
         Action::None
     }
 

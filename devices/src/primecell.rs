@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::IrqLine;
+use crate::bus::answer;
 use crate::limit::{Admitted, RateLimit};
 
 /// The registers of one peripheral, by offset in bytes, a multiple of 4.
@@ -126,13 +127,6 @@ fn written(data: &[u8]) -> u32 {
     data.iter()
         .rev()
         .fold(0, |value, &byte| value << 8 | u32::from(byte))
-}
-
-/// Answers a read of at most four bytes with the low bytes of `value`.
-fn answer(data: &mut [u8], value: u32) {
-    for (byte, source) in data.iter_mut().zip(value.to_le_bytes()) {
-        *byte = source;
-    }
 }
 
 /// Returns the identification register at `offset` of the peripheral whose PeriphID0 to

@@ -1,6 +1,7 @@
 //! A guest that does what an input says: its driver works by the rules, breaks them, or both in
 //! turn. After each step it is checked that the device kept its side.
 
+use armlet_devices::virtio::mailbox::direct;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -141,7 +142,7 @@ impl<S: Subject> Guest<S> {
         };
         let mmio = Mmio::new(
             "device".to_owned(),
-            device.clone(),
+            direct(device.clone()),
             Arc::clone(&memory.guest),
             line.clone(),
             None,

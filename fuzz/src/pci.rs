@@ -1,6 +1,7 @@
 //! Virtio over PCI: a guest that writes anything to the configuration space and the BAR, and a machine
 //! that checks what it is told.
 
+use armlet_devices::virtio::mailbox::direct;
 use std::sync::{Arc, Mutex};
 
 use armlet_devices::Device;
@@ -91,7 +92,7 @@ impl Board {
             made: Mutex::new(0),
             most: room,
         };
-        let access = Pci::direct(device.clone());
+        let access = direct(device.clone());
         let wires = Wires::Msix(Arc::new(machine));
         let guest = Arc::clone(&memory.guest);
         let mut pci =

@@ -181,6 +181,7 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use armlet_devices::virtio::mailbox::direct;
     use armlet_devices::virtio::mmio::{Mmio, NoPage};
     use armlet_devices::virtio::{
         ConfigSpace, Driver, Positions, StartError, VirtioDevice, Virtqueue,
@@ -259,7 +260,7 @@ mod tests {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]);
         let mut mmio = Mmio::new(
             name.to_owned(),
-            Arc::new(Mutex::new(device)),
+            direct(Arc::new(Mutex::new(device))),
             Arc::new(memory.expect("a page")),
             Arc::new(NoLine),
             None,

@@ -2,7 +2,7 @@
 
 use crate::kvm::interrupts::Interrupts;
 use crate::kvm::msi::Vectors;
-use crate::slots::Slots;
+use crate::slots::{Kicks, Slots};
 use crate::vcpu::Buses;
 use anyhow::{Context, Result, ensure};
 use armlet_arch::Range;
@@ -11,18 +11,24 @@ use armlet_arch::pci::{Msi, PlacedPci};
 use armlet_backends::backend::Backend;
 use armlet_devices::bus::MovingWindow;
 use armlet_devices::gicv2m::Frame;
-use armlet_devices::pci::{Placement, Root};
+use armlet_devices::pci::{Placement, Root, root};
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::pci::{BAR_SIZE, Pci};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::sync::{Arc, Mutex, Weak};
-use vmm_sys_util::eventfd::EventFd;
+
+// What is planned is what is there.
+const _: () = assert!(
+    armlet_arch::pci::BAR_SIZE == BAR_SIZE
+        && armlet_arch::pci::ECAM_SIZE == root::WINDOW_SIZE
+        && armlet_arch::pci::MOST_FUNCTIONS + 1 == root::DEVICES
+);
 
 /// A function whose BAR has to be followed.
 pub(super) struct Attached {
     pci: Arc<Mutex<Pci>>,
     window: MovingWindow,
-    kicks: Vec<(u64, Arc<EventFd>)>,
+    kicks: Kicks,
 }
 
 /// Puts configuration spaces, functions and what takes their MSIs on the bus. BARs are nowhere until
@@ -43,10 +49,9 @@ pub(super) fn attach(
     let mut all = Vec::new();
     for function in &placed.functions {
         let name = &function.name;
-        let backend = backends.iter().find(|backend| backend.name() == *name);
-        let backend = backend.with_context(|| format!("{name} has no backend"))?;
         let vectors = Arc::new(Vectors::new(interrupts, placed.msi, function));
-        let (pci, kicks) = slots.add_function(&**backend, function.bar.start(), vectors)?;
+        let backend = named(backends, name)?;
+        let (pci, kicks) = slots.add_function(backend, function.bar.start(), vectors)?;
         let number = function.number as usize;
         ensure!(
             root.add(number, Arc::clone(&pci) as _),
@@ -89,6 +94,14 @@ pub(super) fn follow(all: Vec<Attached>, placed: &PlacedPci, vm: &Arc<VmFd>, bus
     }
 }
 
+/// Returns the backend of the device that is called `name`.
+pub(super) fn named<'a>(backends: &'a [Box<dyn Backend>], name: &str) -> Result<&'a dyn Backend> {
+    let mut all = backends.iter();
+    let backend = all.find(|backend| backend.name() == name);
+    let backend = backend.with_context(|| format!("{name} has no backend"))?;
+    Ok(&**backend)
+}
+
 /// What follows the BAR of a function.
 struct Place {
     vm: Arc<VmFd>,
@@ -96,8 +109,7 @@ struct Place {
     /// Where BARs may lie.
     windows: Vec<Range>,
     window: MovingWindow,
-    /// The kicks that KVM takes, by their offsets in the BAR.
-    kicks: Vec<(u64, Arc<EventFd>)>,
+    kicks: Kicks,
     /// The BAR where KVM takes kicks now, and how many of them it takes.
     caught: Mutex<Option<(u64, usize)>>,
 }
@@ -139,19 +151,18 @@ impl Placement for Place {
         };
         let mut caught = lock(&self.caught);
         self.release(&mut caught);
+        let mut windows = self.windows.iter();
         let range = bar.and_then(|bar| Range::new(bar, BAR_SIZE));
-        let fits = |range: &Range| self.windows.iter().any(|window| window.contains(*range));
-        let placed = buses
-            .memory
-            .place(self.window, range.filter(fits).map(Range::start));
+        let range = range.filter(|range| windows.any(|window| window.contains(*range)));
+        let placed = buses.memory.place(self.window, range.map(Range::start));
         placed.map_err(|error| error.to_string())?;
         match (bar, range) {
             (None, _) => Ok(()),
-            (Some(bar), Some(range)) if fits(&range) => {
+            (Some(bar), Some(_)) => {
                 *caught = self.catch(bar);
                 Ok(())
             }
-            (Some(bar), _) => {
+            (Some(bar), None) => {
                 let windows: Vec<String> = self.windows.iter().map(Range::to_string).collect();
                 let windows = windows.join(" or ");
                 Err(format!(

@@ -114,7 +114,7 @@ impl Services {
     }
 
     /// Returns whether exits are to be counted for readers of metrics.
-    pub(super) fn count(&self) -> bool {
+    pub(super) fn counts_exits(&self) -> bool {
         self.metrics.is_some()
     }
 

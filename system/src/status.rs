@@ -22,13 +22,11 @@ pub enum Status {
     Stopped,
     /// 7: armlet made a system call that its sandbox forbids.
     Forbidden,
+    /// 8: the process that gives guest memory ended before the guest.
+    NoMemory,
 }
 
 impl Status {
-    /// 8: the process that gives guest memory ended before the guest. No error has it: who finds it ends armlet
-    /// at once.
-    pub const NO_MEMORY: u8 = 8;
-
     /// Returns the number that the shell sees.
     #[must_use]
     pub const fn code(self) -> u8 {
@@ -41,6 +39,7 @@ impl Status {
             Status::GuestReset => 5,
             Status::Stopped => 6,
             Status::Forbidden => 7,
+            Status::NoMemory => 8,
         }
     }
 }

@@ -201,7 +201,7 @@ fn script(patterns: &[String]) -> String {
 /// keeps another one of them, which no run has seen, and each that lies elsewhere brings 16 pages into
 /// memory. They are argh's closures, the methods of errors, backends and devices that nobody overrides,
 /// and what vectors, slices and strings are compiled to for each type.
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 12] = [
     "*(.text._RNvYNCNvX*_6armlet3cli*9from_args*call_once*)",
     "*(.text._RNvY*_4core5error5Error*)",
     "*(.text._RNvY*7backend7Backend*)",
@@ -214,7 +214,6 @@ const KINDS: [&str; 13] = [
     "*(.text._R*_4core5slice5index*)",
     "*(.text._R*4iter8adapters6copied*)",
     "*(.text._R*_14armlet_devices4sync4lock*)",
-    "*(.text._R*6option6Option*13drop_in_place*)",
 ];
 
 /// As [`KINDS`], but so many that they lie behind what ran: how values are dropped, and methods of all

@@ -4,6 +4,7 @@ use super::passt::Forward;
 use super::*;
 use crate::reactor::Reactor;
 use armlet_devices::rate::Limits;
+use armlet_devices::virtio::mailbox::direct;
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
 use armlet_devices::virtio::net::HEADER;
 use armlet_devices::virtio::{FEATURE_EVENT_IDX, FEATURE_VERSION_1};
@@ -76,7 +77,7 @@ impl Guest {
         let call = Arc::new(EventFd::new(EFD_NONBLOCK).expect("a descriptor"));
         let mmio = Mmio::new(
             name,
-            device.clone(),
+            direct(device.clone()),
             memory.clone(),
             line.clone(),
             Some(call.clone()),

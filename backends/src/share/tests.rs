@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::alone::{assert_none_is_left, hold, is_alone, is_gone};
+use armlet_devices::virtio::mailbox::direct;
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
 use armlet_devices::{Device, IrqLine};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -65,7 +66,7 @@ impl Guest {
         let device = share.device().expect("a device");
         let mmio = Mmio::new(
             share.name(),
-            device.clone(),
+            direct(device.clone()),
             memory.clone(),
             Arc::new(NoLine),
             Some(call.clone()),

@@ -1,6 +1,7 @@
 //! A driver for tests: it starts a device by the transport's registers, as a guest does, and
 //! sends it requests.
 
+use crate::virtio::mailbox::direct;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -53,7 +54,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         Guest::over(device, |device, memory, line| {
             Mmio::new(
                 "device".to_owned(),
-                device,
+                direct(device),
                 memory,
                 line,
                 None,
@@ -81,7 +82,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         let device = Arc::new(Mutex::new(device));
         let mmio = Mmio::new(
             "device".to_owned(),
-            device.clone(),
+            direct(device.clone()),
             self.memory.clone(),
             self.line.clone(),
             None,

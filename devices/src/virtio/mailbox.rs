@@ -70,8 +70,14 @@ impl Patience {
     }
 }
 
+/// Returns the access to a device behind a lock that nobody holds for long.
+#[must_use]
+pub fn direct(device: Arc<Mutex<dyn VirtioDevice>>) -> Arc<dyn Access> {
+    Arc::new(Direct(device))
+}
+
 /// Access to a device behind a lock, which nobody holds for long.
-pub(crate) struct Direct(pub(crate) Arc<Mutex<dyn VirtioDevice>>);
+struct Direct(Arc<Mutex<dyn VirtioDevice>>);
 
 impl Access for Direct {
     fn run(&self, what: fmt::Arguments<'_>, command: Command) {

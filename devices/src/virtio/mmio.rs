@@ -12,12 +12,9 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::mailbox::{Access, Direct};
+use super::mailbox::Access;
 use super::transport::{DRIVER_OK, NEEDS_RESET, Transport};
-use super::{
-    Interrupts, Link, MmioState, Registers, RegistersState, RestoreError, Vector, VirtioDevice,
-    lock,
-};
+use super::{Interrupts, Link, MmioState, Registers, RegistersState, RestoreError, Vector, lock};
 use crate::action::Action;
 use crate::{Device, IrqLine};
 
@@ -162,28 +159,12 @@ impl Interrupts for Wire {
 }
 
 impl Mmio {
-    /// Creates the window of a `device` behind a lock that nobody holds for long; otherwise like
-    /// [`Mmio::of`].
-    ///
-    /// # Errors
-    /// A process without room for more descriptors.
-    pub fn new(
-        name: String,
-        device: Arc<Mutex<dyn VirtioDevice>>,
-        memory: Arc<GuestMemoryMmap>,
-        line: Arc<dyn IrqLine>,
-        call: Option<Arc<EventFd>>,
-        page: Arc<dyn RegisterPage>,
-    ) -> std::io::Result<Mmio> {
-        Mmio::of(name, Arc::new(Direct(device)), memory, line, call, page)
-    }
-
     /// Creates the window of `device`, called `name` in messages. It interrupts by the
     /// edge-triggered `line`, or by writing the eventfd `call` where there is one.
     ///
     /// # Errors
     /// A process without room for more descriptors.
-    pub fn of(
+    pub fn new(
         name: String,
         device: Arc<dyn Access>,
         memory: Arc<GuestMemoryMmap>,

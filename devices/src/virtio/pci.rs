@@ -1,7 +1,7 @@
 //! Virtio over PCI, modern (virtio 1.2, section 4.1): a function of type 0 whose only BAR holds the
 //! common configuration, ISR, device configuration, notifications, and MSI-X table and pending bits.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,9 +12,9 @@ use self::space::{
 };
 pub use self::wires::Wires;
 use self::wires::{ISR_CONFIG, ISR_QUEUE, Shared, Wire};
-use super::mailbox::{Access, Direct, ask};
+use super::mailbox::{Access, ask};
 use super::transport::{DRIVER_OK, NEEDS_RESET, Transport};
-use super::{Link, PciState, Registers, RegistersState, RestoreError, VirtioDevice, lock};
+use super::{Link, PciState, Registers, RegistersState, RestoreError, lock};
 use crate::Device;
 use crate::action::Action;
 use crate::pci::config::{self, Config};
@@ -75,12 +75,6 @@ impl Pci {
             accept_select: 0,
             queue_select: 0,
         })
-    }
-
-    /// Returns the access to a `device` behind a lock that nobody holds for long.
-    #[must_use]
-    pub fn direct(device: Arc<Mutex<dyn VirtioDevice>>) -> Arc<dyn Access> {
-        Arc::new(Direct(device))
     }
 
     /// Has `placement` follow the BAR from now on.

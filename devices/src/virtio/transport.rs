@@ -166,20 +166,12 @@ impl Transport {
 
     /// 32 feature bits from bit 32 * `select`.
     pub(crate) fn offered(&self, select: u32) -> u32 {
-        match select {
-            0 => self.offered as u32,
-            1 => (self.offered >> 32) as u32,
-            _ => 0,
-        }
+        half(self.offered, select)
     }
 
     /// Returns the 32 feature bits from bit 32 * `select` that the driver accepts.
     pub(crate) fn accepted(&self, select: u32) -> u32 {
-        match select {
-            0 => self.accepted as u32,
-            1 => (self.accepted >> 32) as u32,
-            _ => 0,
-        }
+        half(self.accepted, select)
     }
 
     /// Records which of the feature bits from bit 32 * `select` the driver accepts.
@@ -585,6 +577,15 @@ impl Transport {
         for kick in &self.kicks {
             let _ = kick.read();
         }
+    }
+}
+
+/// Returns 32 bits of `features`, from bit 32 * `select`.
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A machine that is held between two steps of its guest, and goes on: with the same device, or with
 //! another that was made what the first one was.
 
+use armlet_devices::virtio::mailbox::direct;
 use std::cell::Cell;
 use std::sync::{Arc, Mutex};
 
@@ -52,7 +53,7 @@ impl<S: Subject> Guest<S> {
             self.page = Arc::new(Page(Mutex::new([0; WINDOW_SIZE / 4])));
             let mmio = Mmio::new(
                 "device".to_owned(),
-                device.clone(),
+                direct(device.clone()),
                 Arc::clone(&self.memory.guest),
                 self.line.clone(),
                 None,

@@ -54,5 +54,5 @@ fn end() -> ! {
         "the process that gives guest memory (--memory-from uffd=SOCKET) has ended, and the guest with it",
     );
     terminal::restore();
-    std::process::exit(Status::NO_MEMORY.into())
+    std::process::exit(Status::NoMemory.code().into())
 }

@@ -4,6 +4,7 @@ use super::*;
 use crate::reactor::Reactor;
 use armlet_devices::sync::lock;
 use armlet_devices::virtio::FEATURE_VERSION_1;
+use armlet_devices::virtio::mailbox::direct;
 use armlet_devices::virtio::mmio::{Mmio, NoPage};
 use armlet_devices::{Device, IrqLine};
 use std::sync::atomic::Ordering;
@@ -44,7 +45,7 @@ impl Guest {
         let memory = Arc::new(memory.expect("memory"));
         let mmio = Mmio::new(
             disk.name(),
-            device.clone(),
+            direct(device.clone()),
             memory.clone(),
             Arc::new(NoLine),
             None,

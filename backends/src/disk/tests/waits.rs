@@ -116,7 +116,7 @@ fn a_vcpu_waits_for_a_disk_at_work() {
         let mailbox = Arc::new(Mailbox::new(Arc::clone(&device)).expect("a descriptor"));
         let access = Arc::clone(&mailbox);
         let line = Arc::new(NoLine);
-        let mmio = Mmio::of(
+        let mmio = Mmio::new(
             disk.name(),
             access,
             memory.clone(),

@@ -1,5 +1,6 @@
 //! The register state machine, driven correctly and incorrectly.
 
+use crate::virtio::VirtioDevice;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

@@ -1,6 +1,7 @@
 //! The function as a driver finds and uses it.
 
 use proptest::prelude::*;
+use std::sync::Mutex;
 
 use super::space::*;
 use super::*;
@@ -10,7 +11,7 @@ use crate::pci::{Root, msix};
 use crate::virtio::VirtioDevice;
 use crate::virtio::fake::Guest;
 use crate::virtio::fake::kept::{Keeper, OFFERED};
-use crate::virtio::mailbox::Direct;
+use crate::virtio::mailbox::direct;
 
 /// Where the BAR lies at first.
 const BAR: u64 = 0x1_0000_4000;
@@ -142,7 +143,7 @@ fn function<D: VirtioDevice + 'static>(
     memory: Arc<GuestMemoryMmap>,
     machine: Arc<Machine>,
 ) -> Translated {
-    let access = Arc::new(Direct(device));
+    let access = direct(device);
     let wires = Wires::Msix(machine.clone());
     let mut pci = Pci::new("device".to_owned(), access, memory, wires, BAR).expect("descriptors");
     pci.follow(Box::new(Follower(machine.clone())));
@@ -363,7 +364,7 @@ fn a_pin_is_high_until_isr_is_read() {
             line: line.clone(),
             call: None,
         };
-        let access = Arc::new(Direct(device));
+        let access = direct(device);
         let pci = Pci::new("device".to_owned(), access, memory, wires, BAR).expect("descriptors");
         let machine = Machine::new();
         Translated { pci, machine }

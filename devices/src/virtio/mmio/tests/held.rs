@@ -1,6 +1,7 @@
 //! A machine that is paused, saved, and resumed or restored in another.
 
 use super::*;
+use crate::virtio::mailbox::direct;
 use crate::virtio::{DeviceState, Position, RestoreError};
 
 fn kept(guest: &Guest<Keeper>) -> usize {
@@ -64,7 +65,7 @@ fn registers_read_as_before() {
     let state = guest.mmio.save().expect("it is held");
     let mut other = Mmio::new(
         "other".to_owned(),
-        Arc::new(Mutex::new(Keeper::new())),
+        direct(Arc::new(Mutex::new(Keeper::new()))),
         guest.memory.clone(),
         FakeLine::new(),
         None,
@@ -225,7 +226,7 @@ proptest! {
         other.memory = guest.memory.clone();
         other.mmio = Mmio::new(
             "other".to_owned(),
-            other.device.clone(),
+            direct(other.device.clone()),
             guest.memory.clone(),
             FakeLine::new(),
             None,

@@ -1,6 +1,7 @@
 //! The register page compared with what reads return, whatever the driver does.
 
 use super::*;
+use crate::virtio::mailbox::direct;
 
 /// An event at a window.
 #[derive(Clone, Debug)]
@@ -45,7 +46,7 @@ fn paged(page: &Arc<impl RegisterPage + 'static>) -> (Mmio, Arc<Mutex<Keeper>>) 
     let device = Arc::new(Mutex::new(Keeper::new()));
     let mmio = Mmio::new(
         "device".to_owned(),
-        device.clone(),
+        direct(device.clone()),
         Arc::new(memory.expect("memory")),
         FakeLine::new(),
         None,
