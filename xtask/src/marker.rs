@@ -100,7 +100,8 @@ impl Filter {
     /// Notes the mark that `line` is, if it is one.
     fn mark(&mut self, line: &[u8]) -> bool {
         let text = String::from_utf8_lossy(&line[1..]);
-        let text = text.trim_end_matches('\r');
+        // The 8250's driver of Linux 6.1 has been seen to send NULs behind a line, at the end of a host.
+        let text = text.trim_end_matches(['\r', '\0']);
         if text == self.start {
             self.started = true;
             return true;
@@ -163,6 +164,17 @@ mod tests {
             "abc"
         );
         assert_eq!(filter.status(), Some(0));
+    }
+
+    #[test]
+    fn nuls_of_a_serial_port_are_no_part_of_a_mark() {
+        let mut filter = Filter::new("RIG");
+        let pieces = ["\x1eARMLET-RIG-START\n", "\x1eARMLET-RIG-EXIT 4\0\r\n\0\0"];
+        assert_eq!(whole(&mut filter, &pieces), "");
+        assert_eq!(filter.status(), Some(4));
+        let mut filter = Filter::new("RIG");
+        assert_eq!(whole(&mut filter, &["\x1eARMLET-RIG-EXIT \0\n"]), "");
+        assert_eq!(filter.status(), None);
     }
 
     #[test]
